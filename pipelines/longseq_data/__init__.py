@@ -1,0 +1,1 @@
+"""Data pipelines for long sequences. Stands alone: nothing here imports ``longseq``."""

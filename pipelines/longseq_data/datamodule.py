@@ -1,0 +1,67 @@
+"""The data as Lightning wants it: loaders that know their rank."""
+
+from __future__ import annotations
+
+import lightning
+
+from .batches import EvaluationBatches, Loader, TrainingBatches, loader
+from .streaming import StreamSpec
+
+
+class SequenceDataModule(lightning.LightningDataModule):
+    """Training batches from ``start_step`` on, and a validation pass over at most ``valid_samples`` samples.
+
+    batch_sequences: sequences per rank and micro-batch.
+    accumulate: micro-batches per optimiser step, as in the Trainer.
+    workers: processes per rank that prepare training batches; 0 works in the training process.
+    """
+
+    def __init__(
+        self,
+        train: StreamSpec,
+        valid: StreamSpec | None,
+        *,
+        batch_sequences: int,
+        accumulate: int = 1,
+        workers: int = 0,
+        start_step: int = 0,
+        valid_samples: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.train = train
+        self.valid = valid
+        self.batch_sequences = batch_sequences
+        self.accumulate = accumulate
+        self.workers = workers
+        self.start_step = start_step
+        self.valid_samples = valid_samples
+
+    def train_dataloader(self) -> Loader:
+        rank, world = self._place()
+        batches = TrainingBatches(
+            self.train,
+            batch_sequences=self.batch_sequences,
+            accumulate=self.accumulate,
+            rank=rank,
+            world=world,
+            start_step=self.start_step,
+        )
+        return loader(batches, self.workers, self._on_gpu())
+
+    def val_dataloader(self) -> Loader | list[Loader]:
+        if self.valid is None:
+            return []
+        rank, world = self._place()
+        batches = EvaluationBatches(
+            self.valid, batch_sequences=self.batch_sequences, rank=rank, world=world, max_samples=self.valid_samples
+        )
+        # every worker parses the whole file, so a second one would gain nothing in a short pass
+        return loader(batches, min(self.workers, 1), self._on_gpu())
+
+    def _place(self) -> tuple[int, int]:
+        if self.trainer is None:
+            raise RuntimeError("SequenceDataModule needs its Trainer to know its rank: pass it to Trainer.fit.")
+        return self.trainer.global_rank, self.trainer.world_size
+
+    def _on_gpu(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"

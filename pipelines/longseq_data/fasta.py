@@ -1,0 +1,196 @@
+"""FASTA: records read as a stream, turned into residue ids, and checked before a run.
+
+Biopython parses; what is added here is the line number of every problem.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import DataError
+from .sources import expand_sources, open_text, reading_error
+from .vocabulary import LETTERS, TABLE, UNKNOWN, X
+
+__all__ = ["Encoder", "Record", "ScanReport", "expand_sources", "read_records", "scan"]
+
+UNKNOWN_BYTE = bytes([UNKNOWN])
+UNKNOWN_TO_X = bytes.maketrans(UNKNOWN_BYTE, bytes([X]))
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One FASTA record; ``line`` is the line of its header, counted from 1."""
+
+    identifier: str  # first word of the header
+    description: str  # the whole header line, without '>'
+    sequence: str  # as written, without white space and the final '*'
+    source: str
+    line: int
+
+
+def read_records(source: str) -> Iterator[Record]:
+    """Stream the records of one path or URL, plain or gzipped.
+
+    Raises DataError, one sentence with file and line, for what cannot be read, is no FASTA, or holds a record without
+    an identifier or without residues. Letters outside the alphabet pass: Encoder deals with them.
+    """
+    from Bio.SeqIO.FastaIO import SimpleFastaParser
+
+    headers: deque[int] = deque()  # the parser is one header ahead of the record that it yields
+    with open_text(source) as handle:
+        for title, sequence in SimpleFastaParser(_lines(handle, source, headers)):
+            line = headers.popleft()
+            # bytes.isalpha is the fastest test that there is; the slow road is for the few that fail it
+            if not (sequence.isascii() and sequence.encode().isalpha()):
+                sequence = _unusual(title, sequence, source, line)
+            words = title.split(None, 1)
+            if not words:
+                raise DataError(f"{source}, line {line}: the header has no identifier; write one after the '>'.")
+            yield Record(words[0], title, sequence, source, line)
+
+
+def _lines(handle: Iterable[str], source: str, headers: deque[int]) -> Iterator[str]:
+    """The lines from the first header on; ``headers`` receives the line number of each header."""
+    number = 0
+    numbered = enumerate(handle, 1)
+    try:
+        for number, line in numbered:
+            if line[0] == ">":
+                headers.append(number)
+                yield line
+                break
+            if line.strip():
+                raise DataError(
+                    f"{source}, line {number}: text before the first header ('>identifier'), so this is no FASTA file; "
+                    f"give FASTA, or add the missing header."
+                )
+        else:
+            raise DataError(f"{source}, line {max(number, 1)}: nothing but blank lines to the end; give FASTA records.")
+        for number, line in numbered:
+            if line[0] == ">":
+                headers.append(number)
+            yield line
+    except DataError:
+        raise
+    except Exception as error:  # gzip's, the network's, or those of a filesystem plugin
+        raise reading_error(source, number, error) from error
+
+
+def _unusual(title: str, sequence: str, source: str, line: int) -> str:
+    """The sequence without tabs and the final '*' (a stop codon); DataError where it is empty or not printable."""
+    sequence = sequence.replace("\t", "").removesuffix("*")
+    if not sequence:
+        raise DataError(
+            f"{source}, line {line}: record '{title[:60]}' has no residues; remove it, or restore its sequence."
+        )
+    for offset, character in enumerate(sequence):
+        if not (character.isascii() and character.isprintable()):
+            raise DataError(
+                f"{source}, line {_line_of(source, line, offset)}: {_name(character)} in a sequence, so this is not a "
+                f"FASTA file or it is damaged; export or copy it again."
+            )
+    return sequence
+
+
+def _name(character: str) -> str:
+    if character == "\ufffd":
+        return "a byte that is neither ASCII nor UTF-8"
+    return repr(character) if character.isprintable() else f"the control character U+{ord(character):04X}"
+
+
+def _line_of(source: str, header: int, offset: int) -> int:
+    """The line that holds residue ``offset`` of the record whose header is on line ``header``.
+
+    Reads the source again: only a first problem asks for it, while keeping line lengths would slow down every record.
+    """
+    with open_text(source) as handle:
+        for number, line in enumerate(handle, 1):
+            if number > header:
+                offset -= len(line.rstrip().replace(" ", "").replace("\t", ""))
+                if offset < 0:
+                    return number
+    return header
+
+
+class Encoder:
+    """Turns records into residue ids, and keeps count of the letters that have none.
+
+    strict: refuse such letters (DataError) instead of mapping them to X.
+    unknown: how often each was mapped to X.
+    """
+
+    def __init__(self, strict: bool) -> None:
+        self.strict = strict
+        self.unknown: Counter[str] = Counter()
+        self._first: tuple[Record, int] | None = None  # record, offset in its sequence
+
+    @property
+    def first_unknown(self) -> tuple[str, int, str] | None:
+        """(source, line, letter) of the first letter that was mapped to X."""
+        if self._first is None:
+            return None
+        record, offset = self._first
+        return record.source, _line_of(record.source, record.line, offset), record.sequence[offset]
+
+    def encode(self, record: Record, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
+        """Ids of residues [start, stop), read-only, shape (stop - start,), all below RESIDUES."""
+        ids = record.sequence[start:stop].encode("ascii").translate(TABLE)
+        if UNKNOWN_BYTE in ids:
+            self._note(record, start, ids)
+            ids = ids.translate(UNKNOWN_TO_X)
+        return np.frombuffer(ids, dtype=np.uint8)
+
+    def _note(self, record: Record, start: int, ids: bytes) -> None:
+        offsets = start + np.flatnonzero(np.frombuffer(ids, dtype=np.uint8) == UNKNOWN)
+        first = int(offsets[0])
+        if self.strict:
+            raise DataError(
+                f"{record.source}, line {_line_of(record.source, record.line, first)}: character "
+                f"'{record.sequence[first]}' in record '{record.identifier}' is none of {LETTERS}; correct it, or set "
+                f"data.strict=false, which maps such characters to X."
+            )
+        self.unknown.update(record.sequence[offset].upper() for offset in offsets)
+        if self._first is None:
+            self._first = record, first
+
+
+@dataclass
+class ScanReport:
+    """What a look at the data found."""
+
+    records: int = 0
+    residues: int = 0
+    unknown: Counter[str] = field(default_factory=Counter)  # letters outside the alphabet, mapped to X
+    first_unknown: tuple[str, int, str] | None = None  # source, line, letter
+    complete: bool = True  # False: the budget ended before the data did
+
+
+def scan(
+    sources: Sequence[str], *, strict: bool, max_bytes: int = 64 * MIB, total_bytes: int = 256 * MIB
+) -> ScanReport:
+    """Read the start of every source before a run is started: what is wrong should be said in its first second.
+
+    Reads at most ``max_bytes`` of text of each source and ``total_bytes`` of all, but the first record of each in any
+    case. Raises the DataErrors of ``read_records`` and ``Encoder``.
+    """
+    report = ScanReport()
+    encoder = Encoder(strict)
+    total = 0
+    for source in sources:
+        before = total
+        for record in read_records(source):
+            if total > before and (total - before >= max_bytes or total >= total_bytes):
+                report.complete = False
+                break
+            report.records += 1
+            report.residues += len(encoder.encode(record))
+            total += len(record.description) + len(record.sequence)
+    report.unknown, report.first_unknown = encoder.unknown, encoder.first_unknown
+    return report

@@ -1,0 +1,155 @@
+"""Where data comes from: paths, globs and URLs become a list of sources, and a source becomes lines of text."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import io
+import os
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, TextIO, cast
+
+from .errors import DataError
+
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)")
+HTTP = re.compile(r"https?://", re.IGNORECASE)
+
+READ_SIZE = 1 << 18  # bytes a read; gzip's own 8 KiB costs a call into Python for every 100 lines
+
+# First bytes of what users hand over by mistake -> its name.
+FOREIGN = {
+    b"BZh": "bzip2-compressed",
+    b"\xfd7zXZ\x00": "xz-compressed",
+    b"\x28\xb5\x2f\xfd": "Zstandard-compressed",
+    b"PK\x03\x04": "a zip archive",
+    b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text",
+}
+
+
+def expand_sources(patterns: Sequence[str]) -> list[str]:
+    """Sources named by ``patterns``: each a path, a glob (``**`` too), or a URL of any fsspec filesystem.
+
+    Local sources come back as absolute paths. The order is that of the patterns, sorted within a glob; what is named
+    twice comes once. A URL without a glob is not opened here.
+
+    Raises DataError for a missing file, a directory, and a glob that matches nothing.
+    """
+    return list(dict.fromkeys(source for pattern in patterns for source in _expand(pattern)))
+
+
+def _expand(pattern: str) -> list[str]:
+    try:
+        return _expand_url(pattern) if URL.match(pattern) else _expand_path(pattern)
+    except DataError:
+        raise
+    except Exception as error:  # every filesystem plugin has exceptions of its own
+        raise reading_error(pattern, None, error) from error
+
+
+def _expand_path(pattern: str) -> list[str]:
+    path = Path(os.path.expanduser(pattern)).absolute()  # noqa: PTH111 - Path's own raises for an unknown ~user
+    if path.is_dir():
+        raise DataError(f"{pattern} is a directory; name its files, for example '{pattern.rstrip('/')}/*.fasta.gz'.")
+    if path.is_file():
+        return [str(path)]
+    if path.exists():
+        raise DataError(f"{pattern} is no regular file; training reads its data more than once, so save it to a file.")
+    if not glob.has_magic(pattern):
+        raise DataError(f"{pattern} does not exist (looked in {Path.cwd()}); correct the path.")
+    # glob.glob and not Path.glob: the pattern may be absolute
+    matches = sorted(match for match in glob.glob(str(path), recursive=True) if Path(match).is_file())  # noqa: PTH207
+    if not matches:
+        raise DataError(f"No file matches {pattern} (looked in {Path.cwd()}); correct the pattern.")
+    return matches
+
+
+def _expand_url(pattern: str) -> list[str]:
+    # '?' starts the query of an HTTP URL, and brackets an IPv6 host. A chain (zip://*::file) loses its tail in a glob.
+    magic = "*" in pattern if HTTP.match(pattern) else glob.has_magic(pattern)
+    if not magic or "::" in pattern:
+        return [pattern]
+    import fsspec
+
+    filesystem, path = fsspec.core.url_to_fs(pattern)
+    matches = sorted(filesystem.unstrip_protocol(match) for match in filesystem.glob(path))
+    if not matches:
+        raise DataError(f"No file matches {pattern}; correct the pattern, or name the files one by one.")
+    return matches
+
+
+@contextmanager
+def open_text(source: str) -> Iterator[TextIO]:
+    """Open a path or URL for reading lines; gzip is recognised by its first bytes, whatever the name says.
+
+    Lines may end in LF, CRLF or CR. Bytes that are not UTF-8 read as U+FFFD: a header from another century is no reason
+    to stop. Raises DataError where the source cannot be opened, is empty, or is clearly not text.
+    """
+    with ExitStack() as stack:
+        try:
+            raw = stack.enter_context(_open_binary(source))
+            buffered = io.BufferedReader(cast(io.RawIOBase, raw), READ_SIZE)
+            if buffered.peek(2)[:2] == b"\x1f\x8b":
+                unzipped = stack.enter_context(gzip.GzipFile(fileobj=buffered))
+                buffered = io.BufferedReader(cast(io.RawIOBase, unzipped), READ_SIZE)
+            head = buffered.peek(1024)[:1024]
+        except Exception as error:  # every filesystem plugin has exceptions of its own
+            raise reading_error(source, None, error) from error
+        _refuse_foreign(source, head)
+        yield io.TextIOWrapper(buffered, encoding="utf-8-sig", errors="replace")
+
+
+def _open_binary(source: str) -> IO[bytes]:
+    if not URL.match(source):
+        return Path(source).open("rb", buffering=0)
+    import fsspec
+
+    if not HTTP.match(source):
+        return cast("IO[bytes]", fsspec.open(source, "rb").open())
+    import aiohttp
+
+    # block_size=0: one connection read front to back, which needs no range requests of the server. aiohttp's default
+    # limit of five minutes is for the whole download; the limits here are for silence.
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=120)
+    return cast("IO[bytes]", fsspec.open(source, "rb", block_size=0, client_kwargs={"timeout": timeout}).open())
+
+
+def _refuse_foreign(source: str, head: bytes) -> None:
+    if not head:
+        raise DataError(f"{source} is empty; give a file with FASTA records, or remove it from the list.")
+    for magic, name in FOREIGN.items():
+        if head.startswith(magic):
+            raise DataError(f"{source} is {name}, not FASTA; convert it to plain (ASCII) or gzipped FASTA.")
+    if b"\0" in head:
+        raise DataError(f"{source} is a binary file, not FASTA; give plain or gzipped FASTA.")
+
+
+def reading_error(source: str, line: int | None, error: BaseException) -> DataError:
+    """The sentence for an exception met while opening ``source``, or reading on after its line ``line``."""
+    where = source if line is None else f"{source}, after line {line}"
+    if isinstance(error, EOFError):
+        return DataError(f"{where}: the gzip data ends too early, so the file is truncated; download or copy it again.")
+    if isinstance(error, (gzip.BadGzipFile, zlib.error)):
+        return DataError(f"{where}: the gzip data is damaged ({_one_line(error)}); download or copy it again.")
+    if isinstance(error, FileNotFoundError):
+        # fsspec says "not found" of a server that does not answer, too; only the cause tells
+        if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+            return reading_error(source, line, error.__cause__)
+        return DataError(f"{where}: not found; correct the address.")
+    if isinstance(error, PermissionError):
+        return DataError(f"{where}: permission denied; make it readable for this user.")
+    if isinstance(error, ImportError):
+        return DataError(f"{where}: this kind of URL needs a package that is missing ({_one_line(error)}).")
+    if isinstance(error, ValueError) and "rotocol" in str(error):
+        return DataError(
+            f"{where}: unknown kind of URL ({_one_line(error)}); use a path, https:// or another of fsspec's."
+        )
+    return DataError(f"{where}: cannot be read ({_one_line(error)}); check the address and the connection.")
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")

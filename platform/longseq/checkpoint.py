@@ -1,0 +1,152 @@
+"""A checkpoint on disk: a folder with a manifest of its files. No torch here.
+
+    step-00001000.ckpt/
+      manifest.json        step, samples consumed, ranks, and size and SHA-256 of every file
+      model.safetensors    the weights, readable without DeepSpeed and without unpickling
+      checkpoint/          DeepSpeed's shards: weights, optimiser, Lightning's loop state
+      latest  zero_to_fp32.py
+
+It is written under another name and renamed last, so a folder of this name is whole unless damaged later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+from longseq.errors import RunError
+
+_MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class TrainingPosition:
+    """Where training stood, and what must be equal for a checkpoint's shards to fit."""
+
+    step: int
+    samples: int  # consumed so far by all ranks together: the whole state of the data
+    world_size: int
+    zero_stage: int
+    precision: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint folder."""
+
+    path: Path
+
+    @property
+    def manifest_path(self) -> Path:
+        return self.path / _MANIFEST
+
+    @property
+    def weights_path(self) -> Path:
+        return self.path / "model.safetensors"
+
+    @cached_property
+    def position(self) -> TrainingPosition:
+        """Step, samples and ranks.
+
+        Raises:
+            RunError: if the manifest cannot be read.
+        """
+        manifest = self._manifest()
+        return TrainingPosition(**manifest["position"])
+
+    def problem(self) -> str | None:
+        """What is wrong with the files, as one sentence; None if all are there with their checksums."""
+        try:
+            files = self._manifest()["files"]
+        except RunError as error:
+            return str(error)
+        for name, expected in files.items():
+            path = self.path / name
+            if not path.is_file():
+                return f"{path}: missing, so this checkpoint cannot be used."
+            if path.stat().st_size != expected["size"]:
+                return f"{path}: {path.stat().st_size} bytes instead of {expected['size']}, so it was cut or changed."
+            if _sha256(path) != expected["sha256"]:
+                return f"{path}: its content does not match its checksum, so it was damaged."
+        return None
+
+    def _manifest(self) -> dict:
+        try:
+            manifest = json.loads(self.manifest_path.read_text())
+        except OSError as error:
+            raise RunError(f"{self.manifest_path}: cannot be read: {error.strerror}.") from None
+        except ValueError:
+            raise RunError(f"{self.manifest_path}: not valid JSON, so it was damaged.") from None
+        if manifest.get("format") != FORMAT:
+            raise RunError(
+                f"{self.manifest_path}: format {manifest.get('format')}, this version of longseq reads {FORMAT}."
+            )
+        return manifest
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}.ckpt"
+
+
+def partial_path(directory: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` is written before it has its name."""
+    return directory / f".{checkpoint_name(step)}.partial"
+
+
+def publish(directory: Path, position: TrainingPosition) -> Checkpoint:
+    """Give a fully written partial checkpoint its manifest and its name, and point ``last`` at it."""
+    partial = partial_path(directory, position.step)
+    files = {}
+    for path in sorted(p for p in partial.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        files[path.relative_to(partial).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+    manifest = {"format": FORMAT, "position": asdict(position), "files": files}
+    with (partial / _MANIFEST).open("w") as file:
+        json.dump(manifest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    final = directory / checkpoint_name(position.step)
+    if final.exists():  # a damaged one, which the resume went behind
+        shutil.rmtree(final)
+    partial.rename(final)
+    _point_last_at(final)
+    _fsync_directory(directory)
+    return Checkpoint(final)
+
+
+def prune(directory: Path, keep: int) -> None:
+    """Remove all but the newest ``keep`` checkpoints, and what interrupted writers left."""
+    for stale in sorted(directory.glob("step-*.ckpt"))[:-keep]:
+        shutil.rmtree(stale, ignore_errors=True)
+    for partial in directory.glob(".step-*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _point_last_at(final: Path) -> None:
+    aside = final.with_name(".last.partial")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(final.name)
+    aside.replace(final.with_name("last"))
+
+
+def _fsync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

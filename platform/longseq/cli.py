@@ -1,0 +1,60 @@
+"""``longseq``: one command, one verb a file in ``commands``. Nothing heavy is imported before a verb runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from longseq import __version__
+from longseq.errors import EXIT_ERROR, USER_ERRORS
+
+# verb: what it does. The module of the same name in longseq.commands has add_arguments(parser) and run(args).
+VERBS = {
+    "fit": "train a model here, with 1 process or more (trainer.devices=N)",
+    "resume": "go on with a run from its newest whole checkpoint",
+    "evaluate": "loss, perplexity and accuracy of a checkpoint, beside the empirical baseline",
+    "data": "make data (data synth)",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; its result is the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="longseq", description="Pretrain Performers (FAVOR+ linear attention) on very long sequences."
+    )
+    parser.add_argument("--version", action="version", version=f"longseq {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb, about in VERBS.items():
+        # Only the verb that is asked for is imported: `longseq --help` needs none of them.
+        module = importlib.import_module(f"longseq.commands.{verb}") if argv and argv[0] == verb else None
+        formatter = argparse.RawDescriptionHelpFormatter
+        child = verbs.add_parser(
+            verb, help=about, description=module.__doc__ if module else None, formatter_class=formatter
+        )
+        if module:
+            module.add_arguments(child)
+            child.set_defaults(run=module.run)
+    args, rest = parser.parse_known_args(argv)
+    # argparse takes key=value arguments in one block only; those after an option come back here.
+    misplaced = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(args, "overrides")]
+    if misplaced:
+        parser.error(f"unrecognized arguments: {' '.join(misplaced)}")
+    if rest:
+        args.overrides += rest
+    try:
+        return args.run(args)
+    except USER_ERRORS as error:
+        print(f"longseq: error: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except BrokenPipeError:  # the reader, `head` say, has what it wanted
+        sys.stderr.close()
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Loss, perplexity and accuracy of a checkpoint, beside the empirical baseline.
+
+The test split is scored, and the OOD files where data.ood names them. Results are printed as a table and kept in the
+run's folder under evaluations/. Weights are read from safetensors; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from longseq.checkpoint import Checkpoint
+from longseq.config import Config
+from longseq.data import resolve_sources, stream_spec
+from longseq.errors import RunError
+from longseq.run import Run
+
+if TYPE_CHECKING:
+    from longseq.models.performer import PerformerLM
+
+# Enough targets to know the frequencies of 29 tokens to 0.1 %, in a few seconds of reading.
+_BASELINE_TARGETS = 20_000_000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="RUN|CHECKPOINT", type=Path, help="a run folder, or one of its checkpoints")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="e.g. data.ood=viruses.fasta.gz or attention.kind=exact"
+    )
+    parser.add_argument(
+        "--split",
+        action="append",
+        choices=("train", "valid", "test", "ood"),
+        help="may be repeated; default: test, ood",
+    )
+    parser.add_argument("--sequences", type=int, metavar="N", help="score only the first N sequences of each split")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+
+
+def run(args: argparse.Namespace) -> int:
+    run, checkpoint = _find(args.target)
+    config = run.config(tuple(args.overrides))
+    resolve_sources(config)
+    splits = args.split or (["test", "ood"] if config.data.ood else ["test"])
+    specs = {split: stream_spec(config, split) for split in splits}
+
+    # Heavy imports only now: what can be refused has been refused.
+    from longseq.evaluation.metrics import frequency_baseline
+    from longseq.evaluation.scoring import score
+    from longseq_data.streaming import target_counts
+
+    model = _load_model(config, checkpoint)
+    train_counts = target_counts(stream_spec(config, "train"), _BASELINE_TARGETS)
+    results = {}
+    for split, spec in specs.items():
+        progress = _Progress(split)
+        scores = score(
+            model,
+            spec,
+            batch_sequences=max(1, 4096 // config.data.length),
+            max_samples=args.sequences,
+            progress=progress,
+        )
+        progress.close()
+        results[split] = {
+            "sources": list(spec.sources),
+            "sequences": scores.sequences,
+            "targets": int(scores.targets.sum()),
+            **scores.quality.as_dict(),
+            "baseline": frequency_baseline(train_counts, scores.targets).as_dict(),
+            # The best that any fixed frequencies can do here: those of the split itself.
+            "baseline_own_frequencies": frequency_baseline(scores.targets, scores.targets).as_dict(),
+        }
+    report = {
+        "checkpoint": str(checkpoint.path),
+        "step": checkpoint.position.step,
+        "overrides": args.overrides,
+        "splits": results,
+    }
+    run.evaluations_dir.mkdir(exist_ok=True)
+    kept = run.evaluations_dir / f"{checkpoint.path.stem}-{'-'.join(splits)}.json"
+    kept.write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2) if args.json else _table(report, kept))
+    return 0
+
+
+def _find(target: Path) -> tuple[Run, Checkpoint]:
+    """The run and checkpoint a path means: of a run folder, the newest whole one."""
+    if (target / "manifest.json").is_file():
+        checkpoint = Checkpoint(target.resolve())
+        problem = checkpoint.problem()
+        if problem:
+            raise RunError(problem)
+        return Run.open(checkpoint.path.parent.parent), checkpoint
+    run = Run.open(target)
+    newest, damaged = run.newest_checkpoint()
+    for sentence in damaged:
+        print(f"longseq: warning: {sentence} Going back to the one before it.", file=sys.stderr)
+    if newest is None:
+        raise RunError(f"{target}: there is no checkpoint to evaluate yet; `longseq resume {target}` trains on.")
+    return run, newest
+
+
+def _load_model(config: Config, checkpoint: Checkpoint) -> PerformerLM:
+    import torch
+
+    from longseq.models.performer import PerformerLM
+    from longseq.training.weights import load_weights
+    from longseq_data.vocabulary import VOCABULARY_SIZE
+
+    model = PerformerLM(config.performer_spec(VOCABULARY_SIZE))
+    load_weights(model, checkpoint.weights_path)
+    model.set_step(max(0, checkpoint.position.step - 1))  # the projections of the last step that was trained
+    use_cuda = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    return model.to("cuda" if use_cuda else "cpu").eval()
+
+
+def _table(report: dict, kept: Path) -> str:
+    head = f"{'split':<7}{'sequences':>11}{'targets':>12}{'loss':>9}{'perplexity':>12}{'accuracy':>10}"
+    head += f"{'baseline perplexity':>21}{'accuracy':>10}"
+    lines = [f"{report['checkpoint']}, step {report['step']}", "", head]
+    for split, r in report["splits"].items():
+        base = r["baseline"]
+        lines.append(
+            f"{split:<7}{r['sequences']:>11,}{r['targets']:>12,}{r['loss']:>9.4f}{r['perplexity']:>12.2f}"
+            f"{r['accuracy']:>10.1%}{base['perplexity']:>21.2f}{base['accuracy']:>10.1%}"
+        )
+    return "\n".join([*lines, "", f"kept in {kept}"])
+
+
+class _Progress:
+    """A bar on a terminal, nothing elsewhere. The number of sequences is not known before the end."""
+
+    def __init__(self, split: str):
+        from tqdm import tqdm
+
+        self.bar = tqdm(desc=f"scoring {split}", unit=" sequences", disable=not sys.stderr.isatty(), leave=False)
+
+    def __call__(self, sequences: int) -> None:
+        self.bar.update(sequences - self.bar.n)
+
+    def close(self) -> None:
+        self.bar.close()

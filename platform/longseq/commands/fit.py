@@ -1,0 +1,33 @@
+"""Train a model here: 1 process, or N of them with trainer.devices=N.
+
+Ctrl-C saves at the next step and leaves with exit code 75; `longseq resume` goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from longseq.commands.training import check_data, check_disk, help_on_keys, train
+from longseq.config_loading import load_config
+from longseq.data import resolve_sources
+from longseq.run import Run
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, help="a YAML file, e.g. configs/protein/base.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.train='[a.fasta.gz]'")
+    parser.epilog = help_on_keys()
+
+
+def run(args: argparse.Namespace) -> int:
+    config = load_config(args.config, args.overrides)
+    resolve_sources(config)
+    check_data(config)
+    check_disk(config)
+    new = Run.create(config, default_name=args.config.stem)
+    with new.locked():
+        try:
+            return train(new, config, checkpoint=None)
+        finally:
+            new.discard_if_untrained()

@@ -1,0 +1,105 @@
+"""What ``fit`` and ``resume`` share: checks before anything is started, and the start itself."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import textwrap
+from pathlib import Path
+
+from longseq.checkpoint import Checkpoint
+from longseq.config import Config
+from longseq.config_loading import described_keys
+from longseq.data import SPLITS
+from longseq.errors import EXIT_GO_ON, LongseqError
+from longseq.launch import local
+from longseq.run import Run
+from longseq_data.fasta import scan
+from longseq_data.vocabulary import VOCABULARY_SIZE
+
+
+def train(run: Run, config: Config, checkpoint: Checkpoint | None) -> int:
+    """Train in processes of their own and say how it ended. Returns the exit code."""
+    code = local.train(run, config.trainer.devices, checkpoint.path if checkpoint else None)
+    newest, _ = run.newest_checkpoint()
+    where = (
+        f"step {newest.position.step} of {config.trainer.max_steps}, {newest.path}" if newest else "no checkpoint yet"
+    )
+    if code == 0:
+        print(f"Finished: {where}\nEvaluate it:  longseq evaluate {shown(run.path)}")
+        print(f"Look at it:   tensorboard --logdir {shown(run.tensorboard_dir)}")
+    elif code == EXIT_GO_ON:
+        print(f"Stopped and saved: {where}\nGo on with:  longseq resume {shown(run.path)}")
+    else:
+        print(f"Stopped at once: {where}")
+        if newest:
+            print(f"Go on with:  longseq resume {shown(run.path)}")
+    return code
+
+
+def check_data(config: Config) -> None:
+    """Read the beginning of every file before anything is made, and say what letters were read as X.
+
+    Raises:
+        DataError: for a file that cannot be trained on.
+    """
+    for split in SPLITS:
+        sources = getattr(config.data, split)
+        if not sources:
+            continue
+        report = scan(sources, strict=config.data.strict)
+        extent = "" if report.complete else " at the beginning of the files"
+        print(f"data.{split}: {report.records:,} records, {report.residues:,} residues{extent}", file=sys.stderr)
+        if report.unknown:
+            letters = ", ".join(f"{letter!r} × {count:,}" for letter, count in report.unknown.most_common(5))
+            first = report.first_unknown
+            place = f", first at {first[0]}:{first[1]}" if first else ""
+            print(
+                f"longseq: warning: letters outside the alphabet are read as X: {letters}{place}. "
+                "Refuse them with data.strict=true.",
+                file=sys.stderr,
+            )
+
+
+def check_disk(config: Config) -> None:
+    """Refuse to start where the first checkpoints would not fit.
+
+    Raises:
+        LongseqError: with what is needed and what is free.
+    """
+    folder = Path(config.run.dir).expanduser().resolve()
+    while not folder.exists():
+        folder = folder.parent
+    weights = config.performer_spec(VOCABULARY_SIZE).parameter_count
+    # Weights twice (ours and DeepSpeed's), and DeepSpeed's fp32 weights and two moments; one more being written.
+    needed = (config.trainer.keep_checkpoints + 1) * weights * 4 * 5
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise LongseqError(
+            f"{folder}: {free / 2**20:,.0f} MiB free, but {config.trainer.keep_checkpoints} checkpoints "
+            f"(trainer.keep_checkpoints) and the one being written need about {needed / 2**20:,.0f} MiB: make room, "
+            "or set run.dir to another disk."
+        )
+
+
+def help_on_keys() -> str:
+    """Every configuration key with its type, default and meaning, for ``--help``."""
+    lines, section_before = ["configuration keys (type, default, meaning):"], ""
+    for section, name, about in described_keys():
+        if section != section_before:
+            lines.append("")
+            section_before = section
+        default = "null" if about["default"] is None else about["default"]
+        choices = f" [{' | '.join(about['choices'])}]" if about["choices"] else ""
+        head = f"  {section}.{name}: {about['type'].removesuffix(' | None')} = {default}"
+        text = textwrap.wrap(f"{about['meaning']}{choices}", 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines += [head, *text]
+    return "\n".join([*lines, "", "  deepspeed.*", "      passed through to DeepSpeed's own configuration"])
+
+
+def shown(path: Path) -> str:
+    """A path as a person would type it from here."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

@@ -1,0 +1,194 @@
+"""From YAML files and ``key=value`` arguments to a checked :class:`~longseq.config.Config`, and back.
+
+Each value keeps the place it came from (file and line, or the command line), so that a refusal can name it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from longseq.config import Config
+from longseq.errors import ConfigError
+
+_FREE_FORM = ("deepspeed",)  # sections passed through unchecked
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, the files it ``extends``, and ``section.key=value`` overrides, in rising priority.
+
+    Raises:
+        ConfigError: one sentence that names the file and line or the argument, the key, the nearest valid key and
+            its meaning.
+    """
+    merged = OmegaConf.structured(Config)
+    places: dict[str, str] = {}
+    for layer in [*_layers(Path(path), ()), *map(_override_layer, overrides)]:
+        merged = layer.onto(merged)
+        places |= layer.places()
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {_first_line(error)}.") from None
+    assert isinstance(config, Config)
+    for section, name, limits in described_keys():
+        full = f"{section}.{name}"
+        _check_limits(full, getattr(getattr(config, section), name), limits, places.get(full, str(path)))
+    config.check()
+    return config
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write every key with its value, atomically."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    aside.replace(path)
+
+
+def described_keys() -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """(section, key, metadata) of every key; metadata holds the meaning, type, default and limits."""
+    for section in fields(Config):
+        if section.name in _FREE_FORM:
+            continue
+        defaults = section.default_factory()  # type: ignore[misc]  # every section has a factory
+        for item in fields(defaults):
+            extra = {"type": str(item.type), "default": getattr(defaults, item.name)}
+            yield section.name, item.name, {**item.metadata, **extra}
+
+
+class _Layer:
+    """One source of values: its contents and where each of them stands."""
+
+    def __init__(self, values: dict[str, Any], where: str, lines: Mapping[str, int] | None = None):
+        self.values, self.where, self.lines = values, where, lines or {}
+        self._refuse_unknown_keys()
+
+    def onto(self, config: DictConfig) -> DictConfig:
+        try:
+            return OmegaConf.merge(config, self.values)  # type: ignore[return-value]
+        except (OmegaConfBaseException, TypeError) as error:
+            name = getattr(error, "full_key", None) or next(reversed(self.places()), "")
+            meaning = next((m for s, k, m in described_keys() if name.startswith(f"{s}.{k}")), None)
+            expects = f" {name} is {_type_name(meaning['type'])}: {meaning['meaning']}." if meaning else ""
+            raise ConfigError(f"{self._place(name)}: {name}: {_first_line(error)}.{expects}") from None
+
+    def places(self) -> dict[str, str]:
+        """Where each section.key of this layer stands."""
+        names = (f"{section}.{name}" for section, content in self.values.items() for name in content or {})
+        return {name: self._place(name) for name in names}
+
+    def _refuse_unknown_keys(self) -> None:
+        sections = {section.name: section for section in fields(Config)}
+        known = [f"{section}.{name}" for section, name, _ in described_keys()] + list(_FREE_FORM)
+        for section, content in self.values.items():
+            if section not in sections:
+                raise self._unknown(str(section), known)
+            if section in _FREE_FORM:
+                continue
+            if not isinstance(content, dict):
+                raise ConfigError(f"{self._place(section)}: {section} is a section, it needs keys below it.")
+            for name, value in content.items():
+                full = f"{section}.{name}"
+                if full not in known:
+                    raise self._unknown(full, known)
+                if isinstance(value, str) and _is_list_key(section, str(name)):
+                    content[name] = [value]  # one path may stand without brackets
+
+    def _unknown(self, name: str, known: Sequence[str]) -> ConfigError:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        last = name.rpartition(".")[2]
+        by_last_word = [k for k in known if difflib.SequenceMatcher(None, k.rpartition(".")[2], last).ratio() > 0.8]
+        words = last.replace("_", " ")
+        by_meaning = [f"{s}.{k}" for s, k, m in described_keys() if len(words) > 3 and words in m["meaning"]]
+        near = (by_last_word or by_meaning or near)[:1]
+        meaning = next((m["meaning"] for s, k, m in described_keys() if near == [f"{s}.{k}"]), "")
+        hint = f" Did you mean {near[0]} ({meaning})?" if near else " `longseq fit --help` lists the keys."
+        return ConfigError(f"{self._place(name)}: unknown key {name!r}.{hint}")
+
+    def _place(self, name: str) -> str:
+        line = self.lines.get(name) or self.lines.get(name.partition("[")[0])
+        return f"{self.where}:{line}" if line else self.where
+
+
+def _layers(path: Path, below: tuple[Path, ...]) -> Iterator[_Layer]:
+    """The files that ``path`` extends, base first, then ``path`` itself."""
+    if path.resolve() in below:
+        raise ConfigError(f"{path}: extends itself by way of {' → '.join(map(str, below))}.")
+    values, lines = _read_yaml(path)
+    bases = values.pop("extends", [])
+    for base in [bases] if isinstance(bases, str) else bases:
+        yield from _layers(path.parent / str(base), (*below, path.resolve()))
+    yield _Layer(values, str(path), lines)
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    try:
+        text = path.read_text()
+        node = yaml.compose(text)
+        values = OmegaConf.to_container(OmegaConf.create(text)) if node is not None else {}
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; configurations ship in configs/.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a configuration: {error}.") from None
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}.") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a configuration is a mapping of sections, this is a {type(values).__name__}.")
+    return values, dict(_lines(node))  # type: ignore[arg-type]
+
+
+def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            full = f"{prefix}{name.value}"
+            yield full, name.start_mark.line + 1
+            yield from _lines(value, f"{full}.")
+
+
+def _override_layer(argument: str) -> _Layer:
+    name, equals, _ = argument.partition("=")
+    if not equals or not name.strip():
+        raise ConfigError(f"argument {argument!r}: an override is section.key=value, e.g. trainer.devices=2.")
+    try:
+        values = OmegaConf.to_container(OmegaConf.from_dotlist([argument]))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"argument {argument!r}: {_first_line(error)}.") from None
+    assert isinstance(values, dict)
+    return _Layer(values, f"argument {argument!r}")  # type: ignore[arg-type]
+
+
+def _check_limits(name: str, value: Any, limits: Mapping[str, Any], place: str) -> None:
+    if value is None:
+        return
+    if limits["choices"] and value not in limits["choices"]:
+        near = difflib.get_close_matches(str(value), limits["choices"], n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{place}: {name}={value}: choose from {', '.join(limits['choices'])}.{hint}")
+    low, high = limits["at_least"], limits["below"]
+    if (low is not None and not value >= low) or (high is not None and not value < high):
+        bounds = " and ".join(
+            f"{word} {limit:g}" for word, limit in (("at least", low), ("below", high)) if limit is not None
+        )
+        raise ConfigError(f"{place}: {name}={value} must be {bounds}: {limits['meaning']}.")
+
+
+def _is_list_key(section: str, name: str) -> bool:
+    return any((s, k) == (section, name) and m["type"].startswith("list") for s, k, m in described_keys())
+
+
+def _type_name(annotation: str) -> str:
+    names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+    return names.get(annotation.removesuffix(" | None"), "a list" if annotation.startswith("list") else annotation)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")

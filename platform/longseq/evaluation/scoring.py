@@ -1,0 +1,70 @@
+"""Score a model on every target of a split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from longseq.evaluation.metrics import Counts, Quality
+from longseq.models.performer import PerformerLM
+from longseq_data.batches import EvaluationBatches, loader
+from longseq_data.errors import DataError
+from longseq_data.streaming import StreamSpec
+from longseq_data.vocabulary import IGNORE, PAD, VOCABULARY_SIZE
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The model's quality on a split and the targets it was scored on."""
+
+    quality: Quality
+    sequences: int
+    targets: Counts  # (V,) how often each token was a target
+
+
+@torch.inference_mode()
+def score(
+    model: PerformerLM,
+    spec: StreamSpec,
+    *,
+    batch_sequences: int,
+    max_samples: int | None = None,
+    progress: Callable[[int], None] = lambda sequences: None,
+) -> Scores:
+    """One pass over the split, on the model's device.
+
+    Args:
+        model: in evaluation mode, its projections set.
+        spec: what to read and how to cut it.
+        batch_sequences: sequences at a time.
+        max_samples: score only so many sequences; None: all.
+        progress: called with the number of sequences after each batch.
+
+    Raises:
+        DataError: if the split has no targets.
+    """
+    device = next(model.parameters()).device
+    loss_sum, correct, sequences = 0.0, 0, 0
+    counts = np.zeros(VOCABULARY_SIZE, dtype=np.int64)
+    batches = EvaluationBatches(spec, batch_sequences=batch_sequences, rank=0, world=1, max_samples=max_samples)
+    for batch in loader(batches, workers=0):
+        tokens, targets = batch["tokens"].to(device), batch["targets"].to(device)
+        logits = model(tokens, tokens != PAD).float()  # (B, L, V)
+        loss_sum += F.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+        ).item()
+        correct += int((logits.argmax(-1) == targets).sum())
+        counts += np.bincount(targets[targets != IGNORE].cpu().numpy(), minlength=VOCABULARY_SIZE)
+        sequences += int((batch["tokens"] != PAD).any(dim=1).sum())
+        progress(sequences)
+    total = int(counts.sum())
+    if not total:
+        held_out = f" for the {spec.split} split" if spec.split else ""
+        raise DataError(
+            f"{', '.join(spec.sources)}: nothing to score{held_out}: hold out a larger share of the records."
+        )
+    return Scores(Quality(loss_sum / total, correct / total), sequences, counts)

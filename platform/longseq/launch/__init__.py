@@ -1,0 +1,1 @@
+"""Starting training processes, here or on a cluster. No torch here."""

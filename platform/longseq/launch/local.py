@@ -1,0 +1,184 @@
+"""Training processes on this machine: start them, pass on a stop, and let none outlive the others.
+
+Each process runs ``longseq.training.worker`` in a session of its own, so that a terminal's Ctrl-C reaches only this
+parent, which asks all of them to stop at the same step. They hold the read end of a pipe and end when it closes,
+so they never outlive a parent that was killed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from longseq.errors import EXIT_GO_ON, LongseqError
+from longseq.run import Run
+
+# What a worker takes as "save at the next step and leave"; SIGTERM and SIGUSR1 have other owners inside it.
+STOP_SIGNAL = signal.SIGUSR2
+# How long the others may take to notice that one process has died, before they are killed.
+_GRACE_SECONDS = 5.0
+_ECHO_SECONDS = 1.0
+
+
+def train(run: Run, devices: int, checkpoint: Path | None) -> int:
+    """Train a run with ``devices`` processes until it ends.
+
+    Returns:
+        0 when the last step was reached, ``EXIT_GO_ON`` when stopped and saved, 130 when stopped before the first
+        step.
+
+    Raises:
+        LongseqError: when a process fails; the message is that process's own where it left one.
+    """
+    with tempfile.TemporaryDirectory(prefix="longseq-") as reports, _stop_requests() as requests:
+        read_end, write_end = os.pipe()
+        try:
+            processes = [
+                _start(run, checkpoint, rank, devices, Path(reports), read_end, port)
+                for port in [_free_port()]
+                for rank in range(devices)
+            ]
+            os.close(read_end)
+            codes = _wait(processes, requests)
+        finally:
+            os.close(write_end)
+        return _outcome(codes, requests, run, Path(reports))
+
+
+def report_path(directory: Path, rank: int) -> Path:
+    """Where the process of ``rank`` leaves the sentence that says why it failed."""
+    return directory / f"rank-{rank}.txt"
+
+
+def rank_log(run: Run, rank: int) -> Path:
+    """Where the output of a process other than rank 0 goes."""
+    return run.logs_dir / f"rank-{rank}.log"
+
+
+def _start(
+    run: Run, checkpoint: Path | None, rank: int, world: int, reports: Path, parent_pipe: int, port: int
+) -> subprocess.Popen[bytes]:
+    threads = max(1, (len(os.sched_getaffinity(0)) or 1) // world)
+    environment = {
+        "OMP_NUM_THREADS": str(threads),
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "NODE_RANK": "0",
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "PYTHONSAFEPATH": "1",  # a file of the user's named like a library must not be imported
+        # DeepSpeed builds its helper with ninja, which pip puts beside the interpreter.
+        "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath))),
+    }
+    command = [sys.executable, "-m", "longseq.training.worker", str(run.path)]
+    command += ["--reports", str(reports), "--parent-pipe", str(parent_pipe)]
+    command += ["--checkpoint", str(checkpoint)] if checkpoint else []
+    output = None
+    if rank:
+        rank_log(run, rank).parent.mkdir(exist_ok=True)
+        output = rank_log(run, rank).open("ab")
+    try:
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            pass_fds=(parent_pipe,),
+        )
+    finally:
+        if output:
+            output.close()
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], requests: list[int]) -> list[int]:
+    """Wait for all processes to end, pass stop requests on, and end the rest when one fails."""
+    passed_on, deadline = 0, None
+    while any(process.poll() is None for process in processes):
+        if len(requests) > passed_on:
+            passed_on = len(requests)
+            _signal_all(processes, STOP_SIGNAL if passed_on == 1 else signal.SIGKILL)
+        failed = any(process.returncode not in (None, 0, EXIT_GO_ON) for process in processes)
+        if failed and deadline is None:
+            deadline = time.monotonic() + _GRACE_SECONDS
+        if deadline is not None and time.monotonic() > deadline:
+            _signal_all(processes, signal.SIGKILL)
+        time.sleep(0.05)
+    return [process.returncode for process in processes]
+
+
+def _outcome(codes: Sequence[int], requests: Sequence[int], run: Run, reports: Path) -> int:
+    if all(code == 0 for code in codes):
+        return 0
+    if all(code in (0, EXIT_GO_ON) for code in codes):
+        return EXIT_GO_ON
+    if requests and all(code in (-STOP_SIGNAL, -signal.SIGKILL) for code in codes):
+        return 130
+    # The processes that only lost their peers have nothing of their own to say.
+    sentences = [
+        report_path(reports, rank).read_text() for rank in range(len(codes)) if report_path(reports, rank).exists()
+    ]
+    if sentences:
+        raise LongseqError(sentences[0])
+    killed_first = [rank for rank, code in enumerate(codes) if code not in (0, EXIT_GO_ON)]
+    raise LongseqError(
+        "; ".join(f"the process of rank {rank} {_how(codes[rank])}" for rank in killed_first)
+        + f". Output of the ranks from 1 on: {run.logs_dir}. Go on with `longseq resume {run.path}`."
+    )
+
+
+def _how(code: int) -> str:
+    if code >= 0:
+        return f"failed with exit code {code}"
+    return f"was killed by {signal.Signals(-code).name}"
+
+
+@contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of dying of them."""
+    requests: list[int] = []
+    first_at = 0.0
+
+    def collect(number: int, _: FrameType | None) -> None:
+        nonlocal first_at
+        now = time.monotonic()
+        if requests and now - first_at < _ECHO_SECONDS:
+            return  # one Ctrl-C, delivered by the terminal and again by a wrapper such as `timeout`
+        first_at = first_at or now
+        requests.append(number)
+        if len(requests) == 1:
+            text = "stopping: saving at the next step (again: stop at once, losing the steps since the last checkpoint)"
+        else:
+            text = "stopping at once"
+        os.write(2, f"\nlongseq: {text}\n".encode())
+
+    previous = {number: signal.signal(number, collect) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield requests
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _signal_all(processes: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(number)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,1 @@
+"""Performer language models. ``spec`` and ``presets`` import no torch; ``performer`` does."""

@@ -1,0 +1,26 @@
+"""Model sizes by name. No torch here: the command line reads them before anything heavy is imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Size:
+    """The four numbers that fix a model's size, and what it is for."""
+
+    dim: int
+    depth: int
+    heads: int
+    ffn_dim: int
+    about: str
+
+
+PRESETS: dict[str, Size] = {
+    "tiny": Size(128, 2, 2, 512, "tests and the quickstart: 0.4 M parameters"),
+    "small": Size(256, 4, 4, 1024, "a few hours on a laptop: 3.2 M parameters"),
+    # "Rethinking Attention with Performers", section 4.1: the Regular model, also that of the concatenated proteins.
+    "regular": Size(512, 6, 8, 2048, "the paper's Regular model: 19 M parameters"),
+    # Same paper, appendix A.3: the protein models of Table 2.
+    "protein36": Size(512, 36, 8, 1024, "the paper's 36-layer protein model: 76 M parameters"),
+}

@@ -1,0 +1,54 @@
+"""What a Performer language model is made of, as one typed value that refuses what cannot work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PerformerSpec:
+    """Architecture of a :class:`~longseq.models.performer.PerformerLM`.
+
+    Raises:
+        ValueError: for sizes that do not fit together.
+    """
+
+    vocabulary: int
+    dim: int
+    depth: int
+    heads: int
+    ffn_dim: int
+    causal: bool
+    dropout: float = 0.0
+    attention: str = "favor"  # or "exact"
+    kernel: str = "softmax"  # or "relu"
+    features: int = 256
+    qk_norm: bool = False
+    redraw_every: int = 0  # optimiser steps between draws of the projections; 0 = one draw for ever
+    seed: int = 0
+    activation_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dim % self.heads:
+            raise ValueError(f"model.dim={self.dim} is not divisible by model.heads={self.heads}")
+        if self.head_dim % 2:
+            raise ValueError(
+                f"model.dim / model.heads = {self.dim} / {self.heads} = {self.head_dim} is odd; "
+                "rotary positions need an even head size"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    def draw_at(self, step: int) -> int:
+        """Which draw of the projections optimiser step ``step`` uses."""
+        return step // self.redraw_every if self.redraw_every else 0
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of weights a model of this spec has."""
+        attention = 4 * self.dim**2 + (self.heads if self.qk_norm else 0)
+        mlp = 2 * self.dim * self.ffn_dim + self.ffn_dim + self.dim
+        norms = 4 * self.dim
+        return self.depth * (attention + mlp + norms) + 2 * self.vocabulary * self.dim + 2 * self.dim

@@ -1,0 +1,156 @@
+"""A run is a folder: its configuration, checkpoints, curves and logs. No torch here."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from longseq.checkpoint import Checkpoint
+from longseq.config import Config
+from longseq.config_loading import load_config, save_config
+from longseq.errors import RunError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder."""
+
+    path: Path
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def evaluations_dir(self) -> Path:
+        return self.path / "evaluations"
+
+    @property
+    def tensorboard_dir(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def logs_dir(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run reached its last step."""
+        return (self.path / "FINISHED").exists()
+
+    @classmethod
+    def create(cls, config: Config, default_name: str) -> Run:
+        """Make the folder of a new run and write its configuration.
+
+        Raises:
+            RunError: if a folder of that name exists, the name is unusable, or the folder cannot be made.
+        """
+        if config.run.name is None:
+            config.run.name = f"{default_name}-{datetime.now():%Y%m%d-%H%M%S}"
+        if not _NAME.fullmatch(config.run.name):
+            raise RunError(
+                f"run.name={config.run.name!r}: a run is named with letters, digits, '.', '_' and '-', "
+                "begins with a letter or digit, and has at most 100 of them."
+            )
+        path = Path(config.run.dir).expanduser().resolve() / config.run.name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir()
+        except FileExistsError:
+            raise RunError(
+                f"{path}: a run of this name exists. Go on with it (`longseq resume {path}`), choose another run.name, "
+                "or remove the folder."
+            ) from None
+        except OSError as error:
+            raise RunError(f"{path}: the run's folder cannot be made: {error.strerror}.") from None
+        run = cls(path)
+        try:
+            save_config(config, run.config_path)
+            run.checkpoints_dir.mkdir()
+        except OSError as error:
+            shutil.rmtree(path, ignore_errors=True)
+            raise RunError(f"{path}: the run's folder cannot be written: {error.strerror}.") from None
+        return run
+
+    @classmethod
+    def open(cls, path: Path | str) -> Run:
+        """The run in an existing folder.
+
+        Raises:
+            RunError: if there is none.
+        """
+        run = cls(Path(path).expanduser().resolve())
+        if not run.config_path.is_file():
+            what = "not a run folder (it has no config.yaml)" if run.path.exists() else "no such run folder"
+            raise RunError(f"{path}: {what}. Runs are made by `longseq fit`, by default under runs/.")
+        return run
+
+    def config(self, overrides: tuple[str, ...] = ()) -> Config:
+        """The resolved configuration the run was started with, and overrides on top of it."""
+        return load_config(self.config_path, overrides)
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Every checkpoint that was written to its end, oldest first."""
+        found = (Checkpoint(path) for path in self.checkpoints_dir.glob("step-*.ckpt"))
+        return sorted((c for c in found if c.manifest_path.is_file()), key=lambda c: c.path.name)
+
+    def newest_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
+        """The newest checkpoint whose files are all there and unchanged, and what is wrong with newer ones."""
+        damaged = []
+        for checkpoint in reversed(self.checkpoints()):
+            problem = checkpoint.problem()
+            if problem is None:
+                return checkpoint, damaged
+            damaged.append(problem)
+        return None, damaged
+
+    def mark_finished(self, step: int) -> None:
+        (self.path / "FINISHED").write_text(f"{step}\n")
+
+    def record_start(self, facts: dict[str, object]) -> None:
+        """Append one start's facts to environment.json."""
+        path = self.path / "environment.json"
+        starts = json.loads(path.read_text()) if path.exists() else []
+        aside = path.with_name(".environment.json.partial")
+        aside.write_text(json.dumps([*starts, facts], indent=2) + "\n")
+        aside.replace(path)
+
+    def discard_if_untrained(self) -> None:
+        """Remove the folder of a run that ended before it had anything to keep: its name is free again."""
+        if not self.checkpoints() and not any(self.tensorboard_dir.glob("*")):
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for one training job on this machine.
+
+        Raises:
+            RunError: if another one holds it.
+        """
+        with (self.path / ".lock").open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                raise RunError(
+                    f"{self.path}: this run is being trained already (process {lock.read().strip() or 'unknown'}). "
+                    "Stop that one first, or give this one another run.name."
+                ) from None
+            lock.truncate(0)
+            lock.write(f"{os.getpid()}\n")
+            lock.flush()
+            yield

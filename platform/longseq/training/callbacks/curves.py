@@ -1,0 +1,135 @@
+"""Curves in TensorBoard, and the line or bar a person watches."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+from tqdm import tqdm
+
+from longseq.config import Config
+from longseq.errors import LongseqError
+from longseq.run import Run
+from longseq.training.callbacks.boundary import StepBoundary
+from longseq.training.task import LanguageModelling
+
+
+class Curves(pl.Callback):
+    """Every ``log_every`` steps: loss, perplexity, accuracy, learning rate, gradient norm and tokens a second.
+
+    All are means over the steps since the last point and over all ranks, weighted by target.
+    """
+
+    def __init__(self, run: Run, config: Config):
+        self.run, self.config = run, config
+        self.shown: dict[str, float] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        self.since = time.monotonic()
+        self.bar = _Bar(trainer.global_step, self.config) if trainer.is_global_zero else None
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, task: LanguageModelling, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        if step % self.config.trainer.log_every == 0 or step == self.config.trainer.max_steps:
+            self._log_train(trainer, task, step)
+        if self.bar:
+            self.bar.update(step, self.shown, logged=step % self.config.trainer.log_every == 0)
+
+    def on_validation_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        self.validation_began = time.monotonic()
+
+    def on_validation_end(self, trainer: pl.Trainer, task: LanguageModelling) -> None:
+        self.since += time.monotonic() - self.validation_began  # training speed is that of training
+        curves = quality(task.valid_sums.take(task.device))
+        _write(trainer, "valid", curves, trainer.global_step)
+        if self.bar:
+            self.bar.say(f"step {trainer.global_step}  validation: {_line(curves)}")
+
+    def on_train_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        self._close()
+
+    def on_exception(self, trainer: pl.Trainer, task: pl.LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _log_train(self, trainer: pl.Trainer, task: LanguageModelling, step: int) -> None:
+        sums = task.train_sums.take(task.device)
+        now = time.monotonic()
+        curves = quality(sums)
+        if not math.isfinite(curves["loss"]):
+            newest, _ = self.run.newest_checkpoint()
+            good = f"the last good checkpoint is {newest.path}" if newest else "there is no checkpoint yet"
+            raise LongseqError(
+                f"{self.run.path}: the loss is {curves['loss']} at step {step}; {good}. Lower optim.lr or optim.clip, "
+                "or train with trainer.precision=fp32, and resume."
+            )
+        engine = trainer.strategy.model
+        curves["learning_rate"] = trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0]
+        curves["gradient_norm"] = float(engine.get_global_grad_norm() or 0.0)
+        curves["tokens_per_second"] = sums[3].item() / (now - self.since)
+        curves["padded_tokens_per_second"] = sums[4].item() / (now - self.since)
+        self.since = now
+        self.shown = curves
+        _write(trainer, "train", curves, step)
+
+    def _close(self) -> None:
+        if self.bar:
+            self.bar.close()
+
+
+def quality(sums: Tensor) -> dict[str, float]:
+    """Loss (nats a target), perplexity and accuracy from [Σ loss, correct, targets, ...]."""
+    loss_sum, correct, targets = sums[:3].tolist()
+    loss = loss_sum / max(targets, 1)
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "accuracy": correct / max(targets, 1)}
+
+
+def _write(trainer: pl.Trainer, prefix: str, curves: dict[str, float], step: int) -> None:
+    assert trainer.logger is not None
+    trainer.logger.log_metrics({f"{prefix}/{name}": value for name, value in curves.items()}, step)
+    if trainer.is_global_zero:
+        trainer.logger.experiment.flush()  # type: ignore[attr-defined]  # so that a kill loses no point
+
+
+def _line(curves: dict[str, float]) -> str:
+    text = f"loss {curves['loss']:.4f}  perplexity {curves['perplexity']:.2f}  accuracy {curves['accuracy']:.1%}"
+    if "tokens_per_second" in curves:
+        text += f"  {curves['tokens_per_second']:,.0f} tokens/s"
+    return text
+
+
+class _Bar:
+    """A progress bar on a terminal, a line every ``log_every`` steps elsewhere."""
+
+    def __init__(self, step: int, config: Config):
+        self.max_steps = config.trainer.max_steps
+        self.began, self.first = time.monotonic(), step
+        self.bar = None
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=self.max_steps, initial=step, unit="step", dynamic_ncols=True, leave=True)
+
+    def update(self, step: int, curves: dict[str, float], logged: bool) -> None:
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+            if curves and logged:
+                self.bar.set_postfix_str(_line(curves))
+        elif logged or step == self.max_steps:
+            left = (time.monotonic() - self.began) / max(1, step - self.first) * (self.max_steps - step)
+            self.say(f"step {step}/{self.max_steps}  {_line(curves)}  {tqdm.format_interval(left)} left")
+
+    def say(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()

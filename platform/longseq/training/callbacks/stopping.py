@@ -1,0 +1,27 @@
+"""A stop that was asked for from outside: a signal sets a flag, nothing more."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+from longseq.launch.local import STOP_SIGNAL
+
+
+class StopRequested(Exception):
+    """All ranks have agreed to stop at this step and the state is saved."""
+
+
+class StopFlag:
+    """Remembers that a stop was asked for. Handlers do no work: the ranks agree at a step boundary."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def install(self) -> None:
+        """Take the stop signals; called again once Lightning has put its own handlers in place."""
+        for number in (signal.SIGINT, signal.SIGTERM, STOP_SIGNAL):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True

@@ -1,0 +1,34 @@
+"""Sums and agreements over the ranks."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """Sum over all ranks, in place; the tensor itself where there is one process."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+class ControlGroup:
+    """A gloo group for decisions the ranks take together, so that asking never waits for a GPU."""
+
+    def __init__(self) -> None:
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        self._group = dist.new_group(backend="gloo") if several else None
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if it is true on one."""
+        if self._group is None:
+            return flag
+        votes = torch.tensor(int(flag))
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._group)
+        return bool(votes.item())
+
+    def barrier(self) -> None:
+        if self._group is not None:
+            dist.barrier(self._group)

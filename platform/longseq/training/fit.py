@@ -1,0 +1,97 @@
+"""One process's share of a training run, from its configuration to the last step."""
+
+from __future__ import annotations
+
+import sys
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.environments import LightningEnvironment
+
+from longseq.checkpoint import Checkpoint
+from longseq.config import Config
+from longseq.data import stream_spec
+from longseq.run import Run
+from longseq.training.callbacks.checkpointing import Checkpointing
+from longseq.training.callbacks.curves import Curves
+from longseq.training.callbacks.stopping import StopFlag, StopRequested
+from longseq.training.environment import start_facts
+from longseq.training.strategy import deepspeed_strategy, on_cuda
+from longseq.training.task import LanguageModelling
+from longseq_data.datamodule import SequenceDataModule
+
+_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+def fit(run: Run, config: Config, checkpoint: Checkpoint | None, stop: StopFlag) -> bool:
+    """Train until the last step or an agreed stop. Every rank calls it.
+
+    Returns:
+        True when the last step was reached, False when stopped (and saved) before it.
+    """
+    start = checkpoint.position.step if checkpoint else 0
+    task = LanguageModelling(config)
+    trainer = build_trainer(run, config, stop, start)
+    if trainer.is_global_zero:
+        run.record_start(start_facts(config, start))
+        _summary(task, config, run, start)
+    try:
+        trainer.fit(task, _data(config, start), ckpt_path=checkpoint.path if checkpoint else None)
+    except StopRequested:
+        return False
+    if trainer.is_global_zero:
+        run.mark_finished(trainer.global_step)
+    return True
+
+
+def build_trainer(run: Run, config: Config, stop: StopFlag, start: int) -> pl.Trainer:
+    """Lightning's trainer with everything it would do by itself, and we do otherwise, switched off."""
+    settings = config.trainer
+    return pl.Trainer(
+        accelerator="cuda" if on_cuda(config) else "cpu",
+        devices=settings.devices,
+        strategy=deepspeed_strategy(config),
+        plugins=[LightningEnvironment()],  # processes are ours, also inside a SLURM job
+        precision=_PRECISION[settings.precision],  # type: ignore[arg-type]
+        max_steps=settings.max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=settings.accumulate,
+        val_check_interval=settings.valid_every * settings.accumulate or None,
+        check_val_every_n_epoch=None if settings.valid_every else 1,
+        limit_val_batches=None if settings.valid_every else 0,
+        num_sanity_val_steps=0,
+        inference_mode=False,  # ZeRO-3 gathers weights during validation
+        use_distributed_sampler=False,
+        # A resumed run hides the points after its checkpoint that the interrupted one still wrote.
+        logger=TensorBoardLogger(run.path, name="", version="tensorboard", purge_step=start + 1),
+        callbacks=[Curves(run, config), Checkpointing(run, config, stop)],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def _data(config: Config, start: int) -> SequenceDataModule:
+    return SequenceDataModule(
+        stream_spec(config, "train"),
+        stream_spec(config, "valid") if config.trainer.valid_every else None,
+        batch_sequences=config.batch_sequences,
+        accumulate=config.trainer.accumulate,
+        workers=config.data.workers,
+        start_step=start,
+        valid_samples=config.data.valid_samples,
+    )
+
+
+def _summary(task: LanguageModelling, config: Config, run: Run, start: int) -> None:
+    spec, trainer = task.model.spec, config.trainer
+    attention = "exact attention" if spec.attention == "exact" else f"FAVOR+ {spec.kernel}, {spec.features} features"
+    lines = [
+        f"model    {spec.parameter_count:,} parameters: {spec.depth} blocks, {spec.heads} heads, width {spec.dim}, "
+        f"MLP {spec.ffn_dim}; {attention}; {config.model.objective}",
+        f"step     {config.data.batch_tokens:,} tokens = {config.samples_per_step} sequences × {config.data.length}, "
+        f"on {trainer.devices} {'GPU' if on_cuda(config) else 'CPU'} process(es) × {trainer.accumulate} batch(es)",
+        f"sharding DeepSpeed ZeRO-{trainer.zero_stage}, {trainer.precision}",
+        f"run      {run.path}, step {start} of {trainer.max_steps}",
+    ]
+    print("\n".join(lines), file=sys.stderr, flush=True)

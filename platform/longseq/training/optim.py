@@ -1,0 +1,36 @@
+"""AdamW and the learning rate over the steps."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from longseq.config import OptimConfig
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
+    """AdamW (Loshchilov & Hutter 2019) with weight decay on matrices only."""
+    embeddings = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    decayed, plain = [], []
+    for parameter in model.parameters():
+        (decayed if parameter.ndim == 2 and parameter not in embeddings else plain).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps)
+
+
+def build_schedule(optimizer: AdamW, config: OptimConfig, max_steps: int) -> LambdaLR:
+    """Linear warm-up, then the schedule, as a function of the optimiser step."""
+    return LambdaLR(optimizer, lambda step: learning_rate_share(step, config, max_steps))
+
+
+def learning_rate_share(step: int, config: OptimConfig, max_steps: int) -> float:
+    """Learning rate of step ``step`` (0-based) as a share of the peak."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps))
+    return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,69 @@
+"""DeepSpeed under Lightning, on CUDA (NCCL) and on the CPU (gloo) by the same code."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from longseq.config import Config
+
+
+def on_cuda(config: Config) -> bool:
+    """Whether this run trains on GPUs."""
+    wanted = config.trainer.accelerator
+    return wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
+
+
+def deepspeed_strategy(config: Config) -> DeepSpeedStrategy:
+    """The strategy a configuration asks for. Call it before anything else touches DeepSpeed."""
+    settings: dict[str, Any] = {
+        "zero_optimization": {"stage": config.trainer.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "train_micro_batch_size_per_gpu": config.batch_sequences,
+        "gradient_clipping": config.optim.clip,
+        **config.deepspeed,
+    }
+    settings["zero_optimization"].setdefault("stage", config.trainer.zero_stage)
+    if on_cuda(config):
+        return DeepSpeedStrategy(config=settings, logging_level=logging.WARNING)
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    return CPUDeepSpeedStrategy(config=settings, logging_level=logging.WARNING, process_group_backend="gloo")
+
+
+class CPUDeepSpeedStrategy(DeepSpeedStrategy):
+    """Lightning's DeepSpeed strategy without its refusal of CPUs.
+
+    DeepSpeed itself runs every ZeRO stage over gloo; Lightning only checks for a CUDA device and hands over device
+    indices, which a CPU does not have.
+    """
+
+    def setup_environment(self) -> None:
+        super(DeepSpeedStrategy, self).setup_environment()  # past the check for CUDA
+
+    def setup_distributed(self) -> None:
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    def _setup_model_and_optimizer(
+        self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: LRScheduler | None = None
+    ) -> Any:
+        import deepspeed
+
+        engine, sharded_optimizer, _, _ = deepspeed.initialize(
+            args=argparse.Namespace(device_rank=self.local_rank),
+            config=self.config,
+            model=model,
+            model_parameters=[p for p in model.parameters() if p.requires_grad],
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            dist_init_required=False,
+        )
+        return engine, sharded_optimizer

@@ -1,0 +1,90 @@
+"""The LightningModule: loss, accuracy, optimiser."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longseq.config import Config
+from longseq.models.performer import PerformerLM
+from longseq.training.collectives import all_sum
+from longseq.training.optim import build_optimizer, build_schedule
+from longseq_data.vocabulary import IGNORE, PAD, VOCABULARY_SIZE
+
+Batch = dict[str, Tensor]
+
+
+class LanguageModelling(pl.LightningModule):
+    """Trains a :class:`PerformerLM` on batches of tokens and targets, for both objectives.
+
+    ``train_sums`` and ``valid_sums`` hold [Σ loss, correct, targets, unpadded tokens, tokens] of this rank since
+    their reader last took them; the callbacks turn them into curves.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        torch.manual_seed(config.run.seed)
+        self.model = PerformerLM(config.performer_spec(VOCABULARY_SIZE))
+        self.train_sums = Sums()
+        self.valid_sums = Sums()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        step = self.trainer.global_step
+        self.model.set_step(step)
+        if self.config.model.dropout:
+            torch.manual_seed(_hash("dropout", self.config.run.seed, step, batch_idx, self.global_rank))
+        loss_sum = self._score(batch, self.train_sums)
+        # All targets of the optimiser step, over ranks and accumulated batches: DeepSpeed averages over both, so
+        # the step's gradient is that of the mean over its targets however they are spread.
+        targets = all_sum(batch["step_targets"].clone()).clamp(min=1)
+        return loss_sum * (self.trainer.world_size * self.config.trainer.accumulate / targets)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._score(batch, self.valid_sums)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = build_optimizer(self.model, self.config.optim)
+        schedule = build_schedule(optimizer, self.config.optim, self.config.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _score(self, batch: Batch, sums: Sums) -> Tensor:
+        """Sum of the losses over the batch's targets; counts them in ``sums``."""
+        tokens, targets = batch["tokens"], batch["targets"]
+        real = tokens != PAD
+        logits = self.model(tokens, batch.get("padding")).float()  # (B, L, V)
+        loss_sum = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+        scored = targets != IGNORE
+        correct = ((logits.detach().argmax(-1) == targets) & scored).sum()
+        sums.add(loss_sum.detach(), correct, scored.sum(), real.sum(), torch.tensor(tokens.numel()))
+        return loss_sum
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        real = batch["tokens"] != PAD
+        return batch if bool(real.all()) else {**batch, "padding": real}
+
+
+class Sums:
+    """Running sums of what a step counts, in float64 so that they do not drift."""
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+
+    def add(self, *values: Tensor) -> None:
+        row = torch.stack([value.to(values[0].device, torch.float64) for value in values])
+        self._total = row if self._total is None else self._total + row
+
+    def take(self, device: torch.device) -> Tensor:
+        """The sums over all ranks, [Σ loss, correct, targets, unpadded tokens, tokens], and start again from zero."""
+        total = torch.zeros(5, dtype=torch.float64, device=device) if self._total is None else self._total
+        self._total = None
+        return all_sum(total).cpu()
+
+
+def _hash(*what: int | str) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(what).encode(), digest_size=7).digest(), "big")

@@ -1,0 +1,36 @@
+"""The model's whole weights, out of whatever ZeRO made of them, into a safetensors file and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+def full_state_dict(model: nn.Module, zero_stage: int, keep: bool) -> dict[str, Tensor]:
+    """Every parameter in full, on the CPU. All ranks must call it; those that do not ``keep`` get an empty dict."""
+    state: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if zero_stage == 3:
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if keep:
+                    state[name] = parameter.detach().cpu().clone()
+        elif keep:
+            state[name] = parameter.detach().cpu().clone()
+    return state
+
+
+def save_weights(state: dict[str, Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a safetensors file into a model, in the model's own dtype. Nothing is unpickled."""
+    from safetensors.torch import load_file
+
+    model.load_state_dict({name: tensor.to(torch.float32) for name, tensor in load_file(path).items()})

@@ -1,0 +1,71 @@
+"""The program each training process runs: ``python -m longseq.training.worker RUN``. Started by ``launch.local``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+from longseq.errors import EXIT_ERROR, EXIT_GO_ON, USER_ERRORS, LongseqError
+from longseq.launch.local import report_path
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--reports", type=Path, required=True)
+    parser.add_argument("--parent-pipe", type=int, required=True)
+    args = parser.parse_args()
+    _end_with_parent(args.parent_pipe)
+
+    try:
+        return _train(args.run, args.checkpoint)
+    except USER_ERRORS as error:
+        sentence = str(error)
+    except OSError as error:  # a full disk, mostly: say so without a traceback
+        sentence = f"{error.filename or args.run}: {error.strerror}."
+    report_path(args.reports, int(os.environ["RANK"])).write_text(sentence)
+    return EXIT_ERROR
+
+
+def _train(run_path: Path, checkpoint_path: Path | None) -> int:
+    from longseq.training.callbacks.stopping import StopFlag
+
+    stop = StopFlag()
+    stop.install()
+
+    from longseq.checkpoint import Checkpoint
+    from longseq.run import Run
+    from longseq.training.fit import fit
+
+    _quiet()
+    run = Run.open(run_path)
+    finished = fit(run, run.config(), Checkpoint(checkpoint_path) if checkpoint_path else None, stop)
+    return 0 if finished else EXIT_GO_ON
+
+
+def _end_with_parent(pipe: int) -> None:
+    """Die at once when the parent's end of the pipe closes: it was killed, and nobody else would end us."""
+
+    def watch() -> None:
+        os.read(pipe, 1)
+        os._exit(EXIT_ERROR)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _quiet() -> None:
+    """Libraries' notes on normal operation would bury ours. After their import, which sets their levels."""
+    for category in (UserWarning, FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category)
+    for name in ("lightning.pytorch", "lightning.fabric", "DeepSpeed", "deepspeed", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""favor_attention against the float64 quadratic reference, and the promises its docstring makes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from longseq.attention import chunks, favor_attention, projection_matrix
+from longseq.attention.reference import quadratic_attention
+
+BATCH, HEADS, HEAD_DIM, VALUE_DIM, FEATURES = 2, 3, 16, 9, 40
+
+kernels = pytest.mark.parametrize("kernel", ["softmax", "relu"])
+directions = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+
+
+def inputs(length: int, std: float = 1.0, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    rng = torch.Generator().manual_seed(length)
+    q, k = (std * torch.randn(BATCH, HEADS, length, HEAD_DIM, generator=rng, dtype=dtype) for _ in range(2))
+    v = torch.randn(BATCH, HEADS, length, VALUE_DIM, generator=rng, dtype=dtype)
+    return [t.requires_grad_() for t in (q, k, v)]
+
+
+def reference(q, k, v, **options):
+    omega = projection_matrix(FEATURES, HEAD_DIM, dtype=torch.float64)
+    return quadratic_attention(q, k, v, omega, **options)
+
+
+def padding(length: int) -> torch.Tensor:
+    keep = torch.ones(BATCH, length, dtype=torch.bool)
+    keep[1, length // 2 + 1 :] = False
+    return keep
+
+
+@kernels
+@directions
+@pytest.mark.parametrize("std", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize("length", [2, 127, 128, 129, 301])
+def test_output_and_gradients_equal_the_float64_reference_to_1e_5(kernel, causal, std, length):
+    ours = inputs(length, std)
+    exact = [t.detach().double().requires_grad_() for t in ours]
+    out = favor_attention(*ours, kernel=kernel, causal=causal, features=FEATURES)
+    expected = reference(*exact, kernel=kernel, causal=causal)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+    direction = torch.randn_like(out)
+    gradients = torch.autograd.grad(out, ours, direction)
+    wanted = torch.autograd.grad(expected, exact, direction.double())
+    for name, got, want in zip("qkv", gradients, wanted, strict=True):
+        error = (got - want).abs().max() / want.abs().max()
+        assert error < 1e-5, f"d{name}: {error:.1e}"
+
+
+@kernels
+@directions
+@pytest.mark.parametrize("length", [5, 131])
+def test_padding_is_hidden_as_if_the_keys_were_not_there(kernel, causal, length):
+    q, k, v = inputs(length)
+    keep = padding(length)
+    out = favor_attention(q, k, v, kernel=kernel, causal=causal, features=FEATURES, key_padding=keep)
+    expected = reference(q, k, v, kernel=kernel, causal=causal, key_padding=keep)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+    real = int(keep[1].sum())
+    alone = favor_attention(*(t[1:, :, :real] for t in (q, k, v)), kernel=kernel, causal=causal, features=FEATURES)
+    torch.testing.assert_close(out[1:, :, :real], alone, rtol=1e-5, atol=1e-6)
+
+    out.sum().backward()
+    assert torch.all(k.grad[1, :, real:] == 0)
+    assert torch.all(v.grad[1, :, real:] == 0)
+
+
+@kernels
+@pytest.mark.parametrize("position", [1, 100, 128, 200, 256, 300])
+@pytest.mark.parametrize("scale", [1e4, -3.0, 0.0])
+def test_causal_output_ignores_later_keys_to_the_last_bit(kernel, position, scale):
+    q, k, v = inputs(301)
+    out = favor_attention(q, k, v, kernel=kernel, causal=True, features=FEATURES)
+    later_k, later_v = k.detach().clone(), v.detach().clone()
+    later_k[:, :, position:] *= scale
+    later_v[:, :, position:] *= scale
+    changed = favor_attention(q, later_k, later_v, kernel=kernel, causal=True, features=FEATURES)
+    assert torch.equal(out[:, :, :position], changed[:, :, :position])
+    assert not torch.equal(out[:, :, position:], changed[:, :, position:])
+
+
+@kernels
+def test_causal_gradients_ignore_earlier_outputs(kernel):
+    q, k, v = inputs(200)
+    favor_attention(q, k, v, kernel=kernel, causal=True, features=FEATURES)[:, :, :150].sum().backward()
+    assert all(torch.all(t.grad[:, :, 150:] == 0) for t in (q, k, v))
+
+
+@kernels
+@directions
+@pytest.mark.parametrize("magnitude", [1e-4, 10.0, 100.0, 1e4])
+def test_inputs_of_any_magnitude_give_finite_outputs_and_gradients(kernel, causal, magnitude):
+    q, k, v = inputs(150, magnitude)
+    out = favor_attention(q, k, v, kernel=kernel, causal=causal, features=FEATURES)
+    out.sum().backward()
+    assert out.isfinite().all()
+    assert all(t.grad.isfinite().all() for t in (q, k, v))
+    # A weighted mean stays within its values.
+    assert out.abs().max() <= v.abs().max() * 1.001
+
+
+@kernels
+@directions
+def test_gradients_pass_gradcheck_in_float64(kernel, causal, monkeypatch):
+    monkeypatch.setattr(chunks, "CHUNK", 3)
+    q, k, v = (torch.randn(1, 2, 7, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    keep = torch.tensor([[True] * 6 + [False]])
+
+    def attention(*qkv):
+        return favor_attention(*qkv, kernel=kernel, causal=causal, features=6, key_padding=keep)
+
+    assert torch.autograd.gradcheck(attention, (q, k, v))
+
+
+@kernels
+@directions
+def test_the_chunk_size_changes_nothing_but_rounding(kernel, causal, monkeypatch):
+    q, k, v = inputs(130)
+    whole = favor_attention(q, k, v, kernel=kernel, causal=causal, features=FEATURES)
+    monkeypatch.setattr(chunks, "CHUNK", 17)
+    torch.testing.assert_close(
+        favor_attention(q, k, v, kernel=kernel, causal=causal, features=FEATURES), whole, rtol=1e-5, atol=1e-5
+    )
+
+
+@directions
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs_are_computed_in_fp32_and_come_back_in_their_dtype(causal, dtype):
+    q, k, v = (t.detach().to(dtype) for t in inputs(333))
+    out = favor_attention(q, k, v, causal=causal, features=FEATURES)
+    assert out.dtype == dtype
+    in_fp32 = favor_attention(q.float(), k.float(), v.float(), causal=causal, features=FEATURES)
+    assert torch.equal(out, in_fp32.to(dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(favor_attention(q, k, v, causal=causal, features=FEATURES), out)
+
+
+@directions
+def test_a_query_that_sees_no_key_gets_zeros(causal):
+    q, k, v = inputs(6)
+    keep = torch.zeros(BATCH, 6, dtype=torch.bool)
+    keep[0, 3:] = True  # left padding
+    out = favor_attention(q, k, v, causal=causal, features=FEATURES, key_padding=keep)
+    out.sum().backward()
+    assert torch.all(out[1] == 0)
+    assert torch.all(out[0, :, :3] == 0) == causal
+    assert all(t.grad.isfinite().all() for t in (q, k, v))
+
+
+def test_more_features_come_closer_to_softmax_attention():
+    q, k, v = (t.detach() for t in inputs(64, 0.5))
+    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    errors = [
+        sum((favor_attention(q, k, v, features=m, seed=s) - exact).square().mean().item() for s in range(5))
+        for m in (16, 128, 1024)
+    ]
+    assert errors[0] > 2 * errors[1] > 4 * errors[2]
+
+
+def test_memory_of_the_sums_does_not_lose_small_terms():
+    """Σφ(k) kept in bf16 stalls at 256 equal keys; ours must still average 4,000 of them."""
+    length = 4000
+    q = k = torch.zeros(1, 1, length, 8, dtype=torch.bfloat16)
+    v = torch.arange(length, dtype=torch.float32).view(1, 1, length, 1) / length
+    out = favor_attention(q, k, v, causal=True, features=16)
+    running_mean = v.double().cumsum(2) / torch.arange(1, length + 1).view(1, 1, -1, 1)
+    torch.testing.assert_close(out.double(), running_mean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"kernel": "sotfmax"}, "unknown kernel 'sotfmax'"),
+        ({"key_padding": torch.ones(BATCH, 5)}, "key_padding must be bool"),
+        ({"key_padding": torch.ones(BATCH, 4, dtype=torch.bool)}, r"of shape \(2, 5\)"),
+        ({"features": 0}, "positive sizes"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        favor_attention(*inputs(5), **change)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    q, k, v = inputs(5)
+    with pytest.raises(ValueError, match="as many queries as keys"):
+        favor_attention(q[:, :, :3], k, v, causal=True)
+    with pytest.raises(ValueError, match="differ"):
+        favor_attention(q[..., :8], k, v)
+    with pytest.raises(ValueError, match="must be"):
+        favor_attention(q[0], k[0], v[0])

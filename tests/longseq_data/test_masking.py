@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+
+from longseq_data.masking import mask_tokens, masked_count
+from longseq_data.randomness import generator
+from longseq_data.vocabulary import BOS, EOS, IGNORE, MASK, PAD, RESIDUES, STANDARD
+
+
+def residues(n: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, RESIDUES, n).astype(np.uint8)
+
+
+def test_generator_depends_on_all_of_its_arguments_and_on_nothing_else():
+    draws = {
+        what: generator(*what).random(4).tobytes()
+        for what in [(1,), (2,), (1, 2), (1, "a"), (1, "a", 1), (1, "a", "1"), (1, "a1"), (12,), (1, "a", 12)]
+    }
+    assert len(set(draws.values())) == len(draws)
+    assert generator(1, "a", 1).random(4).tobytes() == draws[1, "a", 1]
+    assert generator(np.int64(1), "a", np.int64(1)).random(4).tobytes() == draws[1, "a", 1]
+
+
+def test_generator_gives_the_same_numbers_for_ever():
+    # A change here changes the data order of every run that is resumed.
+    assert generator(1, "crop", 7).random(2).tolist() == pytest.approx([0.8258500541789543, 0.32777294815771363], abs=0)
+
+
+@pytest.mark.parametrize(("n", "count"), [(0, 0), (1, 1), (6, 1), (10, 2), (11, 2), (20, 3), (1000, 150)])
+def test_fifteen_percent_are_chosen_and_at_least_one(n: int, count: int):
+    tokens = np.concatenate([[BOS], residues(n), [EOS], [PAD] * 3]).astype(np.uint8)
+    inputs, targets = mask_tokens(tokens, 3, 1)
+    chosen = targets != IGNORE
+    assert chosen.sum() == count == masked_count(n)
+    assert (targets[chosen] == tokens[chosen]).all()
+    assert (inputs[~chosen] == tokens[~chosen]).all()
+    assert not chosen[tokens >= RESIDUES].any()
+
+
+def test_masking_is_a_pure_function_of_tokens_seed_and_index():
+    tokens = residues(203)
+    before = tokens.copy()
+    first = mask_tokens(tokens, 3, 1)
+    assert (tokens == before).all()
+    for a, b in zip(first, mask_tokens(tokens, 3, 1), strict=True):
+        assert (a == b).all()
+    for other in [(4, 1), (3, 2)]:
+        assert (mask_tokens(tokens, *other)[1] != first[1]).any()
+
+
+def test_eighty_ten_ten_and_uniform_positions():
+    n, rounds = 40, 4000  # 6 of 40 each time: 24,000 chosen positions
+    tokens = np.full(n, 5, dtype=np.uint8)
+    where = np.zeros(n)
+    seen = np.zeros(29)
+    for index in range(rounds):
+        inputs, targets = mask_tokens(tokens, 0, index)
+        where += targets != IGNORE
+        seen += np.bincount(inputs[targets != IGNORE], minlength=29)
+    chosen = rounds * 6
+    # five standard deviations of a binomial
+    assert abs(seen[MASK] / chosen - 0.8) < 5 * (0.8 * 0.2 / chosen) ** 0.5
+    assert abs(seen[5] / chosen - (0.1 + 0.1 / 20)) < 5 * (0.105 * 0.895 / chosen) ** 0.5
+    others = np.delete(seen[:STANDARD], 5) / chosen
+    assert np.abs(others - 0.1 / 20).max() < 5 * (0.005 / chosen) ** 0.5
+    assert seen[STANDARD:MASK].sum() == 0  # never a rare residue, BOS, EOS or PAD
+    assert np.abs(where / rounds - 0.15).max() < 5 * (0.15 * 0.85 / rounds) ** 0.5

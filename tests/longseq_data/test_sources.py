@@ -1,0 +1,135 @@
+"""Paths, globs and URLs."""
+
+import gzip
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+
+from longseq_data.errors import DataError
+from longseq_data.fasta import expand_sources, read_records
+
+FASTA = ">a first\nMKV\nLA\n>b\nACD\n"
+
+
+def contents(source: str) -> list[tuple[str, str, str, int]]:
+    return [(r.identifier, r.description, r.sequence, r.line) for r in read_records(source)]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_plain_gzipped_url_and_memory_give_the_same_records(write, http_address):
+    import fsspec
+
+    plain = write("a.fasta", FASTA)
+    zipped = write("b.fasta.gz", gzip.compress(FASTA.encode()))
+    disguised = write("zipped_but_named.fasta", gzip.compress(FASTA.encode()))
+    fsspec.filesystem("memory").pipe("/longseq/a.fasta", FASTA.encode())
+    expected = [("a", "a first", "MKVLA", 1), ("b", "b", "ACD", 4)]
+    urls = [f"{http_address}/a.fasta", f"{http_address}/b.fasta.gz", "memory://longseq/a.fasta", f"file://{plain}"]
+    for source in [plain, zipped, disguised, *urls]:
+        assert contents(source) == expected, source
+
+
+def test_a_url_larger_than_every_buffer_is_read_to_its_end(write, http_address):
+    text = "".join(f">r{i}\n{'ACDEFGHIKL' * 50}\n" for i in range(15_000))  # 7.6 MB
+    write("large.fasta", text)
+    assert sum(len(r.sequence) for r in read_records(f"{http_address}/large.fasta")) == 15_000 * 500
+
+
+def test_globs_are_sorted_absolute_and_without_duplicates(write, tmp_path, monkeypatch):
+    b, a = write("b.fasta", FASTA), write("a.fasta", FASTA)
+    (tmp_path / "folder.fasta").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert expand_sources(["*.fasta"]) == [a, b]
+    assert expand_sources(["b.fasta", "*.fasta", a]) == [b, a]
+    assert expand_sources([str(tmp_path / "**" / "a.*")]) == [a]
+
+
+def test_a_file_whose_name_looks_like_a_glob_is_a_file(write):
+    odd = write("a[1].fasta", FASTA)
+    assert expand_sources([odd]) == [odd]
+
+
+def test_the_home_folder_is_expanded(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    a = write("a.fasta", FASTA)
+    assert expand_sources(["~/a.fasta", "~/*.fasta"]) == [a]
+
+
+def test_globs_of_urls_use_the_filesystem(write, http_address):
+    import fsspec
+
+    for name in ("x1.fa", "x2.fa", "y.fa"):
+        fsspec.filesystem("memory").pipe(f"/globbed/{name}", FASTA.encode())
+        write(name, FASTA)
+    assert expand_sources(["memory://globbed/x*.fa"]) == ["memory:///globbed/x1.fa", "memory:///globbed/x2.fa"]
+    assert expand_sources([f"{http_address}/x*.fa"]) == [f"{http_address}/x1.fa", f"{http_address}/x2.fa"]
+    assert [r.identifier for r in read_records("memory:///globbed/x1.fa")] == ["a", "b"]
+
+
+def test_a_query_and_an_ipv6_host_are_no_globs():
+    urls = ["https://host/get?format=fasta", "http://[::1]:80/a.fasta"]
+    assert expand_sources(urls) == urls
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("missing.fasta", "missing.fasta does not exist (looked in {here}); correct the path."),
+        ("*.nothing", "No file matches *.nothing (looked in {here}); correct the pattern."),
+        ("sub", "sub is a directory; name its files, for example 'sub/*.fasta.gz'."),
+        ("sub/", "sub/ is a directory; name its files, for example 'sub/*.fasta.gz'."),
+        ("~nobody-of-that-name/a.fasta", "~nobody-of-that-name/a.fasta does not exist (looked in {here}); correct the"),
+        ("/dev/null", "/dev/null is no regular file"),
+        ("memory://no*.thing", "No file matches memory://no*.thing"),
+        ("nonsense://a*b", "nonsense://a*b: unknown kind of URL"),
+    ],
+)
+def test_sources_that_are_not_there(pattern: str, message: str, tmp_path: Path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as caught:
+        expand_sources([pattern])
+    assert str(caught.value).startswith(message.format(here=tmp_path))
+
+
+def test_an_address_that_the_server_does_not_know(http_address):
+    with pytest.raises(DataError, match=r"/none\.fasta: not found; correct the address\.$"):
+        list(read_records(f"{http_address}/none.fasta"))
+
+
+def test_a_server_that_does_not_answer():
+    source = f"http://127.0.0.1:{free_port()}/a.fasta"
+    with pytest.raises(DataError) as caught:
+        list(read_records(source))
+    message = str(caught.value)
+    assert message.startswith(f"{source}: cannot be read (")
+    assert message.endswith("check the address and the connection.")
+    assert "\n" not in message
+
+
+def test_kinds_of_urls_that_cannot_be_opened():
+    with pytest.raises(DataError, match=r"^nonsense://a/b: unknown kind of URL .*; use a path"):
+        list(read_records("nonsense://a/b"))
+
+
+def test_a_download_cut_short_is_no_end_of_file():
+    def serve(listener: socket.socket) -> None:
+        for _ in range(2):  # the question for the size, then the download
+            connection, _ = listener.accept()
+            request = connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\nConnection: close\r\n\r\n")
+            if request.startswith(b"GET"):
+                connection.sendall(b">a\nACDEF\n>b\nACDEF\n>c\nACD")  # 24 bytes
+            connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, args=(listener,), daemon=True).start()
+        with pytest.raises(DataError, match=r"a\.fasta(, after line 5)?: cannot be read \(.*received 24 of 1000 bytes"):
+            list(read_records(f"http://127.0.0.1:{listener.getsockname()[1]}/a.fasta"))
