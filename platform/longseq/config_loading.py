@@ -57,7 +57,7 @@ def described_keys() -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     for section in fields(Config):
         if section.name in _FREE_FORM:
             continue
-        defaults = section.default_factory()  # type: ignore[misc]  # every section has a factory
+        defaults = getattr(Config(), section.name)
         for item in fields(defaults):
             extra = {"type": str(item.type), "default": getattr(defaults, item.name)}
             yield section.name, item.name, {**item.metadata, **extra}
@@ -128,7 +128,7 @@ def _layers(path: Path, below: tuple[Path, ...]) -> Iterator[_Layer]:
     yield _Layer(values, str(path), lines)
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+def _read_yaml(path: Path) -> tuple[dict[Any, Any], dict[str, int]]:
     try:
         text = path.read_text()
         node = yaml.compose(text)
@@ -143,7 +143,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         raise ConfigError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}.") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a configuration is a mapping of sections, this is a {type(values).__name__}.")
-    return values, dict(_lines(node))  # type: ignore[arg-type]
+    return values, dict(_lines(node))
 
 
 def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:

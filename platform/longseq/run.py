@@ -110,7 +110,7 @@ class Run:
 
     def newest_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest checkpoint whose files are all there and unchanged, and what is wrong with newer ones."""
-        damaged = []
+        damaged: list[str] = []
         for checkpoint in reversed(self.checkpoints()):
             problem = checkpoint.problem()
             if problem is None:

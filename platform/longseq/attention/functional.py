@@ -8,7 +8,7 @@ from torch import Tensor
 
 from longseq.attention.bidirectional import bidirectional_attention
 from longseq.attention.causal import causal_attention
-from longseq.attention.feature_maps import FEATURE_MAPS
+from longseq.attention.feature_maps import FEATURE_MAPS, FeatureMap
 from longseq.attention.projections import projection_matrix
 
 KERNELS = tuple(FEATURE_MAPS)
@@ -55,9 +55,11 @@ def favor_attention(
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     omega = projection_matrix(features, q.shape[-1], seed=seed, layer=layer, draw=draw, device=q.device, dtype=dtype)
     hidden = None if key_padding is None else ~key_padding.repeat_interleave(q.shape[1], dim=0)
+    feature_map: FeatureMap = FEATURE_MAPS[kernel](omega)
     attention = causal_attention if causal else bidirectional_attention
     with torch.autocast(q.device.type, enabled=False):
-        out = attention(*(t.flatten(0, 1).to(dtype) for t in (q, k, v)), hidden, FEATURE_MAPS[kernel](omega))
+        q, k, v_ = (t.flatten(0, 1).to(dtype) for t in (q, k, v))
+        out = attention(q, k, v_, hidden, feature_map)
     return out.view(*rows, q.shape[-2], value_dim).to(v.dtype)
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from longseq.models.layers import Block
+from longseq.models.layers import Attention, Block
 from longseq.models.spec import PerformerSpec
 
 
@@ -51,8 +50,9 @@ class PerformerLM(nn.Module):
 
     def set_step(self, step: int) -> None:
         """Use the projections that belong to optimiser step ``step``."""
-        for block in self.blocks:
-            block.attention.draw = self.spec.draw_at(step)
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.draw = self.spec.draw_at(step)
 
     def _initialise(self) -> None:
         # GPT-2's scheme: 0.02, and residual branches shrunk so that the sum over the depth keeps its variance.

@@ -14,7 +14,8 @@ from longseq.config import OptimConfig
 def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
     """AdamW (Loshchilov & Hutter 2019) with weight decay on matrices only."""
     embeddings = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         (decayed if parameter.ndim == 2 and parameter not in embeddings else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]

@@ -30,7 +30,7 @@ class LanguageModelling(pl.LightningModule):
         super().__init__()
         self.config = config
         torch.manual_seed(config.run.seed)
-        self.model = PerformerLM(config.performer_spec(VOCABULARY_SIZE))
+        self.model: PerformerLM = PerformerLM(config.performer_spec(VOCABULARY_SIZE))
         self.train_sums = Sums()
         self.valid_sums = Sums()
 

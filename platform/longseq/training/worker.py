@@ -10,7 +10,7 @@ import threading
 import warnings
 from pathlib import Path
 
-from longseq.errors import EXIT_ERROR, EXIT_GO_ON, USER_ERRORS, LongseqError
+from longseq.errors import EXIT_ERROR, EXIT_GO_ON, USER_ERRORS
 from longseq.launch.local import report_path
 
 

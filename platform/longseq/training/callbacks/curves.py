@@ -14,7 +14,6 @@ from tqdm import tqdm
 from longseq.config import Config
 from longseq.errors import LongseqError
 from longseq.run import Run
-from longseq.training.callbacks.boundary import StepBoundary
 from longseq.training.task import LanguageModelling
 
 
