@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from longseq.checkpoint import Checkpoint
 from longseq.config import Config

@@ -79,6 +79,11 @@ class Sums:
         row = torch.stack([value.to(values[0].device, torch.float64) for value in values])
         self._total = row if self._total is None else self._total + row
 
+    @property
+    def finite(self) -> bool:
+        """Whether this rank's loss has been finite since the sums were last taken."""
+        return self._total is None or bool(self._total[0].isfinite())
+
     def take(self, device: torch.device) -> Tensor:
         """The sums over all ranks, [Σ loss, correct, targets, unpadded tokens, tokens], and start again from zero."""
         total = torch.zeros(5, dtype=torch.float64, device=device) if self._total is None else self._total

@@ -11,8 +11,10 @@ from longseq.checkpoint import TrainingPosition
 from longseq.config import Config
 from longseq.run import Run
 from longseq.training.callbacks.boundary import StepBoundary
+from longseq.training.callbacks.curves import not_finite
 from longseq.training.callbacks.stopping import StopFlag, StopRequested
 from longseq.training.collectives import ControlGroup
+from longseq.training.task import LanguageModelling
 from longseq.training.weights import full_state_dict, save_weights
 
 
@@ -30,11 +32,14 @@ class Checkpointing(StepBoundary):
         every, last = self.config.trainer.checkpoint_every, self.config.trainer.max_steps
         stopping = self.control.any(self.stop.requested) and step < last
         if stopping or step >= last or (every and step % every == 0):
+            assert isinstance(task, LanguageModelling)
+            if self.control.any(not task.train_sums.finite):
+                raise not_finite(self.run, step)
             self._save(trainer, task, step)
         if stopping:
             raise StopRequested
 
-    def _save(self, trainer: pl.Trainer, task: pl.LightningModule, step: int) -> None:
+    def _save(self, trainer: pl.Trainer, task: LanguageModelling, step: int) -> None:
         directory = self.run.checkpoints_dir
         partial = checkpoint.partial_path(directory, step)
         if trainer.is_global_zero:

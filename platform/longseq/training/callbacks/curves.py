@@ -14,6 +14,7 @@ from tqdm import tqdm
 from longseq.config import Config
 from longseq.errors import LongseqError
 from longseq.run import Run
+from longseq.training.optim import learning_rate_share
 from longseq.training.task import LanguageModelling
 
 
@@ -32,12 +33,13 @@ class Curves(pl.Callback):
         self.bar = _Bar(trainer.global_step, self.config) if trainer.is_global_zero else None
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, task: LanguageModelling, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         if step % self.config.trainer.log_every == 0 or step == self.config.trainer.max_steps:
+            assert isinstance(task, LanguageModelling)
             self._log_train(trainer, task, step)
         if self.bar:
             self.bar.update(step, self.shown, logged=step % self.config.trainer.log_every == 0)
@@ -45,7 +47,8 @@ class Curves(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         self.validation_began = time.monotonic()
 
-    def on_validation_end(self, trainer: pl.Trainer, task: LanguageModelling) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        assert isinstance(task, LanguageModelling)
         self.since += time.monotonic() - self.validation_began  # training speed is that of training
         curves = quality(task.valid_sums.take(task.device))
         _write(trainer, "valid", curves, trainer.global_step)
@@ -63,14 +66,10 @@ class Curves(pl.Callback):
         now = time.monotonic()
         curves = quality(sums)
         if not math.isfinite(curves["loss"]):
-            newest, _ = self.run.newest_checkpoint()
-            good = f"the last good checkpoint is {newest.path}" if newest else "there is no checkpoint yet"
-            raise LongseqError(
-                f"{self.run.path}: the loss is {curves['loss']} at step {step}; {good}. Lower optim.lr or optim.clip, "
-                "or train with trainer.precision=fp32, and resume."
-            )
-        engine = trainer.strategy.model
-        curves["learning_rate"] = trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0]
+            raise not_finite(self.run, step)
+        optim = self.config.optim
+        engine: Any = trainer.strategy.model  # DeepSpeed's
+        curves["learning_rate"] = optim.lr * learning_rate_share(step - 1, optim, self.config.trainer.max_steps)
         curves["gradient_norm"] = float(engine.get_global_grad_norm() or 0.0)
         curves["tokens_per_second"] = sums[3].item() / (now - self.since)
         curves["padded_tokens_per_second"] = sums[4].item() / (now - self.since)
@@ -88,6 +87,15 @@ def quality(sums: Tensor) -> dict[str, float]:
     loss_sum, correct, targets = sums[:3].tolist()
     loss = loss_sum / max(targets, 1)
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "accuracy": correct / max(targets, 1)}
+
+
+def not_finite(run: Run, step: int) -> LongseqError:
+    """What to say when the loss is NaN or infinite."""
+    newest, _ = run.newest_checkpoint()
+    good = f"the last good checkpoint is {newest.path}" if newest else "there is no checkpoint yet"
+    return LongseqError(
+        f"{run.path}: the loss is not finite at step {step}; {good}. Resume with a lower optim.lr or optim.clip."
+    )
 
 
 def _write(trainer: pl.Trainer, prefix: str, curves: dict[str, float], step: int) -> None:
