@@ -78,7 +78,7 @@ def _start(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "PYTHONSAFEPATH": "1",  # a file of the user's named like a library must not be imported
-        # DeepSpeed builds its helper with ninja, which pip puts beside the interpreter.
+        # DeepSpeed builds some of its operators with ninja, which pip puts beside the interpreter.
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath))),
     }
     command = [sys.executable, "-m", "longseq.training.worker", str(run.path)]

@@ -49,6 +49,11 @@ class CPUDeepSpeedStrategy(DeepSpeedStrategy):
         super(DeepSpeedStrategy, self).setup_environment()  # past the check for CUDA
 
     def setup_distributed(self) -> None:
+        import deepspeed
+
+        # A shared-memory all-reduce for inference, which training never calls: compiling it would cost the first run
+        # most of a minute and a C++ compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 

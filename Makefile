@@ -1,0 +1,51 @@
+# make quickstart   a virtual environment, a small corpus, a Performer trained and evaluated
+# make test         everything that this machine can run
+# make check        lint, format and types
+# make test-long    proofs too long for every change
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CORPUS := data/synthetic.fasta.gz
+RUN := quickstart-$(shell date +%Y%m%d-%H%M%S)
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-long check clean
+
+help:
+	@sed -n 's/^# make /make /p' Makefile
+
+install: $(VENV)/.runs
+
+# Installed again only when the requirements change, so that everything below works offline from the second time on.
+$(VENV)/.runs: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/.tests: $(VENV)/.runs
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+$(CORPUS): | $(VENV)/.runs
+	$(BIN)/longseq data synth $@ --families 32 --records 4000 --mean-length 120
+
+quickstart: $(VENV)/.runs $(CORPUS)
+	$(BIN)/longseq fit configs/protein/quickstart.yaml run.name=$(RUN) trainer.devices=2
+	$(BIN)/longseq evaluate runs/$(RUN)
+	@echo
+	@echo "See its curves:    $(BIN)/tensorboard --logdir runs/$(RUN)/tensorboard"
+
+test: $(VENV)/.tests
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: $(VENV)/.tests
+	$(BIN)/python -m pytest -m long
+
+check: $(VENV)/.tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
