@@ -60,7 +60,8 @@ def _expand_path(pattern: str) -> list[str]:
     if path.exists():
         raise DataError(f"{pattern} is no regular file; training reads its data more than once, so save it to a file.")
     if not glob.has_magic(pattern):
-        raise DataError(f"{pattern} does not exist (looked in {Path.cwd()}); correct the path.")
+        hint = "several files go in brackets: '[a.fasta,b.fasta]'" if "," in pattern else "correct the path"
+        raise DataError(f"{pattern} does not exist (looked in {Path.cwd()}); {hint}.")
     # glob.glob and not Path.glob: the pattern may be absolute
     matches = sorted(match for match in glob.glob(str(path), recursive=True) if Path(match).is_file())  # noqa: PTH207
     if not matches:

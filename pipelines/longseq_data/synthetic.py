@@ -365,7 +365,7 @@ def write_fasta(
         if path.is_dir():
             raise DataError(f"{path} is a folder: give the name of a file, for example {path / 'synthetic.fasta.gz'}.")
         if path.exists() and not overwrite:
-            raise DataError(f"{path} exists already: choose another name, or ask to overwrite it.")
+            raise DataError(f"{path} exists already: choose another name, or overwrite it (--overwrite).")
         partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -383,8 +383,8 @@ def write_fasta(
                 partial.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(
-            f"{path} cannot be written ({error.strerror or error}): free some space, or choose a folder that you can "
-            "write to; nothing half-written was left."
+            f"{path} cannot be written ({error.strerror or error}): choose a folder with space that you can write to; "
+            "nothing half-written was left."
         ) from error
     return report
 

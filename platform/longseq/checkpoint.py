@@ -57,8 +57,7 @@ class Checkpoint:
         Raises:
             RunError: if the manifest cannot be read.
         """
-        manifest = self._manifest()
-        return TrainingPosition(**manifest["position"])
+        return TrainingPosition(**self._manifest()["position"])
 
     def problem(self) -> str | None:
         """What is wrong with the files, as one sentence; None if all are there with their checksums."""
@@ -83,10 +82,15 @@ class Checkpoint:
             raise RunError(f"{self.manifest_path}: cannot be read: {error.strerror}.") from None
         except ValueError:
             raise RunError(f"{self.manifest_path}: not valid JSON, so it was damaged.") from None
-        if manifest.get("format") != FORMAT:
-            raise RunError(
-                f"{self.manifest_path}: format {manifest.get('format')}, this version of longseq reads {FORMAT}."
-            )
+        try:
+            if manifest["format"] != FORMAT:
+                raise RunError(
+                    f"{self.manifest_path}: format {manifest['format']}, this version of longseq reads {FORMAT}."
+                )
+            TrainingPosition(**manifest["position"])
+            _ = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        except (KeyError, TypeError, AttributeError):
+            raise RunError(f"{self.manifest_path}: entries are missing or misspelt, so it was damaged.") from None
         return manifest
 
 
@@ -122,9 +126,19 @@ def publish(directory: Path, position: TrainingPosition) -> Checkpoint:
 
 
 def prune(directory: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints, and what interrupted writers left."""
-    for stale in sorted(directory.glob("step-*.ckpt"))[:-keep]:
+    """Remove all but the newest ``keep`` checkpoints up to ``last``, and what interrupted writers left.
+
+    Those after ``last`` are damaged (a resume went behind them): they must not crowd out the good ones.
+    """
+    last = (directory / "last").resolve().name
+    known = sorted(path for path in directory.glob("step-*.ckpt") if path.name <= last)
+    for stale in known[:-keep]:
         shutil.rmtree(stale, ignore_errors=True)
+    remove_partials(directory)
+
+
+def remove_partials(directory: Path) -> None:
+    """Remove what interrupted writers left. Only where none is writing."""
     for partial in directory.glob(".step-*.partial"):
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if misplaced:
         parser.error(f"unrecognized arguments: {' '.join(misplaced)}")
     if rest:
-        args.overrides += rest
+        args.overrides = [*args.overrides, *rest]
     try:
         return args.run(args)
     except USER_ERRORS as error:
@@ -51,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_ERROR
     except BrokenPipeError:  # the reader, `head` say, has what it wanted
         sys.stderr.close()
+        return EXIT_ERROR
+    except OSError as error:  # a full or read-only disk, mostly
+        print(f"longseq: error: {error.filename or 'input or output'}: {error.strerror or error}.", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
         return 130

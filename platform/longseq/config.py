@@ -52,7 +52,9 @@ class AttentionConfig:
     kind: str = key("favor", "FAVOR+, or exact softmax attention over the same weights", choices=("favor", "exact"))
     kernel: str = key("softmax", "feature map of FAVOR+", choices=("softmax", "relu"))
     features: int = key(256, "random features a head (m)", at_least=1)
-    qk_norm: bool = key(False, "unit-length queries and keys with a learned temperature a head")
+    qk_norm: bool = key(
+        False, "unit-length queries and keys with a learned temperature a head (next to no effect with kernel relu)"
+    )
     redraw_every: int = key(1000, "optimiser steps between draws of the projections; 0: never", at_least=0)
 
 
@@ -171,6 +173,11 @@ class Config:
             raise ConfigError(
                 f"data.valid_fraction + data.test_fraction = {data.valid_fraction} + {data.test_fraction} leaves "
                 "nothing to train on: make them smaller."
+            )
+        if trainer.valid_every and not data.valid and not data.valid_fraction:
+            raise ConfigError(
+                f"trainer.valid_every={trainer.valid_every}, but nothing is held out to validate on: name files in "
+                "data.valid, set data.valid_fraction above 0, or trainer.valid_every=0."
             )
         if len(self.optim.betas) != 2 or not all(0 <= beta < 1 for beta in self.optim.betas):
             raise ConfigError(f"optim.betas={list(self.optim.betas)}: two numbers from [0, 1), e.g. [0.9, 0.98].")

@@ -6,6 +6,8 @@ Each value keeps the place it came from (file and line, or the command line), so
 from __future__ import annotations
 
 import difflib
+import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -36,7 +38,8 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     try:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {_first_line(error)}.") from None
+        name = error.full_key or ""
+        raise ConfigError(f"{places.get(name, path)}: {name}: {_first_line(error)}.") from None
     assert isinstance(config, Config)
     for section, name, limits in described_keys():
         full = f"{section}.{name}"
@@ -75,9 +78,14 @@ class _Layer:
             return OmegaConf.merge(config, self.values)  # type: ignore[return-value]
         except (OmegaConfBaseException, TypeError) as error:
             name = getattr(error, "full_key", None) or next(reversed(self.places()), "")
-            meaning = next((m for s, k, m in described_keys() if name.startswith(f"{s}.{k}")), None)
-            expects = f" {name} is {_type_name(meaning['type'])}: {meaning['meaning']}." if meaning else ""
-            raise ConfigError(f"{self._place(name)}: {name}: {_first_line(error)}.{expects}") from None
+            name = name.partition("[")[0]  # optim.betas[1] is a part of optim.betas
+            for section, key, about in described_keys():
+                if name == f"{section}.{key}":
+                    raise ConfigError(
+                        f"{self._place(name)}: {name}={self.values[section].get(key)} is not "
+                        f"{_type_name(about['type'])}: {about['meaning']}."
+                    ) from None
+            raise ConfigError(f"{self._place(name)}: {name}: {_first_line(error)}.") from None
 
     def places(self) -> dict[str, str]:
         """Where each section.key of this layer stands."""
@@ -90,10 +98,10 @@ class _Layer:
         for section, content in self.values.items():
             if section not in sections:
                 raise self._unknown(str(section), known)
-            if section in _FREE_FORM:
-                continue
             if not isinstance(content, dict):
                 raise ConfigError(f"{self._place(section)}: {section} is a section, it needs keys below it.")
+            if section in _FREE_FORM:
+                continue
             for name, value in content.items():
                 full = f"{section}.{name}"
                 if full not in known:
@@ -102,12 +110,18 @@ class _Layer:
                     content[name] = [value]  # one path may stand without brackets
 
     def _unknown(self, name: str, known: Sequence[str]) -> ConfigError:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
         last = name.rpartition(".")[2]
-        by_last_word = [k for k in known if difflib.SequenceMatcher(None, k.rpartition(".")[2], last).ratio() > 0.8]
+        if name == last and not any(k.endswith(f".{name}") for k in known):
+            near = difflib.get_close_matches(name, [section.name for section in fields(Config)], n=1)
+            if near:
+                keys = ", ".join(k for s, k, _ in described_keys() if s == near[0])
+                return ConfigError(f"{self._place(name)}: unknown section {name!r}. Did you mean {near[0]} ({keys})?")
+        # Keys that end alike, then those whose meaning has the words; the section alone makes nothing alike.
+        alike = {k: difflib.SequenceMatcher(None, k.rpartition(".")[2], last).ratio() for k in known}
+        ranked = sorted(alike, key=lambda k: -alike[k])
         words = last.replace("_", " ")
         by_meaning = [f"{s}.{k}" for s, k, m in described_keys() if len(words) > 3 and words in m["meaning"]]
-        near = (by_last_word or by_meaning or near)[:1]
+        near = ([k for k in ranked if alike[k] > 0.8] or by_meaning or [k for k in ranked if alike[k] > 0.6])[:1]
         meaning = next((m["meaning"] for s, k, m in described_keys() if near == [f"{s}.{k}"]), "")
         hint = f" Did you mean {near[0]} ({meaning})?" if near else " `longseq fit --help` lists the keys."
         return ConfigError(f"{self._place(name)}: unknown key {name!r}.{hint}")
@@ -123,8 +137,14 @@ def _layers(path: Path, below: tuple[Path, ...]) -> Iterator[_Layer]:
         raise ConfigError(f"{path}: extends itself by way of {' → '.join(map(str, below))}.")
     values, lines = _read_yaml(path)
     bases = values.pop("extends", [])
-    for base in [bases] if isinstance(bases, str) else bases:
-        yield from _layers(path.parent / str(base), (*below, path.resolve()))
+    bases = [bases] if isinstance(bases, str) else bases
+    where = f"{path}:{lines.get('extends', 1)}"
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{where}: extends={bases}: name a YAML file or a list of them, relative to this file.")
+    for base in bases:
+        if not (path.parent / base).is_file():
+            raise ConfigError(f"{where}: extends {base}: no such file in {path.parent.resolve()}.")
+        yield from _layers(path.parent / base, (*below, path.resolve()))
     yield _Layer(values, str(path), lines)
 
 
@@ -140,7 +160,7 @@ def _read_yaml(path: Path) -> tuple[dict[Any, Any], dict[str, int]]:
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}.") from None
+        raise ConfigError(f"{path}{line}: not valid YAML: {_yaml_problem(error)}.") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a configuration is a mapping of sections, this is a {type(values).__name__}.")
     return values, dict(_lines(node))
@@ -155,13 +175,18 @@ def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]
 
 
 def _override_layer(argument: str) -> _Layer:
-    name, equals, _ = argument.partition("=")
+    name, equals, value = argument.partition("=")
     if not equals or not name.strip():
         raise ConfigError(f"argument {argument!r}: an override is section.key=value, e.g. trainer.devices=2.")
+    if value.startswith("*"):  # a glob, where YAML would see an alias
+        value = json.dumps(value)
     try:
-        values = OmegaConf.to_container(OmegaConf.from_dotlist([argument]))
+        values = OmegaConf.to_container(OmegaConf.from_dotlist([f"{name}={value}"]))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"argument {argument!r}: {_first_line(error)}.") from None
+        raise ConfigError(
+            f"argument {argument!r}: not valid YAML: {_yaml_problem(error)}. Close what is opened, and quote inside a "
+            "list what begins with * or holds ${: data.train='[\"*.fasta.gz\"]'."
+        ) from None
     assert isinstance(values, dict)
     return _Layer(values, f"argument {argument!r}")  # type: ignore[arg-type]
 
@@ -173,6 +198,8 @@ def _check_limits(name: str, value: Any, limits: Mapping[str, Any], place: str) 
         near = difflib.get_close_matches(str(value), limits["choices"], n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise ConfigError(f"{place}: {name}={value}: choose from {', '.join(limits['choices'])}.{hint}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{place}: {name}={value} must be a finite number: {limits['meaning']}.")
     low, high = limits["at_least"], limits["below"]
     if (low is not None and not value >= low) or (high is not None and not value < high):
         bounds = " and ".join(
@@ -187,7 +214,14 @@ def _is_list_key(section: str, name: str) -> bool:
 
 def _type_name(annotation: str) -> str:
     names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-    return names.get(annotation.removesuffix(" | None"), "a list" if annotation.startswith("list") else annotation)
+    lists = {"list[str]": "a list of text", "list[float]": "a list of numbers"}
+    return (names | lists).get(annotation.removesuffix(" | None"), annotation)
+
+
+def _yaml_problem(error: Exception) -> str:
+    """What the parser says, on one line: context and problem are two halves of a sentence."""
+    halves = [getattr(error, "context", None), getattr(error, "problem", None)]
+    return ", ".join(half for half in halves if half) or _first_line(error)
 
 
 def _first_line(error: Exception) -> str:

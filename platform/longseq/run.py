@@ -67,6 +67,8 @@ class Run:
                 "begins with a letter or digit, and has at most 100 of them."
             )
         path = Path(config.run.dir).expanduser().resolve() / config.run.name
+        if path.parent.exists() and not path.parent.is_dir():
+            raise RunError(f"run.dir={config.run.dir}: a file, not a folder: choose another run.dir.")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.mkdir()
@@ -104,9 +106,9 @@ class Run:
         return load_config(self.config_path, overrides)
 
     def checkpoints(self) -> list[Checkpoint]:
-        """Every checkpoint that was written to its end, oldest first."""
+        """Every checkpoint that was written to its end, oldest first; some may have been damaged since."""
         found = (Checkpoint(path) for path in self.checkpoints_dir.glob("step-*.ckpt"))
-        return sorted((c for c in found if c.manifest_path.is_file()), key=lambda c: c.path.name)
+        return sorted(found, key=lambda checkpoint: checkpoint.path.name)
 
     def newest_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest checkpoint whose files are all there and unchanged, and what is wrong with newer ones."""

@@ -28,7 +28,11 @@ _BASELINE_TARGETS = 20_000_000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="RUN|CHECKPOINT", type=Path, help="a run folder, or one of its checkpoints")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="e.g. data.ood=viruses.fasta.gz or attention.kind=exact"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        default=[],
+        help="e.g. data.ood=viruses.fasta.gz or attention.kind=exact",
     )
     parser.add_argument(
         "--split",

@@ -16,7 +16,7 @@ from longseq.run import Run
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="a YAML file, e.g. configs/protein/base.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.train='[a.fasta.gz]'")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", default=[], help="e.g. data.train='[a.fasta.gz]'")
     parser.epilog = help_on_keys()
 
 
@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     resolve_sources(config)
     check_data(config)
-    check_disk(config)
+    check_disk(config, Path(config.run.dir).expanduser().resolve())
     new = Run.create(config, default_name=args.config.stem)
     with new.locked():
         try:

@@ -9,16 +9,17 @@ import argparse
 import sys
 
 from longseq.checkpoint import Checkpoint
-from longseq.commands.training import check_disk, help_on_keys, train
+from longseq.commands.training import check_data, check_disk, help_on_keys, train
 from longseq.config import Config
 from longseq.config_loading import save_config
+from longseq.data import resolve_sources
 from longseq.errors import RunError
 from longseq.run import Run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", metavar="RUN", help="a run folder, e.g. runs/quickstart")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. trainer.max_steps=20000")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", default=[], help="e.g. trainer.max_steps=20000")
     parser.epilog = help_on_keys()
 
 
@@ -37,7 +38,9 @@ def run(args: argparse.Namespace) -> int:
                     f"{run.path}: finished at step {checkpoint.position.step}. To train on, raise the last step: "
                     f"`longseq resume {args.run_folder} trainer.max_steps={2 * checkpoint.position.step}`."
                 )
-        check_disk(config)
+        resolve_sources(config)
+        check_data(config)
+        check_disk(config, run.path)
         (run.path / "FINISHED").unlink(missing_ok=True)
         save_config(config, run.config_path)
         return train(run, config, checkpoint)
@@ -49,7 +52,10 @@ def _refuse_another_experiment(before: Config, after: Config, run: Run) -> None:
         "run": ("name", "dir", "seed"),
         "model": ("preset", "dim", "depth", "heads", "ffn_dim", "objective"),
         "attention": ("qk_norm",),
-        "data": ("train", "valid", "valid_fraction", "test_fraction", "length", "packing", "batch_tokens"),
+        "data": (
+            *("train", "valid", "test", "valid_fraction", "test_fraction"),
+            *("length", "packing", "batch_tokens", "shuffle_buffer"),
+        ),
     }
     for section, names in fixed.items():
         for name in names:

@@ -7,7 +7,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from longseq.checkpoint import Checkpoint
+from longseq.checkpoint import Checkpoint, remove_partials
 from longseq.config import Config
 from longseq.config_loading import described_keys
 from longseq.data import SPLITS
@@ -20,7 +20,11 @@ from longseq_data.vocabulary import VOCABULARY_SIZE
 
 def train(run: Run, config: Config, checkpoint: Checkpoint | None) -> int:
     """Train in processes of their own and say how it ended. Returns the exit code."""
-    code = local.train(run, config.trainer.devices, checkpoint.path if checkpoint else None)
+    remove_partials(run.checkpoints_dir)  # of a start that was killed
+    try:
+        code = local.train(run, config.trainer.devices, checkpoint.path if checkpoint else None)
+    finally:
+        remove_partials(run.checkpoints_dir)
     newest, _ = run.newest_checkpoint()
     where = (
         f"step {newest.position.step} of {config.trainer.max_steps}, {newest.path}" if newest else "no checkpoint yet"
@@ -61,24 +65,25 @@ def check_data(config: Config) -> None:
             )
 
 
-def check_disk(config: Config) -> None:
-    """Refuse to start where the first checkpoints would not fit.
+def check_disk(config: Config, folder: Path) -> None:
+    """Refuse to start where the checkpoints of a run in ``folder`` would not fit.
 
     Raises:
         LongseqError: with what is needed and what is free.
     """
-    folder = Path(config.run.dir).expanduser().resolve()
+    written = len(list((folder / "checkpoints").glob("step-*.ckpt")))  # on the disk already, for a resume
     while not folder.exists():
         folder = folder.parent
     weights = config.performer_spec(VOCABULARY_SIZE).parameter_count
     # Weights twice (ours and DeepSpeed's), and DeepSpeed's fp32 weights and two moments; one more being written.
-    needed = (config.trainer.keep_checkpoints + 1) * weights * 4 * 5
+    more = max(1, config.trainer.keep_checkpoints + 1 - written)
+    needed = more * weights * 4 * 5
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise LongseqError(
-            f"{folder}: {free / 2**20:,.0f} MiB free, but {config.trainer.keep_checkpoints} checkpoints "
-            f"(trainer.keep_checkpoints) and the one being written need about {needed / 2**20:,.0f} MiB: make room, "
-            "or set run.dir to another disk."
+            f"{folder}: {free / 2**20:,.0f} MiB free, but {more} more checkpoints (trainer.keep_checkpoints="
+            f"{config.trainer.keep_checkpoints}, and one being written) need about {needed / 2**20:,.0f} MiB: make "
+            "room, lower trainer.keep_checkpoints, or set run.dir to another disk."
         )
 
 

@@ -8,6 +8,7 @@ so they never outlive a parent that was killed.
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -24,6 +25,8 @@ from longseq.run import Run
 
 # What a worker takes as "save at the next step and leave"; SIGTERM and SIGUSR1 have other owners inside it.
 STOP_SIGNAL = signal.SIGUSR2
+# How a worker ends that only lost its connection to another: that other one has the cause.
+PEER_LOST = 76
 # How long the others may take to notice that one process has died, before they are killed.
 _GRACE_SECONDS = 5.0
 _ECHO_SECONDS = 1.0
@@ -70,6 +73,7 @@ def _start(
     threads = max(1, (len(os.sched_getaffinity(0)) or 1) // world)
     environment = {
         "OMP_NUM_THREADS": str(threads),
+        "GLOO_SOCKET_IFNAME": "lo",  # else gloo looks the host's name up, which fails on a laptop without a network
         **os.environ,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -106,6 +110,7 @@ def _start(
 def _wait(processes: Sequence[subprocess.Popen[bytes]], requests: list[int]) -> list[int]:
     """Wait for all processes to end, pass stop requests on, and end the rest when one fails."""
     passed_on, deadline = 0, None
+    waited_in_vain: list[int] = []
     while any(process.poll() is None for process in processes):
         if len(requests) > passed_on:
             passed_on = len(requests)
@@ -113,10 +118,11 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], requests: list[int]) -> 
         failed = any(process.returncode not in (None, 0, EXIT_GO_ON) for process in processes)
         if failed and deadline is None:
             deadline = time.monotonic() + _GRACE_SECONDS
-        if deadline is not None and time.monotonic() > deadline:
+        if deadline is not None and time.monotonic() > deadline and not waited_in_vain:
+            waited_in_vain = [rank for rank, process in enumerate(processes) if process.poll() is None]
             _signal_all(processes, signal.SIGKILL)
         time.sleep(0.05)
-    return [process.returncode for process in processes]
+    return [PEER_LOST if rank in waited_in_vain else process.returncode for rank, process in enumerate(processes)]
 
 
 def _outcome(codes: Sequence[int], requests: Sequence[int], run: Run, reports: Path) -> int:
@@ -124,22 +130,24 @@ def _outcome(codes: Sequence[int], requests: Sequence[int], run: Run, reports: P
         return 0
     if all(code in (0, EXIT_GO_ON) for code in codes):
         return EXIT_GO_ON
-    if requests and all(code in (-STOP_SIGNAL, -signal.SIGKILL) for code in codes):
+    if requests and all(code in (-STOP_SIGNAL, -signal.SIGKILL, PEER_LOST) for code in codes):
         return 130
-    # The processes that only lost their peers have nothing of their own to say.
     sentences = [
         report_path(reports, rank).read_text() for rank in range(len(codes)) if report_path(reports, rank).exists()
     ]
     if sentences:
         raise LongseqError(sentences[0])
-    killed_first = [rank for rank, code in enumerate(codes) if code not in (0, EXIT_GO_ON)]
+    failed = [rank for rank, code in enumerate(codes) if code not in (0, EXIT_GO_ON)]
+    causes = [rank for rank in failed if codes[rank] != PEER_LOST] or failed
     raise LongseqError(
-        "; ".join(f"the process of rank {rank} {_how(codes[rank])}" for rank in killed_first)
-        + f". Output of the ranks from 1 on: {run.logs_dir}. Go on with `longseq resume {run.path}`."
+        "; ".join(f"the process of rank {rank} {_how(codes[rank])}" for rank in causes)
+        + f". Output of the ranks from 1 on: {run.logs_dir}. Go on with `longseq resume {shlex.quote(str(run.path))}`."
     )
 
 
 def _how(code: int) -> str:
+    if code == PEER_LOST:
+        return "lost its connection to the others"
     if code >= 0:
         return f"failed with exit code {code}"
     return f"was killed by {signal.Signals(-code).name}"

@@ -40,10 +40,11 @@ class LanguageModelling(pl.LightningModule):
         if self.config.model.dropout:
             torch.manual_seed(_hash("dropout", self.config.run.seed, step, batch_idx, self.global_rank))
         loss_sum = self._score(batch, self.train_sums)
-        # All targets of the optimiser step, over ranks and accumulated batches: DeepSpeed averages over both, so
-        # the step's gradient is that of the mean over its targets however they are spread.
+        # All targets of the optimiser step, over ranks and accumulated batches, so the step's gradient is that of the
+        # mean over its targets however they are spread. What is multiplied by here is divided by elsewhere: by
+        # DeepSpeed, which averages over ranks and accumulated batches, and by Lightning, over the latter once more.
         targets = all_sum(batch["step_targets"].clone()).clamp(min=1)
-        return loss_sum * (self.trainer.world_size * self.config.trainer.accumulate / targets)
+        return loss_sum * (self.trainer.world_size * self.config.trainer.accumulate**2 / targets)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._score(batch, self.valid_sums)

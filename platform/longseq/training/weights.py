@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from longseq.errors import RunError
+
 
 def full_state_dict(model: nn.Module, zero_stage: int, keep: bool) -> dict[str, Tensor]:
     """Every parameter in full, on the CPU. All ranks must call it; those that do not ``keep`` get an empty dict."""
@@ -30,7 +32,20 @@ def save_weights(state: dict[str, Tensor], path: Path) -> None:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a safetensors file into a model, in the model's own dtype. Nothing is unpickled."""
+    """Load a safetensors file into a model, in fp32. Nothing is unpickled.
+
+    Raises:
+        RunError: if the file holds the weights of another architecture.
+    """
     from safetensors.torch import load_file
 
-    model.load_state_dict({name: tensor.to(torch.float32) for name, tensor in load_file(path).items()})
+    state = {name: tensor.to(torch.float32) for name, tensor in load_file(path).items()}
+    have = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in sorted(wanted.keys() | have.keys()):
+        if have.get(name) != wanted.get(name):
+            raise RunError(
+                f"{path}: {name} is {have.get(name, 'missing')}, the configured model wants "
+                f"{wanted.get(name, 'none')}: leave model.* and attention.qk_norm as the run has them."
+            )
+    model.load_state_dict(state)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import sys
 import threading
 import warnings
 from pathlib import Path
 
 from longseq.errors import EXIT_ERROR, EXIT_GO_ON, USER_ERRORS
-from longseq.launch.local import report_path
+from longseq.launch.local import PEER_LOST, report_path
 
 
 def main() -> int:
@@ -28,7 +29,14 @@ def main() -> int:
     except USER_ERRORS as error:
         sentence = str(error)
     except OSError as error:  # a full disk, mostly: say so without a traceback
-        sentence = f"{error.filename or args.run}: {error.strerror}."
+        sentence = (
+            f"{error.filename or args.run}: {error.strerror or error}. Mend that, then go on with "
+            f"`longseq resume {shlex.quote(str(args.run))}`."
+        )
+    except RuntimeError as error:
+        if not _peer_lost(error):
+            raise
+        return PEER_LOST
     report_path(args.reports, int(os.environ["RANK"])).write_text(sentence)
     return EXIT_ERROR
 
@@ -47,6 +55,11 @@ def _train(run_path: Path, checkpoint_path: Path | None) -> int:
     run = Run.open(run_path)
     finished = fit(run, run.config(), Checkpoint(checkpoint_path) if checkpoint_path else None, stop)
     return 0 if finished else EXIT_GO_ON
+
+
+def _peer_lost(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process went away."""
+    return "gloo/transport" in str(error) or "Connection closed by" in str(error) or "ncclRemoteError" in str(error)
 
 
 def _end_with_parent(pipe: int) -> None:

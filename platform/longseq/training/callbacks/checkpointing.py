@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shlex
 import shutil
+from pathlib import Path
 
 import lightning.pytorch as pl
+from safetensors import SafetensorError
 
 from longseq import checkpoint
 from longseq.checkpoint import TrainingPosition
 from longseq.config import Config
+from longseq.errors import LongseqError
 from longseq.run import Run
 from longseq.training.callbacks.boundary import StepBoundary
 from longseq.training.callbacks.curves import not_finite
@@ -45,19 +51,49 @@ class Checkpointing(StepBoundary):
         if trainer.is_global_zero:
             shutil.rmtree(partial, ignore_errors=True)
         self.control.barrier()
-        trainer.save_checkpoint(partial)
-        weights = full_state_dict(task.model, self.config.trainer.zero_stage, keep=trainer.is_global_zero)
-        if trainer.is_global_zero:
-            save_weights(weights, partial / "model.safetensors")
+        try:
+            trainer.save_checkpoint(partial)
+            weights = full_state_dict(task.model, self.config.trainer.zero_stage, keep=trainer.is_global_zero)
+            if trainer.is_global_zero:
+                save_weights(weights, partial / "model.safetensors")
+            self.control.barrier()
+            if trainer.is_global_zero:
+                self._publish(trainer, step)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            reason = _why_unwritten(error, directory, task.model.spec.parameter_count)
+            if reason is None:
+                raise
+            raise self._unwritten(step, reason) from error
         self.control.barrier()
-        if trainer.is_global_zero:
-            position = TrainingPosition(
-                step=step,
-                samples=step * self.config.samples_per_step,
-                world_size=trainer.world_size,
-                zero_stage=self.config.trainer.zero_stage,
-                precision=self.config.trainer.precision,
-            )
-            checkpoint.publish(directory, position)
-            checkpoint.prune(directory, keep=self.config.trainer.keep_checkpoints)
-        self.control.barrier()
+
+    def _publish(self, trainer: pl.Trainer, step: int) -> None:
+        position = TrainingPosition(
+            step=step,
+            samples=step * self.config.samples_per_step,
+            world_size=trainer.world_size,
+            zero_stage=self.config.trainer.zero_stage,
+            precision=self.config.trainer.precision,
+        )
+        checkpoint.publish(self.run.checkpoints_dir, position)
+        checkpoint.prune(self.run.checkpoints_dir, keep=self.config.trainer.keep_checkpoints)
+
+    def _unwritten(self, step: int, reason: str) -> LongseqError:
+        newest, _ = self.run.newest_checkpoint()
+        kept = f"that of step {newest.position.step} is intact" if newest else "there is none before it"
+        return LongseqError(
+            f"{self.run.checkpoints_dir}: the checkpoint of step {step} could not be written ({reason}); {kept}. Mend "
+            f"that, then go on with `longseq resume {shlex.quote(str(self.run.path))}`."
+        )
+
+
+def _why_unwritten(error: Exception, directory: Path, parameters: int) -> str | None:
+    """Why a checkpoint's file could not be written; None for an error that is not about writing."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, SafetensorError):
+        return str(error)
+    # torch's writer does not say why. A checkpoint has about 20 bytes a parameter: weights twice, AdamW's three copies.
+    if not any(name in str(error) for name in ("inline_container", "PytorchStreamWriter")):
+        return None
+    full = shutil.disk_usage(directory).free < 20 * parameters
+    return os.strerror(errno.ENOSPC) if full else str(error).splitlines()[0]

@@ -9,6 +9,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 from torch import Tensor
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from longseq.config import Config
@@ -27,10 +29,16 @@ class Curves(pl.Callback):
     def __init__(self, run: Run, config: Config):
         self.run, self.config = run, config
         self.shown: dict[str, float] = {}
+        self.plain_gradients = config.trainer.zero_stage == 0 and config.trainer.precision == "fp32"
 
     def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         self.since = time.monotonic()
         self.bar = _Bar(trainer.global_step, self.config) if trainer.is_global_zero else None
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, task: pl.LightningModule, optimizer: Optimizer) -> None:
+        # DeepSpeed knows the norm of gradients that it shards or scales; of plain ones it keeps none.
+        gradients = [parameter.grad for parameter in task.parameters() if parameter.grad is not None]
+        self.plain_norm = float(get_total_norm(gradients)) if self.plain_gradients else 0.0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -70,7 +78,9 @@ class Curves(pl.Callback):
         optim = self.config.optim
         engine: Any = trainer.strategy.model  # DeepSpeed's
         curves["learning_rate"] = optim.lr * learning_rate_share(step - 1, optim, self.config.trainer.max_steps)
-        curves["gradient_norm"] = float(engine.get_global_grad_norm() or 0.0)
+        curves["gradient_norm"] = (
+            self.plain_norm if self.plain_gradients else float(engine.get_global_grad_norm() or 0.0)
+        )
         curves["tokens_per_second"] = sums[3].item() / (now - self.since)
         curves["padded_tokens_per_second"] = sums[4].item() / (now - self.since)
         self.since = now

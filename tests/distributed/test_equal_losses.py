@@ -1,0 +1,95 @@
+"""Processes, ZeRO stages, accumulation, recomputation: none of them changes what is learned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from command_line import curve, largest_difference
+
+pytestmark = pytest.mark.distributed
+
+Fit = Callable[..., Path]
+TOLERANCE = 1e-4  # nats, over 20 steps; one record's loss in another place moves a step by about 1e-2
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_processes_have_the_losses_of_one(
+    one_process: Path,
+    two_processes: Callable[[int], Path],
+    stage: int,
+    record_property: Callable[[str, object], None],
+) -> None:
+    run = two_processes(stage)
+    difference = largest_difference(curve(run, "train/loss"), curve(one_process, "train/loss"))
+    record_property("largest difference", difference)
+    assert difference < TOLERANCE
+    assert len(curve(run, "train/loss")) == 20
+    for tag in ("valid/loss", "train/accuracy", "train/gradient_norm"):
+        assert largest_difference(curve(run, tag), curve(one_process, tag)) < 10 * TOLERANCE, tag
+
+
+def test_losses_stay_equal_with_padding_masking_and_accumulation(fit: Fit) -> None:
+    """Crops of different lengths: a rank's, and a batch's, share of the targets is never the same."""
+    masked = ("model.objective=masked", "data.packing=crop")
+    one = curve(fit("masked-one", *masked, "trainer.zero_stage=0"), "train/loss")
+    two = curve(fit("masked-two", *masked, "trainer.devices=2", "trainer.accumulate=2"), "train/loss")
+    assert len(one) == 20
+    assert largest_difference(one, two) < TOLERANCE
+
+
+def test_accumulated_batches_have_the_losses_of_one_batch(fit: Fit, one_process: Path) -> None:
+    accumulated = fit("accumulated", "trainer.accumulate=2", "trainer.zero_stage=1")
+    for tag in ("train/loss", "valid/loss"):
+        assert largest_difference(curve(accumulated, tag), curve(one_process, tag)) < TOLERANCE, tag
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_recomputing_activations_changes_no_loss(fit: Fit, two_processes: Callable[[int], Path], stage: int) -> None:
+    recomputed = fit(
+        f"recomputed-{stage}",
+        "trainer.devices=2",
+        f"trainer.zero_stage={stage}",
+        "trainer.activation_checkpointing=true",
+    )
+    for tag in ("train/loss", "valid/loss"):
+        assert largest_difference(curve(recomputed, tag), curve(two_processes(stage), tag)) < 1e-6, tag
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_bf16_learns(fit: Fit, one_process: Path, stage: int) -> None:
+    half = fit(f"bf16-{stage}", "trainer.devices=2", f"trainer.zero_stage={stage}", "trainer.precision=bf16")
+    losses = list(curve(half, "train/loss").values())
+    assert len(losses) == 20
+    assert all(math.isfinite(loss) for loss in losses)
+    assert sum(losses[-5:]) / 5 < losses[0] - 0.2
+    # bf16 has 8 bits of mantissa: the curves agree to 1 %, not further.
+    full = curve(one_process, "train/loss")
+    assert losses == pytest.approx(list(full.values()), rel=0.01)
+    assert losses != list(full.values())
+
+
+def test_a_slurm_job_around_it_changes_nothing(fit: Fit, one_process: Path) -> None:
+    """Inside an allocation (salloc, an interactive job) the processes are still longseq's own."""
+    job = {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOBID": "4711",
+        "SLURM_JOB_NAME": "train",
+        "SLURM_NTASKS": "4",
+        "SLURM_NPROCS": "4",
+        "SLURM_NNODES": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_PROCID": "3",
+        "SLURM_LOCALID": "1",
+        "SLURM_NODEID": "1",
+        "SLURM_NODELIST": "node[1-2]",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_STEP_NODELIST": "node[1-2]",
+        "SLURM_CPUS_PER_TASK": "1",
+    }
+    inside = fit("slurm", "trainer.max_steps=5", "trainer.zero_stage=1", environment=job)
+    five = {step: loss for step, loss in curve(one_process, "train/loss").items() if step <= 5}
+    assert curve(inside, "train/loss") == five

@@ -1,0 +1,127 @@
+"""A checkpoint folder: written whole or not at all, and any later damage is noticed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from longseq import checkpoint
+from longseq.checkpoint import Checkpoint
+from longseq.errors import RunError
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_published_checkpoint_has_its_name_and_knows_its_position(run, publish):
+    saved = publish(12)
+    assert names(run.checkpoints_dir) == ["last", "step-00000012.ckpt"]
+    assert saved.path == run.checkpoints_dir / "step-00000012.ckpt"
+    assert saved.problem() is None
+    expected = {"step": 12, "samples": 48, "world_size": 1, "zero_stage": 2, "precision": "fp32"}
+    assert asdict(Checkpoint(saved.path).position) == expected
+
+
+def test_last_names_the_newest_checkpoint_and_still_does_when_the_run_is_moved(run, publish):
+    publish(1)
+    newest = publish(2)
+    assert (run.checkpoints_dir / "last").resolve() == newest.path
+    run.path.rename(run.path.with_name("moved"))
+    assert Checkpoint(run.path.with_name("moved") / "checkpoints" / "last").position.step == 2
+
+
+def test_a_checkpoint_in_the_making_is_none(run, publish):
+    publish(1)
+    partial = checkpoint.partial_path(run.checkpoints_dir, 2)
+    partial.mkdir()
+    (partial / "model.safetensors").write_bytes(b"half")
+    assert [c.position.step for c in run.checkpoints()] == [1]
+
+
+def test_a_damaged_checkpoint_is_replaced_by_the_same_step_written_again(publish):
+    flip(publish(3).weights_path, 5)
+    assert publish(3).problem() is None
+
+
+def test_pruning_keeps_the_newest_and_removes_what_was_interrupted(run, publish):
+    for step in (9, 10, 100, 101):
+        publish(step)
+    checkpoint.partial_path(run.checkpoints_dir, 102).mkdir()
+    checkpoint.prune(run.checkpoints_dir, keep=2)
+    assert names(run.checkpoints_dir) == ["last", "step-00000100.ckpt", "step-00000101.ckpt"]
+
+
+def test_pruning_prefers_the_checkpoint_just_written_to_damaged_ones_after_it(run, publish):
+    """A resume goes back behind a damaged checkpoint, and writes its own before it reaches that step again."""
+    publish(100)
+    flip(publish(200).weights_path, 5)
+    saved = publish(150)
+    checkpoint.prune(run.checkpoints_dir, keep=1)
+    newest, damaged = run.newest_checkpoint()
+    assert newest == saved
+    assert len(damaged) == 1
+    assert not (run.checkpoints_dir / "step-00000100.ckpt").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "checkpoint/shard.pt"])
+def test_a_missing_a_cut_and_a_flipped_file_are_noticed_and_named(publish, name):
+    for damage, what in (
+        (Path.unlink, "missing"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes instead of"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"x"), "bytes instead of"),
+        (lambda path: flip(path, 4), "does not match its checksum"),
+    ):
+        saved = publish(2)
+        damage(saved.path / name)
+        problem = saved.problem()
+        assert problem.startswith(str(saved.path / name))
+        assert what in problem
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "3", "null", "{}", '{"format": 1}', '{"format": 1, "position": {"step": 1}, "files": {}}', "\x00"],
+)
+def test_a_damaged_manifest_is_noticed_and_named(publish, content):
+    saved = publish(2)
+    saved.manifest_path.write_text(content)
+    assert saved.problem().startswith(f"{saved.manifest_path}: ")
+    with pytest.raises(RunError, match="damaged"):
+        _ = saved.position
+
+
+def test_a_missing_manifest_is_noticed(publish):
+    saved = publish(2)
+    saved.manifest_path.unlink()
+    assert saved.problem().startswith(f"{saved.manifest_path}: cannot be read")
+
+
+def test_a_manifest_of_another_format_is_refused_with_both_numbers(publish):
+    saved = publish(2)
+    manifest = json.loads(saved.manifest_path.read_text())
+    saved.manifest_path.write_text(json.dumps({**manifest, "format": 99}))
+    assert "format 99, this version of longseq reads 1" in saved.problem()
+
+
+def test_no_flipped_bit_of_a_manifest_is_more_than_a_problem(publish):
+    """A bit in a number of the position goes unnoticed; all others make one sentence, and none a traceback."""
+    saved = publish(1)
+    whole = saved.manifest_path.read_bytes()
+    unnoticed = []
+    for index in range(len(whole)):
+        flip(saved.manifest_path, index)
+        if saved.problem() is None:
+            assert Checkpoint(saved.path).position
+            unnoticed.append(chr(whole[index]))
+        saved.manifest_path.write_bytes(whole)
+    assert set(unnoticed) <= set("0123456789fp \n")

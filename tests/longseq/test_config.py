@@ -1,0 +1,105 @@
+"""What the schema says of itself, the arithmetic across keys, and every configuration that is shipped."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from longseq.config import Config
+from longseq.config_loading import described_keys, load_config
+from longseq.errors import ConfigError
+from longseq.models.presets import PRESETS
+
+SHIPPED = Path(__file__).parents[2] / "configs"
+TRAIN = "data.train=proteins.fasta"
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.rglob("*.yaml")), ids=lambda path: str(path.relative_to(SHIPPED)))
+def test_a_shipped_configuration_loads_and_its_model_can_be_built(path):
+    config = load_config(path, [TRAIN])
+    assert config.data.train == ["proteins.fasta"]
+    assert config.performer_spec(29).parameter_count > 0
+
+
+def test_configurations_are_shipped():
+    assert list(SHIPPED.rglob("*.yaml"))
+
+
+def test_every_key_says_what_it_means():
+    described = list(described_keys())
+    assert len(described) > 30
+    assert [f"{s}.{k}" for s, k, about in described if len(about["meaning"]) < 10] == []
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_tells_its_true_size(preset, folder):
+    spec = load_config("small.yaml", [TRAIN, f"model.preset={preset}"]).performer_spec(29)
+    said = float(re.search(r"([\d.]+) M parameters", PRESETS[preset].about)[1])
+    assert spec.parameter_count / 1e6 == pytest.approx(said, rel=0.06)
+
+
+def test_sizes_given_one_by_one_replace_those_of_the_preset(folder):
+    sizes = ["model.dim=24", "model.depth=3", "model.heads=6", "model.ffn_dim=50"]
+    spec = load_config("small.yaml", [TRAIN, *sizes]).performer_spec(29)
+    assert (spec.dim, spec.depth, spec.heads, spec.ffn_dim, spec.head_dim) == (24, 3, 6, 50, 4)
+
+
+def test_a_step_is_shared_among_processes_and_accumulated_batches(folder):
+    config = load_config(
+        "small.yaml",
+        [TRAIN, "data.length=512", "data.batch_tokens=49152", "trainer.devices=3", "trainer.accumulate=4"],
+    )
+    assert config.samples_per_step == 96
+    assert config.batch_sequences == 8
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data.length=100", "data.batch_tokens=1050"], ["1050", "100"]),
+        (["data.length=16", "data.batch_tokens=64", "trainer.devices=3"], ["64", "16", "4 sequences", "3 processes"]),
+        (["data.length=7", "data.batch_tokens=70", "trainer.devices=4", "trainer.accumulate=3"], ["10 sequences"]),
+        (["data.length=512", "data.batch_tokens=17"], ["17", "512"]),
+    ],
+)
+def test_a_step_that_cannot_be_shared_is_refused_with_numbers_that_work(folder, overrides, said):
+    with pytest.raises(ConfigError) as refused:
+        load_config("small.yaml", [TRAIN, *overrides])
+    sentence = str(refused.value)
+    assert all(words in sentence for words in [*said, "data.batch_tokens", "data.length"]), sentence
+    suggested = re.search(r"take (?:data\.batch_tokens=)?(\d+)\.$", sentence)
+    assert suggested, sentence
+    config = load_config("small.yaml", [TRAIN, *overrides, f"data.batch_tokens={suggested[1]}"])
+    ranks = config.trainer.devices * config.trainer.accumulate
+    assert config.batch_sequences * ranks * config.data.length == int(suggested[1])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["data.train=[]"], "data.train is empty"),
+        (["data.valid_fraction=0.6", "data.test_fraction=0.4"], r"0.6 \+ 0.4 leaves nothing to train on"),
+        (["data.valid_fraction=0"], "nothing is held out to validate on"),
+        (["optim.betas=[0.9]"], "two numbers"),
+        (["optim.betas=[0.9, 1.0]"], "two numbers"),
+        (["model.dim=10", "model.heads=3"], "model.dim=10 is not divisible by model.heads=3"),
+        (["model.dim=15", "model.heads=3"], "15 / 3 = 5 is odd"),
+    ],
+)
+def test_keys_that_contradict_each_other_are_refused(folder, overrides, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        load_config("small.yaml", [TRAIN, *overrides])
+
+
+@pytest.mark.parametrize("remedy", ["data.valid=proteins.fasta", "trainer.valid_every=0"])
+def test_without_a_held_out_share_validation_needs_files_or_none_of_it(folder, remedy):
+    load_config("small.yaml", [TRAIN, "data.valid_fraction=0", remedy])
+
+
+def test_the_defaults_lack_nothing_but_data(folder):
+    (folder / "empty.yaml").write_text("")
+    expected = Config()
+    expected.data.train = ["proteins.fasta"]
+    assert load_config("empty.yaml", [TRAIN]) == expected

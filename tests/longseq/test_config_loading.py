@@ -1,0 +1,316 @@
+"""YAML files and overrides: what is read, in which order, and how what does not fit is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from longseq.config import Config
+from longseq.config_loading import described_keys, load_config, save_config
+from longseq.errors import ConfigError
+
+DATA = "data:\n  train: [proteins.fasta]\n"  # two lines: what a test adds begins on line 3
+
+
+@pytest.fixture
+def load(folder: Path):
+    """load(text, *overrides): the configuration of c.yaml with this text after DATA."""
+
+    def load(text: str = "", *overrides: str, data: str = DATA) -> Config:
+        Path("c.yaml").write_text(data + text)
+        return load_config("c.yaml", overrides)
+
+    return load
+
+
+@pytest.fixture
+def refusal(load):
+    """refusal(text, *overrides): the one sentence that refuses it."""
+
+    def refusal(text: str = "", *overrides: str, data: str = DATA) -> str:
+        with pytest.raises(ConfigError) as refused:
+            load(text, *overrides, data=data)
+        sentence = str(refused.value)
+        assert "\n" not in sentence
+        assert sentence.endswith((".", "?"))
+        return sentence
+
+    return refusal
+
+
+def write(name: str, text: str) -> None:
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_text(text)
+
+
+def meaning(key: str) -> str:
+    return next(about["meaning"] for section, name, about in described_keys() if f"{section}.{name}" == key)
+
+
+# extends
+
+
+def test_a_file_goes_before_what_it_extends_and_the_last_override_before_all(load):
+    write("base.yaml", "optim: {lr: 0.1, clip: 2.0, eps: 0.5}\n")
+    config = load("extends: base.yaml\noptim: {lr: 0.2, clip: 3.0}\n", "optim.lr=0.3", "optim.lr=0.4")
+    assert (config.optim.lr, config.optim.clip, config.optim.eps) == (0.4, 3.0, 0.5)
+    assert config.optim.weight_decay == Config().optim.weight_decay
+
+
+def test_of_several_bases_the_later_goes_first(load):
+    write("a.yaml", "optim: {lr: 0.1, clip: 1.5}\n")
+    write("b.yaml", "optim: {lr: 0.2}\n")
+    config = load("extends: [a.yaml, b.yaml]\n")
+    assert (config.optim.lr, config.optim.clip) == (0.2, 1.5)
+
+
+def test_a_base_is_found_beside_the_file_that_names_it(load):
+    write("deep/er/base.yaml", "extends: ../common.yaml\noptim: {clip: 1.5}\n")
+    write("deep/common.yaml", "optim: {lr: 0.2}\n")
+    config = load("extends: deep/er/base.yaml\n")
+    assert (config.optim.lr, config.optim.clip) == (0.2, 1.5)
+
+
+def test_a_base_may_be_reached_on_two_ways(load):
+    write("common.yaml", "optim: {lr: 0.2}\n")
+    write("a.yaml", "extends: common.yaml\n")
+    write("b.yaml", "extends: common.yaml\n")
+    assert load("extends: [a.yaml, b.yaml]\n").optim.lr == 0.2
+
+
+@pytest.mark.parametrize("via", ["c.yaml", "a.yaml"])
+def test_files_that_extend_each_other_in_a_circle_are_refused(refusal, via):
+    write("a.yaml", "extends: c.yaml\n")
+    sentence = refusal(f"extends: {via}\n")
+    assert "extends itself" in sentence
+    assert via in sentence
+
+
+@pytest.mark.parametrize("bases", ["missing.yaml", "[missing.yaml]", "."])
+def test_a_base_that_is_no_file_is_refused_with_the_line_that_names_it(refusal, bases):
+    sentence = refusal(f"extends: {bases}\n")
+    assert sentence.startswith("c.yaml:3: extends")
+    assert "no such file" in sentence
+
+
+@pytest.mark.parametrize("bases", ["", "3", "{a: 1}", "[3]"])
+def test_a_base_is_a_name_or_a_list_of_names(refusal, bases):
+    sentence = refusal(f"extends: {bases}\n")
+    assert sentence.startswith("c.yaml:3: extends")
+    assert "name a YAML file" in sentence
+
+
+def test_an_unknown_key_in_a_base_is_shown_in_the_base(refusal):
+    write("base.yaml", "optim:\n  lr: 0.1\n  clipp: 2.0\n")
+    assert refusal("extends: base.yaml\n").startswith("base.yaml:3: unknown key 'optim.clipp'")
+
+
+# unknown names
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("trainer.device", "trainer.devices"),
+        ("trainer.max_step", "trainer.max_steps"),
+        ("optim.learning_rate", "optim.lr"),  # by its meaning
+        ("optim.warmup", "optim.warmup_steps"),
+        ("data.batch_size", "data.batch_tokens"),
+        ("model.features", "attention.features"),  # in the wrong section
+        ("trainer.lr", "optim.lr"),
+        ("devices", "trainer.devices"),  # without its section
+    ],
+)
+def test_an_unknown_key_is_refused_with_its_place_and_the_nearest_key_and_its_meaning(refusal, wrong, right):
+    section, _, name = wrong.rpartition(".")
+    text = f"{section}:\n  {name}: 1\n" if section else f"\n{name}: 1\n"
+    hint = f"unknown key {wrong!r}. Did you mean {right} ({meaning(right)})?"
+    if section != "data":
+        assert refusal(text) == f"c.yaml:4: {hint}"
+    assert refusal("", f"{wrong}=1") == f"argument '{wrong}=1': {hint}"
+
+
+def test_a_key_like_no_other_gets_no_far_fetched_suggestion(refusal):
+    sentence = refusal("model:\n  zzqq: 1\n")
+    assert sentence == "c.yaml:4: unknown key 'model.zzqq'. `longseq fit --help` lists the keys."
+
+
+@pytest.mark.parametrize(("wrong", "right"), [("trainr", "trainer"), ("optimizer", "optim"), ("Model", "model")])
+def test_an_unknown_section_is_refused_with_the_nearest_section_and_its_keys(refusal, wrong, right):
+    sentence = refusal(f"{wrong}:\n  x: 1\n")
+    assert sentence.startswith(f"c.yaml:3: unknown section {wrong!r}. Did you mean {right} (")
+    first = next(name for section, name, _ in described_keys() if section == right)
+    assert first in sentence
+
+
+@pytest.mark.parametrize("text", ["model:\n", "model: 3\n", "model: [dim]\n", "deepspeed:\n", "deepspeed: 3\n"])
+def test_a_section_without_keys_is_refused(refusal, text):
+    section = text.partition(":")[0]
+    assert refusal(text) == f"c.yaml:3: {section} is a section, it needs keys below it."
+
+
+@pytest.mark.parametrize("argument", ["trainer.devices", "=3", "fast"])
+def test_an_argument_that_is_no_override_is_refused(refusal, argument):
+    assert refusal("", argument).startswith(f"argument '{argument}': an override is section.key=value")
+
+
+# values
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("trainer.devices", "two", "a whole number"),
+        ("trainer.devices", "2.5", "a whole number"),
+        ("trainer.devices", "true", "a whole number"),
+        ("trainer.devices", "[2]", "a whole number"),
+        ("trainer.devices", "null", "a whole number"),
+        ("optim.lr", "fast", "a number"),
+        ("attention.qk_norm", "maybe", "true or false"),
+        ("optim.betas", "0.9", "a list of numbers"),
+        ("optim.betas", "[0.9, much]", "a list of numbers"),
+        ("model.preset", "[tiny]", "text"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_with_the_type_and_the_meaning(refusal, key, value, expected):
+    section, _, name = key.partition(".")
+    for sentence in (refusal(f"{section}:\n  {name}: {value}\n"), refusal("", f"{key}={value}")):
+        assert sentence.startswith(("c.yaml:4: ", f"argument '{key}={value}': "))
+        assert f"{key}=" in sentence
+        assert f"is not {expected}: {meaning(key)}." in sentence
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "bounds"),
+    [
+        ("trainer.devices", "0", "at least 1"),
+        ("model.dropout", "1.0", "at least 0 and below 1"),
+        ("trainer.zero_stage", "4", "at least 0 and below 4"),
+        ("run.seed", "-1", "at least 0"),
+        ("optim.lr", ".inf", "a finite number"),
+        ("optim.lr", ".nan", "a finite number"),
+    ],
+)
+def test_a_value_beyond_its_limits_is_refused_with_them(refusal, key, value, bounds):
+    section, _, name = key.partition(".")
+    sentence = refusal(f"{section}:\n  {name}: {value}\n")
+    assert sentence.startswith(f"c.yaml:4: {key}=")
+    assert f"must be {bounds}: {meaning(key)}." in sentence
+    assert f"must be {bounds}" in refusal("", f"{key}={value}")
+
+
+def test_the_place_shown_is_that_of_the_value_that_counts(refusal):
+    write("base.yaml", "trainer: {devices: 2}\n")
+    assert refusal("extends: base.yaml\ntrainer: {devices: 0}\n").startswith("c.yaml:4: trainer.devices=0")
+    assert refusal("trainer: {devices: 2}\n", "trainer.devices=0").startswith("argument 'trainer.devices=0': ")
+
+
+def test_a_value_that_is_no_choice_is_refused_with_the_choices_and_the_nearest(refusal):
+    sentence = refusal("attention:\n  kernel: sofmax\n")
+    assert sentence == "c.yaml:4: attention.kernel=sofmax: choose from softmax, relu. Did you mean softmax?"
+
+
+@pytest.mark.parametrize("written", ["1e-3", "1.0e-3", "0.001", "1E-3"])
+def test_a_number_may_be_written_as_scientists_do(load, written):
+    assert load(f"optim:\n  lr: {written}\n").optim.lr == 0.001
+    assert load("", f"optim.lr={written}").optim.lr == 0.001
+
+
+@pytest.mark.parametrize(
+    ("written", "sources"),
+    [
+        ("a.fasta", ["a.fasta"]),
+        ("[a.fasta,b.fasta.gz]", ["a.fasta", "b.fasta.gz"]),
+        ("*.fasta.gz", ["*.fasta.gz"]),
+        ('["*.fasta.gz", b.fasta]', ["*.fasta.gz", "b.fasta"]),
+        ("/a=b/c.fasta", ["/a=b/c.fasta"]),
+        ("https://host/a.fasta?x=1", ["https://host/a.fasta?x=1"]),
+        ("~/a.fasta", ["~/a.fasta"]),
+    ],
+)
+def test_sources_are_written_as_a_shell_or_a_list_would(load, written, sources):
+    assert load("", f"data.train={written}").data.train == sources
+
+
+def test_a_single_path_in_a_file_needs_no_brackets(load):
+    assert load(data="data:\n  train: a.fasta\n").data.train == ["a.fasta"]
+
+
+def test_text_that_looks_like_a_number_stays_text(load):
+    assert load("", "run.name=123").run.name == "123"
+
+
+def test_deepspeed_takes_anything(load):
+    config = load("deepspeed:\n  zero_optimization: {overlap_comm: true}\n  new: [1, {x: y}]\n", "deepspeed.a.b=3")
+    assert config.deepspeed == {"zero_optimization": {"overlap_comm": True}, "new": [1, {"x": "y"}], "a": {"b": 3}}
+
+
+def test_a_value_may_refer_to_another(load):
+    config = load("run: {seed: 7, name: 'seed-${run.seed}'}\n", "run.seed=8")
+    assert config.run.name == "seed-8"
+
+
+def test_a_reference_to_nothing_is_refused_with_its_place(refusal):
+    sentence = refusal("run:\n  name: seed-${run.sed}\n")
+    assert sentence.startswith("c.yaml:4: run.name: ")
+    assert "run.sed" in sentence
+    assert "run.sed" in refusal("run:\n  name: seed-${run.sed\n")
+
+
+# files
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("model: {dim: 4\n", "c.yaml:4: not valid YAML: "),
+        ("model:\n\tdim: 3\n", "c.yaml:4: not valid YAML: "),
+        ("model:\n  dim: 4\n  dim: 8\n", "c.yaml:5: not valid YAML: while constructing a mapping, found duplicate key"),
+        ("data:\n  length: 4\n", "c.yaml:3: not valid YAML: while constructing a mapping, found duplicate key data"),
+        ("---\nmodel: {dim: 4}\n", "c.yaml:3: not valid YAML: expected a single document in the stream, but found"),
+    ],
+)
+def test_what_is_no_yaml_is_refused_with_its_line(refusal, text, sentence):
+    assert refusal(text).startswith(sentence)
+
+
+def test_an_override_that_is_no_yaml_is_refused_with_what_to_do(refusal):
+    sentence = refusal("", "data.train=[*.fasta,b.fasta]")
+    assert sentence.startswith("argument 'data.train=[*.fasta,b.fasta]': not valid YAML: ")
+    assert "data.train='[\"*.fasta.gz\"]'" in sentence
+
+
+def test_an_empty_file_is_the_defaults(load, refusal):
+    assert load("", "data.train=a.fasta", data="").optim == Config().optim
+    assert "data.train is empty" in refusal("", data="# nothing but a remark\n")
+
+
+def test_a_list_or_a_word_is_no_configuration(refusal):
+    assert refusal(data="- model\n") == "c.yaml: a configuration is a mapping of sections, this is a list."
+    assert refusal(data="hello\n") == "c.yaml: unknown key 'hello'. `longseq fit --help` lists the keys."
+
+
+def test_a_file_that_cannot_be_read_is_refused(folder):
+    Path("latin.yaml").write_bytes(b"# \xe9\n")
+    for name, sentence in {
+        "missing.yaml": "missing.yaml: no such file",
+        ".": "cannot be read",
+        "latin.yaml": "latin.yaml: cannot be read",
+    }.items():
+        with pytest.raises(ConfigError, match=sentence):
+            load_config(name)
+
+
+# and back
+
+
+def test_a_saved_configuration_is_read_back_as_it_was(load, folder):
+    odd = ["null", "1e5", "no", "a: b", "#c", "*.fa", "12:30:45", "it's", "é"]
+    config = load(
+        "deepspeed: {a: {b: [1, 2.5, null, true]}}\n", "optim.lr=1e-7", "model.dim=24", "attention.qk_norm=true"
+    )
+    config.data.train, config.run.name = odd, "true"
+    save_config(config, folder / "saved.yaml")
+    assert load_config("saved.yaml") == config
+    assert [path.name for path in folder.glob("*saved*")] == ["saved.yaml"]

@@ -1,0 +1,75 @@
+"""The learning rate over the steps, and which weights decay."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from longseq.config import OptimConfig
+from longseq.models.performer import PerformerLM
+from longseq.models.spec import PerformerSpec
+from longseq.training.optim import build_optimizer, build_schedule, learning_rate_share
+
+SPEC = PerformerSpec(vocabulary=7, dim=8, depth=2, heads=2, ffn_dim=6, causal=True, qk_norm=True)
+
+
+def shares(max_steps: int, **changes: object) -> list[float]:
+    config = OptimConfig(**changes)  # type: ignore[arg-type]
+    return [learning_rate_share(step, config, max_steps) for step in range(max_steps)]
+
+
+def test_the_warm_up_is_linear_and_ends_at_the_peak():
+    assert shares(9, warmup_steps=4)[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+
+
+def test_the_cosine_falls_from_the_peak_by_way_of_the_middle_to_the_final_rate():
+    found = shares(110, warmup_steps=10, final_lr=0.2)
+    assert found[10] == pytest.approx(1.0)
+    assert found[60] == pytest.approx(0.6)  # half-way between 1 and 0.2
+    assert found[35] == pytest.approx(0.2 + 0.8 * (2 + 2**0.5) / 4)  # 45 degrees
+    assert found[-1] == pytest.approx(0.2, abs=1e-3)
+    assert all(later < earlier for earlier, later in pairwise(found[10:]))
+
+
+def test_the_rate_stays_at_its_end_when_a_run_goes_on_after_its_last_step():
+    config = OptimConfig(warmup_steps=0, final_lr=0.2)
+    assert learning_rate_share(10, config, 10) == pytest.approx(0.2)
+    assert learning_rate_share(999, config, 10) == pytest.approx(0.2)
+
+
+def test_a_constant_rate_stays_at_the_peak():
+    assert shares(6, warmup_steps=2, schedule="constant") == pytest.approx([0.5, 1, 1, 1, 1, 1])
+
+
+def test_no_warm_up_starts_at_the_peak():
+    assert shares(5, warmup_steps=0)[0] == 1.0
+
+
+@pytest.mark.parametrize("warmup_steps", [5, 6, 100])
+def test_a_warm_up_as_long_as_the_run_is_no_error(warmup_steps):
+    assert shares(5, warmup_steps=warmup_steps) == pytest.approx([(step + 1) / warmup_steps for step in range(5)])
+
+
+def test_the_optimiser_takes_the_scheduled_rates():
+    config = OptimConfig(lr=0.3, warmup_steps=3, final_lr=0.1)
+    optimizer = build_optimizer(PerformerLM(SPEC), config)
+    schedule = build_schedule(optimizer, config, max_steps=8)
+    for step in range(8):
+        rate = 0.3 * learning_rate_share(step, config, 8)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([rate, rate])
+        optimizer.step()
+        schedule.step()
+
+
+def test_matrices_decay_and_embeddings_norms_biases_and_temperatures_do_not():
+    model = PerformerLM(SPEC)
+    optimizer = build_optimizer(model, OptimConfig(lr=0.3, betas=[0.8, 0.7], eps=1e-5, weight_decay=0.04))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    decays = {names[p]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decays.keys() == set(names.values())
+    matrices = ("qkv.weight", "out.weight", "mlp.0.weight", "mlp.2.weight", "head.weight")
+    assert decays == {name: 0.04 if name.endswith(matrices) else 0.0 for name in decays}
+    assert sum(decay > 0 for decay in decays.values()) == 2 * 4 + 1
+    for group in optimizer.param_groups:
+        assert (group["betas"], group["eps"]) == ((0.8, 0.7), 1e-5)
