@@ -383,8 +383,8 @@ def write_fasta(
                 partial.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(
-            f"{path} cannot be written ({error.strerror or error}): choose a folder with space that you can write to; "
-            "nothing half-written was left."
+            f"{path} cannot be written ({error.strerror or error}): free some space, or choose a folder that you can "
+            "write to; nothing half-written was left."
         ) from error
     return report
 

@@ -131,9 +131,13 @@ class Run:
         aside.write_text(json.dumps([*starts, facts], indent=2) + "\n")
         aside.replace(path)
 
+    def has_output(self) -> bool:
+        """Whether a process other than rank 0 had something to say: a traceback, mostly."""
+        return any(log.stat().st_size for log in self.logs_dir.glob("*"))
+
     def discard_if_untrained(self) -> None:
         """Remove the folder of a run that ended before it had anything to keep: its name is free again."""
-        if not self.checkpoints() and not any(self.tensorboard_dir.glob("*")):
+        if not self.checkpoints() and not any(self.tensorboard_dir.glob("*")) and not self.has_output():
             shutil.rmtree(self.path, ignore_errors=True)
 
     @contextmanager

@@ -18,18 +18,12 @@ TOLERANCE = 1e-4  # nats, over 20 steps; one record's loss in another place move
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_processes_have_the_losses_of_one(
-    one_process: Path,
-    two_processes: Callable[[int], Path],
-    stage: int,
-    record_property: Callable[[str, object], None],
+    one_process: Path, two_processes: Callable[[int], Path], stage: int
 ) -> None:
     run = two_processes(stage)
-    difference = largest_difference(curve(run, "train/loss"), curve(one_process, "train/loss"))
-    record_property("largest difference", difference)
-    assert difference < TOLERANCE
     assert len(curve(run, "train/loss")) == 20
-    for tag in ("valid/loss", "train/accuracy", "train/gradient_norm"):
-        assert largest_difference(curve(run, tag), curve(one_process, tag)) < 10 * TOLERANCE, tag
+    for tag in ("train/loss", "valid/loss", "train/accuracy", "train/gradient_norm"):
+        assert largest_difference(curve(run, tag), curve(one_process, tag)) < TOLERANCE, tag
 
 
 def test_losses_stay_equal_with_padding_masking_and_accumulation(fit: Fit) -> None:
@@ -42,8 +36,9 @@ def test_losses_stay_equal_with_padding_masking_and_accumulation(fit: Fit) -> No
 
 
 def test_accumulated_batches_have_the_losses_of_one_batch(fit: Fit, one_process: Path) -> None:
+    """And its gradient: AdamW hides a wrong scale from the losses for as long as nothing is clipped."""
     accumulated = fit("accumulated", "trainer.accumulate=2", "trainer.zero_stage=1")
-    for tag in ("train/loss", "valid/loss"):
+    for tag in ("train/loss", "valid/loss", "train/gradient_norm"):
         assert largest_difference(curve(accumulated, tag), curve(one_process, tag)) < TOLERANCE, tag
 
 

@@ -215,3 +215,16 @@ def test_a_finished_run_is_not_resumed_but_with_more_steps(folder: Path, run: Pa
     assert list(losses) == list(range(1, LAST + 4))
     assert losses | finished.losses == losses
     assert checkpoints(run)[-1] == LAST + 3
+
+
+def test_a_process_killed_before_the_first_step_leaves_nothing_behind(folder: Path) -> None:
+    command = Command("fit", "tiny.yaml", "run.name=stillborn", "trainer.devices=2", folder=folder)
+    command.wait_for("data.train")
+    while len(command.workers()) < 2:
+        time.sleep(0.01)
+    command.kill(command.workers()[1])
+    ended = command.end()
+    assert ended.code == 1
+    assert ended.sentence == "the process of rank 1 was killed by SIGKILL."
+    assert ended.seconds < 30
+    assert not (folder / "runs" / "stillborn").exists()

@@ -111,7 +111,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], requests: list[int]) -> 
     """Wait for all processes to end, pass stop requests on, and end the rest when one fails."""
     passed_on, deadline = 0, None
     waited_in_vain: list[int] = []
-    while any(process.poll() is None for process in processes):
+    while None in [process.poll() for process in processes]:  # polls every one: rank 0 may wait for a dead one
         if len(requests) > passed_on:
             passed_on = len(requests)
             _signal_all(processes, STOP_SIGNAL if passed_on == 1 else signal.SIGKILL)
@@ -139,10 +139,12 @@ def _outcome(codes: Sequence[int], requests: Sequence[int], run: Run, reports: P
         raise LongseqError(sentences[0])
     failed = [rank for rank, code in enumerate(codes) if code not in (0, EXIT_GO_ON)]
     causes = [rank for rank in failed if codes[rank] != PEER_LOST] or failed
-    raise LongseqError(
-        "; ".join(f"the process of rank {rank} {_how(codes[rank])}" for rank in causes)
-        + f". Output of the ranks from 1 on: {run.logs_dir}. Go on with `longseq resume {shlex.quote(str(run.path))}`."
-    )
+    sentence = "; ".join(f"the process of rank {rank} {_how(codes[rank])}" for rank in causes) + "."
+    if run.has_output():
+        sentence += f" Output of the ranks from 1 on: {run.logs_dir}."
+    if run.checkpoints():
+        sentence += f" Go on with `longseq resume {shlex.quote(str(run.path))}`."
+    raise LongseqError(sentence)
 
 
 def _how(code: int) -> str:

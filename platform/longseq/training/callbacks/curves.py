@@ -37,8 +37,9 @@ class Curves(pl.Callback):
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, task: pl.LightningModule, optimizer: Optimizer) -> None:
         # DeepSpeed knows the norm of gradients that it shards or scales; of plain ones it keeps none.
-        gradients = [parameter.grad for parameter in task.parameters() if parameter.grad is not None]
-        self.plain_norm = float(get_total_norm(gradients)) if self.plain_gradients else 0.0
+        if self.plain_gradients:
+            gradients = [parameter.grad for parameter in task.parameters() if parameter.grad is not None]
+            self.plain_norm = float(get_total_norm(gradients))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
