@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +49,11 @@ class Run:
         return self.path / "logs"
 
     @property
+    def resume_command(self) -> str:
+        """What to type to go on with this run."""
+        return f"longseq resume {as_typed(self.path)}"
+
+    @property
     def finished(self) -> bool:
         """Whether the run reached its last step."""
         return (self.path / "FINISHED").exists()
@@ -74,8 +80,8 @@ class Run:
             path.mkdir()
         except FileExistsError:
             raise RunError(
-                f"{path}: a run of this name exists. Go on with it (`longseq resume {path}`), choose another run.name, "
-                "or remove the folder."
+                f"{path}: a run of this name exists. Go on with it (`{cls(path).resume_command}`), choose another "
+                "run.name, or remove the folder."
             ) from None
         except OSError as error:
             raise RunError(f"{path}: the run's folder cannot be made: {error.strerror}.") from None
@@ -160,3 +166,9 @@ class Run:
             lock.write(f"{os.getpid()}\n")
             lock.flush()
             yield
+
+
+def as_typed(path: Path) -> str:
+    """A path as a person would type it from where they stand, quoted for the shell."""
+    here = Path.cwd()
+    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))

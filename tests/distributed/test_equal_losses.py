@@ -54,16 +54,16 @@ def test_recomputing_activations_changes_no_loss(fit: Fit, two_processes: Callab
         assert largest_difference(curve(recomputed, tag), curve(two_processes(stage), tag)) < 1e-6, tag
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bf16_learns(fit: Fit, one_process: Path, stage: int) -> None:
     half = fit(f"bf16-{stage}", "trainer.devices=2", f"trainer.zero_stage={stage}", "trainer.precision=bf16")
     losses = list(curve(half, "train/loss").values())
     assert len(losses) == 20
     assert all(math.isfinite(loss) for loss in losses)
     assert sum(losses[-5:]) / 5 < losses[0] - 0.2
-    # bf16 has 8 bits of mantissa: the curves agree to 1 %, not further.
+    # bf16 has 8 bits of mantissa: about 1e-3 nats here. An optimiser step more or less moves the curve by 1e-2.
     full = curve(one_process, "train/loss")
-    assert losses == pytest.approx(list(full.values()), rel=0.01)
+    assert losses == pytest.approx(list(full.values()), abs=4e-3)
     assert losses != list(full.values())
 
 

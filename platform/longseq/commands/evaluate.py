@@ -104,7 +104,7 @@ def _find(target: Path) -> tuple[Run, Checkpoint]:
     for sentence in damaged:
         print(f"longseq: warning: {sentence} Going back to the one before it.", file=sys.stderr)
     if newest is None:
-        raise RunError(f"{target}: there is no checkpoint to evaluate yet; `longseq resume {target}` trains on.")
+        raise RunError(f"{target}: there is no checkpoint to evaluate yet; `{run.resume_command}` trains on.")
     return run, newest
 
 

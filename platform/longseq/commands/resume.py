@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
             if checkpoint.position.step >= config.trainer.max_steps:
                 raise RunError(
                     f"{run.path}: finished at step {checkpoint.position.step}. To train on, raise the last step: "
-                    f"`longseq resume {args.run_folder} trainer.max_steps={2 * checkpoint.position.step}`."
+                    f"`{run.resume_command} trainer.max_steps={2 * checkpoint.position.step}`."
                 )
         resolve_sources(config)
         check_data(config)

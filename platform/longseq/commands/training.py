@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import sys
 import textwrap
@@ -14,7 +13,7 @@ from longseq.config_loading import described_keys
 from longseq.data import SPLITS
 from longseq.errors import EXIT_GO_ON, LongseqError
 from longseq.launch import local
-from longseq.run import Run
+from longseq.run import Run, as_typed
 from longseq_data.fasta import scan
 from longseq_data.vocabulary import VOCABULARY_SIZE
 
@@ -31,14 +30,14 @@ def train(run: Run, config: Config, checkpoint: Checkpoint | None) -> int:
         f"step {newest.position.step} of {config.trainer.max_steps}, {newest.path}" if newest else "no checkpoint yet"
     )
     if code == 0:
-        print(f"Finished: {where}\nEvaluate it:  longseq evaluate {shown(run.path)}")
-        print(f"Look at it:   tensorboard --logdir {shown(run.tensorboard_dir)}")
+        print(f"Finished: {where}\nEvaluate it:  longseq evaluate {as_typed(run.path)}")
+        print(f"Look at it:   tensorboard --logdir {as_typed(run.tensorboard_dir)}")
     elif code == EXIT_GO_ON:
-        print(f"Stopped and saved: {where}\nGo on with:  longseq resume {shown(run.path)}")
+        print(f"Stopped and saved: {where}\nGo on with:  {run.resume_command}")
     else:
         print(f"Stopped at once: {where}")
         if newest:
-            print(f"Go on with:  longseq resume {shown(run.path)}")
+            print(f"Go on with:  {run.resume_command}")
     return code
 
 
@@ -101,9 +100,3 @@ def help_on_keys() -> str:
         text = textwrap.wrap(f"{about['meaning']}{choices}", 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
         lines += [head, *text]
     return "\n".join([*lines, "", "  deepspeed.*", "      passed through to DeepSpeed's own configuration"])
-
-
-def shown(path: Path) -> str:
-    """A path as a person would type it from here."""
-    here = Path.cwd()
-    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))

@@ -8,7 +8,6 @@ so they never outlive a parent that was killed.
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import socket
 import subprocess
@@ -143,7 +142,7 @@ def _outcome(codes: Sequence[int], requests: Sequence[int], run: Run, reports: P
     if run.has_output():
         sentence += f" Output of the ranks from 1 on: {run.logs_dir}."
     if run.checkpoints():
-        sentence += f" Go on with `longseq resume {shlex.quote(str(run.path))}`."
+        sentence += f" Go on with `{run.resume_command}`."
     raise LongseqError(sentence)
 
 

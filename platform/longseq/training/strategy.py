@@ -33,13 +33,33 @@ def deepspeed_strategy(config: Config) -> DeepSpeedStrategy:
     }
     settings["zero_optimization"].setdefault("stage", config.trainer.zero_stage)
     if on_cuda(config):
-        return DeepSpeedStrategy(config=settings, logging_level=logging.WARNING)
+        return CleanDeepSpeedStrategy(config=settings, logging_level=logging.WARNING)
     os.environ["DS_ACCELERATOR"] = "cpu"
     return CPUDeepSpeedStrategy(config=settings, logging_level=logging.WARNING, process_group_backend="gloo")
 
 
-class CPUDeepSpeedStrategy(DeepSpeedStrategy):
-    """Lightning's DeepSpeed strategy without its refusal of CPUs.
+class CleanDeepSpeedStrategy(DeepSpeedStrategy):
+    """Lightning's DeepSpeed strategy, with an optimiser that has made no step yet."""
+
+    def _setup_model_and_optimizer(
+        self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: LRScheduler | None = None
+    ) -> Any:
+        engine, sharded_optimizer = self._initialize(model, optimizer, lr_scheduler)
+        # Half precision without ZeRO steps once with zero gradients to allocate the moments, which counts in Adam's
+        # bias correction: the first real step would be a quarter too short.
+        for state in optimizer.state.values() if optimizer else ():
+            if "step" in state:
+                state["step"].zero_()
+        return engine, sharded_optimizer
+
+    def _initialize(
+        self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: LRScheduler | None
+    ) -> tuple[Any, Any]:
+        return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
+
+
+class CPUDeepSpeedStrategy(CleanDeepSpeedStrategy):
+    """The same without Lightning's refusal of CPUs.
 
     DeepSpeed itself runs every ZeRO stage over gloo; Lightning only checks for a CUDA device and hands over device
     indices, which a CPU does not have.
@@ -57,9 +77,9 @@ class CPUDeepSpeedStrategy(DeepSpeedStrategy):
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 
-    def _setup_model_and_optimizer(
-        self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: LRScheduler | None = None
-    ) -> Any:
+    def _initialize(
+        self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: LRScheduler | None
+    ) -> tuple[Any, Any]:
         import deepspeed
 
         engine, sharded_optimizer, _, _ = deepspeed.initialize(

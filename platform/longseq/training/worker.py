@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import shlex
 import sys
 import threading
 import warnings
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from longseq.errors import EXIT_ERROR, EXIT_GO_ON, USER_ERRORS
 from longseq.launch.local import PEER_LOST, report_path
+from longseq.run import Run
 
 
 def main() -> int:
@@ -31,7 +31,7 @@ def main() -> int:
     except OSError as error:  # a full disk, mostly: say so without a traceback
         sentence = (
             f"{error.filename or args.run}: {error.strerror or error}. Mend that, then go on with "
-            f"`longseq resume {shlex.quote(str(args.run))}`."
+            f"`{Run(args.run).resume_command}`."
         )
     except RuntimeError as error:
         if not _peer_lost(error):
@@ -48,7 +48,6 @@ def _train(run_path: Path, checkpoint_path: Path | None) -> int:
     stop.install()
 
     from longseq.checkpoint import Checkpoint
-    from longseq.run import Run
     from longseq.training.fit import fit
 
     _quiet()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shlex
 import shutil
 from pathlib import Path
 
@@ -82,7 +81,7 @@ class Checkpointing(StepBoundary):
         kept = f"that of step {newest.position.step} is intact" if newest else "there is none before it"
         return LongseqError(
             f"{self.run.checkpoints_dir}: the checkpoint of step {step} could not be written ({reason}); {kept}. Mend "
-            f"that, then go on with `longseq resume {shlex.quote(str(self.run.path))}`."
+            f"that, then go on with `{self.run.resume_command}`."
         )
 
 
