@@ -51,7 +51,7 @@ class TrainingBatches(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         worker, workers = _this_worker()
-        encoder = Encoder(self.spec.strict)
+        encoder = Encoder(self.spec.strict, warn=self.rank == 0 and worker == 0)  # one voice of many is enough
         step_samples = self.world * self.accumulate * self.batch_sequences  # G
         first = self.start_step * step_samples
         windows = enumerate(training_windows(self.spec, first), first)
@@ -68,7 +68,7 @@ class TrainingBatches(IterableDataset[Batch]):
 
 
 class EvaluationBatches(IterableDataset[Batch]):
-    """One pass over the evaluation samples: each in exactly one batch of one rank and worker.
+    """One pass over the evaluation samples (see evaluation_windows): each in exactly one batch of one rank and worker.
 
     Every rank gets the same number of batches, as collectives need: rows without a sample are all PAD and IGNORE.
     Batches are as in TrainingBatches, without ``step_targets``.
@@ -111,19 +111,15 @@ def collate(samples: Sequence[Sample], rows: int) -> Batch:
     return {"tokens": tokens, "targets": targets}
 
 
-def loader(dataset: IterableDataset[Batch], workers: int, pin_memory: bool = False) -> Loader:
-    """The batches of ``dataset``, prepared by ``workers`` background processes (0: by this one), in the same order."""
-    return Loader(dataset, workers, pin_memory)
-
-
 class Loader:
-    """A DataLoader whose workers hand on a DataError as it is.
+    """The batches of ``dataset``, prepared by ``workers`` background processes (0: by this one), in the same order.
 
-    torch glues the worker's traceback to the message of an exception. Here the worker sends the sentence as an item,
-    and the exception is raised in this process. There is no length: Lightning iterates until the end, or max_steps.
+    A DataLoader whose workers hand on a DataError as it is: torch glues the worker's traceback to the message of an
+    exception. Here the worker sends the sentence as an item, and the exception is raised in this process. There is no
+    length: Lightning iterates until the end, or max_steps.
     """
 
-    def __init__(self, dataset: IterableDataset[Batch], workers: int, pin_memory: bool) -> None:
+    def __init__(self, dataset: IterableDataset[Batch], workers: int, pin_memory: bool = False) -> None:
         self.dataset = dataset
         self.workers = workers
         self.pin_memory = pin_memory

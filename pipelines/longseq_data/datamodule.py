@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import lightning
 
-from .batches import EvaluationBatches, Loader, TrainingBatches, loader
+from .batches import EvaluationBatches, Loader, TrainingBatches
 from .streaming import StreamSpec
 
 
@@ -46,7 +46,7 @@ class SequenceDataModule(lightning.LightningDataModule):
             world=world,
             start_step=self.start_step,
         )
-        return loader(batches, self.workers, self._on_gpu())
+        return Loader(batches, self.workers, self._on_gpu())
 
     def val_dataloader(self) -> Loader | list[Loader]:
         if self.valid is None:
@@ -56,7 +56,7 @@ class SequenceDataModule(lightning.LightningDataModule):
             self.valid, batch_sequences=self.batch_sequences, rank=rank, world=world, max_samples=self.valid_samples
         )
         # every worker parses the whole file, so a second one would gain nothing in a short pass
-        return loader(batches, min(self.workers, 1), self._on_gpu())
+        return Loader(batches, min(self.workers, 1), self._on_gpu())
 
     def _place(self) -> tuple[int, int]:
         if self.trainer is None:

@@ -5,23 +5,31 @@ Biopython parses; what is added here is the line number of every problem.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from .errors import DataError
-from .sources import expand_sources, open_text, reading_error
+from .sources import open_text, reading_error
+from .splits import Split, split_of
 from .vocabulary import LETTERS, TABLE, UNKNOWN, X
-
-__all__ = ["Encoder", "Record", "ScanReport", "expand_sources", "read_records", "scan"]
 
 UNKNOWN_BYTE = bytes([UNKNOWN])
 UNKNOWN_TO_X = bytes.maketrans(UNKNOWN_BYTE, bytes([X]))
+KNOWN = bytes(byte for byte in range(256) if TABLE[byte] != UNKNOWN)
+PRINTABLE = bytes(range(32, 127))
 
 MIB = 1 << 20
+
+# What begins a line of its own, met inside a sequence -> how it came there, and what to do.
+MISPLACED = {
+    ">": "'>' inside a sequence: a line break before it is missing, or it is indented; put it at the start of a line.",
+    ";": "';' in a sequence: comments are no part of FASTA any more; remove the lines that begin with ';'.",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +43,7 @@ class Record:
     line: int
 
 
-def read_records(source: str) -> Iterator[Record]:
+def read_records(source: str) -> Generator[Record, None, None]:
     """Stream the records of one path or URL, plain or gzipped.
 
     Raises DataError, one sentence with file and line, for what cannot be read, is no FASTA, or holds a record without
@@ -66,6 +74,8 @@ def _lines(handle: Iterable[str], source: str, headers: deque[int]) -> Iterator[
                 headers.append(number)
                 yield line
                 break
+            if line.lstrip()[:1] in MISPLACED:
+                raise DataError(f"{source}, line {number}: {MISPLACED[line.lstrip()[0]]}")
             if line.strip():
                 raise DataError(
                     f"{source}, line {number}: text before the first header ('>identifier'), so this is no FASTA file; "
@@ -84,18 +94,25 @@ def _lines(handle: Iterable[str], source: str, headers: deque[int]) -> Iterator[
 
 
 def _unusual(title: str, sequence: str, source: str, line: int) -> str:
-    """The sequence without tabs and the final '*' (a stop codon); DataError where it is empty or not printable."""
+    """The sequence without tabs and the final '*' (a stop codon).
+
+    Raises DataError where it is empty, holds a header or a comment, or is not printable. Whole files may end each
+    sequence in '*' or have gaps, so what is legal takes no Python loop over the letters.
+    """
     sequence = sequence.replace("\t", "").removesuffix("*")
     if not sequence:
         raise DataError(
             f"{source}, line {line}: record '{title[:60]}' has no residues; remove it, or restore its sequence."
         )
-    for offset, character in enumerate(sequence):
-        if not (character.isascii() and character.isprintable()):
-            raise DataError(
-                f"{source}, line {_line_of(source, line, offset)}: {_name(character)} in a sequence, so this is not a "
-                f"FASTA file or it is damaged; export or copy it again."
-            )
+    for mark, sentence in MISPLACED.items():
+        if mark in sequence:
+            raise DataError(f"{source}, line {_line_of(source, line, sequence.index(mark))}: {sentence}")
+    if sequence.encode().translate(None, PRINTABLE):
+        offset = next(i for i, letter in enumerate(sequence) if not (letter.isascii() and letter.isprintable()))
+        raise DataError(
+            f"{source}, line {_line_of(source, line, offset)}: {_name(sequence[offset])} in a sequence, so this is not "
+            f"a FASTA file or it is damaged; export or copy it again."
+        )
     return sequence
 
 
@@ -123,12 +140,15 @@ class Encoder:
     """Turns records into residue ids, and keeps count of the letters that have none.
 
     strict: refuse such letters (DataError) instead of mapping them to X.
+    warn: log the first one of each source as a warning of the logger "longseq_data".
     unknown: how often each was mapped to X.
     """
 
-    def __init__(self, strict: bool) -> None:
+    def __init__(self, strict: bool, warn: bool = False) -> None:
         self.strict = strict
+        self.warn = warn
         self.unknown: Counter[str] = Counter()
+        self._warned: set[str] = set()  # sources
         self._first: tuple[Record, int] | None = None  # record, offset in its sequence
 
     @property
@@ -141,24 +161,34 @@ class Encoder:
 
     def encode(self, record: Record, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
         """Ids of residues [start, stop), read-only, shape (stop - start,), all below RESIDUES."""
-        ids = record.sequence[start:stop].encode("ascii").translate(TABLE)
+        letters = record.sequence[start:stop].encode("ascii")
+        ids = letters.translate(TABLE)
         if UNKNOWN_BYTE in ids:
-            self._note(record, start, ids)
+            self._note(record, start, letters, ids)
             ids = ids.translate(UNKNOWN_TO_X)
         return np.frombuffer(ids, dtype=np.uint8)
 
-    def _note(self, record: Record, start: int, ids: bytes) -> None:
-        offsets = start + np.flatnonzero(np.frombuffer(ids, dtype=np.uint8) == UNKNOWN)
-        first = int(offsets[0])
+    def _note(self, record: Record, start: int, letters: bytes, ids: bytes) -> None:
+        first = start + ids.index(UNKNOWN_BYTE)
         if self.strict:
             raise DataError(
                 f"{record.source}, line {_line_of(record.source, record.line, first)}: character "
                 f"'{record.sequence[first]}' in record '{record.identifier}' is none of {LETTERS}; correct it, or set "
                 f"data.strict=false, which maps such characters to X."
             )
-        self.unknown.update(record.sequence[offset].upper() for offset in offsets)
+        self.unknown.update(letters.translate(None, KNOWN).decode().upper())
         if self._first is None:
             self._first = record, first
+        if self.warn and record.source not in self._warned:
+            self._warned.add(record.source)
+            # the line of the header: that of the letter would take reading the source again, while training waits
+            logging.getLogger("longseq_data").warning(
+                "%s, line %d: '%s' in record '%s' is read as X; data.strict=true refuses it.",
+                record.source,
+                record.line,
+                record.sequence[first],
+                record.identifier,
+            )
 
 
 @dataclass
@@ -167,18 +197,26 @@ class ScanReport:
 
     records: int = 0
     residues: int = 0
+    splits: Counter[Split] = field(default_factory=Counter)  # records of each
     unknown: Counter[str] = field(default_factory=Counter)  # letters outside the alphabet, mapped to X
     first_unknown: tuple[str, int, str] | None = None  # source, line, letter
     complete: bool = True  # False: the budget ended before the data did
 
 
 def scan(
-    sources: Sequence[str], *, strict: bool, max_bytes: int = 64 * MIB, total_bytes: int = 256 * MIB
+    sources: Sequence[str],
+    *,
+    strict: bool,
+    max_bytes: int = 64 * MIB,
+    total_bytes: int = 256 * MIB,
+    valid_fraction: float = 0.0,
+    test_fraction: float = 0.0,
 ) -> ScanReport:
     """Read the start of every source before a run is started: what is wrong should be said in its first second.
 
     Reads at most ``max_bytes`` of text of each source and ``total_bytes`` of all, but the first record of each in any
-    case. Raises the DataErrors of ``read_records`` and ``Encoder``.
+    case. The fractions are those of ``split_of``; without them every record counts as training. A split that has no
+    record in a complete report is empty. Raises the DataErrors of ``read_records`` and ``Encoder``.
     """
     report = ScanReport()
     encoder = Encoder(strict)
@@ -190,6 +228,7 @@ def scan(
                 report.complete = False
                 break
             report.records += 1
+            report.splits[split_of(record.identifier, valid_fraction, test_fraction)] += 1
             report.residues += len(encoder.encode(record))
             total += len(record.description) + len(record.sequence)
     report.unknown, report.first_unknown = encoder.unknown, encoder.first_unknown

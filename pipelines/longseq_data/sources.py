@@ -17,6 +17,7 @@ from .errors import DataError
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)")
 HTTP = re.compile(r"https?://", re.IGNORECASE)
+LOCAL_URL = re.compile(r"(file|local)://", re.IGNORECASE)
 
 READ_SIZE = 1 << 18  # bytes a read; gzip's own 8 KiB costs a call into Python for every 100 lines
 
@@ -34,15 +35,26 @@ FOREIGN = {
 def expand_sources(patterns: Sequence[str]) -> list[str]:
     """Sources named by ``patterns``: each a path, a glob (``**`` too), or a URL of any fsspec filesystem.
 
-    Local sources come back as absolute paths. The order is that of the patterns, sorted within a glob; what is named
-    twice comes once. A URL without a glob is not opened here.
+    Local sources come back as absolute paths. The order is that of the patterns, sorted within a glob. A file with
+    several names (a link, "..", file://) comes once, by the first of them. A URL without a glob is not opened here.
 
-    Raises DataError for a missing file, a directory, and a glob that matches nothing.
+    Raises DataError for a missing file, a directory, a glob that matches nothing, and a name that is no text or that a
+    configuration file could not hold.
     """
-    return list(dict.fromkeys(source for pattern in patterns for source in _expand(pattern)))
+    sources: dict[object, str] = {}
+    for pattern in patterns:
+        for source in _expand(pattern):
+            _refuse_unstorable(source)
+            sources.setdefault(_identity(source), source)
+    return list(sources.values())
 
 
-def _expand(pattern: str) -> list[str]:
+def _expand(pattern: object) -> list[str]:
+    if not isinstance(pattern, str):
+        raise DataError(f"{pattern!r} is no file name; several names go in one pair of brackets: '[a.fasta,b.fasta]'.")
+    if not pattern.strip():
+        raise DataError(f"A file name is empty ({pattern!r}); remove it from the list, or name a file.")
+    _refuse_unstorable(pattern)  # an error message could not hold it either
     try:
         return _expand_url(pattern) if URL.match(pattern) else _expand_path(pattern)
     except DataError:
@@ -51,8 +63,36 @@ def _expand(pattern: str) -> list[str]:
         raise reading_error(pattern, None, error) from error
 
 
+def _refuse_unstorable(source: str) -> None:
+    """Raise DataError for a name that does not survive being written to the YAML of a run and read back."""
+    try:
+        source.encode()
+    except UnicodeEncodeError:
+        # ascii(): its bytes could not be printed
+        raise DataError(f"{source!a}: this name is not UTF-8, so no configuration can hold it; rename it.") from None
+    if "${" in source:
+        raise DataError(f"{source}: a configuration reads '${{' in a name as a reference to a key; rename it.")
+
+
+def _identity(source: str) -> object:
+    """Equal for two names of one local file; other sources have nothing but their address."""
+    path = source
+    if URL.match(source):
+        if not LOCAL_URL.match(source):
+            return source
+        import fsspec
+
+        path = fsspec.core.strip_protocol(source)
+    try:
+        status = Path(path).stat()
+    except OSError:  # reading it says what is wrong
+        return source
+    return status.st_dev, status.st_ino
+
+
 def _expand_path(pattern: str) -> list[str]:
-    path = Path(os.path.expanduser(pattern)).absolute()  # noqa: PTH111 - Path's own raises for an unknown ~user
+    expanded = os.path.expanduser(pattern)  # noqa: PTH111 - Path's own raises for an unknown ~user
+    path = Path(expanded).absolute()
     if path.is_dir():
         raise DataError(f"{pattern} is a directory; name its files, for example '{pattern.rstrip('/')}/*.fasta.gz'.")
     if path.is_file():
@@ -62,8 +102,10 @@ def _expand_path(pattern: str) -> list[str]:
     if not glob.has_magic(pattern):
         hint = "several files go in brackets: '[a.fasta,b.fasta]'" if "," in pattern else "correct the path"
         raise DataError(f"{pattern} does not exist (looked in {Path.cwd()}); {hint}.")
-    # glob.glob and not Path.glob: the pattern may be absolute
-    matches = sorted(match for match in glob.glob(str(path), recursive=True) if Path(match).is_file())  # noqa: PTH207
+    # glob.glob and not Path.glob: the pattern may be absolute. Relative ones stay so, as the name of the working
+    # directory is no pattern.
+    found = [Path(match).absolute() for match in glob.glob(expanded, recursive=True)]  # noqa: PTH207
+    matches = sorted(str(match) for match in found if match.is_file())
     if not matches:
         raise DataError(f"No file matches {pattern} (looked in {Path.cwd()}); correct the pattern.")
     return matches

@@ -5,11 +5,12 @@ The order is a pure function of a StreamSpec, so the only state of a run is how 
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
-from typing import Literal, NamedTuple
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +20,11 @@ from .fasta import Encoder, Record, read_records
 from .masking import mask_tokens, masked_count
 from .packing import Piece, Window, crop, cut, document
 from .randomness import generator
+from .splits import split_of
 from .vocabulary import EOS, VOCABULARY_SIZE
 
-Split = Literal["train", "valid", "test"]
-
+OPEN_SOURCES = 16  # read in turn while shuffling
+SAMPLE_BUFFER = 2048  # records of a split among which the sample of an evaluation is drawn
 BUFFER_RESIDUES = 1 << 26  # a shuffle buffer of whole proteomes must still fit in a worker's memory
 
 
@@ -45,7 +47,7 @@ class StreamSpec:
     packing: str  # "crop": one record one sample; "concat": records joined by EOS, cut into full windows
     objective: str  # "causal" or "masked"
     seed: int
-    shuffle_buffer: int = 10_000  # records
+    shuffle_buffer: int = 10_000  # records, and never more than BUFFER_RESIDUES (2^26) residues
     strict: bool = False  # refuse letters outside the alphabet instead of mapping them to X
 
     def __post_init__(self) -> None:
@@ -82,17 +84,8 @@ class StreamSpec:
         return Sample(*mask_tokens(tokens, self.seed, index))
 
 
-def split_of(identifier: str, valid_fraction: float, test_fraction: float) -> Split:
-    """The split of a record, by a hash of its identifier: it stays where it is, whatever file it comes in."""
-    digest = hashlib.blake2b(identifier.encode(), digest_size=8).digest()
-    u = (int.from_bytes(digest, "big") >> 11) / 2**53  # in [0, 1)
-    if u < valid_fraction:
-        return "valid"
-    return "test" if u < valid_fraction + test_fraction else "train"
-
-
 def training_samples(spec: StreamSpec, start: int = 0) -> Iterator[Sample]:
-    """The endless stream of training samples, from sample number ``start`` on.
+    """The endless stream of training samples, from sample number ``start`` on: the plain-Python way to iterate.
 
     Raises DataError for bad data, and for a split without records.
     """
@@ -117,9 +110,9 @@ def training_windows(spec: StreamSpec, start: int = 0) -> Iterator[Window]:
 
 
 def evaluation_samples(spec: StreamSpec, max_samples: int | None = None) -> Iterator[Sample]:
-    """One pass in file order, without shuffling; at most ``max_samples`` samples.
+    """The samples of one evaluation pass, at most ``max_samples`` of them: the plain-Python way to iterate.
 
-    Causal: every residue and every EOS is a target exactly once. Masked: every residue is in exactly one sample.
+    Which ones, and in which order, is said at evaluation_windows.
     """
     encoder = Encoder(spec.strict)
     for index, window in enumerate(evaluation_windows(spec, max_samples)):
@@ -127,9 +120,19 @@ def evaluation_samples(spec: StreamSpec, max_samples: int | None = None) -> Iter
 
 
 def evaluation_windows(spec: StreamSpec, max_samples: int | None = None) -> Iterator[Window]:
-    """The windows of evaluation_samples, not yet tokenised."""
+    """The windows of one evaluation pass, not yet tokenised.
+
+    Without ``max_samples``: the whole split in file order. Causal: every residue and every EOS is a target exactly
+    once. Masked: every residue is in exactly one window.
+
+    With it: the first ``max_samples`` windows of a shuffled pass, in which up to OPEN_SOURCES sources take turns and
+    records are drawn at random from SAMPLE_BUFFER of the split. So of a split that fits the buffer it is a uniform
+    sample of the records, and of a larger one it comes in equal parts from the beginnings of several sources, chosen
+    at random. It depends on the sources, the split and the way of cutting, but neither on the seed nor on the shuffle
+    buffer of training, so that runs with other seeds are scored on the same records.
+    """
     size, overlap = spec.length + spec.overlap, spec.overlap
-    records = _of_split(spec, spec.sources)
+    records = _in_file_order(spec) if max_samples is None else _fair_order(spec)
     windows: Iterable[Window]
     if spec.packing == "concat":
         pieces = (Piece(record, min(number, 1), len(record.sequence) + 2) for number, record in enumerate(records))
@@ -143,12 +146,13 @@ def evaluation_windows(spec: StreamSpec, max_samples: int | None = None) -> Iter
 def target_counts(spec: StreamSpec, max_targets: int | None = None) -> npt.NDArray[np.int64]:
     """How often each token is a target in an evaluation pass, shape (VOCABULARY_SIZE,): the empirical baseline.
 
-    Causal: residues and EOS. Masked: residues, masked or not. Stops after the record that reaches ``max_targets``.
+    Causal: residues and EOS. Masked: residues, masked or not. With ``max_targets``, counts the records of a sampled
+    evaluation_windows, in its order, up to the one that reaches ``max_targets``.
     """
     counts = np.zeros(VOCABULARY_SIZE, dtype=np.int64)
     encoder = Encoder(spec.strict)
     seen = 0
-    for record in _of_split(spec, spec.sources):
+    for record in _in_file_order(spec) if max_targets is None else _fair_order(spec):
         counts += np.bincount(encoder.encode(record), minlength=VOCABULARY_SIZE)
         counts[EOS] += spec.objective == "causal"
         seen += len(record.sequence) + (spec.objective == "causal")
@@ -157,29 +161,71 @@ def target_counts(spec: StreamSpec, max_targets: int | None = None) -> npt.NDArr
     return counts
 
 
-def _of_split(spec: StreamSpec, sources: Sequence[str]) -> Iterator[Record]:
+def _of_split(spec: StreamSpec, records: Iterable[Record]) -> Iterator[Record]:
     seen = kept = 0
-    for source in sources:
-        for record in read_records(source):
-            seen += 1
-            if spec.split is None or split_of(record.identifier, spec.valid_fraction, spec.test_fraction) == spec.split:
-                kept += 1
-                yield record
+    for record in records:
+        seen += 1
+        if spec.split is None or split_of(record.identifier, spec.valid_fraction, spec.test_fraction) == spec.split:
+            kept += 1
+            yield record
     if not kept:
-        change = "lower" if spec.split == "train" else "raise"
-        key = "data.test_fraction" if spec.split == "test" else "data.valid_fraction"
-        keys = "data.valid_fraction or data.test_fraction" if spec.split == "train" else key
-        raise DataError(
-            f"The {spec.split or 'whole'} split of {', '.join(sources) or 'no file at all'} is empty: none of {seen} "
-            f"records falls into it with data.valid_fraction={spec.valid_fraction} and "
-            f"data.test_fraction={spec.test_fraction}; {change} {keys}, or give more records."
-        )
+        raise DataError(_empty_split(spec, seen))
+
+
+def _empty_split(spec: StreamSpec, seen: int) -> str:
+    named = ", ".join(spec.sources[:3]) or "no file at all"
+    if len(spec.sources) > 3:
+        named += f" and {len(spec.sources) - 3} more ({len(spec.sources)} in all)"
+    change = {
+        "train": "lower data.valid_fraction or data.test_fraction",
+        "valid": "raise data.valid_fraction, switch validation off (trainer.valid_every=0)",
+        "test": "raise data.test_fraction",
+        None: "name files",
+    }[spec.split]
+    return (
+        f"The {spec.split or 'whole'} split of {named} is empty: none of {seen} records falls into it with "
+        f"data.valid_fraction={spec.valid_fraction} and data.test_fraction={spec.test_fraction}; {change}, or give "
+        f"more records."
+    )
+
+
+def _in_file_order(spec: StreamSpec) -> Iterator[Record]:
+    return _of_split(spec, chain.from_iterable(map(read_records, spec.sources)))
+
+
+def _fair_order(spec: StreamSpec) -> Iterator[Record]:
+    return _shuffled_epoch(replace(spec, seed=0, shuffle_buffer=SAMPLE_BUFFER), 0)
 
 
 def _shuffled_epoch(spec: StreamSpec, epoch: int) -> Iterator[Record]:
-    """The records of one epoch: files in a random order, records through a shuffle buffer."""
+    """The records of one epoch: sources in a random order, several of them in turn, through a shuffle buffer."""
     priorities = generator(spec.seed, "sources", epoch).random(len(spec.sources))
-    records = _of_split(spec, [spec.sources[i] for i in np.argsort(priorities, kind="stable")])
+    with closing(_in_turn([spec.sources[i] for i in np.argsort(priorities, kind="stable")])) as records:
+        yield from _through_buffer(spec, epoch, _of_split(spec, records))
+
+
+def _in_turn(sources: Sequence[str]) -> Generator[Record, None, None]:
+    """One record of each of OPEN_SOURCES sources in turn; where one ends, the next in line takes its turns.
+
+    So large files mix from the start, whatever the size of the shuffle buffer; small ones end before they do.
+    """
+    waiting = map(read_records, sources)
+    turns = deque(islice(waiting, OPEN_SOURCES))
+    try:
+        while turns:
+            records = turns.popleft()
+            record = next(records, None)
+            if record is None:
+                turns.extend(islice(waiting, 1))
+            else:
+                turns.append(records)
+                yield record
+    finally:
+        for records in turns:
+            records.close()  # and with it the file
+
+
+def _through_buffer(spec: StreamSpec, epoch: int, records: Iterable[Record]) -> Iterator[Record]:
     random = generator(spec.seed, "shuffle", epoch).random
     buffer: list[Record] = []
     residues = 0

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import numpy as np
-import numpy.typing as npt
-
 # The 20 standard amino acids in alphabetical order, then B (D or N), O (pyrrolysine), U (selenocysteine),
 # X (any) and Z (E or Q).
 LETTERS = "ACDEFGHIKLMNPQRSTVWY" + "BOUXZ"
@@ -16,18 +13,13 @@ X = LETTERS.index("X")
 BOS, EOS, PAD, MASK = range(RESIDUES, RESIDUES + 4)  # 25, 26, 27, 28
 VOCABULARY_SIZE = RESIDUES + 4  # 29
 
-UNKNOWN = 255  # what encode() gives for a character outside the alphabet: no token, map it or refuse it
+UNKNOWN = 255  # what TABLE gives for a character outside the alphabet: no token, map it or refuse it
 IGNORE = -100  # a target that is not scored; the default ignore_index of torch's cross entropy
 
 TOKENS = (*LETTERS, "<bos>", "<eos>", "<pad>", "<mask>")
 
 # Byte -> id. Lower case marks low-complexity regions (soft masking) and means the same residue.
 TABLE = bytes(LETTERS.find(chr(byte).upper()) % 256 if byte < 128 else UNKNOWN for byte in range(256))
-
-
-def encode(sequence: str) -> npt.NDArray[np.uint8]:
-    """Residue ids, shape (len(sequence),), read-only; UNKNOWN (255) for every character outside the alphabet."""
-    return np.frombuffer(sequence.encode("ascii", "replace").translate(TABLE), dtype=np.uint8)
 
 
 def decode(tokens: Iterable[int]) -> str:

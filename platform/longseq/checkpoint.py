@@ -34,6 +34,9 @@ class TrainingPosition:
     world_size: int
     zero_stage: int
     precision: str
+    accumulate: int
+    # Σ loss, correct and targets over all ranks since the last point in TensorBoard, so that the next one is whole.
+    unlogged: tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,11 @@ class Checkpoint:
         except (KeyError, TypeError, AttributeError):
             raise RunError(f"{self.manifest_path}: entries are missing or misspelt, so it was damaged.") from None
         return manifest
+
+
+def expected_bytes(parameters: int) -> int:
+    """About how large a checkpoint is: fp32 weights twice (ours and DeepSpeed's) and AdamW's weights and moments."""
+    return parameters * 4 * 5
 
 
 def checkpoint_name(step: int) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from longseq.errors import ConfigError
 from longseq.models.presets import PRESETS
 from longseq.models.spec import PerformerSpec
+from longseq_data.vocabulary import VOCABULARY_SIZE
 
 
 def key(
@@ -75,7 +76,7 @@ class DataConfig:
     batch_tokens: int = key(
         16384, "tokens of one optimiser step, over all processes and accumulated batches, padding included", at_least=1
     )
-    shuffle_buffer: int = key(10_000, "records held to shuffle the stream", at_least=1)
+    shuffle_buffer: int = key(10_000, "records held to shuffle the stream, 64 Mi residues at most", at_least=1)
     strict: bool = key(False, "refuse letters outside the alphabet instead of reading them as X")
     workers: int = key(0, "extra processes that prepare batches, for each training process", at_least=0)
     valid_samples: int = key(256, "sequences of one validation while training", at_least=1)
@@ -108,6 +109,20 @@ class TrainerConfig:
     checkpoint_every: int = key(250, "steps between checkpoints; 0: only at the end or when stopped", at_least=0)
     keep_checkpoints: int = key(3, "newest checkpoints kept", at_least=1)
     log_every: int = key(10, "steps between points in TensorBoard", at_least=1)
+
+
+# DeepSpeed settings that follow from keys of ours; given twice, they would disagree.
+_OURS = {
+    "zero_optimization.stage": "trainer.zero_stage",
+    "gradient_clipping": "optim.clip",
+    "gradient_accumulation_steps": "trainer.accumulate",
+    "train_batch_size": "data.batch_tokens",
+    "train_micro_batch_size_per_gpu": "data.batch_tokens",
+    "optimizer": "the optim section",
+    "scheduler": "optim.schedule",
+    "fp16": "trainer.precision",
+    "bf16": "trainer.precision",
+}
 
 
 @dataclass
@@ -161,7 +176,7 @@ class Config:
             raise ConfigError(f"{error}.") from None
 
     def check(self) -> None:
-        """The arithmetic across keys.
+        """The arithmetic across keys, and DeepSpeed settings that would contradict them.
 
         Raises:
             ConfigError: with the numbers, and numbers that would do.
@@ -195,4 +210,14 @@ class Config:
                 f"{trainer.accumulate} accumulated batches (trainer.accumulate) do not share evenly: change one of "
                 f"them, or take data.batch_tokens={whole * data.length}."
             )
-        self.performer_spec(vocabulary=29)
+        self.performer_spec(VOCABULARY_SIZE)
+        self._check_deepspeed()
+
+    def _check_deepspeed(self) -> None:
+        zero = self.deepspeed.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise ConfigError(f"deepspeed.zero_optimization={zero}: it is a section, e.g. reduce_bucket_size below it.")
+        given = [*self.deepspeed, *(f"zero_optimization.{name}" for name in zero)]
+        for name, ours in _OURS.items():
+            if name in given:
+                raise ConfigError(f"deepspeed.{name} is set from {ours}: set that instead.")

@@ -44,7 +44,10 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     for section, name, limits in described_keys():
         full = f"{section}.{name}"
         _check_limits(full, getattr(getattr(config, section), name), limits, places.get(full, str(path)))
-    config.check()
+    try:
+        config.check()
+    except ConfigError as error:
+        raise ConfigError(f"{path}{' and its overrides' if overrides else ''}: {error}") from None
     return config
 
 
@@ -188,6 +191,9 @@ def _override_layer(argument: str) -> _Layer:
             "list what begins with * or holds ${: data.train='[\"*.fasta.gz\"]'."
         ) from None
     assert isinstance(values, dict)
+    section, _, key = name.partition(".")
+    if _type_of(section, key).startswith("str") and value != "null" and not value.startswith(("[", "{", "${")):
+        values[section][key] = value.strip("'\"")  # as it stands: YAML would read the name 12:30 as a number
     return _Layer(values, f"argument {argument!r}")  # type: ignore[arg-type]
 
 
@@ -209,7 +215,11 @@ def _check_limits(name: str, value: Any, limits: Mapping[str, Any], place: str) 
 
 
 def _is_list_key(section: str, name: str) -> bool:
-    return any((s, k) == (section, name) and m["type"].startswith("list") for s, k, m in described_keys())
+    return _type_of(section, name).startswith("list")
+
+
+def _type_of(section: str, name: str) -> str:
+    return next((m["type"] for s, k, m in described_keys() if (s, k) == (section, name)), "")
 
 
 def _type_name(annotation: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from longseq.config import Config
 from longseq.errors import ConfigError
-from longseq_data.fasta import expand_sources
+from longseq_data.sources import expand_sources
 from longseq_data.streaming import StreamSpec
 
 SPLITS = ("train", "valid", "test", "ood")

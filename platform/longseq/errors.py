@@ -22,5 +22,4 @@ USER_ERRORS = (LongseqError, DataError)
 
 # Exit codes. EX_TEMPFAIL of sysexits.h: the run was saved and wants to go on.
 EXIT_ERROR = 1
-EXIT_USAGE = 2
 EXIT_GO_ON = 75

@@ -53,17 +53,38 @@ class Run:
         """What to type to go on with this run."""
         return f"longseq resume {as_typed(self.path)}"
 
-    @property
-    def finished(self) -> bool:
-        """Whether the run reached its last step."""
-        return (self.path / "FINISHED").exists()
-
     @classmethod
     def create(cls, config: Config, default_name: str) -> Run:
         """Make the folder of a new run and write its configuration.
 
         Raises:
             RunError: if a folder of that name exists, the name is unusable, or the folder cannot be made.
+        """
+        run = cls.new(config, default_name)
+        path = run.path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir()
+        except FileExistsError:
+            raise run._taken() from None
+        except OSError as error:
+            raise RunError(f"{path}: the run's folder cannot be made: {error.strerror}.") from None
+        try:
+            save_config(config, run.config_path)
+            run.checkpoints_dir.mkdir()
+        except BaseException as error:
+            shutil.rmtree(path, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise RunError(f"{path}: the run's folder cannot be written: {error.strerror}.") from None
+            raise
+        return run
+
+    @classmethod
+    def new(cls, config: Config, default_name: str) -> Run:
+        """The run a configuration asks for, its name filled in; nothing is made yet.
+
+        Raises:
+            RunError: if the name is unusable or taken.
         """
         if config.run.name is None:
             config.run.name = f"{default_name}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -75,23 +96,9 @@ class Run:
         path = Path(config.run.dir).expanduser().resolve() / config.run.name
         if path.parent.exists() and not path.parent.is_dir():
             raise RunError(f"run.dir={config.run.dir}: a file, not a folder: choose another run.dir.")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.mkdir()
-        except FileExistsError:
-            raise RunError(
-                f"{path}: a run of this name exists. Go on with it (`{cls(path).resume_command}`), choose another "
-                "run.name, or remove the folder."
-            ) from None
-        except OSError as error:
-            raise RunError(f"{path}: the run's folder cannot be made: {error.strerror}.") from None
         run = cls(path)
-        try:
-            save_config(config, run.config_path)
-            run.checkpoints_dir.mkdir()
-        except OSError as error:
-            shutil.rmtree(path, ignore_errors=True)
-            raise RunError(f"{path}: the run's folder cannot be written: {error.strerror}.") from None
+        if path.exists():
+            raise run._taken()
         return run
 
     @classmethod
@@ -126,8 +133,13 @@ class Run:
             damaged.append(problem)
         return None, damaged
 
-    def mark_finished(self, step: int) -> None:
-        (self.path / "FINISHED").write_text(f"{step}\n")
+    def mark_finished(self, step: int | None) -> None:
+        """Note that the last step was reached, or with None that there are steps to go again."""
+        marker = self.path / "FINISHED"
+        if step is None:
+            marker.unlink(missing_ok=True)
+        else:
+            marker.write_text(f"{step}\n")
 
     def record_start(self, facts: dict[str, object]) -> None:
         """Append one start's facts to environment.json."""
@@ -136,6 +148,14 @@ class Run:
         aside = path.with_name(".environment.json.partial")
         aside.write_text(json.dumps([*starts, facts], indent=2) + "\n")
         aside.replace(path)
+
+    def _taken(self) -> RunError:
+        if not self.config_path.exists():
+            return RunError(f"{self.path}: a folder of this name exists, and is no run: choose another run.name.")
+        return RunError(
+            f"{self.path}: a run of this name exists. Go on with it (`{self.resume_command}`), choose another "
+            "run.name, or remove the folder."
+        )
 
     def has_output(self) -> bool:
         """Whether a process other than rank 0 had something to say: a traceback, mostly."""

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
-from command_line import Command, checkpoints, curve, longseq
+from command_line import Command, checkpoint, checkpoints, curve, longseq
 
 pytestmark = pytest.mark.distributed
 
@@ -113,3 +114,32 @@ def test_checkpoint_that_does_not_fit_on_the_disk_spares_the_one_before(
     assert "warning" not in resumed.err
     assert checkpoints(run)[-1] == 40
     assert list(curve(run, "train/loss")) == list(range(1, 41))
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(folder: Path, stage: int) -> None:
+    """An absurd learning rate throws the weights out of range within a few steps."""
+    name = f"diverged-{stage}"
+    ended = longseq(
+        *("fit", "tiny.yaml", f"run.name={name}", "trainer.devices=2", f"trainer.zero_stage={stage}"),
+        *("optim.lr=1e38", "optim.warmup_steps=0", "trainer.checkpoint_every=1", "trainer.log_every=100"),
+        folder=folder,
+    )
+    assert ended.code == 1
+    assert "not finite at step" in ended.sentence
+    assert "optim.lr" in ended.sentence
+    for step in checkpoints(folder / "runs" / name):
+        weights = load_file(checkpoint(folder / "runs" / name, step) / "model.safetensors")
+        assert all(tensor.isfinite().all() for tensor in weights.values()), step
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [("trainer.accelerator=cuda", "GPUs here"), ("trainer.precision=fp16", "needs a GPU")],
+)
+def test_what_the_devices_cannot_do_is_refused(folder: Path, override: str, words: str) -> None:
+    environment = {"CUDA_VISIBLE_DEVICES": ""}
+    ended = longseq("fit", "tiny.yaml", "run.name=impossible", override, folder=folder, environment=environment)
+    assert ended.code == 1
+    assert words in ended.sentence
+    assert not (folder / "runs/impossible").exists()

@@ -12,7 +12,7 @@ import pytest
 from Bio import SeqIO
 
 from command_line import Ended, checkpoint, curve, longseq
-from longseq_data.streaming import split_of
+from longseq_data.splits import split_of
 
 pytestmark = pytest.mark.distributed
 

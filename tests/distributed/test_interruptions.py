@@ -225,6 +225,35 @@ def test_a_process_killed_before_the_first_step_leaves_nothing_behind(folder: Pa
     command.kill(command.workers()[1])
     ended = command.end()
     assert ended.code == 1
-    assert ended.sentence == "the process of rank 1 was killed by SIGKILL."
+    assert ended.sentence.startswith("the process of rank 1 was killed by SIGKILL")
+    assert "resume" not in ended.sentence
     assert ended.seconds < 30
     assert not (folder / "runs" / "stillborn").exists()
+
+
+def test_points_over_several_steps_are_whole_across_a_stop(folder: Path, fit: Callable[..., Path]) -> None:
+    """Stopped between two points of TensorBoard: the next one still covers all of its steps."""
+    slow = ("trainer.log_every=5", "data.batch_tokens=4096", "trainer.max_steps=30")
+    whole = fit("every-five", *slow)
+    command = Command("fit", "tiny.yaml", "run.name=every-five-stopped", *slow, folder=folder)
+    command.wait_for("step 5/")
+    command.interrupt()
+    assert command.end().code == 75
+    stopped = folder / "runs/every-five-stopped"
+    assert checkpoints(stopped)[-1] % 5, "stopped at a point: the test has nothing to show"
+    assert longseq("resume", stopped, folder=folder).code == 0
+    for tag in ("train/loss", "train/accuracy", "train/gradient_norm", "valid/loss"):
+        assert curve(stopped, tag) == pytest.approx(curve(whole, tag), rel=1e-6), tag
+
+
+def test_a_resumed_run_trains_with_the_rate_it_is_given(folder: Path, fit: Callable[..., Path]) -> None:
+    """Without a rate nothing moves: the restored optimiser's own rate would."""
+    run = fit("rate", "trainer.max_steps=4", "trainer.devices=2", "trainer.zero_stage=2")
+    before = weights_checksum(run, 4)
+    still = longseq("resume", run, "optim.lr=0", "trainer.max_steps=6", folder=folder)
+    assert still.code == 0, still.err
+    assert weights_checksum(run, 6) == before
+    moving = longseq("resume", run, "optim.lr=0.001", "trainer.max_steps=8", folder=folder)
+    assert moving.code == 0, moving.err
+    assert weights_checksum(run, 8) != before
+    assert list(curve(run, "train/learning_rate").values())[4:] == pytest.approx([0, 0, 1e-3, 1e-3])

@@ -45,7 +45,15 @@ def publish(run: Run) -> Callable[..., Checkpoint]:
         (partial / "checkpoint").mkdir(parents=True)
         (partial / "model.safetensors").write_bytes(bytes(range(256)) * step)
         (partial / "checkpoint" / "shard.pt").write_bytes(b"optimiser")
-        position = TrainingPosition(step=step, samples=4 * step, world_size=1, zero_stage=2, precision="fp32")
+        position = TrainingPosition(
+            step=step,
+            samples=4 * step,
+            world_size=1,
+            zero_stage=2,
+            precision="fp32",
+            accumulate=1,
+            unlogged=(0.0, 0.0, 0.0),
+        )
         return checkpoint.publish(run.checkpoints_dir, position)
 
     return publish

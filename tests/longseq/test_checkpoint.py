@@ -28,8 +28,8 @@ def test_a_published_checkpoint_has_its_name_and_knows_its_position(run, publish
     assert names(run.checkpoints_dir) == ["last", "step-00000012.ckpt"]
     assert saved.path == run.checkpoints_dir / "step-00000012.ckpt"
     assert saved.problem() is None
-    expected = {"step": 12, "samples": 48, "world_size": 1, "zero_stage": 2, "precision": "fp32"}
-    assert asdict(Checkpoint(saved.path).position) == expected
+    expected = {"step": 12, "samples": 48, "world_size": 1, "zero_stage": 2, "precision": "fp32", "accumulate": 1}
+    assert asdict(Checkpoint(saved.path).position) == {**expected, "unlogged": [0.0, 0.0, 0.0]}
 
 
 def test_last_names_the_newest_checkpoint_and_still_does_when_the_run_is_moved(run, publish):

@@ -103,3 +103,28 @@ def test_the_defaults_lack_nothing_but_data(folder):
     expected = Config()
     expected.data.train = ["proteins.fasta"]
     assert load_config("empty.yaml", [TRAIN]) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "ours"),
+    [
+        ("zero_optimization", {"stage": 3}, "trainer.zero_stage"),
+        ("gradient_clipping", 1.0, "optim.clip"),
+        ("gradient_accumulation_steps", 2, "trainer.accumulate"),
+        ("bf16", {"enabled": True}, "trainer.precision"),
+        ("optimizer", {"type": "Adam"}, "optim section"),
+    ],
+)
+def test_deepspeed_settings_that_contradict_our_keys_are_refused(name, value, ours):
+    config = Config()
+    config.data.train = ["a.fasta"]
+    config.deepspeed = {name: value}
+    with pytest.raises(ConfigError, match=rf"deepspeed\.{name}.* is set from .*{ours}"):
+        config.check()
+
+
+def test_other_deepspeed_settings_pass_through():
+    config = Config()
+    config.data.train = ["a.fasta"]
+    config.deepspeed = {"zero_optimization": {"reduce_bucket_size": 1000}, "wall_clock_breakdown": True}
+    config.check()

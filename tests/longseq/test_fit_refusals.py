@@ -11,7 +11,9 @@ from types import SimpleNamespace
 import pytest
 
 from longseq.cli import main
-from longseq.commands.training import check_disk
+from longseq.commands.training import check_data, check_disk
+from longseq.config_loading import load_config
+from longseq.data import resolve_sources
 from longseq.errors import LongseqError
 
 LONG = "".join(f">r{i}\n{'ACDEFGHIKL' * 20}\n" for i in range(500)).encode()
@@ -94,8 +96,9 @@ def test_letters_outside_the_alphabet_are_refused_when_strict(refusal, folder):
 
 def test_letters_outside_the_alphabet_are_counted_in_a_warning(folder, capsys):
     (folder / "odd.fasta").write_text(">a\nMKV\n>b\nMJ1J\n")
-    (folder / "runs/taken").mkdir(parents=True)  # so that nothing is trained
-    assert main(["fit", "small.yaml", "data.train=odd.fasta", "run.name=taken"]) == 1
+    config = load_config("small.yaml", ["data.train=odd.fasta"])
+    resolve_sources(config)
+    check_data(config)
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("longseq: warning: ")]
     assert len(warnings) == 1
     assert "read as X: 'J' × 2, '1' × 1" in warnings[0]
@@ -115,7 +118,7 @@ def test_an_unknown_key_is_refused(refusal):
 def test_an_existing_run_is_neither_touched_nor_repeated(refusal, run):
     refused = refusal("data.train=proteins.fasta", f"run.name={run.path.name}")
     assert refused.startswith(f"{run.path}: a run of this name exists")
-    assert f"longseq resume {run.path}" in refused
+    assert run.resume_command in refused
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "-x", "ü", "a" * 101, "''"])

@@ -45,7 +45,7 @@ def test_a_new_run_holds_its_configuration_and_nothing_else(run, config):
     assert sorted(path.name for path in run.path.iterdir()) == ["checkpoints", "config.yaml"]
     assert run.config() == config
     assert Run.open("runs/one") == run
-    assert not run.finished
+    assert not (run.path / "FINISHED").exists()
 
 
 def test_a_run_without_a_name_is_named_by_its_configuration_and_the_time(config):
@@ -162,7 +162,9 @@ def resume_refusal(run: Run, publish, capsys: pytest.CaptureFixture[str]):
         *("data.batch_tokens=128", "data.shuffle_buffer=5"),
     ],
 )
-def test_what_the_weights_or_the_samples_depend_on_cannot_change(resume_refusal, override):
+def test_what_the_weights_or_the_samples_depend_on_cannot_change(resume_refusal, override, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.fasta").write_text(">a\nMKV\n")
     refused = resume_refusal(override)
     key, _, value = override.partition("=")
     assert refused.startswith(f"{key}=")
@@ -173,7 +175,10 @@ def test_what_the_weights_or_the_samples_depend_on_cannot_change(resume_refusal,
 
 @pytest.mark.parametrize(
     ("override", "written"),
-    [("trainer.devices=2", "1"), ("trainer.zero_stage=3", "2"), ("trainer.precision=bf16", "fp32")],
+    [
+        *(("trainer.devices=2", "1"), ("trainer.zero_stage=3", "2"), ("trainer.precision=bf16", "fp32")),
+        ("trainer.accumulate=2", "1"),
+    ],
 )
 def test_shards_of_another_kind_are_refused_with_what_fits(resume_refusal, override, written):
     key = override.partition("=")[0]
@@ -187,7 +192,7 @@ def test_a_finished_run_says_how_to_train_on(resume_refusal, run):
     refused = resume_refusal("trainer.max_steps=4")
     assert "finished at step 4" in refused
     assert "trainer.max_steps=8" in refused
-    assert run.finished
+    assert (run.path / "FINISHED").exists()
 
 
 def test_a_run_in_training_is_not_resumed_beside_it(resume_refusal, run):

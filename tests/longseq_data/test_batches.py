@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longseq_data.batches import EvaluationBatches, TrainingBatches, loader
+from longseq_data.batches import EvaluationBatches, Loader, TrainingBatches
 from longseq_data.errors import DataError
 from longseq_data.fasta import scan
 from longseq_data.streaming import evaluation_samples, training_samples
@@ -45,7 +45,7 @@ def training_steps(spec, steps, *, world, accumulate, batch_sequences, start_ste
             world=world,
             start_step=start_step,
         )
-        stream = list(islice(loader(batches, workers), steps * accumulate))
+        stream = list(islice(Loader(batches, workers), steps * accumulate))
         per_rank.append([stream[i : i + accumulate] for i in range(0, len(stream), accumulate)])
     return list(zip(*per_rank, strict=True))
 
@@ -83,7 +83,7 @@ def test_workers_can_read_a_url_that_the_main_process_has_read_before(make_spec,
     remote = make_spec(sources=tuple(f"{http_address}/{Path(source).name}" for source in proteins))
     assert scan(remote.sources, strict=True).records == 37  # leaves a network thread behind, which a fork does not copy
     shape = {"batch_sequences": 4, "rank": 0, "world": 1}
-    found = [rows(batch) for batch in loader(EvaluationBatches(remote, **shape), workers=2)]
+    found = [rows(batch) for batch in Loader(EvaluationBatches(remote, **shape), workers=2)]
     assert found == [rows(batch) for batch in EvaluationBatches(local, **shape)]
 
 
@@ -125,7 +125,7 @@ def test_batches_are_int64_and_padded_to_their_longest_sample(make_spec):
 def test_evaluation_has_every_sample_once_and_equally_many_batches_a_rank(world, workers, make_spec):
     spec = make_spec()
     per_rank = [
-        list(loader(EvaluationBatches(spec, batch_sequences=3, rank=rank, world=world), workers))
+        list(Loader(EvaluationBatches(spec, batch_sequences=3, rank=rank, world=world), workers))
         for rank in range(world)
     ]
     assert len({len(batches) for batches in per_rank}) == 1
@@ -148,6 +148,18 @@ def test_ranks_without_samples_get_filler_rows(make_spec):
     assert filler["tokens"].numel()
 
 
+def test_only_the_first_worker_of_the_first_rank_warns_of_unknown_letters(make_spec, write, caplog, monkeypatch):
+    spec = make_spec(sources=(write("a.fasta", ">a\nAJ\n"),), split=None)
+    for rank, worker, warnings in [(0, (0, 1), 1), (0, (0, 2), 1), (0, (1, 2), 0), (1, (0, 1), 0)]:
+        monkeypatch.setattr("longseq_data.batches._this_worker", lambda worker=worker: worker)
+        caplog.clear()
+        batches = TrainingBatches(spec, batch_sequences=1, accumulate=1, rank=rank, world=2)
+        list(islice(batches, 3))
+        assert len(caplog.messages) == warnings
+    assert list(EvaluationBatches(spec, batch_sequences=1, rank=0, world=1))
+    assert not caplog.messages
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("evaluate", [False, True])
 def test_a_data_error_reaches_the_main_process_as_its_one_sentence(workers, evaluate, make_spec, write):
@@ -158,14 +170,14 @@ def test_a_data_error_reaches_the_main_process_as_its_one_sentence(workers, eval
     else:
         dataset = TrainingBatches(spec, batch_sequences=1, accumulate=1, rank=0, world=1)
     with pytest.raises(DataError) as caught:
-        list(loader(dataset, workers))
+        list(Loader(dataset, workers))
     expected = f"{source}, line 3: record 'b' has no residues; remove it, or restore its sequence."
     assert type(caught.value) is DataError
     assert str(caught.value) == expected
 
 
 def test_a_loader_has_no_length_and_can_be_read_again(make_spec):
-    batches = loader(EvaluationBatches(make_spec(), batch_sequences=3, rank=0, world=1), 0)
+    batches = Loader(EvaluationBatches(make_spec(), batch_sequences=3, rank=0, world=1), 0)
     assert not hasattr(batches, "__len__")
     assert [rows(batch) for batch in batches] == [rows(batch) for batch in batches]
 

@@ -1,6 +1,7 @@
 """Paths, globs and URLs."""
 
 import gzip
+import os
 import socket
 import threading
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from longseq_data.errors import DataError
-from longseq_data.fasta import expand_sources, read_records
+from longseq_data.fasta import read_records
+from longseq_data.sources import expand_sources
 
 FASTA = ">a first\nMKV\nLA\n>b\nACD\n"
 
@@ -49,6 +51,52 @@ def test_globs_are_sorted_absolute_and_without_duplicates(write, tmp_path, monke
     assert expand_sources(["*.fasta"]) == [a, b]
     assert expand_sources(["b.fasta", "*.fasta", a]) == [b, a]
     assert expand_sources([str(tmp_path / "**" / "a.*")]) == [a]
+
+
+def test_a_file_of_several_names_comes_once_by_the_first(write, tmp_path):
+    a, b = write("a.fasta", FASTA), write("b.fasta", FASTA)
+    (tmp_path / "soft.fasta").symlink_to(a)
+    (tmp_path / "hard.fasta").hardlink_to(a)
+    (tmp_path / "sub").mkdir()
+    around = str(tmp_path / "sub" / ".." / "a.fasta")
+    for first in (a, str(tmp_path / "soft.fasta"), str(tmp_path / "hard.fasta"), around, f"file://{a}"):
+        assert expand_sources([first, a, str(tmp_path / "*.fasta"), around, f"file://{a}"]) == [first, b]
+
+
+def test_a_local_url_is_not_opened(tmp_path):
+    urls = [f"file://{tmp_path}/{name}.fasta" for name in ("none", "neither")]
+    assert expand_sources(urls) == urls
+
+
+def test_a_glob_in_a_working_directory_whose_name_looks_like_one(tmp_path, monkeypatch):
+    (tmp_path / "run[1]").mkdir()
+    (tmp_path / "run[1]" / "a.fasta").write_text(FASTA)
+    monkeypatch.chdir(tmp_path / "run[1]")
+    assert expand_sources(["*.fasta"]) == [str(tmp_path / "run[1]" / "a.fasta")]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("", "A file name is empty (''); remove it"),
+        (" ", "A file name is empty (' '); remove it"),
+        (["a"], "['a'] is no file name; several names go in one pair of brackets"),
+        (None, "None is no file name; several"),
+    ],
+)
+def test_what_is_no_name_gets_a_sentence(pattern: object, message: str):
+    with pytest.raises(DataError) as caught:
+        expand_sources([pattern])  # type: ignore[list-item]
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("name", [os.fsdecode(b"caf\xe9.fasta"), "${run}.fasta"], ids=["not UTF-8", "interpolation"])
+def test_names_that_a_configuration_cannot_hold_are_refused(name: str, tmp_path):
+    (tmp_path / name).write_text(FASTA)
+    for pattern in (str(tmp_path / name), str(tmp_path / "*.fasta")):
+        with pytest.raises(DataError, match=r"configuration .*; rename it\.$") as caught:
+            expand_sources([pattern])
+        str(caught.value).encode()  # can be printed
 
 
 def test_a_file_whose_name_looks_like_a_glob_is_a_file(write):

@@ -10,10 +10,11 @@ import pytest
 from Bio import SeqIO
 
 from longseq_data.errors import DataError
+from longseq_data.fasta import read_records
+from longseq_data.splits import split_of
 from longseq_data.streaming import (
     evaluation_samples,
     evaluation_windows,
-    split_of,
     target_counts,
     training_samples,
     training_windows,
@@ -90,6 +91,23 @@ def test_an_empty_split_is_an_error_and_no_endless_loop(split, make_spec):
         assert change[split] in said
 
 
+def test_an_empty_split_of_many_files_names_three_and_says_how_to_go_on_without(make_spec, proteins):
+    spec = make_spec(sources=(*proteins * 10,), split="valid", valid_fraction=0.0)
+    for samples in (training_samples(spec), evaluation_samples(spec)):
+        with pytest.raises(DataError) as caught:
+            next(samples)
+        said = str(caught.value)
+        assert said.startswith(
+            f"The valid split of {proteins[0]}, {proteins[1]}, {proteins[0]} and 17 more (20 in all)"
+        )
+        assert said.count(".fasta") == 3
+        assert "(trainer.valid_every=0)" in said
+    with pytest.raises(DataError) as caught:
+        next(evaluation_samples(make_spec(split="test", test_fraction=0.0)))
+    assert f"of {', '.join(proteins)} is empty" in str(caught.value)
+    assert "valid_every" not in str(caught.value)
+
+
 def test_no_sources_is_an_error(make_spec):
     with pytest.raises(DataError, match="no file at all"):
         next(training_samples(make_spec(sources=())))
@@ -140,12 +158,54 @@ def test_masked_evaluation_shows_every_residue_once(packing, length, make_spec, 
         assert len(sample.tokens) == len(sample.targets) <= length
 
 
-def test_evaluation_stops_after_max_samples(make_spec):
-    spec = make_spec()
-    some = list(evaluation_samples(spec, 5))
-    assert len(some) == 5
-    assert all(map(equal, some, evaluation_samples(spec)))
+def numbered(write, name: str, records: int) -> str:
+    """A file of records ``name``_0, ``name``_1, ... of one residue."""
+    return write(f"{name}.fasta", "".join(f">{name}_{i}\nA\n" for i in range(records)))
+
+
+def identifiers(windows) -> list[str]:
+    return [piece.record.identifier for window in windows for piece in window.pieces]
+
+
+@every_mode
+def test_evaluation_stops_after_max_samples(packing, objective, make_spec):
+    spec = make_spec(packing=packing, objective=objective)
+    assert len(list(evaluation_samples(spec, 5))) == 5
     assert list(evaluation_samples(spec, 0)) == []
+
+
+def test_a_sampled_evaluation_has_no_record_twice_and_enough_samples_are_all_of_them(make_spec, proteins):
+    spec = make_spec(length=100)
+    for samples in (9, 37, 1000):
+        found = Counter(identifiers(evaluation_windows(spec, samples)))
+        assert found.total() == min(samples, 37)
+        assert max(found.values()) == 1
+    assert identifiers(evaluation_windows(spec)) == [r.id for s in proteins for r in SeqIO.parse(s, "fasta")]
+
+
+def test_a_sampled_evaluation_comes_from_all_of_the_split(make_spec, write):
+    sources = tuple(numbered(write, name, n) for name, n in [("a", 600), ("b", 900)])
+    found = identifiers(evaluation_windows(make_spec(sources=sources), 300))
+    assert abs(sum(name.startswith("a") for name in found) - 120) < 5 * 8  # of 300, with a standard error below 8.5
+    positions = [int(name[2:]) / (600 if name[0] == "a" else 900) for name in found]
+    assert all(0.1 < share < 0.4 for share in np.histogram(positions, 4, (0, 1))[0] / 300)  # of each quarter
+
+
+def test_a_sample_of_large_files_comes_from_several_of_them(make_spec, write, monkeypatch):
+    monkeypatch.setattr("longseq_data.streaming.SAMPLE_BUFFER", 30)
+    sources = tuple(numbered(write, name, 500) for name in "abcde")
+    found = Counter(name[0] for name in identifiers(evaluation_windows(make_spec(sources=sources), 50)))
+    assert all(2 <= found[name] <= 20 for name in "abcde")
+    counts = target_counts(make_spec(sources=(*sources, write("x.fasta", ">x\nC\n" * 500))), 200)
+    assert 10 <= counts[1] <= 25  # one record of six is C, a hundred records in all
+
+
+def test_a_sampled_evaluation_depends_on_neither_seed_nor_shuffle_buffer(make_spec):
+    def sample(**changes) -> list[str]:
+        return identifiers(evaluation_windows(make_spec(**changes), 9))
+
+    assert sample() == sample(seed=6, shuffle_buffer=3)
+    assert sample() != sample(split="train")
 
 
 @pytest.mark.parametrize("packing", ["crop", "concat"])
@@ -159,9 +219,11 @@ def test_target_counts_are_the_targets_of_an_evaluation_pass(packing, make_spec,
 
 
 def test_target_counts_stop_at_their_limit(make_spec, proteins):
-    first, second = sequences(proteins)[:2]
-    assert target_counts(make_spec(), len(first) + 1).sum() == len(first) + 1
-    assert target_counts(make_spec(), len(first) + 2).sum() == len(first) + len(second) + 2
+    order = [window.pieces[0].record for window in evaluation_windows(make_spec(length=100), 37)]
+    first, second = (len(record.sequence) + 1 for record in order[:2])
+    assert target_counts(make_spec(), first).sum() == first
+    assert target_counts(make_spec(), first + 1).sum() == first + second
+    assert target_counts(make_spec(), 10**6).tolist() == target_counts(make_spec()).tolist()
 
 
 # Training
@@ -173,6 +235,52 @@ def test_a_crop_epoch_has_every_record_once_in_another_order_each_time(make_spec
     for epoch in epochs:
         assert Counter(epoch) == Counter(sequences(proteins))
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_large_files_mix_from_the_start_and_end_together(make_spec, write):
+    sources = tuple(numbered(write, name, 400) for name in "abc")
+    stream = identifiers(islice(training_windows(make_spec(sources=sources, shuffle_buffer=8)), 2400))
+    for epoch in (stream[:1200], stream[1200:]):
+        assert len(set(epoch)) == 1200
+        for start in range(0, 1200, 60):
+            found = Counter(name[0] for name in epoch[start : start + 60])
+            assert all(12 <= found[name] <= 28 for name in "abc")
+
+
+@pytest.mark.parametrize("sources", [3, 40])
+def test_sources_take_turns_a_few_at_a_time_and_are_closed(sources, make_spec, write, monkeypatch):
+    opened: list[str] = []
+    most = 0
+
+    def watched(source: str):
+        nonlocal most
+        opened.append(source)
+        most = max(most, len(opened))
+        try:
+            yield from read_records(source)
+        finally:
+            opened.remove(source)
+
+    monkeypatch.setattr("longseq_data.streaming.read_records", watched)
+    names = [f"f{i:02}" for i in range(sources)]
+    spec = make_spec(sources=tuple(numbered(write, name, 3 + i % 5) for i, name in enumerate(names)), shuffle_buffer=1)
+    records = sum(3 + i % 5 for i in range(sources))
+    windows = training_windows(spec)
+    epoch = identifiers(islice(windows, records))
+    assert sorted(epoch) == sorted(f"{name}_{j}" for i, name in enumerate(names) for j in range(3 + i % 5))
+    assert most == min(sources, 16)
+    next(windows)
+    assert opened
+    windows.close()
+    assert not opened
+    assert len(list(evaluation_windows(spec, 2))) == 2
+    assert not opened
+
+
+def test_a_bad_file_among_those_open_ends_the_stream_and_closes_the_others(make_spec, write, proteins):
+    spec = make_spec(sources=(*proteins, write("bad.fasta", ">x\nA\n>y\n")))
+    with pytest.raises(DataError, match=r"bad\.fasta, line 3: record 'y' has no residues"):
+        list(islice(training_windows(spec), 40))
 
 
 def test_crops_are_pieces_of_their_record_with_bos_and_eos_only_at_its_ends(make_spec, proteins):

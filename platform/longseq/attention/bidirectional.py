@@ -47,7 +47,7 @@ class _TwoPasses(torch.autograd.Function):
             state = state.merge(AttentionState.of(*keys.features(chunk), v[:, chunk]))
         out, inverse_den = v.new_empty(*q.shape[:2], v.shape[-1]), v.new_empty(*q.shape[:2], 1)
         for chunk in chunks(q.shape[1]):
-            fq, _ = feature_map.queries(q[:, chunk])
+            fq = feature_map.queries(q[:, chunk])
             inverse_den[:, chunk] = inverse(fq @ state.normaliser)
             out[:, chunk] = (fq @ state.values).mul_(inverse_den[:, chunk])
         ctx.feature_map = feature_map
@@ -63,7 +63,7 @@ class _TwoPasses(torch.autograd.Function):
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         d_values, d_normaliser = torch.zeros_like(values), torch.zeros_like(normaliser)  # N, n
         for chunk in chunks(q.shape[1]):
-            fq, _ = feature_map.queries(q[:, chunk])
+            fq = feature_map.queries(q[:, chunk])
             d_num = dout[:, chunk] * inverse_den[:, chunk]  # G
             d_den = (d_num * out[:, chunk]).sum(-1, keepdim=True).neg_()  # g
             d_values.baddbmm_(fq.mT, d_num)

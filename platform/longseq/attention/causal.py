@@ -53,7 +53,7 @@ class _CausalScan(torch.autograd.Function):
         state = AttentionState.empty(len(v), feature_map.features, v.shape[-1], like=v)
         states = []  # before each chunk
         for chunk in chunks(q.shape[1]):
-            fq, _ = feature_map.queries(q[:, chunk])
+            fq = feature_map.queries(q[:, chunk])
             fk, scale = keys.features(chunk)
             row_scale = _row_scale(scale, state)
             attention = (fq @ fk.transpose(1, 2)).mul_(_causal_weights(scale, row_scale))  # A
@@ -65,21 +65,22 @@ class _CausalScan(torch.autograd.Function):
             if any(ctx.needs_input_grad):
                 states.append(state)
             state = state.merge(AttentionState.of(fk, scale, v[:, chunk]))
-        ctx.feature_map, ctx.states = feature_map, states
-        ctx.save_for_backward(q, k, v, hidden, out, inverse_den)
+        ctx.feature_map = feature_map
+        state_tensors = (t for s in states for t in (s.values, s.normaliser, s.log_scale))
+        ctx.save_for_backward(q, k, v, hidden, out, inverse_den, *state_tensors)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, hidden, out, inverse_den = ctx.saved_tensors
+        q, k, v, hidden, out, inverse_den, *state_tensors = ctx.saved_tensors
         feature_map: FeatureMap = ctx.feature_map
         keys = Keys(k, hidden, feature_map)
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         after = AttentionState.empty(len(v), feature_map.features, v.shape[-1], like=v)  # (N, n) and c'
         for index, chunk in reversed(list(enumerate(chunks(q.shape[1])))):
-            before: AttentionState = ctx.states[index]
-            fq, _ = feature_map.queries(q[:, chunk])
+            before = AttentionState(*state_tensors[3 * index : 3 * index + 3])
+            fq = feature_map.queries(q[:, chunk])
             fk, scale = keys.features(chunk)
             row_scale = _row_scale(scale, before)
             weights = _causal_weights(scale, row_scale)

@@ -31,7 +31,9 @@ def favor_attention(
 
     A stand-in for ``F.scaled_dot_product_attention``: ``kernel="softmax"`` approximates it, with an error that falls
     as ``features`` grows and grows steeply with the norms of q and k. Features, sums and denominators are computed
-    in fp32 (float64 for float64 inputs) whatever the inputs' dtype, also under autocast.
+    in fp32 (float64 for float64 inputs) whatever the inputs' dtype, also under autocast. Up to a standard deviation of
+    about 4 of q and k (at head_dim 64) the result is that of the quadratic formula to 1e-5 … 3e-5. Beyond, it stays
+    finite and a weighted mean of the values, but fp32's range no longer holds every product of two features.
 
     Args:
         q, k: (batch, heads, length, head_dim). They are scaled by head_dim^-1/4 each.

@@ -35,8 +35,8 @@ def projection_matrix(
         head_dim: number of columns, d.
         seed, layer, draw: what the matrix is a function of. ``draw`` counts the redraws.
         orthogonal: block-orthogonal rows instead of independent ones.
-        device, dtype: where the matrix is wanted. It is computed in float64 on the CPU first, so that all devices
-            and precisions see the same numbers.
+        device, dtype: where the matrix is wanted. It is computed in float64 on the CPU first, so that it is the same
+            on all devices of a machine; other processors may round the rotation differently in the last bits.
 
     Returns:
         (features, head_dim). The tensor is cached and shared: treat it as read-only.

@@ -7,12 +7,14 @@ run's folder under evaluations/. Weights are read from safetensors; nothing is u
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longseq.checkpoint import Checkpoint
+from longseq.commands.training import FIXED, refuse_changes
 from longseq.config import Config
 from longseq.data import resolve_sources, stream_spec
 from longseq.errors import RunError
@@ -21,6 +23,8 @@ from longseq.run import Run
 if TYPE_CHECKING:
     from longseq.models.performer import PerformerLM
 
+# What the weights fit, and which records were trained on.
+_FIXED = tuple(key for key in FIXED if key not in ("data.test", "data.length", "data.packing", "data.batch_tokens"))
 # Enough targets to know the frequencies of 29 tokens to 0.1 %, in a few seconds of reading.
 _BASELINE_TARGETS = 20_000_000
 
@@ -40,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("train", "valid", "test", "ood"),
         help="may be repeated; default: test, ood",
     )
-    parser.add_argument("--sequences", type=int, metavar="N", help="score only the first N sequences of each split")
+    parser.add_argument(
+        "--sequences", type=_at_least_one, metavar="N", help="score a sample of N sequences of each split"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
 
 
@@ -48,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
     run, checkpoint = _find(args.target)
     config = run.config(tuple(args.overrides))
     resolve_sources(config)
-    splits = args.split or (["test", "ood"] if config.data.ood else ["test"])
+    refuse_changes(run.config(), config, run, _FIXED)
+    splits = list(dict.fromkeys(args.split or (["test", "ood"] if config.data.ood else ["test"])))
     specs = {split: stream_spec(config, split) for split in splits}
 
     # Heavy imports only now: what can be refused has been refused.
@@ -82,13 +89,27 @@ def run(args: argparse.Namespace) -> int:
         "checkpoint": str(checkpoint.path),
         "step": checkpoint.position.step,
         "overrides": args.overrides,
+        "sequences_limit": args.sequences,
         "splits": results,
     }
     run.evaluations_dir.mkdir(exist_ok=True)
-    kept = run.evaluations_dir / f"{checkpoint.path.stem}-{'-'.join(splits)}.json"
+    kept = run.evaluations_dir / f"{checkpoint.path.stem}-{'-'.join(splits)}{_variant(args)}.json"
     kept.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2) if args.json else _table(report, kept))
     return 0
+
+
+def _variant(args: argparse.Namespace) -> str:
+    """A suffix for results that are not those of the run's own settings, so that they replace nothing."""
+    if not args.overrides and args.sequences is None:
+        return ""
+    return "-" + hashlib.blake2b(repr((sorted(args.overrides), args.sequences)).encode(), digest_size=4).hexdigest()
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
 
 
 def _find(target: Path) -> tuple[Run, Checkpoint]:

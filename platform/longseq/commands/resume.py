@@ -1,6 +1,6 @@
 """Go on with a run from its newest whole checkpoint, where it was stopped, killed or finished early.
 
-The number of processes, the ZeRO stage and the precision must be those of the checkpoint.
+The number of processes, the ZeRO stage, the precision and the accumulation must be those of the checkpoint.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import argparse
 import sys
 
 from longseq.checkpoint import Checkpoint
-from longseq.commands.training import check_data, check_disk, help_on_keys, train
+from longseq.commands.training import FIXED, check_data, check_disk, help_on_keys, refuse_changes, train
 from longseq.config import Config
 from longseq.config_loading import save_config
 from longseq.data import resolve_sources
-from longseq.errors import RunError
+from longseq.errors import LongseqError, RunError
 from longseq.run import Run
 
 
@@ -26,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     run = Run.open(args.run_folder)
     before, config = run.config(), run.config(tuple(args.overrides))
-    _refuse_another_experiment(before, config, run)
+    resolve_sources(config)
+    refuse_changes(before, config, run, FIXED)
     with run.locked():
         checkpoint, damaged = run.newest_checkpoint()
         for sentence in damaged:
@@ -38,33 +39,19 @@ def run(args: argparse.Namespace) -> int:
                     f"{run.path}: finished at step {checkpoint.position.step}. To train on, raise the last step: "
                     f"`{run.resume_command} trainer.max_steps={2 * checkpoint.position.step}`."
                 )
-        resolve_sources(config)
         check_data(config)
         check_disk(config, run.path)
-        (run.path / "FINISHED").unlink(missing_ok=True)
         save_config(config, run.config_path)
-        return train(run, config, checkpoint)
-
-
-def _refuse_another_experiment(before: Config, after: Config, run: Run) -> None:
-    """What the weights or the order of the samples depend on stays as it was."""
-    fixed = {
-        "run": ("name", "dir", "seed"),
-        "model": ("preset", "dim", "depth", "heads", "ffn_dim", "objective"),
-        "attention": ("qk_norm",),
-        "data": (
-            *("train", "valid", "test", "valid_fraction", "test_fraction"),
-            *("length", "packing", "batch_tokens", "shuffle_buffer"),
-        ),
-    }
-    for section, names in fixed.items():
-        for name in names:
-            old, new = getattr(getattr(before, section), name), getattr(getattr(after, section), name)
-            if old != new:
-                raise RunError(
-                    f"{section}.{name}={new}: the run {run.path} was started with {old}, and a resumed run keeps it. "
-                    "Start a new run with `longseq fit` instead."
-                )
+        run.mark_finished(None)
+        try:
+            code = train(run, config, checkpoint)
+        except LongseqError:
+            if run.newest_checkpoint()[0] == checkpoint:  # nothing came of the new settings
+                save_config(before, run.config_path)
+                if checkpoint and checkpoint.position.step >= before.trainer.max_steps:
+                    run.mark_finished(checkpoint.position.step)
+            raise
+        return code
 
 
 def _refuse_other_shards(checkpoint: Checkpoint, config: Config) -> None:
@@ -73,6 +60,7 @@ def _refuse_other_shards(checkpoint: Checkpoint, config: Config) -> None:
         "trainer.devices": (position.world_size, trainer.devices),
         "trainer.zero_stage": (position.zero_stage, trainer.zero_stage),
         "trainer.precision": (position.precision, trainer.precision),
+        "trainer.accumulate": (position.accumulate, trainer.accumulate),
     }
     for name, (old, new) in written.items():
         if old != new:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
-from longseq.checkpoint import Checkpoint, remove_partials
+from longseq.checkpoint import Checkpoint, expected_bytes, remove_partials
 from longseq.config import Config
 from longseq.config_loading import described_keys
 from longseq.data import SPLITS
-from longseq.errors import EXIT_GO_ON, LongseqError
+from longseq.errors import EXIT_GO_ON, LongseqError, RunError
 from longseq.launch import local
 from longseq.run import Run, as_typed
-from longseq_data.fasta import scan
+from longseq_data.errors import DataError
+from longseq_data.fasta import ScanReport, scan
 from longseq_data.vocabulary import VOCABULARY_SIZE
 
 
@@ -41,6 +43,32 @@ def train(run: Run, config: Config, checkpoint: Checkpoint | None) -> int:
     return code
 
 
+# What the weights or the order of the samples depend on, and a run keeps for its life.
+FIXED = (
+    *("run.name", "run.dir", "run.seed"),
+    *("model.preset", "model.dim", "model.depth", "model.heads", "model.ffn_dim", "model.objective"),
+    *("attention.qk_norm", "data.train", "data.valid", "data.test", "data.valid_fraction", "data.test_fraction"),
+    *("data.length", "data.packing", "data.batch_tokens", "data.shuffle_buffer"),
+)
+
+
+def refuse_changes(before: Config, after: Config, run: Run, keys: Sequence[str]) -> None:
+    """Refuse overrides that would make another experiment of a run.
+
+    Raises:
+        RunError: naming the key and both values.
+    """
+    for key in keys:
+        section, _, name = key.partition(".")
+        old, new = getattr(getattr(before, section), name), getattr(getattr(after, section), name)
+        if old != new:
+            moved = f" (if only the files have moved, correct {run.config_path})" if section == "data" else ""
+            raise RunError(
+                f"{key}={new}: the run {run.path} was started with {old}, and keeps it{moved}. Start another run with "
+                "`longseq fit` for another experiment."
+            )
+
+
 def check_data(config: Config) -> None:
     """Read the beginning of every file before anything is made, and say what letters were read as X.
 
@@ -51,7 +79,17 @@ def check_data(config: Config) -> None:
         sources = getattr(config.data, split)
         if not sources:
             continue
-        report = scan(sources, strict=config.data.strict)
+        data = config.data
+        # Shares are held out of the training files alone, and only where no files were named for that split.
+        shares = split == "train"
+        report = scan(
+            sources,
+            strict=data.strict,
+            valid_fraction=data.valid_fraction if shares and not data.valid else 0.0,
+            test_fraction=data.test_fraction if shares and not data.test else 0.0,
+        )
+        if shares and report.complete:
+            _refuse_empty_splits(config, report)
         extent = "" if report.complete else " at the beginning of the files"
         print(f"data.{split}: {report.records:,} records, {report.residues:,} residues{extent}", file=sys.stderr)
         if report.unknown:
@@ -65,6 +103,21 @@ def check_data(config: Config) -> None:
             )
 
 
+def _refuse_empty_splits(config: Config, report: ScanReport) -> None:
+    """A split that turns out empty at the first validation would cost the steps before it."""
+    data, held_out = config.data, f"the hash of the identifiers puts none of the {report.records:,} records"
+    if not report.splits["train"]:
+        raise DataError(
+            f"data.train: {held_out} into training: lower data.valid_fraction={data.valid_fraction} and "
+            f"data.test_fraction={data.test_fraction}."
+        )
+    if config.trainer.valid_every and not data.valid and not report.splits["valid"]:
+        raise DataError(
+            f"data.train: {held_out} into validation: raise data.valid_fraction={data.valid_fraction}, name files in "
+            "data.valid, or set trainer.valid_every=0."
+        )
+
+
 def check_disk(config: Config, folder: Path) -> None:
     """Refuse to start where the checkpoints of a run in ``folder`` would not fit.
 
@@ -75,9 +128,8 @@ def check_disk(config: Config, folder: Path) -> None:
     while not folder.exists():
         folder = folder.parent
     weights = config.performer_spec(VOCABULARY_SIZE).parameter_count
-    # Weights twice (ours and DeepSpeed's), and DeepSpeed's fp32 weights and two moments; one more being written.
     more = max(1, config.trainer.keep_checkpoints + 1 - written)
-    needed = more * weights * 4 * 5
+    needed = more * expected_bytes(weights)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise LongseqError(

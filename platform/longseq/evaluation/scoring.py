@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from longseq.evaluation.metrics import Counts, Quality
 from longseq.models.performer import PerformerLM
-from longseq_data.batches import EvaluationBatches, loader
+from longseq_data.batches import EvaluationBatches, Loader
 from longseq_data.errors import DataError
 from longseq_data.streaming import StreamSpec
 from longseq_data.vocabulary import IGNORE, PAD, VOCABULARY_SIZE
@@ -51,7 +51,7 @@ def score(
     loss_sum, correct, sequences = 0.0, 0, 0
     counts = np.zeros(VOCABULARY_SIZE, dtype=np.int64)
     batches = EvaluationBatches(spec, batch_sequences=batch_sequences, rank=0, world=1, max_samples=max_samples)
-    for batch in loader(batches, workers=0):
+    for batch in Loader(batches, workers=0):
         tokens, targets = batch["tokens"].to(device), batch["targets"].to(device)
         logits = model(tokens, tokens != PAD).float()  # (B, L, V)
         loss_sum += F.cross_entropy(

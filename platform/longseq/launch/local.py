@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -151,12 +151,13 @@ def _how(code: int) -> str:
         return "lost its connection to the others"
     if code >= 0:
         return f"failed with exit code {code}"
-    return f"was killed by {signal.Signals(-code).name}"
+    hint = " (by the kernel, perhaps: is there enough memory?)" if -code == signal.SIGKILL else ""
+    return f"was killed by {signal.Signals(-code).name}{hint}"
 
 
 @contextmanager
 def _stop_requests() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying of them."""
+    """Collects SIGINT, SIGTERM and SIGHUP instead of dying of them."""
     requests: list[int] = []
     first_at = 0.0
 
@@ -171,9 +172,13 @@ def _stop_requests() -> Iterator[list[int]]:
             text = "stopping: saving at the next step (again: stop at once, losing the steps since the last checkpoint)"
         else:
             text = "stopping at once"
-        os.write(2, f"\nlongseq: {text}\n".encode())
+        with suppress(OSError):  # the terminal may be gone: that is what SIGHUP says
+            os.write(2, f"\nlongseq: {text}\n".encode())
 
-    previous = {number: signal.signal(number, collect) for number in (signal.SIGINT, signal.SIGTERM)}
+    wanted = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not under nohup
+        wanted.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, collect) for number in wanted}
     try:
         yield requests
     finally:

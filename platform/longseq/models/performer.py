@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from longseq.models.layers import Attention, Block
+from longseq.models.layers import Attention, Block, rotary_table
 from longseq.models.spec import PerformerSpec
 
 
@@ -39,13 +40,14 @@ class PerformerLM(nn.Module):
             (B, L, vocabulary), in the dtype of the weights.
         """
         x = self.dropout(self.embedding(tokens))  # (B, L, E)
+        rotary = rotary_table(torch.arange(tokens.shape[1], device=tokens.device), self.spec.head_dim)
         for block in self.blocks:
             if self.spec.activation_checkpointing and self.training:
                 # Reentrant: ZeRO-3 gathers weights in module hooks, and the other kind checks saved shapes against
                 # weights that are partitioned again by then.
-                x = checkpoint(block, x, padding, use_reentrant=True)
+                x = checkpoint(block, x, padding, rotary, use_reentrant=True)
             else:
-                x = block(x, padding)
+                x = block(x, padding, rotary)
         return self.head(self.norm(x))
 
     def set_step(self, step: int) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import sys
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from longseq.checkpoint import Checkpoint
 from longseq.config import Config
 from longseq.data import stream_spec
+from longseq.errors import ConfigError
 from longseq.run import Run
 from longseq.training.callbacks.checkpointing import Checkpointing
 from longseq.training.callbacks.curves import Curves
+from longseq.training.callbacks.gradients import GradientNorm
 from longseq.training.callbacks.stopping import StopFlag, StopRequested
 from longseq.training.environment import start_facts
 from longseq.training.strategy import deepspeed_strategy, on_cuda
@@ -29,14 +32,17 @@ def fit(run: Run, config: Config, checkpoint: Checkpoint | None, stop: StopFlag)
     Returns:
         True when the last step was reached, False when stopped (and saved) before it.
     """
+    check_devices(config)
     start = checkpoint.position.step if checkpoint else 0
     task = LanguageModelling(config)
     trainer = build_trainer(run, config, stop, start)
     if trainer.is_global_zero:
+        if checkpoint:
+            task.train_sums.restore(*checkpoint.position.unlogged, device=trainer.strategy.root_device)
         run.record_start(start_facts(config, start))
         _summary(task, config, run, start)
     try:
-        trainer.fit(task, _data(config, start), ckpt_path=checkpoint.path if checkpoint else None)
+        trainer.fit(task, _data(config, checkpoint), ckpt_path=checkpoint.path if checkpoint else None)
     except StopRequested:
         return False
     if trainer.is_global_zero:
@@ -46,7 +52,7 @@ def fit(run: Run, config: Config, checkpoint: Checkpoint | None, stop: StopFlag)
 
 def build_trainer(run: Run, config: Config, stop: StopFlag, start: int) -> pl.Trainer:
     """Lightning's trainer with everything it would do by itself, and we do otherwise, switched off."""
-    settings = config.trainer
+    settings, gradient_norm = config.trainer, GradientNorm(config)
     return pl.Trainer(
         accelerator="cuda" if on_cuda(config) else "cpu",
         devices=settings.devices,
@@ -64,21 +70,42 @@ def build_trainer(run: Run, config: Config, stop: StopFlag, start: int) -> pl.Tr
         use_distributed_sampler=False,
         # A resumed run hides the points after its checkpoint that the interrupted one still wrote.
         logger=TensorBoardLogger(run.path, name="", version="tensorboard", purge_step=start + 1),
-        callbacks=[Curves(run, config), Checkpointing(run, config, stop)],
+        callbacks=[
+            gradient_norm,
+            Curves(run, config, gradient_norm),
+            Checkpointing(run, config, stop, gradient_norm),
+        ],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
 
 
-def _data(config: Config, start: int) -> SequenceDataModule:
+def check_devices(config: Config) -> None:
+    """Refuse what this machine's devices cannot do.
+
+    Raises:
+        ConfigError: naming the key to change.
+    """
+    settings, gpus = config.trainer, torch.cuda.device_count()
+    if on_cuda(config) and settings.devices > gpus:
+        raise ConfigError(
+            f"trainer.devices={settings.devices}, but there are {gpus} GPUs here: set trainer.devices={max(gpus, 1)}"
+            f"{'' if gpus else ' and trainer.accelerator=cpu'}."
+        )
+    if settings.precision == "fp16" and not on_cuda(config):
+        raise ConfigError("trainer.precision=fp16 needs a GPU: set trainer.precision to bf16 or fp32.")
+
+
+def _data(config: Config, checkpoint: Checkpoint | None) -> SequenceDataModule:
+    consumed = checkpoint.position.samples if checkpoint else 0
     return SequenceDataModule(
         stream_spec(config, "train"),
         stream_spec(config, "valid") if config.trainer.valid_every else None,
         batch_sequences=config.batch_sequences,
         accumulate=config.trainer.accumulate,
         workers=config.data.workers,
-        start_step=start,
+        start_step=consumed // config.samples_per_step,
         valid_samples=config.data.valid_samples,
     )
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from longseq.config import OptimConfig
+from longseq.config import Config, OptimConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
@@ -25,6 +26,16 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
 def build_schedule(optimizer: AdamW, config: OptimConfig, max_steps: int) -> LambdaLR:
     """Linear warm-up, then the schedule, as a function of the optimiser step."""
     return LambdaLR(optimizer, lambda step: learning_rate_share(step, config, max_steps))
+
+
+def follow_config(optimizer: Any, schedule: Any, config: Config, step: int) -> None:
+    """Give an optimiser that was restored from a checkpoint the configuration's settings, as of ``step``."""
+    optim = config.optim
+    lr = optim.lr * learning_rate_share(step, optim, config.trainer.max_steps)
+    # The groups are those of build_optimizer, in its order.
+    for group, weight_decay in zip(optimizer.param_groups, (optim.weight_decay, 0.0), strict=True):
+        group.update(lr=lr, betas=tuple(optim.betas), eps=optim.eps, weight_decay=weight_decay, initial_lr=optim.lr)
+    schedule.base_lrs = [optim.lr] * len(schedule.base_lrs)
 
 
 def learning_rate_share(step: int, config: OptimConfig, max_steps: int) -> float:

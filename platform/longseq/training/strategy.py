@@ -25,13 +25,12 @@ def on_cuda(config: Config) -> bool:
 def deepspeed_strategy(config: Config) -> DeepSpeedStrategy:
     """The strategy a configuration asks for. Call it before anything else touches DeepSpeed."""
     settings: dict[str, Any] = {
-        "zero_optimization": {"stage": config.trainer.zero_stage},
         "zero_allow_untested_optimizer": True,
         "train_micro_batch_size_per_gpu": config.batch_sequences,
         "gradient_clipping": config.optim.clip,
         **config.deepspeed,
+        "zero_optimization": {**config.deepspeed.get("zero_optimization", {}), "stage": config.trainer.zero_stage},
     }
-    settings["zero_optimization"].setdefault("stage", config.trainer.zero_stage)
     if on_cuda(config):
         return CleanDeepSpeedStrategy(config=settings, logging_level=logging.WARNING)
     os.environ["DS_ACCELERATOR"] = "cpu"

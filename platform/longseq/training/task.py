@@ -13,7 +13,7 @@ from torch import Tensor
 from longseq.config import Config
 from longseq.models.performer import PerformerLM
 from longseq.training.collectives import all_sum
-from longseq.training.optim import build_optimizer, build_schedule
+from longseq.training.optim import build_optimizer, build_schedule, follow_config
 from longseq_data.vocabulary import IGNORE, PAD, VOCABULARY_SIZE
 
 Batch = dict[str, Tensor]
@@ -46,6 +46,11 @@ class LanguageModelling(pl.LightningModule):
         targets = all_sum(batch["step_targets"].clone()).clamp(min=1)
         return loss_sum * (self.trainer.world_size * self.config.trainer.accumulate**2 / targets)
 
+    def on_train_start(self) -> None:
+        # A restored optimiser brings the settings it was saved with; those of the configuration hold.
+        optimizer, schedule = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
+        follow_config(optimizer, schedule, self.config, self.trainer.global_step)
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._score(batch, self.valid_sums)
 
@@ -62,7 +67,7 @@ class LanguageModelling(pl.LightningModule):
         loss_sum = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
         scored = targets != IGNORE
         correct = ((logits.detach().argmax(-1) == targets) & scored).sum()
-        sums.add(loss_sum.detach(), correct, scored.sum(), real.sum(), torch.tensor(tokens.numel()))
+        sums.add(loss_sum.detach(), correct, scored.sum(), real.sum(), torch.full_like(correct, tokens.numel()))
         return loss_sum
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -85,11 +90,20 @@ class Sums:
         """Whether this rank's loss has been finite since the sums were last taken."""
         return self._total is None or bool(self._total[0].isfinite())
 
-    def take(self, device: torch.device) -> Tensor:
-        """The sums over all ranks, [Σ loss, correct, targets, unpadded tokens, tokens], and start again from zero."""
-        total = torch.zeros(5, dtype=torch.float64, device=device) if self._total is None else self._total
-        self._total = None
+    def over_ranks(self, device: torch.device) -> Tensor:
+        """[Σ loss, correct, targets, unpadded tokens, tokens] of all ranks together, on the CPU. All must call it."""
+        total = torch.zeros(5, dtype=torch.float64, device=device) if self._total is None else self._total.clone()
         return all_sum(total).cpu()
+
+    def take(self, device: torch.device) -> Tensor:
+        """As :meth:`over_ranks`, and start again from zero."""
+        total = self.over_ranks(device)
+        self._total = None
+        return total
+
+    def restore(self, loss_sum: float, correct: float, targets: float, device: torch.device) -> None:
+        """Begin with what was counted, and not yet shown, when a checkpoint was written. Tokens time speed, so 0."""
+        self._total = torch.tensor([loss_sum, correct, targets, 0.0, 0.0], dtype=torch.float64, device=device)
 
 
 def _hash(*what: int | str) -> int:

@@ -34,9 +34,14 @@ def main() -> int:
             f"`{Run(args.run).resume_command}`."
         )
     except RuntimeError as error:
-        if not _peer_lost(error):
+        if _peer_lost(error):
+            return PEER_LOST
+        if type(error).__name__ != "OutOfMemoryError":
             raise
-        return PEER_LOST
+        sentence = (
+            f"{args.run}: out of GPU memory ({str(error).splitlines()[0]}) Raise trainer.accumulate or "
+            "trainer.zero_stage, set trainer.activation_checkpointing=true, or lower data.length."
+        )
     report_path(args.reports, int(os.environ["RANK"])).write_text(sentence)
     return EXIT_ERROR
 

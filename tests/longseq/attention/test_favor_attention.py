@@ -51,6 +51,20 @@ def test_output_and_gradients_equal_the_float64_reference_to_1e_5(kernel, causal
         assert error < 1e-5, f"d{name}: {error:.1e}"
 
 
+@directions
+def test_the_documented_range_holds_at_head_dim_64(causal):
+    """Standard deviation 4: a score of 16·√64 = 128, beyond which fp32 does not hold every product of features."""
+    rng = torch.Generator().manual_seed(0)
+    q, k = (4 * torch.randn(1, 2, 200, 64, generator=rng) for _ in range(2))
+    v = torch.randn(1, 2, 200, 64, generator=rng)
+    expected = quadratic_attention(q, k, v, projection_matrix(256, 64, dtype=torch.float64), causal=causal)
+    assert (favor_attention(q, k, v, causal=causal).double() - expected).abs().max() < 1e-4
+    # In float64 the range is that of the inputs.
+    q, k, v = 3 * q.double(), 3 * k.double(), v.double()
+    expected = quadratic_attention(q, k, v, projection_matrix(256, 64, dtype=torch.float64), causal=causal)
+    torch.testing.assert_close(favor_attention(q, k, v, causal=causal), expected, rtol=1e-9, atol=1e-9)
+
+
 @kernels
 @directions
 @pytest.mark.parametrize("length", [5, 131])

@@ -5,11 +5,12 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
+import torch
 
-from longseq.config import OptimConfig
+from longseq.config import Config, OptimConfig
 from longseq.models.performer import PerformerLM
 from longseq.models.spec import PerformerSpec
-from longseq.training.optim import build_optimizer, build_schedule, learning_rate_share
+from longseq.training.optim import build_optimizer, build_schedule, follow_config, learning_rate_share
 
 SPEC = PerformerSpec(vocabulary=7, dim=8, depth=2, heads=2, ffn_dim=6, causal=True, qk_norm=True)
 
@@ -73,3 +74,23 @@ def test_matrices_decay_and_embeddings_norms_biases_and_temperatures_do_not():
     assert sum(decay > 0 for decay in decays.values()) == 2 * 4 + 1
     for group in optimizer.param_groups:
         assert (group["betas"], group["eps"]) == ((0.8, 0.7), 1e-5)
+
+
+def test_a_restored_optimiser_follows_the_configuration():
+    """Resumed with half the rate, other betas and decay: what was saved with the optimiser does not win."""
+    model = torch.nn.Sequential(torch.nn.Embedding(3, 4), torch.nn.Linear(4, 3))
+    old, new = Config(), Config()
+    new.optim.lr, new.optim.betas, new.optim.weight_decay = old.optim.lr / 2, [0.8, 0.9], 0.3
+    saved = build_optimizer(model, old.optim)
+    saved_schedule = build_schedule(saved, old.optim, old.trainer.max_steps)
+    optimizer = build_optimizer(model, new.optim)
+    schedule = build_schedule(optimizer, new.optim, new.trainer.max_steps)
+    optimizer.load_state_dict(saved.state_dict())
+    schedule.load_state_dict(saved_schedule.state_dict())
+
+    follow_config(optimizer, schedule, new, step=200)
+    decayed, plain = optimizer.param_groups
+    assert decayed["lr"] == new.optim.lr * learning_rate_share(200, new.optim, new.trainer.max_steps)
+    assert (decayed["betas"], decayed["weight_decay"], plain["weight_decay"]) == ((0.8, 0.9), 0.3, 0.0)
+    schedule.step(300)
+    assert plain["lr"] == pytest.approx(new.optim.lr * learning_rate_share(300, new.optim, new.trainer.max_steps))

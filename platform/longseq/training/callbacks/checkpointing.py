@@ -16,7 +16,7 @@ from longseq.config import Config
 from longseq.errors import LongseqError
 from longseq.run import Run
 from longseq.training.callbacks.boundary import StepBoundary
-from longseq.training.callbacks.curves import not_finite
+from longseq.training.callbacks.gradients import GradientNorm, not_finite
 from longseq.training.callbacks.stopping import StopFlag, StopRequested
 from longseq.training.collectives import ControlGroup
 from longseq.training.task import LanguageModelling
@@ -26,8 +26,8 @@ from longseq.training.weights import full_state_dict, save_weights
 class Checkpointing(StepBoundary):
     """Writes a checkpoint aside, then gives it its name; raises :class:`StopRequested` after a stop's checkpoint."""
 
-    def __init__(self, run: Run, config: Config, stop: StopFlag):
-        self.run, self.config, self.stop = run, config, stop
+    def __init__(self, run: Run, config: Config, stop: StopFlag, gradient_norm: GradientNorm):
+        self.run, self.config, self.stop, self.gradient_norm = run, config, stop, gradient_norm
 
     def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         self.control = ControlGroup()
@@ -38,7 +38,7 @@ class Checkpointing(StepBoundary):
         stopping = self.control.any(self.stop.requested) and step < last
         if stopping or step >= last or (every and step % every == 0):
             assert isinstance(task, LanguageModelling)
-            if self.control.any(not task.train_sums.finite):
+            if self.control.any(not (task.train_sums.finite and self.gradient_norm.finite(trainer))):
                 raise not_finite(self.run, step)
             self._save(trainer, task, step)
         if stopping:
@@ -47,6 +47,16 @@ class Checkpointing(StepBoundary):
     def _save(self, trainer: pl.Trainer, task: LanguageModelling, step: int) -> None:
         directory = self.run.checkpoints_dir
         partial = checkpoint.partial_path(directory, step)
+        loss_sum, correct, targets = task.train_sums.over_ranks(task.device)[:3].tolist()
+        position = TrainingPosition(
+            step=step,
+            samples=step * self.config.samples_per_step,
+            world_size=trainer.world_size,
+            zero_stage=self.config.trainer.zero_stage,
+            precision=self.config.trainer.precision,
+            accumulate=self.config.trainer.accumulate,
+            unlogged=(loss_sum, correct, targets),
+        )
         if trainer.is_global_zero:
             shutil.rmtree(partial, ignore_errors=True)
         self.control.barrier()
@@ -57,24 +67,14 @@ class Checkpointing(StepBoundary):
                 save_weights(weights, partial / "model.safetensors")
             self.control.barrier()
             if trainer.is_global_zero:
-                self._publish(trainer, step)
+                checkpoint.publish(directory, position)
+                checkpoint.prune(directory, keep=self.config.trainer.keep_checkpoints)
         except (OSError, RuntimeError, SafetensorError) as error:
             reason = _why_unwritten(error, directory, task.model.spec.parameter_count)
             if reason is None:
                 raise
             raise self._unwritten(step, reason) from error
         self.control.barrier()
-
-    def _publish(self, trainer: pl.Trainer, step: int) -> None:
-        position = TrainingPosition(
-            step=step,
-            samples=step * self.config.samples_per_step,
-            world_size=trainer.world_size,
-            zero_stage=self.config.trainer.zero_stage,
-            precision=self.config.trainer.precision,
-        )
-        checkpoint.publish(self.run.checkpoints_dir, position)
-        checkpoint.prune(self.run.checkpoints_dir, keep=self.config.trainer.keep_checkpoints)
 
     def _unwritten(self, step: int, reason: str) -> LongseqError:
         newest, _ = self.run.newest_checkpoint()
@@ -91,8 +91,8 @@ def _why_unwritten(error: Exception, directory: Path, parameters: int) -> str | 
         return error.strerror or str(error)
     if isinstance(error, SafetensorError):
         return str(error)
-    # torch's writer does not say why. A checkpoint has about 20 bytes a parameter: weights twice, AdamW's three copies.
+    # torch's writer does not say why.
     if not any(name in str(error) for name in ("inline_container", "PytorchStreamWriter")):
         return None
-    full = shutil.disk_usage(directory).free < 20 * parameters
+    full = shutil.disk_usage(directory).free < checkpoint.expected_bytes(parameters)
     return os.strerror(errno.ENOSPC) if full else str(error).splitlines()[0]

@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 import lightning.pytorch as pl
 from torch import Tensor
-from torch.nn.utils import get_total_norm
-from torch.optim import Optimizer
 from tqdm import tqdm
 
 from longseq.config import Config
-from longseq.errors import LongseqError
 from longseq.run import Run
+from longseq.training.callbacks.gradients import GradientNorm, not_finite
 from longseq.training.optim import learning_rate_share
 from longseq.training.task import LanguageModelling
 
@@ -26,20 +25,13 @@ class Curves(pl.Callback):
     All are means over the steps since the last point and over all ranks, weighted by target.
     """
 
-    def __init__(self, run: Run, config: Config):
-        self.run, self.config = run, config
+    def __init__(self, run: Run, config: Config, gradient_norm: GradientNorm):
+        self.run, self.config, self.gradient_norm = run, config, gradient_norm
         self.shown: dict[str, float] = {}
-        self.plain_gradients = config.trainer.zero_stage == 0 and config.trainer.precision == "fp32"
 
     def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         self.since = time.monotonic()
         self.bar = _Bar(trainer.global_step, self.config) if trainer.is_global_zero else None
-
-    def on_before_optimizer_step(self, trainer: pl.Trainer, task: pl.LightningModule, optimizer: Optimizer) -> None:
-        # DeepSpeed knows the norm of gradients that it shards or scales; of plain ones it keeps none.
-        if self.plain_gradients:
-            gradients = [parameter.grad for parameter in task.parameters() if parameter.grad is not None]
-            self.plain_norm = float(get_total_norm(gradients))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -74,14 +66,13 @@ class Curves(pl.Callback):
         sums = task.train_sums.take(task.device)
         now = time.monotonic()
         curves = quality(sums)
-        if not math.isfinite(curves["loss"]):
+        norm = self.gradient_norm.value(trainer)
+        if not (math.isfinite(curves["loss"]) and self.gradient_norm.finite(trainer)):
             raise not_finite(self.run, step)
         optim = self.config.optim
-        engine: Any = trainer.strategy.model  # DeepSpeed's
         curves["learning_rate"] = optim.lr * learning_rate_share(step - 1, optim, self.config.trainer.max_steps)
-        curves["gradient_norm"] = (
-            self.plain_norm if self.plain_gradients else float(engine.get_global_grad_norm() or 0.0)
-        )
+        if norm is not None and math.isfinite(norm):
+            curves["gradient_norm"] = norm
         curves["tokens_per_second"] = sums[3].item() / (now - self.since)
         curves["padded_tokens_per_second"] = sums[4].item() / (now - self.since)
         self.since = now
@@ -98,15 +89,6 @@ def quality(sums: Tensor) -> dict[str, float]:
     loss_sum, correct, targets = sums[:3].tolist()
     loss = loss_sum / max(targets, 1)
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "accuracy": correct / max(targets, 1)}
-
-
-def not_finite(run: Run, step: int) -> LongseqError:
-    """What to say when the loss is NaN or infinite."""
-    newest, _ = run.newest_checkpoint()
-    good = f"the last good checkpoint is {newest.path}" if newest else "there is no checkpoint yet"
-    return LongseqError(
-        f"{run.path}: the loss is not finite at step {step}; {good}. Resume with a lower optim.lr or optim.clip."
-    )
 
 
 def _write(trainer: pl.Trainer, prefix: str, curves: dict[str, float], step: int) -> None:
@@ -135,18 +117,20 @@ class _Bar:
 
     def update(self, step: int, curves: dict[str, float], logged: bool) -> None:
         if self.bar is not None:
-            self.bar.update(step - self.bar.n)
-            if curves and logged:
-                self.bar.set_postfix_str(_line(curves))
+            with suppress(OSError):
+                self.bar.update(step - self.bar.n)
+                if curves and logged:
+                    self.bar.set_postfix_str(_line(curves))
         elif logged or step == self.max_steps:
             left = (time.monotonic() - self.began) / max(1, step - self.first) * (self.max_steps - step)
             self.say(f"step {step}/{self.max_steps}  {_line(curves)}  {tqdm.format_interval(left)} left")
 
     def say(self, text: str) -> None:
-        if self.bar is not None:
-            self.bar.write(text, file=sys.stderr)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        with suppress(OSError):  # a closed terminal is no reason to stop
+            if self.bar is not None:
+                self.bar.write(text, file=sys.stderr)
+            else:
+                print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.bar is not None:
