@@ -96,7 +96,7 @@ def test_letters_outside_the_alphabet_are_refused_when_strict(refusal, folder):
 
 def test_letters_outside_the_alphabet_are_counted_in_a_warning(folder, capsys):
     (folder / "odd.fasta").write_text(">a\nMKV\n>b\nMJ1J\n")
-    config = load_config("small.yaml", ["data.train=odd.fasta"])
+    config = load_config("small.yaml", ["data.train=odd.fasta", "trainer.valid_every=0"])
     resolve_sources(config)
     check_data(config)
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("longseq: warning: ")]
@@ -148,3 +148,10 @@ def test_a_resumed_run_needs_room_only_for_what_it_has_not_written(config, run, 
     for step in (1, 2, 3):
         publish(step)
     check_disk(config, run.path)
+
+
+def test_an_empty_split_is_refused_before_anything_is_made(refusal, folder):
+    (folder / "two.fasta").write_text(">a\nMKV\n>b\nMJ\n")
+    refused = refusal("data.train=two.fasta", "trainer.valid_every=5")
+    assert refused.startswith("data.train: the hash of the identifiers puts none of the 2 records into validation")
+    assert "trainer.valid_every=0" in refused
