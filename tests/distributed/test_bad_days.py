@@ -122,7 +122,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(folder: Path
     name = f"diverged-{stage}"
     ended = longseq(
         *("fit", "tiny.yaml", f"run.name={name}", "trainer.devices=2", f"trainer.zero_stage={stage}"),
-        *("optim.lr=1e38", "optim.warmup_steps=0", "trainer.checkpoint_every=1", "trainer.log_every=100"),
+        *("optim.lr=1e25", "optim.warmup_steps=0", "trainer.checkpoint_every=1", "trainer.log_every=100"),
         folder=folder,
     )
     assert ended.code == 1
