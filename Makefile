@@ -1,7 +1,6 @@
 # make quickstart   a virtual environment, a small corpus, a Performer trained and evaluated
 # make test         everything that this machine can run
 # make check        lint, format and types
-# make test-long    proofs too long for every change
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +9,7 @@ CORPUS := data/synthetic.fasta.gz
 RUN := quickstart-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-long check clean
+.PHONY: help install quickstart test check clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -37,10 +36,7 @@ quickstart: $(VENV)/.runs $(CORPUS)
 	@echo "See its curves:    $(BIN)/tensorboard --logdir runs/$(RUN)/tensorboard"
 
 test: $(VENV)/.tests
-	$(BIN)/python -m pytest -m "not long"
-
-test-long: $(VENV)/.tests
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest
 
 check: $(VENV)/.tests
 	$(BIN)/ruff check .
