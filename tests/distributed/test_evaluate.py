@@ -85,3 +85,19 @@ def test_baseline_is_an_independent_count(folder: Path, report: dict) -> None:
     assert scores["baseline"]["loss"] == pytest.approx(loss, abs=1e-9)
     assert scores["baseline"]["perplexity"] == pytest.approx(math.exp(loss), rel=1e-9)
     assert scores["baseline"]["accuracy"] == pytest.approx(test[train.most_common(1)[0][0]] / sum(test.values()))
+
+
+def test_a_bad_ood_file_is_refused_before_anything_is_scored(folder: Path, run: Path) -> None:
+    (folder / "bad.fasta").write_text(">a\nMKVJ\n>nothing\n")
+    before = set((run / "evaluations").glob("*"))
+    ended = longseq("evaluate", run, "data.ood=bad.fasta", folder=folder)
+    assert ended.code == 1
+    assert f"{folder}/bad.fasta, line 3" in ended.sentence
+    assert set((run / "evaluations").glob("*")) == before
+
+
+def test_letters_read_as_x_are_said_in_an_evaluation_too(folder: Path, run: Path) -> None:
+    (folder / "odd.fasta").write_text(">a\nMKVJMKV\n")
+    ended = longseq("evaluate", run, "--split", "ood", "data.ood=odd.fasta", folder=folder)
+    assert ended.code == 0, ended.err
+    assert "read as X: 'J' × 1" in ended.err

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longseq.checkpoint import Checkpoint
-from longseq.commands.training import FIXED, refuse_changes
+from longseq.commands.training import FIXED, check_data, refuse_changes
 from longseq.config import Config
 from longseq.data import resolve_sources, stream_spec
 from longseq.errors import RunError
@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     refuse_changes(run.config(), config, run, _FIXED)
     splits = list(dict.fromkeys(args.split or (["test", "ood"] if config.data.ood else ["test"])))
     specs = {split: stream_spec(config, split) for split in splits}
+    check_data(config)  # a bad file is said now, and not after the splits before it were scored
 
     # Heavy imports only now: what can be refused has been refused.
     from longseq.evaluation.metrics import frequency_baseline

@@ -53,13 +53,15 @@ def score(
     batches = EvaluationBatches(spec, batch_sequences=batch_sequences, rank=0, world=1, max_samples=max_samples)
     for batch in Loader(batches, workers=0):
         tokens, targets = batch["tokens"].to(device), batch["targets"].to(device)
-        logits = model(tokens, tokens != PAD).float()  # (B, L, V)
+        real = batch["tokens"] != PAD
+        padding = None if bool(real.all()) else real.to(device)  # exact attention needs no L × L mask without any
+        logits = model(tokens, padding).float()  # (B, L, V)
         loss_sum += F.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
         ).item()
         correct += int((logits.argmax(-1) == targets).sum())
         counts += np.bincount(targets[targets != IGNORE].cpu().numpy(), minlength=VOCABULARY_SIZE)
-        sequences += int((batch["tokens"] != PAD).any(dim=1).sum())
+        sequences += int(real.any(dim=1).sum())
         progress(sequences)
     total = int(counts.sum())
     if not total:
