@@ -1,6 +1,7 @@
 """FAVOR+ linear attention. Knows tensors only and imports nothing else of the platform."""
 
-from longseq.attention.functional import KERNELS, exact_attention, favor_attention
+from longseq.attention.feature_maps import KERNELS
+from longseq.attention.functional import exact_attention, favor_attention
 from longseq.attention.projections import projection_matrix
 
 __all__ = ["KERNELS", "exact_attention", "favor_attention", "projection_matrix"]

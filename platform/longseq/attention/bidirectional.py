@@ -1,36 +1,39 @@
 """Bidirectional FAVOR+: one pass over the keys builds the state, one over the queries reads it.
 
-    out_i = φ(q_i)ᵀS / φ(q_i)ᵀz,   (S, z) = Σ_j e^{b_j − c} φ(k_j) [v_j, 1]ᵀ
+    ñ_i = Sᵀφ(q_i),  S = Σ_j e^{b_j − c} φ(k_j) ṽ_jᵀ,  ṽ = [v, 1];   out_i = ñ_i[:e] / ñ_i[e]
 
-Backward, with G_i = dout_i / den_i, g_i = −(dout_iᵀ out_i) / den_i and (N, n) = Σ_i φ(q_i) [G_i, g_i]ᵀ:
+Backward, with g_i = [dout_i, −dout_iᵀ out_i] / ñ_i[e] and R = Σ_i φ(q_i) g_iᵀ:
 
-    dφ(q_i) = S G_i + z g_i      dφ(k_j) = e^{b_j − c} (N v_j + n)      dv_j = e^{b_j − c} Nᵀφ(k_j)
+    dφ(q_i) = S g_i      dφ(k_j) = e^{b_j − c} R ṽ_j      dṽ_j = e^{b_j − c} Rᵀφ(k_j)
 
 Features are computed a chunk at a time and again in the backward pass; nothing of size L × m is held.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longseq.attention.chunks import Keys, chunks, inverse
 from longseq.attention.feature_maps import FeatureMap
-from longseq.attention.state import AttentionState
+from longseq.attention.state import AttentionState, inverse, with_ones
+
+# Nothing here grows with the square of a chunk: long enough for efficient products, short enough for the cache.
+CHUNK = 128
 
 
-def bidirectional_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, feature_map: FeatureMap) -> Tensor:
+def bidirectional_attention(q: Tensor, k: Tensor, v: Tensor, feature_map: FeatureMap, hidden: Tensor | None) -> Tensor:
     """Attention of each query over all keys that are not hidden.
 
     Args:
         q: (N, Lq, d), N = batch · heads, fp32 or float64.
         k: (N, L, d), same dtype.
         v: (N, L, e), same dtype.
-        hidden: (N, L) bool, True where a key is padding and must not be seen, or None.
         feature_map: the kernel.
+        hidden: (N, L) bool, True where a key is padding and must not be seen, or None.
 
     Returns:
         (N, Lq, e); zeros where every key is hidden.
@@ -38,42 +41,65 @@ def bidirectional_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | No
     return _TwoPasses.apply(q, k, v, hidden, feature_map)
 
 
+@dataclass(frozen=True)
+class _Keys:
+    k: Tensor
+    v: Tensor
+    hidden: Tensor | None
+    feature_map: FeatureMap
+
+    def at(self, chunk: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """k (zeros where hidden), φ(k), log-scale (−inf where hidden) and ṽ of one chunk."""
+        k, v = self.k[:, chunk], self.v[:, chunk]
+        if self.hidden is None:
+            return k, *self.feature_map.keys(k), with_ones(v)
+        mask = self.hidden[:, chunk, None]
+        k, v = k.masked_fill(mask, 0.0), v.masked_fill(mask, 0.0)
+        features, scale = self.feature_map.keys(k)
+        return k, features, scale.masked_fill(mask, -torch.inf), with_ones(v)
+
+
 class _TwoPasses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, feature_map: FeatureMap) -> Tensor:
-        keys = Keys(k, hidden, feature_map)
-        state = AttentionState.empty(len(v), feature_map.features, v.shape[-1], like=v)
-        for chunk in chunks(k.shape[1]):
-            state = state.merge(AttentionState.of(*keys.features(chunk), v[:, chunk]))
-        out, inverse_den = v.new_empty(*q.shape[:2], v.shape[-1]), v.new_empty(*q.shape[:2], 1)
-        for chunk in chunks(q.shape[1]):
-            fq = feature_map.queries(q[:, chunk])
-            inverse_den[:, chunk] = inverse(fq @ state.normaliser)
-            out[:, chunk] = (fq @ state.values).mul_(inverse_den[:, chunk])
+        keys, value_dim = _Keys(k, v, hidden, feature_map), v.shape[-1]
+        state = AttentionState.empty(len(v), feature_map.features, value_dim, like=v)
+        for chunk in _chunks(k.shape[1]):
+            _, fk, scale, values = keys.at(chunk)
+            log_scale = torch.maximum(scale.amax(1, keepdim=True), state.log_scale)
+            sums = state.sums.mul_(torch.exp(state.log_scale - log_scale))
+            state = AttentionState(sums.baddbmm_(fk.mT, values.mul_(torch.exp(scale - log_scale))), log_scale)
+        out, inverse_den = v.new_empty(*q.shape[:2], value_dim), v.new_empty(*q.shape[:2], 1)
+        for chunk in _chunks(q.shape[1]):
+            total = torch.bmm(feature_map.queries(q[:, chunk])[0], state.sums)
+            inverse_den[:, chunk] = inverse(total[..., value_dim:], feature_map.positive)
+            torch.mul(total[..., :value_dim], inverse_den[:, chunk], out=out[:, chunk])
         ctx.feature_map = feature_map
-        ctx.save_for_backward(q, k, v, hidden, out, inverse_den, state.values, state.normaliser, state.log_scale)
+        ctx.save_for_backward(q, k, v, hidden, out, inverse_den, state.sums, state.log_scale)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, hidden, out, inverse_den, *state = ctx.saved_tensors
+        q, k, v, hidden, out, inverse_den, sums, log_scale = ctx.saved_tensors
         feature_map: FeatureMap = ctx.feature_map
-        keys, (values, normaliser, log_scale) = Keys(k, hidden, feature_map), state
+        keys = _Keys(k, v, hidden, feature_map)
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        d_values, d_normaliser = torch.zeros_like(values), torch.zeros_like(normaliser)  # N, n
-        for chunk in chunks(q.shape[1]):
-            fq = feature_map.queries(q[:, chunk])
-            d_num = dout[:, chunk] * inverse_den[:, chunk]  # G
-            d_den = (d_num * out[:, chunk]).sum(-1, keepdim=True).neg_()  # g
-            d_values.baddbmm_(fq.mT, d_num)
-            d_normaliser.baddbmm_(fq.mT, d_den)
-            dfq = torch.baddbmm(d_den * normaliser.mT, d_num, values.mT)
-            dq[:, chunk] = feature_map.queries_vjp(q[:, chunk], fq, dfq)
-        for chunk in chunks(k.shape[1]):
-            fk, scale = keys.features(chunk)
+        d_sums = torch.zeros_like(sums)  # R
+        for chunk in _chunks(q.shape[1]):
+            fq, _ = feature_map.queries(q[:, chunk])
+            grad = with_ones(dout[:, chunk])  # g
+            grad[..., -1] = -(dout[:, chunk] * out[:, chunk]).sum(-1)
+            grad *= inverse_den[:, chunk]
+            d_sums.baddbmm_(fq.mT, grad)
+            dq[:, chunk] = feature_map.queries_vjp(q[:, chunk], fq, torch.bmm(grad, sums.mT))
+        for chunk in _chunks(k.shape[1]):
+            k_chunk, fk, scale, values = keys.at(chunk)
             weight = torch.exp(scale - log_scale)  # (N, C, 1)
-            dfk = torch.baddbmm(d_normaliser.mT, v[:, chunk], d_values.mT).mul_(weight)
-            dk[:, chunk] = keys.vjp(chunk, fk, dfk)
-            dv[:, chunk] = (fk @ d_values).mul_(weight)
+            dk[:, chunk] = feature_map.keys_vjp(k_chunk, fk, torch.bmm(values * weight, d_sums.mT))
+            torch.mul(torch.bmm(fk, d_sums)[..., :-1], weight, out=dv[:, chunk])
         return dq, dk, dv, None, None
+
+
+def _chunks(length: int) -> list[slice]:
+    return [slice(start, min(start + CHUNK, length)) for start in range(0, length, CHUNK)]

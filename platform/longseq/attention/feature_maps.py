@@ -1,109 +1,342 @@
 """Feature maps φ with κ(q, k) = E[φ(q)ᵀφ(k)], each row split into bounded features and a log-scale.
 
 φ(x) = features · exp(log_scale), the log-scale one number a row. Keeping it apart is what lets attention run in fp32
-without an epsilon: a query's scale cancels between numerator and denominator, a key's travels in the state.
+without an epsilon: sums are formed of features, and the log-scales travel beside them. It is complete: with it, the
+product of two rows is an estimate of exp(qᵀk/√d) itself, so features and exact weights can share a denominator.
 A row's split depends on that row alone, so no key can influence what comes before it.
+
+Throughout x = q·d^-1/4, u = ωᵀx, and m is the size of the feature axis. :func:`feature_map` builds a kernel by name.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-# Features below e^-40 (float64: e^-340) of the largest of their own row are lifted to it, so that the product of any
-# two is a normal number and every denominator with one visible key is positive. For the q and k of a trained layer
-# this is far below rounding. It shows where fp32's range ends: beyond a standard deviation of about 4 at head_dim 64,
-# where a query and a key may have no large feature in common.
-_LOG_FLOOR = {torch.float32: -40.0, torch.float64: -340.0}
+from longseq.attention.projections import projection_matrix
+
+# Features of the exponential maps below e^-40 (float64: e^-340) of the sum of their own row are lifted to it, so that
+# the product of any two is a normal number and every denominator with one visible key is positive. For the q and k of
+# a trained layer this is far below rounding. It shows where fp32's range ends: beyond a standard deviation of about 4
+# at head_dim 64, where a query and a key may have no large feature in common.
+_FLOOR = {torch.float32: math.exp(-40.0), torch.float64: math.exp(-340.0)}
+
+# The ε of every generalised kernel f(u) + ε (Choromanski et al. 2020, appendix: 1e-3 for ReLU).
+EPSILON = 1e-3
 
 
-class FeatureMap(Protocol):
-    """What attention asks of a kernel. Inputs (..., L, d) in fp32 or float64; features (..., L, m)."""
+class FeatureMap(ABC):
+    """What attention asks of a kernel. Inputs (..., L, d), raw, in the map's dtype: fp32 or float64."""
 
     @property
-    def features(self) -> int:
-        """The number of features, m."""
+    @abstractmethod
+    def positive(self) -> bool:
+        """No feature is negative, so a denominator with one visible key is positive."""
 
-    def queries(self, q: Tensor) -> Tensor:
-        """Features (..., L, m). A query's log-scale cancels in the attention's quotient and is left out."""
+    @property
+    @abstractmethod
+    def features(self) -> int:
+        """The size of the feature axis, m."""
+
+    @abstractmethod
+    def queries(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (..., L, m) and log-scale (..., L, 1) with φ(q) = features · exp(log_scale).
+
+        Both tensors are fresh. The log-scale carries no gradient: see :meth:`queries_vjp`.
+        """
 
     def keys(self, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (..., L, m) and log-scale (..., L, 1). The log-scale carries no gradient."""
+        """As :meth:`queries`, for keys."""
+        return self.queries(k)
 
+    @abstractmethod
     def queries_vjp(self, q: Tensor, features: Tensor, grad: Tensor) -> Tensor:
-        """Gradient with respect to q (..., L, d), given the features and their gradient (..., L, m)."""
+        """The gradient with respect to q (..., L, d).
+
+        Args:
+            q: as given to :meth:`queries`.
+            features: as returned by it.
+            grad: (..., L, m), dL/dφ · exp(log_scale): the gradient with respect to the features, the log-scale held
+                constant. The result is nevertheless the gradient through all of φ = features · exp(log_scale).
+        """
 
     def keys_vjp(self, k: Tensor, features: Tensor, grad: Tensor) -> Tensor:
         """As :meth:`queries_vjp`, for keys."""
-
-
-@dataclass(frozen=True)
-class _Projected:
-    """A map that begins with ωᵀx, x = q·d^-1/4."""
-
-    projection: Tensor  # (m, d), rows ω
-
-    @property
-    def features(self) -> int:
-        return self.projection.shape[0]
-
-    def scaled_projection(self, x: Tensor) -> Tensor:
-        """ω·d^-1/4 in the dtype of ``x``: x enters scaled without a copy of it."""
-        return self.projection.to(x) * x.shape[-1] ** -0.25
-
-
-@dataclass(frozen=True)
-class PositiveSoftmax(_Projected):
-    """φ(x) = m^-1/2 · exp(ωᵀx − ‖x‖²/2), x = q·d^-1/4: unbiased for exp(qᵀk/√d) (Choromanski et al. 2020, Lemma 1).
-
-    The factor exp(−‖x‖²/2) of a query cancels in the quotient, and so does the gradient of its norm.
-    """
-
-    def queries(self, q: Tensor) -> Tensor:
-        return self._bounded(q)[0]
-
-    def keys(self, k: Tensor) -> tuple[Tensor, Tensor]:
-        features, top = self._bounded(k)
-        half_norm = k.square().sum(-1, keepdim=True) * (0.5 * k.shape[-1] ** -0.5)
-        return features, top - half_norm - 0.5 * math.log(self.features)
-
-    def queries_vjp(self, q: Tensor, features: Tensor, grad: Tensor) -> Tensor:
-        return (grad * features) @ self.scaled_projection(q)
-
-    def keys_vjp(self, k: Tensor, features: Tensor, grad: Tensor) -> Tensor:
-        d_exponent = grad * features
-        norm_grad = d_exponent.sum(-1, keepdim=True) * k.shape[-1] ** -0.5
-        return torch.addcmul(d_exponent @ self.scaled_projection(k), norm_grad, k, value=-1)
-
-    def _bounded(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """exp(ωᵀx − max ωᵀx) (..., L, m), and the maximum of each row (..., L, 1)."""
-        exponent = x @ self.scaled_projection(x).T
-        top = exponent.amax(-1, keepdim=True)
-        return exponent.sub_(top).clamp_(min=_LOG_FLOOR[x.dtype]).exp_(), top
-
-
-@dataclass(frozen=True)
-class ReLU(_Projected):
-    """φ(x) = m^-1/2 · (ReLU(ωᵀx) + ε), x = q·d^-1/4: Performer-ReLU (Choromanski et al. 2020, section 4; ε = 1e-3)."""
-
-    epsilon: float = 1e-3
-
-    def queries(self, q: Tensor) -> Tensor:
-        return (q @ self.scaled_projection(q).T).relu_().add_(self.epsilon)
-
-    def keys(self, k: Tensor) -> tuple[Tensor, Tensor]:
-        return self.queries(k), k.new_full((*k.shape[:-1], 1), -0.5 * math.log(self.features))
-
-    def queries_vjp(self, q: Tensor, features: Tensor, grad: Tensor) -> Tensor:
-        return (grad * (features > self.epsilon)) @ self.scaled_projection(q)
-
-    def keys_vjp(self, k: Tensor, features: Tensor, grad: Tensor) -> Tensor:
         return self.queries_vjp(k, features, grad)
 
 
-# Each kernel by the name that configurations use.
-FEATURE_MAPS: dict[str, type[PositiveSoftmax] | type[ReLU]] = {"softmax": PositiveSoftmax, "relu": ReLU}
+@dataclass(frozen=True, eq=False)
+class _Projected(FeatureMap):
+    """A map that begins with u = ωᵀx."""
+
+    weight: Tensor  # (m, d): rows ω·d^-1/4, so that x enters scaled without a copy of it
+
+    @property
+    def features(self) -> int:
+        return self.weight.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class PositiveExponential(_Projected):
+    """φ(x) = C · exp(u + s − ‖x‖²/2), s a constant of the feature: softmax, hyperbolic, oprf and smreg.
+
+    They differ in their rows, in s and in C: see :func:`feature_map`.
+    """
+
+    shift: Tensor | None  # s, (m,)
+    log_constant: float  # log C
+    positive = True
+
+    def queries(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        features, log_sum = _shares(F.linear(q, self.weight, self.shift))
+        return features, log_sum.sub_(_half_norm(q)).add_(self.log_constant)
+
+    def queries_vjp(self, q: Tensor, features: Tensor, grad: Tensor) -> Tensor:
+        d_exponent = grad * features
+        norm_grad = d_exponent.sum(-1, keepdim=True)
+        return torch.addcmul(d_exponent @ self.weight, norm_grad, q, value=-(q.shape[-1] ** -0.5))
+
+
+@dataclass(frozen=True, eq=False)
+class Trigonometric(_Projected):
+    """φ(x) = (m/2)^-1/2 · exp(+‖x‖²/2) · [cos u, sin u], as cos(u − phase) with each ω twice. Signed."""
+
+    phase: Tensor  # (m,): 0 for the first half, π/2 for the second
+    positive = False
+
+    def queries(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        features = F.linear(q, self.weight, -self.phase).cos_()
+        return features, _half_norm(q).sub_(0.5 * math.log(self.features / 2))
+
+    def queries_vjp(self, q: Tensor, features: Tensor, grad: Tensor) -> Tensor:
+        half = self.features // 2
+        (cos, sin), (d_cos, d_sin) = features.split(half, -1), grad.split(half, -1)
+        d_u = (d_sin * cos).addcmul_(d_cos, sin, value=-1)
+        norm_grad = (grad * features).sum(-1, keepdim=True)
+        return torch.addcmul(d_u @ self.weight[:half], norm_grad, q, value=q.shape[-1] ** -0.5)
+
+
+@dataclass(frozen=True, eq=False)
+class ShiftedExponential(_Projected):
+    """φ(x) = m^-1/2 · (exp(u) + ε): the generalised kernel of f = exp, with the row's log-scale carried."""
+
+    positive = True
+
+    def queries(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        features, log_sum = _shares(q @ self.weight.T)
+        # Both terms over their sum: Σ exp(u) + ε. A row of hugely negative u is all ε, not 0.
+        over_epsilon = log_sum - math.log(EPSILON)
+        features.mul_(over_epsilon.sigmoid()).add_((-over_epsilon).sigmoid_())
+        return features, F.softplus(over_epsilon).add_(math.log(EPSILON) - 0.5 * math.log(self.features))
+
+    def queries_vjp(self, q: Tensor, features: Tensor, grad: Tensor) -> Tensor:
+        exponentials, log_sum = _shares(q @ self.weight.T)
+        exponentials.mul_((log_sum - math.log(EPSILON)).sigmoid_())  # the features less their ε
+        return exponentials.mul_(grad) @ self.weight
+
+
+@dataclass(frozen=True)
+class _Activation:
+    """f of a generalised kernel, and its derivative."""
+
+    value: Callable[[Tensor], Tensor]  # f(u); may overwrite u
+    vjp: Callable[[Tensor, Tensor], Tensor]  # (grad, f(u) + ε) -> grad · f′(u)
+    positive: bool = True
+    needs_u: bool = False  # the derivative does not follow from f(u): vjp is (grad, u) -> grad · f′(u)
+
+
+@dataclass(frozen=True, eq=False)
+class Generalised(_Projected):
+    """φ(x) = C · (f(u) + ε) (Choromanski et al. 2020, section 2.2 with h = 1 and one f)."""
+
+    activation: _Activation
+    log_constant: float  # log C
+
+    @property
+    def positive(self) -> bool:
+        return self.activation.positive
+
+    def queries(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.activation.value(q @ self.weight.T).add_(EPSILON)
+        return features, q.new_full((*q.shape[:-1], 1), self.log_constant)
+
+    def queries_vjp(self, q: Tensor, features: Tensor, grad: Tensor) -> Tensor:
+        of = q @ self.weight.T if self.activation.needs_u else features
+        return self.activation.vjp(grad, of) @ self.weight
+
+
+def _gelu_vjp(grad: Tensor, u: Tensor) -> Tensor:
+    density = torch.exp(-0.5 * u.square()).mul_(u).mul_((2 * math.pi) ** -0.5)
+    return density.add_(torch.special.ndtr(u)).mul_(grad)
+
+
+def _sigmoid_vjp(grad: Tensor, features: Tensor) -> Tensor:
+    f = features - EPSILON
+    return torch.addcmul(f, f, f, value=-1).mul_(grad)
+
+
+_ACTIVATIONS = {
+    "relu": _Activation(torch.relu_, lambda grad, features: grad * (features > EPSILON)),
+    "sigmoid": _Activation(torch.sigmoid_, _sigmoid_vjp),
+    "abs": _Activation(torch.abs_, lambda grad, u: grad * u.sign(), needs_u=True),
+    "gelu": _Activation(F.gelu, _gelu_vjp, positive=False, needs_u=True),
+    "cos": _Activation(torch.cos_, lambda grad, u: grad * u.sin().neg_(), positive=False, needs_u=True),
+    "tanh": _Activation(
+        torch.tanh_, lambda grad, features: grad * (1 - (features - EPSILON).square_()), positive=False
+    ),
+    "identity": _Activation(lambda u: u, lambda grad, features: grad, positive=False),
+    "elu": _Activation(
+        lambda u: F.elu_(u).add_(1.0), lambda grad, features: (features - EPSILON).clamp_(max=1.0).mul_(grad)
+    ),
+}
+_PAIRED = ("hyperbolic", "trigonometric")  # two features a projection
+
+KERNELS = ("softmax", "hyperbolic", "oprf", "trigonometric", "smreg", "relu_direct", "exp", *_ACTIVATIONS)
+PROJECTIONS = ("orthogonal", "iid")
+
+
+def feature_map(
+    kernel: str,
+    features: int,
+    head_dim: int,
+    *,
+    seed: int = 0,
+    layer: int = 0,
+    draw: int = 0,
+    projection: str = "orthogonal",
+    oprf_a: float = 0.0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> FeatureMap:
+    """The feature map of a kernel (Choromanski et al. 2020, arXiv 2009.14794, unless said otherwise).
+
+    Unbiased for exp(qᵀk/√d):
+
+    - ``softmax``: m^-1/2 · exp(u − ‖x‖²/2) (Lemma 1).
+    - ``hyperbolic``: m^-1/2 · exp(−‖x‖²/2) · [exp(u), exp(−u)] from m/2 projections.
+    - ``oprf``: m^-1/2 · (1−4A)^{d/4} · exp(A‖ω‖² + √(1−4A)·u − ‖x‖²/2), A = ``oprf_a`` ≤ 0 (FAVOR++, Likhosherstov et
+      al. 2022, arXiv 2205.15317). A = 0 is ``softmax``; :func:`oprf_parameter` gives the A of least variance.
+    - ``trigonometric``: (m/2)^-1/2 · exp(+‖x‖²/2) · [cos u, sin u] from m/2 projections. Signed, so that denominators
+      may vanish: for comparison.
+
+    Kernels of their own:
+
+    - ``smreg``: ``softmax`` with rows of length √d, the regularised softmax kernel.
+    - ``relu``, ``sigmoid``, ``exp``, ``abs``, ``elu`` (elu(u) + 1), and the signed ``gelu``, ``cos``, ``tanh``,
+      ``identity``: m^-1/2 · (f(u) + 1e-3), u of the same scaled input.
+    - ``relu_direct``: ReLU(x) + 1e-3, no projection.
+
+    Args:
+        kernel: one of :data:`KERNELS`.
+        features: size of the feature axis, m: what the kernel costs. ``relu_direct`` has head_dim features whatever is
+            asked for.
+        head_dim: d.
+        seed, layer, draw: the projection is a function of these three numbers.
+        projection: "orthogonal" (blocks of d orthogonal rows) or "iid".
+        oprf_a: A, for ``oprf`` only.
+        device, dtype: of the inputs to come; fp32 or float64.
+
+    Raises:
+        ValueError: for a name that is not known or a number that the kernel cannot have.
+    """
+    _check(kernel, features, projection, oprf_a, dtype)
+    scale = head_dim**-0.25
+    if kernel == "relu_direct":
+        return Generalised(torch.eye(head_dim, device=device, dtype=dtype) * scale, _ACTIVATIONS["relu"], 0.0)
+    omega = projection_matrix(
+        features // 2 if kernel in _PAIRED else features,
+        head_dim,
+        seed=seed,
+        layer=layer,
+        draw=draw,
+        orthogonal=projection == "orthogonal",
+        rows="sqrt_d" if kernel == "smreg" else "chi",
+        device=device,
+        dtype=dtype,
+    )
+    weight, log_constant = omega * scale, -0.5 * math.log(features)
+    if kernel in ("softmax", "smreg"):
+        return PositiveExponential(weight, None, log_constant)
+    if kernel == "hyperbolic":
+        return PositiveExponential(torch.cat((weight, -weight)), None, log_constant)
+    if kernel == "oprf":
+        shift = omega.square().sum(-1) * oprf_a if oprf_a else None
+        stretch = 1 - 4 * oprf_a
+        return PositiveExponential(weight * stretch**0.5, shift, log_constant + head_dim / 4 * math.log(stretch))
+    if kernel == "trigonometric":
+        phase = torch.zeros_like(weight[:, 0])
+        return Trigonometric(torch.cat((weight, weight)), torch.cat((phase, phase + math.pi / 2)))
+    if kernel == "exp":
+        return ShiftedExponential(weight)
+    return Generalised(weight, _ACTIVATIONS[kernel], log_constant)
+
+
+def oprf_parameter(q: Tensor, k: Tensor) -> float:
+    """A ≤ 0 of least variance for ``oprf``, from q and k (batch, heads, L, d) as attention gets them.
+
+    Likhosherstov et al. 2022, arXiv 2205.15317, with the mean of ‖x + y‖² over all pairs of a query and a key of the
+    same head. Choose it once from data and keep it: an A computed from the sequence itself would let later keys
+    change earlier outputs.
+    """
+    return oprf_a_from_moments(oprf_moments(q, k))
+
+
+def oprf_moments(q: Tensor, k: Tensor) -> Tensor:
+    """Sums that :func:`oprf_a_from_moments` turns into A: add them over batches and ranks.
+
+    Args:
+        q, k: (batch, heads, L, d).
+
+    Returns:
+        (2, heads, d + 2) float64: for the queries and for the keys Σx, Σ‖x‖² and their number.
+    """
+
+    def sums(t: Tensor) -> Tensor:
+        x = t.detach().double() * t.shape[-1] ** -0.25
+        squares = x.square().sum(-1, keepdim=True)
+        return torch.cat((x, squares, torch.ones_like(squares)), -1).sum((0, 2))
+
+    return torch.stack((sums(q), sums(k)))
+
+
+def oprf_a_from_moments(moments: Tensor) -> float:
+    """A from the sum of any number of :func:`oprf_moments`."""
+    mean_q, mean_k = moments[..., :-1] / moments[..., -1:]  # (heads, d + 1) each
+    d = mean_q.shape[-1] - 1
+    squared = mean_q[:, -1] + mean_k[:, -1] + 2 * (mean_q[:, :-1] * mean_k[:, :-1]).sum(-1)  # mean ‖x + y‖²
+    ratio = max(squared.mean().item(), 0.0) / d
+    return (1 - 2 * ratio - math.sqrt((2 * ratio + 1) ** 2 + 8 * ratio)) / 16
+
+
+def _shares(exponent: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(exponent) over the sum of its row, floored, and the log of that sum (..., 1)."""
+    # softmax is one pass and its exponential is quicker than exp_; logsumexp would be another pass of exponentials.
+    shares = torch.softmax(exponent, -1)
+    log_sum = exponent.amax(-1, keepdim=True).sub_(shares.amax(-1, keepdim=True).log_())
+    return shares.clamp_(min=_FLOOR[exponent.dtype]), log_sum
+
+
+def _half_norm(q: Tensor) -> Tensor:
+    """‖x‖²/2 (..., 1) of x = q·d^-1/4."""
+    return q.square().sum(-1, keepdim=True).mul_(0.5 * q.shape[-1] ** -0.5)
+
+
+def _check(kernel: str, features: int, projection: str, oprf_a: float, dtype: torch.dtype) -> None:
+    if kernel not in KERNELS:
+        raise ValueError(f"unknown kernel {kernel!r}; the kernels are {', '.join(KERNELS)}")
+    if projection not in PROJECTIONS:
+        raise ValueError(f"unknown projection {projection!r}; the projections are {', '.join(PROJECTIONS)}")
+    if kernel in _PAIRED and features % 2:
+        raise ValueError(f"kernel {kernel!r} has two features a projection, so features must be even; got {features}")
+    if not (math.isfinite(oprf_a) and oprf_a <= 0):
+        raise ValueError(f"oprf_a must be a finite number, 0 or below; got {oprf_a}")
+    if oprf_a and kernel != "oprf":
+        raise ValueError(f"oprf_a belongs to kernel 'oprf'; kernel {kernel!r} got {oprf_a}, set it to 0")
+    if dtype not in _FLOOR:
+        raise ValueError(f"feature maps compute in torch.float32 or torch.float64; got {dtype}")

@@ -1,4 +1,4 @@
-"""The one door to attention: picks the kernel, the path and the backend."""
+"""The one door to attention: checks the request, picks the path and the backend."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longseq.attention.bidirectional import bidirectional_attention
-from longseq.attention.causal import causal_attention
-from longseq.attention.feature_maps import FEATURE_MAPS, FeatureMap
-from longseq.attention.projections import projection_matrix
-
-KERNELS = tuple(FEATURE_MAPS)
+from longseq.attention import backends
+from longseq.attention.feature_maps import FeatureMap, feature_map
+from longseq.attention.parts import Part, combine
 
 
 def favor_attention(
@@ -22,73 +19,206 @@ def favor_attention(
     causal: bool = False,
     kernel: str = "softmax",
     features: int = 256,
+    window: int = 0,
     key_padding: Tensor | None = None,
+    segments: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    far_share: Tensor | None = None,
+    decay: Tensor | None = None,
     seed: int = 0,
     layer: int = 0,
     draw: int = 0,
+    projection: str = "orthogonal",
+    oprf_a: float = 0.0,
+    backend: str = "auto",
 ) -> Tensor:
     """FAVOR+ attention (Choromanski et al. 2020, arXiv 2009.14794), linear in the length.
 
     A stand-in for ``F.scaled_dot_product_attention``: ``kernel="softmax"`` approximates it, with an error that falls
-    as ``features`` grows and grows steeply with the norms of q and k. Features, sums and denominators are computed
-    in fp32 (float64 for float64 inputs) whatever the inputs' dtype, also under autocast. Up to a standard deviation of
-    about 4 of q and k (at head_dim 64) the result is that of the quadratic formula to 1e-5 … 3e-5. Beyond, it stays
-    finite and a weighted mean of the values, but fp32's range no longer holds every product of two features.
+    as ``features`` grows and grows steeply with the norms of q and k. With a ``window``, the weights of near keys are
+    exact and only those beyond it are approximated, in one numerator and one denominator; ``window >= length`` is
+    exact attention.
+
+    Features, sums and denominators are computed in fp32 (float64 for float64 inputs) whatever the inputs' dtype, also
+    under autocast. Up to a standard deviation of about 4 of q and k (at head_dim 64) the result is that of the
+    quadratic formula to 1e-5 … 3e-5. Beyond, it stays finite and a weighted mean of the values, but fp32's range no
+    longer holds every product of two features.
 
     Args:
         q, k: (batch, heads, length, head_dim). They are scaled by head_dim^-1/4 each.
         v: (batch, heads, length, value_dim).
         causal: a query sees the keys up to its own position, and is independent of later ones to the last bit.
-        kernel: "softmax" (positive random features) or "relu" (ReLU of random projections plus 1e-3).
+        kernel: one of :data:`KERNELS`.
         features: number of random features, m.
+        window: exact weights for keys less than this many positions away, before (causal) or on both sides.
         key_padding: (batch, length) bool, True where a key is real; False hides it from every query.
+        segments: (batch, length) integers, documents packed into one row: a run of equal numbers is a document, and
+            no attention crosses its borders.
+        cu_seqlens: the same for a batch of one, as the documents' borders: (documents + 1,), from 0 to length.
+        far_share: (heads,) log-factor of every weight beyond the window: 0 leaves them unbiased, negative trusts them
+            less. May require a gradient.
+        decay: (heads,) γ ≥ 0: every weight is multiplied by exp(−γ·distance), as a bias of −γ·distance on the
+            logits would do (ALiBi, Press et al. 2021, arXiv 2108.12409). May require a gradient.
         seed, layer, draw: the projection matrix is a function of these three numbers.
+        projection: "orthogonal" (blocks of orthogonal rows) or "iid".
+        oprf_a: the constant A ≤ 0 of kernel "oprf" (see :func:`longseq.attention.feature_maps.oprf_parameter`).
+        backend: "torch", "triton" (CUDA; what it cannot do is an error), or "auto": triton where it can.
 
     Returns:
         (batch, heads, length, value_dim), the dtype of v. A query that sees no key gets zeros.
 
     Raises:
-        ValueError: for an unknown kernel or shapes that do not fit together.
+        ValueError: for an unknown kernel or backend, shapes that do not fit together, or options that exclude each
+            other.
     """
-    if kernel not in FEATURE_MAPS:
-        raise ValueError(f"unknown kernel {kernel!r}; the kernels are {', '.join(KERNELS)}")
-    _check_shapes(q, k, v, causal, key_padding)
-    *rows, _, value_dim = v.shape
+    segments = _check(q, k, v, causal, window, key_padding, segments, cu_seqlens, far_share, decay)
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
-    omega = projection_matrix(features, q.shape[-1], seed=seed, layer=layer, draw=draw, device=q.device, dtype=dtype)
-    hidden = None if key_padding is None else ~key_padding.repeat_interleave(q.shape[1], dim=0)
-    feature_map: FeatureMap = FEATURE_MAPS[kernel](omega)
-    attention = causal_attention if causal else bidirectional_attention
+    phi = feature_map(
+        kernel,
+        features,
+        q.shape[-1],
+        seed=seed,
+        layer=layer,
+        draw=draw,
+        projection=projection,
+        oprf_a=oprf_a,
+        device=q.device,
+        dtype=dtype,
+    )
+    if window and not phi.positive:
+        raise ValueError(f"kernel {kernel!r} has features of both signs and cannot share a denominator with a window")
+    batch, heads, length = q.shape[:3]
+    hidden = None if key_padding is None else ~key_padding.repeat_interleave(heads, dim=0)
+    runs = None if segments is None else _runs(segments).repeat_interleave(heads, dim=0)
     with torch.autocast(q.device.type, enabled=False):
-        q, k, v_ = (t.flatten(0, 1).to(dtype) for t in (q, k, v))
-        out = attention(q, k, v_, hidden, feature_map)
-    return out.view(*rows, q.shape[-2], value_dim).to(v.dtype)
+        rates = None if decay is None else decay.to(dtype).repeat(batch).view(-1, 1, 1)
+        share = None if far_share is None else far_share.to(dtype).repeat(batch).view(-1, 1, 1)
+        rows = tuple(t.flatten(0, 1).to(dtype) for t in (q, k, v))
+        engine = backends.choose(backend, phi, rows)
+        if not causal and not window and runs is None and rates is None:
+            out = engine.bidirectional(*rows, phi, hidden)
+        else:
+            out = _by_parts(engine, rows, phi, causal, min(window, length), hidden, runs, rates, share)
+    return out.view(batch, heads, length, v.shape[-1]).to(v.dtype)
+
+
+def _by_parts(
+    engine: backends.Backend,
+    rows: tuple[Tensor, Tensor, Tensor],
+    phi: FeatureMap,
+    causal: bool,
+    window: int,
+    hidden: Tensor | None,
+    runs: Tensor | None,
+    decay: Tensor | None,
+    share: Tensor | None,
+) -> Tensor:
+    """Near keys exactly, those before and those after by features; together they are all keys, each once."""
+    near: list[Part] = []
+    far: list[Part] = []
+    if window:
+        near.append(engine.window(*rows, window=window, causal=causal, hidden=hidden, runs=runs, decay=decay))
+    if window < rows[0].shape[1]:
+        far.append(engine.scan(*rows, phi, delay=window, hidden=hidden, runs=runs, decay=decay))
+        if not causal:
+            # The keys after: a scan of the reversed row, without the query's own position if the first scan had it.
+            flipped = (t.flip(1) for t in rows)
+            hidden = None if hidden is None else hidden.flip(1)
+            runs = None if runs is None else runs[:, -1:] - runs.flip(1)
+            out, lse = engine.scan(*flipped, phi, delay=max(1, window), hidden=hidden, runs=runs, decay=decay)
+            far.append((out.flip(1), lse.flip(1)))
+    if near and share is not None:
+        far = [(out, lse + share) for out, lse in far]
+    return combine(near + far)[0]
 
 
 def exact_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, key_padding: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    key_padding: Tensor | None = None,
+    segments: Tensor | None = None,
+    decay: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention by ``F.scaled_dot_product_attention``: arguments and result as of :func:`favor_attention`."""
-    _check_shapes(q, k, v, causal, key_padding)
-    if key_padding is None:
+    segments = _check(q, k, v, causal, 0, key_padding, segments, None, None, decay)
+    if key_padding is None and segments is None and decay is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    visible = key_padding[:, None, None, :]
+    visible = torch.ones(1, 1, q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device)
     if causal:
-        visible = visible & torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+        visible = visible.tril()
+    if key_padding is not None:
+        visible = visible & key_padding[:, None, None, :]
+    if segments is not None:
+        runs = _runs(segments)
+        visible = visible & (runs[:, None, :, None] == runs[:, None, None, :])
     blind = ~visible.any(-1, keepdim=True)  # such a row would be NaN
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible | blind).masked_fill(blind, 0.0)
+    mask = visible | blind
+    if decay is not None:
+        positions = torch.arange(q.shape[-2], device=q.device)
+        distance = (positions[:, None] - positions).abs()
+        bias = -decay.to(q.dtype).view(1, -1, 1, 1) * distance
+        mask = bias.masked_fill(~mask, -torch.inf)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).masked_fill(blind, 0.0)
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, causal: bool, key_padding: Tensor | None) -> None:
+def _runs(segments: Tensor) -> Tensor:
+    """The number of each position's document, counted along the row: (batch, length), never decreasing."""
+    border = segments[:, 1:] != segments[:, :-1]
+    return F.pad(border.cumsum(1), (1, 0))
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    window: int,
+    key_padding: Tensor | None,
+    segments: Tensor | None,
+    cu_seqlens: Tensor | None,
+    far_share: Tensor | None,
+    decay: Tensor | None,
+) -> Tensor | None:
+    """Refuse what does not fit together; the documents as segments, however they were given."""
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not (q.ndim == k.ndim == v.ndim == 4):
         raise ValueError(f"q, k and v must be (batch, heads, length, dim), got {shapes}")
     if q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3] or q.shape[-1] != k.shape[-1]:
         raise ValueError(f"batch, heads, key length or head_dim differ: {shapes}")
-    if causal and q.shape[2] != k.shape[2]:
-        raise ValueError(f"causal attention needs as many queries as keys: {shapes}")
-    if key_padding is not None and (key_padding.dtype != torch.bool or key_padding.shape != (k.shape[0], k.shape[2])):
+    if window < 0:
+        raise ValueError(f"window must be 0 (none) or a number of positions, got {window}")
+    positions_matter = causal or window or segments is not None or cu_seqlens is not None or decay is not None
+    if positions_matter and q.shape[2] != k.shape[2]:
+        raise ValueError(f"causal, windowed, packed or decaying attention needs as many queries as keys: {shapes}")
+    batch, heads, length = k.shape[:3]
+    if key_padding is not None and (key_padding.dtype != torch.bool or key_padding.shape != (batch, length)):
         raise ValueError(
-            f"key_padding must be bool of shape {(k.shape[0], k.shape[2])}, True where a key is real; "
+            f"key_padding must be bool of shape {(batch, length)}, True where a key is real; "
             f"got {key_padding.dtype} {tuple(key_padding.shape)}"
         )
+    for name, value in (("far_share", far_share), ("decay", decay)):
+        if value is not None and value.shape != (heads,):
+            raise ValueError(f"{name} must have one number a head, shape {(heads,)}; got {tuple(value.shape)}")
+    if cu_seqlens is not None:
+        if segments is not None:
+            raise ValueError("give segments or cu_seqlens, not both")
+        segments = _segments(cu_seqlens, batch, length)
+    if segments is not None and (segments.shape != (batch, length) or segments.is_floating_point()):
+        raise ValueError(
+            f"segments must be integers of shape {(batch, length)}; got {segments.dtype} {tuple(segments.shape)}"
+        )
+    return segments
+
+
+def _segments(cu_seqlens: Tensor, batch: int, length: int) -> Tensor:
+    borders = cu_seqlens.tolist() if cu_seqlens.ndim == 1 else []
+    if batch != 1 or borders[:1] != [0] or borders[-1] != length or any(a > b for a, b in zip(borders, borders[1:])):
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to the length {length} over a batch of one; "
+            f"got {borders[:8]}{' …' if len(borders) > 8 else ''} for a batch of {batch}"
+        )
+    sizes = torch.as_tensor(borders, device=cu_seqlens.device).diff()
+    return torch.repeat_interleave(torch.arange(len(sizes), device=cu_seqlens.device), sizes)[None]

@@ -1,50 +1,127 @@
-"""The obvious quadratic attention of the same features, in float64 and in log space: the oracle of the tests.
+"""The obvious quadratic attention, every kernel and option from its definition, in float64: the oracle of the tests.
 
-Never used in training: it holds the whole L × L matrix, and for the softmax kernel L × L × m exponents.
+Never used in training: it holds the whole L × L matrix, and for the exponential kernels L × L × m exponents.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+_EPSILON = 1e-3
+_GENERALISED: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "sigmoid": torch.sigmoid,
+    "abs": torch.abs,
+    "gelu": F.gelu,
+    "cos": torch.cos,
+    "tanh": torch.tanh,
+    "identity": lambda u: u,
+    "elu": lambda u: F.elu(u) + 1,
+}
 
 
 def quadratic_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    projection: Tensor,
+    projection: Tensor | None,
     *,
     kernel: str = "softmax",
     causal: bool = False,
+    window: int = 0,
     key_padding: Tensor | None = None,
+    segments: Tensor | None = None,
+    oprf_a: float = 0.0,
+    far_share: Tensor | None = None,
+    decay: Tensor | None = None,
 ) -> Tensor:
-    """Σ_j κ(q_i, k_j) v_j / Σ_j κ(q_i, k_j) with κ = φ(q)ᵀφ(k), written down from the definition.
+    """Σ_j w_ij v_j / Σ_j w_ij over the keys j that query i sees.
+
+    w_ij is exp(q_iᵀk_j/√d) inside the window and φ(q_i)ᵀφ(k_j) outside it, both in true scale.
 
     Args:
         q, k, v: (batch, heads, L, d or e), any dtype; computed in float64.
-        projection: ω, (m, d).
-        kernel: "softmax" (positive features) or "relu" (ε = 1e-3).
+        projection: ω, one row a projection: m rows, m/2 for "hyperbolic" and "trigonometric"; None for "relu_direct".
+        kernel: a name of ``feature_maps.KERNELS``. "smreg" is "softmax": what differs is the projection.
         causal: only keys j ≤ i.
+        window: pairs with |i − j| < window are exact; 0 for none.
         key_padding: (batch, L) bool, True where a key is real. 1 = keep.
+        segments: (batch, L) integers. Maximal runs of equal neighbours are documents; none sees another.
+        oprf_a: A ≤ 0 of "oprf".
+        far_share: (heads,), log of a factor on every feature pair.
+        decay: (heads,), γ ≥ 0: every weight is multiplied by exp(−γ|i − j|).
 
     Returns:
         (batch, heads, L, e) float64; zeros for a query that sees no key.
     """
-    q, k, v, omega = (t.double() for t in (q, k, v, projection))
+    q, k, v = (t.double() for t in (q, k, v))
     x, y = (t * t.shape[-1] ** -0.25 for t in (q, k))
-    if kernel == "softmax":
-        log_q = x @ omega.T - x.square().sum(-1, keepdim=True) / 2
-        log_k = y @ omega.T - y.square().sum(-1, keepdim=True) / 2
-        log_scores = torch.logsumexp(log_q[..., :, None, :] + log_k[..., None, :, :], dim=-1)  # (B, H, L, L)
-    elif kernel == "relu":
-        log_scores = torch.log((torch.relu(x @ omega.T) + 1e-3) @ (torch.relu(y @ omega.T) + 1e-3).mT)
-    else:
-        raise ValueError(f"no reference for kernel {kernel!r}")
-    visible = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device)
+    distance = (torch.arange(q.shape[-2])[:, None] - torch.arange(k.shape[-2])).abs().to(q.device)
+
+    sign, log_w = _feature_products(x, y, None if projection is None else projection.double(), kernel, oprf_a)
+    if far_share is not None:
+        log_w = log_w + far_share.double()[:, None, None]
+    log_w = torch.where(distance < window, x @ y.mT, log_w)
+    sign = torch.where(distance < window, 1.0, sign)
+    if decay is not None:
+        log_w = log_w - decay.double()[:, None, None] * distance
+
+    visible = torch.ones_like(log_w, dtype=torch.bool)
     if causal:
         visible = visible.tril()
     if key_padding is not None:
         visible = visible & key_padding[:, None, None, :]
-    weights = torch.softmax(log_scores.masked_fill(~visible, -torch.inf), dim=-1)
-    return torch.nan_to_num(weights, nan=0.0) @ v
+    if segments is not None:
+        document = F.pad(segments.diff(dim=-1) != 0, (1, 0)).cumsum(-1)
+        visible = visible & (document[:, None, :, None] == document[:, None, None, :])
+
+    log_w = log_w.masked_fill(~visible, -torch.inf)
+    top = log_w.detach().amax(-1, keepdim=True).nan_to_num(neginf=0.0)
+    w = sign * torch.exp(log_w - top)
+    blind = ~visible.any(-1, keepdim=True)
+    return (w @ v) / w.sum(-1, keepdim=True).masked_fill(blind, 1.0)
+
+
+def _feature_products(x: Tensor, y: Tensor, omega: Tensor | None, kernel: str, oprf_a: float) -> tuple[Tensor, Tensor]:
+    """Sign and log-magnitude of φ(x_i)ᵀφ(y_j), (batch, heads, Lq, Lk) each."""
+
+    def half_norm(x: Tensor) -> Tensor:
+        return x.square().sum(-1, keepdim=True) / 2
+
+    if omega is None:
+        if kernel != "relu_direct":
+            raise ValueError(f"kernel {kernel!r} needs a projection")
+        product = (torch.relu(x) + _EPSILON) @ (torch.relu(y) + _EPSILON).mT
+        return product.sign(), product.abs().log()
+
+    rows, d = omega.shape
+    if kernel == "trigonometric":
+        u, w = x @ omega.T, y @ omega.T
+        product = (u.cos() @ w.cos().mT + u.sin() @ w.sin().mT) / rows
+        return product.sign(), product.abs().log() + half_norm(x) + half_norm(y).mT
+    if kernel in _GENERALISED:
+        f = _GENERALISED[kernel]
+        product = (f(x @ omega.T) + _EPSILON) @ (f(y @ omega.T) + _EPSILON).mT / rows
+        return product.sign(), product.abs().log()
+
+    def log_phi(x: Tensor) -> Tensor:
+        u = x @ omega.T
+        if kernel in ("softmax", "smreg"):
+            return u - half_norm(x) - math.log(rows) / 2
+        if kernel == "hyperbolic":
+            return torch.cat((u, -u), -1) - half_norm(x) - math.log(2 * rows) / 2
+        if kernel == "oprf":
+            stretch = 1 - 4 * oprf_a
+            exponent = oprf_a * omega.square().sum(-1) + math.sqrt(stretch) * u - half_norm(x)
+            return exponent + d / 4 * math.log(stretch) - math.log(rows) / 2
+        if kernel == "exp":
+            return torch.logaddexp(u, torch.tensor(_EPSILON).to(u).log()) - math.log(rows) / 2
+        raise ValueError(f"no reference for kernel {kernel!r}")
+
+    log_product = torch.logsumexp(log_phi(x)[..., :, None, :] + log_phi(y)[..., None, :, :], dim=-1)
+    return torch.ones_like(log_product), log_product

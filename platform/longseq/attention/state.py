@@ -1,7 +1,7 @@
-"""The attention state: what a linear-attention layer must know of the keys and values it has seen.
+"""The attention state: what linear attention must know of the keys and values it has seen.
 
-State = Σ_j φ(k_j)[v_j, 1]ᵀ, kept as (S, z) · exp(log_scale). Two states add after both are brought to the larger
-log-scale; that one merge serves chunks on one device now, and ranks, packed documents and decoding on top of it.
+State = Σ_j φ(k_j) [v_j, 1]ᵀ, kept as ``sums`` · exp(log_scale). Two states add after both are brought to the larger
+log-scale; that one merge serves chunks on one device, packed documents, decoding, and ranks on top of it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # The log-scale of a state that has seen nothing. Finite, so that differences of two of them are 0 and not NaN.
-_NOTHING = -1e30
+NOTHING = -1e30
 
 
 @dataclass(frozen=True)
@@ -20,37 +20,51 @@ class AttentionState:
     """Sum over keys, for each of N = batch · heads rows.
 
     Attributes:
-        values: S, (N, m, e): Σ φ(k_j) v_jᵀ · exp(−log_scale).
-        normaliser: z, (N, m, 1): Σ φ(k_j) · exp(−log_scale).
+        sums: (N, m, e + 1): Σ φ(k_j) [v_j, 1]ᵀ · exp(−log_scale). The last column is the normaliser, Σ φ(k_j).
         log_scale: (N, 1, 1): the largest log-scale of the keys so far, so no term exceeds its bounded features.
     """
 
-    values: Tensor
-    normaliser: Tensor
+    sums: Tensor
     log_scale: Tensor
 
     @classmethod
     def empty(cls, rows: int, features: int, value_dim: int, like: Tensor) -> AttentionState:
         """The neutral element of :meth:`merge`, in the device and dtype of ``like``."""
-        return cls(
-            like.new_zeros(rows, features, value_dim),
-            like.new_zeros(rows, features, 1),
-            like.new_full((rows, 1, 1), _NOTHING),
-        )
+        return cls(like.new_zeros(rows, features, value_dim + 1), like.new_full((rows, 1, 1), NOTHING))
 
     @classmethod
-    def of(cls, key_features: Tensor, key_scale: Tensor, v: Tensor) -> AttentionState:
-        """State of one chunk: key features (N, C, m), their log-scales (N, C, 1; −inf hides a key), v (N, C, e)."""
-        log_scale = key_scale.amax(1, keepdim=True).clamp_(min=_NOTHING)
-        weighted = (key_features * torch.exp(key_scale - log_scale)).transpose(1, 2)  # (N, m, C)
-        return cls(weighted @ v, weighted.sum(-1, keepdim=True), log_scale)
+    def of(cls, key_features: Tensor, key_scale: Tensor, values: Tensor) -> AttentionState:
+        """State of one chunk.
+
+        Args:
+            key_features: φ(k), (N, C, m).
+            key_scale: their log-scales, (N, C, 1); −inf leaves a key out.
+            values: [v, 1], (N, C, e + 1).
+        """
+        log_scale = key_scale.amax(1, keepdim=True).clamp_(min=NOTHING)
+        return cls(key_features.mT @ (values * torch.exp(key_scale - log_scale)), log_scale)
 
     def merge(self, other: AttentionState) -> AttentionState:
         """The state of both sets of keys. Associative and commutative up to rounding."""
         log_scale = torch.maximum(self.log_scale, other.log_scale)
         mine, theirs = torch.exp(self.log_scale - log_scale), torch.exp(other.log_scale - log_scale)
-        return AttentionState(
-            mine * self.values + theirs * other.values,
-            mine * self.normaliser + theirs * other.normaliser,
-            log_scale,
-        )
+        return AttentionState(torch.addcmul(mine * self.sums, theirs, other.sums), log_scale)
+
+    def faded(self, log_factor: Tensor) -> AttentionState:
+        """The same keys, every weight multiplied by exp(``log_factor``), (N, 1, 1)."""
+        return AttentionState(self.sums, self.log_scale + log_factor)
+
+
+def with_ones(v: Tensor) -> Tensor:
+    """[v, 1]: (..., e + 1). The column of ones makes the denominator one more column of every product."""
+    return torch.cat((v, v.new_ones(*v.shape[:-1], 1)), dim=-1)
+
+
+def inverse(den: Tensor, positive: bool) -> Tensor:
+    """1 / den, and 0 where a query sees no key at all.
+
+    Only there is the denominator of ``positive`` features zero. Those of signed features may cancel down to rounding:
+    such a query gets zeros too, instead of an arbitrary multiple of noise.
+    """
+    least = torch.finfo(den.dtype).tiny ** 0.75 if positive else 1e-6
+    return torch.where(den.abs() < least, 0.0, den.reciprocal())

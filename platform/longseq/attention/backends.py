@@ -1,0 +1,68 @@
+"""Who computes the three operations attention is made of: plain PyTorch everywhere, our Triton kernels on CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from longseq.attention.bidirectional import bidirectional_attention
+from longseq.attention.feature_maps import FeatureMap
+from longseq.attention.parts import Part
+from longseq.attention.scan import scan
+from longseq.attention.window import window_attention
+
+BACKENDS = ("auto", "torch", "triton")
+
+
+class Backend(Protocol):
+    """The operations; rows (N, L, ·), N = batch · heads, as documented at the PyTorch versions."""
+
+    def scan(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        feature_map: FeatureMap,
+        *,
+        delay: int = 0,
+        hidden: Tensor | None = None,
+        runs: Tensor | None = None,
+        decay: Tensor | None = None,
+    ) -> Part:
+        """See :func:`longseq.attention.scan.scan`."""
+
+    def window(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        window: int,
+        causal: bool,
+        hidden: Tensor | None = None,
+        runs: Tensor | None = None,
+        decay: Tensor | None = None,
+    ) -> Part:
+        """See :func:`longseq.attention.window.window_attention`."""
+
+    def bidirectional(
+        self, q: Tensor, k: Tensor, v: Tensor, feature_map: FeatureMap, hidden: Tensor | None
+    ) -> Tensor:
+        """See :func:`longseq.attention.bidirectional.bidirectional_attention`."""
+
+
+class Torch:
+    """Plain PyTorch operations, a chunk at a time: any device, any kernel."""
+
+    scan = staticmethod(scan)
+    window = staticmethod(window_attention)
+    bidirectional = staticmethod(bidirectional_attention)
+
+
+def choose(backend: str, feature_map: FeatureMap, rows: Sequence[Tensor]) -> Backend:
+    """The backend of that name, or for "auto" the fastest that can do this."""
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; the backends are {', '.join(BACKENDS)}")
+    return Torch()

@@ -1,0 +1,153 @@
+"""Exact softmax attention inside a sliding window, linear in the length: the near part of a windowed Performer.
+
+For a block of queries and the keys within reach of any of them, s_ij = q_iᵀk_j/√d − γ|i − j| where j is in reach of i:
+
+    p_ij = exp(s_ij − lse_i),   lse_i = log Σ_j exp(s_ij),   out_i = Σ_j p_ij v_j
+    ds_ij = p_ij (dout_iᵀv_j − dout_iᵀout_i + dlse_i)
+
+Scores exist for one block at a time and are computed again in the backward pass (Dao et al. 2022, arXiv 2205.14135).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from longseq.attention.state import NOTHING
+
+# Longer blocks compute more scores that the window hides, shorter ones make smaller products.
+BLOCK = 128
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    causal: bool,
+    hidden: Tensor | None = None,
+    runs: Tensor | None = None,
+    decay: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the keys less than ``window`` positions away.
+
+    Args:
+        q, k, v, hidden, runs, decay: as in :func:`longseq.attention.scan.scan`.
+        window: query i sees keys j with 0 ≤ i − j < window (causal) or |i − j| < window.
+        causal: keys of later positions are not seen.
+
+    Returns:
+        out (N, L, e) and lse (N, L, 1). A query that sees no key gets zeros and −1e30.
+    """
+    return _Window.apply(q, k, v, decay, hidden, runs, window, causal)
+
+
+@dataclass(frozen=True)
+class _Band:
+    """The scores near the diagonal, one block of queries at a time."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    decay: Tensor | None
+    hidden: Tensor | None
+    runs: Tensor | None
+    window: int
+    causal: bool
+
+    def blocks(self) -> Iterator[tuple[slice, slice]]:
+        """Each block of queries with all keys in reach of one of them."""
+        length = self.q.shape[1]
+        for start in range(0, length, BLOCK):
+            stop = min(start + BLOCK, length)
+            yield slice(start, stop), slice(max(0, start - self.window + 1), self._end(stop, length))
+
+    def _end(self, stop: int, length: int) -> int:
+        return stop if self.causal else min(length, stop + self.window - 1)
+
+    def inputs(self, keys: slice) -> tuple[Tensor, Tensor]:
+        k, v = self.k[:, keys], self.v[:, keys]
+        if self.hidden is None:
+            return k, v
+        mask = self.hidden[:, keys, None]
+        return k.masked_fill(mask, 0.0), v.masked_fill(mask, 0.0)
+
+    def scores(self, queries: slice, keys: slice, k: Tensor) -> tuple[Tensor, Tensor]:
+        """s (N, Q, K), −inf out of reach, and the distances |i − j| (Q, K)."""
+        scale = self.q.shape[-1] ** -0.5
+        device = self.q.device
+        ahead = (
+            torch.arange(queries.start, queries.stop, device=device)[:, None]
+            - torch.arange(keys.start, keys.stop, device=device)
+        )  # i − j
+        distance = ahead.abs()
+        blind = distance >= self.window
+        if self.causal:
+            blind = blind | (ahead < 0)
+        scores = torch.bmm(self.q[:, queries] * scale, k.mT)
+        if self.decay is not None:
+            scores.addcmul_(self.decay, distance.to(scores), value=-1)
+        if self.runs is not None:
+            blind = blind | (self.runs[:, queries, None] != self.runs[:, None, keys])
+        if self.hidden is not None:
+            blind = blind | self.hidden[:, None, keys]
+        return scores.masked_fill_(blind, -torch.inf), distance
+
+
+class _Window(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        decay: Tensor | None,
+        hidden: Tensor | None,
+        runs: Tensor | None,
+        window: int,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor]:
+        band = _Band(q, k, v, decay, hidden, runs, window, causal)
+        out, lse = torch.empty_like(v), v.new_empty(*v.shape[:2], 1)
+        for queries, keys in band.blocks():
+            k_near, v_near = band.inputs(keys)
+            scores, _ = band.scores(queries, keys, k_near)
+            top = scores.amax(-1, keepdim=True).clamp_(min=NOTHING)
+            weights = scores.sub_(top).exp_()
+            den = weights.sum(-1, keepdim=True)
+            torch.bmm(weights, v_near, out=out[:, queries]).div_(den.clamp_min(1.0))  # den is 0 or at least 1
+            lse[:, queries] = torch.where(den == 0, NOTHING, den.log() + top)
+        ctx.window, ctx.causal = window, causal
+        ctx.save_for_backward(q, k, v, decay, hidden, runs, out, lse)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, decay, hidden, runs, out, lse = ctx.saved_tensors
+        band = _Band(q, k, v, decay, hidden, runs, ctx.window, ctx.causal)
+        dout = torch.zeros_like(out) if dout is None else dout
+        scale = q.shape[-1] ** -0.5
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        d_decay = None if decay is None or not ctx.needs_input_grad[3] else torch.zeros_like(decay)
+        for queries, keys in band.blocks():
+            k_near, v_near = band.inputs(keys)
+            scores, distance = band.scores(queries, keys, k_near)
+            weights = scores.sub_(lse[:, queries]).exp_()  # p; a blind query's row is exp(−inf + 1e30) = 0
+            dv[:, keys].baddbmm_(weights.mT, dout[:, queries])
+            shift = (dout[:, queries] * out[:, queries]).sum(-1, keepdim=True).neg_()
+            if dlse is not None:
+                shift += dlse[:, queries]
+            d_scores = torch.baddbmm(shift, dout[:, queries], v_near.mT).mul_(weights)
+            if d_decay is not None:
+                d_decay -= (d_scores * distance).sum((1, 2), keepdim=True)
+            dq[:, queries] = torch.bmm(d_scores, k_near).mul_(scale)
+            dk[:, keys].baddbmm_(d_scores.mT, q[:, queries], alpha=scale)
+        return dq, dk, dv, d_decay, None, None, None, None
