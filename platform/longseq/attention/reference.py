@@ -120,7 +120,7 @@ def _feature_products(x: Tensor, y: Tensor, omega: Tensor | None, kernel: str, o
             exponent = oprf_a * omega.square().sum(-1) + math.sqrt(stretch) * u - half_norm(x)
             return exponent + d / 4 * math.log(stretch) - math.log(rows) / 2
         if kernel == "exp":
-            return torch.logaddexp(u, torch.tensor(_EPSILON).to(u).log()) - math.log(rows) / 2
+            return torch.logaddexp(u, torch.full_like(u, math.log(_EPSILON))) - math.log(rows) / 2
         raise ValueError(f"no reference for kernel {kernel!r}")
 
     log_product = torch.logsumexp(log_phi(x)[..., :, None, :] + log_phi(y)[..., None, :, :], dim=-1)

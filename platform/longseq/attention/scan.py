@@ -27,12 +27,13 @@ Two more things act on the log-scales alone. A decay e^{−γ(i−j)} adds γ·j
 that the numbers stay small, and takes γ·C from c between chunks. A document boundary empties the state: queries of
 another document than the state's last key do not read it, and it keeps only the last document's keys.
 
-The state before every ``KEEP``-th chunk is kept for the backward pass, those between are built again by addition:
-rebuilding them by subtraction would drift. Features exist for ``KEEP`` chunks at a time.
+Features exist for one group of chunks at a time. The state before each group is kept for the backward pass, those
+between its chunks are built again by addition: rebuilding them by subtraction would drift.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,10 +44,12 @@ from torch.autograd.function import once_differentiable
 from longseq.attention.feature_maps import FeatureMap
 from longseq.attention.state import NOTHING, AttentionState, inverse, with_ones
 
+_LOG2E = math.log2(math.e)
 # Shorter chunks have less of the square that grows with them, longer ones fewer passes over the (m, e) state.
 CHUNK = 64
-# A state a chunk is m·(e + 1)·4 bytes / 64 tokens: 1 KB a token and head at m = 256, e = 64. Every fourth: 260 bytes.
-KEEP = 4
+# Chunks whose features exist at a time; one state is kept for each group. At m = 256 and e = 64 a state is 67 KB:
+# 260 bytes a token and head.
+GROUP = 4
 
 
 def scan(
@@ -68,141 +71,13 @@ def scan(
         feature_map: the kernel.
         delay: how many positions the nearest visible key lies before the query.
         hidden: (N, L) bool, True where a key is padding and must not be seen, or None.
-        runs: (N, L) integers that never decrease; a query sees keys of its own number only. None: one document.
+        runs: (N, L) integers ≥ 0 that never decrease; a query sees keys of its own number only. None: one document.
         decay: (N, 1, 1) γ ≥ 0; every weight is multiplied by e^{−γ(i−j)}. None: no decay.
 
     Returns:
         out (N, L, e) and lse (N, L, 1), the log of the denominator. A query that sees no key gets zeros and −1e30.
     """
     return _Scan.apply(q, k, v, decay, hidden, runs, feature_map, delay)
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """What forward and backward both need of one chunk of queries and the keys ``delay`` positions before it."""
-
-    queries: slice
-    keys: slice
-    fq: Tensor  # (N, C, m)
-    q_scale: Tensor  # (N, C, 1)
-    fk: Tensor  # (N, K, m), K ≤ C: fewer at the beginning of a delayed scan
-    values: Tensor  # ṽ (N, K, e + 1)
-    weights: Tensor  # exp(b_j − M_i), 0 where i does not see j: (N, C, K)
-    row_scale: Tensor  # M (N, C, 1)
-    carried: Tensor  # exp(c − M_i), 0 where the state is another document's: (N, C, 1)
-
-
-@dataclass(frozen=True)
-class _Keys:
-    """One chunk of keys, ready to enter the state."""
-
-    at: slice
-    k: Tensor  # (N, K, d), zeros where hidden
-    features: Tensor  # (N, K, m)
-    scale: Tensor  # b (N, K, 1), −inf where hidden, decay included
-    values: Tensor  # ṽ (N, K, e + 1)
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The inputs of a scan, cut into chunks on demand."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    decay: Tensor | None
-    hidden: Tensor | None
-    runs: Tensor | None
-    feature_map: FeatureMap
-    delay: int
-
-    @property
-    def chunks(self) -> int:
-        return -(-self.q.shape[1] // CHUNK)
-
-    def queries_at(self, index: int) -> slice:
-        return slice(index * CHUNK, min((index + 1) * CHUNK, self.q.shape[1]))
-
-    def keys_at(self, index: int) -> slice:
-        at = self.queries_at(index)
-        return slice(max(0, at.start - self.delay), max(0, at.stop - self.delay))
-
-    def keys(self, index: int) -> _Keys:
-        at = self.keys_at(index)
-        k, v = self.k[:, at], self.v[:, at]
-        if self.hidden is not None:
-            # Whatever stands in padding, NaN even, must not get past this line.
-            mask = self.hidden[:, at, None]
-            k, v = k.masked_fill(mask, 0.0), v.masked_fill(mask, 0.0)
-        features, scale = self.feature_map.keys(k)
-        if self.decay is not None:
-            scale = torch.addcmul(scale, self.decay, self._offsets(at, self.queries_at(index).start - self.delay))
-        if self.hidden is not None:
-            scale = scale.masked_fill(mask, -torch.inf)
-        return _Keys(at, k, features, scale, with_ones(v))
-
-    def chunk(self, index: int, keys: _Keys, state: AttentionState) -> _Chunk:
-        at = self.queries_at(index)
-        fq, q_scale = self.feature_map.queries(self.q[:, at])
-        size, missing = at.stop - at.start, at.stop - at.start - keys.scale.shape[1]
-        seen = torch.ones(size, size - missing, dtype=torch.bool, device=fq.device).tril_(-missing)
-        if self.runs is None:
-            row_scale = state.log_scale.expand(len(fq), size, 1)
-            if missing < size:
-                so_far = keys.scale.cummax(1).values
-                row_scale = torch.maximum(torch.nn.functional.pad(so_far, (0, 0, missing, 0), value=NOTHING), row_scale)
-            exponent = (keys.scale.mT - row_scale).masked_fill_(~seen, -torch.inf)
-            carried = torch.exp(state.log_scale - row_scale)
-        else:
-            seen = seen & (self.runs[:, at, None] == self.runs[:, None, keys.at])
-            visible = keys.scale.mT.masked_fill(~seen, -torch.inf)  # (N, C, K)
-            reads = self.runs[:, at, None] == self._run_before(index)
-            row_scale = torch.where(reads, state.log_scale, NOTHING)
-            if missing < size:
-                row_scale = torch.maximum(visible.amax(-1, keepdim=True), row_scale)
-            exponent = visible.sub_(row_scale)
-            carried = torch.exp(state.log_scale - row_scale).masked_fill_(~reads, 0.0)
-        weights = exponent.exp_()
-        return _Chunk(at, keys.at, fq, q_scale, keys.features, keys.values, weights, row_scale, carried)
-
-    def after(self, index: int, keys: _Keys, state: AttentionState) -> tuple[AttentionState, Tensor, Tensor]:
-        """The state once this chunk's keys are in it; e^{b_j − c'} (N, K, 1) of each key; what is left of the old sums.
-
-        The state's log-scale counts from the start of this chunk; :meth:`to_next` moves it to the next one's.
-        """
-        scale = keys.scale
-        old = state.log_scale
-        if scale.shape[1] == 0:
-            return state, scale, torch.ones_like(old)
-        if self.runs is not None:
-            last = self.runs[:, keys.at.stop - 1, None, None]
-            scale = scale.masked_fill(self.runs[:, keys.at, None] != last, -torch.inf)
-            old = old.masked_fill(self._run_before(index) != last, NOTHING)
-        log_scale = torch.maximum(scale.amax(1, keepdim=True), old)
-        entering, left = torch.exp(scale - log_scale), torch.exp(old - log_scale)
-        if self.runs is not None:
-            left = left.masked_fill(self._run_before(index) != last, 0.0)
-        sums = torch.baddbmm(state.sums * left, keys.features.mT, keys.values * entering)
-        return AttentionState(sums, log_scale), entering, left
-
-    def to_next(self, state: AttentionState) -> AttentionState:
-        return state if self.decay is None else state.faded(-CHUNK * self.decay)
-
-    def q_offset(self, chunk: _Chunk) -> Tensor | None:
-        """What a decay adds to the log of a query's denominator: −γ(i − start + delay), (N, C, 1)."""
-        if self.decay is None:
-            return None
-        return -self.decay * self._offsets(chunk.queries, chunk.queries.start - self.delay)
-
-    def _run_before(self, index: int) -> Tensor:
-        """The document of the state's last key, (N, 1, 1)."""
-        assert self.runs is not None
-        start = self.keys_at(index).start
-        return self.runs[:, start - 1, None, None] if start else torch.full_like(self.runs[:, :1, None], -1)
-
-    def _offsets(self, at: slice, start: int) -> Tensor:
-        """Positions of ``at`` counted from ``start``: (1, n, 1)."""
-        return torch.arange(at.start - start, at.stop - start, device=self.q.device, dtype=self.q.dtype)[None, :, None]
 
 
 class _Scan(torch.autograd.Function):
@@ -219,25 +94,33 @@ class _Scan(torch.autograd.Function):
         delay: int,
     ) -> tuple[Tensor, Tensor]:
         rows = _Rows(q, k, v, decay, hidden, runs, feature_map, delay)
-        length, value_dim = v.shape[1:]
-        out, lse, inverse_den = torch.empty_like(v), v.new_empty(len(v), length, 1), v.new_empty(len(v), length, 1)
+        value_dim = v.shape[-1]
+        out, lse, inverse_den = torch.empty_like(v), v.new_empty(*v.shape[:2], 1), v.new_empty(*v.shape[:2], 1)
         state = AttentionState.empty(len(v), feature_map.features, value_dim, like=v)
-        kept = []
-        for index in range(rows.chunks):
-            if index % KEEP == 0 and any(ctx.needs_input_grad):
-                kept += [state.sums, state.log_scale]
-            keys = rows.keys(index)
-            chunk = rows.chunk(index, keys, state)
-            total = torch.bmm(chunk.fq, state.sums).mul_(chunk.carried)
-            total.baddbmm_(torch.bmm(chunk.fq, chunk.fk.mT).mul_(chunk.weights), chunk.values)
+        sums, log_scale, kept = state.sums, state.log_scale, []
+        for start, stop in rows.groups():
+            if any(ctx.needs_input_grad):
+                kept += [sums.clone(), log_scale]
+            group = rows.load(start, stop)
+            fq, q_scale = feature_map.queries(group.q)
+            totals, row_scales = [], []
+            for index in range(len(fq)):
+                scales = rows.scales(group, index, log_scale)
+                total = torch.bmm(fq[index], sums).mul_(scales.carried)
+                attention = torch.bmm(fq[index], group.fk[index].mT).mul_(scales.weights)
+                totals.append(total.baddbmm_(attention, group.values[index]))
+                row_scales.append(scales.row_scale)
+                sums.mul_(scales.left).baddbmm_(group.fk[index].mT, group.values[index] * scales.entering)
+                log_scale = rows.at_next(scales.after)
+            total = torch.stack(totals)  # (G, N, C, e + 1)
             den = total[..., value_dim:]
-            inverse_den[:, chunk.queries] = inv = inverse(den, feature_map.positive)
-            out[:, chunk.queries] = total[..., :value_dim].mul_(inv)
-            log_den = den.abs().log_().add_(chunk.row_scale).add_(chunk.q_scale)
-            if (offset := rows.q_offset(chunk)) is not None:
-                log_den += offset
-            lse[:, chunk.queries] = log_den.masked_fill_(inv == 0, NOTHING)
-            state = rows.to_next(rows.after(index, keys, state)[0])
+            inv = inverse(den, feature_map.positive)
+            log_den = den.abs().log_().add_(torch.stack(row_scales)).add_(q_scale)
+            if group.offsets is not None:
+                log_den -= group.offsets
+            _put(out, start, stop, total[..., :value_dim] * inv)
+            _put(lse, start, stop, log_den.masked_fill_(inv == 0, NOTHING))
+            _put(inverse_den, start, stop, inv)
         ctx.feature_map, ctx.delay = feature_map, delay
         ctx.save_for_backward(q, k, v, decay, hidden, runs, out, inverse_den, *kept)
         ctx.set_materialize_grads(False)
@@ -248,49 +131,175 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, decay, hidden, runs, out, inverse_den, *kept = ctx.saved_tensors
         rows = _Rows(q, k, v, decay, hidden, runs, ctx.feature_map, ctx.delay)
-        if dout is None:
-            dout = torch.zeros_like(out)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        d_decay = None if decay is None or not ctx.needs_input_grad[3] else decay.new_zeros(decay.shape).double()
-        later = AttentionState.empty(len(v), ctx.feature_map.features, v.shape[-1], like=v).sums  # R
-        for first in reversed(range(0, rows.chunks, KEEP)):
-            group = range(first, min(first + KEEP, rows.chunks))
-            state = AttentionState(*kept[2 * (first // KEEP) : 2 * (first // KEEP) + 2])
-            before, entering = [], []
-            for index in group:
-                keys = rows.keys(index)
-                after, *enter = rows.after(index, keys, state)
-                before.append((keys, state))
-                entering.append(enter)
-                state = rows.to_next(after)
-            for index, (keys, state), (enter, left) in zip(reversed(group), reversed(before), reversed(entering)):
-                chunk = rows.chunk(index, keys, state)
-                at, fq, fk = chunk.queries, chunk.fq, chunk.fk
-                grad = with_ones(dout[:, at])  # g
-                grad[..., -1] = -(dout[:, at] * out[:, at]).sum(-1)
-                if dlse is not None:
-                    grad[..., -1:] += dlse[:, at]
-                grad *= inverse_den[:, at]
-                grad_read = grad * chunk.carried
+        dout = torch.zeros_like(out) if dout is None else dout
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        no_keys = slice(max(0, k.shape[1] - ctx.delay), None)  # those too late for any query
+        dk[:, no_keys], dv[:, no_keys] = 0.0, 0.0
+        d_decay = None if decay is None or not ctx.needs_input_grad[3] else torch.zeros_like(decay, dtype=torch.float64)
+        later = torch.zeros_like(kept[0])  # R
+        before = later.new_empty(GROUP, *later.shape)  # the state before each chunk of a group
+        for number, (start, stop) in reversed(list(enumerate(rows.groups()))):
+            group = rows.load(start, stop)
+            fk, values = group.fk, group.values
+            fq, _ = ctx.feature_map.queries(group.q)
+            grad = with_ones(rows.cut(dout, start, stop))  # g (G, N, C, e + 1)
+            grad[..., -1] = -(grad[..., :-1] * rows.cut(out, start, stop)).sum(-1)
+            if dlse is not None:
+                grad[..., -1:] += rows.cut(dlse, start, stop)
+            grad *= rows.cut(inverse_den, start, stop)
 
-                d_attention = torch.bmm(grad, chunk.values.mT).mul_(chunk.weights)
-                dfq = torch.bmm(grad_read, state.sums.mT).baddbmm_(d_attention, fk)
-                dq[:, at] = ctx.feature_map.queries_vjp(q[:, at], fq, dfq)
-                if keys.scale.shape[1]:
-                    attention = torch.bmm(fq, fk.mT).mul_(chunk.weights)
-                    d_values = torch.bmm(fk, later).mul_(enter).baddbmm_(attention.mT, grad)
-                    dfk = torch.bmm(chunk.values * enter, later.mT).baddbmm_(d_attention.mT, fq)
-                    dv[:, chunk.keys] = d_values[..., :-1]
-                    if d_decay is not None:
-                        d_decay += _moment((dfk * fk).sum(-1, keepdim=True), chunk.keys)
-                    dk[:, chunk.keys] = ctx.feature_map.keys_vjp(keys.k, fk, dfk)
-                if d_decay is not None and dlse is not None:
-                    d_decay -= _moment(dlse[:, at], at)
-                later = torch.baddbmm(later * left, fq.mT, grad_read)
+            before[0], log_scale = kept[2 * number : 2 * number + 2]
+            scales = [rows.scales(group, 0, log_scale)]
+            for index in range(1, len(fq)):
+                last = scales[-1]
+                torch.mul(before[index - 1], last.left, out=before[index])
+                before[index].baddbmm_(fk[index - 1].mT, values[index - 1] * last.entering)
+                scales.append(rows.scales(group, index, rows.at_next(last.after)))
+
+            dfq, dfk, d_values = torch.empty_like(fq), torch.empty_like(fk), torch.empty_like(values)
+            for index in reversed(range(len(fq))):
+                s = scales[index]
+                grad_read = grad[index] * s.carried
+                attention = torch.bmm(fq[index], fk[index].mT).mul_(s.weights)
+                d_attention = torch.bmm(grad[index], values[index].mT).mul_(s.weights)
+                torch.bmm(grad_read, before[index].mT, out=dfq[index]).baddbmm_(d_attention, fk[index])
+                torch.bmm(values[index] * s.entering, later.mT, out=dfk[index]).baddbmm_(d_attention.mT, fq[index])
+                torch.bmm(fk[index], later, out=d_values[index]).mul_(s.entering)
+                d_values[index].baddbmm_(attention.mT, grad[index])
+                later.mul_(s.left).baddbmm_(fq[index].mT, grad_read)
+
+            if d_decay is not None:
+                d_decay += _moment(rows.join((dfk * fk).sum(-1, keepdim=True)), start - ctx.delay)
+                if dlse is not None:
+                    d_decay -= _moment(dlse[:, start:stop], start)
+            _put(dq, start, stop, ctx.feature_map.queries_vjp(group.q, fq, dfq))
+            _put(dk, start - ctx.delay, stop - ctx.delay, ctx.feature_map.keys_vjp(group.k, fk, dfk))
+            _put(dv, start - ctx.delay, stop - ctx.delay, d_values[..., :-1])
         return dq, dk, dv, None if d_decay is None else d_decay.to(v), None, None, None, None
 
 
-def _moment(grad: Tensor, at: slice) -> Tensor:
+@dataclass(frozen=True)
+class _Group:
+    """Some chunks of queries and the keys ``delay`` positions before them; G chunks of C positions."""
+
+    q: Tensor  # (G, N, C, d)
+    k: Tensor  # (G, N, C, d), zeros where there is no key or a hidden one
+    fk: Tensor  # (G, N, C, m)
+    scale: Tensor  # b (G, N, C, 1), −inf where k is zeroed; a decay included
+    values: Tensor  # ṽ (G, N, C, e + 1)
+    q_runs: Tensor | None  # (G, N, C, 1)
+    k_runs: Tensor | None
+    runs_before: Tensor | None  # the document of the last key before each chunk: (G, N, 1, 1)
+    offsets: Tensor | None  # what a decay takes from the log of a query's weights, γ(i − start + delay): (N, C, 1)
+    seen: Tensor  # (C, C) bool, j ≤ i
+
+
+@dataclass(frozen=True)
+class _Scales:
+    """Every exponential of log-scales that one chunk needs."""
+
+    row_scale: Tensor  # M (N, C, 1)
+    weights: Tensor  # exp(b_j − M_i), 0 where i does not see j: (N, C, C)
+    carried: Tensor  # exp(c − M_i), 0 where the state is another document's: (N, C, 1)
+    after: Tensor  # c' (N, 1, 1)
+    entering: Tensor  # exp(b_j − c'), 0 for keys of a document that has ended: (N, C, 1)
+    left: Tensor  # exp(c − c'), 0 where the state's document has ended: (N, 1, 1)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The inputs of a scan, cut into groups of equal chunks on demand."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    decay: Tensor | None
+    hidden: Tensor | None
+    runs: Tensor | None
+    feature_map: FeatureMap
+    delay: int
+
+    def groups(self) -> list[tuple[int, int]]:
+        """(start, stop) of each group: GROUP chunks, fewer at the end, and last what is left of less than a chunk."""
+        length, step = self.q.shape[1], GROUP * CHUNK
+        whole = length - length % CHUNK
+        groups = [(start, min(start + step, whole)) for start in range(0, whole, step)]
+        return groups + ([(whole, length)] if whole < length else [])
+
+    def cut(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Positions start…stop of x (N, L, ·) as chunks: (G, N, C, ·). Zeros stand before the first position."""
+        size = min(CHUNK, stop - start)
+        part = x[:, max(start, 0) : max(stop, 0)]
+        if start < 0:
+            part = torch.cat((part.new_zeros(len(x), min(-start, stop - start), *part.shape[2:]), part), dim=1)
+        return part.unflatten(1, (-1, size)).transpose(0, 1).contiguous()
+
+    def load(self, start: int, stop: int) -> _Group:
+        keys = start - self.delay, stop - self.delay
+        q, k, v = self.cut(self.q, start, stop), self.cut(self.k, *keys), self.cut(self.v, *keys)
+        positions = torch.arange(q.shape[2], device=q.device)[:, None]  # (C, 1)
+        absent = None if self.hidden is None else self.cut(self.hidden[..., None], *keys)
+        if keys[0] < 0:
+            chunk_starts = torch.arange(*keys, q.shape[2], device=q.device)[:, None, None, None]
+            before_first = chunk_starts + positions < 0
+            absent = before_first if absent is None else absent | before_first
+        if absent is not None:
+            # Whatever stands in padding, NaN even, must not get past this line.
+            k, v = k.masked_fill(absent, 0.0), v.masked_fill(absent, 0.0)
+        fk, scale = self.feature_map.keys(k)
+        offsets = None
+        if self.decay is not None:
+            scale = torch.addcmul(scale, self.decay, positions.to(scale))
+            offsets = self.decay * (positions + self.delay)
+        if absent is not None:
+            scale = scale.masked_fill(absent, -torch.inf)
+        q_runs = k_runs = runs_before = None
+        if self.runs is not None:
+            runs = self.runs[..., None]
+            q_runs, k_runs = self.cut(runs, start, stop), self.cut(runs, *keys)
+            first = runs[:, keys[0] - 1 : keys[0]] if keys[0] > 0 else torch.full_like(runs[:, :1], -1)
+            runs_before = torch.cat((first[None], k_runs[:-1, :, -1:]))
+        seen = positions >= positions.T
+        return _Group(q, k, fk, scale, with_ones(v), q_runs, k_runs, runs_before, offsets, seen)
+
+    def scales(self, group: _Group, index: int, before: Tensor) -> _Scales:
+        """What chunk ``index`` needs, given the state's log-scale c before it, counted from the chunk's start."""
+        scale = group.scale[index]
+        if group.q_runs is None or group.k_runs is None or group.runs_before is None:
+            row_scale = torch.maximum(scale.cummax(1).values, before)
+            # exp2 is several times quicker than exp; the infinity that a later key may give is cut off, not multiplied.
+            weights = torch.sub(scale.mT * _LOG2E, row_scale * _LOG2E).exp2_().tril_()
+            carried = torch.exp(before - row_scale)
+            return _Scales(
+                row_scale, weights, carried, row_scale[:, -1:], torch.exp(scale - row_scale[:, -1:]), carried[:, -1:]
+            )
+        q_runs, k_runs, run_before = group.q_runs[index], group.k_runs[index], group.runs_before[index]
+        visible = scale.mT.masked_fill(~(group.seen & (q_runs == k_runs.mT)), -torch.inf)  # (N, C, C)
+        reads = torch.where(q_runs == run_before, before, NOTHING)
+        row_scale = torch.maximum(visible.amax(-1, keepdim=True), reads)
+        carried = torch.exp(before - row_scale).masked_fill_(q_runs != run_before, 0.0)
+        last = k_runs[:, -1:]
+        scale = scale.masked_fill(k_runs != last, -torch.inf)
+        after = torch.maximum(scale.amax(1, keepdim=True), torch.where(run_before == last, before, NOTHING))
+        left = torch.exp(before - after).masked_fill_(run_before != last, 0.0)
+        return _Scales(row_scale, visible.sub_(row_scale).exp_(), carried, after, torch.exp(scale - after), left)
+
+    def at_next(self, log_scale: Tensor) -> Tensor:
+        """The state's log-scale counted from the start of the next chunk."""
+        return log_scale if self.decay is None else log_scale - CHUNK * self.decay
+
+    def join(self, x: Tensor) -> Tensor:
+        """The inverse of :meth:`cut`: (N, G · C, ·)."""
+        return x.transpose(0, 1).flatten(1, 2)
+
+
+def _put(target: Tensor, start: int, stop: int, x: Tensor) -> None:
+    """Write chunks x (G, N, C, ·) to positions start…stop of target (N, L, ·); what lies before the first is dropped."""
+    if stop > 0:
+        target[:, max(start, 0) : stop] = x.transpose(0, 1).flatten(1, 2)[:, max(-start, 0) :]
+
+
+def _moment(grad: Tensor, start: int) -> Tensor:
     """Σ position · gradient of the log-weight, (N, 1, 1) float64: d(−γ(i − j)) taken apart into keys and queries."""
-    positions = torch.arange(at.start, at.stop, device=grad.device, dtype=torch.float64)[None, :, None]
+    positions = torch.arange(start, start + grad.shape[1], device=grad.device, dtype=torch.float64)[None, :, None]
     return (grad.double() * positions).sum(1, keepdim=True)

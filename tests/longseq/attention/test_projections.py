@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 
-from longseq.attention import projection_matrix
-from longseq.attention.projections import projection_matrix as cached
+from longseq.attention.projections import projection_matrix
 
 
 def test_a_matrix_is_a_function_of_seed_layer_and_draw_alone():
     torch.manual_seed(1)
     first = projection_matrix(24, 8, seed=3, layer=1, draw=2).clone()
-    cached.cache_clear()
+    projection_matrix.cache_clear()
     torch.manual_seed(2)
     torch.rand(7)
     assert torch.equal(first, projection_matrix(24, 8, seed=3, layer=1, draw=2))
@@ -35,8 +35,9 @@ def test_it_never_touches_the_global_generator():
 
 
 @pytest.mark.parametrize("features", [5, 8, 20])
-def test_rows_of_a_block_are_orthogonal(features):
-    matrix = projection_matrix(features, 8, dtype=torch.float64)
+@pytest.mark.parametrize("rows", ["chi", "sqrt_d"])
+def test_rows_of_a_block_are_orthogonal(features, rows):
+    matrix = projection_matrix(features, 8, rows=rows, dtype=torch.float64)
     assert matrix.shape == (features, 8)
     for block in matrix.split(8):
         gram = block @ block.T
@@ -56,8 +57,71 @@ def test_rows_are_standard_gaussian_at_the_margin(orthogonal):
     assert (first_entries > 0).double().mean().item() == pytest.approx(0.5, abs=0.03)
 
 
+def chi_mean(d: int) -> float:
+    return math.sqrt(2) * math.exp(math.lgamma((d + 1) / 2) - math.lgamma(d / 2))
+
+
+@pytest.mark.parametrize("orthogonal", [True, False])
+def test_row_lengths_are_chi_distributed(orthogonal):
+    lengths = projection_matrix(20_001, 5, orthogonal=orthogonal, dtype=torch.float64).norm(dim=1)
+    assert lengths.mean().item() == pytest.approx(chi_mean(5), rel=0.01)
+    assert lengths.var().item() == pytest.approx(5 - chi_mean(5) ** 2, rel=0.05)
+
+
+@pytest.mark.parametrize("orthogonal", [True, False])
+def test_regularised_rows_have_length_sqrt_d_and_keep_their_directions(orthogonal):
+    gaussian, regular = (
+        projection_matrix(13, 5, orthogonal=orthogonal, rows=rows, dtype=torch.float64) for rows in ("chi", "sqrt_d")
+    )
+    torch.testing.assert_close(regular.norm(dim=1), torch.full((13,), 5**0.5, dtype=torch.float64), rtol=1e-14, atol=0)
+    torch.testing.assert_close(regular, gaussian / gaussian.norm(dim=1, keepdim=True) * 5**0.5)
+
+
+def test_blocks_are_independent_of_each_other():
+    """Cosines between rows of neighbouring blocks have the variance 1/d of independent directions."""
+    blocks = projection_matrix(6000, 3, rows="sqrt_d", dtype=torch.float64).view(-1, 3, 3) / 3**0.5
+    cosines = blocks[0::2] @ blocks[1::2].mT
+    assert cosines.mean().abs() < 0.02
+    assert cosines.square().mean().item() == pytest.approx(1 / 3, rel=1e-6)  # rows of two orthonormal bases
+    assert (cosines**4).mean().item() == pytest.approx(1 / 5, rel=0.03)  # E[u⁴] of a uniform direction in 3-space
+
+
+@pytest.mark.parametrize(
+    ("orthogonal", "first", "last"),
+    [
+        (
+            True,
+            [-0.5553256371, -1.0699375415, -0.0380250850, -0.8555871056],
+            [-0.7309296985, -1.2329469482, -1.1318041822, -0.4014184436],
+        ),
+        (
+            False,
+            [-0.6597028532, -1.7747118606, 1.7249364133, -0.8049287844],
+            [1.3956955193, -0.4905328961, 1.2997762270, 0.9477338259],
+        ),
+    ],
+)
+def test_the_values_of_a_seed_are_those_that_runs_were_started_with(orthogonal, first, last):
+    matrix = projection_matrix(7, 4, seed=1, layer=2, draw=3, orthogonal=orthogonal, dtype=torch.float64)
+    torch.testing.assert_close(matrix[0], torch.tensor(first, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(matrix[-1], torch.tensor(last, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"features": 0}, "positive sizes, got features=0 and head_dim=4"),
+        ({"head_dim": -1}, "positive sizes"),
+        ({"rows": "unit"}, "unknown rows 'unit'; the row lengths are chi, sqrt_d"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        projection_matrix(**{"features": 4, "head_dim": 4, **change})
+
+
 def test_a_matrix_made_during_validation_can_be_trained_with():
-    cached.cache_clear()
+    projection_matrix.cache_clear()
     with torch.inference_mode():
         matrix = projection_matrix(8, 4)
     x = torch.randn(3, 4, requires_grad=True)
