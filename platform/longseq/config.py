@@ -11,7 +11,7 @@ from typing import Any
 
 from longseq.errors import ConfigError
 from longseq.models.presets import PRESETS
-from longseq.models.spec import PerformerSpec
+from longseq.models.spec import KERNELS, PerformerSpec
 from longseq_data.vocabulary import VOCABULARY_SIZE
 
 
@@ -51,11 +51,16 @@ class ModelConfig:
 @dataclass
 class AttentionConfig:
     kind: str = key("favor", "FAVOR+, or exact softmax attention over the same weights", choices=("favor", "exact"))
-    kernel: str = key("softmax", "feature map of FAVOR+", choices=("softmax", "relu"))
+    kernel: str = key("softmax", "feature map of FAVOR+", choices=KERNELS)
     features: int = key(256, "random features a head (m)", at_least=1)
     qk_norm: bool = key(
         False, "unit-length queries and keys with a learned temperature a head (next to no effect with kernel relu)"
     )
+    window: int = key(0, "exact attention to keys nearer than this many positions, features beyond; 0: none", at_least=0)
+    learned_share: bool = key(False, "a learned factor a head on all weights beyond the window")
+    learned_decay: bool = key(False, "weights decay with the distance, at a rate that each head learns")
+    projection: str = key("orthogonal", "rows of the random projections", choices=("orthogonal", "iid"))
+    backend: str = key("auto", "auto: Triton on CUDA where it can, else PyTorch", choices=("auto", "torch", "triton"))
     redraw_every: int = key(1000, "optimiser steps between draws of the projections; 0: never", at_least=0)
 
 
@@ -167,7 +172,12 @@ class Config:
                 attention=attention.kind,
                 kernel=attention.kernel,
                 features=attention.features,
+                window=attention.window,
+                projection=attention.projection,
                 qk_norm=attention.qk_norm,
+                learned_share=attention.learned_share,
+                learned_decay=attention.learned_decay,
+                backend=attention.backend,
                 redraw_every=attention.redraw_every,
                 seed=self.run.seed,
                 activation_checkpointing=self.trainer.activation_checkpointing,

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from longseq.models.layers import Attention, Block, rotary_table
+from longseq.attention import FavorAttention, rotary_table
+from longseq.models.layers import Block
 from longseq.models.spec import PerformerSpec
 
 
@@ -29,12 +30,14 @@ class PerformerLM(nn.Module):
         self.head = nn.Linear(spec.dim, spec.vocabulary, bias=False)
         self._initialise()
 
-    def forward(self, tokens: Tensor, padding: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, padding: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
         """Next-token logits (causal) or logits of each position's own token (masked).
 
         Args:
             tokens: (B, L) token ids.
             padding: (B, L) bool, True where a token is real; False hides it from attention. None: all are real.
+            segments: (B, L) integers, documents packed into one row: attention stays within a run of equal numbers.
+                None: a row is one document.
 
         Returns:
             (B, L, vocabulary), in the dtype of the weights.
@@ -45,15 +48,15 @@ class PerformerLM(nn.Module):
             if self.spec.activation_checkpointing and self.training:
                 # Reentrant: ZeRO-3 gathers weights in module hooks, and the other kind checks saved shapes against
                 # weights that are partitioned again by then.
-                x = checkpoint(block, x, padding, rotary, use_reentrant=True)
+                x = checkpoint(block, x, padding, segments, rotary, use_reentrant=True)
             else:
-                x = block(x, padding, rotary)
+                x = block(x, padding, segments, rotary)
         return self.head(self.norm(x))
 
     def set_step(self, step: int) -> None:
         """Use the projections that belong to optimiser step ``step``."""
         for module in self.modules():
-            if isinstance(module, Attention):
+            if isinstance(module, FavorAttention):
                 module.draw = self.spec.draw_at(step)
 
     def _initialise(self) -> None:

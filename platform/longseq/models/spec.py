@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# longseq.attention.KERNELS, repeated so that the command line can name them without torch.
+KERNELS = (
+    "softmax", "hyperbolic", "oprf", "trigonometric", "smreg", "relu_direct", "exp",
+    "relu", "sigmoid", "abs", "gelu", "cos", "tanh", "identity", "elu",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class PerformerSpec:
@@ -21,12 +27,17 @@ class PerformerSpec:
     causal: bool
     dropout: float = 0.0
     attention: str = "favor"  # or "exact"
-    kernel: str = "softmax"  # or "relu"
+    kernel: str = "softmax"  # see longseq.attention.KERNELS
     features: int = 256
+    window: int = 0
+    projection: str = "orthogonal"  # or "iid"
     qk_norm: bool = False
+    learned_share: bool = False
+    learned_decay: bool = False
     redraw_every: int = 0  # optimiser steps between draws of the projections; 0 = one draw for ever
     seed: int = 0
     activation_checkpointing: bool = False
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
         if self.dim % self.heads:
@@ -48,7 +59,8 @@ class PerformerSpec:
     @property
     def parameter_count(self) -> int:
         """Number of weights a model of this spec has."""
-        attention = 4 * self.dim**2 + (self.heads if self.qk_norm else 0)
+        learned = self.qk_norm + (self.learned_share and self.window > 0) + self.learned_decay  # one number a head
+        attention = 4 * self.dim**2 + self.heads * learned
         mlp = 2 * self.dim * self.ffn_dim + self.ffn_dim + self.dim
         norms = 4 * self.dim
         return self.depth * (attention + mlp + norms) + 2 * self.vocabulary * self.dim + 2 * self.dim

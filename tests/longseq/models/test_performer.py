@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longseq.models.layers import rotary_table, rotate
+from longseq.attention.rotary import rotary_table, rotate
 from longseq.models.performer import PerformerLM
 from longseq.models.presets import PRESETS
 from longseq.models.spec import PerformerSpec

@@ -1,0 +1,174 @@
+"""Multi-head self-attention as a module: FAVOR+ or exact softmax over the weights of a plain Transformer.
+
+Axes in names and comments: B batch, L length, H heads, D head_dim, E = H · D the width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longseq.attention.feature_maps import oprf_a_from_moments, oprf_moments
+from longseq.attention.functional import exact_attention, favor_attention
+from longseq.attention.rotary import rotate
+
+KINDS = ("favor", "exact")
+
+# OPRF's constant is kept as an integer, in units of 1e-9: half-precision training casts every floating-point buffer.
+_NOT_YET = 1
+_UNIT = 1e-9
+
+
+class FavorAttention(nn.Module):
+    """Multi-head self-attention, linear in the length.
+
+    The weights are ``qkv`` (3E, E) and ``out`` (E, E), as of exact attention: a checkpoint trained with one ``kind``
+    loads into the other unchanged. ``draw`` selects the projection matrix of the random features. It is set from the
+    optimiser step (never from a random generator), so accumulation, recompute and ranks agree.
+
+    Args:
+        dim: width, E.
+        heads: attention heads, H; must divide ``dim``.
+        causal: position i sees the positions up to i.
+        kind: "favor", or "exact" for softmax attention by ``F.scaled_dot_product_attention``.
+        kernel, features, window, projection, backend: see :func:`longseq.attention.favor_attention`.
+        qk_norm: queries and keys of unit length and a learned temperature τ a head; qᵀk/√d becomes τ · cosine.
+        learned_share: a learned factor a head on every weight beyond the window (only with ``window``).
+        learned_decay: a learned decay a head, e^{−γ·distance} on every weight.
+        bias: whether the linear maps have biases.
+        seed, layer: with ``draw``, what the projections are a function of.
+
+    Raises:
+        ValueError: for sizes that do not divide, or an unknown kind.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        causal: bool = False,
+        kind: str = "favor",
+        kernel: str = "softmax",
+        features: int = 256,
+        window: int = 0,
+        projection: str = "orthogonal",
+        qk_norm: bool = False,
+        learned_share: bool = False,
+        learned_decay: bool = False,
+        bias: bool = False,
+        seed: int = 0,
+        layer: int = 0,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"dim={dim} is not divisible by heads={heads}")
+        if kind not in KINDS:
+            raise ValueError(f"unknown kind {kind!r}; the kinds are {', '.join(KINDS)}")
+        self.heads, self.head_dim, self.causal, self.kind = heads, dim // heads, causal, kind
+        self.kernel, self.features, self.window, self.projection = kernel, features, window, projection
+        self.seed, self.layer, self.draw, self.backend = seed, layer, 0, backend
+        self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
+        self.out = nn.Linear(dim, dim, bias=bias)
+        # The random features' variance grows with e^{4τ}: τ = 2 is sharp enough to select and cheap to approximate.
+        self.log_temperature = nn.Parameter(torch.full((heads, 1, 1), math.log(2.0))) if qk_norm else None
+        # Features estimate each far weight without bias but with noise: begin by trusting them little.
+        self.log_share = nn.Parameter(torch.full((heads,), -3.0)) if learned_share and window else None
+        # ALiBi's slopes (Press et al. 2021, arXiv 2108.12409): half-lives from a few positions to hundreds.
+        slopes = -8 * math.log(2) * torch.arange(1, heads + 1) / heads
+        self.log_decay = nn.Parameter(slopes) if learned_decay else None
+        if kernel == "oprf" and kind == "favor":
+            self.register_buffer("oprf_constant", torch.tensor(_NOT_YET, dtype=torch.int64))
+        self._oprf_a: float | None = None
+
+    def forward(
+        self, x: Tensor, *, padding: Tensor | None = None, segments: Tensor | None = None, rotary: Tensor | None = None
+    ) -> Tensor:
+        """Self-attention over x.
+
+        Args:
+            x: (B, L, E).
+            padding: (B, L) bool, True where a position is real, or None.
+            segments: (B, L) integers; runs of equal numbers are documents that do not see each other, or None.
+            rotary: (2, L, D/2) from :func:`longseq.attention.rotary_table`, or None for no rotary positions.
+
+        Returns:
+            (B, L, E).
+        """
+        q, k, v = self.project(x, rotary)
+        return self.out(self.mix(q, k, v, padding, segments).transpose(1, 2).flatten(2))
+
+    def project(self, x: Tensor, rotary: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, H, L, D) of x (B, L, E), normalised and rotated."""
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
+        if self.log_temperature is not None:
+            scale = torch.exp(0.5 * self.log_temperature) * self.head_dim**0.25
+            q, k = (F.normalize(t.float(), dim=-1).to(t.dtype) * scale for t in (q, k))
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        return q.to(v.dtype), k.to(v.dtype), v
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, segments: Tensor | None) -> Tensor:
+        """Attention proper, (B, H, L, D) each."""
+        if self.kind == "exact":
+            return exact_attention(
+                q, k, v, causal=self.causal, key_padding=padding, segments=segments, decay=self.decay
+            )
+        if self.kernel == "oprf" and self.training and self.oprf_a is None:
+            self._calibrate(q, k, padding)
+        return favor_attention(q, k, v, key_padding=padding, segments=segments, **self.options())
+
+    def options(self) -> dict[str, Any]:
+        """What this layer asks of :func:`longseq.attention.favor_attention`, and of decoding."""
+        return dict(
+            causal=self.causal,
+            kernel=self.kernel,
+            features=self.features,
+            window=self.window,
+            far_share=self.log_share,
+            decay=self.decay,
+            seed=self.seed,
+            layer=self.layer,
+            draw=self.draw,
+            projection=self.projection,
+            oprf_a=self.oprf_a or 0.0,
+            backend=self.backend,
+        )
+
+    @property
+    def decay(self) -> Tensor | None:
+        """γ of each head, (H,)."""
+        return None if self.log_decay is None else self.log_decay.float().exp()
+
+    @property
+    def oprf_a(self) -> float | None:
+        """OPRF's constant A, or None before the first training step has fixed it."""
+        if self.kernel == "oprf" and self.kind == "favor" and self._oprf_a is None:
+            stored = int(self.oprf_constant)  # type: ignore[arg-type]
+            self._oprf_a = None if stored == _NOT_YET else stored * _UNIT
+        return self._oprf_a
+
+    @torch.no_grad()
+    def _calibrate(self, q: Tensor, k: Tensor, padding: Tensor | None) -> None:
+        """Fix A for good from this batch, the same on all ranks (arXiv 2205.15317 estimates it likewise)."""
+        if padding is not None:
+            q, k = (t.transpose(1, 2)[padding].transpose(0, 1)[None] for t in (q, k))  # (1, H, real positions, D)
+        moments = oprf_moments(q, k)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(moments)
+        self.oprf_constant.fill_(round(oprf_a_from_moments(moments) / _UNIT))  # type: ignore[operator]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # A checkpoint of another kernel has no constant: it is fixed at the first training step here.
+        if self.kernel == "oprf" and self.kind == "favor":
+            state_dict.setdefault(prefix + "oprf_constant", torch.tensor(_NOT_YET, dtype=torch.int64))
+        else:
+            state_dict.pop(prefix + "oprf_constant", None)
+        self._oprf_a = None
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
