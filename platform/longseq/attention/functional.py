@@ -49,7 +49,7 @@ def favor_attention(
         v: (batch, heads, length, value_dim).
         causal: a query sees the keys up to its own position, and is independent of later ones to the last bit.
         kernel: one of :data:`KERNELS`.
-        features: number of random features, m.
+        features: number of random features, m. 0, with a window: nothing beyond it is seen.
         window: exact weights for keys less than this many positions away, before (causal) or on both sides.
         key_padding: (batch, length) bool, True where a key is real; False hides it from every query.
         segments: (batch, length) integers, documents packed into one row: a run of equal numbers is a document, and
@@ -73,19 +73,21 @@ def favor_attention(
     """
     segments = _check(q, k, v, causal, window, key_padding, segments, cu_seqlens, far_share, decay)
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
-    phi = feature_map(
-        kernel,
-        features,
-        q.shape[-1],
-        seed=seed,
-        layer=layer,
-        draw=draw,
-        projection=projection,
-        oprf_a=oprf_a,
-        device=q.device,
-        dtype=dtype,
-    )
-    if window and not phi.positive:
+    phi = None
+    if features or not window:
+        phi = feature_map(
+            kernel,
+            features,
+            q.shape[-1],
+            seed=seed,
+            layer=layer,
+            draw=draw,
+            projection=projection,
+            oprf_a=oprf_a,
+            device=q.device,
+            dtype=dtype,
+        )
+    if window and phi and not phi.positive:
         raise ValueError(f"kernel {kernel!r} has features of both signs and cannot share a denominator with a window")
     batch, heads, length = q.shape[:3]
     hidden = None if key_padding is None else ~key_padding.repeat_interleave(heads, dim=0)
@@ -95,7 +97,9 @@ def favor_attention(
         share = None if far_share is None else far_share.to(dtype).repeat(batch).view(-1, 1, 1)
         rows = tuple(t.flatten(0, 1).to(dtype) for t in (q, k, v))
         engine = backends.choose(backend, phi, rows)
-        if not causal and not window and runs is None and rates is None:
+        if not length:
+            return v[:, :, :0]
+        if phi and not causal and not window and runs is None and rates is None:
             out = engine.bidirectional(*rows, phi, hidden)
         else:
             out = _by_parts(engine, rows, phi, causal, min(window, length), hidden, runs, rates, share)
@@ -105,7 +109,7 @@ def favor_attention(
 def _by_parts(
     engine: backends.Backend,
     rows: tuple[Tensor, Tensor, Tensor],
-    phi: FeatureMap,
+    phi: FeatureMap | None,
     causal: bool,
     window: int,
     hidden: Tensor | None,
@@ -118,7 +122,7 @@ def _by_parts(
     far: list[Part] = []
     if window:
         near.append(engine.window(*rows, window=window, causal=causal, hidden=hidden, runs=runs, decay=decay))
-    if window < rows[0].shape[1]:
+    if phi and window < rows[0].shape[1]:
         far.append(engine.scan(*rows, phi, delay=window, hidden=hidden, runs=runs, decay=decay))
         if not causal:
             # The keys after: a scan of the reversed row, without the query's own position if the first scan had it.

@@ -5,25 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longseq.attention import chunks, favor_attention, projection_matrix
+from longseq.attention import bidirectional, favor_attention, projection_matrix, scan
 from longseq.attention.reference import quadratic_attention
-
-BATCH, HEADS, HEAD_DIM, VALUE_DIM, FEATURES = 2, 3, 16, 9, 40
+from tests.longseq.attention.cases import (
+    BATCH,
+    FEATURES,
+    POSITIVE,
+    SIGNED,
+    assert_equals_reference,
+    inputs,
+    reference,
+)
 
 kernels = pytest.mark.parametrize("kernel", ["softmax", "relu"])
 directions = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-
-
-def inputs(length: int, std: float = 1.0, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    rng = torch.Generator().manual_seed(length)
-    q, k = (std * torch.randn(BATCH, HEADS, length, HEAD_DIM, generator=rng, dtype=dtype) for _ in range(2))
-    v = torch.randn(BATCH, HEADS, length, VALUE_DIM, generator=rng, dtype=dtype)
-    return [t.requires_grad_() for t in (q, k, v)]
-
-
-def reference(q, k, v, **options):
-    omega = projection_matrix(FEATURES, HEAD_DIM, dtype=torch.float64)
-    return quadratic_attention(q, k, v, omega, **options)
 
 
 def padding(length: int) -> torch.Tensor:
@@ -35,20 +30,38 @@ def padding(length: int) -> torch.Tensor:
 @kernels
 @directions
 @pytest.mark.parametrize("std", [0.3, 1.0, 3.0])
-@pytest.mark.parametrize("length", [2, 127, 128, 129, 301])
+@pytest.mark.parametrize("length", [2, 63, 64, 65, 301])
 def test_output_and_gradients_equal_the_float64_reference_to_1e_5(kernel, causal, std, length):
-    ours = inputs(length, std)
-    exact = [t.detach().double().requires_grad_() for t in ours]
-    out = favor_attention(*ours, kernel=kernel, causal=causal, features=FEATURES)
-    expected = reference(*exact, kernel=kernel, causal=causal)
-    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    assert_equals_reference(*inputs(length, std), kernel=kernel, causal=causal)
 
-    direction = torch.randn_like(out)
-    gradients = torch.autograd.grad(out, ours, direction)
-    wanted = torch.autograd.grad(expected, exact, direction.double())
-    for name, got, want in zip("qkv", gradients, wanted, strict=True):
-        error = (got - want).abs().max() / want.abs().max()
-        assert error < 1e-5, f"d{name}: {error:.1e}"
+
+@kernels
+@directions
+def test_a_single_position_attends_to_itself(kernel, causal):
+    q, k, v = inputs(1)
+    out = favor_attention(q, k, v, kernel=kernel, causal=causal, features=FEATURES)
+    torch.testing.assert_close(out, v, rtol=1e-6, atol=1e-6)
+    out.sum().backward()
+    assert q.grad.abs().max() < 1e-5
+    torch.testing.assert_close(v.grad, torch.ones_like(v))
+
+
+@pytest.mark.parametrize("kernel", POSITIVE)
+@directions
+def test_every_positive_kernel_equals_the_reference(kernel, causal):
+    assert_equals_reference(*inputs(131), kernel=kernel, causal=causal)
+
+
+@pytest.mark.parametrize("kernel", SIGNED)
+@directions
+def test_every_signed_kernel_equals_the_reference(kernel, causal):
+    # Where the terms of a denominator do not cancel: q and k near a common vector.
+    assert_equals_reference(*inputs(131, 0.1, common=0.5), tolerance=1e-4, kernel=kernel, causal=causal)
+
+
+@directions
+def test_oprf_equals_the_reference_with_its_constant(causal):
+    assert_equals_reference(*inputs(131), kernel="oprf", oprf_a=-0.07, causal=causal)
 
 
 @directions
@@ -105,7 +118,7 @@ def test_causal_gradients_ignore_earlier_outputs(kernel):
     assert all(torch.all(t.grad[:, :, 150:] == 0) for t in (q, k, v))
 
 
-@kernels
+@pytest.mark.parametrize("kernel", POSITIVE)
 @directions
 @pytest.mark.parametrize("magnitude", [1e-4, 10.0, 100.0, 1e4])
 def test_inputs_of_any_magnitude_give_finite_outputs_and_gradients(kernel, causal, magnitude):
@@ -118,15 +131,30 @@ def test_inputs_of_any_magnitude_give_finite_outputs_and_gradients(kernel, causa
     assert out.abs().max() <= v.abs().max() * 1.001
 
 
-@kernels
+@pytest.mark.parametrize("kernel", SIGNED)
+@directions
+@pytest.mark.parametrize("magnitude", [1e-4, 1.0, 1e4])
+def test_signed_kernels_stay_finite_at_any_magnitude(kernel, causal, magnitude):
+    q, k, v = inputs(150, magnitude)
+    out = favor_attention(q, k, v, kernel=kernel, causal=causal, features=FEATURES)
+    out.sum().backward()
+    assert out.isfinite().all()
+    assert all(t.grad.isfinite().all() for t in (q, k, v))
+
+
+@pytest.mark.parametrize("kernel", ["softmax", "exp", "relu", "trigonometric", "gelu"])  # one of each vjp
 @directions
 def test_gradients_pass_gradcheck_in_float64(kernel, causal, monkeypatch):
-    monkeypatch.setattr(chunks, "CHUNK", 3)
-    q, k, v = (torch.randn(1, 2, 7, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    keep = torch.tensor([[True] * 6 + [False]])
+    monkeypatch.setattr(scan, "CHUNK", 2)
+    monkeypatch.setattr(scan, "GROUP", 2)
+    monkeypatch.setattr(bidirectional, "CHUNK", 2)
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (1 + 0.3 * torch.randn(1, 1, 5, 3, dtype=torch.float64, generator=rng) for _ in range(3))
+    q, k, v = (t.requires_grad_() for t in (q, k, v))
+    keep = torch.tensor([[True] * 4 + [False]])
 
     def attention(*qkv):
-        return favor_attention(*qkv, kernel=kernel, causal=causal, features=6, key_padding=keep)
+        return favor_attention(*qkv, kernel=kernel, causal=causal, features=4, key_padding=keep)
 
     assert torch.autograd.gradcheck(attention, (q, k, v))
 
@@ -136,7 +164,8 @@ def test_gradients_pass_gradcheck_in_float64(kernel, causal, monkeypatch):
 def test_the_chunk_size_changes_nothing_but_rounding(kernel, causal, monkeypatch):
     q, k, v = inputs(130)
     whole = favor_attention(q, k, v, kernel=kernel, causal=causal, features=FEATURES)
-    monkeypatch.setattr(chunks, "CHUNK", 17)
+    for module in (scan, bidirectional):
+        monkeypatch.setattr(module, "CHUNK", 17)
     torch.testing.assert_close(
         favor_attention(q, k, v, kernel=kernel, causal=causal, features=FEATURES), whole, rtol=1e-5, atol=1e-5
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from longseq.attention.state import AttentionState
+from longseq.attention.state import AttentionState, with_ones
 
 
 def state(seed: int, shift: float, keys: int = 7) -> tuple[AttentionState, torch.Tensor]:
@@ -14,11 +14,12 @@ def state(seed: int, shift: float, keys: int = 7) -> tuple[AttentionState, torch
     scale = shift + torch.randn(2, keys, 1, generator=rng)
     v = torch.randn(2, keys, 3, generator=rng)
     weighted = (features.double() * torch.exp(scale.double() - shift)).mT
-    return AttentionState.of(features, scale, v), torch.cat((weighted @ v.double(), weighted.sum(-1, True)), -1)
+    expected = torch.cat((weighted @ v.double(), weighted.sum(-1, True)), -1)
+    return AttentionState.of(features, scale, with_ones(v)), expected
 
 
 def whole(s: AttentionState, shift: float) -> torch.Tensor:
-    return torch.cat((s.values, s.normaliser), -1).double() * torch.exp(s.log_scale.double() - shift)
+    return s.sums.double() * torch.exp(s.log_scale.double() - shift)
 
 
 def test_a_merged_state_is_the_state_of_all_keys():
@@ -35,15 +36,15 @@ def test_merging_commutes_and_associates_up_to_rounding():
 
 def test_an_empty_state_is_neutral_even_beside_tiny_scales():
     filled, _ = state(3, -1e6)
-    empty = AttentionState.empty(2, 5, 3, like=filled.values)
+    empty = AttentionState.empty(2, 5, 3, like=filled.sums)
     for merged in (empty.merge(filled), filled.merge(empty)):
-        assert torch.equal(merged.values, filled.values)
+        assert torch.equal(merged.sums, filled.sums)
         assert torch.equal(merged.log_scale, filled.log_scale)
-    assert torch.all(empty.merge(empty).values == 0)
+    assert torch.all(empty.merge(empty).sums == 0)
 
 
 def test_scales_beyond_the_range_of_fp32_survive():
     (huge, expected), (small, _) = state(0, 500.0), state(1, -500.0)
     merged = huge.merge(small)
-    assert merged.values.isfinite().all()
+    assert merged.sums.isfinite().all()
     torch.testing.assert_close(whole(merged, 500.0), expected, rtol=1e-5, atol=1e-6)
