@@ -16,6 +16,7 @@ VERBS = {
     "resume": "go on with a run from its newest whole checkpoint",
     "evaluate": "loss, perplexity and accuracy of a checkpoint, beside the empirical baseline",
     "data": "make data (data synth)",
+    "bench": "measure this machine, side by side with the exact Transformer and other libraries",
 }
 
 

@@ -1,0 +1,134 @@
+"""One whole training step of a language model: forward, loss, backward, AdamW. The paper's Figure 3, with OPT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longseq.attention import FavorAttention
+from longseq.benchmarks.ladder import Ladder, Progress, Task
+from longseq.benchmarks.request import CAUSAL, STEP_CONTENDERS, StepRequest
+from longseq.benchmarks.results import Note, Results
+from longseq.benchmarks.timing import Gemm
+from longseq.models.layers import Block
+from longseq.models.performer import PerformerLM
+from longseq.models.presets import PRESETS
+from longseq.models.spec import PerformerSpec
+
+STEP = "step"
+
+
+class ReturnsV(FavorAttention):
+    """OPT: projections, rotary positions and the output's map as ever, and v where attention would be."""
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, segments: Tensor | None) -> Tensor:
+        return v
+
+
+@dataclass
+class Trainer:
+    """A model and its optimiser. The contenders train it in turns, each with its attention over the same weights."""
+
+    model: PerformerLM
+    optimizer: torch.optim.Optimizer
+    attentions: dict[str, list[FavorAttention]]  # one a block
+    autocast: torch.dtype | None
+
+    def step(self, contender: str, tokens: Tensor, targets: Tensor) -> Tensor:
+        """One training step on (B, L) token ids and targets. Returns the loss."""
+        for block, attention in zip(self.model.blocks, self.attentions[contender], strict=True):
+            block.attention = attention
+        with torch.autocast(tokens.device.type, self.autocast, enabled=self.autocast is not None):
+            loss = F.cross_entropy(self.model(tokens).flatten(0, 1).float(), targets.flatten())
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+
+def measure(request: StepRequest, results: Results, progress: Progress) -> None:
+    """Fill ``results``; what is in it when this is interrupted is whole."""
+    device = torch.device(request.device)
+    gemm = Gemm(request.gemm_size, getattr(torch, request.dtype), device, results.gemm_rates)
+    for direction in request.directions:
+        trainer = make_trainer(request, direction == CAUSAL)
+        contenders = {}
+        for name in request.contenders:
+            if name == "window" and request.window < 1:
+                results.notes.append(Note(name, "asked for with --window 0: there is no window", direction))
+            else:
+                contenders[name] = partial(_tasks, trainer, name)
+        Ladder(
+            direction=direction,
+            make_inputs=partial(make_inputs, request),
+            contenders=contenders,
+            rounds=request.rounds,
+            seconds=request.seconds,
+            device=device,
+            gemm=gemm,
+            results=results,
+            progress=progress,
+        ).climb(request.lengths)
+
+
+def empty_results(request: StepRequest) -> Results:
+    """Where the measurements go."""
+    about = {name: STEP_CONTENDERS[name] for name in request.contenders}
+    return Results("step", (request.batch, "token"), about)
+
+
+def make_trainer(request: StepRequest, causal: bool) -> Trainer:
+    """The preset's model with its first weights."""
+    size = PRESETS[request.preset]
+    spec = PerformerSpec(
+        vocabulary=request.vocabulary,
+        dim=size.dim,
+        depth=size.depth,
+        heads=size.heads,
+        ffn_dim=size.ffn_dim,
+        causal=causal,
+        kernel=request.kernel,
+        features=request.features,
+        backend=request.backend,
+        activation_checkpointing=request.activation_checkpointing,
+    )
+    torch.manual_seed(0)
+    model = PerformerLM(spec).to(request.device)
+    autocast = None if request.dtype == "float32" else getattr(torch, request.dtype)
+    attentions = {name: _attentions(request, model, name) for name in STEP_CONTENDERS}
+    return Trainer(model, torch.optim.AdamW(model.parameters(), lr=1e-4), attentions, autocast)
+
+
+def make_inputs(request: StepRequest, length: int) -> tuple[Tensor, Tensor]:
+    """Random token ids and targets (B, L)."""
+    rng = torch.Generator().manual_seed(length)
+    ids = torch.randint(request.vocabulary, (2, request.batch, length), generator=rng).to(request.device)
+    return ids[0], ids[1]
+
+
+def _attentions(request: StepRequest, model: PerformerLM, contender: str) -> list[FavorAttention]:
+    """A contender's attention for each block of ``model``, with the weights that are there."""
+    spec = replace(
+        model.spec,
+        attention="exact" if contender == "exact" else "favor",
+        window=request.window if contender == "window" else 0,
+    )
+    attentions: list[FavorAttention] = []
+    for layer, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
+        if contender == "opt":
+            attention: FavorAttention = ReturnsV(spec.dim, spec.heads, causal=spec.causal)
+        else:
+            attention = Block(spec, layer).attention
+        attention.qkv, attention.out = block.attention.qkv, block.attention.out
+        attentions.append(attention)
+    return attentions
+
+
+def _tasks(trainer: Trainer, contender: str, inputs: tuple[Tensor, Tensor]) -> Mapping[str, Task]:
+    return {STEP: Task(lambda: (trainer.step(contender, *inputs),))}

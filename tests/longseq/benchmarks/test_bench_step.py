@@ -1,0 +1,63 @@
+"""`longseq bench step`: one model, its attention exchanged, each step a real one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from command_line import longseq
+from longseq.benchmarks import step
+from longseq.benchmarks.request import STEP_CONTENDERS, StepRequest
+from longseq.models.performer import PerformerLM
+
+REQUEST = StepRequest(
+    lengths=(40, 80), directions=("causal",), contenders=tuple(STEP_CONTENDERS), preset="tiny", features=16, window=9
+)
+
+
+def test_a_table_and_its_numbers_are_kept(tmp_path):
+    arguments = ["--preset", "tiny", "--lengths", "32,64", "--rounds", 3, "--threads", 1, "--features", 16]
+    done = longseq("bench", "step", *arguments, folder=tmp_path)
+    assert done.code == 0, done.err
+    numbers = json.loads((tmp_path / "bench/step/step.json").read_text())
+    measured = {(m["direction"], m["contender"], m["length"]) for m in numbers["measurements"]}
+    assert measured == {(d, c, n) for d in ("causal", "bidirectional") for c in STEP_CONTENDERS for n in (32, 64)}
+    assert all(m["memory"] > 0 and m["flops"] is None for m in numbers["measurements"])
+    causal = numbers["summary"][0]
+    assert causal["ratio_to_opt"].keys() == {"favor", "window", "exact"}
+    assert causal["ratio_to_opt"]["favor"].keys() == {"32", "64"}
+    assert "× OPT" in done.out
+    assert (tmp_path / "bench/step/step.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("contender", "fields"), [("favor", {}), ("window", {"window": 9}), ("exact", {"attention": "exact"})]
+)
+def test_a_contenders_step_is_that_of_the_model_built_for_it(contender, fields):
+    trainer = step.make_trainer(REQUEST, causal=True)
+    built = PerformerLM(dataclasses.replace(trainer.model.spec, **fields))
+    built.load_state_dict(trainer.model.state_dict())
+    tokens, targets = step.make_inputs(REQUEST, 40)
+    expected = F.cross_entropy(built(tokens).flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(trainer.step(contender, tokens, targets), expected.detach())
+
+
+def test_every_contender_trains_the_same_weights():
+    trainer = step.make_trainer(REQUEST, causal=True)
+    count = sum(p.numel() for p in trainer.model.parameters())
+    for name in STEP_CONTENDERS:
+        before = [p.detach().clone() for p in trainer.model.parameters()]
+        trainer.step(name, *step.make_inputs(REQUEST, 40))
+        after = list(trainer.model.parameters())
+        assert sum(p.numel() for p in after) == count == trainer.model.spec.parameter_count
+        assert all(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+
+
+def test_opt_mixes_no_positions():
+    trainer = step.make_trainer(REQUEST, causal=False)
+    (attention, *_), x = trainer.attentions["opt"], torch.randn(1, 7, trainer.model.spec.dim)
+    torch.testing.assert_close(attention(x)[:, 3], attention(x[:, 3:4])[:, 0])
