@@ -23,6 +23,7 @@ from longseq.benchmarks.request import (
     Request,
     StepRequest,
 )
+from longseq.benchmarks.variants import VARIANTS
 from longseq.errors import LongseqError
 from longseq.models.presets import PRESETS
 from longseq.models.spec import KERNELS
@@ -158,6 +159,12 @@ def _set_up(request: Request, threads: int | None) -> None:
         )
     if request.device == "cuda" and not torch.cuda.is_available():
         raise LongseqError("--device cuda: torch finds no CUDA device here; measure with --device cpu.")
+    _set_threads(threads)
+
+
+def _set_threads(threads: int | None) -> None:
+    import torch
+
     if threads:
         torch.set_num_threads(threads)
 
@@ -209,12 +216,10 @@ def _features_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _features(args: argparse.Namespace) -> int:
-    import torch
+    _set_threads(args.threads)
 
     from longseq.benchmarks import features
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
     progress = _Progress()
     progress.now("estimators beside their closed forms")
     estimators = features.measure_estimators(draws=args.draws, seed=args.seed)
@@ -227,10 +232,100 @@ def _features(args: argparse.Namespace) -> int:
     return 0
 
 
+# --- quality and recall: what the attention variants learn ---
+
+
+def _quality_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("text", nargs="+", type=Path, metavar="FILE", help="UTF-8 text; each one's last tenth is held out")
+    _training_arguments(parser, window=64, features=128)
+    parser.add_argument("--seeds", type=_seeds, default="0", metavar="N,…", help="one model a seed and variant")
+    parser.add_argument("--length", type=_positive, default=512, metavar="L", help="characters a sequence")
+    parser.add_argument("--batch", type=_positive, default=8, metavar="N", help="sequences a step")
+    parser.add_argument("--steps", type=_positive, default=1000, metavar="N", help="optimiser steps")
+
+
+def _quality(args: argparse.Namespace) -> int:
+    _set_threads(args.threads)
+
+    from longseq.benchmarks import quality
+
+    request = quality.QualityRequest(
+        length=args.length, batch=args.batch, steps=args.steps, window=args.window, features=args.features
+    )
+    text = quality.read_text(args.text)
+    progress = _Progress()
+    try:
+        quality.measure(request, text, args.variants, args.seeds, args.out / "trials", progress.now)
+    except KeyboardInterrupt:
+        print("longseq: interrupted: the models that were finished are kept; the same command goes on.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    finally:
+        progress.close()
+    found = quality.trials(request, text, args.out / "trials")
+    print(quality.table(request, found))
+    return 0
+
+
+def _recall_arguments(parser: argparse.ArgumentParser) -> None:
+    _training_arguments(parser, window=32, features=128)
+    parser.add_argument("--seed", type=_natural, default=0, metavar="N", help="of weights, projections and sequences")
+    parser.add_argument(
+        "--distances", type=_lengths, default="24,64,256,1024,2048", metavar="L,L,…", help="between answer and question"
+    )
+    parser.add_argument("--steps", type=_positive, default=1000, metavar="N", help="at most, at the first distance")
+    more = "at most, at each further distance"
+    parser.add_argument("--more-steps", type=_positive, default=150, metavar="N", help=more)
+
+
+def _recall(args: argparse.Namespace) -> int:
+    _set_threads(args.threads)
+
+    from longseq.benchmarks import recall
+
+    request = recall.RecallRequest(
+        distances=args.distances,
+        steps=args.steps,
+        more_steps=args.more_steps,
+        window=args.window,
+        features=args.features,
+    )
+    if min(request.distances) < request.pairs:
+        raise LongseqError(f"--distances {min(request.distances)}: {request.pairs} pairs need at least as many.")
+    progress = _Progress()
+    try:
+        found = recall.measure(request, args.variants, args.seed, args.out / "trials", progress.now)
+    except KeyboardInterrupt:
+        print("longseq: interrupted: the variants that were finished are kept; the same command goes on.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    finally:
+        progress.close()
+    print(recall.table(request, found))
+    return 0
+
+
+def _training_arguments(parser: argparse.ArgumentParser, *, window: int, features: int) -> None:
+    parser.add_argument(
+        "--variants",
+        type=_names({name: variant.about for name, variant in VARIANTS.items()}),
+        default="exact,local,softmax,window-share,window-share-decay",
+        metavar="NAME,…",
+        help="; ".join(f"{name}: {variant.about}" for name, variant in VARIANTS.items()),
+    )
+    parser.add_argument("--window", type=_positive, default=window, metavar="W", help="of the variants that have one")
+    parser.add_argument("--features", type=_positive, default=features, metavar="M", help="random features")
+    _threads_argument(parser)
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    return tuple(_natural(part) for part in text.split(","))
+
+
 # Another benchmark is a row here, its arguments and its function.
 BENCHMARKS: dict[str, Benchmark] = {
     "attention": Benchmark("time and memory of an attention call against the length", _attention_arguments, _attention),
     "step": Benchmark("time and memory of a training step against the length", _step_arguments, _step),
+    "quality": Benchmark("held-out loss of a small model with each kind of attention", _quality_arguments, _quality),
+    "recall": Benchmark("associative recall at distances beyond the window", _recall_arguments, _recall),
     "features": Benchmark("error of the random features, beside their closed forms", _features_arguments, _features),
 }
 
@@ -279,7 +374,7 @@ def _names(known: Mapping[str, str]) -> Callable[[str], tuple[str, ...]]:
         asked = text.split(",")
         for name in asked:
             if name not in known:
-                raise argparse.ArgumentTypeError(f"unknown contender {name!r}; the contenders are {', '.join(known)}")
+                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(known)}")
         return tuple(name for name in known if name in asked)
 
     return names

@@ -136,9 +136,9 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
     [
         (
             ["attention", "--contenders", "favor,reformer"],
-            "unknown contender 'reformer'; the contenders are favor, window",
+            "'reformer' is not one of favor, window",
         ),
-        (["step", "--contenders", "fla"], "unknown contender 'fla'"),
+        (["step", "--contenders", "fla"], "'fla' is not one of favor"),
         (["attention", "--lengths", "1024,many"], "'many' is not a whole number from 1 on"),
         (["attention", "--rounds", "2"], "'2' is not a whole number from 3 on"),
         (["attention", "--seconds", "-1"], "'-1' is not a number of seconds above 0"),
