@@ -10,6 +10,9 @@ KERNELS = (
     "relu", "sigmoid", "abs", "gelu", "cos", "tanh", "identity", "elu",
 )  # fmt: skip
 
+PAIRED_KERNELS = ("hyperbolic", "trigonometric")
+SIGNED_KERNELS = ("trigonometric", "gelu", "cos", "tanh", "identity")
+
 
 @dataclass(frozen=True)
 class PerformerSpec:
@@ -47,6 +50,19 @@ class PerformerSpec:
                 f"model.dim / model.heads = {self.dim} / {self.heads} = {self.head_dim} is odd; "
                 "rotary positions need an even head size"
             )
+        if self.attention == "exact":
+            return
+        if self.kernel in PAIRED_KERNELS and self.features % 2:
+            raise ValueError(
+                f"attention.features={self.features} is odd; kernel {self.kernel} has two features a projection"
+            )
+        if self.kernel in SIGNED_KERNELS and self.window:
+            raise ValueError(
+                f"attention.window={self.window} and attention.kernel={self.kernel}: its features have both signs and "
+                "cannot share a denominator with exact weights; take kernel softmax, or window 0"
+            )
+        if self.learned_share and not self.window:
+            raise ValueError("attention.learned_share=true has no effect without attention.window, e.g. 64")
 
     @property
     def head_dim(self) -> int:
