@@ -56,7 +56,9 @@ class AttentionConfig:
     qk_norm: bool = key(
         False, "unit-length queries and keys with a learned temperature a head (next to no effect with kernel relu)"
     )
-    window: int = key(0, "exact attention to keys nearer than this many positions, features beyond; 0: none", at_least=0)
+    window: int = key(
+        0, "exact attention to keys nearer than this many positions, features beyond; 0: none", at_least=0
+    )
     learned_share: bool = key(False, "a learned factor a head on all weights beyond the window")
     learned_decay: bool = key(False, "weights decay with the distance, at a rate that each head learns")
     projection: str = key("orthogonal", "rows of the random projections", choices=("orthogonal", "iid"))

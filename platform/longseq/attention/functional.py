@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -95,7 +97,8 @@ def favor_attention(
     with torch.autocast(q.device.type, enabled=False):
         rates = None if decay is None else decay.to(dtype).repeat(batch).view(-1, 1, 1)
         share = None if far_share is None else far_share.to(dtype).repeat(batch).view(-1, 1, 1)
-        rows = tuple(t.flatten(0, 1).to(dtype) for t in (q, k, v))
+        q, k, v_ = (t.flatten(0, 1).to(dtype) for t in (q, k, v))
+        rows = q, k, v_
         engine = backends.choose(backend, phi, rows)
         if not length:
             return v[:, :, :0]
@@ -126,10 +129,10 @@ def _by_parts(
         far.append(engine.scan(*rows, phi, delay=window, hidden=hidden, runs=runs, decay=decay))
         if not causal:
             # The keys after: a scan of the reversed row, without the query's own position if the first scan had it.
-            flipped = (t.flip(1) for t in rows)
+            q, k, v = (t.flip(1) for t in rows)
             hidden = None if hidden is None else hidden.flip(1)
             runs = None if runs is None else runs[:, -1:] - runs.flip(1)
-            out, lse = engine.scan(*flipped, phi, delay=max(1, window), hidden=hidden, runs=runs, decay=decay)
+            out, lse = engine.scan(q, k, v, phi, delay=max(1, window), hidden=hidden, runs=runs, decay=decay)
             far.append((out.flip(1), lse.flip(1)))
     if near and share is not None:
         far = [(out, lse + share) for out, lse in far]
@@ -155,6 +158,8 @@ def exact_attention(
         visible = visible.tril()
     if key_padding is not None:
         visible = visible & key_padding[:, None, None, :]
+        hidden = ~key_padding[:, None, :, None]
+        k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)  # 0 · NaN would be NaN
     if segments is not None:
         runs = _runs(segments)
         visible = visible & (runs[:, None, :, None] == runs[:, None, None, :])
@@ -219,7 +224,7 @@ def _check(
 
 def _segments(cu_seqlens: Tensor, batch: int, length: int) -> Tensor:
     borders = cu_seqlens.tolist() if cu_seqlens.ndim == 1 else []
-    if batch != 1 or borders[:1] != [0] or borders[-1] != length or any(a > b for a, b in zip(borders, borders[1:])):
+    if batch != 1 or borders[:1] != [0] or borders[-1] != length or any(a > b for a, b in itertools.pairwise(borders)):
         raise ValueError(
             f"cu_seqlens must rise from 0 to the length {length} over a batch of one; "
             f"got {borders[:8]}{' …' if len(borders) > 8 else ''} for a batch of {batch}"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from longseq.attention.feature_maps import oprf_a_from_moments, oprf_moments
 from longseq.attention.functional import exact_attention, favor_attention
+from longseq.attention.recurrent import RecurrentState, decode, prefill, prefill_exact
 from longseq.attention.rotary import rotate
 
 KINDS = ("favor", "exact")
@@ -96,13 +97,42 @@ class FavorAttention(nn.Module):
             x: (B, L, E).
             padding: (B, L) bool, True where a position is real, or None.
             segments: (B, L) integers; runs of equal numbers are documents that do not see each other, or None.
-            rotary: (2, L, D/2) from :func:`longseq.attention.rotary_table`, or None for no rotary positions.
+            rotary: (2, L, D/2) from :func:`longseq.attention.rotary_table`, (2, B, 1, L, D/2) where each row has its
+                own positions, or None for no rotary positions. With random features a document's result depends on
+                its positions themselves, not on their differences alone: let each begin at 0.
 
         Returns:
             (B, L, E).
         """
         q, k, v = self.project(x, rotary)
         return self.out(self.mix(q, k, v, padding, segments).transpose(1, 2).flatten(2))
+
+    @torch.no_grad()
+    def prefill(
+        self, x: Tensor, *, padding: Tensor | None = None, rotary: Tensor | None = None
+    ) -> tuple[Tensor, RecurrentState]:
+        """The forward pass over a prompt, and the state to go on from with :meth:`decode`. No gradients.
+
+        The state keeps the projections of this moment. Its size is fixed, except for ``kind="exact"``: there it is a
+        key-value cache.
+
+        Raises:
+            ValueError: if not causal.
+        """
+        q, k, v = self.project(x, rotary)
+        if self.kind == "exact":
+            out, state = prefill_exact(q, k, v, causal=self.causal, key_padding=padding, decay=self.decay)
+        else:
+            out, state = prefill(q, k, v, key_padding=padding, **self.options())
+        return self.out(out.transpose(1, 2).flatten(2)), state
+
+    @torch.no_grad()
+    def decode(
+        self, x: Tensor, state: RecurrentState, *, rotary: Tensor | None = None
+    ) -> tuple[Tensor, RecurrentState]:
+        """The next position x (B, 1, E), or the next few. ``rotary`` is the table of their positions."""
+        out, state = decode(*self.project(x, rotary), state)
+        return self.out(out.transpose(1, 2).flatten(2)), state
 
     def project(self, x: Tensor, rotary: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, H, L, D) of x (B, L, E), normalised and rotated."""
@@ -126,20 +156,20 @@ class FavorAttention(nn.Module):
 
     def options(self) -> dict[str, Any]:
         """What this layer asks of :func:`longseq.attention.favor_attention`, and of decoding."""
-        return dict(
-            causal=self.causal,
-            kernel=self.kernel,
-            features=self.features,
-            window=self.window,
-            far_share=self.log_share,
-            decay=self.decay,
-            seed=self.seed,
-            layer=self.layer,
-            draw=self.draw,
-            projection=self.projection,
-            oprf_a=self.oprf_a or 0.0,
-            backend=self.backend,
-        )
+        return {
+            "causal": self.causal,
+            "kernel": self.kernel,
+            "features": self.features,
+            "window": self.window,
+            "far_share": self.log_share,
+            "decay": self.decay,
+            "seed": self.seed,
+            "layer": self.layer,
+            "draw": self.draw,
+            "projection": self.projection,
+            "oprf_a": self.oprf_a or 0.0,
+            "backend": self.backend,
+        }
 
     @property
     def decay(self) -> Tensor | None:
@@ -162,6 +192,8 @@ class FavorAttention(nn.Module):
         moments = oprf_moments(q, k)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(moments)
+        if moments[..., -1].min() == 0:
+            return  # padding alone, on all ranks: the next batch decides
         self.oprf_constant.fill_(round(oprf_a_from_moments(moments) / _UNIT))  # type: ignore[operator]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:

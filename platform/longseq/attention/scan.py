@@ -77,7 +77,8 @@ def scan(
     Returns:
         out (N, L, e) and lse (N, L, 1), the log of the denominator. A query that sees no key gets zeros and −1e30.
     """
-    return _Scan.apply(q, k, v, decay, hidden, runs, feature_map, delay)
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, decay))
+    return _Scan.apply(q, k, v, decay, hidden, runs, feature_map, delay, learns)
 
 
 class _Scan(torch.autograd.Function):
@@ -92,6 +93,7 @@ class _Scan(torch.autograd.Function):
         runs: Tensor | None,
         feature_map: FeatureMap,
         delay: int,
+        learns: bool,
     ) -> tuple[Tensor, Tensor]:
         rows = _Rows(q, k, v, decay, hidden, runs, feature_map, delay)
         value_dim = v.shape[-1]
@@ -99,7 +101,7 @@ class _Scan(torch.autograd.Function):
         state = AttentionState.empty(len(v), feature_map.features, value_dim, like=v)
         sums, log_scale, kept = state.sums, state.log_scale, []
         for start, stop in rows.groups():
-            if any(ctx.needs_input_grad):
+            if learns:
                 kept += [sums.clone(), log_scale]
             group = rows.load(start, stop)
             fq, q_scale = feature_map.queries(group.q)
@@ -175,7 +177,7 @@ class _Scan(torch.autograd.Function):
             _put(dq, start, stop, ctx.feature_map.queries_vjp(group.q, fq, dfq))
             _put(dk, start - ctx.delay, stop - ctx.delay, ctx.feature_map.keys_vjp(group.k, fk, dfk))
             _put(dv, start - ctx.delay, stop - ctx.delay, d_values[..., :-1])
-        return dq, dk, dv, None if d_decay is None else d_decay.to(v), None, None, None, None
+        return dq, dk, dv, None if d_decay is None else d_decay.to(v), None, None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -294,7 +296,7 @@ class _Rows:
 
 
 def _put(target: Tensor, start: int, stop: int, x: Tensor) -> None:
-    """Write chunks x (G, N, C, ·) to positions start…stop of target (N, L, ·); what lies before the first is dropped."""
+    """Write chunks x (G, N, C, ·) to positions start…stop of target (N, L, ·), less what lies before the first."""
     if stop > 0:
         target[:, max(start, 0) : stop] = x.transpose(0, 1).flatten(1, 2)[:, max(-start, 0) :]
 

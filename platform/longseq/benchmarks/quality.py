@@ -69,12 +69,7 @@ def read_text(paths: Sequence[Path]) -> Text:
     Raises:
         LongseqError: for a file that cannot be read as UTF-8, or too little text.
     """
-    parts = []
-    for path in sorted(paths):
-        try:
-            parts.append(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise LongseqError(f"cannot read {path} as UTF-8 text: {error}.") from None
+    parts = [_read_file(path) for path in sorted(paths)]
     train = "".join(part[: len(part) * 9 // 10] for part in parts)
     valid = "".join(part[len(part) * 9 // 10 :] for part in parts)
     ids = {character: number for number, character in enumerate(sorted(set(train)))}
@@ -82,6 +77,13 @@ def read_text(paths: Sequence[Path]) -> Text:
     as_tensor = [torch.tensor([ids.get(c, ids.get(common, 0)) for c in part]) for part in (train, valid)]
     digest = hashlib.blake2b("\0".join(parts).encode(), digest_size=8).hexdigest()
     return Text(as_tensor[0], as_tensor[1], len(ids), digest)
+
+
+def _read_file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LongseqError(f"cannot read {path} as UTF-8 text: {error}.") from None
 
 
 def measure(
@@ -161,7 +163,8 @@ def _train(request: QualityRequest, text: Text, variant: str, seed: int, tell: C
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=request.lr, betas=(0.9, 0.98))
     crops = torch.Generator().manual_seed(seed)  # the same crops for every variant
-    started, last = time.monotonic(), []
+    started = time.monotonic()
+    last: list[float] = []
     for step in range(request.steps):
         model.set_step(step)
         for group in optimizer.param_groups:

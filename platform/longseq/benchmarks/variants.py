@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
@@ -10,12 +11,12 @@ class Variant:
     """One kind of attention: what it is, and the fields of a PerformerSpec that make it."""
 
     about: str
-    spec: dict[str, str | int | bool] = field(default_factory=dict)
+    spec: Mapping[str, str | int | bool] = field(default_factory=dict)
 
     def fields(self, window: int, features: int) -> dict[str, str | int | bool]:
         """The spec's fields, for a benchmark's window and number of features."""
         sizes: dict[str, str | int | bool] = {"features": features, "window": 0}
-        fields = sizes | self.spec
+        fields = {**sizes, **self.spec}
         return fields | ({"window": window} if fields["window"] else {})
 
 

@@ -236,7 +236,9 @@ def _features(args: argparse.Namespace) -> int:
 
 
 def _quality_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("text", nargs="+", type=Path, metavar="FILE", help="UTF-8 text; each one's last tenth is held out")
+    parser.add_argument(
+        "text", nargs="+", type=Path, metavar="FILE", help="UTF-8 text; each one's last tenth is held out"
+    )
     _training_arguments(parser, window=64, features=128)
     parser.add_argument("--seeds", type=_seeds, default="0", metavar="N,…", help="one model a seed and variant")
     parser.add_argument("--length", type=_positive, default=512, metavar="L", help="characters a sequence")
@@ -257,7 +259,9 @@ def _quality(args: argparse.Namespace) -> int:
     try:
         quality.measure(request, text, args.variants, args.seeds, args.out / "trials", progress.now)
     except KeyboardInterrupt:
-        print("longseq: interrupted: the models that were finished are kept; the same command goes on.", file=sys.stderr)
+        print(
+            "longseq: interrupted: the models that were finished are kept; the same command goes on.", file=sys.stderr
+        )
         return EXIT_INTERRUPTED
     finally:
         progress.close()
@@ -295,7 +299,9 @@ def _recall(args: argparse.Namespace) -> int:
     try:
         found = recall.measure(request, args.variants, args.seed, args.out / "trials", progress.now)
     except KeyboardInterrupt:
-        print("longseq: interrupted: the variants that were finished are kept; the same command goes on.", file=sys.stderr)
+        print(
+            "longseq: interrupted: the variants that were finished are kept; the same command goes on.", file=sys.stderr
+        )
         return EXIT_INTERRUPTED
     finally:
         progress.close()

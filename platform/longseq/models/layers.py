@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from longseq.attention import FavorAttention
+from longseq.attention import FavorAttention, RecurrentState
 from longseq.models.spec import PerformerSpec
 
 
@@ -37,5 +37,18 @@ class Block(nn.Module):
     def forward(self, x_BLE: Tensor, padding: Tensor | None, segments: Tensor | None, rotary: Tensor) -> Tensor:
         """x (B, L, E); padding (B, L) bool, True where a token is real; segments (B, L) integers; or None."""
         mixed = self.attention(self.attention_norm(x_BLE), padding=padding, segments=segments, rotary=rotary)
+        return self._add(x_BLE, mixed)
+
+    def prefill(self, x_BLE: Tensor, padding: Tensor | None, rotary: Tensor) -> tuple[Tensor, RecurrentState]:
+        """The forward pass over a prompt, and the attention's state after it."""
+        mixed, state = self.attention.prefill(self.attention_norm(x_BLE), padding=padding, rotary=rotary)
+        return self._add(x_BLE, mixed), state
+
+    def decode(self, x_BLE: Tensor, state: RecurrentState, rotary: Tensor) -> tuple[Tensor, RecurrentState]:
+        """The next position, or the next few."""
+        mixed, state = self.attention.decode(self.attention_norm(x_BLE), state, rotary=rotary)
+        return self._add(x_BLE, mixed), state
+
+    def _add(self, x_BLE: Tensor, mixed: Tensor) -> Tensor:
         x_BLE = x_BLE + self.dropout(mixed)
         return x_BLE + self.dropout(self.mlp(self.mlp_norm(x_BLE)))

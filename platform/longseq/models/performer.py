@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from longseq.attention import FavorAttention, rotary_table
+from longseq.attention import FavorAttention, RecurrentState, rotary_table
 from longseq.models.layers import Block
 from longseq.models.spec import PerformerSpec
+
+
+@dataclass(frozen=True, eq=False)
+class DecodingState:
+    """What a causal model must know of the tokens so far: one state a layer, and the next token's position (B,)."""
+
+    layers: tuple[RecurrentState, ...]
+    positions: Tensor
+
+    def select(self, sequences: Tensor) -> DecodingState:
+        """See :meth:`longseq.attention.RecurrentState.select`."""
+        return DecodingState(tuple(layer.select(sequences) for layer in self.layers), self.positions[sequences])
 
 
 class PerformerLM(nn.Module):
@@ -37,13 +51,13 @@ class PerformerLM(nn.Module):
             tokens: (B, L) token ids.
             padding: (B, L) bool, True where a token is real; False hides it from attention. None: all are real.
             segments: (B, L) integers, documents packed into one row: attention stays within a run of equal numbers.
-                None: a row is one document.
+                None: a row is one document. Positions count from a document's first token.
 
         Returns:
             (B, L, vocabulary), in the dtype of the weights.
         """
         x = self.dropout(self.embedding(tokens))  # (B, L, E)
-        rotary = rotary_table(torch.arange(tokens.shape[1], device=tokens.device), self.spec.head_dim)
+        rotary = self._rotary(_positions(tokens, padding, segments))
         for block in self.blocks:
             if self.spec.activation_checkpointing and self.training:
                 # Reentrant: ZeRO-3 gathers weights in module hooks, and the other kind checks saved shapes against
@@ -53,11 +67,64 @@ class PerformerLM(nn.Module):
                 x = block(x, padding, segments, rotary)
         return self.head(self.norm(x))
 
+    @torch.no_grad()
+    def prefill(
+        self, tokens: Tensor, padding: Tensor | None = None, *, last_only: bool = False
+    ) -> tuple[Tensor, DecodingState]:
+        """Read a prompt, to go on with :meth:`decode`. For a causal model in evaluation mode; no gradients.
+
+        Args:
+            tokens: (B, L) token ids; L may be 0.
+            padding: (B, L) bool, True where a token is real. Pad in front: what is padded behind stays between the
+                prompt and its continuation, and counts as distance.
+            last_only: logits of the last position alone; all of a long prompt's may not fit into memory.
+
+        Returns:
+            Logits (B, L, vocabulary), as of the forward pass, or (B, 1, vocabulary); and the state. With
+            ``attention="favor"`` its size does not depend on L.
+
+        Raises:
+            ValueError: if the model is not causal.
+        """
+        x = self.dropout(self.embedding(tokens))  # (B, L, E)
+        rotary = self._rotary(_positions(tokens, padding, None))
+        layers = []
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            x, state = block.prefill(x, padding, rotary)
+            layers.append(state)
+        if last_only:
+            x = x[:, -1:]
+        following = tokens.new_full((len(tokens),), tokens.shape[1])
+        if padding is not None:
+            following = following - _leading(padding)
+        return self.head(self.norm(x)), DecodingState(tuple(layers), following)
+
+    @torch.no_grad()
+    def decode(self, token: Tensor, state: DecodingState) -> tuple[Tensor, DecodingState]:
+        """One token more: token (B,) to the logits of its successor (B, vocabulary), and the state after it.
+
+        The given state stays as it was: several continuations may start from it.
+        """
+        x = self.dropout(self.embedding(token[:, None]))  # (B, 1, E)
+        rotary = self._rotary(state.positions[:, None])
+        layers = []
+        for block, before in zip(self.blocks, state.layers, strict=True):
+            assert isinstance(block, Block)
+            x, after = block.decode(x, before, rotary)
+            layers.append(after)
+        return self.head(self.norm(x[:, 0])), DecodingState(tuple(layers), state.positions + 1)
+
     def set_step(self, step: int) -> None:
         """Use the projections that belong to optimiser step ``step``."""
         for module in self.modules():
             if isinstance(module, FavorAttention):
                 module.draw = self.spec.draw_at(step)
+
+    def _rotary(self, positions: Tensor) -> Tensor:
+        """Of positions (L,), the same in all rows, or (B, L)."""
+        table = rotary_table(positions, self.spec.head_dim)
+        return table if positions.ndim == 1 else table.unsqueeze(2)  # a dimension for the heads
 
     def _initialise(self) -> None:
         # GPT-2's scheme: 0.02, and residual branches shrunk so that the sum over the depth keeps its variance.
@@ -69,3 +136,23 @@ class PerformerLM(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / shrink)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+
+
+def _positions(tokens: Tensor, padding: Tensor | None, segments: Tensor | None) -> Tensor:
+    """Each token's position in its document, (L,) or (B, L): rows may be packed, or padded in front.
+
+    Random features of a rotated query and key depend on both positions, their expectation alone on the difference. So
+    a document gives the same wherever it stands only if its positions do not tell where that is.
+    """
+    positions = torch.arange(tokens.shape[1], device=tokens.device)
+    if segments is not None:
+        border = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
+        return positions - (positions * border).cummax(1).values
+    if padding is not None:
+        return (positions - _leading(padding)[:, None]).clamp_(min=0)
+    return positions
+
+
+def _leading(padding: Tensor) -> Tensor:
+    """How many hidden tokens each row begins with: (B,)."""
+    return (padding.cumsum(1) == 0).sum(1)

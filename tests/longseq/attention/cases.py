@@ -41,8 +41,8 @@ def assert_equals_reference(q: Tensor, k: Tensor, v: Tensor, tolerance: float = 
     learned = {name: options.pop(name) for name in ("far_share", "decay") if options.get(name) is not None}
     ours = [t.detach().clone().requires_grad_() for t in (q, k, v, *learned.values())]
     exact = [t.detach().double().requires_grad_() for t in ours]
-    out = favor_attention(*ours[:3], features=FEATURES, **options, **dict(zip(learned, ours[3:])))
-    expected = reference(*exact[:3], **options, **dict(zip(learned, exact[3:])))
+    out = favor_attention(*ours[:3], features=FEATURES, **options, **dict(zip(learned, ours[3:], strict=False)))
+    expected = reference(*exact[:3], **options, **dict(zip(learned, exact[3:], strict=False)))
     torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
 
     direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)

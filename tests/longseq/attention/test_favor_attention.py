@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from longseq.attention import bidirectional, favor_attention, projection_matrix, scan
-from longseq.attention.reference import quadratic_attention
 from tests.longseq.attention.cases import (
     BATCH,
     FEATURES,
@@ -16,6 +13,9 @@ from tests.longseq.attention.cases import (
     inputs,
     reference,
 )
+
+from longseq.attention import bidirectional, favor_attention, projection_matrix, scan
+from longseq.attention.reference import quadratic_attention
 
 kernels = pytest.mark.parametrize("kernel", ["softmax", "relu"])
 directions = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])

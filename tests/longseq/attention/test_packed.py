@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.longseq.attention.cases import BATCH, FEATURES, POSITIVE, assert_equals_reference, inputs
 
 from longseq.attention import exact_attention, favor_attention
-from tests.longseq.attention.cases import BATCH, FEATURES, POSITIVE, assert_equals_reference, inputs
 
 directions = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 
@@ -22,7 +22,7 @@ def documents() -> torch.Tensor:
 @pytest.mark.parametrize("reach", [0, 5, 64, 200])
 def test_packed_documents_equal_each_document_alone(causal, reach):
     q, k, v = inputs(sum(LENGTHS))
-    options = dict(causal=causal, window=reach, features=FEATURES)
+    options = {"causal": causal, "window": reach, "features": FEATURES}
     packed = favor_attention(q, k, v, segments=documents(), **options)
     direction = torch.randn_like(packed)
     gradients = torch.autograd.grad(packed, (q, k, v), direction)
@@ -50,10 +50,8 @@ def test_every_positive_kernel_equals_the_reference(causal, kernel):
 def test_documents_padding_decay_and_share_together_equal_the_reference(causal, reach):
     segments = torch.tensor([[4] * 60 + [9] * 70 + [4] * 3, [0] * 1 + [1] * 131 + [0] * 1])
     keep = torch.rand(BATCH, 133, generator=torch.Generator().manual_seed(0)) > 0.2
-    options = dict(far_share=torch.tensor([-1.0, 0.0, 0.5]), decay=torch.tensor([0.1, 0.0, 0.01]))
-    assert_equals_reference(
-        *inputs(133), causal=causal, window=reach, segments=segments, key_padding=keep, **options
-    )
+    options = {"far_share": torch.tensor([-1.0, 0.0, 0.5]), "decay": torch.tensor([0.1, 0.0, 0.01])}
+    assert_equals_reference(*inputs(133), causal=causal, window=reach, segments=segments, key_padding=keep, **options)
 
 
 @directions
@@ -75,7 +73,7 @@ def test_what_stands_in_padding_never_matters_not_even_nan(causal, reach):
     q, k, v = (t.detach() for t in inputs(200))
     keep = torch.ones(BATCH, 200, dtype=torch.bool)
     keep[0, 50:90], keep[1, 150:] = False, False
-    options = dict(causal=causal, window=reach, key_padding=keep, features=FEATURES)
+    options = {"causal": causal, "window": reach, "key_padding": keep, "features": FEATURES}
     out = favor_attention(q, k, v, **options)
     hidden = ~keep[:, None, :, None]
     q, k, v = (t.requires_grad_() for t in (q, k.masked_fill(hidden, torch.nan), v.masked_fill(hidden, torch.nan)))

@@ -38,7 +38,7 @@ def test_a_trial_is_kept_and_repeats_exactly(text, tmp_path):
     ids = quality.read_text([text])
     folders = [tmp_path / "a", tmp_path / "b"]
     told: list[list[str]] = [[], []]
-    for folder, lines in zip(folders, told):
+    for folder, lines in zip(folders, told, strict=False):
         quality.measure(TINY, ids, ["window-share-decay"], [1], folder, lines.append)
     first, second = (quality.trials(TINY, ids, folder) for folder in folders)
     assert [(t.valid, t.train) for t in first] == [(t.valid, t.train) for t in second]
@@ -53,15 +53,33 @@ def test_the_held_out_tenth_is_never_trained_on(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("a" * 900 + "b" * 100)
     ids = quality.read_text([path])
-    assert ids.train.unique().tolist() == [0] and len(ids.train) == 900
+    assert ids.train.unique().tolist() == [0]
+    assert len(ids.train) == 900
     assert len(ids.valid) == 100
 
 
 def test_bench_quality_prints_mean_and_spread(text, tmp_path, capsys):
-    arguments = "--variants exact,local --seeds 0,1 --length 16 --batch 2 --steps 2 --features 8 --threads 1".split()
+    arguments = [
+        "--variants",
+        "exact,local",
+        "--seeds",
+        "0,1",
+        "--length",
+        "16",
+        "--batch",
+        "2",
+        "--steps",
+        "2",
+        "--features",
+        "8",
+        "--threads",
+        "1",
+    ]
     assert main(["bench", "quality", str(text), *arguments, "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
-    assert "2 steps of 2 × 16 characters" in out and "exact" in out and "local" in out
+    assert "2 steps of 2 × 16 characters" in out
+    assert "exact" in out
+    assert "local" in out
     assert len(list((tmp_path / "out" / "trials").glob("*.json"))) == 4
 
 
@@ -81,7 +99,7 @@ def test_an_answer_lies_at_the_distance_of_its_question():
     assert ids.shape == targets.shape == (50, 100 + request.pairs)
     assert (targets[:, : -request.pairs] == -100).all()
     distances = []
-    for row, wanted in zip(ids.tolist(), targets.tolist()):
+    for row, wanted in zip(ids.tolist(), targets.tolist(), strict=False):
         pairs = {(pair - 1 - request.keys) // request.values: at for at, pair in enumerate(row[: request.pairs])}
         for at in range(100, 100 + request.pairs):
             shown_at = pairs[row[at] - 1]
@@ -91,10 +109,25 @@ def test_an_answer_lies_at_the_distance_of_its_question():
 
 
 def test_bench_recall_prints_a_column_a_distance(tmp_path, capsys):
-    arguments = "--variants exact,window --distances 8,40 --steps 2 --more-steps 1 --features 8 --threads 1".split()
+    arguments = [
+        "--variants",
+        "exact,window",
+        "--distances",
+        "8,40",
+        "--steps",
+        "2",
+        "--more-steps",
+        "1",
+        "--features",
+        "8",
+        "--threads",
+        "1",
+    ]
     assert main(["bench", "recall", *arguments, "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "at 8" in out and "at 40" in out and "window" in out
+    assert "at 8" in out
+    assert "at 40" in out
+    assert "window" in out
     kept = json.loads((tmp_path / "trials" / "exact-0.json").read_text())
     assert [result["steps"] for result in kept["results"]] == [2, 1]
     assert main(["bench", "recall", "--distances", "3", "--out", str(tmp_path)]) == 1

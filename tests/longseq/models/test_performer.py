@@ -135,6 +135,30 @@ def test_padding_changes_no_real_position(attention, qk_norm, causal):
 
 
 @attentions
+@pytest.mark.parametrize("options", [{}, {"window": 7, "learned_decay": True}], ids=["plain", "window"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "masked"])
+def test_packed_documents_are_as_if_alone(attention, options, causal):
+    """Also where features are random: those of a rotated vector depend on where in the row it stands."""
+    model, tokens = build(replace(SPEC, causal=causal, **attention, **options)), sample()
+    documents = [(10, 80, 41), (1, 2, 128)]
+    segments = torch.stack([torch.repeat_interleave(torch.arange(3), torch.tensor(sizes)) for sizes in documents])
+    with torch.no_grad():
+        packed = model(tokens, segments=segments)
+        for row, sizes in enumerate(documents):
+            alone = [model(part) for part in tokens[row : row + 1].split(sizes, dim=1)]
+            torch.testing.assert_close(packed[row : row + 1], torch.cat(alone, dim=1), rtol=1e-4, atol=1e-5)
+
+
+@attentions
+def test_a_row_padded_in_front_is_as_if_alone(attention):
+    model, tokens = build(replace(SPEC, **attention)), sample()
+    padding = torch.ones_like(tokens, dtype=torch.bool)
+    padding[1, :50] = False
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens, padding)[1:, 50:], model(tokens[1:, 50:]), rtol=1e-4, atol=1e-5)
+
+
+@attentions
 def test_positions_are_told_apart(attention):
     """Without rotary positions, a token after two others would not know their order."""
     model = build(replace(SPEC, depth=1, **attention))

@@ -1,0 +1,337 @@
+"""Decoding: causal attention one token at a time, from a state whose size does not depend on the length.
+
+The state holds what later queries need of the keys so far: the last ``window`` of them as they are, and all older
+ones as the sums of the scan (:mod:`longseq.attention.scan`). With position t, S and c the sums and their log-scale,
+ṽ = [v, 1], w the window and γ the decay, a step is
+
+    c ← c − γ,   S ← S + φ(k_{t−w}) ṽ_{t−w}ᵀ           the key that is w positions back leaves the window
+    s_j = q_tᵀk_j/√d − γ(t − j),   t − w < j ≤ t        scores of the recent keys
+    ñ   = Σ_j e^{s_j} ṽ_j + e^{c + share} Sᵀφ(q_t)      out = ñ[:e] / ñ[e]
+
+every exponential relative to the largest. Exact attention is the same step with a window that never ends: there the
+state is a key-value cache, and grows.
+
+Sums, scores and state are fp32 whatever the inputs' dtype (float64 for float64 inputs), as in
+:func:`longseq.attention.favor_attention`. No gradients flow through any of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longseq.attention.feature_maps import FeatureMap, feature_map
+from longseq.attention.functional import exact_attention, favor_attention
+from longseq.attention.state import AttentionState, inverse, with_ones
+
+# Keys whose features exist at a time while a prompt is read.
+_KEYS = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Recent:
+    """Keys that have not been summed up yet, oldest first, for each of N = batch · heads rows.
+
+    Attributes:
+        k: (N, w, d).
+        values: [v, 1], (N, w, e + 1).
+        log_weight: (N, 1, w), what is added to a key's score: −γ · its distance from the last position, and −inf where
+            there is no key, or a hidden one.
+        rolling: whether the oldest key leaves for every one that comes.
+    """
+
+    k: Tensor
+    values: Tensor
+    log_weight: Tensor
+    rolling: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Far:
+    """Keys beyond the window, summed up.
+
+    Attributes:
+        state: Σ φ(k) [v, 1]ᵀ, with its log-scale as seen from the last position.
+        feature_map: the kernel φ.
+        share: log-factor of every weight, (N, 1, 1), or None.
+    """
+
+    state: AttentionState
+    feature_map: FeatureMap
+    share: Tensor | None
+
+    def absorbed(self, k: Tensor, values: Tensor, log_weight: Tensor | None, decay: Tensor | None) -> Far:
+        """One position later, and with one key more, k (N, 1, d). A ``log_weight`` of −inf leaves it out."""
+        features, scale = self.feature_map.keys(k)
+        if log_weight is not None:
+            scale += log_weight
+        before = self.state.log_scale if decay is None else self.state.log_scale - decay
+        log_scale = torch.maximum(before, scale)
+        sums = self.state.sums * torch.exp(before - log_scale)
+        sums.baddbmm_(features.mT, values * scale.sub_(log_scale).exp_())
+        return Far(AttentionState(sums, log_scale), self.feature_map, self.share)
+
+
+@dataclass(frozen=True, eq=False)
+class RecurrentState:
+    """All that decoding must know of the past, and of the attention that it goes on with.
+
+    :func:`decode` leaves the state it is given as it was and returns another, so one state can be continued many times.
+
+    Attributes:
+        far: the keys beyond the window. None: none of them is seen.
+        recent: the keys inside the window. None: there is no window.
+        decay: γ of each row, (N, 1, 1), or None.
+        shape: (batch, heads, head_dim, value_dim); N = batch · heads.
+        dtype: of everything it holds.
+    """
+
+    far: Far | None
+    recent: Recent | None
+    decay: Tensor | None
+    shape: tuple[int, int, int, int]
+    dtype: torch.dtype
+
+    def select(self, sequences: Tensor) -> RecurrentState:
+        """The state of other sequences of the batch, in another order, or one several times.
+
+        Args:
+            sequences: (new batch,) indices into the batch. ``torch.tensor([0, 0, 0])`` makes three of the first.
+        """
+        heads = self.shape[1]
+        rows = (sequences[:, None] * heads + torch.arange(heads, device=sequences.device)).flatten()
+        far, recent, decay = self.far, self.recent, self.decay
+        if far is not None:
+            state = AttentionState(far.state.sums[rows], far.state.log_scale[rows])
+            far = Far(state, far.feature_map, None if far.share is None else far.share[rows])
+        if recent is not None:
+            recent = Recent(recent.k[rows], recent.values[rows], recent.log_weight[rows], recent.rolling)
+        decay = None if decay is None else decay[rows]
+        return RecurrentState(far, recent, decay, (len(sequences), *self.shape[1:]), self.dtype)
+
+
+@torch.no_grad()
+def prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    kernel: str = "softmax",
+    features: int = 256,
+    window: int = 0,
+    key_padding: Tensor | None = None,
+    far_share: Tensor | None = None,
+    decay: Tensor | None = None,
+    seed: int = 0,
+    layer: int = 0,
+    draw: int = 0,
+    projection: str = "orthogonal",
+    oprf_a: float = 0.0,
+    backend: str = "auto",
+) -> tuple[Tensor, RecurrentState]:
+    """Read a prompt: causal FAVOR+ attention over it, and the state to go on from.
+
+    Args:
+        q, k, v: (batch, heads, length, head_dim or value_dim). A length of 0 gives the state of an empty prompt.
+        key_padding: (batch, length) bool, False hides a key now and later. Hidden positions count as positions: bring
+            prompts of several lengths to one by padding in front.
+        causal: must be True.
+        window: the size of the state grows with it.
+        kernel, features, far_share, decay, seed, layer, draw, projection, oprf_a, backend: as of
+            :func:`longseq.attention.favor_attention`. The state keeps them for :func:`decode`.
+
+    Returns:
+        (batch, heads, length, value_dim) in the dtype of v, and the state.
+
+    Raises:
+        ValueError: if not causal, and as :func:`longseq.attention.favor_attention` does.
+    """
+    _refuse_bidirectional(causal)
+    out = favor_attention(
+        q,
+        k,
+        v,
+        causal=True,
+        kernel=kernel,
+        features=features,
+        window=window,
+        key_padding=key_padding,
+        far_share=far_share,
+        decay=decay,
+        seed=seed,
+        layer=layer,
+        draw=draw,
+        projection=projection,
+        oprf_a=oprf_a,
+        backend=backend,
+    )
+    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    with torch.autocast(q.device.type, enabled=False):
+        keys, values, hidden = _rows(k, v, key_padding, dtype)
+        rates = _per_row(decay, k, dtype)
+        far = recent = None
+        if window:
+            recent = _last(keys, values, hidden, window, rates, rolling=True)
+        if features or not window:
+            phi = feature_map(
+                kernel,
+                features,
+                q.shape[-1],
+                seed=seed,
+                layer=layer,
+                draw=draw,
+                projection=projection,
+                oprf_a=oprf_a,
+                device=q.device,
+                dtype=dtype,
+            )
+            far = Far(_sum_up(keys, values, hidden, phi, window, rates), phi, _per_row(far_share, k, dtype))
+    return out, RecurrentState(far, recent, rates, (*k.shape[:2], k.shape[3], v.shape[3]), dtype)
+
+
+@torch.no_grad()
+def prefill_exact(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    key_padding: Tensor | None = None,
+    decay: Tensor | None = None,
+) -> tuple[Tensor, RecurrentState]:
+    """:func:`prefill` for exact attention: the state keeps all keys and values, and grows with every token."""
+    _refuse_bidirectional(causal)
+    out = exact_attention(q, k, v, causal=True, key_padding=key_padding, decay=decay)
+    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    keys, values, hidden = _rows(k, v, key_padding, dtype)
+    rates = _per_row(decay, k, dtype)
+    recent = _last(keys, values, hidden, k.shape[2], rates, rolling=False)
+    return out, RecurrentState(None, recent, rates, (*k.shape[:2], k.shape[3], v.shape[3]), dtype)
+
+
+@torch.no_grad()
+def decode(q: Tensor, k: Tensor, v: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
+    """Attention of the next position, or the next few one after the other.
+
+    Args:
+        q, k, v: (batch, heads, positions, head_dim or value_dim), batch and heads as of the prompt.
+        state: of all positions before. It is not changed.
+
+    Returns:
+        (batch, heads, positions, value_dim) in the dtype of v, what :func:`longseq.attention.favor_attention` gives for
+        these positions of the whole sequence; and the state after them.
+
+    Raises:
+        ValueError: for shapes that are not those of the prompt.
+    """
+    batch, heads, head_dim, value_dim = state.shape
+    if q.shape != (batch, heads, q.shape[2], head_dim) or k.shape != q.shape or v.shape != (*q.shape[:3], value_dim):
+        raise ValueError(
+            f"the state continues with q and k of shape {(batch, heads, 'positions', head_dim)} and v with {value_dim} "
+            f"at the end; got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        )
+    with torch.autocast(q.device.type, enabled=False):
+        q_rows, k_rows, v_rows = (t.flatten(0, 1).to(state.dtype) for t in (q, k, v))
+        outs = []
+        for at in range(q.shape[2]):
+            now = slice(at, at + 1)
+            out, state = _step(q_rows[:, now], k_rows[:, now], v_rows[:, now], state)
+            outs.append(out)
+    return torch.cat(outs, dim=1).view(v.shape).to(v.dtype), state
+
+
+def _step(q: Tensor, k: Tensor, v: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
+    """One position; q, k (N, 1, d), v (N, 1, e)."""
+    far, recent, decay, values = state.far, state.recent, state.decay, with_ones(v)
+    if recent is None:
+        assert far is not None
+        far = far.absorbed(k, values, None, decay)
+        total = torch.bmm(far.feature_map.queries(q)[0], far.state.sums)
+        out = total[..., :-1] * inverse(total[..., -1:], far.feature_map.positive)
+        return out, RecurrentState(far, None, decay, state.shape, state.dtype)
+
+    leaving = int(recent.rolling)
+    log_weight = recent.log_weight if decay is None else recent.log_weight - decay
+    if far is not None:
+        far = far.absorbed(recent.k[:, :1], recent.values[:, :1], log_weight[..., :1], decay)
+    recent = Recent(
+        torch.cat((recent.k[:, leaving:], k), dim=1),
+        torch.cat((recent.values[:, leaving:], values), dim=1),
+        torch.cat((log_weight[..., leaving:], log_weight.new_zeros(len(q), 1, 1)), dim=-1),
+        recent.rolling,
+    )
+    scores = torch.baddbmm(recent.log_weight, q, recent.k.mT, alpha=q.shape[-1] ** -0.5)  # s (N, 1, w)
+    top = scores.amax(-1, keepdim=True)
+    if far is None:
+        total = torch.bmm(scores.sub_(top).exp_(), recent.values)  # ñ (N, 1, e + 1)
+    else:
+        fq, far_top = far.feature_map.queries(q)
+        far_top += far.state.log_scale
+        if far.share is not None:
+            far_top += far.share
+        top = torch.maximum(top, far_top)
+        total = torch.bmm(fq, far.state.sums).mul_(far_top.sub_(top).exp_())
+        total.baddbmm_(scores.sub_(top).exp_(), recent.values)
+    out = total[..., :-1] / total[..., -1:]
+    return out, RecurrentState(far, recent, decay, state.shape, state.dtype)
+
+
+def _sum_up(
+    k: Tensor, values: Tensor, hidden: Tensor | None, phi: FeatureMap, window: int, decay: Tensor | None
+) -> AttentionState:
+    """The keys at least ``window`` positions before the last, as seen from there."""
+    far = AttentionState.empty(len(k), phi.features, values.shape[-1] - 1, like=values)
+    end = k.shape[1] - window
+    for start in range(0, end, _KEYS):
+        keys = slice(start, min(start + _KEYS, end))
+        features, scale = phi.keys(k[:, keys])
+        if decay is not None:
+            distances = torch.arange(keys.stop - start - 1, -1, -1, device=k.device)[:, None]
+            scale = torch.addcmul(scale, decay, distances.to(scale), value=-1)
+            far = far.faded(-decay * len(distances))
+        if hidden is not None:
+            scale = scale.masked_fill(hidden[:, keys], -torch.inf)
+        far = far.merge(AttentionState.of(features, scale, values[:, keys]))
+    return far if decay is None else far.faded(-decay * window)
+
+
+def _last(k: Tensor, values: Tensor, hidden: Tensor | None, size: int, decay: Tensor | None, rolling: bool) -> Recent:
+    """The last ``size`` keys; in front of them empty places where there are fewer."""
+    missing = max(0, size - k.shape[1])
+
+    def last(x: Tensor, filling: float) -> Tensor:
+        x = x[:, x.shape[1] + missing - size :]
+        return torch.cat((x.new_full((len(x), missing, x.shape[2]), filling), x), dim=1)
+
+    log_weight = k.new_zeros(*k.shape[:2], 1)
+    if decay is not None:
+        log_weight = log_weight - decay * torch.arange(k.shape[1] - 1, -1, -1, device=k.device)[:, None]
+    if hidden is not None:
+        log_weight = log_weight.masked_fill(hidden, -torch.inf)
+    return Recent(last(k, 0.0), last(values, 0.0), last(log_weight, -torch.inf).mT.contiguous(), rolling)
+
+
+def _rows(k: Tensor, v: Tensor, key_padding: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys (N, L, d), [v, 1] (N, L, e + 1) and which of them are hidden (N, L, 1)."""
+    k, v = (t.flatten(0, 1).to(dtype) for t in (k, v))
+    if key_padding is None:
+        return k, with_ones(v), None
+    hidden = ~key_padding.repeat_interleave(len(k) // len(key_padding), dim=0)[..., None]
+    # Whatever stands in padding, NaN even, must not get past this line.
+    return k.masked_fill(hidden, 0.0), with_ones(v.masked_fill(hidden, 0.0)), hidden
+
+
+def _per_row(per_head: Tensor | None, k: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """A number a head, (heads,), for each row: (N, 1, 1)."""
+    return None if per_head is None else per_head.to(dtype).repeat(k.shape[0]).view(-1, 1, 1)
+
+
+def _refuse_bidirectional(causal: bool) -> None:
+    if not causal:
+        raise ValueError(
+            "bidirectional attention cannot be decoded token by token, as every new key would change all earlier "
+            "outputs; use causal attention"
+        )

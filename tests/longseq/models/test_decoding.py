@@ -1,0 +1,151 @@
+"""A causal language model, one token at a time: the logits of the forward pass, at any kind of attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from longseq.models.performer import DecodingState, PerformerLM
+from longseq.models.spec import PerformerSpec
+
+SPEC = PerformerSpec(vocabulary=11, dim=24, depth=3, heads=3, ffn_dim=20, causal=True, features=16)
+LENGTH = 201
+
+attentions = pytest.mark.parametrize(
+    "attention",
+    [
+        {},
+        {"window": 7},
+        {"window": 64, "qk_norm": True, "learned_share": True, "learned_decay": True},
+        {"window": 300},
+        {"window": 7, "features": 0},
+        {"learned_decay": True},
+        {"kernel": "relu"},
+        {"kernel": "oprf", "window": 7},
+        {"attention": "exact", "qk_norm": True},
+        {"attention": "exact", "learned_decay": True},
+    ],
+    ids=lambda options: "-".join(f"{key}={value}" for key, value in options.items()) or "softmax",
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def build(**options: object) -> PerformerLM:
+    """A model in evaluation mode whose attention selects, and matters beside the residual stream."""
+    torch.manual_seed(1)
+    model = PerformerLM(replace(SPEC, **options)).eval()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attention.qkv.weight.mul_(10)
+            block.attention.out.weight.mul_(10)
+    return model
+
+
+def sample(length: int = LENGTH, batch: int = 2) -> Tensor:
+    return torch.randint(SPEC.vocabulary, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+def decoded(model: PerformerLM, tokens: Tensor, state: DecodingState) -> tuple[Tensor, DecodingState]:
+    logits = []
+    for token in tokens.unbind(1):
+        token_logits, state = model.decode(token, state)
+        logits.append(token_logits)
+    return torch.stack(logits, dim=1), state
+
+
+def agree(logits: Tensor, expected: Tensor) -> None:
+    """To 1e-5 of the logits' size."""
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+@attentions
+@pytest.mark.parametrize("prompt", [0, 1, 67])
+def test_decoded_logits_are_those_of_the_forward_pass(attention, prompt):
+    model, tokens = build(**attention), sample()
+    with torch.no_grad():
+        expected = model(tokens)
+    first, state = model.prefill(tokens[:, :prompt])
+    rest, state = decoded(model, tokens[:, prompt:], state)
+    agree(torch.cat((first, rest), dim=1), expected)
+    assert state.positions.tolist() == [LENGTH, LENGTH]
+
+
+@attentions
+def test_prompts_of_several_lengths_are_padded_in_front(attention):
+    model, tokens = build(**attention), sample(40)
+    padding = torch.ones(2, 30, dtype=torch.bool)
+    padding[1, :13] = False
+    first, state = model.prefill(tokens[:, :30], padding)
+    rest, _ = decoded(model, tokens[:, 30:], state)
+    with torch.no_grad():
+        alone = model(tokens[1:, 13:])
+    agree(torch.cat((first, rest), dim=1)[1:, 13:], alone)
+
+
+@pytest.mark.parametrize("attention", ["favor", "exact"])
+def test_two_continuations_of_one_prompt_do_not_disturb_each_other(attention):
+    model, tokens = build(attention=attention, window=7), sample(60)
+    _, state = model.prefill(tokens[:, :30])
+    swapped = tokens[:, 30:].flip(0)
+    one, _ = decoded(model, tokens[:, 30:], state)
+    other, _ = decoded(model, swapped, state)
+    again, _ = decoded(model, tokens[:, 30:], state)
+    assert torch.equal(one, again)
+    with torch.no_grad():
+        agree(other, model(torch.cat((tokens[:, :30], swapped), dim=1))[:, 30:])
+
+
+def test_many_continuations_share_one_prompt():
+    model, tokens = build(window=7), sample(30, batch=1)
+    _, state = model.prefill(tokens)
+    nexts = torch.arange(5)
+    logits, _ = model.decode(nexts, state.select(torch.zeros(5, dtype=torch.long)))
+    with torch.no_grad():
+        expected = model(torch.cat((tokens.expand(5, -1), nexts[:, None]), dim=1))[:, -1]
+    agree(logits, expected)
+
+
+def test_only_the_last_logits_of_a_prompt_are_made_on_demand():
+    model, tokens = build(window=7), sample(30)
+    every, _ = model.prefill(tokens)
+    last, state = model.prefill(tokens, last_only=True)
+    agree(last, every[:, -1:])
+    agree(model.decode(tokens[:, 0], state)[0], decoded(model, tokens[:, :1], state)[0][:, 0])
+
+
+def test_a_state_goes_on_with_the_projections_it_was_made_with():
+    """Otherwise keys of one draw would meet queries of another."""
+    model, tokens = build(redraw_every=1), sample(60)
+    with torch.no_grad():
+        expected = model(tokens)
+    _, state = model.prefill(tokens[:, :30])
+    model.set_step(5)
+    agree(decoded(model, tokens[:, 30:], state)[0], expected[:, 30:])
+
+
+def test_a_bf16_model_decodes_close_to_fp32():
+    model, tokens = build(window=7, qk_norm=True), sample(60)
+    with torch.no_grad():
+        expected = model(tokens)
+    model.bfloat16()
+    _, state = model.prefill(tokens[:, :30])
+    logits, _ = decoded(model, tokens[:, 30:], state)
+    assert logits.dtype == torch.bfloat16
+    assert (logits.float() - expected[:, 30:]).square().mean() < 0.01 * expected.var()
+
+
+@pytest.mark.parametrize("attention", ["favor", "exact"])
+def test_a_masked_model_is_refused(attention):
+    with pytest.raises(ValueError, match="bidirectional attention cannot be decoded"):
+        build(causal=False, attention=attention).prefill(sample(5))
