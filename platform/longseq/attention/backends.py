@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -47,9 +49,7 @@ class Backend(Protocol):
     ) -> Part:
         """See :func:`longseq.attention.window.window_attention`."""
 
-    def bidirectional(
-        self, q: Tensor, k: Tensor, v: Tensor, feature_map: FeatureMap, hidden: Tensor | None
-    ) -> Tensor:
+    def bidirectional(self, q: Tensor, k: Tensor, v: Tensor, feature_map: FeatureMap, hidden: Tensor | None) -> Tensor:
         """See :func:`longseq.attention.bidirectional.bidirectional_attention`."""
 
 
@@ -61,8 +61,43 @@ class Torch:
     bidirectional = staticmethod(bidirectional_attention)
 
 
-def choose(backend: str, feature_map: FeatureMap, rows: Sequence[Tensor]) -> Backend:
-    """The backend of that name, or for "auto" the fastest that can do this."""
+class Triton:
+    """Our Triton kernels: fp32 on NVIDIA GPUs, features in registers only. Triton is first imported here."""
+
+    def __init__(self) -> None:
+        from longseq.attention import triton_backend, triton_window
+
+        self.scan = triton_backend.scan
+        self.window = triton_window.window_attention
+        self.bidirectional = triton_backend.bidirectional_attention
+
+
+def choose(backend: str, feature_map: FeatureMap | None, rows: Sequence[Tensor]) -> Backend:
+    """The backend of that name, or for "auto" the fastest that can do this.
+
+    Raises:
+        ValueError: for an unknown backend, or "triton" for what it cannot do.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; the backends are {', '.join(BACKENDS)}")
-    return Torch()
+    if backend == "torch" or (backend == "auto" and rows[0].device.type != "cuda"):
+        return Torch()
+    reason = _not_in_triton(feature_map, rows)
+    if reason is None:
+        return Triton()
+    if backend == "auto":
+        return Torch()
+    raise ValueError(f'backend="triton" cannot do this: {reason}. backend="torch" can, and "auto" chooses')
+
+
+def _not_in_triton(feature_map: FeatureMap | None, rows: Sequence[Tensor]) -> str | None:
+    if not _triton_is_installed():
+        return "the package triton is not installed (pip install triton, on Linux)"
+    from longseq.attention import triton_launch
+
+    return triton_launch.unsupported(feature_map, rows)
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -22,6 +22,6 @@ def combine(parts: Sequence[Part]) -> Part:
     total = torch.logsumexp(lse, dim=0)
     weights = torch.exp(lse - total)
     out = parts[0][0] * weights[0]
-    for (part, _), weight in zip(parts[1:], weights[1:]):
+    for (part, _), weight in zip(parts[1:], weights[1:], strict=False):
         out = torch.addcmul(out, part, weight)
     return out, total

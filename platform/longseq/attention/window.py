@@ -82,9 +82,8 @@ class _Band:
         """s (N, Q, K), −inf out of reach, and the distances |i − j| (Q, K)."""
         scale = self.q.shape[-1] ** -0.5
         device = self.q.device
-        ahead = (
-            torch.arange(queries.start, queries.stop, device=device)[:, None]
-            - torch.arange(keys.start, keys.stop, device=device)
+        ahead = torch.arange(queries.start, queries.stop, device=device)[:, None] - torch.arange(
+            keys.start, keys.stop, device=device
         )  # i − j
         distance = ahead.abs()
         blind = distance >= self.window

@@ -1,0 +1,372 @@
+"""FAVOR+ by our own Triton kernels: the scan and the bidirectional attention, forward and backward.
+
+The formulas are those of :mod:`longseq.attention.scan` and :mod:`longseq.attention.bidirectional`; their names are
+used here too. The order differs, so that chunks run in parallel: the log-scales of the states are found first (they
+need no features), then the sums of each chunk, then the running sums before each chunk, then all outputs at once.
+
+Kept for the backward pass are a few numbers a row; the states are computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from longseq.attention import triton_kernels as kernels
+from longseq.attention.feature_maps import FeatureMap, Generalised, PositiveExponential
+from longseq.attention.parts import Part
+from longseq.attention.state import NOTHING
+from longseq.attention.triton_launch import on, padded, pointer
+
+# Rows and features that a program holds at a time; more overflow the registers of 4 warps.
+CHUNK = 64
+FEATURES = 16
+# Bidirectional sums over the keys are formed in parts of this length, in parallel, and then added.
+SPAN = 2048
+# States in memory at a time: 1 KB a token and head at m = 256, e = 64, so 512 K tokens · heads; or one head, if longer.
+STATE_BYTES = 512 * 1024**2
+
+
+def scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    feature_map: FeatureMap,
+    *,
+    delay: int = 0,
+    hidden: Tensor | None = None,
+    runs: Tensor | None = None,
+    decay: Tensor | None = None,
+) -> Part:
+    """See :func:`longseq.attention.scan.scan`."""
+    return _Scan.apply(q, k, v, decay, hidden, runs, feature_map, delay)
+
+
+def bidirectional_attention(q: Tensor, k: Tensor, v: Tensor, feature_map: FeatureMap, hidden: Tensor | None) -> Tensor:
+    """See :func:`longseq.attention.bidirectional.bidirectional_attention`."""
+    return _TwoPasses.apply(q, k, v, hidden, feature_map)
+
+
+@dataclass(frozen=True)
+class _Map:
+    """A feature map as the kernels take it."""
+
+    weight: Tensor  # (m, d)
+    shift: Tensor  # (m,)
+    log_constant: float
+    exponential: bool
+
+    @classmethod
+    def of(cls, feature_map: FeatureMap) -> _Map:
+        assert isinstance(feature_map, (PositiveExponential, Generalised))
+        weight = feature_map.weight.contiguous()
+        shift = feature_map.shift if isinstance(feature_map, PositiveExponential) else None
+        shift = weight.new_zeros(len(weight)) if shift is None else shift.contiguous()
+        return cls(weight, shift, feature_map.log_constant, isinstance(feature_map, PositiveExponential))
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """The kernels, with the arguments that are the same all through one operation."""
+
+    map: _Map
+    head_dim: int
+    value_dim: int
+
+    @property
+    def features(self) -> int:
+        return self.map.weight.shape[0]
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """m, d, e, and the 0 that keeps loads inside of loops."""
+        return self.features, self.head_dim, self.value_dim, 0
+
+    @property
+    def tiles(self) -> dict[str, Any]:
+        return {
+            "EXPONENTIAL": self.map.exponential,
+            "C": CHUNK,
+            "F": FEATURES,
+            "D": padded(self.head_dim),
+            "num_warps": 4,
+            "num_stages": 2,
+        }
+
+    @property
+    def wide_tiles(self) -> dict[str, Any]:
+        return {**self.tiles, "E": padded(self.value_dim)}
+
+    def slices(self, chunks: Tensor) -> Iterator[slice]:
+        """Slices of N, given a tensor (N, chunks), whose states fit into memory together."""
+        rows, number = chunks.shape
+        step = max(1, STATE_BYTES // (number * self.features * (self.value_dim + 1) * 4))
+        return (slice(first, first + step) for first in range(0, rows, step))
+
+    def measure(self, x: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Gauge and log-scale of each row of x, (N, L) both."""
+        gauge, log_scale = x.new_empty(x.shape[:2]), x.new_empty(x.shape[:2])
+        mask = gauge if hidden is None else hidden.contiguous().view(torch.uint8)
+        kernels.measure[_chunks(x), len(x)](
+            x, mask, self.map.weight, self.map.shift, gauge, log_scale, x.shape[1], self.features, self.head_dim,
+            0, 0.5 * self.head_dim**-0.5, self.map.log_constant, HIDDEN=hidden is not None, **self.tiles,
+        )  # fmt: skip
+        return gauge, log_scale
+
+    def sums(
+        self, x: Tensor, values: Tensor, alpha: Tensor, beta: Tensor, gauge: Tensor, *, span: int, offset: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Σ α_t φ(x_t) v_tᵀ (N, parts, m, e) and Σ β_t φ(x_t) (N, parts, m) of every ``span`` positions."""
+        m, e, total = self.features, self.value_dim, alpha.shape[1]
+        parts = triton.cdiv(total, span)
+        sums, ones = x.new_empty(len(x), parts, m, e), x.new_empty(len(x), parts, m)
+        kernels.add_up[parts, len(x), triton.cdiv(m, self.tiles["F"])](
+            x, values, alpha, beta, gauge, self.map.weight, self.map.shift, sums, ones, x.shape[1], total, offset,
+            span, m, self.head_dim, e, **self.wide_tiles,
+        )  # fmt: skip
+        return sums, ones
+
+    def run_through(self, states: tuple[Tensor, Tensor], left: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
+        """Turn sums of chunks into running sums before (``reverse``: after) each chunk, in place."""
+        for parts in states:
+            width, block = parts[0, 0].numel(), 512
+            kernels.run_through[triton.cdiv(width, block), len(parts)](
+                parts, left, parts.shape[1], width, REVERSE=reverse, BLOCK=block
+            )
+        return states
+
+
+@dataclass(frozen=True)
+class _Frames:
+    """The log-scales of a scan: those of its keys, and of the state before and after each chunk.
+
+    "Of positions" is (N, T): T is the length in whole chunks, and key j stands at position t = j + delay.
+    """
+
+    key_scale: Tensor  # b of positions, −inf where no key is, decay included
+    before: Tensor  # c (N, chunks)
+    after: Tensor  # c'
+    same: Tensor | None  # whether the state before the chunk is of the document of its last key: (N, chunks) bool
+    last: Tensor | None  # whether a position is of that document: (N, chunks, C) bool
+    run_before: Tensor | None  # the document of the state: (N, chunks) int32
+
+    @classmethod
+    def of(cls, log_scale: Tensor, length: int, delay: int, runs: Tensor | None, decay: Tensor | None) -> _Frames:
+        key_scale = _at_positions(log_scale, length, delay, fill=-torch.inf)
+        if decay is not None:
+            offsets = torch.arange(key_scale.shape[1], device=key_scale.device) % CHUNK
+            key_scale = torch.addcmul(key_scale, decay[:, :, 0], offsets.to(key_scale))
+        by_chunk = key_scale.unflatten(1, (-1, CHUNK))  # (N, chunks, C)
+        same = last = run_before = None
+        if runs is not None:
+            key_runs = _at_positions(runs, length, delay, fill=-1)
+            ends = torch.arange(CHUNK, key_runs.shape[1] + 1, CHUNK, device=runs.device).clamp_(max=length) - 1
+            ending = key_runs[:, ends]
+            run_before = F.pad(ending[:, :-1], (1, 0), value=-1).contiguous()
+            same = ending == run_before
+            last = key_runs.unflatten(1, (-1, CHUNK)) == ending[..., None]
+            by_chunk = by_chunk.masked_fill(~last, -torch.inf)
+        chunk_scale = by_chunk.amax(-1)
+        before, after = torch.empty_like(chunk_scale), torch.empty_like(chunk_scale)
+        fade = chunk_scale.new_zeros(len(chunk_scale)) if decay is None else decay.flatten() * CHUNK
+        kernels.carry[(len(chunk_scale),)](
+            chunk_scale, chunk_scale if same is None else same.view(torch.uint8), fade, before, after,
+            chunk_scale.shape[1], RUNS=runs is not None, num_warps=1,
+        )  # fmt: skip
+        return cls(key_scale, before, after, same, last, run_before)
+
+    def __getitem__(self, rows: slice) -> _Frames:
+        return _Frames(
+            self.key_scale[rows],
+            self.before[rows],
+            self.after[rows],
+            None if self.same is None else self.same[rows],
+            None if self.last is None else self.last[rows],
+            None if self.run_before is None else self.run_before[rows],
+        )
+
+    def entering(self) -> Tensor:
+        """e^{b_t − c'} of positions."""
+        weights = torch.exp(self.key_scale.unflatten(1, (-1, CHUNK)) - self.after[..., None])
+        return (weights if self.last is None else weights.masked_fill_(~self.last, 0.0)).flatten(1)
+
+    def left(self) -> Tensor:
+        """e^{c − c'} of each chunk."""
+        left = torch.exp(self.before - self.after)
+        return left if self.same is None else left.masked_fill_(~self.same, 0.0)
+
+    def carried(self, row_scale: Tensor, runs: Tensor | None) -> Tensor:
+        """e^{c − M_i} of positions."""
+        weights = torch.exp(self.before[..., None] - row_scale.unflatten(1, (-1, CHUNK)))
+        if self.run_before is not None and runs is not None:
+            own = _at_positions(runs, runs.shape[1], 0, fill=-2).unflatten(1, (-1, CHUNK))
+            weights.masked_fill_(own != self.run_before[..., None], 0.0)
+        return weights.flatten(1)
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        decay: Tensor | None,
+        hidden: Tensor | None,
+        runs: Tensor | None,
+        feature_map: FeatureMap,
+        delay: int,
+    ) -> tuple[Tensor, Tensor]:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        runs = None if runs is None else runs.to(torch.int32).contiguous()
+        rows, length, head_dim = q.shape
+        launch = _Launch(_Map.of(feature_map), head_dim, v.shape[-1])
+        delay = min(delay, length)  # beyond, no key is visible all the same
+        with on(q.device):
+            (q_gauge, q_scale), (k_gauge, k_scale) = launch.measure(q), launch.measure(k, hidden)
+            frames = _Frames.of(k_scale, length, delay, runs, decay)
+            out, lse = torch.empty_like(v), v.new_empty(rows, length, 1)
+            inverse_den, row_scale = torch.empty_like(frames.key_scale), torch.empty_like(frames.key_scale)
+            numbers = pointer(runs, q)
+            for n in launch.slices(frames.before):
+                part = frames[n]
+                state = _states(launch, k[n], v[n], k_gauge[n], part, delay)
+                kernels.attend[_chunks(q), len(part.before)](
+                    q[n], k[n], v[n], q_gauge[n], q_scale[n], k_gauge[n], part.key_scale, numbers[n], part.before,
+                    pointer(part.run_before, q), launch.map.weight, launch.map.shift, *state, out[n], lse[n],
+                    inverse_den[n], row_scale[n], length, delay, *launch.sizes,
+                    LOCAL=True, RUNS=runs is not None, **launch.wide_tiles,
+                )  # fmt: skip
+        if decay is not None:
+            offsets = torch.arange(length, device=q.device) % CHUNK + delay
+            lse = torch.where(lse == NOTHING, lse, lse - decay * offsets.to(lse)[:, None])
+        ctx.launch, ctx.delay = launch, delay
+        ctx.has_decay_grad = ctx.needs_input_grad[3]
+        ctx.save_for_backward(
+            q, k, v, runs, q_gauge, k_gauge, out, inverse_den, row_scale,
+            frames.key_scale, frames.before, frames.after, frames.same, frames.last, frames.run_before,
+        )  # fmt: skip
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, runs, q_gauge, k_gauge, out, inverse_den, row_scale, *scales = ctx.saved_tensors
+        frames, launch, delay = _Frames(*scales), ctx.launch, ctx.delay
+        length = q.shape[1]
+        dout = torch.zeros_like(out) if dout is None else dout.contiguous()
+        shared = -(dout * out).sum(-1) if dlse is None else dlse[..., 0] - (dout * out).sum(-1)
+        u = inverse_den * _at_positions(shared, length, 0, fill=0.0)
+        carried, entering = frames.carried(row_scale, runs), frames.entering()
+        alpha, beta = carried * inverse_den, carried * u
+        # Keys that no query is far enough from are in no chunk.
+        new = torch.zeros_like if delay else torch.empty_like
+        dq, dk, dv, d_scale = torch.empty_like(q), new(k), new(v), torch.empty_like(u)
+        numbers = pointer(runs, q)
+        with on(q.device):
+            for n in launch.slices(frames.before):
+                part, enter = frames[n], entering[n]
+                rows = (q[n], k[n], v[n], dout[n], q_gauge[n], k_gauge[n], part.key_scale, numbers[n], row_scale[n])
+                tiles = {"LOCAL": True, "RUNS": runs is not None, **launch.wide_tiles}
+                state = launch.sums(q[n], dout[n], alpha[n], beta[n], q_gauge[n], span=CHUNK)
+                state = launch.run_through(state, part.left(), reverse=True)  # R
+                kernels.values_vjp[_chunks(q), len(enter)](
+                    *rows, inverse_den[n], enter, launch.map.weight, launch.map.shift, state[0],
+                    dv[n], length, delay, *launch.sizes, **tiles,
+                )  # fmt: skip
+                kernels.features_vjp[_chunks(q), len(enter)](
+                    *rows, inverse_den[n], u[n], enter, enter, launch.map.weight, launch.map.shift, *state,
+                    dk[n], d_scale[n], length, delay, *launch.sizes, launch.head_dim**-0.5, KEYS=True, **tiles,
+                )  # fmt: skip
+                del state  # two would be twice the memory
+                state = _states(launch, k[n], v[n], k_gauge[n], part, delay)
+                kernels.features_vjp[_chunks(q), len(enter)](
+                    *rows, inverse_den[n], u[n], alpha[n], beta[n], launch.map.weight, launch.map.shift, *state,
+                    dq[n], d_scale[n], length, delay, *launch.sizes, launch.head_dim**-0.5, KEYS=False, **tiles,
+                )  # fmt: skip
+                del state
+        d_decay = None
+        if ctx.has_decay_grad:
+            # d(−γ(i − j)) taken apart into keys and queries, as in the PyTorch version.
+            positions = torch.arange(d_scale.shape[1], device=q.device, dtype=torch.float64)
+            d_decay = d_scale.double() @ (positions - delay)
+            if dlse is not None:
+                d_decay -= dlse[..., 0].double() @ positions[:length]
+            d_decay = d_decay[:, None, None].to(v)
+        return dq, dk, dv, d_decay, None, None, None, None
+
+
+class _TwoPasses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, feature_map: FeatureMap) -> Tensor:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        launch = _Launch(_Map.of(feature_map), q.shape[-1], v.shape[-1])
+        with on(q.device):
+            (q_gauge, _), (k_gauge, k_scale) = launch.measure(q), launch.measure(k, hidden)
+            key_scale = _at_positions(k_scale, k.shape[1], 0, fill=-torch.inf)
+            entering = torch.exp(key_scale - key_scale.amax(1, keepdim=True).clamp_(min=NOTHING))
+            sums, ones = _total(launch.sums(k, v, entering, entering, k_gauge, span=SPAN))
+            out = v.new_empty(*q.shape[:2], v.shape[-1])
+            inverse_den = q.new_empty(len(q), _chunks(q) * CHUNK)
+            kernels.attend[_chunks(q), len(q)](
+                q, q, q, q_gauge, q, q, q, q, q, q, launch.map.weight, launch.map.shift, sums, ones,
+                out, q, inverse_den, q, q.shape[1], 0, *launch.sizes,
+                LOCAL=False, RUNS=False, **launch.wide_tiles,
+            )  # fmt: skip
+        ctx.launch = launch
+        ctx.save_for_backward(q, k, v, q_gauge, k_gauge, key_scale, entering, out, inverse_den, sums, ones)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, q_gauge, k_gauge, key_scale, entering, out, inverse_den, *state = ctx.saved_tensors
+        launch, dout = ctx.launch, dout.contiguous()
+        u = inverse_den * _at_positions(-(dout * out).sum(-1), q.shape[1], 0, fill=0.0)
+        dq, dk, dv, d_scale = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(entering)
+        tiles = {"LOCAL": False, "RUNS": False, **launch.wide_tiles}
+        rows = (q, k, v, dout, q_gauge, k_gauge, key_scale, q, q, q)
+        weights, norm = (launch.map.weight, launch.map.shift), launch.head_dim**-0.5
+        with on(q.device):
+            d_state = _total(launch.sums(q, dout, inverse_den, u, q_gauge, span=SPAN))  # R
+            kernels.values_vjp[_chunks(k), len(k)](
+                *rows, entering, *weights, d_state[0], dv, k.shape[1], 0, *launch.sizes, **tiles
+            )
+            kernels.features_vjp[_chunks(k), len(k)](
+                *rows, q, entering, entering, *weights, *d_state, dk, d_scale, k.shape[1], 0, *launch.sizes, norm,
+                KEYS=True, **tiles,
+            )  # fmt: skip
+            kernels.features_vjp[_chunks(q), len(q)](
+                *rows, q, inverse_den, u, *weights, *state, dq, d_scale, q.shape[1], 0, *launch.sizes, norm,
+                KEYS=False, **tiles,
+            )  # fmt: skip
+        return dq, dk, dv, None, None
+
+
+def _states(launch: _Launch, k: Tensor, v: Tensor, gauge: Tensor, frames: _Frames, delay: int) -> tuple[Tensor, Tensor]:
+    """The state before each chunk: (N, chunks, m, e) and (N, chunks, m)."""
+    entering = frames.entering()
+    sums = launch.sums(k, v, entering, entering, gauge, span=CHUNK, offset=delay)
+    return launch.run_through(sums, frames.left(), reverse=False)
+
+
+def _total(parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    sums, ones = parts
+    return sums.sum(1), ones.sum(1)
+
+
+def _at_positions(x: Tensor, length: int, delay: int, *, fill: float) -> Tensor:
+    """x (N, L) moved ``delay`` positions on, in whole chunks: (N, T)."""
+    return F.pad(x[:, : length - delay], (delay, -length % CHUNK), value=fill)
+
+
+def _chunks(x: Tensor) -> int:
+    return triton.cdiv(x.shape[1], CHUNK)

@@ -1,0 +1,56 @@
+"""What every launch of our Triton kernels needs to know of the machine and the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+from torch import Tensor
+
+from longseq.attention import triton_kernels
+from longseq.attention.feature_maps import FeatureMap, Generalised, PositiveExponential
+
+# Without a GPU the kernels can only be interpreted: TRITON_INTERPRET=1, set before triton is imported.
+INTERPRETED = not isinstance(triton_kernels.measure, triton.runtime.JITFunction)
+
+
+WIDEST = 128  # head_dim and value_dim; wider tiles do not fit beside each other
+CAPABILITY = (8, 0)  # TF32 tensor cores
+
+
+def unsupported(feature_map: FeatureMap | None, rows: Sequence[Tensor]) -> str | None:
+    """Why the kernels cannot compute attention of these rows (N, L, ·) with this feature map; None if they can."""
+    device, widest = rows[0].device, max(x.shape[-1] for x in rows)
+    if not INTERPRETED:
+        if device.type != "cuda" or torch.version.hip:
+            return f"the kernels run on NVIDIA GPUs, and the tensors are on {device}"
+        if torch.cuda.get_device_capability(device) < CAPABILITY:
+            return f"the kernels need compute capability {CAPABILITY}; {torch.cuda.get_device_name(device)} has less"
+    if rows[0].dtype != torch.float32:
+        return f"the kernels compute in torch.float32, and the inputs are {rows[0].dtype}"
+    if widest > WIDEST:
+        return f"head_dim and value_dim may be up to {WIDEST}, and one is {widest}"
+    if len(rows[0]) > 65535:
+        return f"batch · heads may be up to 65535 and is {len(rows[0])}"
+    exponential = feature_map is None or isinstance(feature_map, PositiveExponential)
+    relu = isinstance(feature_map, Generalised) and feature_map.activation.value is torch.relu_
+    if not exponential and not relu:
+        return "of the kernels, only softmax, hyperbolic, oprf, smreg, relu and relu_direct are written in Triton"
+    return None
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def padded(width: int) -> int:
+    """The size of a tile that many columns wide: tl.dot wants a power of two, and at least 16."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def pointer(x: Tensor | None, unused: Tensor) -> Tensor:
+    """A kernel wants a pointer also where it reads nothing."""
+    return unused if x is None else x

@@ -1,0 +1,371 @@
+"""The Triton kernels against the PyTorch operations in float64: on a GPU where there is one, else interpreted.
+
+All memory that a kernel should write holds NaN before.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from tests.longseq.attention import cases
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from longseq.attention import backends, favor_attention
+from longseq.attention.bidirectional import bidirectional_attention
+from longseq.attention.feature_maps import feature_map
+from longseq.attention.scan import scan
+from longseq.attention.window import window_attention
+
+pytest.importorskip("triton")
+
+from longseq.attention import triton_backend, triton_launch, triton_window
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROWS, HEAD_DIM, VALUE_DIM, FEATURES = 2, 24, 40, 100  # no power of two
+BLIND = -1e20  # a log-denominator below is that of a query without keys
+
+# The interpreter computes both sides of every tl.where.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+needs_kernels = pytest.mark.skipif(
+    DEVICE == "cpu" and not triton_launch.INTERPRETED, reason="no GPU, and triton was imported uninterpreted"
+)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_buffers() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True, warn_only=True)  # of the PyTorch versions, not all are on a GPU
+    assert torch.empty(3, device=DEVICE).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def interpreted_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes its time for every operation on a tile, of whatever size."""
+    monkeypatch.setattr(triton_backend, "SPAN", 64)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(triton_backend, "FEATURES", 64)  # two blocks
+        monkeypatch.setattr(triton_window, "STEP", 64)
+
+
+def rows(length: int, **kinds: bool) -> dict[str, Tensor]:
+    """q, k, v and of the optional arguments those asked for."""
+    rng = torch.Generator().manual_seed(length)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng).to(DEVICE)
+
+    given = {
+        "q": random(ROWS, length, HEAD_DIM),
+        "k": random(ROWS, length, HEAD_DIM),
+        "v": random(ROWS, length, VALUE_DIM),
+        "hidden": random(ROWS, length) < -0.5,
+        "runs": (random(ROWS, length) > 1.8).cumsum(1),
+        "decay": torch.tensor([0.03, 0.4], device=DEVICE).view(ROWS, 1, 1),
+    }
+    return {name: x for name, x in given.items() if kinds.get(name, name in "qkv")}
+
+
+def results(operation: Callable[..., Tensor | tuple[Tensor, Tensor]], given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """out, lse, and the gradients of a fixed function of both, of everything that can have one."""
+    given = {n: x.detach().clone().requires_grad_() if x.is_floating_point() else x for n, x in given.items()}
+    learned = {name: x for name, x in given.items() if x.requires_grad}
+    with torch.enable_grad():
+        found = operation(**given)
+    out, lse = found if isinstance(found, tuple) else (found, found.new_zeros(1))
+    lse = torch.where(lse < BLIND, 0.0, lse)
+    rng = torch.Generator().manual_seed(1)
+    loss = sum((x * torch.randn(x.shape, generator=rng).to(x)).sum() for x in (out, lse))
+    grads = torch.autograd.grad(loss, list(learned.values()), materialize_grads=True)
+    return {"out": out.detach(), "lse": lse.detach(), **{"d" + n: g for n, g in zip(learned, grads, strict=True)}}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    for name, x in expected.items():
+        error = (found[name].double() - x).norm() / x.norm().clamp_min(1.0)
+        assert error < tolerance, f"{name}: {error:.1e}"
+
+
+def maps(kernel: str, head_dim: int = HEAD_DIM) -> tuple[object, object]:
+    """In fp32 and in float64."""
+    a = -0.05 if kernel == "oprf" else 0.0
+    return tuple(
+        feature_map(kernel, FEATURES, head_dim, oprf_a=a, dtype=dtype, device=DEVICE)
+        for dtype in (torch.float32, torch.float64)
+    )
+
+
+def double(given: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.double() if x.is_floating_point() else x for name, x in given.items()}
+
+
+def poison_hidden(given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """NaN in every hidden k and v: none may be used."""
+    if "hidden" not in given:
+        return given
+    mask = given["hidden"][..., None]
+    return {name: x.masked_fill(mask, torch.nan) if name in "kv" else x for name, x in given.items()}
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("kernel", "length", "delay", "kinds"),
+    [
+        ("softmax", 1, 0, ()),
+        ("softmax", 2, 1, ()),
+        ("softmax", 127, 0, ()),
+        ("hyperbolic", 128, 0, ("hidden",)),
+        ("oprf", 129, 3, ("decay",)),
+        ("smreg", 100, 64, ("runs",)),
+        ("relu", 129, 0, ("runs", "hidden")),
+        ("relu", 127, 70, ("decay",)),
+        ("relu_direct", 65, 1, ()),
+        ("softmax", 65, 500, ("hidden", "runs", "decay")),
+        ("softmax", 301, 37, ("hidden", "runs", "decay")),
+    ],
+)
+def test_scan_and_its_gradients_equal_the_float64_scan(kernel, length, delay, kinds):
+    phi, exact_phi = maps(kernel)
+    given = rows(length, **dict.fromkeys(kinds, True))
+    expected = results(lambda q, k, v, **x: scan(q, k, v, exact_phi, delay=delay, **x), double(given))
+    found = results(lambda q, k, v, **x: triton_backend.scan(q, k, v, phi, delay=delay, **x), poison_hidden(given))
+    assert_same(found, expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("kernel", "queries", "length", "kinds"),
+    [
+        ("softmax", 1, 1, ()),
+        ("softmax", 40, 200, ("hidden",)),
+        ("hyperbolic", 70, 2, ()),
+        ("oprf", 127, 127, ("hidden",)),
+        ("relu", 65, 129, ("hidden",)),
+    ],
+)
+def test_bidirectional_and_its_gradients_equal_those_in_float64(kernel, queries, length, kinds):
+    phi, exact_phi = maps(kernel)
+    given = rows(length, **dict.fromkeys(kinds, True))
+    given["q"] = rows(queries)["q"]
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None = None) -> Tensor:
+        return bidirectional_attention(q, k, v, exact_phi, hidden)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None = None) -> Tensor:
+        return triton_backend.bidirectional_attention(q, k, v, phi, hidden)
+
+    assert_same(results(ours, poison_hidden(given)), results(plain, double(given)))
+
+
+@needs_kernels
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both sides"])
+@pytest.mark.parametrize(
+    ("length", "window", "kinds"),
+    [
+        (1, 7, ()),
+        (2, 1, ()),
+        (129, 1, ("hidden",)),
+        (129, 64, ("decay",)),
+        (127, 500, ("runs",)),
+        (301, 65, ("hidden", "runs", "decay")),
+    ],
+)
+def test_window_and_its_gradients_equal_the_float64_window(causal, length, window, kinds):
+    given = rows(length, **dict.fromkeys(kinds, True))
+    options = {"window": window, "causal": causal}
+    expected = results(lambda **x: window_attention(**x, **options), double(given))
+    found = results(lambda **x: triton_window.window_attention(**x, **options), poison_hidden(given))
+    assert_same(found, expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both sides"])
+@pytest.mark.parametrize("window", [0, 20])
+def test_the_door_with_every_option_equals_the_quadratic_reference(causal, window):
+    q, k, v = (t.detach() for t in cases.inputs(70))
+    options: dict[str, object] = {
+        "causal": causal,
+        "window": window,
+        "key_padding": torch.rand(cases.BATCH, 70, generator=torch.Generator().manual_seed(0)) > 0.2,
+        "segments": torch.arange(70).expand(cases.BATCH, -1) // 30,
+        "decay": torch.tensor([0.0, 0.01, 0.1]),
+    }
+    if window:
+        options["far_share"] = torch.tensor([-1.0, 0.0, 0.5])
+    expected = cases.reference(q, k, v, **options)
+    on_device = {n: x.to(DEVICE) if isinstance(x, Tensor) else x for n, x in options.items()}
+    out = favor_attention(
+        *(t.to(DEVICE) for t in (q, k, v)), features=cases.FEATURES, backend="triton", **on_device
+    )  # fmt: skip
+    torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kernel", ["softmax", "relu"])
+@pytest.mark.parametrize("position", [1, 64, 100])
+def test_causal_output_ignores_later_keys_to_the_last_bit(kernel, position):
+    phi, _ = maps(kernel)
+    given = rows(129)
+    later = {n: x.clone() for n, x in given.items()}
+    later["k"][:, position:] *= 1e3
+    later["v"][:, position:] = -7.0
+    for operation in (
+        lambda q, k, v: triton_backend.scan(q, k, v, phi),
+        lambda q, k, v: triton_window.window_attention(q, k, v, window=50, causal=True),
+    ):
+        for before, after in zip(operation(**given), operation(**later), strict=True):
+            assert torch.equal(before[:, :position], after[:, :position])
+            assert not torch.equal(before[:, position:], after[:, position:])
+
+
+@needs_kernels
+def test_the_same_call_gives_the_same_bits_whatever_is_in_memory_at_a_time(monkeypatch):
+    phi, _ = maps("softmax")
+    given = rows(100, runs=True)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, runs: Tensor) -> tuple[Tensor, Tensor]:
+        return triton_backend.scan(q, k, v, phi, runs=runs)
+
+    at_once = results(ours, given)
+    monkeypatch.setattr(triton_backend, "STATE_BYTES", 1)
+    in_turn = results(ours, given)
+    assert all(torch.equal(at_once[name], in_turn[name]) for name in at_once)
+
+
+@needs_kernels
+@pytest.mark.parametrize("magnitude", [1e-4, 1e4])
+def test_inputs_of_any_magnitude_give_finite_outputs_and_gradients(magnitude):
+    phi, _ = maps("softmax")
+    given = rows(70)
+    given["q"], given["k"] = magnitude * given["q"], magnitude * given["k"]
+    found = results(lambda q, k, v: triton_backend.scan(q, k, v, phi), given)
+    assert all(x.isfinite().all() for x in found.values())
+    assert found["out"].abs().max() <= given["v"].abs().max() * 1.001
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_a_nan_in_the_inputs_is_not_hidden(name):
+    phi, _ = maps("relu")
+    given = rows(70)
+    given[name][:, 30] = torch.nan
+    assert triton_backend.scan(**given, feature_map=phi)[0][:, 30].isnan().all()
+    assert triton_backend.bidirectional_attention(**given, feature_map=phi, hidden=None)[:, 30].isnan().all()
+
+
+class _Largest(TorchDispatchMode):
+    """The largest tensor that an operation made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        made = func(*args, **(kwargs or {}))
+        for x in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(x, Tensor) and x.is_floating_point():  # the interpreter copies bytes
+                self.numel = max(self.numel, x.numel())
+        return made
+
+
+@needs_kernels
+def test_no_features_in_memory():
+    length = features = 128
+    phi = feature_map("softmax", features, 16, device=DEVICE)
+    q, k, v = (torch.randn(1, length, 16, device=DEVICE, requires_grad=True) for _ in range(3))
+    with _Largest() as largest:
+        out, lse = triton_backend.scan(q, k, v, phi)
+        (out.sum() + lse.sum()).backward()
+        triton_backend.bidirectional_attention(q, k, v, phi, None).sum().backward()
+    # The largest are the states: m · e a chunk. Features would be m a row.
+    assert largest.numel <= length * features / 4
+
+
+def test_auto_is_triton_on_a_gpu_and_torch_elsewhere():
+    q = torch.zeros(1, 4, 8)
+    phi = feature_map("softmax", 16, 8)
+    assert isinstance(backends.choose("auto", phi, (q, q, q)), backends.Torch)
+    if DEVICE == "cuda":
+        on_gpu = (q.cuda(),) * 3
+        assert isinstance(backends.choose("auto", phi, on_gpu), backends.Triton)
+        assert isinstance(backends.choose("auto", feature_map("cos", 16, 8), on_gpu), backends.Torch)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"kernel": "cos"}, "only softmax, .* are written in Triton"),
+        ({"kernel": "exp"}, "only softmax, .* are written in Triton"),
+        ({"dtype": torch.float64}, "compute in torch.float32, and the inputs are torch.float64"),
+        ({"head_dim": 200}, "head_dim and value_dim may be up to 128, and one is 200"),
+    ],
+)
+def test_what_the_kernels_cannot_do_is_refused_with_a_way_out(change, sentence):
+    asked = {"kernel": "softmax", "dtype": torch.float32, "head_dim": 8, **change}
+    q = torch.zeros(1, 1, 4, asked["head_dim"], dtype=asked["dtype"], device=DEVICE)
+    with pytest.raises(ValueError, match=f'{sentence}.*backend="torch" can'):
+        favor_attention(q, q, q, kernel=asked["kernel"], backend="triton")
+
+
+def _python(program: str) -> str:
+    """What a fresh interpreter of Python prints that may not interpret kernels."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_triton_is_imported_only_when_asked_for_and_refuses_a_cpu():
+    printed = _python("""
+import sys, torch
+from longseq.attention import favor_attention
+q = torch.zeros(1, 1, 4, 8)
+favor_attention(q, q, q)
+print("triton" in sys.modules)
+try:
+    favor_attention(q, q, q, backend="triton")
+except ValueError as error:
+    print(error)
+""")
+    assert printed.startswith("False\n")
+    assert "run on NVIDIA GPUs, and the tensors are on cpu" in printed
+    assert 'backend="torch" can' in printed
+
+
+def test_every_kernel_compiles_for_a_gpu():
+    """The interpreter lets pass what the compiler does not. Compiling needs no GPU."""
+    printed = _python("""
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from longseq.attention import triton_kernels as k, triton_window as w
+
+FLOATS, INTEGERS = ("norm", "log_constant", "scale"), "length total offset span m d e delay chunks width window zero"
+TYPES = {**dict.fromkeys(FLOATS, "fp32"), **dict.fromkeys(INTEGERS.split(), "i32"), "hidden": "*u8", "same": "*u8",
+         "runs": "*i32", "run_before": "*i32"}
+
+def build(kernel, **constants):
+    sizes = {**dict.fromkeys(("C", "B", "STEP", "F", "D", "E", "BLOCK"), 16), **constants}
+    constants = {p.name: sizes.get(p.name, True) for p in kernel.params if p.is_constexpr}
+    types = {p.name: "constexpr" if p.is_constexpr else TYPES.get(p.name, "*fp32") for p in kernel.params}
+    triton.compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", 80, 32), options={"num_warps": 1})
+    print(kernel.__name__)
+
+for kernel in (k.measure, k.carry, k.add_up, k.run_through, k.attend, k.values_vjp, k.features_vjp):
+    build(kernel)
+build(k.attend, LOCAL=False, RUNS=False)
+build(k.values_vjp, LOCAL=False, RUNS=False, EXPONENTIAL=False)
+build(k.features_vjp, LOCAL=False, RUNS=False, KEYS=True)
+build(k.features_vjp, LOCAL=False, RUNS=False, KEYS=False, EXPONENTIAL=False)
+build(k.features_vjp, KEYS=False)
+for kernel in (w.attend_near, w.queries_vjp_near, w.keys_vjp_near):
+    build(kernel, CAUSAL=False)
+""")
+    assert len(printed.split()) == 15
