@@ -49,7 +49,7 @@ _LOG2E = math.log2(math.e)
 CHUNK = 64
 # Chunks whose features exist at a time; one state is kept for each group. At m = 256 and e = 64 a state is 67 KB:
 # 260 bytes a token and head.
-GROUP = 4
+GROUP = 2
 
 
 def scan(
@@ -105,24 +105,23 @@ class _Scan(torch.autograd.Function):
                 kept += [sums.clone(), log_scale]
             group = rows.load(start, stop)
             fq, q_scale = feature_map.queries(group.q)
-            totals, row_scales = [], []
+            scales = rows.scales(group, log_scale)
+            entering = group.values * scales.entering
+            total = torch.empty_like(entering)  # (G, N, C, e + 1)
             for index in range(len(fq)):
-                scales = rows.scales(group, index, log_scale)
-                total = torch.bmm(fq[index], sums).mul_(scales.carried)
-                attention = torch.bmm(fq[index], group.fk[index].mT).mul_(scales.weights)
-                totals.append(total.baddbmm_(attention, group.values[index]))
-                row_scales.append(scales.row_scale)
-                sums.mul_(scales.left).baddbmm_(group.fk[index].mT, group.values[index] * scales.entering)
-                log_scale = rows.at_next(scales.after)
-            total = torch.stack(totals)  # (G, N, C, e + 1)
+                torch.bmm(fq[index], sums, out=total[index])
+                sums.mul_(scales.left[index]).baddbmm_(group.fk[index].mT, entering[index])
+            attention = _products(fq, group.fk.mT).mul_(scales.weights)
+            _add_products(total.mul_(scales.carried), attention, group.values)
             den = total[..., value_dim:]
             inv = inverse(den, feature_map.positive)
-            log_den = den.abs().log_().add_(torch.stack(row_scales)).add_(q_scale)
+            log_den = den.abs().log_().add_(scales.row_scale).add_(q_scale)
             if group.offsets is not None:
                 log_den -= group.offsets
             _put(out, start, stop, total[..., :value_dim] * inv)
             _put(lse, start, stop, log_den.masked_fill_(inv == 0, NOTHING))
             _put(inverse_den, start, stop, inv)
+            log_scale = scales.after
         ctx.feature_map, ctx.delay = feature_map, delay
         ctx.save_for_backward(q, k, v, decay, hidden, runs, out, inverse_den, *kept)
         ctx.set_materialize_grads(False)
@@ -139,36 +138,34 @@ class _Scan(torch.autograd.Function):
         dk[:, no_keys], dv[:, no_keys] = 0.0, 0.0
         d_decay = None if decay is None or not ctx.needs_input_grad[3] else torch.zeros_like(decay, dtype=torch.float64)
         later = torch.zeros_like(kept[0])  # R
-        before = later.new_empty(GROUP, *later.shape)  # the state before each chunk of a group
+        states, laters = (later.new_empty(GROUP, *later.shape) for _ in range(2))  # before and behind each chunk
         for number, (start, stop) in reversed(list(enumerate(rows.groups()))):
             group = rows.load(start, stop)
             fk, values = group.fk, group.values
             fq, _ = ctx.feature_map.queries(group.q)
+            size = len(fq)
             grad = with_ones(rows.cut(dout, start, stop))  # g (G, N, C, e + 1)
             grad[..., -1] = -(grad[..., :-1] * rows.cut(out, start, stop)).sum(-1)
             if dlse is not None:
                 grad[..., -1:] += rows.cut(dlse, start, stop)
             grad *= rows.cut(inverse_den, start, stop)
 
-            before[0], log_scale = kept[2 * number : 2 * number + 2]
-            scales = [rows.scales(group, 0, log_scale)]
-            for index in range(1, len(fq)):
-                last = scales[-1]
-                torch.mul(before[index - 1], last.left, out=before[index])
-                before[index].baddbmm_(fk[index - 1].mT, values[index - 1] * last.entering)
-                scales.append(rows.scales(group, index, rows.at_next(last.after)))
+            states[0], log_scale = kept[2 * number : 2 * number + 2]
+            scales = rows.scales(group, log_scale)
+            entering, reading = values * scales.entering, grad * scales.carried
+            for index in range(1, size):
+                torch.mul(states[index - 1], scales.left[index - 1], out=states[index])
+                states[index].baddbmm_(fk[index - 1].mT, entering[index - 1])
+            laters[size - 1] = later
+            for index in reversed(range(size)):
+                sums = later if index == 0 else laters[index - 1]
+                torch.mul(laters[index], scales.left[index], out=sums).baddbmm_(fq[index].mT, reading[index])
 
-            dfq, dfk, d_values = torch.empty_like(fq), torch.empty_like(fk), torch.empty_like(values)
-            for index in reversed(range(len(fq))):
-                s = scales[index]
-                grad_read = grad[index] * s.carried
-                attention = torch.bmm(fq[index], fk[index].mT).mul_(s.weights)
-                d_attention = torch.bmm(grad[index], values[index].mT).mul_(s.weights)
-                torch.bmm(grad_read, before[index].mT, out=dfq[index]).baddbmm_(d_attention, fk[index])
-                torch.bmm(values[index] * s.entering, later.mT, out=dfk[index]).baddbmm_(d_attention.mT, fq[index])
-                torch.bmm(fk[index], later, out=d_values[index]).mul_(s.entering)
-                d_values[index].baddbmm_(attention.mT, grad[index])
-                later.mul_(s.left).baddbmm_(fq[index].mT, grad_read)
+            attention = _products(fq, fk.mT).mul_(scales.weights)
+            d_values = _add_products(_products(fk, laters[:size]).mul_(scales.entering), attention.mT, grad)
+            d_attention = _products(grad, values.mT).mul_(scales.weights)
+            dfq = _add_products(_products(reading, states[:size].mT), d_attention, fk)
+            dfk = _add_products(_products(entering, laters[:size].mT), d_attention.mT, fq)
 
             if d_decay is not None:
                 d_decay += _moment(rows.join((dfk * fk).sum(-1, keepdim=True)), start - ctx.delay)
@@ -198,14 +195,14 @@ class _Group:
 
 @dataclass(frozen=True)
 class _Scales:
-    """Every exponential of log-scales that one chunk needs."""
+    """Every exponential of log-scales that a group needs; c' is c after the chunk's own keys."""
 
-    row_scale: Tensor  # M (N, C, 1)
-    weights: Tensor  # exp(b_j − M_i), 0 where i does not see j: (N, C, C)
-    carried: Tensor  # exp(c − M_i), 0 where the state is another document's: (N, C, 1)
-    after: Tensor  # c' (N, 1, 1)
-    entering: Tensor  # exp(b_j − c'), 0 for keys of a document that has ended: (N, C, 1)
-    left: Tensor  # exp(c − c'), 0 where the state's document has ended: (N, 1, 1)
+    row_scale: Tensor  # M (G, N, C, 1)
+    weights: Tensor  # exp(b_j − M_i), 0 where i does not see j: (G, N, C, C)
+    carried: Tensor  # exp(c − M_i), 0 where the state is another document's: (G, N, C, 1)
+    entering: Tensor  # exp(b_j − c'), 0 for keys of a document that has ended: (G, N, C, 1)
+    left: Tensor  # exp(c − c'), 0 where the state's document has ended: (G, N, 1, 1)
+    after: Tensor  # c behind the last chunk, counted from there: (N, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -264,35 +261,56 @@ class _Rows:
         seen = positions >= positions.T
         return _Group(q, k, fk, scale, with_ones(v), q_runs, k_runs, runs_before, offsets, seen)
 
-    def scales(self, group: _Group, index: int, before: Tensor) -> _Scales:
-        """What chunk ``index`` needs, given the state's log-scale c before it, counted from the chunk's start."""
-        scale = group.scale[index]
+    def scales(self, group: _Group, before: Tensor) -> _Scales:
+        """Every exponential of log-scales, given the state's log-scale c before the group, from the group's start."""
+        scale = group.scale
         if group.q_runs is None or group.k_runs is None or group.runs_before is None:
-            row_scale = torch.maximum(scale.cummax(1).values, before)
+            so_far = scale.cummax(2).values
+            c, after, behind = self._through(so_far[:, :, -1:], None, before)
+            row_scale = torch.maximum(so_far, c)
             # exp2 is several times quicker than exp; the infinity that a later key may give is cut off, not multiplied.
             weights = torch.sub(scale.mT * _LOG2E, row_scale * _LOG2E).exp2_().tril_()
-            carried = torch.exp(before - row_scale)
             return _Scales(
-                row_scale, weights, carried, row_scale[:, -1:], torch.exp(scale - row_scale[:, -1:]), carried[:, -1:]
+                row_scale, weights, torch.exp(c - row_scale), torch.exp(scale - after), torch.exp(c - after), behind
             )
-        q_runs, k_runs, run_before = group.q_runs[index], group.k_runs[index], group.runs_before[index]
-        visible = scale.mT.masked_fill(~(group.seen & (q_runs == k_runs.mT)), -torch.inf)  # (N, C, C)
-        reads = torch.where(q_runs == run_before, before, NOTHING)
-        row_scale = torch.maximum(visible.amax(-1, keepdim=True), reads)
-        carried = torch.exp(before - row_scale).masked_fill_(q_runs != run_before, 0.0)
-        last = k_runs[:, -1:]
-        scale = scale.masked_fill(k_runs != last, -torch.inf)
-        after = torch.maximum(scale.amax(1, keepdim=True), torch.where(run_before == last, before, NOTHING))
-        left = torch.exp(before - after).masked_fill_(run_before != last, 0.0)
-        return _Scales(row_scale, visible.sub_(row_scale).exp_(), carried, after, torch.exp(scale - after), left)
+        visible = scale.mT.masked_fill(~(group.seen & (group.q_runs == group.k_runs.mT)), -torch.inf)
+        reads, last = group.q_runs == group.runs_before, group.k_runs[:, :, -1:]
+        scale = scale.masked_fill(group.k_runs != last, -torch.inf)  # what the state takes in
+        goes_on = group.runs_before == last
+        c, after, behind = self._through(scale.amax(2, keepdim=True), goes_on, before)
+        row_scale = torch.maximum(visible.amax(-1, keepdim=True), torch.where(reads, c, NOTHING))
+        carried = torch.exp(c - row_scale).masked_fill_(~reads, 0.0)
+        left = torch.exp(c - after).masked_fill_(~goes_on, 0.0)
+        return _Scales(row_scale, visible.sub_(row_scale).exp_(), carried, torch.exp(scale - after), left, behind)
 
-    def at_next(self, log_scale: Tensor) -> Tensor:
-        """The state's log-scale counted from the start of the next chunk."""
-        return log_scale if self.decay is None else log_scale - CHUNK * self.decay
+    def _through(self, top: Tensor, goes_on: Tensor | None, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The state's log-scale before and after each chunk (G, N, 1, 1), and behind the last, counted from there.
+
+        top: the largest log-scale among each chunk's keys that enter the state; goes_on: whether what the state held
+        stays in it, or None if it always does.
+        """
+        befores, afters = [], []
+        for index, chunk_top in enumerate(top):
+            befores.append(before)
+            held = before if goes_on is None else torch.where(goes_on[index], before, NOTHING)
+            afters.append(torch.maximum(chunk_top, held))
+            before = afters[-1] if self.decay is None else afters[-1] - CHUNK * self.decay
+        return torch.stack(befores), torch.stack(afters), before
 
     def join(self, x: Tensor) -> Tensor:
         """The inverse of :meth:`cut`: (N, G · C, ·)."""
         return x.transpose(0, 1).flatten(1, 2)
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b for stacks (G, N, ·, ·) of matrices."""
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
+
+
+def _add_products(to: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """to += a @ b, in place."""
+    to.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
+    return to
 
 
 def _put(target: Tensor, start: int, stop: int, x: Tensor) -> None:
