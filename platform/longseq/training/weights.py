@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from longseq.errors import RunError
 
 
 def full_state_dict(model: nn.Module, zero_stage: int, keep: bool) -> dict[str, Tensor]:
-    """Every parameter in full, on the CPU. All ranks must call it; those that do not ``keep`` get an empty dict."""
-    state: dict[str, Tensor] = {}
+    """The state dict in full, on the CPU. All ranks must call it; those that do not ``keep`` get an empty one."""
+    persistent = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}  # the same on all ranks
+    state = {name: buffer.detach().cpu().clone() for name, buffer in buffers.items()} if keep else {}
     for name, parameter in model.named_parameters():
         if zero_stage == 3:
             import deepspeed
@@ -32,20 +33,21 @@ def save_weights(state: dict[str, Tensor], path: Path) -> None:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a safetensors file into a model, in fp32. Nothing is unpickled.
+    """Load a safetensors file into a model, weights in fp32. Nothing is unpickled.
 
     Raises:
         RunError: if the file holds the weights of another architecture.
     """
     from safetensors.torch import load_file
 
-    state = {name: tensor.to(torch.float32) for name, tensor in load_file(path).items()}
+    state = {name: t.float() if t.is_floating_point() else t for name, t in load_file(path).items()}
     have = {name: tuple(tensor.shape) for name, tensor in state.items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in sorted(wanted.keys() | have.keys()):
-        if have.get(name) != wanted.get(name):
+        # A kernel's constant is no weight: FavorAttention does without it, or drops it.
+        if not name.endswith("oprf_constant") and have.get(name) != wanted.get(name):
             raise RunError(
                 f"{path}: {name} is {have.get(name, 'missing')}, the configured model wants "
-                f"{wanted.get(name, 'none')}: leave model.* and attention.qk_norm as the run has them."
+                f"{wanted.get(name, 'none')}: leave model.* and attention.* (but for kind, features and window) as the run has them."
             )
     model.load_state_dict(state)
