@@ -48,6 +48,6 @@ def load_weights(model: nn.Module, path: Path) -> None:
         if not name.endswith("oprf_constant") and have.get(name) != wanted.get(name):
             raise RunError(
                 f"{path}: {name} is {have.get(name, 'missing')}, the configured model wants "
-                f"{wanted.get(name, 'none')}: leave model.* and attention.* (but for kind, features and window) as the run has them."
+                f"{wanted.get(name, 'none')}: leave model.* and the learned parts of attention.* as the run has them."
             )
     model.load_state_dict(state)
