@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longseq.attention.feature_maps import FeatureMap
-from longseq.attention.state import AttentionState, inverse, with_ones
+from longseq.attention.state import AttentionState, in_full_precision, inverse, with_ones
 
 # Nothing here grows with the square of a chunk: long enough for efficient products, short enough for the cache.
 CHUNK = 128
@@ -79,6 +79,7 @@ class _TwoPasses(torch.autograd.Function):
         return out
 
     @staticmethod
+    @in_full_precision
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, hidden, out, inverse_den, sums, log_scale = ctx.saved_tensors

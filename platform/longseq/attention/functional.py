@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longseq.attention import backends
-from longseq.attention.feature_maps import FeatureMap, feature_map
+from longseq.attention.feature_maps import KERNELS, FeatureMap, feature_map
 from longseq.attention.parts import Part, combine
 
 
@@ -75,6 +75,8 @@ def favor_attention(
     """
     segments = _check(q, k, v, causal, window, key_padding, segments, cu_seqlens, far_share, decay)
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    if kernel not in KERNELS:
+        raise ValueError(f"unknown kernel {kernel!r}; the kernels are {', '.join(KERNELS)}")
     phi = None
     if features or not window:
         phi = feature_map(
@@ -91,6 +93,11 @@ def favor_attention(
         )
     if window and phi and not phi.positive:
         raise ValueError(f"kernel {kernel!r} has features of both signs and cannot share a denominator with a window")
+    if phi and not phi.positive and not causal and (segments is not None or decay is not None):
+        raise ValueError(
+            f"kernel {kernel!r} has features of both signs: bidirectional attention over documents or with a decay "
+            "adds two denominators, which needs features of one sign"
+        )
     batch, heads, length = q.shape[:3]
     hidden = None if key_padding is None else ~key_padding.repeat_interleave(heads, dim=0)
     runs = None if segments is None else _runs(segments).repeat_interleave(heads, dim=0)
@@ -100,8 +107,8 @@ def favor_attention(
         q, k, v_ = (t.flatten(0, 1).to(dtype) for t in (q, k, v))
         rows = q, k, v_
         engine = backends.choose(backend, phi, rows)
-        if not length:
-            return v[:, :, :0]
+        if not length or not k.shape[1]:
+            return v.new_zeros(batch, heads, length, v.shape[-1])
         if phi and not causal and not window and runs is None and rates is None:
             out = engine.bidirectional(*rows, phi, hidden)
         else:
@@ -223,10 +230,10 @@ def _check(
 
 
 def _segments(cu_seqlens: Tensor, batch: int, length: int) -> Tensor:
-    borders = cu_seqlens.tolist() if cu_seqlens.ndim == 1 else []
+    borders = cu_seqlens.tolist() if cu_seqlens.ndim == 1 and not cu_seqlens.is_floating_point() else []
     if batch != 1 or borders[:1] != [0] or borders[-1] != length or any(a > b for a, b in itertools.pairwise(borders)):
         raise ValueError(
-            f"cu_seqlens must rise from 0 to the length {length} over a batch of one; "
+            f"cu_seqlens must be integers that rise from 0 to the length {length} over a batch of one; "
             f"got {borders[:8]}{' …' if len(borders) > 8 else ''} for a batch of {batch}"
         )
     sizes = torch.as_tensor(borders, device=cu_seqlens.device).diff()

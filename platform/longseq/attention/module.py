@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longseq.attention.feature_maps import oprf_a_from_moments, oprf_moments
+from longseq.attention.feature_maps import KERNELS, oprf_a_from_moments, oprf_moments
 from longseq.attention.functional import exact_attention, favor_attention
 from longseq.attention.recurrent import RecurrentState, decode, prefill, prefill_exact
 from longseq.attention.rotary import rotate
@@ -72,6 +72,8 @@ class FavorAttention(nn.Module):
             raise ValueError(f"dim={dim} is not divisible by heads={heads}")
         if kind not in KINDS:
             raise ValueError(f"unknown kind {kind!r}; the kinds are {', '.join(KINDS)}")
+        if kind == "favor" and kernel not in KERNELS:
+            raise ValueError(f"unknown kernel {kernel!r}; the kernels are {', '.join(KERNELS)}")
         self.heads, self.head_dim, self.causal, self.kind = heads, dim // heads, causal, kind
         self.kernel, self.features, self.window, self.projection = kernel, features, window, projection
         self.seed, self.layer, self.draw, self.backend = seed, layer, 0, backend
@@ -194,7 +196,9 @@ class FavorAttention(nn.Module):
             dist.all_reduce(moments)
         if moments[..., -1].min() == 0:
             return  # padding alone, on all ranks: the next batch decides
-        self.oprf_constant.fill_(round(oprf_a_from_moments(moments) / _UNIT))  # type: ignore[operator]
+        a = oprf_a_from_moments(moments)
+        if math.isfinite(a):  # else q or k have overflowed: leave it to a later batch
+            self.oprf_constant.fill_(round(a / _UNIT))  # type: ignore[operator]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # A checkpoint of another kernel has no constant: it is fixed at the first training step here.

@@ -56,20 +56,22 @@ def projection_matrix(
         raise ValueError(f"unknown rows {rows!r}; the row lengths are {', '.join(get_args(Rows))}")
     # A matrix first needed during validation must not become an inference tensor: training would choke on it later.
     with torch.inference_mode(False), torch.no_grad():
-        rng = torch.Generator().manual_seed(_seed_of("projection", seed, layer, draw))
+        rng = torch.Generator("cpu").manual_seed(_seed_of("projection", seed, layer, draw))
         if orthogonal:
             blocks = [_random_rotation(head_dim, rng) for _ in range(-(-features // head_dim))]
-            lengths = torch.randn(features, head_dim, generator=rng, dtype=torch.float64).norm(dim=1, keepdim=True)
+            lengths = torch.randn(features, head_dim, generator=rng, device="cpu", dtype=torch.float64).norm(
+                dim=1, keepdim=True
+            )
             matrix = torch.cat(blocks)[:features] * lengths
         else:
-            matrix = torch.randn(features, head_dim, generator=rng, dtype=torch.float64)
+            matrix = torch.randn(features, head_dim, generator=rng, device="cpu", dtype=torch.float64)
         if rows == "sqrt_d":
             matrix = matrix * (head_dim**0.5 / matrix.norm(dim=1, keepdim=True))
         return matrix.to(device=device, dtype=dtype)
 
 
 def _random_rotation(size: int, rng: torch.Generator) -> Tensor:
-    q, r = torch.linalg.qr(torch.randn(size, size, generator=rng, dtype=torch.float64))
+    q, r = torch.linalg.qr(torch.randn(size, size, generator=rng, device="cpu", dtype=torch.float64))
     # Without the signs of R's diagonal, Q is not uniform over rotations (Mezzadri 2007, section 5).
     return q * r.diagonal().sign()
 

@@ -240,6 +240,8 @@ def decode(q: Tensor, k: Tensor, v: Tensor, state: RecurrentState) -> tuple[Tens
             now = slice(at, at + 1)
             out, state = _step(q_rows[:, now], k_rows[:, now], v_rows[:, now], state)
             outs.append(out)
+    if not outs:
+        return v, state
     return torch.cat(outs, dim=1).view(v.shape).to(v.dtype), state
 
 

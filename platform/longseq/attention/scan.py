@@ -42,7 +42,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longseq.attention.feature_maps import FeatureMap
-from longseq.attention.state import NOTHING, AttentionState, inverse, with_ones
+from longseq.attention.state import NOTHING, AttentionState, in_full_precision, inverse, with_ones
 
 _LOG2E = math.log2(math.e)
 # Shorter chunks have less of the square that grows with them, longer ones fewer passes over the (m, e) state.
@@ -128,6 +128,7 @@ class _Scan(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @in_full_precision
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, decay, hidden, runs, out, inverse_den, *kept = ctx.saved_tensors

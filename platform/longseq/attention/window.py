@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longseq.attention.state import NOTHING
+from longseq.attention.state import NOTHING, in_full_precision
 
 # Longer blocks compute more scores that the window hides, shorter ones make smaller products.
 BLOCK = 128
@@ -128,6 +128,7 @@ class _Window(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @in_full_precision
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, decay, hidden, runs, out, lse = ctx.saved_tensors

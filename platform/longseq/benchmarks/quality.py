@@ -1,8 +1,8 @@
 """``longseq bench quality``: the same small language model with every kind of attention, on character text.
 
-Each file's last tenth is held out. A result is a pure function of (files, sizes, variant, seed); each is kept in a
-file of its own as soon as it is known, so a benchmark that was cut short goes on where it stopped, and several
-processes can share the work of one folder.
+Each file's last tenth is held out. A result is a function of (files, sizes, variant, seed) and of the code; each is
+kept in a file of its own as soon as it is known, so a benchmark that was cut short goes on where it stopped. Processes
+that are given different variants or seeds can fill one folder together. Another version of the code wants a fresh one.
 """
 
 from __future__ import annotations

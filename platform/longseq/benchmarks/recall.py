@@ -11,6 +11,7 @@ Each variant learns the distances one after another, every distance going on fro
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -38,13 +39,13 @@ class RecallRequest:
     a distance is learned.
     """
 
-    distances: tuple[int, ...] = (24, 64, 256, 1024, 2048)  # each at least ``pairs``
+    distances: tuple[int, ...] = (64, 256, 1024, 2048)  # each at least ``pairs``
     pairs: int = 8
     keys: int = 16
     values: int = 16
-    batch: int = 16
-    steps: int = 1000
-    more_steps: int = 150
+    batch: int = 32
+    steps: int = 2500
+    more_steps: int = 300
     enough: float = 0.99
     window: int = 32
     features: int = 128
@@ -88,17 +89,16 @@ def measure(
 ) -> list[Recall]:
     """Train every variant through all distances; results are kept in ``folder`` and not measured twice."""
     folder.mkdir(parents=True, exist_ok=True)
+    asked = hashlib.blake2b(json.dumps(asdict(request), sort_keys=True).encode(), digest_size=4).hexdigest()
     found: list[Recall] = []
     for variant in variants:
-        path = folder / f"{variant}-{seed}.json"
-        kept = json.loads(path.read_text()) if path.exists() else {}
-        if kept.get("request") != json.loads(json.dumps(asdict(request))):
-            results = list(_train(request, variant, seed, tell))
-            kept = {"request": asdict(request), "results": [asdict(result) for result in results]}
+        path = folder / f"{asked}-{variant}-{seed}.json"
+        if not path.exists():
+            results = [asdict(result) for result in _train(request, variant, seed, tell)]
             aside = path.with_suffix(f".{os.getpid()}.tmp")
-            aside.write_text(json.dumps(kept))
+            aside.write_text(json.dumps({"request": asdict(request), "results": results}))
             aside.replace(path)
-        found += [Recall(**result) for result in kept["results"]]
+        found += [Recall(**result) for result in json.loads(path.read_text())["results"]]
     return found
 
 
@@ -134,6 +134,7 @@ def _train(request: RecallRequest, variant: str, seed: int, tell: Callable[[str]
     )
     model = PerformerLM(spec)
     rng = torch.Generator().manual_seed(seed)
+    trained = 0
     for distance in request.distances:
         optimizer = torch.optim.AdamW(model.parameters(), lr=request.lr, weight_decay=0.0)
         started, right, step = time.monotonic(), 0.0, 0
@@ -141,6 +142,8 @@ def _train(request: RecallRequest, variant: str, seed: int, tell: Callable[[str]
         for step in range(1, steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = request.lr * min(1.0, step / 50)
+            model.set_step(trained)
+            trained += 1
             ids, targets = sequences(request, distance, request.batch, rng)
             logits = model(ids)[:, -request.pairs :]
             targets = targets[:, -request.pairs :]

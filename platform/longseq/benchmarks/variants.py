@@ -43,6 +43,7 @@ VARIANTS: dict[str, Variant] = {
     "relu": Variant("FAVOR+ ReLU", {"kernel": "relu"}),
     "relu-decay": Variant("FAVOR+ ReLU, a learned decay a head", {"kernel": "relu", "learned_decay": True}),
     "window": Variant("exact window, softmax features beyond", {"window": True}),
+    "window-relu": Variant("exact window, ReLU features beyond", {"window": True, "kernel": "relu"}),
     "window-qk": Variant("exact window, softmax features, QK normalisation", {"window": True, "qk_norm": True}),
     "window-share": Variant("exact window, softmax features, a learned share a head", dict(_SHARE)),
     "window-share-qk": Variant(

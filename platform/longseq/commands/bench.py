@@ -1,13 +1,15 @@
 """Measure this machine: speed and memory against the length, side by side with the exact Transformer and peers.
 
-Every benchmark prints a table, and keeps it with every raw number as JSON and as a picture in a folder (--out).
-Pictures need matplotlib (pip install 'longseq[bench]'). Ctrl-C keeps what was measured until then.
+Every benchmark prints a table. ``attention``, ``step`` and ``features`` keep every raw number as JSON and a picture in
+a folder (--out); pictures need matplotlib (pip install 'longseq[bench]'). ``quality`` and ``recall`` keep a JSON file
+a model. Ctrl-C keeps what was measured until then, but for ``features``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -60,7 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return args.act(args)
+    try:
+        return args.act(args)
+    except ValueError as error:  # attention options that exclude each other
+        raise LongseqError(f"{error}.") from None
 
 
 # --- attention and step: against the length ---
@@ -175,12 +180,17 @@ def _measure(
     """Run a benchmark against the length, and keep what it found even if it is cut short."""
     from longseq.benchmarks import plot, report
 
+    _check_folder(args.out)
     about = report.machine(request.device)
-    progress = _Progress()
+    progress, failure = _Progress(), ""
     try:
         measure(request, results, progress)
     except KeyboardInterrupt:
         results.interrupted = True
+    except (RuntimeError, MemoryError) as error:  # out of memory, mostly: keep what was measured until then
+        failure = f"stopped: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        if not results.measurements:
+            raise LongseqError(f"nothing was measured; {failure}.") from None
     finally:
         progress.close()
     if not results.measurements:
@@ -196,6 +206,8 @@ def _measure(
         title += f", threads: {about['threads']}"
     numbers = report.as_dict(request, results, about)
     _keep(args.out, results.benchmark, numbers, lambda: plot.figure(request, results, title))
+    if failure:
+        raise LongseqError(f"{failure}; what was measured until then is written.")
     if results.interrupted:
         print("longseq: interrupted: what was measured until then is written.", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -220,6 +232,7 @@ def _features(args: argparse.Namespace) -> int:
 
     from longseq.benchmarks import features
 
+    _check_folder(args.out)
     progress = _Progress()
     progress.now("estimators beside their closed forms")
     estimators = features.measure_estimators(draws=args.draws, seed=args.seed)
@@ -274,11 +287,11 @@ def _recall_arguments(parser: argparse.ArgumentParser) -> None:
     _training_arguments(parser, window=32, features=128)
     parser.add_argument("--seed", type=_natural, default=0, metavar="N", help="of weights, projections and sequences")
     parser.add_argument(
-        "--distances", type=_lengths, default="24,64,256,1024,2048", metavar="L,L,…", help="between answer and question"
+        "--distances", type=_lengths, default="64,256,1024,2048", metavar="L,L,…", help="between answer and question"
     )
-    parser.add_argument("--steps", type=_positive, default=1000, metavar="N", help="at most, at the first distance")
+    parser.add_argument("--steps", type=_positive, default=2500, metavar="N", help="at most, at the first distance")
     more = "at most, at each further distance"
-    parser.add_argument("--more-steps", type=_positive, default=150, metavar="N", help=more)
+    parser.add_argument("--more-steps", type=_positive, default=300, metavar="N", help=more)
 
 
 def _recall(args: argparse.Namespace) -> int:
@@ -313,7 +326,7 @@ def _training_arguments(parser: argparse.ArgumentParser, *, window: int, feature
     parser.add_argument(
         "--variants",
         type=_names({name: variant.about for name, variant in VARIANTS.items()}),
-        default="exact,local,softmax,window-share,window-share-decay",
+        default="exact,local,softmax,relu,window,window-relu,window-share-decay",
         metavar="NAME,…",
         help="; ".join(f"{name}: {variant.about}" for name, variant in VARIANTS.items()),
     )
@@ -336,11 +349,18 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 
 
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that could not take the results, before an hour is spent on them."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise LongseqError(f"--out {folder}: {there} is not a folder that can be written to.")
+
+
 def _keep(folder: Path, name: str, numbers: Mapping[str, object], draw: Callable[[], Figure]) -> None:
     """Write NAME.json and NAME.png, and say so; without matplotlib, say what is missing."""
     folder.mkdir(parents=True, exist_ok=True)
     numbers_path, picture_path = folder / f"{name}.json", folder / f"{name}.png"
-    numbers_path.write_text(json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
+    numbers_path.write_text(json.dumps(numbers, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     try:
         draw().savefig(picture_path, dpi=130)
     except ImportError:

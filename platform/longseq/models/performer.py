@@ -58,6 +58,8 @@ class PerformerLM(nn.Module):
         """
         x = self.dropout(self.embedding(tokens))  # (B, L, E)
         rotary = self._rotary(_positions(tokens, padding, segments))
+        if self.spec.activation_checkpointing and torch.is_grad_enabled() and not x.requires_grad:
+            x.requires_grad_()  # a frozen embedding: reentrant checkpoints give gradients only if their input wants one
         for block in self.blocks:
             if self.spec.activation_checkpointing and self.training:
                 # Reentrant: ZeRO-3 gathers weights in module hooks, and the other kind checks saved shapes against

@@ -61,6 +61,11 @@ class PerformerSpec:
                 f"attention.window={self.window} and attention.kernel={self.kernel}: its features have both signs and "
                 "cannot share a denominator with exact weights; take kernel softmax, or window 0"
             )
+        if self.kernel in SIGNED_KERNELS and self.learned_decay and not self.causal:
+            raise ValueError(
+                f"attention.learned_decay=true and attention.kernel={self.kernel} with a masked objective: features of "
+                "both signs cannot share two denominators; take kernel softmax or relu"
+            )
         if self.learned_share and not self.window:
             raise ValueError("attention.learned_share=true has no effect without attention.window, e.g. 64")
 

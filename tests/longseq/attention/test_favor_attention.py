@@ -237,3 +237,22 @@ def test_shapes_that_do_not_fit_are_refused():
         favor_attention(q[..., :8], k, v)
     with pytest.raises(ValueError, match="must be"):
         favor_attention(q[0], k[0], v[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "window": 9}, {"kernel": "relu"}])
+def test_a_backward_pass_inside_autocast_is_in_fp32_too(options):
+    gradients = []
+    for enabled in (False, True):
+        q, k, v = inputs(70)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            favor_attention(q, k, v, features=FEATURES, **options).square().sum().backward()
+        gradients.append([t.grad for t in (q, k, v)])
+    assert all(torch.equal(plain, cast) for plain, cast in zip(*gradients, strict=True))
+
+
+@directions
+def test_no_keys_or_no_queries_give_zeros(causal):
+    q, k, v = inputs(6)
+    assert favor_attention(q[:, :, :0], k[:, :, :0], v[:, :, :0], causal=causal).shape == (*v.shape[:2], 0, v.shape[-1])
+    if not causal:
+        assert torch.all(favor_attention(q, k[:, :, :0], v[:, :, :0], features=FEATURES) == 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.longseq.attention.cases import BATCH, FEATURES, POSITIVE, assert_equals_reference, inputs
+from tests.longseq.attention.cases import BATCH, FEATURES, HEADS, POSITIVE, SIGNED, assert_equals_reference, inputs
 
 from longseq.attention import exact_attention, favor_attention
 
@@ -117,5 +117,20 @@ def test_documents_that_do_not_fit_are_refused(change, sentence):
 @pytest.mark.parametrize("borders", [[0, 4], [1, 5], [0, 4, 3, 5], [[0, 5]]])
 def test_borders_that_do_not_fit_are_refused(borders):
     q, k, v = (t[:1] for t in inputs(5))
-    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to the length 5"):
+    with pytest.raises(ValueError, match="cu_seqlens must be integers that rise from 0 to the length 5"):
         favor_attention(q, k, v, cu_seqlens=torch.tensor(borders))
+
+
+@pytest.mark.parametrize("kernel", SIGNED)
+@pytest.mark.parametrize("option", ["segments", "decay"])
+def test_signed_kernels_refuse_what_needs_two_denominators(kernel, option):
+    given = {"segments": torch.zeros(BATCH, 5, dtype=torch.long), "decay": torch.zeros(HEADS)}[option]
+    with pytest.raises(ValueError, match="both signs"):
+        favor_attention(*inputs(5), kernel=kernel, features=FEATURES, **{option: given})
+
+
+@pytest.mark.parametrize("kernel", SIGNED)
+def test_signed_kernels_keep_to_documents_when_causal(kernel):
+    segments = torch.tensor([[4] * 60 + [9] * 73, [0] * 1 + [1] * 132])
+    q, k, v = inputs(133, 0.1, common=0.5)
+    assert_equals_reference(q, k, v, tolerance=1e-4, kernel=kernel, causal=True, segments=segments)

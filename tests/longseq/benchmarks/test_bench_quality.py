@@ -128,10 +128,23 @@ def test_bench_recall_prints_a_column_a_distance(tmp_path, capsys):
     assert "at 8" in out
     assert "at 40" in out
     assert "window" in out
-    kept = json.loads((tmp_path / "trials" / "exact-0.json").read_text())
+    (path,) = (tmp_path / "trials").glob("*-exact-0.json")
+    kept = json.loads(path.read_text())
     assert [result["steps"] for result in kept["results"]] == [2, 1]
     assert main(["bench", "recall", "--distances", "3", "--out", str(tmp_path)]) == 1
 
 
 def test_the_specs_kernels_are_those_of_the_attention():
     assert sorted(model_spec.KERNELS) == sorted(KERNELS)
+
+
+@pytest.mark.parametrize("benchmark", ["attention", "step", "features"])
+def test_a_folder_that_cannot_be_is_refused_before_anything_is_measured(benchmark, text, capsys):
+    assert main(["bench", benchmark, "--out", str(text / "in")]) == 1
+    assert "is not a folder that can be written to" in capsys.readouterr().err
+
+
+def test_attention_options_that_exclude_each_other_are_a_sentence(text, tmp_path, capsys):
+    arguments = ["--variants", "hyperbolic", "--features", "7", "--length", "16", "--out", str(tmp_path / "out")]
+    assert main(["bench", "quality", str(text), *arguments]) == 1
+    assert "attention.features=7 is odd" in capsys.readouterr().err
