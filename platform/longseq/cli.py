@@ -15,7 +15,7 @@ VERBS = {
     "fit": "train a model here, with 1 process or more (trainer.devices=N)",
     "resume": "go on with a run from its newest whole checkpoint",
     "evaluate": "loss, perplexity and accuracy of a checkpoint, beside the empirical baseline",
-    "data": "make data (data synth)",
+    "data": "make and look at data",
     "bench": "measure this machine, side by side with the exact Transformer and other libraries",
 }
 

@@ -1,0 +1,26 @@
+"""Make and look at data. `longseq data ACTION --help` says more about each action."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+# action: what it does. The module of the same name here has add_arguments(parser) and run(args), like a verb's.
+ACTIONS = {
+    "synth": "write a synthetic protein corpus",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for action, about in ACTIONS.items():
+        module = importlib.import_module(f"longseq.commands.data.{action}")
+        child = actions.add_parser(
+            action, help=about, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        module.add_arguments(child)
+        child.set_defaults(act=module.run)
+
+
+def run(args: argparse.Namespace) -> int:
+    return args.act(args)
