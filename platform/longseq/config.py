@@ -62,7 +62,11 @@ class AttentionConfig:
     learned_share: bool = key(False, "a learned factor a head on all weights beyond the window")
     learned_decay: bool = key(False, "weights decay with the distance, at a rate that each head learns")
     projection: str = key("orthogonal", "rows of the random projections", choices=("orthogonal", "iid"))
-    backend: str = key("auto", "auto: Triton on CUDA where it can, else PyTorch", choices=("auto", "torch", "triton"))
+    backend: str = key(
+        "auto",
+        "auto: our own kernels where they can (Triton on CUDA, native C++ on CPU), else PyTorch",
+        choices=("auto", "torch", "native", "triton"),
+    )
     redraw_every: int = key(1000, "optimiser steps between draws of the projections; 0: never", at_least=0)
 
 

@@ -1,4 +1,7 @@
-"""Who computes the three operations attention is made of: plain PyTorch everywhere, our Triton kernels on CUDA."""
+"""Who computes the three operations attention is made of: plain PyTorch everywhere, our own kernels where they can.
+
+Those are in C++ for CPUs and in Triton for CUDA.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from longseq.attention.parts import Part
 from longseq.attention.scan import scan
 from longseq.attention.window import window_attention
 
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "native", "triton")
 
 
 class Backend(Protocol):
@@ -61,6 +64,17 @@ class Torch:
     bidirectional = staticmethod(bidirectional_attention)
 
 
+class Native:
+    """Our C++ kernels: fp32 on CPUs, features in a core's cache only. They are compiled when first asked for."""
+
+    def __init__(self) -> None:
+        from longseq.attention.native import backend
+
+        self.scan = backend.scan
+        self.window = backend.window_attention
+        self.bidirectional = backend.bidirectional_attention
+
+
 class Triton:
     """Our Triton kernels: fp32 on NVIDIA GPUs, features in registers only. Triton is first imported here."""
 
@@ -76,18 +90,27 @@ def choose(backend: str, feature_map: FeatureMap | None, rows: Sequence[Tensor])
     """The backend of that name, or for "auto" the fastest that can do this.
 
     Raises:
-        ValueError: for an unknown backend, or "triton" for what it cannot do.
+        ValueError: for an unknown backend, or one of our own kernels' for what they cannot do.
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; the backends are {', '.join(BACKENDS)}")
-    if backend == "torch" or (backend == "auto" and rows[0].device.type != "cuda"):
-        return Torch()
-    reason = _not_in_triton(feature_map, rows)
-    if reason is None:
-        return Triton()
+    asked = backend
     if backend == "auto":
+        backend = {"cuda": "triton", "cpu": "native"}.get(rows[0].device.type, "torch")
+    if backend == "torch":
         return Torch()
-    raise ValueError(f'backend="triton" cannot do this: {reason}. backend="torch" can, and "auto" chooses')
+    reason = (_not_in_triton if backend == "triton" else _not_native)(feature_map, rows)
+    if reason is None:
+        return Triton() if backend == "triton" else Native()
+    if asked == "auto":
+        return Torch()
+    raise ValueError(f'backend="{backend}" cannot do this: {reason}. backend="torch" can, and "auto" chooses')
+
+
+def _not_native(feature_map: FeatureMap | None, rows: Sequence[Tensor]) -> str | None:
+    from longseq.attention.native import backend
+
+    return backend.unsupported(feature_map, rows)
 
 
 def _not_in_triton(feature_map: FeatureMap | None, rows: Sequence[Tensor]) -> str | None:

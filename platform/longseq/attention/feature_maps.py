@@ -28,7 +28,7 @@ _LOG2E = math.log2(math.e)
 # that the product of any two is a normal number and every denominator with one visible key is positive. For the q and
 # k of a trained layer this is far below rounding. It shows where fp32's range ends: beyond a standard deviation of
 # about 4 at head_dim 64, where a query and a key may have no large feature in common.
-_LOG2_FLOOR = {torch.float32: -40.0 * _LOG2E, torch.float64: -340.0 * _LOG2E}
+LEAST_POWER = {torch.float32: -40.0 * _LOG2E, torch.float64: -340.0 * _LOG2E}
 
 # The ε of every generalised kernel f(u) + ε (Choromanski et al. 2020, appendix: 1e-3 for ReLU).
 EPSILON = 1e-3
@@ -327,7 +327,7 @@ def _powers(exponent: Tensor) -> tuple[Tensor, Tensor]:
     """2^exponent over the largest of its row, floored, in place; and the natural log of that largest (..., 1)."""
     # exp2 is three to four times quicker than exp on a CPU.
     top = exponent.amax(-1, keepdim=True)
-    return exponent.sub_(top).clamp_(min=_LOG2_FLOOR[exponent.dtype]).exp2_(), top.mul_(math.log(2))
+    return exponent.sub_(top).clamp_(min=LEAST_POWER[exponent.dtype]).exp2_(), top.mul_(math.log(2))
 
 
 def _half_norm(q: Tensor) -> Tensor:
@@ -346,5 +346,5 @@ def _check(kernel: str, features: int, projection: str, oprf_a: float, dtype: to
         raise ValueError(f"oprf_a must be a finite number, 0 or below; got {oprf_a}")
     if oprf_a and kernel != "oprf":
         raise ValueError(f"oprf_a belongs to kernel 'oprf'; kernel {kernel!r} got {oprf_a}, set it to 0")
-    if dtype not in _LOG2_FLOOR:
+    if dtype not in LEAST_POWER:
         raise ValueError(f"feature maps compute in torch.float32 or torch.float64; got {dtype}")

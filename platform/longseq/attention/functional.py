@@ -64,7 +64,8 @@ def favor_attention(
         seed, layer, draw: the projection matrix is a function of these three numbers.
         projection: "orthogonal" (blocks of orthogonal rows) or "iid".
         oprf_a: the constant A ≤ 0 of kernel "oprf" (see :func:`longseq.attention.feature_maps.oprf_parameter`).
-        backend: "torch", "triton" (CUDA; what it cannot do is an error), or "auto": triton where it can.
+        backend: "torch", "native" (CPU) or "triton" (CUDA), where what they cannot do is an error, or "auto": the
+            latter where they can.
 
     Returns:
         (batch, heads, length, value_dim), the dtype of v. A query that sees no key gets zeros.

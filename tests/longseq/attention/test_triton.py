@@ -8,11 +8,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
 from tests.longseq.attention import cases
+from tests.longseq.attention.own_kernels import (
+    BIDIRECTIONALS,
+    DEVICE,
+    SCANS,
+    WINDOWS,
+    assert_same,
+    double,
+    maps,
+    poison_hidden,
+    results,
+    rows,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,10 +37,6 @@ from longseq.attention.window import window_attention
 pytest.importorskip("triton")
 
 from longseq.attention import triton_backend, triton_launch, triton_window
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROWS, HEAD_DIM, VALUE_DIM, FEATURES = 2, 24, 40, 100  # no power of two
-BLIND = -1e20  # a log-denominator below is that of a query without keys
 
 # The interpreter computes both sides of every tl.where.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -54,81 +62,10 @@ def interpreted_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(triton_window, "STEP", 64)
 
 
-def rows(length: int, **kinds: bool) -> dict[str, Tensor]:
-    """q, k, v and of the optional arguments those asked for."""
-    rng = torch.Generator().manual_seed(length)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=rng).to(DEVICE)
-
-    given = {
-        "q": random(ROWS, length, HEAD_DIM),
-        "k": random(ROWS, length, HEAD_DIM),
-        "v": random(ROWS, length, VALUE_DIM),
-        "hidden": random(ROWS, length) < -0.5,
-        "runs": (random(ROWS, length) > 1.8).cumsum(1),
-        "decay": torch.tensor([0.03, 0.4], device=DEVICE).view(ROWS, 1, 1),
-    }
-    return {name: x for name, x in given.items() if kinds.get(name, name in "qkv")}
-
-
-def results(operation: Callable[..., Tensor | tuple[Tensor, Tensor]], given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """out, lse, and the gradients of a fixed function of both, of everything that can have one."""
-    given = {n: x.detach().clone().requires_grad_() if x.is_floating_point() else x for n, x in given.items()}
-    learned = {name: x for name, x in given.items() if x.requires_grad}
-    with torch.enable_grad():
-        found = operation(**given)
-    out, lse = found if isinstance(found, tuple) else (found, found.new_zeros(1))
-    lse = torch.where(lse < BLIND, 0.0, lse)
-    rng = torch.Generator().manual_seed(1)
-    loss = sum((x * torch.randn(x.shape, generator=rng).to(x)).sum() for x in (out, lse))
-    grads = torch.autograd.grad(loss, list(learned.values()), materialize_grads=True)
-    return {"out": out.detach(), "lse": lse.detach(), **{"d" + n: g for n, g in zip(learned, grads, strict=True)}}
-
-
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
-    for name, x in expected.items():
-        error = (found[name].double() - x).norm() / x.norm().clamp_min(1.0)
-        assert error < tolerance, f"{name}: {error:.1e}"
-
-
-def maps(kernel: str, head_dim: int = HEAD_DIM) -> tuple[object, object]:
-    """In fp32 and in float64."""
-    a = -0.05 if kernel == "oprf" else 0.0
-    return tuple(
-        feature_map(kernel, FEATURES, head_dim, oprf_a=a, dtype=dtype, device=DEVICE)
-        for dtype in (torch.float32, torch.float64)
-    )
-
-
-def double(given: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: x.double() if x.is_floating_point() else x for name, x in given.items()}
-
-
-def poison_hidden(given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """NaN in every hidden k and v: none may be used."""
-    if "hidden" not in given:
-        return given
-    mask = given["hidden"][..., None]
-    return {name: x.masked_fill(mask, torch.nan) if name in "kv" else x for name, x in given.items()}
-
-
 @needs_kernels
 @pytest.mark.parametrize(
     ("kernel", "length", "delay", "kinds"),
-    [
-        ("softmax", 1, 0, ()),
-        ("softmax", 2, 1, ()),
-        ("softmax", 127, 0, ()),
-        ("hyperbolic", 128, 0, ("hidden",)),
-        ("oprf", 129, 3, ("decay",)),
-        ("smreg", 100, 64, ("runs",)),
-        ("relu", 129, 0, ("runs", "hidden")),
-        ("relu", 127, 70, ("decay",)),
-        ("relu_direct", 65, 1, ()),
-        ("softmax", 65, 500, ("hidden", "runs", "decay")),
-        ("softmax", 301, 37, ("hidden", "runs", "decay")),
-    ],
+    SCANS,
 )
 def test_scan_and_its_gradients_equal_the_float64_scan(kernel, length, delay, kinds):
     phi, exact_phi = maps(kernel)
@@ -141,13 +78,7 @@ def test_scan_and_its_gradients_equal_the_float64_scan(kernel, length, delay, ki
 @needs_kernels
 @pytest.mark.parametrize(
     ("kernel", "queries", "length", "kinds"),
-    [
-        ("softmax", 1, 1, ()),
-        ("softmax", 40, 200, ("hidden",)),
-        ("hyperbolic", 70, 2, ()),
-        ("oprf", 127, 127, ("hidden",)),
-        ("relu", 65, 129, ("hidden",)),
-    ],
+    BIDIRECTIONALS,
 )
 def test_bidirectional_and_its_gradients_equal_those_in_float64(kernel, queries, length, kinds):
     phi, exact_phi = maps(kernel)
@@ -167,14 +98,7 @@ def test_bidirectional_and_its_gradients_equal_those_in_float64(kernel, queries,
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both sides"])
 @pytest.mark.parametrize(
     ("length", "window", "kinds"),
-    [
-        (1, 7, ()),
-        (2, 1, ()),
-        (129, 1, ("hidden",)),
-        (129, 64, ("decay",)),
-        (127, 500, ("runs",)),
-        (301, 65, ("hidden", "runs", "decay")),
-    ],
+    WINDOWS,
 )
 def test_window_and_its_gradients_equal_the_float64_window(causal, length, window, kinds):
     given = rows(length, **dict.fromkeys(kinds, True))
@@ -285,12 +209,11 @@ def test_no_features_in_memory():
     assert largest.numel <= length * features / 4
 
 
-def test_auto_is_triton_on_a_gpu_and_torch_elsewhere():
-    q = torch.zeros(1, 4, 8)
+def test_auto_is_triton_on_a_gpu_and_nowhere_else():
     phi = feature_map("softmax", 16, 8)
-    assert isinstance(backends.choose("auto", phi, (q, q, q)), backends.Torch)
+    assert not isinstance(backends.choose("auto", phi, (torch.zeros(1, 4, 8),) * 3), backends.Triton)
     if DEVICE == "cuda":
-        on_gpu = (q.cuda(),) * 3
+        on_gpu = (torch.zeros(1, 4, 8, device=DEVICE),) * 3
         assert isinstance(backends.choose("auto", phi, on_gpu), backends.Triton)
         assert isinstance(backends.choose("auto", feature_map("cos", 16, 8), on_gpu), backends.Torch)
 

@@ -1,0 +1,112 @@
+// What Python calls (see backend.py): plain C, so that any compiler's library loads into any Python and PyTorch.
+#include "bidirectional.hpp"
+#include "scan.hpp"
+#include "window.hpp"
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+// Mirrored by backend.py.
+struct Inputs {
+    const float *q, *k, *v;
+    const uint8_t* hidden;
+    const int32_t* runs;
+    const float* decay;  // (N,) gamma, natural units
+    int64_t count;       // N
+
+    Row row(int64_t n, const Shape& shape, const FeatureMap& map) const {
+        const int64_t at = n * shape.length;
+        return {q + n * shape.queries * map.head_dim,
+                k + at * map.head_dim,
+                v + at * shape.value_dim,
+                hidden ? hidden + at : nullptr,
+                runs ? runs + at : nullptr,
+                decay ? decay[n] * 1.44269504f : 0.0f};
+    }
+};
+
+namespace {
+
+// work(kernel, n) for every row n, each by one thread with a kernel of its own: the result is that of one thread.
+template <class K, class Work, class... More>
+void each_row(const FeatureMap* map, const Shape* shape, const Inputs* in, int threads, Work work, const More&... more) {
+#pragma omp parallel num_threads(threads)
+    {
+        K kernel(*map, *shape, more...);
+#pragma omp for schedule(dynamic)
+        for (int64_t n = 0; n < in->count; ++n) work(kernel, n);
+    }
+}
+
+}  // namespace
+
+// Floats that the forward passes keep for each row of N.
+EXPORTED int64_t longseq_scan_kept(const FeatureMap* map, const Shape* shape) {
+    return groups(*shape) * State::size(map->features, shape->value_dim);
+}
+
+EXPORTED int64_t longseq_bidirectional_kept(const FeatureMap* map, const Shape* shape) {
+    return State::size(map->features, shape->value_dim);
+}
+
+EXPORTED void longseq_scan_forward(const FeatureMap* map, const Shape* shape, const Inputs* in, float* out, float* lse,
+                                   float* inverse_den, float* kept, int threads) {
+    const int64_t size = longseq_scan_kept(map, shape);
+    each_row<Scan>(map, shape, in, threads, [&](Scan& scan, int64_t n) {
+        const int64_t at = n * shape->length;
+        scan.forward(in->row(n, *shape, *map), out + at * shape->value_dim, lse + at, inverse_den + at,
+                     kept ? kept + n * size : nullptr);
+    });
+}
+
+EXPORTED void longseq_scan_backward(const FeatureMap* map, const Shape* shape, const Inputs* in, const float* out,
+                                    const float* inverse_den, const float* kept, const float* dout, const float* dlse,
+                                    float* dq, float* dk, float* dv, double* d_decay, int threads) {
+    const int64_t size = longseq_scan_kept(map, shape);
+    each_row<Scan>(map, shape, in, threads, [&](Scan& scan, int64_t n) {
+        const int64_t at = n * shape->length, x = at * map->head_dim, v = at * shape->value_dim;
+        scan.backward(in->row(n, *shape, *map), out + v, inverse_den + at, kept + n * size, dout + v,
+                      dlse ? dlse + at : nullptr, dq + x, dk + x, dv + v, d_decay ? d_decay + n : nullptr);
+    });
+}
+
+EXPORTED void longseq_bidirectional_forward(const FeatureMap* map, const Shape* shape, const Inputs* in, float* out,
+                                            float* inverse_den, float* kept, int threads) {
+    const int64_t size = longseq_bidirectional_kept(map, shape);
+    each_row<TwoPasses>(map, shape, in, threads, [&](TwoPasses& passes, int64_t n) {
+        const int64_t at = n * shape->queries;
+        passes.forward(in->row(n, *shape, *map), out + at * shape->value_dim, inverse_den + at, kept + n * size);
+    });
+}
+
+EXPORTED void longseq_bidirectional_backward(const FeatureMap* map, const Shape* shape, const Inputs* in,
+                                             const float* out, const float* inverse_den, const float* kept,
+                                             const float* dout, float* dq, float* dk, float* dv, int threads) {
+    const int64_t size = longseq_bidirectional_kept(map, shape);
+    each_row<TwoPasses>(map, shape, in, threads, [&](TwoPasses& passes, int64_t n) {
+        const int64_t q = n * shape->queries, k = n * shape->length;
+        passes.backward(in->row(n, *shape, *map), out + q * shape->value_dim, inverse_den + q, kept + n * size,
+                        dout + q * shape->value_dim, dq + q * map->head_dim, dk + k * map->head_dim,
+                        dv + k * shape->value_dim);
+    });
+}
+
+EXPORTED void longseq_window_forward(const FeatureMap* map, const Shape* shape, const Inputs* in, const Band* band,
+                                     float* out, float* lse, int threads) {
+    const auto work = [&](Window& window, int64_t n) {
+        const int64_t at = n * shape->length;
+        window.forward(in->row(n, *shape, *map), out + at * shape->value_dim, lse + at);
+    };
+    each_row<Window>(map, shape, in, threads, work, *band);
+}
+
+// dk and dv start as zeros.
+EXPORTED void longseq_window_backward(const FeatureMap* map, const Shape* shape, const Inputs* in, const Band* band,
+                                      const float* out, const float* lse, const float* dout, const float* dlse,
+                                      float* dq, float* dk, float* dv, double* d_decay, int threads) {
+    const auto work = [&](Window& window, int64_t n) {
+        const int64_t at = n * shape->length, x = at * map->head_dim, v = at * shape->value_dim;
+        window.backward(in->row(n, *shape, *map), out + v, lse + at, dout + v, dlse ? dlse + at : nullptr, dq + x,
+                        dk + x, dv + v, d_decay ? d_decay + n : nullptr);
+    };
+    each_row<Window>(map, shape, in, threads, work, *band);
+}
