@@ -248,7 +248,7 @@ def script(path: Path, lines: str) -> str:
     [
         (None, "was not found"),
         ("echo clang version 19", "is not GCC"),
-        ('case "$*" in *version*) echo Free Software Foundation;; *) echo error: no room >&2; exit 1;; esac', "no room"),
+        ('case "$*" in *version*) echo Free Software Foundation;; *) echo error: full >&2; exit 1;; esac', "full"),
         ("exit 1", "failed"),
     ],
 )  # fmt: skip
