@@ -158,10 +158,14 @@ class ShiftedExponential(_Projected):
 class _Activation:
     """f of a generalised kernel, and its derivative."""
 
+    name: str
     value: Callable[[Tensor], Tensor]  # f(u); may overwrite u
     vjp: Callable[[Tensor, Tensor], Tensor]  # (grad, f(u) + ε) -> grad · f′(u)
     positive: bool = True
     needs_u: bool = False  # the derivative does not follow from f(u): vjp is (grad, u) -> grad · f′(u)
+
+    def __reduce__(self) -> tuple[Callable[[str], _Activation], tuple[str]]:
+        return _activation, (self.name,)  # functions have no pickle; a decoding state that holds one must
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,20 +194,31 @@ def _sigmoid_vjp(grad: Tensor, features: Tensor) -> Tensor:
 
 
 _ACTIVATIONS = {
-    # One fused pass; a product with a mask is seven times slower on CPUs.
-    "relu": _Activation(torch.relu_, lambda grad, features: torch.ops.aten.threshold_backward(grad, features, EPSILON)),
-    "sigmoid": _Activation(torch.sigmoid_, _sigmoid_vjp),
-    "abs": _Activation(torch.abs_, lambda grad, u: grad * u.sign(), needs_u=True),
-    "gelu": _Activation(F.gelu, torch.ops.aten.gelu_backward, positive=False, needs_u=True),
-    "cos": _Activation(torch.cos_, lambda grad, u: grad * u.sin().neg_(), positive=False, needs_u=True),
-    "tanh": _Activation(
-        torch.tanh_, lambda grad, features: grad * (1 - (features - EPSILON).square_()), positive=False
-    ),
-    "identity": _Activation(lambda u: u, lambda grad, features: grad, positive=False),
-    "elu": _Activation(
-        lambda u: F.elu_(u).add_(1.0), lambda grad, features: (features - EPSILON).clamp_(max=1.0).mul_(grad)
-    ),
+    activation.name: activation
+    for activation in (
+        # One fused pass; a product with a mask is seven times slower on CPUs.
+        _Activation(
+            "relu", torch.relu_, lambda grad, features: torch.ops.aten.threshold_backward(grad, features, EPSILON)
+        ),
+        _Activation("sigmoid", torch.sigmoid_, _sigmoid_vjp),
+        _Activation("abs", torch.abs_, lambda grad, u: grad * u.sign(), needs_u=True),
+        _Activation("gelu", F.gelu, torch.ops.aten.gelu_backward, positive=False, needs_u=True),
+        _Activation("cos", torch.cos_, lambda grad, u: grad * u.sin().neg_(), positive=False, needs_u=True),
+        _Activation(
+            "tanh", torch.tanh_, lambda grad, features: grad * (1 - (features - EPSILON).square_()), positive=False
+        ),
+        _Activation("identity", lambda u: u, lambda grad, features: grad, positive=False),
+        _Activation(
+            "elu", lambda u: F.elu_(u).add_(1.0), lambda grad, features: (features - EPSILON).clamp_(max=1.0).mul_(grad)
+        ),
+    )
 }
+
+
+def _activation(name: str) -> _Activation:
+    return _ACTIVATIONS[name]
+
+
 _PAIRED = ("hyperbolic", "trigonometric")  # two features a projection
 
 KERNELS = ("softmax", "hyperbolic", "oprf", "trigonometric", "smreg", "relu_direct", "exp", *_ACTIVATIONS)

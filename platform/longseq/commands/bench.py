@@ -134,7 +134,7 @@ def _length_arguments(
     parser.add_argument("--kernel", choices=KERNELS, default="softmax", help="kernel of FAVOR+")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the inputs")
-    parser.add_argument("--backend", default="auto", help="backend of longseq's attention: auto, torch or triton")
+    parser.add_argument("--backend", default="auto", help="of longseq's attention: auto, torch, native, triton")
     _threads_argument(parser)
     parser.add_argument("--rounds", type=_rounds, default=5, metavar="N", help="times each is timed, 3 or more")
     limit = "stop a contender before a length at which it would take longer, all its rounds together"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from collections.abc import Iterator
 
 import pytest
@@ -62,6 +63,16 @@ def tensors(state: object) -> list[Tensor]:
         fields = (getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "feature_map")
         return [tensor for field in fields for tensor in tensors(field)]
     return []
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_state_can_be_pickled_and_goes_on_where_it_was(kernel):
+    qkv = inputs(20)
+    _, state = prefill(*positions(qkv, 0, 12), kernel=kernel, features=FEATURES, window=3 if kernel in POSITIVE else 0)
+    restored = pickle.loads(pickle.dumps(state))
+    expected, _ = decoded(positions(qkv, 12), state)
+    found, _ = decoded(positions(qkv, 12), restored)
+    assert torch.equal(found, expected)
 
 
 # the same as attention over the whole sequence
