@@ -8,7 +8,6 @@ PyTorch's own.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -61,7 +60,7 @@ def _load() -> ctypes.CDLL | str:
 
 
 def _loaded() -> ctypes.CDLL:
-    """The shared library, compiled if this is its first use or the one in the cache is damaged."""
+    """The shared library, compiled if this is its first use."""
     compiler, flags = _compiler(), _flags()
     sources = sorted(_SOURCES.glob("*.[ch]pp"))
     parts = [_version(compiler), " ".join(flags), _processor(), *(path.read_text() for path in sources)]
@@ -69,11 +68,9 @@ def _loaded() -> ctypes.CDLL:
     name = f"attention-{digest}.so"
     try:
         target = _cache() / name
-        if target.exists():
-            with contextlib.suppress(OSError):
-                return ctypes.CDLL(str(target))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _compile(compiler, flags, target)
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _compile(compiler, flags, target)
         return ctypes.CDLL(str(target))
     except OSError as error:  # a home that cannot be written, or a full one
         _log.info("the native attention kernels cannot be kept (%s); they are compiled for this process alone", error)
@@ -94,6 +91,8 @@ def _compile(compiler: str, flags: tuple[str, ...], target: Path) -> None:
         _run([compiler, *flags, "-c", str(_SOURCES / _MAIN), "-o", str(compiled)])
         # Linked without an OpenMP library: its symbols are those of PyTorch's, so that both share one pool of threads.
         _run([compiler, "-shared", str(compiled), "-o", str(linked)])
+        with linked.open("rb") as written:
+            os.fsync(written.fileno())  # loading half a library would kill the process
         linked.replace(target)
 
 
