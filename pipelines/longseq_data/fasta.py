@@ -216,7 +216,8 @@ class ScanReport:
     """What a look at the data found."""
 
     records: int = 0
-    residues: int = 0
+    residues: int = 0  # or bytes of text, or pictures' colour values: see ``unit``
+    unit: str = "residues"
     splits: Counter[Split] = field(default_factory=Counter)  # records of each
     unknown: Counter[str] = field(default_factory=Counter)  # letters outside the alphabet, mapped to X
     first_unknown: tuple[str, int, str] | None = None  # source, line, letter

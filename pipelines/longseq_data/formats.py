@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -25,6 +26,8 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
 FORMATS = tuple(SUFFIXES)
 
 HUB = "hub:"
+LOOK = 10_000  # files of a folder, to tell its format
+
 _HUB = re.compile(r"hub:(?P<path>[^:@#]+)(?::(?P<config>[^@#]+))?(?:@(?P<revision>[^#]+))?(?:#(?P<split>[\w.+-]+))?")
 
 
@@ -90,7 +93,7 @@ def folder_format(folder: str, format: str) -> str:
             )
         return format
     found: dict[str, str] = {}
-    for file in _files(folder, _KNOWN):
+    for file in islice(_files(folder, _KNOWN), LOOK):
         kind = _by_name(file)
         if kind is None:
             return "fasta"

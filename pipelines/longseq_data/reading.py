@@ -66,14 +66,18 @@ class Reading:
         if self.tokens == "pixels":
             yield from self._images(leaf)
             return
-        empty = True
-        for text in self.texts(leaf, strict):
-            document = self._document(text, leaf, strict, measured)
-            if document.length:
-                empty = False
-                yield document
-        if empty:
-            raise nothing_in(leaf)
+        yield from _filled(leaf, (self._document(text, leaf, strict, measured) for text in self.texts(leaf, strict)))
+
+    def untokenised(self, leaf: Leaf, strict: bool) -> Generator[Document, None, None]:
+        """The documents of one leaf as bytes, for a look at them: tokenizers are slow. Raises what documents() does."""
+        from .tokenization import decoded
+
+        def plain(text: Text) -> Document:
+            if strict:
+                decoded(text, strict)
+            return ByteDocument(text.identifier, text.source, text.line, text.data)
+
+        yield from _filled(leaf, map(plain, self.texts(leaf, strict)))
 
     def texts(self, leaf: Leaf, strict: bool) -> Iterator[Text]:
         """The texts of one leaf before they are tokenised."""
@@ -142,8 +146,15 @@ def disagreement(format: str, tokens: str) -> str | None:
     return f"data.format={format} cannot be read as data.tokenizer={tokens}; choose from {names}."
 
 
-def nothing_in(leaf: Leaf) -> DataError:
-    return DataError(f"{leaf.source}: nothing but white space; give text, or remove it from the list.")
+def _filled(leaf: Leaf, documents: Iterable[Document]) -> Generator[Document, None, None]:
+    """Those with something in them. Raises DataError where there is none."""
+    empty = True
+    for document in documents:
+        if document.length:
+            empty = False
+            yield document
+    if empty:
+        raise DataError(f"{leaf.source}: nothing but white space in it; give text, or remove it from the list.")
 
 
 def _formats(source: str, format: str) -> list[str]:

@@ -30,7 +30,8 @@ def read_text(source: str, part_bytes: int) -> Generator[Text, None, None]:
             ended = len(data) <= part_bytes
             end = len(data) if ended else _cut(data, part_bytes)
             begin = len(BOM) if number == 0 and data.startswith(BOM) else 0
-            yield Text(_numbered(name, number), source, line, data[begin:end])
+            if not data[begin:end].isspace():
+                yield Text(_numbered(name, number), source, line, data[begin:end])
             line += data.count(b"\n", 0, end)
             rest, number = data[end:], number + 1
 
