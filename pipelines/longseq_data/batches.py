@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .errors import DataError
-from .fasta import Encoder
 from .streaming import Sample, StreamSpec, evaluation_windows, training_windows
-from .vocabulary import IGNORE, PAD
+from .vocabulary import IGNORE, PROTEIN, Vocabulary
 
 Batch = dict[str, Tensor]
 Item = TypeVar("Item")
@@ -32,8 +32,9 @@ class TrainingBatches(IterableDataset[Batch]):
     yields every W-th micro-batch, which is the order in which a DataLoader asks for them.
 
     Each batch holds, with B = batch_sequences and L the longest sample of the micro-batch:
-        tokens        (B, L) int64, PAD after the end of a sample
+        tokens        (B, L) int64, the vocabulary's pad after the end of a sample
         targets       (B, L) int64, IGNORE where nothing is scored
+        segments      (B, L) int64, the document of each token where spec.reset, else absent; -1 where tokens are pad
         step_targets  () int64, the scored targets of this rank in all micro-batches of the step. A loss summed and
                       divided by its sum over the ranks depends on the global batch only.
     """
@@ -51,7 +52,7 @@ class TrainingBatches(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         worker, workers = _this_worker()
-        encoder = Encoder(self.spec.strict, warn=self.rank == 0 and worker == 0)  # one voice of many is enough
+        encoder = self.spec.encoder(warn=self.rank == 0 and worker == 0)  # one voice of many is enough
         step_samples = self.world * self.accumulate * self.batch_sequences  # G
         first = self.start_step * step_samples
         windows = enumerate(training_windows(self.spec, first), first)
@@ -63,15 +64,17 @@ class TrainingBatches(IterableDataset[Batch]):
                 if micro_batch % workers == worker:
                     rows = mine[start : start + self.batch_sequences]
                     samples = [self.spec.sample(window, g, encoder) for g, window in rows]
-                    yield {**collate(samples, self.batch_sequences), "step_targets": scored}
+                    batch = collate(samples, self.batch_sequences, self.spec.vocabulary)
+                    yield {**batch, "step_targets": scored}
                 micro_batch += 1
 
 
 class EvaluationBatches(IterableDataset[Batch]):
     """One pass over the evaluation samples (see evaluation_windows): each in exactly one batch of one rank and worker.
 
-    Every rank gets the same number of batches, as collectives need: rows without a sample are all PAD and IGNORE.
-    Batches are as in TrainingBatches, without ``step_targets``.
+    Every rank gets the same number of batches, as collectives need: rows without a sample are all pad and IGNORE.
+    Batches are as in TrainingBatches, without ``step_targets``. Of a measured spec they hold beside
+        bytes, words  () int64 each, what the scored tokens stand for (see documents.Extent)
     """
 
     def __init__(
@@ -86,29 +89,40 @@ class EvaluationBatches(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         worker, workers = _this_worker()
-        encoder = Encoder(self.spec.strict)
+        encoder = self.spec.encoder()
         windows = enumerate(evaluation_windows(self.spec, self.max_samples))
         number = 0
         while rows := list(islice(windows, self.world * self.batch_sequences)):
             if number % workers == worker:
                 mine = rows[self.rank :: self.world]
-                yield collate([self.spec.sample(window, g, encoder) for g, window in mine], self.batch_sequences)
+                samples = [self.spec.sample(window, g, encoder) for g, window in mine]
+                batch = collate(samples, self.batch_sequences, self.spec.vocabulary)
+                if self.spec.reset and not samples:
+                    batch["segments"] = torch.full_like(batch["tokens"], -1)
+                if self.spec.measured:
+                    extents = [sample.extent for sample in samples if sample.extent is not None]
+                    batch["bytes"] = torch.tensor(sum(extent.bytes for extent in extents))
+                    batch["words"] = torch.tensor(sum(extent.words for extent in extents))
+                yield batch
             number += 1
 
 
-def collate(samples: Sequence[Sample], rows: int) -> Batch:
-    """Tensors "tokens" and "targets", (rows, longest sample) int64, padded with PAD and IGNORE.
+def collate(samples: Sequence[Sample], rows: int, vocabulary: Vocabulary = PROTEIN) -> Batch:
+    """Tensors "tokens" and "targets", and "segments" where samples have them, (rows, longest sample) int64.
 
-    Rows beyond the samples are filler; without any sample they are one token long.
+    Padded with the vocabulary's pad, IGNORE and -1. Rows beyond the samples are filler; without any sample they are one
+    token long.
     """
     length = max((len(sample.tokens) for sample in samples), default=1)
-    tokens = torch.full((rows, length), PAD)
-    targets = torch.full((rows, length), IGNORE)
+    batch = {"tokens": torch.full((rows, length), vocabulary.pad), "targets": torch.full((rows, length), IGNORE)}
+    if any(sample.segments is not None for sample in samples):
+        batch["segments"] = torch.full((rows, length), -1)
     for row, sample in enumerate(samples):
-        # torch.tensor copies: a sample may be a view of read-only bytes
-        tokens[row, : len(sample.tokens)] = torch.tensor(sample.tokens)
-        targets[row, : len(sample.targets)] = torch.tensor(sample.targets)
-    return {"tokens": tokens, "targets": targets}
+        for name, into in batch.items():
+            values = getattr(sample, name)
+            # a copy, as a sample may be a view of read-only bytes
+            into[row, : len(values)] = torch.from_numpy(values.astype(np.int64))
+    return batch
 
 
 class Loader:

@@ -8,6 +8,7 @@ import importlib
 # action: what it does. The module of the same name here has add_arguments(parser) and run(args), like a verb's.
 ACTIONS = {
     "synth": "write a synthetic protein corpus",
+    "tokenizer": "train a tokenizer on texts",
 }
 
 
