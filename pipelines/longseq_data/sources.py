@@ -8,7 +8,7 @@ import io
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, TextIO, cast
@@ -132,9 +132,21 @@ def open_text(source: str) -> Iterator[TextIO]:
     Lines may end in LF, CRLF or CR. Bytes that are not UTF-8 read as U+FFFD: a header from another century is no reason
     to stop. Raises DataError where the source cannot be opened, is empty, or is clearly not text.
     """
+    with open_bytes(source) as buffered:
+        yield io.TextIOWrapper(buffered, encoding="utf-8-sig", errors="replace")
+
+
+@contextmanager
+def open_bytes(source: str, watch: Callable[[memoryview], object] | None = None) -> Iterator[io.BufferedReader]:
+    """The bytes of a path or URL, unzipped where they are gzipped; refuses what open_text refuses.
+
+    watch: called with each piece of the source as it is stored, still compressed, in order.
+    """
     with ExitStack() as stack:
         try:
             raw = stack.enter_context(_open_binary(source))
+            if watch is not None:
+                raw = cast("IO[bytes]", stack.enter_context(_Watched(raw, watch)))
             buffered = io.BufferedReader(cast(io.RawIOBase, raw), READ_SIZE)
             if buffered.peek(2)[:2] == b"\x1f\x8b":
                 unzipped = stack.enter_context(gzip.GzipFile(fileobj=buffered))
@@ -143,7 +155,24 @@ def open_text(source: str) -> Iterator[TextIO]:
         except Exception as error:  # every filesystem plugin has exceptions of its own
             raise reading_error(source, None, error) from error
         _refuse_foreign(source, head)
-        yield io.TextIOWrapper(buffered, encoding="utf-8-sig", errors="replace")
+        yield buffered
+
+
+class _Watched(io.RawIOBase):
+    """A raw file that shows everything read from it to a function."""
+
+    def __init__(self, raw: IO[bytes], watch: Callable[[memoryview], object]) -> None:
+        self._raw = cast(io.RawIOBase, raw)
+        self._watch = watch
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray | memoryview) -> int | None:  # type: ignore[override]
+        count = self._raw.readinto(buffer)
+        if count:
+            self._watch(memoryview(buffer)[:count])
+        return count
 
 
 def _open_binary(source: str) -> IO[bytes]:
