@@ -147,7 +147,7 @@ def open_bytes(source: str, watch: Callable[[memoryview], object] | None = None)
             raw = stack.enter_context(_open_binary(source))
             if watch is not None:
                 raw = cast("IO[bytes]", stack.enter_context(_Watched(raw, watch)))
-            buffered = io.BufferedReader(cast(io.RawIOBase, raw), READ_SIZE)
+            buffered: io.BufferedReader = io.BufferedReader(cast(io.RawIOBase, raw), READ_SIZE)
             if buffered.peek(2)[:2] == b"\x1f\x8b":
                 unzipped = stack.enter_context(gzip.GzipFile(fileobj=buffered))
                 buffered = io.BufferedReader(cast(io.RawIOBase, unzipped), READ_SIZE)
