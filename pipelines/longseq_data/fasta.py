@@ -67,25 +67,30 @@ def read_records(source: str) -> Generator[Record, None, None]:
     Raises DataError, one sentence with file and line, for what cannot be read, is no FASTA, or holds a record without
     an identifier or without residues. Letters outside the alphabet pass: Encoder deals with them.
     """
+    with open_text(source) as handle:
+        yield from parse_records(handle, source)
+
+
+def parse_records(handle: Iterable[str], source: str, first_line: int = 1) -> Iterator[Record]:
+    """The records of some lines of ``source``, the first of which has the number ``first_line``; raises as above."""
     from Bio.SeqIO.FastaIO import SimpleFastaParser
 
     headers: deque[int] = deque()  # the parser is one header ahead of the record that it yields
-    with open_text(source) as handle:
-        for title, sequence in SimpleFastaParser(_lines(handle, source, headers)):
-            line = headers.popleft()
-            # bytes.isalpha is the fastest test that there is; the slow road is for the few that fail it
-            if not (sequence.isascii() and sequence.encode().isalpha()):
-                sequence = _unusual(title, sequence, source, line)
-            words = title.split(None, 1)
-            if not words:
-                raise DataError(f"{source}, line {line}: the header has no identifier; write one after the '>'.")
-            yield Record(words[0], title, sequence, source, line)
+    for title, sequence in SimpleFastaParser(_lines(handle, source, headers, first_line)):
+        line = headers.popleft()
+        # bytes.isalpha is the fastest test that there is; the slow road is for the few that fail it
+        if not (sequence.isascii() and sequence.encode().isalpha()):
+            sequence = _unusual(title, sequence, source, line)
+        words = title.split(None, 1)
+        if not words:
+            raise DataError(f"{source}, line {line}: the header has no identifier; write one after the '>'.")
+        yield Record(words[0], title, sequence, source, line)
 
 
-def _lines(handle: Iterable[str], source: str, headers: deque[int]) -> Iterator[str]:
+def _lines(handle: Iterable[str], source: str, headers: deque[int], first_line: int) -> Iterator[str]:
     """The lines from the first header on; ``headers`` receives the line number of each header."""
     number = 0
-    numbered = enumerate(handle, 1)
+    numbered = enumerate(handle, first_line)
     try:
         for number, line in numbered:
             if line[0] == ">":

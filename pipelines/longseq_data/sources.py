@@ -8,10 +8,10 @@ import io
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, BinaryIO, TextIO, cast
+from typing import IO, TextIO, cast
 
 from .errors import DataError
 from .formats import HUB, HubAddress, folder_format
@@ -146,20 +146,26 @@ def open_text(source: str) -> Iterator[TextIO]:
     to stop.
     """
     with open_binary(source, "FASTA") as handle:
-        yield io.TextIOWrapper(cast(io.BufferedReader, handle), encoding="utf-8-sig", errors="replace")
+        yield io.TextIOWrapper(handle, encoding="utf-8-sig", errors="replace")
 
 
 @contextmanager
-def open_binary(source: str, kind: str) -> Iterator[BinaryIO]:
+def open_binary(
+    source: str, kind: str, watch: Callable[[memoryview], object] | None = None
+) -> Iterator[io.BufferedReader]:
     """Open a path or URL; gzip is recognised by its first bytes, whatever the name says.
 
-    Raises DataError where the source cannot be opened, is empty, or is clearly not text. ``kind`` says what it should
-    be: "FASTA", "text" or "JSON Lines".
+    kind: what it should be, "FASTA", "text" or "JSON Lines".
+    watch: called with each piece of the source as it is stored, still compressed, in order.
+
+    Raises DataError where the source cannot be opened, is empty, or is clearly not text.
     """
     with ExitStack() as stack:
         try:
             raw = stack.enter_context(open_raw(source))
-            buffered = io.BufferedReader(cast(io.RawIOBase, raw), READ_SIZE)
+            if watch is not None:
+                raw = cast("IO[bytes]", stack.enter_context(_Watched(raw, watch)))
+            buffered: io.BufferedReader = io.BufferedReader(cast(io.RawIOBase, raw), READ_SIZE)
             if buffered.peek(2)[:2] == b"\x1f\x8b":
                 unzipped = stack.enter_context(gzip.GzipFile(fileobj=buffered))
                 buffered = io.BufferedReader(cast(io.RawIOBase, unzipped), READ_SIZE)
@@ -167,7 +173,24 @@ def open_binary(source: str, kind: str) -> Iterator[BinaryIO]:
         except Exception as error:  # every filesystem plugin has exceptions of its own
             raise reading_error(source, None, error) from error
         _refuse_foreign(source, head, kind)
-        yield cast(BinaryIO, buffered)
+        yield buffered
+
+
+class _Watched(io.RawIOBase):
+    """A raw file that shows everything read from it to a function."""
+
+    def __init__(self, raw: IO[bytes], watch: Callable[[memoryview], object]) -> None:
+        self._raw = cast(io.RawIOBase, raw)
+        self._watch = watch
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray | memoryview) -> int | None:  # type: ignore[override]
+        count = self._raw.readinto(buffer)
+        if count:
+            self._watch(memoryview(buffer)[:count])
+        return count
 
 
 def open_raw(source: str, seekable: bool = False) -> IO[bytes]:
