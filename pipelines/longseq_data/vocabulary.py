@@ -60,30 +60,6 @@ PIXELS = Vocabulary("pixels", 260, bos=256, eos=257, pad=258, mask=259, ordinary
 TABLE = bytes(LETTERS.find(chr(byte).upper()) % 256 if byte < 128 else UNKNOWN for byte in range(256))
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """A token set: ids of its ordinary tokens come first, then the special ones."""
-
-    name: str  # "protein", "bytes", "pixels", or a tokenizer's file
-    size: int  # all ids, special ones included
-    bos: int
-    eos: int
-    pad: int
-    mask: int
-    ordinary: int  # ids below are ordinary tokens: masking may choose them, metrics count them
-    replacements: int  # a masked position's random token comes from ids below this (20 for proteins)
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The smallest unsigned type that holds every id."""
-        return np.dtype(np.uint8 if self.size <= 256 else np.uint16 if self.size <= 65536 else np.uint32)
-
-
-PROTEIN = Vocabulary("protein", 29, 25, 26, 27, 28, 25, 20)
-BYTES = Vocabulary("bytes", 260, 256, 257, 258, 259, 256, 256)
-PIXELS = Vocabulary("pixels", 260, 256, 257, 258, 259, 256, 256)
-
-
 def decode(tokens: Iterable[int]) -> str:
     """Letters of residue ids; special tokens read <bos>, <eos>, <pad>, <mask>. IndexError for an id beyond 28."""
     return "".join(TOKENS[token] for token in tokens)
