@@ -18,6 +18,11 @@ def masked_count(ordinary: int) -> int:
     return max(1, round(FRACTION * ordinary)) if ordinary else 0
 
 
+def masked_counts(ordinary: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """masked_count of each entry."""
+    return np.where(ordinary > 0, np.maximum(np.rint(FRACTION * ordinary), 1), 0).astype(np.int64)
+
+
 def mask_tokens(
     tokens: Tokens, seed: int, index: int, vocabulary: Vocabulary = PROTEIN
 ) -> tuple[Tokens, npt.NDArray[np.signedinteger]]:

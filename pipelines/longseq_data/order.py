@@ -17,7 +17,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from .randomness import generator
+from .randomness import generator, mixed
 
 ROUNDS = 8  # four of each half
 TABLE_LIMIT = 1 << 10  # below, halves of a few bits cannot shuffle well, and a table costs nothing
@@ -67,19 +67,9 @@ class Permutation:
     def _shuffled(self, values: Words) -> Words:
         left, right = values >> self._right_bits, values & self._right_mask
         for first in range(0, ROUNDS, 2):
-            left ^= _mixed(right ^ self._keys[first]) >> self._shifts[0]
-            right ^= _mixed(left ^ self._keys[first + 1]) >> self._shifts[1]
+            left ^= mixed(right ^ self._keys[first]) >> self._shifts[0]
+            right ^= mixed(left ^ self._keys[first + 1]) >> self._shifts[1]
         return (left << self._right_bits) | right
-
-
-def _mixed(words: Words) -> Words:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): every bit depends on every bit."""
-    words ^= words >> np.uint64(30)
-    words *= np.uint64(0xBF58476D1CE4E5B9)
-    words ^= words >> np.uint64(27)
-    words *= np.uint64(0x94D049BB133111EB)
-    words ^= words >> np.uint64(31)
-    return words
 
 
 @lru_cache(maxsize=16)  # an endless order comes back to the same epoch with every batch

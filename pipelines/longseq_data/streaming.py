@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from .masking import mask_tokens, masked_count
 from .packing import Piece, Window, crop, cut, document
 from .randomness import generator
 from .reading import FASTA, Reading
+from .sharing import Arrays, MakeBatch, Share, collate, filler
 from .splits import split_of
 from .vocabulary import IGNORE, Tokens, Vocabulary
 
@@ -111,6 +113,47 @@ class StreamSpec:
             targets[segments[1:] != segments[:-1]] = IGNORE  # no document tells how the next one begins
             segments = segments[:-1]
         return Sample(tokens[:-1], targets, segments, extent)
+
+    def measuring(self) -> StreamSpec:
+        """The same with ``measured`` where the losses add up to the probability of text or images."""
+        return replace(self, measured=self.vocabulary.name != "protein" and self.objective == "causal")
+
+    def target_counts(self, max_targets: int | None = None) -> npt.NDArray[np.int64]:
+        return target_counts(self, max_targets)
+
+    def training(self, start: int, share: Share, warn: bool = False) -> Iterator[MakeBatch]:
+        """See sharing.Samples. Raises DataError for bad data, and for a split without records."""
+        encoder = self.encoder(warn)
+        windows = enumerate(training_windows(self, start), start)
+        consumed = start
+        while True:
+            consumed += share.step_samples
+            mine = [(g, window) for g, window in islice(windows, share.step_samples) if g % share.world == share.rank]
+            facts = {"step_targets": sum(self.scored(window) for _, window in mine), "samples": consumed}
+            for first in range(0, len(mine), share.batch_sequences):
+                rows = mine[first : first + share.batch_sequences]
+                yield partial(self._batch, rows, share.batch_sequences, encoder, facts)
+
+    def evaluation(self, share: Share, max_samples: int | None = None) -> Iterator[MakeBatch]:
+        """See sharing.Samples."""
+        encoder = self.encoder()
+        windows = enumerate(evaluation_windows(self, max_samples))
+        while rows := list(islice(windows, share.step_samples)):
+            yield partial(self._batch, rows[share.rank :: share.world], share.batch_sequences, encoder, {})
+
+    def _batch(
+        self, windows: list[tuple[int, Window]], rows: int, encoder: DocumentEncoder, facts: dict[str, int]
+    ) -> Arrays:
+        samples = [self.sample(window, g, encoder) for g, window in windows]
+        batch = collate(samples, rows, self.vocabulary) if samples else filler(rows, 1, self.vocabulary, self.reset)
+        if self.measured:
+            extents = [sample.extent for sample in samples if sample.extent is not None]
+            facts = {
+                **facts,
+                "bytes": sum(extent.bytes for extent in extents),
+                "words": sum(extent.words for extent in extents),
+            }
+        return {**batch, **{name: np.array(value, dtype=np.int64) for name, value in facts.items()}}
 
 
 def training_samples(spec: StreamSpec, start: int = 0) -> Iterator[Sample]:

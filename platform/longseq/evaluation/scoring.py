@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from longseq.models.performer import PerformerLM
 from longseq_data.batches import EvaluationBatches, Loader
 from longseq_data.documents import Extent
 from longseq_data.errors import DataError
-from longseq_data.streaming import StreamSpec
+from longseq_data.sharing import Samples
 from longseq_data.vocabulary import IGNORE
 
 
@@ -31,7 +31,7 @@ class Scores:
 @torch.inference_mode()
 def score(
     model: PerformerLM,
-    spec: StreamSpec,
+    spec: Samples,
     *,
     batch_sequences: int,
     max_samples: int | None = None,
@@ -53,10 +53,8 @@ def score(
     loss_sum, correct, sequences = 0.0, 0, 0
     vocabulary = spec.vocabulary
     counts = np.zeros(vocabulary.size, dtype=np.int64)
-    # Only causal losses add up to the probability of the data.
-    extent = Extent(0, 0) if vocabulary.name != "protein" and spec.objective == "causal" else None
-    spec = replace(spec, measured=extent is not None)
-    batches = EvaluationBatches(spec, batch_sequences=batch_sequences, rank=0, world=1, max_samples=max_samples)
+    extent: Extent | None = None
+    batches = EvaluationBatches(spec.measuring(), batch_sequences=batch_sequences, rank=0, world=1, max_samples=max_samples)
     for batch in Loader(batches, workers=0):
         tokens, targets = batch["tokens"].to(device), batch["targets"].to(device)
         real = batch["tokens"] != vocabulary.pad
@@ -68,8 +66,8 @@ def score(
         ).item()
         correct += int((logits.argmax(-1) == targets).sum())
         counts += np.bincount(targets[targets != IGNORE].cpu().numpy(), minlength=vocabulary.size)
-        if extent is not None:
-            extent = extent.plus(Extent(int(batch["bytes"]), int(batch["words"])))
+        if "bytes" in batch:
+            extent = (extent or Extent(0, 0)).plus(Extent(int(batch["bytes"]), int(batch["words"])))
         sequences += int(real.any(dim=1).sum())
         progress(sequences)
     total = int(counts.sum())

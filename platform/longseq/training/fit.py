@@ -98,14 +98,13 @@ def check_devices(config: Config) -> None:
 
 
 def _data(config: Config, checkpoint: Checkpoint | None) -> SequenceDataModule:
-    consumed = checkpoint.position.samples if checkpoint else 0
     return SequenceDataModule(
         stream_spec(config, "train"),
         stream_spec(config, "valid") if config.trainer.valid_every else None,
         batch_sequences=config.batch_sequences,
         accumulate=config.trainer.accumulate,
         workers=config.data.workers,
-        start_step=consumed // config.samples_per_step,
+        start=checkpoint.position.samples if checkpoint else 0,
         valid_samples=config.data.valid_samples,
     )
 

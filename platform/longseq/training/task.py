@@ -36,6 +36,7 @@ class LanguageModelling(pl.LightningModule):
         self.model: PerformerLM = PerformerLM(config.performer_spec(tokens.size))
         self.train_sums = Sums()
         self.valid_sums = Sums()
+        self.samples = 0  # consumed by all ranks together, once the step of the last batch is done
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         step = self.trainer.global_step
@@ -74,6 +75,9 @@ class LanguageModelling(pl.LightningModule):
         return loss_sum
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        if "samples" in batch:  # a number that no device needs
+            batch = dict(batch)
+            self.samples = int(batch.pop("samples"))
         real = batch["tokens"] != self.pad
         return batch if bool(real.all()) else {**batch, "padding": real}
 
