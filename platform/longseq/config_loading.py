@@ -224,7 +224,11 @@ def _type_of(section: str, name: str) -> str:
 
 def type_name(annotation: str) -> str:
     names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-    lists = {"list[str]": "a list of text", "list[float]": "a list of numbers"}
+    lists = {
+        "list[str]": "a list of text",
+        "list[int]": "a list of whole numbers",
+        "list[float]": "a list of numbers",
+    }
     return (names | lists).get(annotation.removesuffix(" | None"), annotation)
 
 
