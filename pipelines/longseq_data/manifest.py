@@ -63,6 +63,7 @@ class Manifest:
     sources: list[Source]
     report: dict[str, object]  # what was read, filtered and dropped: see prepare.Report
     inputs: list[Source] = field(default_factory=list)  # lists that the settings name
+    files: list[DataFile] = field(default_factory=list)  # beside those of the splits, but for the manifest itself
     versions: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
@@ -95,6 +96,7 @@ def read_manifest(folder: Path, partial: bool = False) -> Manifest:
         values["splits"] = {name: _split_info(split) for name, split in values["splits"].items()}
         values["sources"] = [Source(**source) for source in values["sources"]]
         values["inputs"] = [Source(**source) for source in values["inputs"]]
+        values["files"] = [DataFile(**file) for file in values["files"]]
         return Manifest(**values)
     except (FileNotFoundError, NotADirectoryError):
         if folder.with_name(folder.name + ".partial").is_dir():

@@ -40,7 +40,7 @@ from .vocabulary import PROTEIN
 Progress = Callable[[str, int, "int | None"], object]
 
 MIB = 1 << 20
-LARGEST_BLOCK = 64 * MIB
+SMALLEST_BLOCK, LARGEST_BLOCK = MIB, 64 * MIB
 MAP_MEMORY = 16  # a block takes up to so many times its size, text and rows and columns together
 REDUCE_MEMORY = 6
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -83,7 +83,7 @@ def _block_bytes(config: PrepareConfig, sources: list[str]) -> int:
     """Small inputs are cut as well, so that workers share them."""
     known = sum(Path(source).stat().st_size for source in sources if Path(source).is_file())
     most = min(LARGEST_BLOCK, config.memory_mb * MIB // (MAP_MEMORY * config.processes))
-    return max(MIB, min(most, known // 8)) if known else max(MIB, most)
+    return max(SMALLEST_BLOCK, min(most, known // 8) if known else most)
 
 
 class _Preparation:
@@ -155,7 +155,7 @@ class _Preparation:
         reading = _Reading(self.plan, task, self.progress, done=[i for i in range(len(notes)) if i not in set(todo)])
         work = partial(_map_any, task)
         # starting a process takes longer than reading a small file
-        most = 1 if reading.left is not None and reading.left < MIB else self.config.processes
+        most = 1 if reading.left is not None and reading.left < SMALLEST_BLOCK else self.config.processes
         blocks = in_threads([partial(reading.blocks, i) for i in todo], min(most, len(todo)))
         for (index, _, block), whole in self.workers.share(work, blocks, most):
             for i, stored in reading.note(index, block, whole):

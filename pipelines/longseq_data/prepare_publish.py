@@ -53,7 +53,9 @@ def finish(
             splits[name] = _finish_split(folder, name, of_split, task.vocabulary)
     mark = fingerprint(task.vocabulary, splits)
     for name, split in splits.items():
-        _describe(folder / name, [Path(file.name).name for file in split.files[:-1]], f"{mark[:16]}-{name}", task)
+        arrow = [Path(file.name).name for file in split.files if file.rows is not None]
+        _describe(folder / name, arrow, f"{mark[:16]}-{name}", task)
+        split.files += [_data_file(folder, f"{name}/{described}") for described in ("dataset_info.json", "state.json")]
     write_text(folder / "dataset_dict.json", json.dumps({"splits": list(splits)}))
     records = sum(split.records for split in splits.values())
     manifest = Manifest(
@@ -63,6 +65,7 @@ def finish(
         settings=plan.settings,
         sources=sources,
         inputs=inputs,
+        files=[_data_file(folder, "dataset_dict.json")],
         report={
             "records": counts.records,
             "tokens": counts.tokens,
@@ -106,12 +109,15 @@ def _finish_split(folder: Path, name: str, parts: list[tuple[Path, Part]], vocab
         cells.update({int(cell): digest for cell, digest in part["cells"].items()})
     records, tokens = (sum(part[key] for _, part in parts) for key in ("rows", "tokens"))
     _write_offsets(folder / name / OFFSETS, [folder / file.name for file in files], records)
-    place = folder / name / OFFSETS
-    files.append(DataFile(f"{name}/{OFFSETS}", place.stat().st_size, sha256_of(place)))
+    files.append(_data_file(folder, f"{name}/{OFFSETS}"))
     shortest = min(part["shortest"] for _, part in parts)
     longest = max(part["longest"] for _, part in parts)
     description = describe_lengths(dict(lengths), shortest, longest)
     return SplitInfo(records, tokens, split_digest(cells), description, files)
+
+
+def _data_file(folder: Path, name: str) -> DataFile:
+    return DataFile(name, (folder / name).stat().st_size, sha256_of(folder / name))
 
 
 def _write_offsets(path: Path, files: list[Path], records: int) -> None:

@@ -278,7 +278,7 @@ def test_a_corpus_smaller_than_a_window_goes_round(tmp_path):
     for reset in (False, True):
         spec = CorpusSpec(output, "train", 40, "concat", "causal", 0, reset=reset)
         assert spec.epoch_samples == 1
-        ((tokens, targets, segments),) = samples(islice(training(spec, rows=1), 1))
+        ((tokens, _, segments),) = samples(islice(training(spec, rows=1), 1))
         period = 5 + 2 * (1 + reset)
         assert len(tokens) == 40
         assert tokens[:-period] == tokens[period:]

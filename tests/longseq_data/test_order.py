@@ -114,7 +114,14 @@ def test_the_order_of_today_is_the_order_of_all_days():
     """These values decide what a resumed run trains on: a change of them must be meant, and said."""
     assert permutation(10, 0, 0)(np.arange(10)).tolist() == [5, 0, 2, 9, 8, 4, 7, 1, 6, 3]
     assert permutation(1025, 1, 2)(np.arange(8)).tolist() == [634, 48, 350, 764, 625, 1002, 142, 942]
-    assert permutation(68_000_000, 42, 7)(np.arange(6)).tolist() == [21182349, 56525930, 60869098, 26719362, 27096358, 27175168]
+    assert permutation(68_000_000, 42, 7)(np.arange(6)).tolist() == [
+        21182349,
+        56525930,
+        60869098,
+        26719362,
+        27096358,
+        27175168,
+    ]
     assert permutation(2**40, 3, 0)([0, 1, 2**40 - 1]).tolist() == [680881819005, 180779787389, 971885051468]
 
 
