@@ -187,7 +187,7 @@ def _table(report: dict, kept: Path) -> str:
         lines.append(
             f"{split:<7}{r['sequences']:>11,}{r['targets']:>12,}{r['loss']:>9.4f}{r['perplexity']:>12.2f}"
             f"{r['accuracy']:>10.1%}{base['perplexity']:>21.2f}{base['accuracy']:>10.1%}"
-            + "".join(f"{r[key]:>{len(title) + 3}.3f}" for key, title in extra.items())
+            + "".join(f"{r[key]:>{len(title) + 3}.5g}" for key, title in extra.items())
         )
     return "\n".join([*lines, "", f"kept in {kept}"])
 
