@@ -34,8 +34,19 @@ FORMATS = ["lines", "text", "jsonl", "parquet", "hub", "images", "folder", "toke
 every_format = pytest.mark.parametrize("format", FORMATS)
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> dict[str, str]:
+    """Two tokenizers of the same tokens; the wide one has ids beyond 16 bits."""
+    files = {format: tmp_path_factory.mktemp("tokenizers") / f"{format}.json" for format in ("tokens", "wide")}
+    tokenizer = train_tokenizer(TEXTS, "bpe", 290)
+    save_tokenizer(tokenizer, files["tokens"])
+    tokenizer.add_tokens([f"unused {i}" for i in range(70_000)])
+    save_tokenizer(tokenizer, files["wide"])
+    return {format: str(path) for format, path in files.items()}
+
+
 @pytest.fixture
-def make(tmp_path, proteins):
+def make(tmp_path, trained):
     """make(format, key=value, ...): a StreamSpec of 37 small documents in that format."""
 
     def make(format: str, **changes: object) -> StreamSpec:
@@ -52,12 +63,7 @@ def make(tmp_path, proteins):
             path.write_text("\n".join(TEXTS))
             reading = Reading("lines", "bytes")
             if format != "lines":
-                file = tmp_path / f"{format}.json"
-                tokenizer = train_tokenizer(TEXTS, "bpe", 290)
-                if format == "wide":  # ids beyond 16 bits
-                    tokenizer.add_tokens([f"unused {i}" for i in range(70_000)])
-                save_tokenizer(tokenizer, file)
-                reading = Reading("lines", str(file))
+                reading = Reading("lines", trained[format])
         elif format == "text":
             path = path.with_suffix(".txt")
             path.write_text("\n".join(TEXTS))
@@ -116,9 +122,8 @@ def test_a_crop_epoch_has_every_document_once(format, make):
     spec = make(format, length=10_000)
     expected = Counter(documents(spec))
     if format not in ("text", "images", "tokens", "wide"):
-        assert Counter(bytes(np.frombuffer(d, BYTES.dtype).tolist()).decode() for d in documents(spec)) == Counter(
-            TEXTS
-        )
+        written = [bytes(np.frombuffer(d, BYTES.dtype).tolist()).decode() for d in documents(spec)]
+        assert Counter(written) == Counter(TEXTS)
     stream = training_samples(spec)
     orders = []
     for _ in range(2):
@@ -238,7 +243,7 @@ def test_reset_trains_on_every_document_of_an_epoch(make):
     spec = make("lines", packing="concat", reset=True, length=13)
     tokens = sum(len(text) + 2 for text in TEXTS)
     stream = np.concatenate([s.tokens for s in islice(training_samples(spec), tokens // 13 + 1)])[:tokens]
-    found = [bytes(part[:-1].tolist()).decode() for part in np.split(stream, np.flatnonzero(stream == BYTES.bos))[1:]]
+    found = [bytes(part[1:-1].tolist()).decode() for part in np.split(stream, np.flatnonzero(stream == BYTES.bos))[1:]]
     assert Counter(found) == Counter(TEXTS)
 
 
@@ -303,9 +308,9 @@ def test_a_survey_refuses_what_training_would(make, write):
     with pytest.raises(DataError, match=r"latin\.txt, line 1: byte 0xe9"):
         survey(Reading("auto", tokens), [latin], strict=True)
     assert survey(Reading("auto", tokens), [latin], strict=False).residues == 4
+    folder = write("a.png", b"no image").removesuffix("/a.png")
     with pytest.raises(DataError, match="cannot be read as an image"):
-        write("a.png", b"no image")
-        survey(Reading("images", "pixels"), [str(write("b.png", b"").rpartition("/")[0])], strict=False)
+        survey(Reading("images", "pixels"), [folder], strict=False)
 
 
 def test_a_survey_stops_at_its_budget(make):
