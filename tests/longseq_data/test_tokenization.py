@@ -78,6 +78,13 @@ def test_a_trained_tokenizer_ends_in_the_special_tokens(trained):
     assert vocabulary.dtype == np.uint16
 
 
+@pytest.mark.parametrize("model", ["unigram", "bpe"])
+def test_the_most_frequent_words_are_one_piece_with_their_space(model):
+    texts = [f"{a} the {b}, the {a} and the, {b} and {a}.\n" for a, b in zip(WORDS, WORDS[3:], strict=False)]
+    tokens = train_tokenizer(texts, model, 320).encode(" the quick the lazy the end").tokens
+    assert tokens.count("Ġthe") == 3
+
+
 def test_bpe_training_is_repeatable():
     first, second = (train_tokenizer(TEXTS, "bpe", 320).to_str() for _ in range(2))
     assert json.loads(first) == json.loads(second)
