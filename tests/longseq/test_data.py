@@ -71,7 +71,7 @@ def test_a_model_is_as_large_as_the_tokens_ask(files, capsys):
         (
             ["data.train=[book.txt,proteins.fasta]"],
             DataError,
-            "One model cannot read bytes, .* as protein",
+            "One model cannot read .* as bytes, .* as protein",
         ),
         (["data.train=book.txt", "data.ood=proteins.fasta"], DataError, "One model cannot read"),
         (["data.train=proteins.fasta", "data.tokenizer=bytes"], DataError, "cannot be read as data.tokenizer=bytes"),
