@@ -228,4 +228,10 @@ def reading_error(source: str, line: int | None, error: BaseException) -> DataEr
 
 
 def one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+    """What an exception says, fit to stand in a sentence."""
+    return f"{type(error).__name__}: {in_line(str(error))}".removesuffix(": ")
+
+
+def in_line(text: str) -> str:
+    """Foreign text without line breaks, control characters and half surrogates, which no terminal could show."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))

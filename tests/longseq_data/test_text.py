@@ -180,3 +180,14 @@ def test_the_shared_books_are_their_bytes():
         assert b"".join(text.data for text in read_text(str(path), 50_000)) == path.read_bytes().removeprefix(
             b"\xef\xbb\xbf"
         )
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\ud800", "\x1b[2J", "a\u2028b"])
+def test_strange_names_do_not_break_a_sentence_or_the_split(name, write):
+    source = write("a.jsonl", json.dumps({"text": "x", "id": name}))
+    (text,) = read_jsonl(source, "text", 100, False)
+    assert text.identifier.isprintable()
+    assert text.identifier.encode()
+    with pytest.raises(DataError, match="there is no 'text'") as caught:
+        list(read_jsonl(write("b.jsonl", json.dumps({name: "x"})), "text", 100, False))
+    assert str(caught.value).isprintable()
