@@ -220,8 +220,9 @@ def _refuse_foreign(source: str, head: bytes, kind: str) -> None:
         raise DataError(f"{source} is empty; give a file with {content}, or remove it from the list.")
     for magic, name in FOREIGN.items():
         if head.startswith(magic):
-            encoding = "ASCII" if kind == "FASTA" else "UTF-8"
-            raise DataError(f"{source} is {name}, not {kind}; convert it to plain ({encoding}) or gzipped {kind}.")
+            plain = "plain (ASCII)" if kind == "FASTA" else "plain (UTF-8)"
+            wanted = "plain text" if kind == "text" else kind
+            raise DataError(f"{source} is {name}, not {wanted}; convert it to {plain} or gzipped {kind}.")
     if b"\0" in head:
         raise DataError(f"{source} is a binary file, not {kind}; give plain or gzipped {kind}.")
 
@@ -250,4 +251,10 @@ def reading_error(source: str, line: int | None, error: BaseException) -> DataEr
 
 
 def one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+    """What an exception says, fit to stand in a sentence."""
+    return f"{type(error).__name__}: {in_line(str(error))}".removesuffix(": ")
+
+
+def in_line(text: str) -> str:
+    """Foreign text without line breaks, control characters and half surrogates, which no terminal could show."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))

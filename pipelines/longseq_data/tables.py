@@ -80,13 +80,17 @@ def _parquet_rows(source: str, column: str, image: bool) -> Generator[Row, None,
     number = 0
     with closing(_open_parquet(source)) as file:
         try:
-            table = pq.ParquetFile(file)
+            table = pq.ParquetFile(file, pre_buffer=False)  # else it keeps all that it has read
         except Exception as error:  # Arrow's, the filesystem's
             raise _no_parquet(source, error) from error
         with closing(table):
             _refuse_column(source, table.schema_arrow, column, image)
             chosen = [name for name in dict.fromkeys((column, "id")) if name in table.schema_arrow.names]
-            batches = table.iter_batches(batch_size=BATCH_ROWS, columns=chosen)
+            batches = (
+                batch
+                for group in range(table.num_row_groups)
+                for batch in table.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], columns=chosen)
+            )
             while True:
                 try:
                     batch = next(batches, None)

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from .documents import Text
 from .errors import DataError
-from .sources import URL, one_line, open_binary, reading_error
+from .sources import URL, in_line, one_line, open_binary, reading_error
 
 BOM = b"\xef\xbb\xbf"
 LINE_LIMIT = 1 << 26  # bytes of one line: more is no line but another format
@@ -90,8 +90,9 @@ def text_field(row: dict[str, object], column: str, place: str, strict: bool) ->
 
 def missing_column(place: str, column: str, columns: list[str]) -> DataError:
     """The sentence for a row or a table without ``column``."""
+    columns = [in_line(str(name)) for name in columns]
     near = get_close_matches(column, columns, n=1)
-    shown = ", ".join(str(name)[:40] for name in columns[:8]) or "no field at all"
+    shown = ", ".join(name[:40] for name in columns[:8]) or "no field at all"
     more = f" and {len(columns) - 8} more" if len(columns) > 8 else ""
     hint = f"; did you mean {near[0]}?" if near else "; name one of them."
     return DataError(f"{place}: there is no '{column}' (data.column) among {shown}{more}{hint}")
@@ -100,7 +101,7 @@ def missing_column(place: str, column: str, columns: list[str]) -> DataError:
 def identifier_of(row: dict[str, object], otherwise: str) -> str:
     """A row's own ``id`` where it has one: it decides the split, whatever file the row comes in."""
     own = row.get("id")
-    return str(own) if isinstance(own, (str, int)) and str(own).strip() else otherwise
+    return (in_line(str(own)) if isinstance(own, (str, int)) else "") or otherwise
 
 
 def parts(text: Text, part_bytes: int) -> Iterator[Text]:

@@ -125,17 +125,26 @@ def train_tokenizer(texts: Iterable[str], model: str, size: int, show_progress: 
 
     model: "unigram" (Kudo, arXiv 1804.10959; SentencePiece's, as in the paper's PG-19) or "bpe". Both work on bytes, so
     that every text can be written, and read back as it was; pieces do not reach over the white space between words.
+    Training "bpe" is repeatable; "unigram" differs in the last digits of its scores from one time to the next.
 
     Raises DataError if the texts are too few for any token.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     pieces = size - len(SPECIAL)
     empty, train = (models.BPE, trainers.BpeTrainer) if model == "bpe" else (models.Unigram, trainers.UnigramTrainer)
     tokenizer = Tokenizer(empty())
     trainer = train(vocab_size=pieces, initial_alphabet=alphabet, show_progress=show_progress)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if model == "bpe":  # GPT-2's pattern: words, numbers and punctuation apart
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        # SentencePiece's: at spaces only. The trainer takes its first candidates from what different words have in
+        # common: where punctuation is split off, the frequent " and " is like no other word, and is never a candidate.
+        lines = pre_tokenizers.Split(Regex("\n"), "isolated")
+        words = pre_tokenizers.Split(" ", "merged_with_next")
+        plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([lines, words, plain])
     tokenizer.decoder = decoders.ByteLevel()
     try:
         tokenizer.train_from_iterator(_chunks(texts), trainer)

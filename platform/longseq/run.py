@@ -19,6 +19,8 @@ from longseq.config import Config
 from longseq.config_loading import load_config, save_config
 from longseq.errors import RunError
 
+TOKENIZER = "tokenizer.json"
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -55,7 +57,7 @@ class Run:
 
     @classmethod
     def create(cls, config: Config, default_name: str) -> Run:
-        """Make the folder of a new run and write its configuration.
+        """Make the folder of a new run and write its configuration, and a copy of its tokenizer's file.
 
         Raises:
             RunError: if a folder of that name exists, the name is unusable, or the folder cannot be made.
@@ -70,6 +72,9 @@ class Run:
         except OSError as error:
             raise RunError(f"{path}: the run's folder cannot be made: {error.strerror}.") from None
         try:
+            if config.data.tokenizer.endswith(".json"):  # the ids mean nothing without it
+                shutil.copyfile(config.data.tokenizer, path / TOKENIZER)
+                config.data.tokenizer = str(path / TOKENIZER)
             save_config(config, run.config_path)
             run.checkpoints_dir.mkdir()
         except BaseException as error:
@@ -116,7 +121,11 @@ class Run:
 
     def config(self, overrides: tuple[str, ...] = ()) -> Config:
         """The resolved configuration the run was started with, and overrides on top of it."""
-        return load_config(self.config_path, overrides)
+        config = load_config(self.config_path, overrides)
+        own = self.path / TOKENIZER
+        if own.is_file() and not any(override.startswith("data.tokenizer") for override in overrides):
+            config.data.tokenizer = str(own)  # wherever the run has been moved to
+        return config
 
     def checkpoints(self) -> list[Checkpoint]:
         """Every checkpoint that was written to its end, oldest first; some may have been damaged since."""

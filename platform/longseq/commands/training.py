@@ -53,6 +53,9 @@ FIXED = (
 )
 
 
+_FILES = ("data.train", "data.valid", "data.test", "data.tokenizer")
+
+
 def refuse_changes(before: Config, after: Config, run: Run, keys: Sequence[str]) -> None:
     """Refuse overrides that would make another experiment of a run.
 
@@ -63,7 +66,7 @@ def refuse_changes(before: Config, after: Config, run: Run, keys: Sequence[str])
         section, _, name = key.partition(".")
         old, new = getattr(getattr(before, section), name), getattr(getattr(after, section), name)
         if old != new:
-            moved = f" (if only the files have moved, correct {run.config_path})" if section == "data" else ""
+            moved = f" (if only the files have moved, correct {run.config_path})" if key in _FILES else ""
             raise RunError(
                 f"{key}={new}: the run {run.path} was started with {old}, and keeps it{moved}. Start another run with "
                 "`longseq fit` for another experiment."

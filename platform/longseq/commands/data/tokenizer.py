@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=_TEXTS, default="auto", help="of the sources (default: by their names)")
     parser.add_argument("--column", help="field of a table with the text (default: text)")
     parser.add_argument(
-        "--megabytes", type=int, default=1000, help="read at most so much text, in the sources' order (default: 1000)"
+        "--megabytes", type=int, default=100, help="read at most so much text, in the sources' order (default: 100)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
 
