@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import DataError
-from .manifest import DataFile, read_manifest
+from .manifest import MANIFEST, DataFile, read_manifest
 from .prepare_publish import OFFSETS
 from .vocabulary import Vocabulary
 
@@ -25,6 +25,15 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Integers = npt.NDArray[np.int64]
+
+
+def is_corpus(source: str) -> bool:
+    """Whether a source names a prepared corpus, be it unfinished or damaged: opening it says so."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        marks = (MANIFEST, "dataset_dict.json")
+        return folder.name.endswith(".partial") or any((folder / name).is_file() for name in marks)
+    return not folder.exists() and folder.with_name(f"{folder.name}.partial").is_dir()
 
 
 class CorpusRecord(NamedTuple):

@@ -77,7 +77,8 @@ class AttentionConfig:
 class DataConfig:
     train: list[str] = key(
         [],
-        "files, plain or gzipped: paths, globs, URLs; folders of text, tables or images; hub:OWNER/NAME[:CONFIG]#SPLIT",
+        "files, plain or gzipped: paths, globs, URLs; folders of text, tables or images; "
+        "hub:OWNER/NAME[:CONFIG]#SPLIT; or one corpus of `longseq data prepare`, with its own splits",
     )
     valid: list[str] = key([], "files for validation while training; empty: data.valid_fraction of train")
     test: list[str] = key([], "files for `longseq evaluate --split test`; empty: data.test_fraction of train")
@@ -103,26 +104,34 @@ class DataConfig:
     length: int = key(512, "tokens a sequence", at_least=2)
     packing: str = key(
         "concat",
-        "concat: records joined by EOS and cut at length; crop: one record a sequence, padded or cropped at random",
-        choices=("concat", "crop"),
+        "concat: records joined by EOS and cut at length; crop: one record a sequence, padded or cropped at random; "
+        "bucket: the same, in steps of similar lengths and up to data.batch_tokens tokens, of a prepared corpus",
+        choices=("concat", "crop", "bucket"),
     )
     reset: bool = key(
         False, "with packing concat: attention and positions begin anew at each document, which gets BOS and EOS"
     )
     crop: str = key(
         "random",
-        "with packing crop: which part of a longer record is taken, also for scores",
+        "with packing crop or bucket: which part of a longer record is taken, also for scores",
         choices=("random", "first"),
     )
     batch_tokens: int = key(
         16384, "tokens of one optimiser step, over all processes and accumulated batches, padding included", at_least=1
     )
-    shuffle_buffer: int = key(10_000, "records held to shuffle the stream, 64 MiB of them at most", at_least=1)
+    shuffle_buffer: int = key(
+        10_000,
+        "records held to shuffle the stream, 64 MiB of them at most; a prepared corpus is shuffled as a whole",
+        at_least=1,
+    )
     strict: bool = key(
         False, "refuse letters outside the alphabet instead of reading them as X, and bytes that are not UTF-8"
     )
     workers: int = key(0, "extra processes that prepare batches, for each training process", at_least=0)
     valid_samples: int = key(256, "sequences of one validation while training", at_least=1)
+    accept_changes: bool = key(
+        False, "`longseq resume`: go on although the data are not those the run was started with; once"
+    )
 
 
 @dataclass
@@ -182,13 +191,13 @@ class Config:
 
     @property
     def batch_sequences(self) -> int:
-        """Sequences of one process in one micro-batch."""
+        """Sequences of one process in one micro-batch; with data.packing=bucket about the fewest."""
         trainer, data = self.trainer, self.data
         return data.batch_tokens // data.length // (trainer.devices * trainer.accumulate)
 
     @property
     def samples_per_step(self) -> int:
-        """Sequences of one optimiser step, over all processes and accumulated batches."""
+        """Sequences of one optimiser step, over all processes and accumulated batches; with bucket the fewest."""
         return self.data.batch_tokens // self.data.length
 
     def performer_spec(self, vocabulary: int) -> PerformerSpec:
@@ -244,13 +253,21 @@ class Config:
             )
         if len(self.optim.betas) != 2 or not all(0 <= beta < 1 for beta in self.optim.betas):
             raise ConfigError(f"optim.betas={list(self.optim.betas)}: two numbers from [0, 1), e.g. [0.9, 0.98].")
-        if data.batch_tokens % data.length:
+        ranks = trainer.devices * trainer.accumulate
+        if data.packing == "bucket":
+            if self.samples_per_step < ranks:
+                raise ConfigError(
+                    f"data.batch_tokens={data.batch_tokens} with data.packing=bucket is less than one sequence of "
+                    f"data.length={data.length} for each of {trainer.devices} processes (trainer.devices) × "
+                    f"{trainer.accumulate} accumulated batches (trainer.accumulate): take "
+                    f"{ranks * data.length}, or change one of them."
+                )
+        elif data.batch_tokens % data.length:
             raise ConfigError(
                 f"data.batch_tokens={data.batch_tokens} is not a multiple of data.length={data.length}: "
                 f"take {-(-data.batch_tokens // data.length) * data.length}."
             )
-        ranks = trainer.devices * trainer.accumulate
-        if self.samples_per_step % ranks:
+        elif self.samples_per_step % ranks:
             whole = -(-self.samples_per_step // ranks) * ranks
             raise ConfigError(
                 f"one step is data.batch_tokens / data.length = {data.batch_tokens} / {data.length} = "
@@ -270,7 +287,7 @@ class Config:
                 f"data.reset=true and data.packing={data.packing}: a sequence of one record has nothing to begin anew; "
                 "take data.packing=concat, or data.reset=false."
             )
-        if data.crop != "random" and data.packing != "crop":
+        if data.crop != "random" and data.packing == "concat":
             raise ConfigError(
                 f"data.crop={data.crop} and data.packing={data.packing}: joined records are cut, not cropped; take "
                 "data.packing=crop, or leave data.crop out."

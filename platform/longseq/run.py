@@ -51,6 +51,10 @@ class Run:
         return self.path / "logs"
 
     @property
+    def data_path(self) -> Path:
+        return self.path / "data.json"
+
+    @property
     def resume_command(self) -> str:
         """What to type to go on with this run."""
         return f"longseq resume {as_typed(self.path)}"
@@ -157,6 +161,33 @@ class Run:
         aside = path.with_name(".environment.json.partial")
         aside.write_text(json.dumps([*starts, facts], indent=2) + "\n")
         aside.replace(path)
+
+    def record_data(self, identities: dict[str, list[str | None]]) -> None:
+        """Note which data the run is trained on: of each split's sources, in their order, what tells them apart."""
+        aside = self.data_path.with_name(".data.json.partial")
+        aside.write_text(json.dumps(identities, indent=1) + "\n")
+        aside.replace(self.data_path)
+
+    def check_data(self, config: Config, identities: dict[str, list[str | None]]) -> None:
+        """Hold data against those that the run was started with.
+
+        Raises:
+            RunError: naming the first source that has changed.
+        """
+        if not self.data_path.is_file():  # of an older version
+            return
+        try:
+            before = json.loads(self.data_path.read_text())
+        except ValueError:
+            raise RunError(f"{self.data_path}: not valid JSON, so it was damaged; remove it to go on.") from None
+        for split, now in identities.items():
+            for name, old, new in zip(getattr(config.data, split), before.get(split, []), now, strict=False):
+                if None not in (old, new) and old != new:
+                    raise RunError(
+                        f"{name} (data.{split}) has changed since the run was started: it had {old}, and has {new}, so "
+                        "its samples come in another order. Restore it, start another run, or go on all the same with "
+                        f"`{self.resume_command} data.accept_changes=true`."
+                    )
 
     def _taken(self) -> RunError:
         if not self.config_path.exists():

@@ -11,7 +11,7 @@ from PIL import Image
 
 from longseq.cli import main
 from longseq.config_loading import load_config
-from longseq.data import reading, resolve_sources, stream_spec, vocabulary
+from longseq.data import reading, resolve_sources, split_spec, vocabulary
 from longseq.errors import ConfigError
 from longseq_data.errors import DataError
 from longseq_data.tokenization import load_tokenizer, tokenizer_vocabulary
@@ -45,14 +45,14 @@ def test_files_decide_the_tokens(files):
     pictures = ["data.packing=crop", "data.image_size=4", "data.length=48", "data.batch_tokens=48"]
     config = resolved("data.train=pictures", *pictures)
     assert vocabulary(config) == PIXELS
-    assert stream_spec(config, "train").reading.image_size == 4
+    assert split_spec(config, "train").reading.image_size == 4
 
 
 def test_the_spec_has_what_the_keys_say(files):
-    spec = stream_spec(resolved("data.train=rows.jsonl", "data.column=body", "data.reset=true"), "train")
+    spec = split_spec(resolved("data.train=rows.jsonl", "data.column=body", "data.reset=true"), "train")
     assert (spec.reading.column, spec.reset, spec.crop, spec.packing) == ("body", True, "random", "concat")
     config = resolved("data.train=books", "data.crop=first", "data.packing=crop", "data.part_bytes=99")
-    spec = stream_spec(config, "valid")
+    spec = split_spec(config, "valid")
     assert (spec.crop, spec.reading.part_bytes, spec.sources) == ("first", 99, (str(files / "books"),))
 
 

@@ -68,7 +68,9 @@ def test_a_corpus_is_prepared_looked_at_and_verified(place, files):
     assert again.out.endswith("It was there already: nothing has changed.\n")
     other = longseq("data", "prepare", "prepare.yaml", "min_length=13", folder=place)
     assert other.code == 1
-    assert other.sentence.endswith("min_length was 12 and is 13; choose another output, or replace it with --overwrite.")
+    assert other.sentence.endswith(
+        "min_length was 12 and is 13; choose another output, or replace it with --overwrite."
+    )
 
     verified = longseq("data", "verify", "out", "--full", folder=place)
     assert verified.code == 0

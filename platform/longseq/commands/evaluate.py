@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from longseq.checkpoint import Checkpoint
 from longseq.commands.training import FIXED, check_data, refuse_changes
 from longseq.config import Config
-from longseq.data import resolve_sources, stream_spec, vocabulary
+from longseq.data import corpus_of, resolve_sources, split_spec, vocabulary
 from longseq.errors import RunError
 from longseq.run import Run
 
@@ -61,19 +61,20 @@ def run(args: argparse.Namespace) -> int:
     config = run.config(tuple(args.overrides))
     resolve_sources(config)
     refuse_changes(run.config(), config, run, _FIXED)
-    splits = list(dict.fromkeys(args.split or (["test", "ood"] if config.data.ood else ["test"])))
-    specs = {split: stream_spec(config, split) for split in splits}
+    splits = list(
+        dict.fromkeys(args.split or (["test", "ood"] if config.data.ood or corpus_of(config, "ood") else ["test"]))
+    )
+    specs = {split: split_spec(config, split) for split in splits}
     check_data(config)  # a bad file is said now, and not after the splits before it were scored
 
     # Heavy imports only now: what can be refused has been refused.
     from longseq.evaluation.metrics import frequency_baseline
     from longseq.evaluation.scoring import score
-    from longseq_data.streaming import target_counts
 
     model = _load_model(config, checkpoint)
     tokenized = config.data.tokenizer.endswith(".json")
     targets = _BASELINE_TARGETS_TOKENIZED if tokenized else _BASELINE_TARGETS
-    train_counts = target_counts(stream_spec(config, "train"), targets)
+    train_counts = split_spec(config, "train").target_counts(targets)
     results = {}
     for split, spec in specs.items():
         progress = _Progress(split)

@@ -11,13 +11,14 @@ from pathlib import Path
 from longseq.checkpoint import Checkpoint, expected_bytes, remove_partials
 from longseq.config import Config
 from longseq.config_loading import described_keys
-from longseq.data import SPLITS, reading, vocabulary
+from longseq.data import SPLITS, corpus_of, reading, vocabulary
 from longseq.errors import EXIT_GO_ON, LongseqError, RunError
 from longseq.launch import local
 from longseq.run import Run, as_typed
+from longseq_data.corpus import Corpus
 from longseq_data.errors import DataError
 from longseq_data.fasta import ScanReport
-from longseq_data.survey import survey
+from longseq_data.survey import UNITS, survey
 
 
 def train(run: Run, config: Config, checkpoint: Checkpoint | None) -> int:
@@ -82,6 +83,12 @@ def check_data(config: Config) -> None:
     read = reading(config)
     for split in SPLITS:
         sources = getattr(config.data, split)
+        prepared = corpus_of(config, split)
+        if prepared:
+            corpus = Corpus.open(prepared, split)
+            unit = UNITS.get(corpus.vocabulary.name, "tokens")
+            print(f"data.{split}: {len(corpus):,} records, {corpus.tokens:,} {unit} of {prepared}", file=sys.stderr)
+            continue
         if not sources:
             continue
         data = config.data

@@ -54,7 +54,9 @@ def score(
     vocabulary = spec.vocabulary
     counts = np.zeros(vocabulary.size, dtype=np.int64)
     extent: Extent | None = None
-    batches = EvaluationBatches(spec.measuring(), batch_sequences=batch_sequences, rank=0, world=1, max_samples=max_samples)
+    batches = EvaluationBatches(
+        spec.measuring(), batch_sequences=batch_sequences, rank=0, world=1, max_samples=max_samples
+    )
     for batch in Loader(batches, workers=0):
         tokens, targets = batch["tokens"].to(device), batch["targets"].to(device)
         real = batch["tokens"] != vocabulary.pad

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from longseq.config_loading import load_config
-from longseq.data import resolve_sources, stream_spec
+from longseq.data import resolve_sources, split_spec
 from longseq.evaluation.scoring import score
 from longseq.training.task import LanguageModelling
 from longseq_data.batches import EvaluationBatches, collate
@@ -47,7 +47,7 @@ def alone(task: LanguageModelling, sample: Sample, segment: int) -> torch.Tensor
 def test_a_reset_row_has_the_loss_of_its_documents_one_by_one(make, kind, objective):
     config, task = make("data.reset=true", f"attention.kind={kind}", f"model.objective={objective}")
     config.data.length = 50
-    samples = list(evaluation_samples(stream_spec(config, "test")))
+    samples = list(evaluation_samples(split_spec(config, "test")))
     assert max(int(sample.segments.max()) for sample in samples) >= 2
     expected = sum(alone(task, sample, k) for sample in samples for k in range(int(sample.segments.max()) + 1))
     batch = task.on_before_batch_transfer(collate(samples, len(samples) + 1, BYTES), 0)  # a filler row, and padding
@@ -57,11 +57,11 @@ def test_a_reset_row_has_the_loss_of_its_documents_one_by_one(make, kind, object
 def test_without_reset_documents_see_each_other(make):
     config, task = make()
     config.data.length = 50
-    samples = list(evaluation_samples(stream_spec(config, "test")))
+    samples = list(evaluation_samples(split_spec(config, "test")))
     assert all(sample.segments is None for sample in samples)
     config, reset = make("data.reset=true")
     config.data.length = 50
-    packed = next(evaluation_samples(stream_spec(config, "test")))
+    packed = next(evaluation_samples(split_spec(config, "test")))
     row = torch.from_numpy(packed.tokens.astype("int64"))[None]
     segments = torch.from_numpy(packed.segments.astype("int64"))[None]
     assert not torch.allclose(task.model(row), reset.model(row, None, segments))
@@ -71,7 +71,7 @@ def test_without_reset_documents_see_each_other(make):
 def test_evaluation_scores_packed_documents_as_training_does(make, objective):
     config, task = make("data.reset=true", f"model.objective={objective}")
     config.data.length = 21
-    spec = stream_spec(config, "test")
+    spec = split_spec(config, "test")
     scores = score(task.model, spec, batch_sequences=3)
     total = targets = 0
     for batch in EvaluationBatches(spec, batch_sequences=2, rank=0, world=1):
@@ -91,7 +91,7 @@ def test_the_loss_of_all_documents_is_that_of_whole_ones_however_they_are_packed
     for overrides in (["data.reset=true"], ["data.packing=crop"]):
         config, task = make(*overrides)
         config.data.length = 10_000
-        scores = score(task.model, stream_spec(config, "test"), batch_sequences=4)
+        scores = score(task.model, split_spec(config, "test"), batch_sequences=4)
         losses.append((scores.quality.loss, int(scores.targets.sum()), scores.extent))
     assert losses[0][1:] == losses[1][1:]
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-6)
