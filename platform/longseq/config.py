@@ -6,13 +6,16 @@ No torch here. ``config_loading`` reads YAML files and overrides into these clas
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, field
 from typing import Any
 
 from longseq.errors import ConfigError
 from longseq.models.presets import PRESETS
-from longseq.models.spec import KERNELS, PerformerSpec
-from longseq_data.vocabulary import VOCABULARY_SIZE
+from longseq.models.spec import KERNELS, SIGNED_KERNELS, PerformerSpec
+from longseq_data.formats import FORMATS
+from longseq_data.images import values_of
+from longseq_data.reading import TABLES, TOKENS, disagreement
 
 
 def key(
@@ -72,25 +75,63 @@ class AttentionConfig:
 
 @dataclass
 class DataConfig:
-    train: list[str] = key([], "FASTA files, plain or gzipped: paths, globs or URLs")
+    train: list[str] = key(
+        [],
+        "files, plain or gzipped: paths, globs, URLs; folders of text, tables or images; "
+        "hub:OWNER/NAME[:CONFIG]#SPLIT; or one corpus of `longseq data prepare`, with its own splits",
+    )
     valid: list[str] = key([], "files for validation while training; empty: data.valid_fraction of train")
     test: list[str] = key([], "files for `longseq evaluate --split test`; empty: data.test_fraction of train")
     ood: list[str] = key([], "out-of-distribution files for `longseq evaluate --split ood`")
     valid_fraction: float = key(0.05, "share of train held out by a hash of the record's id", at_least=0, below=1)
     test_fraction: float = key(0.05, "another such share, never looked at while training", at_least=0, below=1)
+    format: str = key(
+        "auto",
+        "of all files; auto: by their names, FASTA where they say nothing; lines: a document a line; jsonl, parquet "
+        "and hub have columns",
+        choices=("auto", *FORMATS),
+    )
+    tokenizer: str = key(
+        "auto",
+        "what the tokens are: protein (residues), bytes (of text), pixels, or a Hugging Face tokenizers FILE.json; "
+        "auto: protein for FASTA, pixels for images, else bytes",
+    )
+    column: str | None = key(None, "field of a table with the text or image; default: text, or image with pixels")
+    part_bytes: int = key(
+        1_048_576, "a longer text is read as several documents, cut at the end of a line", at_least=64
+    )
+    image_size: int = key(64, "pixels on each side of an image, cropped and scaled down to it", at_least=1)
     length: int = key(512, "tokens a sequence", at_least=2)
     packing: str = key(
         "concat",
-        "concat: records joined by EOS and cut at length; crop: one record a sequence, padded or cropped at random",
-        choices=("concat", "crop"),
+        "concat: records joined by EOS and cut at length; crop: one record a sequence, padded or cropped at random; "
+        "bucket: the same, in steps of similar lengths and up to data.batch_tokens tokens, of a prepared corpus",
+        choices=("concat", "crop", "bucket"),
+    )
+    reset: bool = key(
+        False, "with packing concat: attention and positions begin anew at each document, which gets BOS and EOS"
+    )
+    crop: str = key(
+        "random",
+        "with packing crop or bucket: which part of a longer record is taken, also for scores",
+        choices=("random", "first"),
     )
     batch_tokens: int = key(
         16384, "tokens of one optimiser step, over all processes and accumulated batches, padding included", at_least=1
     )
-    shuffle_buffer: int = key(10_000, "records held to shuffle the stream, 64 Mi residues at most", at_least=1)
-    strict: bool = key(False, "refuse letters outside the alphabet instead of reading them as X")
+    shuffle_buffer: int = key(
+        10_000,
+        "records held to shuffle the stream, 64 MiB of them at most; a prepared corpus is shuffled as a whole",
+        at_least=1,
+    )
+    strict: bool = key(
+        False, "refuse letters outside the alphabet instead of reading them as X, and bytes that are not UTF-8"
+    )
     workers: int = key(0, "extra processes that prepare batches, for each training process", at_least=0)
     valid_samples: int = key(256, "sequences of one validation while training", at_least=1)
+    accept_changes: bool = key(
+        False, "`longseq resume`: go on although the data are not those the run was started with; once"
+    )
 
 
 @dataclass
@@ -150,13 +191,13 @@ class Config:
 
     @property
     def batch_sequences(self) -> int:
-        """Sequences of one process in one micro-batch."""
+        """Sequences of one process in one micro-batch; with data.packing=bucket about the fewest."""
         trainer, data = self.trainer, self.data
         return data.batch_tokens // data.length // (trainer.devices * trainer.accumulate)
 
     @property
     def samples_per_step(self) -> int:
-        """Sequences of one optimiser step, over all processes and accumulated batches."""
+        """Sequences of one optimiser step, over all processes and accumulated batches; with bucket the fewest."""
         return self.data.batch_tokens // self.data.length
 
     def performer_spec(self, vocabulary: int) -> PerformerSpec:
@@ -199,7 +240,7 @@ class Config:
         """
         data, trainer = self.data, self.trainer
         if not data.train:
-            raise ConfigError("data.train is empty: name FASTA files, e.g. data.train='[proteins.fasta.gz]'.")
+            raise ConfigError("data.train is empty: name files, e.g. data.train='[proteins.fasta.gz]'.")
         if data.valid_fraction + data.test_fraction >= 1:
             raise ConfigError(
                 f"data.valid_fraction + data.test_fraction = {data.valid_fraction} + {data.test_fraction} leaves "
@@ -212,13 +253,21 @@ class Config:
             )
         if len(self.optim.betas) != 2 or not all(0 <= beta < 1 for beta in self.optim.betas):
             raise ConfigError(f"optim.betas={list(self.optim.betas)}: two numbers from [0, 1), e.g. [0.9, 0.98].")
-        if data.batch_tokens % data.length:
+        ranks = trainer.devices * trainer.accumulate
+        if data.packing == "bucket":
+            if self.samples_per_step < ranks:
+                raise ConfigError(
+                    f"data.batch_tokens={data.batch_tokens} with data.packing=bucket is less than one sequence of "
+                    f"data.length={data.length} for each of {trainer.devices} processes (trainer.devices) × "
+                    f"{trainer.accumulate} accumulated batches (trainer.accumulate): take "
+                    f"{ranks * data.length}, or change one of them."
+                )
+        elif data.batch_tokens % data.length:
             raise ConfigError(
                 f"data.batch_tokens={data.batch_tokens} is not a multiple of data.length={data.length}: "
                 f"take {-(-data.batch_tokens // data.length) * data.length}."
             )
-        ranks = trainer.devices * trainer.accumulate
-        if self.samples_per_step % ranks:
+        elif self.samples_per_step % ranks:
             whole = -(-self.samples_per_step // ranks) * ranks
             raise ConfigError(
                 f"one step is data.batch_tokens / data.length = {data.batch_tokens} / {data.length} = "
@@ -226,8 +275,71 @@ class Config:
                 f"{trainer.accumulate} accumulated batches (trainer.accumulate) do not share evenly: change one of "
                 f"them, or take data.batch_tokens={whole * data.length}."
             )
-        self.performer_spec(VOCABULARY_SIZE)
+        self.performer_spec(vocabulary=2)  # its size decides nothing that could be refused
+        self._check_documents()
+        self._check_tokens()
         self._check_deepspeed()
+
+    def _check_documents(self) -> None:
+        data, attention = self.data, self.attention
+        if data.reset and data.packing != "concat":
+            raise ConfigError(
+                f"data.reset=true and data.packing={data.packing}: a sequence of one record has nothing to begin anew; "
+                "take data.packing=concat, or data.reset=false."
+            )
+        if data.crop != "random" and data.packing == "concat":
+            raise ConfigError(
+                f"data.crop={data.crop} and data.packing={data.packing}: joined records are cut, not cropped; take "
+                "data.packing=crop, or leave data.crop out."
+            )
+        signed = attention.kind == "favor" and attention.kernel in SIGNED_KERNELS
+        if data.reset and signed and self.model.objective == "masked":
+            raise ConfigError(
+                f"data.reset=true and attention.kernel={attention.kernel} with a masked objective: features of both "
+                "signs cannot share two denominators; take kernel softmax or relu."
+            )
+
+    def _check_tokens(self) -> None:
+        """What format and tokens say of themselves; longseq.data asks again when it knows the files."""
+        data = self.data
+        if data.tokenizer not in ("auto", *TOKENS) and not data.tokenizer.endswith(".json"):
+            near = difflib.get_close_matches(data.tokenizer, ("auto", *TOKENS), n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ConfigError(
+                f"data.tokenizer={data.tokenizer}: choose from auto, {', '.join(TOKENS)}, or name a tokenizer's .json "
+                f"file.{hint}"
+            )
+        if data.format == "auto":
+            return
+        refusal = None if data.tokenizer == "auto" else disagreement(data.format, data.tokenizer)
+        if refusal:
+            raise ConfigError(refusal)
+        if data.column is not None and data.format not in TABLES:
+            raise ConfigError(
+                f"data.column={data.column} and data.format={data.format}: only {', '.join(TABLES)} have columns; "
+                "leave it out."
+            )
+        if data.format == "images":
+            self.check_pixels()
+
+    def check_pixels(self) -> None:
+        """What a model of images asks of the data section.
+
+        Raises:
+            ConfigError: naming the key.
+        """
+        data = self.data
+        values = values_of(data.image_size)
+        if data.packing != "crop":
+            raise ConfigError(
+                f"data.packing={data.packing} with pixels: images that are joined and cut lose their rows and columns; "
+                "take data.packing=crop."
+            )
+        if data.length > values:
+            raise ConfigError(
+                f"data.length={data.length} is more than an image has: data.image_size={data.image_size} makes "
+                f"{data.image_size} × {data.image_size} × 3 = {values} tokens; take data.length={values}."
+            )
 
     def _check_deepspeed(self) -> None:
         zero = self.deepspeed.get("zero_optimization", {})

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from longseq.cli import main
+from longseq.config_loading import load_config
 from longseq.errors import RunError
 from longseq.run import Run
 
@@ -228,3 +229,14 @@ def test_a_damaged_checkpoint_that_was_named_is_not_evaluated(publish, capsys):
 def test_a_run_without_a_checkpoint_is_not_evaluated(run, capsys):
     assert main(["evaluate", str(run.path)]) == 1
     assert "there is no checkpoint to evaluate yet" in capsys.readouterr().err
+
+
+def test_a_run_keeps_its_tokenizer_wherever_it_is_moved_to(folder):
+    Path("words.json").write_text("{}")
+    config = load_config("small.yaml", [f"data.train={folder}/lines.txt", "data.tokenizer=words.json", "run.name=one"])
+    run = Run.create(config, default_name="unused")
+    Path("words.json").write_text("changed")
+    assert Path(run.config().data.tokenizer).read_text() == "{}"
+    moved = run.path.rename(folder / "moved")
+    assert Run.open(moved).config().data.tokenizer == str(moved / "tokenizer.json")
+    assert Run.open(moved).config(("data.tokenizer=words.json",)).data.tokenizer == "words.json"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from longseq.commands.training import check_data, check_disk, help_on_keys, train
 from longseq.config_loading import load_config
-from longseq.data import resolve_sources
+from longseq.data import identities, resolve_sources
 from longseq.run import Run
 
 
@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     new = Run.create(config, default_name=args.config.stem)
     with new.locked():
         try:
+            new.record_data(identities(config))
             return train(new, config, checkpoint=None)
         finally:
             new.discard_if_untrained()

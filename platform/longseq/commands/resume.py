@@ -12,7 +12,7 @@ from longseq.checkpoint import Checkpoint
 from longseq.commands.training import FIXED, check_data, check_disk, help_on_keys, refuse_changes, train
 from longseq.config import Config
 from longseq.config_loading import save_config
-from longseq.data import resolve_sources
+from longseq.data import identities, resolve_sources
 from longseq.errors import LongseqError, RunError
 from longseq.run import Run
 
@@ -28,6 +28,10 @@ def run(args: argparse.Namespace) -> int:
     before, config = run.config(), run.config(tuple(args.overrides))
     resolve_sources(config)
     refuse_changes(before, config, run, FIXED)
+    data = identities(config)
+    if not config.data.accept_changes:
+        run.check_data(config, data)
+    config.data.accept_changes = False  # of these data, and not of the next ones
     with run.locked():
         checkpoint, damaged = run.newest_checkpoint()
         for sentence in damaged:
@@ -42,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
         check_data(config)
         check_disk(config, run.path)
         save_config(config, run.config_path)
+        run.record_data(data)
         run.mark_finished(None)
         try:
             code = train(run, config, checkpoint)

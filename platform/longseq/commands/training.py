@@ -11,13 +11,14 @@ from pathlib import Path
 from longseq.checkpoint import Checkpoint, expected_bytes, remove_partials
 from longseq.config import Config
 from longseq.config_loading import described_keys
-from longseq.data import SPLITS
+from longseq.data import SPLITS, corpus_of, reading, vocabulary
 from longseq.errors import EXIT_GO_ON, LongseqError, RunError
 from longseq.launch import local
 from longseq.run import Run, as_typed
+from longseq_data.corpus import Corpus
 from longseq_data.errors import DataError
-from longseq_data.fasta import ScanReport, scan
-from longseq_data.vocabulary import VOCABULARY_SIZE
+from longseq_data.fasta import ScanReport
+from longseq_data.survey import UNITS, survey
 
 
 def train(run: Run, config: Config, checkpoint: Checkpoint | None) -> int:
@@ -49,7 +50,11 @@ FIXED = (
     *("model.preset", "model.dim", "model.depth", "model.heads", "model.ffn_dim", "model.objective"),
     *("attention.qk_norm", "data.train", "data.valid", "data.test", "data.valid_fraction", "data.test_fraction"),
     *("data.length", "data.packing", "data.batch_tokens", "data.shuffle_buffer"),
+    *("data.format", "data.tokenizer", "data.column", "data.part_bytes", "data.image_size", "data.reset", "data.crop"),
 )
+
+
+_FILES = ("data.train", "data.valid", "data.test", "data.tokenizer")
 
 
 def refuse_changes(before: Config, after: Config, run: Run, keys: Sequence[str]) -> None:
@@ -62,7 +67,7 @@ def refuse_changes(before: Config, after: Config, run: Run, keys: Sequence[str])
         section, _, name = key.partition(".")
         old, new = getattr(getattr(before, section), name), getattr(getattr(after, section), name)
         if old != new:
-            moved = f" (if only the files have moved, correct {run.config_path})" if section == "data" else ""
+            moved = f" (if only the files have moved, correct {run.config_path})" if key in _FILES else ""
             raise RunError(
                 f"{key}={new}: the run {run.path} was started with {old}, and keeps it{moved}. Start another run with "
                 "`longseq fit` for another experiment."
@@ -75,14 +80,22 @@ def check_data(config: Config) -> None:
     Raises:
         DataError: for a file that cannot be trained on.
     """
+    read = reading(config)
     for split in SPLITS:
         sources = getattr(config.data, split)
+        prepared = corpus_of(config, split)
+        if prepared:
+            corpus = Corpus.open(prepared, split)
+            unit = UNITS.get(corpus.vocabulary.name, "tokens")
+            print(f"data.{split}: {len(corpus):,} records, {corpus.tokens:,} {unit} of {prepared}", file=sys.stderr)
+            continue
         if not sources:
             continue
         data = config.data
         # Shares are held out of the training files alone, and only where no files were named for that split.
         shares = split == "train"
-        report = scan(
+        report = survey(
+            read,
             sources,
             strict=data.strict,
             valid_fraction=data.valid_fraction if shares and not data.valid else 0.0,
@@ -91,7 +104,7 @@ def check_data(config: Config) -> None:
         if shares and report.complete:
             _refuse_empty_splits(config, report)
         extent = "" if report.complete else " at the beginning of the files"
-        print(f"data.{split}: {report.records:,} records, {report.residues:,} residues{extent}", file=sys.stderr)
+        print(f"data.{split}: {report.records:,} records, {report.residues:,} {report.unit}{extent}", file=sys.stderr)
         if report.unknown:
             letters = ", ".join(f"{letter!r} × {count:,}" for letter, count in report.unknown.most_common(5))
             first = report.first_unknown
@@ -127,7 +140,7 @@ def check_disk(config: Config, folder: Path) -> None:
     written = len(list((folder / "checkpoints").glob("step-*.ckpt")))  # on the disk already, for a resume
     while not folder.exists():
         folder = folder.parent
-    weights = config.performer_spec(VOCABULARY_SIZE).parameter_count
+    weights = config.performer_spec(vocabulary(config).size).parameter_count
     more = max(1, config.trainer.keep_checkpoints + 1 - written)
     needed = more * expected_bytes(weights)
     free = shutil.disk_usage(folder).free

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from longseq.checkpoint import Checkpoint
 from longseq.config import Config
-from longseq.data import stream_spec
+from longseq.data import split_spec
 from longseq.errors import ConfigError
 from longseq.run import Run
 from longseq.training.callbacks.checkpointing import Checkpointing
@@ -98,14 +98,13 @@ def check_devices(config: Config) -> None:
 
 
 def _data(config: Config, checkpoint: Checkpoint | None) -> SequenceDataModule:
-    consumed = checkpoint.position.samples if checkpoint else 0
     return SequenceDataModule(
-        stream_spec(config, "train"),
-        stream_spec(config, "valid") if config.trainer.valid_every else None,
+        split_spec(config, "train"),
+        split_spec(config, "valid") if config.trainer.valid_every else None,
         batch_sequences=config.batch_sequences,
         accumulate=config.trainer.accumulate,
         workers=config.data.workers,
-        start_step=consumed // config.samples_per_step,
+        start=checkpoint.position.samples if checkpoint else 0,
         valid_samples=config.data.valid_samples,
     )
 
@@ -113,10 +112,14 @@ def _data(config: Config, checkpoint: Checkpoint | None) -> SequenceDataModule:
 def _summary(task: LanguageModelling, config: Config, run: Run, start: int) -> None:
     spec, trainer = task.model.spec, config.trainer
     attention = "exact attention" if spec.attention == "exact" else f"FAVOR+ {spec.kernel}, {spec.features} features"
+    data = config.data
+    step = f"{data.batch_tokens:,} tokens = {config.samples_per_step} sequences × {data.length}"
+    if data.packing == "bucket":
+        step = f"up to {data.batch_tokens:,} tokens of sequences of similar length, {data.length} at most"
     lines = [
         f"model    {spec.parameter_count:,} parameters: {spec.depth} blocks, {spec.heads} heads, width {spec.dim}, "
         f"MLP {spec.ffn_dim}; {attention}; {config.model.objective}",
-        f"step     {config.data.batch_tokens:,} tokens = {config.samples_per_step} sequences × {config.data.length}, "
+        f"step     {step}, "
         f"on {trainer.devices} {'GPU' if on_cuda(config) else 'CPU'} process(es) × {trainer.accumulate} batch(es)",
         f"sharding DeepSpeed ZeRO-{trainer.zero_stage}, {trainer.precision}",
         f"run      {run.path}, step {start} of {trainer.max_steps}",

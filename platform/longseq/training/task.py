@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longseq.config import Config
+from longseq.data import vocabulary
 from longseq.models.performer import PerformerLM
 from longseq.training.collectives import all_sum
 from longseq.training.optim import build_optimizer, build_schedule, follow_config
-from longseq_data.vocabulary import IGNORE, PAD, VOCABULARY_SIZE
+from longseq_data.vocabulary import IGNORE
 
 Batch = dict[str, Tensor]
 
@@ -30,9 +31,12 @@ class LanguageModelling(pl.LightningModule):
         super().__init__()
         self.config = config
         torch.manual_seed(config.run.seed)
-        self.model: PerformerLM = PerformerLM(config.performer_spec(VOCABULARY_SIZE))
+        tokens = vocabulary(config)
+        self.pad = tokens.pad
+        self.model: PerformerLM = PerformerLM(config.performer_spec(tokens.size))
         self.train_sums = Sums()
         self.valid_sums = Sums()
+        self.samples = 0  # consumed by all ranks together, once the step of the last batch is done
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         step = self.trainer.global_step
@@ -62,8 +66,8 @@ class LanguageModelling(pl.LightningModule):
     def _score(self, batch: Batch, sums: Sums) -> Tensor:
         """Sum of the losses over the batch's targets; counts them in ``sums``."""
         tokens, targets = batch["tokens"], batch["targets"]
-        real = tokens != PAD
-        logits = self.model(tokens, batch.get("padding")).float()  # (B, L, V)
+        real = tokens != self.pad
+        logits = self.model(tokens, batch.get("padding"), batch.get("segments")).float()  # (B, L, V)
         loss_sum = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
         scored = targets != IGNORE
         correct = ((logits.detach().argmax(-1) == targets) & scored).sum()
@@ -71,7 +75,10 @@ class LanguageModelling(pl.LightningModule):
         return loss_sum
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        real = batch["tokens"] != PAD
+        if "samples" in batch:  # a number that no device needs
+            batch = dict(batch)
+            self.samples = int(batch.pop("samples"))
+        real = batch["tokens"] != self.pad
         return batch if bool(real.all()) else {**batch, "padding": real}
 
 

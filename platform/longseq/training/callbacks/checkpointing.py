@@ -50,7 +50,7 @@ class Checkpointing(StepBoundary):
         loss_sum, correct, targets = task.train_sums.over_ranks(task.device)[:3].tolist()
         position = TrainingPosition(
             step=step,
-            samples=step * self.config.samples_per_step,
+            samples=task.samples,
             world_size=trainer.world_size,
             zero_stage=self.config.trainer.zero_stage,
             precision=self.config.trainer.precision,
