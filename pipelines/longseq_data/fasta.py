@@ -9,6 +9,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TextIO
 
 import numpy as np
 import numpy.typing as npt
@@ -49,19 +50,24 @@ def read_records(source: str) -> Generator[Record, None, None]:
     Raises DataError, one sentence with file and line, for what cannot be read, is no FASTA, or holds a record without
     an identifier or without residues. Letters outside the alphabet pass: Encoder deals with them.
     """
+    with open_text(source) as handle:
+        yield from records_of(handle, source)
+
+
+def records_of(handle: TextIO, source: str) -> Generator[Record, None, None]:
+    """``read_records`` of an open file."""
     from Bio.SeqIO.FastaIO import SimpleFastaParser
 
     headers: deque[int] = deque()  # the parser is one header ahead of the record that it yields
-    with open_text(source) as handle:
-        for title, sequence in SimpleFastaParser(_lines(handle, source, headers)):
-            line = headers.popleft()
-            # bytes.isalpha is the fastest test that there is; the slow road is for the few that fail it
-            if not (sequence.isascii() and sequence.encode().isalpha()):
-                sequence = _unusual(title, sequence, source, line)
-            words = title.split(None, 1)
-            if not words:
-                raise DataError(f"{source}, line {line}: the header has no identifier; write one after the '>'.")
-            yield Record(words[0], title, sequence, source, line)
+    for title, sequence in SimpleFastaParser(_lines(handle, source, headers)):
+        line = headers.popleft()
+        # bytes.isalpha is the fastest test that there is; the slow road is for the few that fail it
+        if not (sequence.isascii() and sequence.encode().isalpha()):
+            sequence = _unusual(title, sequence, source, line)
+        words = title.split(None, 1)
+        if not words:
+            raise DataError(f"{source}, line {line}: the header has no identifier; write one after the '>'.")
+        yield Record(words[0], title, sequence, source, line)
 
 
 def _lines(handle: Iterable[str], source: str, headers: deque[int]) -> Iterator[str]:
@@ -126,9 +132,12 @@ def _line_of(source: str, header: int, offset: int) -> int:
     """The line that holds residue ``offset`` of the record whose header is on line ``header``.
 
     Reads the source again: only a first problem asks for it, while keeping line lengths would slow down every record.
+    An entry of another format than FASTA has annotation between its first line and its residues: it is its first line.
     """
     with open_text(source) as handle:
         for number, line in enumerate(handle, 1):
+            if number == header and not line.startswith(">"):
+                return header
             if number > header:
                 offset -= len(line.rstrip().replace(" ", "").replace("\t", ""))
                 if offset < 0:
