@@ -7,6 +7,7 @@ import importlib
 
 # action: what it does. The module of the same name here has add_arguments(parser) and run(args), like a verb's.
 ACTIONS = {
+    "fetch": "download UniRef or UniProtKB, checked against the release's checksums",
     "synth": "write a synthetic protein corpus",
 }
 
