@@ -101,13 +101,13 @@ def read_document(url: str, *, patience: Patience | None = None, notice: Notice 
     for attempt in range(1, patience.tries + 1):
         try:
             with _open(url, {}, patience.timeout) as response:
-                document = response.read(MAX_DOCUMENT + 1)
-                length = response.headers.get("Content-Length")
-            if len(document) > MAX_DOCUMENT:
-                raise DataError(
-                    f"{url}: more than 16 MiB, so this is no such document; check the address of the mirror."
-                )
-            if length is None or not length.isdigit() or int(length) == len(document):
+                length = response.headers.get("Content-Length", "")
+                document = b""
+                for piece in _pieces(response, patience.timeout):
+                    document += piece
+                    if len(document) > MAX_DOCUMENT:
+                        raise DataError(f"{url}: more than 16 MiB, so no metalink; check the address of the mirror.")
+            if not length.isdigit() or int(length) == len(document):
                 return document
             problem: Exception = _RefusedError("the connection was cut")
         except (_RefusedError, OSError, http.client.HTTPException) as error:
@@ -129,9 +129,15 @@ def _transfer(part: Part, url: str, patience: Patience, progress: Progress, noti
                     conditional = False
                     continue
                 conditional = True
-                for chunk in _chunks(response, url, part, patience.timeout):
-                    transferred += len(chunk)
-                    part.append(chunk)
+                for piece in _pieces(response, patience.timeout):
+                    transferred += len(piece)
+                    if part.size + len(piece) > part.promise.size:
+                        part.restart()
+                        raise DataError(
+                            f"{url}: the server sends more than the {part.promise.size:,} bytes that the release's "
+                            f"metalink says; nothing was kept; try again later, or name another mirror."
+                        )
+                    part.append(piece)
                     progress(part.size, part.promise.size)
         except (_RefusedError, OSError, http.client.HTTPException) as error:
             problem = error
@@ -194,18 +200,12 @@ def _fit(part: Part, url: str, response: http.client.HTTPResponse, conditional: 
     return True
 
 
-def _chunks(response: http.client.HTTPResponse, url: str, part: Part, timeout: float) -> Iterator[bytes]:
+def _pieces(response: http.client.HTTPResponse, timeout: float) -> Iterator[bytes]:
     """What the response brings, up to its end or its cut. TimeoutError where next to nothing comes."""
     since, received = time.monotonic(), 0
-    while chunk := response.read1(READ):
-        if part.size + len(chunk) > part.promise.size:
-            part.restart()
-            raise DataError(
-                f"{url}: the server sends more than the {part.promise.size:,} bytes that the release's metalink says; "
-                f"nothing was kept; run the same command again later, or with another mirror."
-            )
-        yield chunk
-        received += len(chunk)
+    while piece := response.read1(READ):
+        yield piece
+        received += len(piece)
         elapsed = time.monotonic() - since
         if elapsed > timeout:
             if received < SLOWEST * elapsed:

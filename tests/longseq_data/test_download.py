@@ -257,7 +257,7 @@ def test_a_server_that_says_no_length(chunked: Mood, get, server: Server, tmp_pa
 
 def test_a_server_that_sends_too_much_is_refused(get, server: Server, tmp_path: Path):
     server.mood(PATH, Mood(chunked=True, extra=b"more"))
-    with pytest.raises(DataError, match=r"sends more than the 300,017 bytes that the .* says; nothing was kept; run"):
+    with pytest.raises(DataError, match=r"sends more than the 300,017 bytes that the .* says; nothing was kept; try"):
         get()
     assert files(tmp_path) == []
 
@@ -470,6 +470,9 @@ def test_a_document_is_read_with_the_same_patience(server: Server, said: list[st
     assert len(said) == 2
     with pytest.raises(MissingError, match=r"/y: not found on the server \(404 Not Found\)"):
         read_document(f"{server.address}/y", patience=QUICK)
+    server.mood("/x", Mood(trickle=0.05, piece=3), Mood(stall_after=100))
+    read_document(f"{server.address}/x", patience=QUICK, notice=said.append)
+    assert all(sentence.startswith("the server was silent for too long; ") for sentence in said[2:])
     server.mood("/x", *[Mood(cut_after=100)] * 3)
     with pytest.raises(DataError, match="the connection was cut; check the connection, or name another mirror"):
         read_document(f"{server.address}/x", patience=QUICK)

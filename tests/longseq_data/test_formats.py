@@ -396,3 +396,36 @@ def test_memory_does_not_grow_with_the_file(name: str, write: Write, monkeypatch
 
     peak(20)  # what is imported and cached for good
     assert peak(240) < peak(40) + 50_000  # 5,520 and 920 entries; Biopython's reader of XML takes 370,000 bytes more
+
+
+@pytest.mark.parametrize("text", [FLAT, XML, uniref_xml(3)], ids=["dat", "xml", "uniref"])
+def test_any_damage_gives_records_or_one_sentence(text: str, write: Write):
+    rng = random.Random(7)
+    for _ in range(300):
+        content = bytearray(text.encode())
+        for _ in range(rng.choice((1, 1, 3))):
+            start = rng.randrange(len(content))
+            stop = start + rng.choice((1, 4, 40, 400))
+            change = rng.randrange(4)
+            if change == 0:
+                content[start] = rng.randrange(256)
+            elif change == 1:
+                del content[start:stop]
+            elif change == 2:
+                content[start:start] = content[start:stop]
+            else:
+                del content[start + 1 :]
+        source = write("damaged", bytes(content))
+        said = said_of(source)
+        assert said is None or (said.startswith(source) and "\n" not in said)
+
+
+def said_of(source: str) -> str | None:
+    """The sentence that reading ends with; None where all of it is read."""
+    try:
+        for record in read_any(source):
+            assert record.sequence.isalpha()
+            assert "\n" not in record.description
+    except DataError as error:
+        return str(error)
+    return None
