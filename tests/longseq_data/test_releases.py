@@ -14,7 +14,7 @@ import pytest
 
 from longseq_data.download import Patience
 from longseq_data.errors import DataError
-from longseq_data.formats import read_any
+from longseq_data.proteins import read_proteins
 from longseq_data.releases import DATASETS, MIRRORS, fetch, parse_metalink
 from uniprot_server import CURRENT, TUESDAY, File, Mood, Server, metalink, serve
 
@@ -153,7 +153,7 @@ def test_a_previous_uniref_is_an_archive_with_the_command_that_unpacks_it(
     server.put(f"{previous}/release-2021_02/uniref", {"uniref2021_02.tar.gz": archive}, "2021_02")
     fetched = get(release="2021_02")
     assert (fetched.path, fetched.release) == (tmp_path / "uniref2021_02.tar.gz", "2021_02")
-    (record,) = read_any(str(unpacked(fetched, tmp_path)))
+    (record,) = read_proteins(str(unpacked(fetched, tmp_path)))
     assert record.description == "UniRef50_Q1 a RepID=Q1_X"
     with pytest.raises(DataError, match=r"\(uniref2021_02\.tar\.gz\) without uniref50\.fasta\.gz; it has xml\."):
         get(release="2021_02", file_format="fasta")

@@ -14,7 +14,7 @@ import pytest
 from longseq_data import uniprot_xml
 from longseq_data.errors import DataError
 from longseq_data.fasta import Encoder, read_records
-from longseq_data.formats import format_of, read_any
+from longseq_data.proteins import protein_format, read_proteins
 from longseq_data.uniprot import parse_header
 
 Write = Callable[..., str]
@@ -179,11 +179,11 @@ def test_every_format_gives_the_records_of_the_fasta_file(name: str, zipped: boo
     content = WRITERS[name](PROTEINS).encode()
     source = write("anything.txt", gzip.compress(content) if zipped else content)
     expected = read_records(write("x.fasta", fasta(PROTEINS)))
-    found = list(read_any(source))
+    found = list(read_proteins(source))
     assert [(r.identifier, r.description, r.sequence) for r in found] == [
         (r.identifier, r.description, r.sequence) for r in expected
     ]
-    assert format_of(source) == name
+    assert protein_format(source) == name
 
 
 @pytest.mark.parametrize(("name", "biopython"), [("dat", "swiss"), ("xml", "uniprot-xml")])
@@ -191,7 +191,7 @@ def test_sequences_accessions_and_taxids_are_those_of_biopython(name: str, biopy
     from Bio import SeqIO
 
     source = write(f"a.{name}", WRITERS[name](PROTEINS))
-    records = list(read_any(source))
+    records = list(read_proteins(source))
     expected = list(SeqIO.parse(source, biopython))
     assert [parse_header(r.description).identifier for r in records] == [e.id for e in expected]
     assert [parse_header(r.description).entry for r in records] == [e.name for e in expected]
@@ -210,18 +210,18 @@ def test_sequences_accessions_and_taxids_are_those_of_biopython(name: str, biopy
 def test_the_line_of_a_record_is_where_its_entry_begins(name: str, write: Write):
     text = "\n" * (name == "dat") + WRITERS[name](PROTEINS)
     starts = [i for i, line in enumerate(text.splitlines(), 1) if line.startswith(("ID  ", "<entry"))]
-    assert [r.line for r in read_any(write("a", text))] == starts
+    assert [r.line for r in read_proteins(write("a", text))] == starts
 
 
 def test_formats_by_url(http_address: str, write: Write):
     write("a.bin", gzip.compress(xml(PROTEINS).encode()))
     write("b.bin", flat(PROTEINS))
-    assert [r.sequence for r in read_any(f"{http_address}/a.bin")] == [p.sequence for p in PROTEINS]
-    assert [r.sequence for r in read_any(f"{http_address}/b.bin")] == [p.sequence for p in PROTEINS]
+    assert [r.sequence for r in read_proteins(f"{http_address}/a.bin")] == [p.sequence for p in PROTEINS]
+    assert [r.sequence for r in read_proteins(f"{http_address}/b.bin")] == [p.sequence for p in PROTEINS]
 
 
 def test_uniref_xml_gives_uniref_headers(write: Write):
-    records = list(read_any(write("a.xml", uniref_xml())))
+    records = list(read_proteins(write("a.xml", uniref_xml())))
     assert [r.description for r in records] == [
         f"UniRef50_Q{i} protein <{i}> n={i + 1} Tax=Taxon x={i} TaxID={10 + i} RepID=Q{i}_HUMAN" for i in range(7)
     ]
@@ -240,7 +240,7 @@ SQ   SEQUENCE   4 AA;  103625 MW;  289B4B554A61870E CRC64;
      MKFL
 //
 """
-    (record,) = read_any(write("a.dat", text))
+    (record,) = read_proteins(write("a.dat", text))
     assert record.description.startswith("sp|P15711|104K_THEPA 104 KD MICRONEME-RHOPTRY ANTIGEN OS=THEILERIA PARVA")
     assert parse_header(record.description).taxid is None
 
@@ -336,7 +336,7 @@ LENGTH = len(PROTEINS[1].sequence)
 def test_bad_input_is_refused_with_one_sentence(content: str | bytes, message: str, write: Write):
     source = write("bad.bin", content)
     with pytest.raises(DataError) as caught:
-        list(read_any(source))
+        list(read_proteins(source))
     said = str(caught.value)
     assert said.startswith(source)
     assert message in said
@@ -357,23 +357,23 @@ def test_bad_input_is_refused_with_one_sentence(content: str | bytes, message: s
 def test_declarations_that_name_files_or_explode_are_refused_unread(prolog: str, padding: int, write: Write):
     text = f'<?xml version="1.0"?><!--{"x" * padding}-->{prolog}<uniprot xmlns="http://uniprot.org/uniprot">'
     with pytest.raises(DataError, match="the XML has a DOCTYPE"):
-        list(read_any(write("bad.xml", text + "<entry>&x;</entry></uniprot>")))
+        list(read_proteins(write("bad.xml", text + "<entry>&x;</entry></uniprot>")))
 
 
 @pytest.mark.parametrize("name", ["dat", "xml"])
 def test_any_piece_size_reads_the_same(name: str, write: Write, monkeypatch: pytest.MonkeyPatch):
     source = write("a", WRITERS[name](PROTEINS))
-    expected = list(read_any(source))
+    expected = list(read_proteins(source))
     for size in (1, 2, 7, 61, 1000):
         monkeypatch.setattr(uniprot_xml, "READ", size)
-        assert list(read_any(source)) == expected
+        assert list(read_proteins(source)) == expected
 
 
 @pytest.mark.parametrize("name", ["dat", "xml"])
 def test_a_letter_without_an_id_is_reported_at_its_entry(name: str, write: Write):
     text = WRITERS[name]([PROTEINS[1], Protein("Q1", "Q1_X", "a, with b", "Homo sapiens", 9606, "ACJD")])
     encoder = Encoder(strict=False)
-    records = list(read_any(write("a", text)))
+    records = list(read_proteins(write("a", text)))
     for record in records:
         encoder.encode(record)
     assert encoder.first_unknown == (records[0].source, records[1].line, "J")
@@ -389,7 +389,7 @@ def test_memory_does_not_grow_with_the_file(name: str, write: Write, monkeypatch
         start, end = (0, len(body)) if name == "dat" else (body.index("<entry"), body.index("<copyright"))
         source = write("large", body[:start] + body[start:end] * copies + body[end:])
         tracemalloc.start()
-        assert sum(1 for _ in read_any(source)) == copies * len(PROTEINS)
+        assert sum(1 for _ in read_proteins(source)) == copies * len(PROTEINS)
         most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return most
@@ -423,7 +423,7 @@ def test_any_damage_gives_records_or_one_sentence(text: str, write: Write):
 def said_of(source: str) -> str | None:
     """The sentence that reading ends with; None where all of it is read."""
     try:
-        for record in read_any(source):
+        for record in read_proteins(source):
             assert record.sequence.isalpha()
             assert "\n" not in record.description
     except DataError as error:

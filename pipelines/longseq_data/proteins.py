@@ -24,7 +24,7 @@ READERS: dict[Format, Callable[[TextIO, str], Generator[Record, None, None]]] = 
 ENTRY = re.compile(rb"ID {3}\S")
 
 
-def read_any(source: str) -> Generator[Record, None, None]:
+def read_proteins(source: str) -> Generator[Record, None, None]:
     """Stream the records of one path or URL, plain or gzipped, in the format that its first bytes show.
 
     Flat text and XML give the header that the same entry has in UniProt's FASTA, so an entry has one identifier,
@@ -36,7 +36,7 @@ def read_any(source: str) -> Generator[Record, None, None]:
         yield from READERS[_format_of(handle, source)](handle, source)
 
 
-def format_of(source: str) -> Format:
+def protein_format(source: str) -> Format:
     """The format of one path or URL, by its first bytes. Raises DataError where it is none that can be read."""
     with open_text(source) as handle:
         return _format_of(handle, source)
