@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -149,9 +149,12 @@ def _line_of(source: str, header: int, offset: int) -> int:
     """The line that holds residue ``offset`` of the record whose header is on line ``header``.
 
     Reads the source again: only a first problem asks for it, while keeping line lengths would slow down every record.
+    An entry of another format than FASTA has annotation between its first line and its residues: it is its first line.
     """
     with open_text(source) as handle:
         for number, line in enumerate(handle, 1):
+            if number == header and not line.startswith(">"):
+                return header
             if number > header:
                 offset -= len(line.rstrip().replace(" ", "").replace("\t", ""))
                 if offset < 0:
@@ -237,19 +240,21 @@ def scan(
     total_bytes: int = 256 * MIB,
     valid_fraction: float = 0.0,
     test_fraction: float = 0.0,
+    read: Callable[[str], Iterable[Record]] = read_records,
 ) -> ScanReport:
     """Read the start of every source before a run is started: what is wrong should be said in its first second.
 
     Reads at most ``max_bytes`` of text of each source and ``total_bytes`` of all, but the first record of each in any
     case. The fractions are those of ``split_of``; without them every record counts as training. A split that has no
-    record in a complete report is empty. Raises the DataErrors of ``read_records`` and ``Encoder``.
+    record in a complete report is empty. ``read`` gives a
+    source's records. Raises its DataErrors and those of ``Encoder``.
     """
     report = ScanReport()
     encoder = Encoder(strict)
     total = 0
     for source in sources:
         before = total
-        for record in read_records(source):
+        for record in read(source):
             if total > before and (total - before >= max_bytes or total >= total_bytes):
                 report.complete = False
                 break

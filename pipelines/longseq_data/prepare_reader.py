@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from .errors import DataError
-from .fasta import KNOWN, UNKNOWN_BYTE, UNKNOWN_TO_X, Record, _line_of, parse_records, read_records
+from .fasta import KNOWN, UNKNOWN_BYTE, UNKNOWN_TO_X, Record, _line_of, parse_records
+from .proteins import read_proteins
 from .sources import open_binary, reading_error
 from .vocabulary import LETTERS, PROTEIN, TABLE, Vocabulary
 
@@ -175,11 +176,11 @@ class ProteinReader:
     vocabulary: Vocabulary = PROTEIN
 
     def whole(self, source: str) -> Iterator[Row]:
-        """The rows of ``read_records(source)``, and its errors."""
-        return map(self._row, read_records(source))
+        """The rows of ``read_proteins(source)``, and its errors."""
+        return map(self._row, read_proteins(source))
 
     def block(self, block: Block) -> Iterator[Row]:
-        """The rows of a block: those that read_records would give, and its errors, several times as fast."""
+        """The rows of a block: those that read_proteins would give, and its errors, several times as fast."""
         line = block.first_line
         for part in block.text[1:].split(b"\n>"):
             header, _, body = part.partition(b"\n")

@@ -18,10 +18,10 @@ import numpy.typing as npt
 
 from .documents import Document, DocumentEncoder, Extent
 from .errors import DataError
-from .fasta import read_records
 from .formats import Leaf
 from .masking import mask_tokens, masked_count
 from .packing import Piece, Window, crop, cut, document
+from .proteins import read_proteins
 from .randomness import generator
 from .reading import FASTA, Reading
 from .sharing import Arrays, MakeBatch, Share, collate, filler
@@ -277,7 +277,7 @@ def _empty_split(spec: StreamSpec, seen: int) -> str:
 
 def _documents(spec: StreamSpec, leaf: Leaf) -> Generator[Document, None, None]:
     if leaf.format == "fasta":
-        return read_records(leaf.source)
+        return read_proteins(leaf.source)
     return spec.reading.documents(leaf, strict=spec.strict, measured=spec.measured)
 
 

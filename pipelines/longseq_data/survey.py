@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from .documents import Document
-from .fasta import MIB, Encoder, Record, ScanReport, read_records, scan
+from .fasta import MIB, Encoder, Record, ScanReport, scan
 from .formats import Leaf
 from .images import ImageDocument
+from .proteins import read_proteins
 from .reading import Reading
 from .splits import split_of
 
@@ -26,7 +27,7 @@ def survey(
     valid_fraction: float = 0.0,
     test_fraction: float = 0.0,
 ) -> ScanReport:
-    """What fasta.scan does for FASTA, for every format: what is wrong should be said in a run's first second.
+    """What fasta.scan does for proteins, for every format: what is wrong should be said in a run's first second.
 
     Reads at most ``max_bytes`` of each file and ``total_bytes`` of all, but something of each source in any case. Texts
     are not tokenised and few pictures decoded, for speed. Raises the readers' DataErrors.
@@ -34,7 +35,7 @@ def survey(
     shares = {"valid_fraction": valid_fraction, "test_fraction": test_fraction}
     opened = [(source, reading.leaves([source])) for source in sources]
     if all(leaf.format == "fasta" for _, leaves in opened for leaf in leaves):
-        return scan(sources, strict=strict, max_bytes=max_bytes, total_bytes=total_bytes, **shares)
+        return scan(sources, strict=strict, max_bytes=max_bytes, total_bytes=total_bytes, read=read_proteins, **shares)
     report, encoder = ScanReport(unit=UNITS.get(reading.tokens, "bytes of text")), Encoder(strict)
     for _, leaves in opened:
         for number, leaf in enumerate(leaves):
@@ -74,7 +75,7 @@ def _look(
 def _documents(reading: Reading, leaf: Leaf, strict: bool) -> Iterator[Document]:
     """The leaf's documents; texts for a tokenizer as bytes, but decoded once where ``strict`` asks for UTF-8."""
     if leaf.format == "fasta":
-        return read_records(leaf.source)
+        return read_proteins(leaf.source)
     if reading.tokens in ("bytes", "protein", "pixels"):
         return reading.documents(leaf, strict=strict)
     reading.vocabulary  # noqa: B018 - a tokenizer that cannot be read is said now
