@@ -246,8 +246,7 @@ def scan(
 
     Reads at most ``max_bytes`` of text of each source and ``total_bytes`` of all, but the first record of each in any
     case. The fractions are those of ``split_of``; without them every record counts as training. A split that has no
-    record in a complete report is empty. ``read`` gives a
-    source's records. Raises its DataErrors and those of ``Encoder``.
+    record in a complete report is empty. ``read`` gives a source's records. Raises its DataErrors and ``Encoder``'s.
     """
     report = ScanReport()
     encoder = Encoder(strict)

@@ -261,7 +261,7 @@ def test_sources_take_turns_a_few_at_a_time_and_are_closed(sources, make_spec, w
         finally:
             opened.remove(source)
 
-    monkeypatch.setattr("longseq_data.streaming.read_records", watched)
+    monkeypatch.setattr("longseq_data.streaming.read_proteins", watched)
     names = [f"f{i:02}" for i in range(sources)]
     spec = make_spec(sources=tuple(numbered(write, name, 3 + i % 5) for i, name in enumerate(names)), shuffle_buffer=1)
     records = sum(3 + i % 5 for i in range(sources))
