@@ -51,7 +51,8 @@ def prepare(
 ) -> tuple[Manifest, bool]:
     """Make the corpus that ``config`` describes, or go on making it; gives its manifest and whether it is new.
 
-    overwrite: replace a corpus of the same name. restart: forget what an interrupted preparation has done.
+    overwrite: replace a corpus of the same name. restart: forget what an interrupted preparation has done. With several
+    workers a script that calls this needs ``if __name__ == "__main__":``, as for all of multiprocessing.
 
     Raises DataError for bad settings and bad data, for a name that is taken, for an interrupted preparation that had
     other settings or other sources, for a second one under way, and where the disk is full.

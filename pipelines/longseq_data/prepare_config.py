@@ -101,7 +101,9 @@ class PrepareConfig:
     @property
     def processes(self) -> int:
         """``workers``, or the number of cores that this process may use."""
-        return self.workers or len(os.sched_getaffinity(0))
+        if self.workers:
+            return self.workers
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
     def content(self) -> dict[str, object]:
         """The keys that decide what comes out, with their values; lists without order are sorted."""

@@ -137,16 +137,18 @@ def _rows(task: ReduceTask, start: int, stop: int) -> Rows:
     """The rows whose keys are in [start, stop], of all files put aside; duplicates dropped."""
     import pyarrow as pa
 
-    tables = []
+    parts = []
     for path in task.parts:
-        # closed at once: the mapping stays as long as its arrays, the open file would count against the limit
         with pa.memory_map(str(path)) as handle, pa.ipc.open_file(handle) as file:
             batch = file.get_batch(0)
         keys = batch.column("key").to_numpy()
         low = np.searchsorted(keys, np.uint64(start), "left")
         high = np.searchsorted(keys, np.uint64(stop), "right")
-        tables.append(pa.Table.from_batches([batch.slice(low, high - low)]).replace_schema_metadata())
-    table = pa.concat_tables(tables).combine_chunks()
+        # a copy, so that no more than one file is mapped at a time
+        copy = batch.slice(low, high - low).serialize()
+        parts.append(pa.ipc.read_record_batch(copy, batch.schema.remove_metadata()))
+    table = pa.Table.from_batches(parts).combine_chunks()
+    del parts
     if not table.num_rows:
         nothing = pa.array([], pa.large_binary())
         empty = np.empty(0, dtype=np.int64)

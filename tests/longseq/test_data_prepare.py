@@ -19,6 +19,8 @@ from corpora import contents, expected, found, write_files
 from longseq.commands.data.prepare import _help_on_keys
 from longseq.errors import ConfigError
 from longseq.flat_config import load_flat
+from longseq_data.corpus import Corpus
+from longseq_data.errors import DataError
 from longseq_data.prepare_config import PrepareConfig
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWY"
@@ -156,7 +158,8 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(large, tmp_path):
         if out.exists():
             break
         assert partial.is_dir()
-        assert "is not finished" in longseq("data", "verify", "out", folder=tmp_path).sentence
+        with pytest.raises(DataError, match="is not finished"):  # nothing takes it for a corpus
+            Corpus.open(out, "train")
     assert killed >= 4
     done = longseq("data", "prepare", "prepare.yaml", "output=out", folder=tmp_path)
     assert done.code == 0, done.err
@@ -274,6 +277,13 @@ def test_a_key_that_does_not_fit_is_refused_with_its_place(load, text, overrides
         load(text, *overrides)
     assert str(refused.value).startswith(sentence)
     assert "\n" not in str(refused.value)
+
+
+def test_keys_that_cannot_go_together_are_refused_with_the_file(place):
+    done = longseq("data", "prepare", "prepare.yaml", "exclude_taxids=[10239]", folder=place)
+    assert done.code == 1
+    assert done.sentence.startswith("prepare.yaml and its overrides: TaxID 10239 stands in ood_taxids and in exclude")
+    assert longseq("data", "prepare", "none.yaml", folder=place).sentence.startswith("none.yaml: no such file")
 
 
 def test_help_says_what_every_key_means():

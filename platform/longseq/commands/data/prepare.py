@@ -26,12 +26,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from longseq.commands.data.progress import Bar
+    from longseq.errors import ConfigError
     from longseq.flat_config import load_flat
     from longseq.run import as_typed
+    from longseq_data.errors import DataError
     from longseq_data.inspection import report_lines
     from longseq_data.prepare import prepare
 
     config = load_flat(PrepareConfig, args.config, args.overrides, "longseq data prepare --help")
+    try:
+        config.check()
+    except DataError as error:
+        raise ConfigError(f"{args.config}{' and its overrides' if args.overrides else ''}: {error}") from None
     try:
         with Bar({"bytes": ("reading", "B"), "shards": ("writing", " shards")}) as bar:
             manifest, new = prepare(config, overwrite=args.overwrite, restart=args.restart, progress=bar)
