@@ -169,7 +169,8 @@ def training_samples(spec: StreamSpec, start: int = 0) -> Iterator[Sample]:
 def training_windows(spec: StreamSpec, start: int = 0) -> Iterator[Window]:
     """The windows of training_samples, not yet tokenised; number ``start`` comes first.
 
-    Windows before ``start`` cost parsing and hashing only, and whole epochs nothing beyond the first one.
+    Windows before ``start`` cost parsing and hashing only, and whole epochs nothing beyond the first one. With a
+    tokenizer's file they cost tokenising too, as nothing else tells how long a text is: a few MB a second.
     """
     if spec.packing == "concat":
         joined = _documents_joined if spec.reset else _joined

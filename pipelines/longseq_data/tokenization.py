@@ -85,7 +85,9 @@ def tokenizer_vocabulary(path: str) -> Vocabulary:
 def tokenise(text: Text, path: str, strict: bool, measured: bool) -> TokenDocument:
     """A text as ids. ``measured``: the document can say how many bytes and words its tokens stand for."""
     vocabulary, written = tokenizer_vocabulary(path), decoded(text, strict)
-    tokens = np.array(load_tokenizer(path).encode(written, add_special_tokens=False).ids, dtype=vocabulary.dtype)
+    # "fast" leaves out where in the text each token stands, which takes half of the time
+    (encoding,) = load_tokenizer(path).encode_batch_fast([written], add_special_tokens=False)
+    tokens = np.array(encoding.ids, dtype=vocabulary.dtype)
     extents = partial(_extents, written, path) if measured else None
     return TokenDocument(text.identifier, text.source, text.line, tokens, extents)
 

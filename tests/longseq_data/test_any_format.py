@@ -15,6 +15,7 @@ from PIL import Image
 
 from longseq_data.batches import EvaluationBatches, Loader, TrainingBatches
 from longseq_data.errors import DataError
+from longseq_data.fasta import read_records
 from longseq_data.reading import Reading
 from longseq_data.splits import split_of
 from longseq_data.streaming import (
@@ -322,3 +323,19 @@ def test_a_survey_stops_at_its_budget(make):
     report = survey(make("lines").reading, make("lines").sources, strict=False, max_bytes=50)
     assert not report.complete
     assert report.residues < 100
+
+
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+def test_proteins_in_a_table_give_the_samples_of_fasta(objective, make_spec, proteins, tmp_path):
+    records = [record for source in proteins for record in read_records(source)]
+    rows = [json.dumps({"id": record.identifier, "text": record.sequence}) for record in records]
+    (tmp_path / "all.jsonl").write_text("\n".join(rows))
+    (tmp_path / "all.fasta").write_text("".join(f">{r.identifier}\n{r.sequence}\n" for r in records))
+    fasta = make_spec(sources=(str(tmp_path / "all.fasta"),), objective=objective, split="train")
+    table = make_spec(
+        sources=(str(tmp_path / "all.jsonl"),), objective=objective, split="train", reading=Reading("auto", "protein")
+    )
+    for samples in (training_samples, evaluation_samples):
+        pairs = islice(zip(samples(fasta), samples(table), strict=True), 60)
+        assert all(equal(one, other) for one, other in pairs)
+    assert target_counts(fasta).tolist() == target_counts(table).tolist()
