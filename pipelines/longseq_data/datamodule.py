@@ -58,7 +58,7 @@ class SequenceDataModule(lightning.LightningDataModule):
             self.valid, batch_sequences=self.batch_sequences, rank=rank, world=world, max_samples=self.valid_samples
         )
         # every worker parses the whole file, so a second one would gain nothing in a short pass
-        return Loader(batches, min(self.workers, 1), self._on_gpu())
+        return Loader(batches, min(self.workers, 1), self._on_gpu(), persistent=True)
 
     def _place(self) -> tuple[int, int]:
         if self.trainer is None:
