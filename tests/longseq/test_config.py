@@ -11,13 +11,17 @@ import pytest
 from longseq.config import Config
 from longseq.config_loading import described_keys, load_config
 from longseq.errors import ConfigError
+from longseq.flat_config import load_flat
 from longseq.models.presets import PRESETS
+from longseq_data.prepare_config import PrepareConfig
 
 SHIPPED = Path(__file__).parents[2] / "configs"
+PREPARE = sorted((SHIPPED / "prepare").glob("*.yaml"))
+RUNS = sorted(path for path in SHIPPED.rglob("*.yaml") if path not in PREPARE)
 TRAIN = "data.train=proteins.fasta"
 
 
-@pytest.mark.parametrize("path", sorted(SHIPPED.rglob("*.yaml")), ids=lambda path: str(path.relative_to(SHIPPED)))
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: str(path.relative_to(SHIPPED)))
 def test_a_shipped_configuration_loads_and_its_model_can_be_built(path):
     config = load_config(path, [TRAIN])
     assert config.data.train == ["proteins.fasta"]
@@ -25,10 +29,21 @@ def test_a_shipped_configuration_loads_and_its_model_can_be_built(path):
 
 
 def test_configurations_are_shipped():
-    assert {path.parent.name for path in SHIPPED.rglob("*.yaml")} == {"protein", "text", "pixels"}
+    assert {path.parent.name for path in RUNS} == {"protein", "text", "pixels"}
+    assert len(PREPARE) == 2
 
 
-@pytest.mark.parametrize("path", sorted(SHIPPED.rglob("*.yaml")), ids=lambda path: str(path.relative_to(SHIPPED)))
+@pytest.mark.parametrize("path", PREPARE, ids=lambda path: path.name)
+def test_a_shipped_preparation_loads_and_a_run_trains_on_what_it_makes(path):
+    config = load_flat(PrepareConfig, path, [], "longseq data prepare --help")
+    config.check()
+    run = load_config(SHIPPED / "protein" / path.name, [])
+    assert run.data.train == [config.output]
+    for name in ("valid_fraction", "test_fraction"):  # those of the corpus, or not said
+        assert getattr(run.data, name) in (getattr(config, name), getattr(Config().data, name))
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: str(path.relative_to(SHIPPED)))
 def test_a_comment_beside_batch_tokens_is_their_arithmetic(path):
     """batch_tokens: N  # a things * b things: the product of the numbers is N."""
     for tokens, comment in re.findall(r"batch_tokens: (\d+) *# (.*\*.*)", path.read_text()):
