@@ -111,6 +111,11 @@ class TrainerConfig:
     accelerator: str = key("auto", "auto: CUDA where there is a GPU", choices=("auto", "cpu", "cuda"))
     max_steps: int = key(1000, "optimiser steps of the whole run", at_least=1)
     precision: str = key("fp32", "of weights and activations", choices=("fp32", "bf16", "fp16"))
+    strategy: str = key(
+        "deepspeed",
+        "deepspeed, PyTorch's ddp (every process holds everything), or single (one process, without either)",
+        choices=("single", "ddp", "deepspeed"),
+    )
     zero_stage: int = key(
         2, "what DeepSpeed shards: 0 nothing, 1 optimiser, 2 and gradients, 3 and weights", at_least=0, below=4
     )
@@ -119,6 +124,8 @@ class TrainerConfig:
     valid_every: int = key(250, "steps between validations; 0: never", at_least=0)
     checkpoint_every: int = key(250, "steps between checkpoints; 0: only at the end or when stopped", at_least=0)
     keep_checkpoints: int = key(3, "newest checkpoints kept", at_least=1)
+    keep_best: int = key(0, "checkpoints of lowest validation loss kept besides", at_least=0)
+    keep_every: int = key(0, "checkpoints at multiples of this many steps kept besides; 0: none", at_least=0)
     log_every: int = key(10, "steps between points in TensorBoard", at_least=1)
 
 
@@ -227,7 +234,33 @@ class Config:
                 f"them, or take data.batch_tokens={whole * data.length}."
             )
         self.performer_spec(VOCABULARY_SIZE)
+        self._check_trainer()
         self._check_deepspeed()
+
+    def _check_trainer(self) -> None:
+        trainer = self.trainer
+        if trainer.strategy == "single" and trainer.devices > 1:
+            raise ConfigError(
+                f"trainer.strategy=single is one process, but trainer.devices={trainer.devices}: take "
+                "trainer.strategy=ddp or deepspeed, or trainer.devices=1."
+            )
+        if trainer.strategy != "deepspeed" and self.deepspeed:
+            raise ConfigError(
+                f"deepspeed.{next(iter(self.deepspeed))} is set, but trainer.strategy={trainer.strategy} does without "
+                "DeepSpeed: remove the deepspeed section, or take trainer.strategy=deepspeed."
+            )
+        every, valid = trainer.checkpoint_every, trainer.valid_every
+        if trainer.keep_best and (not every or not valid or every % valid):
+            raise ConfigError(
+                f"trainer.keep_best={trainer.keep_best} needs a validation at every checkpoint, but trainer."
+                f"checkpoint_every={every} is not a multiple of trainer.valid_every={valid}: take "
+                f"trainer.checkpoint_every={valid or 'n'}{'' if valid else ' and trainer.valid_every=n'}."
+            )
+        if trainer.keep_every and every and trainer.keep_every % every:
+            raise ConfigError(
+                f"trainer.keep_every={trainer.keep_every} is not a multiple of trainer.checkpoint_every={every}, so "
+                f"only some of its steps have a checkpoint: take {-(-trainer.keep_every // every) * every}."
+            )
 
     def _check_deepspeed(self) -> None:
         zero = self.deepspeed.get("zero_optimization", {})

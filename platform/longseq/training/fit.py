@@ -19,10 +19,11 @@ from longseq.training.callbacks.curves import Curves
 from longseq.training.callbacks.gradients import GradientNorm
 from longseq.training.callbacks.stopping import StopFlag, StopRequested
 from longseq.training.environment import start_facts
-from longseq.training.strategy import deepspeed_strategy, on_cuda
+from longseq.training.strategy import build_strategy, on_cuda
 from longseq.training.task import LanguageModelling
 from longseq_data.datamodule import SequenceDataModule
 
+_SHARDING = {"deepspeed": "DeepSpeed ZeRO-{}", "ddp": "none (DDP)", "single": "none (one process)"}
 _PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
@@ -56,12 +57,14 @@ def build_trainer(run: Run, config: Config, stop: StopFlag, start: int) -> pl.Tr
     return pl.Trainer(
         accelerator="cuda" if on_cuda(config) else "cpu",
         devices=settings.devices,
-        strategy=deepspeed_strategy(config),
+        strategy=build_strategy(config),
         plugins=[LightningEnvironment()],  # processes are ours, also inside a SLURM job
         precision=_PRECISION[settings.precision],  # type: ignore[arg-type]
         max_steps=settings.max_steps,
         max_epochs=-1,
         accumulate_grad_batches=settings.accumulate,
+        # DeepSpeed clips by itself.
+        gradient_clip_val=None if settings.strategy == "deepspeed" else config.optim.clip or None,
         val_check_interval=settings.valid_every * settings.accumulate or None,
         check_val_every_n_epoch=None if settings.valid_every else 1,
         limit_val_batches=None if settings.valid_every else 0,
@@ -118,7 +121,7 @@ def _summary(task: LanguageModelling, config: Config, run: Run, start: int) -> N
         f"MLP {spec.ffn_dim}; {attention}; {config.model.objective}",
         f"step     {config.data.batch_tokens:,} tokens = {config.samples_per_step} sequences × {config.data.length}, "
         f"on {trainer.devices} {'GPU' if on_cuda(config) else 'CPU'} process(es) × {trainer.accumulate} batch(es)",
-        f"sharding DeepSpeed ZeRO-{trainer.zero_stage}, {trainer.precision}",
+        f"sharding {_SHARDING[trainer.strategy].format(trainer.zero_stage)}, {trainer.precision}",
         f"run      {run.path}, step {start} of {trainer.max_steps}",
     ]
     print("\n".join(lines), file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -33,6 +34,7 @@ class LanguageModelling(pl.LightningModule):
         self.model: PerformerLM = PerformerLM(config.performer_spec(VOCABULARY_SIZE))
         self.train_sums = Sums()
         self.valid_sums = Sums()
+        self.validated: tuple[int, float] | None = None  # step and loss of the last validation
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         step = self.trainer.global_step
@@ -42,9 +44,12 @@ class LanguageModelling(pl.LightningModule):
         loss_sum = self._score(batch, self.train_sums)
         # All targets of the optimiser step, over ranks and accumulated batches, so the step's gradient is that of the
         # mean over its targets however they are spread. What is multiplied by here is divided by elsewhere: by
-        # DeepSpeed, which averages over ranks and accumulated batches, and by Lightning, over the latter once more.
+        # DeepSpeed, which averages over ranks and accumulated batches, and by Lightning, over the latter once more; DDP
+        # averages over ranks alone.
         targets = all_sum(batch["step_targets"].clone()).clamp(min=1)
-        return loss_sum * (self.trainer.world_size * self.config.trainer.accumulate**2 / targets)
+        settings = self.config.trainer
+        divisions = 2 if settings.strategy == "deepspeed" else 1
+        return loss_sum * (self.trainer.world_size * settings.accumulate**divisions / targets)
 
     def on_train_start(self) -> None:
         # A restored optimiser brings the settings it was saved with; those of the configuration hold.
@@ -53,6 +58,11 @@ class LanguageModelling(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._score(batch, self.valid_sums)
+
+    def valid_loss_at(self, step: int) -> float | None:
+        """The loss of the validation at ``step``, if there was one and the loss is a number."""
+        at, loss = self.validated or (-1, 0.0)
+        return loss if at == step and math.isfinite(loss) else None
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.model, self.config.optim)

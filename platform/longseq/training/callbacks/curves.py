@@ -52,6 +52,7 @@ class Curves(pl.Callback):
         assert isinstance(task, LanguageModelling)
         self.since += time.monotonic() - self.validation_began  # training speed is that of training
         curves = quality(task.valid_sums.take(task.device))
+        task.validated = (trainer.global_step, curves["loss"])
         _write(trainer, "valid", curves, trainer.global_step)
         if self.bar:
             self.bar.say(f"step {trainer.global_step}  validation: {_line(curves)}")

@@ -23,8 +23,9 @@ class GradientNorm(pl.Callback):
 
     def __init__(self, config: Config):
         settings = config.trainer
-        self.ours = settings.zero_stage == 0 and settings.precision == "fp32"
-        self.unknown = settings.zero_stage == 0 and settings.precision == "fp16"
+        unsharded = settings.strategy == "deepspeed" and settings.zero_stage == 0
+        self.ours = settings.strategy != "deepspeed" or (unsharded and settings.precision == "fp32")
+        self.unknown = unsharded and settings.precision == "fp16"
         # fp16 finds its loss scale by overflowing: DeepSpeed skips such a step, and nothing is wrong.
         self.may_overflow = settings.precision == "fp16"
         self.plain = 0.0
