@@ -1,7 +1,7 @@
 """A checkpoint on disk: a folder with a manifest of its files. No torch here.
 
     step-00001000.ckpt/
-      manifest.json        step, samples consumed, ranks, and size and SHA-256 of every file
+      manifest.json        step, samples consumed, ranks, and size and SHA-256 of every file; and of itself
       model.safetensors    the weights, readable without DeepSpeed and without unpickling
       training/            fp32 weights and Adam's moments by the weight's name, a file a rank; counters and schedule
 
@@ -84,21 +84,31 @@ class Checkpoint:
 
     def _manifest(self) -> dict:
         try:
-            manifest = json.loads(self.manifest_path.read_text())
+            text = self.manifest_path.read_bytes()
         except OSError as error:
             raise RunError(f"{self.manifest_path}: cannot be read: {error.strerror}.") from None
-        except ValueError:
-            raise RunError(f"{self.manifest_path}: not valid JSON, so it was damaged.") from None
         try:
+            manifest = json.loads(text)
             if manifest["format"] != FORMAT:
                 raise RunError(
                     f"{self.manifest_path}: format {manifest['format']}, this version of longseq reads {FORMAT}."
                 )
             TrainingPosition(**manifest["position"])
             _ = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
+            del manifest["sha256"]
+        except ValueError:
+            raise RunError(f"{self.manifest_path}: not valid JSON, so it was damaged.") from None
         except (KeyError, TypeError, AttributeError):
             raise RunError(f"{self.manifest_path}: entries are missing or misspelt, so it was damaged.") from None
+        if _rendered(manifest) != text:
+            raise RunError(f"{self.manifest_path}: its content does not match its checksum, so it was damaged.")
         return manifest
+
+
+def _rendered(manifest: Mapping[str, object]) -> bytes:
+    """A manifest as it stands in its file: what is hashed, and the hash."""
+    digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    return json.dumps({**manifest, "sha256": digest}, indent=1).encode()
 
 
 def expected_bytes(parameters: int) -> int:
@@ -122,8 +132,8 @@ def publish(directory: Path, position: TrainingPosition, files: Mapping[str, Map
     """
     partial = partial_path(directory, position.step)
     manifest = {"format": FORMAT, "position": asdict(position), "files": dict(sorted(files.items()))}
-    with (partial / _MANIFEST).open("w") as file:
-        json.dump(manifest, file, indent=1)
+    with (partial / _MANIFEST).open("wb") as file:
+        file.write(_rendered(manifest))
         file.flush()
         os.fsync(file.fileno())
     for folder in {partial, *((partial / name).parent for name in files)}:
