@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from longseq.durations import duration_seconds
 from longseq.errors import ConfigError
 from longseq.models.presets import PRESETS
 from longseq.models.spec import KERNELS, PerformerSpec
@@ -127,6 +128,17 @@ class TrainerConfig:
     keep_best: int = key(0, "checkpoints of lowest validation loss kept besides", at_least=0)
     keep_every: int = key(0, "checkpoints at multiples of this many steps kept besides; 0: none", at_least=0)
     log_every: int = key(10, "steps between points in TensorBoard", at_least=1)
+    time_limit: str | None = key(
+        None, "save and stop at the first step after this much time, e.g. 2h30m, 1d, 2:30:00 or seconds; exit code 75"
+    )
+    on_bad_step: str = key(
+        "stop",
+        "a loss or gradient that is not finite, or a spike: stop the run, or skip the step",
+        choices=("stop", "skip"),
+    )
+    spike_factor: float = key(
+        0.0, "a loss above this many times the mean of about 50 batches before is a spike; 0: none is", at_least=0
+    )
 
 
 # DeepSpeed settings that follow from keys of ours; given twice, they would disagree.
@@ -237,8 +249,27 @@ class Config:
         self._check_trainer()
         self._check_deepspeed()
 
+    @property
+    def time_limit_seconds(self) -> float | None:
+        """trainer.time_limit in seconds.
+
+        Raises:
+            ConfigError: if it is no time.
+        """
+        limit = self.trainer.time_limit
+        try:
+            return None if limit is None else duration_seconds(limit)
+        except ValueError as error:
+            raise ConfigError(f"trainer.time_limit={limit}: {error}.") from None
+
     def _check_trainer(self) -> None:
         trainer = self.trainer
+        _ = self.time_limit_seconds
+        if 0 < trainer.spike_factor <= 1:
+            raise ConfigError(
+                f"trainer.spike_factor={trainer.spike_factor:g} would call every loss above the mean a spike: take a "
+                "factor above 1, e.g. 2."
+            )
         if trainer.strategy == "single" and trainer.devices > 1:
             raise ConfigError(
                 f"trainer.strategy=single is one process, but trainer.devices={trainer.devices}: take "

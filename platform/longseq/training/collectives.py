@@ -29,13 +29,13 @@ class ControlGroup:
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._group)
         return [bool(vote) for vote in votes.tolist()]
 
-    def first(self, value: str | None) -> str | None:
-        """The value of the lowest rank that has one."""
+    def gather(self, value: str | None) -> list[str | None]:
+        """Every rank's value, by rank."""
         if self._group is None:
-            return value
+            return [value]
         values: list[str | None] = [None] * dist.get_world_size(self._group)
         dist.all_gather_object(values, value, group=self._group)
-        return next((value for value in values if value is not None), None)
+        return values
 
     def barrier(self) -> None:
         if self._group is not None:

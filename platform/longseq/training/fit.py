@@ -14,6 +14,7 @@ from longseq.config import Config
 from longseq.data import stream_spec
 from longseq.errors import ConfigError
 from longseq.run import Run
+from longseq.training.callbacks.bad_steps import BadSteps
 from longseq.training.callbacks.checkpointing import Checkpointing
 from longseq.training.callbacks.curves import Curves
 from longseq.training.callbacks.gradients import GradientNorm
@@ -54,6 +55,7 @@ def fit(run: Run, config: Config, checkpoint: Checkpoint | None, stop: StopFlag)
 def build_trainer(run: Run, config: Config, stop: StopFlag, start: int) -> pl.Trainer:
     """Lightning's trainer with everything it would do by itself, and we do otherwise, switched off."""
     settings, gradient_norm = config.trainer, GradientNorm(config)
+    checkpointing = Checkpointing(run, config, stop, gradient_norm)
     return pl.Trainer(
         accelerator="cuda" if on_cuda(config) else "cpu",
         devices=settings.devices,
@@ -75,8 +77,9 @@ def build_trainer(run: Run, config: Config, stop: StopFlag, start: int) -> pl.Tr
         logger=TensorBoardLogger(run.path, name="", version="tensorboard", purge_step=start + 1),
         callbacks=[
             gradient_norm,
+            BadSteps(run, config, gradient_norm, checkpointing.finish_writing),
             Curves(run, config, gradient_norm),
-            Checkpointing(run, config, stop, gradient_norm),
+            checkpointing,
         ],
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -6,6 +6,7 @@ Training stands still only while its state is copied; files are written, synced 
 from __future__ import annotations
 
 import shutil
+import sys
 
 import lightning.pytorch as pl
 
@@ -41,17 +42,20 @@ class Checkpointing(StepBoundary):
         assert isinstance(task, LanguageModelling)
         assert self.writer is not None
         every, last = self.config.trainer.checkpoint_every, self.config.trainer.max_steps
-        stopping, unwritten = self.control.any(self.stop.requested, self.writer.failed)
-        stopping = stopping and step < last
+        asked, late, unwritten = self.control.any(self.stop.requested, self.stop.out_of_time, self.writer.failed)
+        stopping = (asked or late) and step < last
         if unwritten:
-            self._finish_writing()
+            self.finish_writing()
         if stopping or step >= last or (every and step % every == 0):
             if self.control.any(not (task.train_sums.finite and self.gradient_norm.finite(trainer)))[0]:
-                self._finish_writing()
+                self.finish_writing()
                 raise not_finite(self.run, step)
             self._save(trainer, task, step)
         if stopping or step >= last:
-            self._finish_writing()
+            self.finish_writing()
+        if stopping and not asked and trainer.is_global_zero:
+            limit = self.config.trainer.time_limit
+            print(f"longseq: trainer.time_limit={limit} is over: saved and stopped", file=sys.stderr, flush=True)
         if stopping:
             raise StopRequested
 
@@ -73,7 +77,7 @@ class Checkpointing(StepBoundary):
             valid_loss=task.valid_loss_at(step),
             unlogged=(loss_sum, correct, targets),
         )
-        self._finish_writing()
+        self.finish_writing()
         partial = checkpoint.partial_path(directory, step)
         if trainer.is_global_zero:
             shutil.rmtree(partial, ignore_errors=True)
@@ -85,7 +89,7 @@ class Checkpointing(StepBoundary):
         assert self.writer is not None
         self.writer.start(strategy.snapshot, position)
 
-    def _finish_writing(self) -> None:
+    def finish_writing(self) -> None:
         """Wait until the checkpoint in the making has its name. All ranks call it.
 
         Raises:
@@ -98,9 +102,10 @@ class Checkpointing(StepBoundary):
         if self.control.any(writer.failed)[0]:
             writer.give_up()
         writer.finish()
-        reason = self.control.first(writer.error.strerror or str(writer.error) if writer.error else None)
-        if reason is not None:
-            raise self._unwritten(step, reason)
+        reasons = self.control.gather(writer.error.strerror or str(writer.error) if writer.error else None)
+        for reason in reasons:
+            if reason is not None:
+                raise self._unwritten(step, reason)
 
     def _prune(self) -> None:
         settings = self.config.trainer

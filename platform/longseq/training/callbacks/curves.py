@@ -66,6 +66,8 @@ class Curves(pl.Callback):
     def _log_train(self, trainer: pl.Trainer, task: LanguageModelling, step: int) -> None:
         sums = task.train_sums.take(task.device)
         now = time.monotonic()
+        if not sums[2]:
+            return  # every step since the last point was left out
         curves = quality(sums)
         norm = self.gradient_norm.value(trainer)
         if not (math.isfinite(curves["loss"]) and self.gradient_norm.finite(trainer)):
