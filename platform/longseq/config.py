@@ -103,6 +103,11 @@ class OptimConfig:
     betas: list[float] = key([0.9, 0.98], "AdamW's decay rates")
     eps: float = key(1e-9, "AdamW's epsilon", at_least=0)
     weight_decay: float = key(0.1, "on matrices; not on embeddings, norms and biases", at_least=0)
+    implementation: str = key(
+        "torch",
+        "torch's AdamW, or DeepSpeed's: fused, or cpu for an offloaded optimiser (compiled when first used)",
+        choices=("torch", "fused", "cpu"),
+    )
     clip: float = key(0.5, "largest norm of the whole gradient; 0: no clipping", at_least=0)
 
 
@@ -122,6 +127,14 @@ class TrainerConfig:
     )
     accumulate: int = key(1, "batches a process adds up for one optimiser step", at_least=1)
     activation_checkpointing: bool = key(False, "recompute each block in the backward pass to save memory")
+    activation_offload: bool = key(False, "keep what the recomputation starts from in the CPU's memory")
+    offload_optimizer: str = key(
+        "none",
+        "where DeepSpeed keeps the optimiser: cpu from ZeRO-1 on, nvme with ZeRO-3",
+        choices=("none", "cpu", "nvme"),
+    )
+    offload_params: str = key("none", "where ZeRO-3 keeps the weights", choices=("none", "cpu", "nvme"))
+    offload_path: str | None = key(None, "a folder on a fast local disk, for nvme")
     valid_every: int = key(250, "steps between validations; 0: never", at_least=0)
     checkpoint_every: int = key(250, "steps between checkpoints; 0: only at the end or when stopped", at_least=0)
     keep_checkpoints: int = key(3, "newest checkpoints kept", at_least=1)
@@ -150,8 +163,12 @@ _OURS = {
     "train_micro_batch_size_per_gpu": "data.batch_tokens",
     "optimizer": "the optim section",
     "scheduler": "optim.schedule",
-    "fp16": "trainer.precision",
+    "fp16.enabled": "trainer.precision",
     "bf16": "trainer.precision",
+    "zero_optimization.offload_optimizer.device": "trainer.offload_optimizer",
+    "zero_optimization.offload_optimizer.nvme_path": "trainer.offload_path",
+    "zero_optimization.offload_param.device": "trainer.offload_params",
+    "zero_optimization.offload_param.nvme_path": "trainer.offload_path",
 }
 
 
@@ -206,6 +223,7 @@ class Config:
                 redraw_every=attention.redraw_every,
                 seed=self.run.seed,
                 activation_checkpointing=self.trainer.activation_checkpointing,
+                activation_offload=self.trainer.activation_offload,
             )
         except ValueError as error:
             raise ConfigError(f"{error}.") from None
@@ -294,10 +312,46 @@ class Config:
             )
 
     def _check_deepspeed(self) -> None:
-        zero = self.deepspeed.get("zero_optimization", {})
-        if not isinstance(zero, dict):
-            raise ConfigError(f"deepspeed.zero_optimization={zero}: it is a section, e.g. reduce_bucket_size below it.")
-        given = [*self.deepspeed, *(f"zero_optimization.{name}" for name in zero)]
+        given = self.deepspeed
+        for section in ("zero_optimization", "fp16"):
+            if not isinstance(given.get(section, {}), dict):
+                raise ConfigError(f"deepspeed.{section}={given[section]}: it is a section, with keys below it.")
         for name, ours in _OURS.items():
-            if name in given:
+            if _holds(given, name):
                 raise ConfigError(f"deepspeed.{name} is set from {ours}: set that instead.")
+        if "fp16" in given and self.trainer.precision != "fp16":
+            raise ConfigError(
+                "deepspeed.fp16 scales the loss of trainer.precision=fp16, but trainer.precision="
+                f"{self.trainer.precision}: set that, or remove the section."
+            )
+        self._check_offload()
+
+    def _check_offload(self) -> None:
+        trainer = self.trainer
+        places = {"offload_optimizer": trainer.offload_optimizer, "offload_params": trainer.offload_params}
+        for name, device in places.items():
+            least = 3 if name == "offload_params" or device == "nvme" else 1
+            if device != "none" and (trainer.strategy != "deepspeed" or trainer.zero_stage < least):
+                raise ConfigError(
+                    f"trainer.{name}={device} is done by DeepSpeed from ZeRO-{least} on, but trainer.strategy="
+                    f"{trainer.strategy} and trainer.zero_stage={trainer.zero_stage}: take "
+                    f"trainer.strategy=deepspeed trainer.zero_stage={max(least, trainer.zero_stage)}."
+                )
+        if "nvme" in places.values() and not trainer.offload_path:
+            raise ConfigError("trainer.offload_path is empty: name a folder on the disk that is offloaded to.")
+        if trainer.activation_offload and not trainer.activation_checkpointing:
+            raise ConfigError(
+                "trainer.activation_offload keeps what a recomputation starts from: set trainer."
+                "activation_checkpointing=true too."
+            )
+        if self.optim.implementation != "torch" and trainer.strategy != "deepspeed":
+            raise ConfigError(
+                f"optim.implementation={self.optim.implementation} is DeepSpeed's, but trainer.strategy="
+                f"{trainer.strategy}: take optim.implementation=torch or trainer.strategy=deepspeed."
+            )
+
+
+def _holds(section: Any, name: str) -> bool:
+    """Whether a dotted name stands in nested sections."""
+    first, _, rest = name.partition(".")
+    return isinstance(section, dict) and first in section and (not rest or _holds(section[first], rest))

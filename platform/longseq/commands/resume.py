@@ -25,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from longseq.training.deepspeed_settings import check_deepspeed
+
     run = Run.open(args.run_folder)
     before, config = run.config(), run.config(tuple(args.overrides))
     resolve_sources(config)
@@ -41,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
                     f"`{run.resume_command} trainer.max_steps={2 * checkpoint.position.step}`."
                 )
         check_data(config)
+        check_deepspeed(config)
         check_disk(config, run.path)
         save_config(config, run.config_path)
         run.mark_finished(None)

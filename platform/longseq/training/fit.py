@@ -99,6 +99,11 @@ def check_devices(config: Config) -> None:
             f"trainer.devices={settings.devices}, but there are {gpus} GPUs here: set trainer.devices={max(gpus, 1)}"
             f"{'' if gpus else ' and trainer.accelerator=cpu'}."
         )
+    if config.optim.implementation == "cpu" and on_cuda(config) and settings.offload_optimizer == "none":
+        raise ConfigError(
+            "optim.implementation=cpu steps in the CPU's memory, and the weights are on the GPU: set "
+            "trainer.offload_optimizer=cpu, or optim.implementation=fused."
+        )
     if settings.precision == "fp16" and not on_cuda(config):
         raise ConfigError("trainer.precision=fp16 needs a GPU: set trainer.precision to bf16 or fp32.")
 

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from longseq.config import Config
+from longseq.training.deepspeed_settings import deepspeed_settings
 from longseq.training.snapshots import Snapshots
 
 
@@ -31,19 +32,12 @@ def build_strategy(config: Config) -> Strategy:
     if config.trainer.strategy == "single":
         return SavingSingleStrategy("cuda:0" if on_cuda(config) else "cpu")
     if config.trainer.strategy == "ddp":
-        # Reentrant checkpoints and unused outputs are no matter here: every weight has its gradient once a step.
         return SavingDDPStrategy(process_group_backend="nccl" if on_cuda(config) else "gloo")
     return _deepspeed_strategy(config)
 
 
 def _deepspeed_strategy(config: Config) -> DeepSpeedStrategy:
-    settings: dict[str, Any] = {
-        "zero_allow_untested_optimizer": True,
-        "train_micro_batch_size_per_gpu": config.batch_sequences,
-        "gradient_clipping": config.optim.clip,
-        **config.deepspeed,
-        "zero_optimization": {**config.deepspeed.get("zero_optimization", {}), "stage": config.trainer.zero_stage},
-    }
+    settings = deepspeed_settings(config, on_cuda=on_cuda(config))
     if on_cuda(config):
         return CleanDeepSpeedStrategy(config=settings, logging_level=logging.WARNING)
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -68,8 +62,10 @@ class CleanDeepSpeedStrategy(Snapshots, DeepSpeedStrategy):
         # Half precision without ZeRO steps once with zero gradients to allocate the moments, which counts in Adam's
         # bias correction: the first real step would be a quarter too short.
         for state in optimizer.state.values() if optimizer else ():
-            if "step" in state:
+            if isinstance(state.get("step"), torch.Tensor):
                 state["step"].zero_()
+            elif "step" in state:
+                state["step"] = 0
         return engine, sharded_optimizer
 
     def _optimizer(self) -> Any:
