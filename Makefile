@@ -1,6 +1,7 @@
 # make quickstart   a virtual environment, a small corpus, a Performer trained and evaluated
 # make test         everything that this machine can run
-# make test-long    what takes longer: 100,000 damaged files, 50 kills, 2 GB of FASTA
+# make test-long    proofs that take minutes: 100,000 damaged files, 2 GB of FASTA, runs killed at random, every change of
+#                   world and stage
 # make check        lint, format and types
 
 PYTHON ?= python3

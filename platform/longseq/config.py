@@ -10,6 +10,7 @@ import difflib
 from dataclasses import dataclass, field
 from typing import Any
 
+from longseq.durations import duration_seconds
 from longseq.errors import ConfigError
 from longseq.models.presets import PRESETS
 from longseq.models.spec import KERNELS, SIGNED_KERNELS, PerformerSpec
@@ -143,6 +144,11 @@ class OptimConfig:
     betas: list[float] = key([0.9, 0.98], "AdamW's decay rates")
     eps: float = key(1e-9, "AdamW's epsilon", at_least=0)
     weight_decay: float = key(0.1, "on matrices; not on embeddings, norms and biases", at_least=0)
+    implementation: str = key(
+        "torch",
+        "torch's AdamW, or DeepSpeed's: fused, or cpu for an offloaded optimiser (compiled when first used)",
+        choices=("torch", "fused", "cpu"),
+    )
     clip: float = key(0.5, "largest norm of the whole gradient; 0: no clipping", at_least=0)
 
 
@@ -152,15 +158,41 @@ class TrainerConfig:
     accelerator: str = key("auto", "auto: CUDA where there is a GPU", choices=("auto", "cpu", "cuda"))
     max_steps: int = key(1000, "optimiser steps of the whole run", at_least=1)
     precision: str = key("fp32", "of weights and activations", choices=("fp32", "bf16", "fp16"))
+    strategy: str = key(
+        "deepspeed",
+        "deepspeed, PyTorch's ddp (every process holds everything), or single (one process, without either)",
+        choices=("single", "ddp", "deepspeed"),
+    )
     zero_stage: int = key(
         2, "what DeepSpeed shards: 0 nothing, 1 optimiser, 2 and gradients, 3 and weights", at_least=0, below=4
     )
     accumulate: int = key(1, "batches a process adds up for one optimiser step", at_least=1)
     activation_checkpointing: bool = key(False, "recompute each block in the backward pass to save memory")
+    activation_offload: bool = key(False, "keep what the recomputation starts from in the CPU's memory")
+    offload_optimizer: str = key(
+        "none",
+        "where DeepSpeed keeps the optimiser: cpu from ZeRO-1 on, nvme with ZeRO-3",
+        choices=("none", "cpu", "nvme"),
+    )
+    offload_params: str = key("none", "where ZeRO-3 keeps the weights", choices=("none", "cpu", "nvme"))
+    offload_path: str | None = key(None, "a folder on a fast local disk, for nvme")
     valid_every: int = key(250, "steps between validations; 0: never", at_least=0)
     checkpoint_every: int = key(250, "steps between checkpoints; 0: only at the end or when stopped", at_least=0)
     keep_checkpoints: int = key(3, "newest checkpoints kept", at_least=1)
+    keep_best: int = key(0, "checkpoints of lowest validation loss kept besides", at_least=0)
+    keep_every: int = key(0, "checkpoints at multiples of this many steps kept besides; 0: none", at_least=0)
     log_every: int = key(10, "steps between points in TensorBoard", at_least=1)
+    time_limit: str | None = key(
+        None, "save and stop at the first step after this much time, e.g. 2h30m, 1d, 2:30:00 or seconds; exit code 75"
+    )
+    on_bad_step: str = key(
+        "stop",
+        "a loss or gradient that is not finite, or a spike: stop the run, or skip the step",
+        choices=("stop", "skip"),
+    )
+    spike_factor: float = key(
+        0.0, "a loss above this many times the mean of about 50 batches before is a spike; 0: none is", at_least=0
+    )
 
 
 # DeepSpeed settings that follow from keys of ours; given twice, they would disagree.
@@ -172,8 +204,12 @@ _OURS = {
     "train_micro_batch_size_per_gpu": "data.batch_tokens",
     "optimizer": "the optim section",
     "scheduler": "optim.schedule",
-    "fp16": "trainer.precision",
+    "fp16.enabled": "trainer.precision",
     "bf16": "trainer.precision",
+    "zero_optimization.offload_optimizer.device": "trainer.offload_optimizer",
+    "zero_optimization.offload_optimizer.nvme_path": "trainer.offload_path",
+    "zero_optimization.offload_param.device": "trainer.offload_params",
+    "zero_optimization.offload_param.nvme_path": "trainer.offload_path",
 }
 
 
@@ -228,6 +264,7 @@ class Config:
                 redraw_every=attention.redraw_every,
                 seed=self.run.seed,
                 activation_checkpointing=self.trainer.activation_checkpointing,
+                activation_offload=self.trainer.activation_offload,
             )
         except ValueError as error:
             raise ConfigError(f"{error}.") from None
@@ -278,6 +315,7 @@ class Config:
         self.performer_spec(vocabulary=2)  # its size decides nothing that could be refused
         self._check_documents()
         self._check_tokens()
+        self._check_trainer()
         self._check_deepspeed()
 
     def _check_documents(self) -> None:
@@ -341,11 +379,91 @@ class Config:
                 f"{data.image_size} × {data.image_size} × 3 = {values} tokens; take data.length={values}."
             )
 
+    @property
+    def time_limit_seconds(self) -> float | None:
+        """trainer.time_limit in seconds.
+
+        Raises:
+            ConfigError: if it is no time.
+        """
+        limit = self.trainer.time_limit
+        try:
+            return None if limit is None else duration_seconds(limit)
+        except ValueError as error:
+            raise ConfigError(f"trainer.time_limit={limit}: {error}.") from None
+
+    def _check_trainer(self) -> None:
+        trainer = self.trainer
+        _ = self.time_limit_seconds
+        if 0 < trainer.spike_factor <= 1:
+            raise ConfigError(
+                f"trainer.spike_factor={trainer.spike_factor:g} would call every loss above the mean a spike: take a "
+                "factor above 1, e.g. 2."
+            )
+        if trainer.strategy == "single" and trainer.devices > 1:
+            raise ConfigError(
+                f"trainer.strategy=single is one process, but trainer.devices={trainer.devices}: take "
+                "trainer.strategy=ddp or deepspeed, or trainer.devices=1."
+            )
+        if trainer.strategy != "deepspeed" and self.deepspeed:
+            raise ConfigError(
+                f"deepspeed.{next(iter(self.deepspeed))} is set, but trainer.strategy={trainer.strategy} does without "
+                "DeepSpeed: remove the deepspeed section, or take trainer.strategy=deepspeed."
+            )
+        every, valid = trainer.checkpoint_every, trainer.valid_every
+        if trainer.keep_best and (not every or not valid or every % valid):
+            raise ConfigError(
+                f"trainer.keep_best={trainer.keep_best} needs a validation at every checkpoint, but trainer."
+                f"checkpoint_every={every} is not a multiple of trainer.valid_every={valid}: take "
+                f"trainer.checkpoint_every={valid or 'n'}{'' if valid else ' and trainer.valid_every=n'}."
+            )
+        if trainer.keep_every and every and trainer.keep_every % every:
+            raise ConfigError(
+                f"trainer.keep_every={trainer.keep_every} is not a multiple of trainer.checkpoint_every={every}, so "
+                f"only some of its steps have a checkpoint: take {-(-trainer.keep_every // every) * every}."
+            )
+
     def _check_deepspeed(self) -> None:
-        zero = self.deepspeed.get("zero_optimization", {})
-        if not isinstance(zero, dict):
-            raise ConfigError(f"deepspeed.zero_optimization={zero}: it is a section, e.g. reduce_bucket_size below it.")
-        given = [*self.deepspeed, *(f"zero_optimization.{name}" for name in zero)]
+        given = self.deepspeed
+        for section in ("zero_optimization", "fp16"):
+            if not isinstance(given.get(section, {}), dict):
+                raise ConfigError(f"deepspeed.{section}={given[section]}: it is a section, with keys below it.")
         for name, ours in _OURS.items():
-            if name in given:
+            if _holds(given, name):
                 raise ConfigError(f"deepspeed.{name} is set from {ours}: set that instead.")
+        if "fp16" in given and self.trainer.precision != "fp16":
+            raise ConfigError(
+                "deepspeed.fp16 scales the loss of trainer.precision=fp16, but trainer.precision="
+                f"{self.trainer.precision}: set that, or remove the section."
+            )
+        self._check_offload()
+
+    def _check_offload(self) -> None:
+        trainer = self.trainer
+        places = {"offload_optimizer": trainer.offload_optimizer, "offload_params": trainer.offload_params}
+        for name, device in places.items():
+            least = 3 if name == "offload_params" or device == "nvme" else 1
+            if device != "none" and (trainer.strategy != "deepspeed" or trainer.zero_stage < least):
+                raise ConfigError(
+                    f"trainer.{name}={device} is done by DeepSpeed from ZeRO-{least} on, but trainer.strategy="
+                    f"{trainer.strategy} and trainer.zero_stage={trainer.zero_stage}: take "
+                    f"trainer.strategy=deepspeed trainer.zero_stage={max(least, trainer.zero_stage)}."
+                )
+        if "nvme" in places.values() and not trainer.offload_path:
+            raise ConfigError("trainer.offload_path is empty: name a folder on the disk that is offloaded to.")
+        if trainer.activation_offload and not trainer.activation_checkpointing:
+            raise ConfigError(
+                "trainer.activation_offload keeps what a recomputation starts from: set trainer."
+                "activation_checkpointing=true too."
+            )
+        if self.optim.implementation != "torch" and trainer.strategy != "deepspeed":
+            raise ConfigError(
+                f"optim.implementation={self.optim.implementation} is DeepSpeed's, but trainer.strategy="
+                f"{trainer.strategy}: take optim.implementation=torch or trainer.strategy=deepspeed."
+            )
+
+
+def _holds(section: Any, name: str) -> bool:
+    """Whether a dotted name stands in nested sections."""
+    first, _, rest = name.partition(".")
+    return isinstance(section, dict) and first in section and (not rest or _holds(section[first], rest))

@@ -141,7 +141,7 @@ def test_a_disk_that_cannot_hold_the_checkpoints_is_refused(refusal, monkeypatch
 
 
 def test_a_resumed_run_needs_room_only_for_what_it_has_not_written(config, run, publish, monkeypatch):
-    one = config.performer_spec(29).parameter_count * 4 * 5
+    one = config.performer_spec(29).parameter_count * 4 * 4
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1.5 * one))
     with pytest.raises(LongseqError, match="4 more checkpoints"):
         check_disk(config, run.path)

@@ -21,10 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from longseq.training.deepspeed_settings import check_deepspeed
+
     config = load_config(args.config, args.overrides)
     resolve_sources(config)
     Run.new(config, default_name=args.config.stem)  # a taken name is said before the data are read
     check_data(config)
+    check_deepspeed(config)
     check_disk(config, Path(config.run.dir).expanduser().resolve())
     new = Run.create(config, default_name=args.config.stem)
     with new.locked():

@@ -141,14 +141,18 @@ def check_disk(config: Config, folder: Path) -> None:
     while not folder.exists():
         folder = folder.parent
     weights = config.performer_spec(vocabulary(config).size).parameter_count
-    more = max(1, config.trainer.keep_checkpoints + 1 - written)
+    settings = config.trainer
+    kept = settings.keep_checkpoints + settings.keep_best
+    kept += settings.max_steps // settings.keep_every if settings.keep_every else 0
+    more = max(1, kept + 1 - written)
     needed = more * expected_bytes(weights)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise LongseqError(
             f"{folder}: {free / 2**20:,.0f} MiB free, but {more} more checkpoints (trainer.keep_checkpoints="
-            f"{config.trainer.keep_checkpoints}, and one being written) need about {needed / 2**20:,.0f} MiB: make "
-            "room, lower trainer.keep_checkpoints, or set run.dir to another disk."
+            f"{settings.keep_checkpoints}, keep_best={settings.keep_best}, keep_every={settings.keep_every}, and one "
+            f"being written) need about {needed / 2**20:,.0f} MiB: make room, keep fewer, or set run.dir to another "
+            "disk."
         )
 
 

@@ -29,6 +29,7 @@ PEER_LOST = 76
 # How long the others may take to notice that one process has died, before they are killed.
 _GRACE_SECONDS = 5.0
 _ECHO_SECONDS = 1.0
+_SOFT = (signal.SIGUSR1, signal.SIGUSR2)
 
 
 def train(run: Run, devices: int, checkpoint: Path | None) -> int:
@@ -157,16 +158,25 @@ def _how(code: int) -> str:
 
 @contextmanager
 def _stop_requests() -> Iterator[list[int]]:
-    """Collects SIGINT, SIGTERM and SIGHUP instead of dying of them."""
+    """Collects SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 instead of dying of them: once to save, twice to stop.
+
+    The last two are a scheduler's, ahead of its time limit: they never mean "at once", however often they come, and
+    the SIGTERM that follows them lets a save in progress end.
+    """
     requests: list[int] = []
+    hard = 0
     first_at = 0.0
 
     def collect(number: int, _: FrameType | None) -> None:
-        nonlocal first_at
+        nonlocal first_at, hard
         now = time.monotonic()
-        if requests and now - first_at < _ECHO_SECONDS:
+        if hard and now - first_at < _ECHO_SECONDS:
             return  # one Ctrl-C, delivered by the terminal and again by a wrapper such as `timeout`
-        first_at = first_at or now
+        if number not in _SOFT:
+            first_at = first_at or now
+            hard += 1
+        if requests and hard < 2:
+            return
         requests.append(number)
         if len(requests) == 1:
             text = "stopping: saving at the next step (again: stop at once, losing the steps since the last checkpoint)"
@@ -175,7 +185,7 @@ def _stop_requests() -> Iterator[list[int]]:
         with suppress(OSError):  # the terminal may be gone: that is what SIGHUP says
             os.write(2, f"\nlongseq: {text}\n".encode())
 
-    wanted = [signal.SIGINT, signal.SIGTERM]
+    wanted = [signal.SIGINT, signal.SIGTERM, *_SOFT]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not under nohup
         wanted.append(signal.SIGHUP)
     previous = {number: signal.signal(number, collect) for number in wanted}

@@ -14,15 +14,17 @@ from longseq.config import Config
 from longseq.data import split_spec
 from longseq.errors import ConfigError
 from longseq.run import Run
+from longseq.training.callbacks.bad_steps import BadSteps
 from longseq.training.callbacks.checkpointing import Checkpointing
 from longseq.training.callbacks.curves import Curves
 from longseq.training.callbacks.gradients import GradientNorm
 from longseq.training.callbacks.stopping import StopFlag, StopRequested
 from longseq.training.environment import start_facts
-from longseq.training.strategy import deepspeed_strategy, on_cuda
+from longseq.training.strategy import build_strategy, on_cuda
 from longseq.training.task import LanguageModelling
 from longseq_data.datamodule import SequenceDataModule
 
+_SHARDING = {"deepspeed": "DeepSpeed ZeRO-{}", "ddp": "none (DDP)", "single": "none (one process)"}
 _PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
@@ -53,15 +55,18 @@ def fit(run: Run, config: Config, checkpoint: Checkpoint | None, stop: StopFlag)
 def build_trainer(run: Run, config: Config, stop: StopFlag, start: int) -> pl.Trainer:
     """Lightning's trainer with everything it would do by itself, and we do otherwise, switched off."""
     settings, gradient_norm = config.trainer, GradientNorm(config)
+    checkpointing = Checkpointing(run, config, stop, gradient_norm)
     return pl.Trainer(
         accelerator="cuda" if on_cuda(config) else "cpu",
         devices=settings.devices,
-        strategy=deepspeed_strategy(config),
+        strategy=build_strategy(config),
         plugins=[LightningEnvironment()],  # processes are ours, also inside a SLURM job
         precision=_PRECISION[settings.precision],  # type: ignore[arg-type]
         max_steps=settings.max_steps,
         max_epochs=-1,
         accumulate_grad_batches=settings.accumulate,
+        # DeepSpeed clips by itself.
+        gradient_clip_val=None if settings.strategy == "deepspeed" else config.optim.clip or None,
         val_check_interval=settings.valid_every * settings.accumulate or None,
         check_val_every_n_epoch=None if settings.valid_every else 1,
         limit_val_batches=None if settings.valid_every else 0,
@@ -72,8 +77,9 @@ def build_trainer(run: Run, config: Config, stop: StopFlag, start: int) -> pl.Tr
         logger=TensorBoardLogger(run.path, name="", version="tensorboard", purge_step=start + 1),
         callbacks=[
             gradient_norm,
+            BadSteps(run, config, gradient_norm, checkpointing.finish_writing),
             Curves(run, config, gradient_norm),
-            Checkpointing(run, config, stop, gradient_norm),
+            checkpointing,
         ],
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -92,6 +98,11 @@ def check_devices(config: Config) -> None:
         raise ConfigError(
             f"trainer.devices={settings.devices}, but there are {gpus} GPUs here: set trainer.devices={max(gpus, 1)}"
             f"{'' if gpus else ' and trainer.accelerator=cpu'}."
+        )
+    if config.optim.implementation == "cpu" and on_cuda(config) and settings.offload_optimizer == "none":
+        raise ConfigError(
+            "optim.implementation=cpu steps in the CPU's memory, and the weights are on the GPU: set "
+            "trainer.offload_optimizer=cpu, or optim.implementation=fused."
         )
     if settings.precision == "fp16" and not on_cuda(config):
         raise ConfigError("trainer.precision=fp16 needs a GPU: set trainer.precision to bf16 or fp32.")
@@ -121,7 +132,7 @@ def _summary(task: LanguageModelling, config: Config, run: Run, start: int) -> N
         f"MLP {spec.ffn_dim}; {attention}; {config.model.objective}",
         f"step     {step}, "
         f"on {trainer.devices} {'GPU' if on_cuda(config) else 'CPU'} process(es) × {trainer.accumulate} batch(es)",
-        f"sharding DeepSpeed ZeRO-{trainer.zero_stage}, {trainer.precision}",
+        f"sharding {_SHARDING[trainer.strategy].format(trainer.zero_stage)}, {trainer.precision}",
         f"run      {run.path}, step {start} of {trainer.max_steps}",
     ]
     print("\n".join(lines), file=sys.stderr, flush=True)

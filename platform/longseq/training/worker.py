@@ -57,7 +57,9 @@ def _train(run_path: Path, checkpoint_path: Path | None) -> int:
 
     _quiet()
     run = Run.open(run_path)
-    finished = fit(run, run.config(), Checkpoint(checkpoint_path) if checkpoint_path else None, stop)
+    config = run.config()
+    stop.time_limit = config.time_limit_seconds
+    finished = fit(run, config, Checkpoint(checkpoint_path) if checkpoint_path else None, stop)
     return 0 if finished else EXIT_GO_ON
 
 

@@ -52,6 +52,7 @@ class Curves(pl.Callback):
         assert isinstance(task, LanguageModelling)
         self.since += time.monotonic() - self.validation_began  # training speed is that of training
         curves = quality(task.valid_sums.take(task.device))
+        task.validated = (trainer.global_step, curves["loss"])
         _write(trainer, "valid", curves, trainer.global_step)
         if self.bar:
             self.bar.say(f"step {trainer.global_step}  validation: {_line(curves)}")
@@ -65,6 +66,8 @@ class Curves(pl.Callback):
     def _log_train(self, trainer: pl.Trainer, task: LanguageModelling, step: int) -> None:
         sums = task.train_sums.take(task.device)
         now = time.monotonic()
+        if not sums[2]:
+            return  # every step since the last point was left out
         curves = quality(sums)
         norm = self.gradient_norm.value(trainer)
         if not (math.isfinite(curves["loss"]) and self.gradient_norm.finite(trainer)):
