@@ -64,12 +64,13 @@ def test_what_one_rank_cannot_write_is_never_published(run):
 
 
 def test_a_rank_that_never_comes_is_not_waited_for_at_the_end(run):
+    threads = threading.active_count()  # those that other tests have left, too
     zero, _ = writers(run, 2)
     begin(run, 5)
     zero.start({"model.safetensors": b"weights"}, position(5))
     zero.finish(timeout=0.2)
     assert run.checkpoints() == []
-    assert threading.active_count() == 1
+    assert threading.active_count() <= threads
 
 
 KILLED = """
