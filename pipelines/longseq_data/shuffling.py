@@ -136,7 +136,7 @@ def _in_turn(spec: StreamSpec, files: Sequence[Leaf]) -> Generator[Chunk, None, 
 
 
 def _through_buffer(spec: StreamSpec, epoch: int, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-    random = generator(spec.seed, "shuffle", epoch).random
+    draws = _draws(generator(spec.seed, "shuffle", epoch))
     buffer: list[Document] = []
     held, most = 0, spec.shuffle_buffer
     for chunk in chunks:
@@ -145,7 +145,7 @@ def _through_buffer(spec: StreamSpec, epoch: int, chunks: Iterator[Chunk]) -> It
             buffer.append(document)
             held += document.held
             while len(buffer) > most or (held > BUFFER_RESIDUES and len(buffer) > 1):
-                i = int(random() * len(buffer))
+                i = int(next(draws) * len(buffer))
                 chosen, buffer[i] = buffer[i], buffer[-1]
                 buffer.pop()
                 held -= chosen.held
@@ -154,9 +154,15 @@ def _through_buffer(spec: StreamSpec, epoch: int, chunks: Iterator[Chunk]) -> It
             yield out
     while buffer:
         out = []
-        for u in random(min(1024, len(buffer))).tolist():
-            i = int(u * len(buffer))
+        for _ in range(min(1024, len(buffer))):
+            i = int(next(draws) * len(buffer))
             chosen, buffer[i] = buffer[i], buffer[-1]
             buffer.pop()
             out.append(chosen)
         yield out
+
+
+def _draws(random: np.random.Generator) -> Iterator[float]:
+    """What ``random.random()`` gives again and again, a block at a time."""
+    while True:
+        yield from random.random(1024).tolist()
