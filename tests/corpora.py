@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from longseq_data.prepare import prepare
+from longseq_data.prepare_config import PrepareConfig
 from longseq_data.splits import split_of
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWY"
@@ -111,3 +113,19 @@ def flat_and_stream(table: pa.Table, eos: int) -> tuple[np.ndarray, np.ndarray, 
     stream = [part for row in rows for part in (row, [eos])]
     numbers = [np.full(len(row) + 1, i) for i, row in enumerate(rows)]
     return np.concatenate(rows), np.concatenate(stream), np.concatenate(numbers)
+
+
+def config(files: list[str], place: Path, **changes: object) -> PrepareConfig:
+    """A preparation of ``files`` to ``place``, in this process unless ``workers`` says otherwise."""
+    return PrepareConfig(**{"sources": files, "output": str(place), "workers": 1, **changes})  # type: ignore[arg-type]
+
+
+def made(files: list[str], place: Path, **changes: object) -> dict[str, dict[str, tuple[str, int]]]:
+    """What is in the corpus that is made of ``files``."""
+    prepare(config(files, place, **changes))
+    return found(place)
+
+
+def data_files(folder: Path) -> dict[str, bytes]:
+    """Every file but the manifest, which names the sources."""
+    return {name: content for name, content in contents(folder).items() if name != "manifest.json"}
