@@ -54,6 +54,14 @@ class Record:
     def held(self) -> int:
         return len(self.sequence)
 
+    @property
+    def letters(self) -> bytes:
+        return self.sequence.encode("ascii")
+
+    def part(self, start: int, stop: int | None) -> bytes:
+        """The letters of residues [start, stop)."""
+        return self.sequence[start:stop].encode("ascii")
+
     def place_of(self, offset: int) -> tuple[str, int]:
         """Where residue ``offset`` is written: ("line" or "row", its number)."""
         if self.counted != "headers":
@@ -188,7 +196,7 @@ class Encoder(DocumentEncoder):
 
     def encode(self, record: Record, start: int = 0, stop: int | None = None) -> Tokens:  # type: ignore[override]
         """Ids of residues [start, stop), read-only, shape (stop - start,), all below RESIDUES."""
-        letters = record.sequence[start:stop].encode("ascii")
+        letters = record.part(start, stop)
         ids = letters.translate(TABLE)
         if UNKNOWN_BYTE in ids:
             self._note(record, start, letters, ids)

@@ -5,9 +5,7 @@ The order is a pure function of a StreamSpec, so the only state of a run is how 
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
@@ -16,21 +14,18 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from . import joined_letters
 from .documents import Document, DocumentEncoder, Extent
-from .errors import DataError
-from .formats import Leaf
+from .fasta import Encoder
 from .masking import mask_tokens, masked_count
 from .packing import Piece, Window, crop, cut, document
-from .proteins import read_proteins
 from .randomness import generator
 from .reading import FASTA, Reading
 from .sharing import Arrays, MakeBatch, Share, collate, filler
-from .splits import split_of
+from .shuffling import chunks_in_file_order, shuffled_chunks
 from .vocabulary import IGNORE, Tokens, Vocabulary
 
-OPEN_SOURCES = 16  # read in turn while shuffling
 SAMPLE_BUFFER = 2048  # records of a split among which the sample of an evaluation is drawn
-BUFFER_RESIDUES = 1 << 26  # bytes: a shuffle buffer of whole proteomes must still fit in a worker's memory
 
 
 class Sample(NamedTuple):
@@ -124,6 +119,8 @@ class StreamSpec:
     def training(self, start: int, share: Share, warn: bool = False) -> Iterator[MakeBatch]:
         """See sharing.Samples. Raises DataError for bad data, and for a split without records."""
         encoder = self.encoder(warn)
+        if self._plain and isinstance(encoder, Encoder):
+            yield from joined_letters.training(self, start, share, encoder)
         windows = enumerate(training_windows(self, start), start)
         consumed = start
         while True:
@@ -140,6 +137,12 @@ class StreamSpec:
         windows = enumerate(evaluation_windows(self, max_samples))
         while rows := list(islice(windows, share.step_samples)):
             yield partial(self._batch, rows[share.rank :: share.world], share.batch_sequences, encoder, {})
+
+    @property
+    def _plain(self) -> bool:
+        """Whether the samples are joined proteins and nothing else."""
+        plain = self.packing == "concat" and not self.reset and not self.measured
+        return plain and all(leaf.format == "fasta" for leaf in self.reading.leaves(self.sources))
 
     def _batch(
         self, windows: list[tuple[int, Window]], rows: int, encoder: DocumentEncoder, facts: dict[str, int]
@@ -247,97 +250,12 @@ def target_counts(spec: StreamSpec, max_targets: int | None = None) -> npt.NDArr
     return counts
 
 
-def _of_split(spec: StreamSpec, records: Iterable[Document]) -> Iterator[Document]:
-    seen = kept = 0
-    for record in records:
-        seen += 1
-        if spec.split is None or split_of(record.identifier, spec.valid_fraction, spec.test_fraction) == spec.split:
-            kept += 1
-            yield record
-    if not kept:
-        raise DataError(_empty_split(spec, seen))
-
-
-def _empty_split(spec: StreamSpec, seen: int) -> str:
-    named = ", ".join(spec.sources[:3]) or "no file at all"
-    if len(spec.sources) > 3:
-        named += f" and {len(spec.sources) - 3} more ({len(spec.sources)} in all)"
-    change = {
-        "train": "lower data.valid_fraction or data.test_fraction",
-        "valid": "raise data.valid_fraction, switch validation off (trainer.valid_every=0)",
-        "test": "raise data.test_fraction",
-        None: "name files",
-    }[spec.split]
-    return (
-        f"The {spec.split or 'whole'} split of {named} is empty: none of {seen} records falls into it with "
-        f"data.valid_fraction={spec.valid_fraction} and data.test_fraction={spec.test_fraction}; {change}, or give "
-        f"more records."
-    )
-
-
-def _documents(spec: StreamSpec, leaf: Leaf) -> Generator[Document, None, None]:
-    if leaf.format == "fasta":
-        return read_proteins(leaf.source)
-    return spec.reading.documents(leaf, strict=spec.strict, measured=spec.measured)
-
-
 def _in_file_order(spec: StreamSpec) -> Iterator[Document]:
-    files = spec.reading.leaves(spec.sources)
-    return _of_split(spec, chain.from_iterable(_documents(spec, leaf) for leaf in files))
+    return chain.from_iterable(chunks_in_file_order(spec))
 
 
 def _fair_order(spec: StreamSpec) -> Iterator[Document]:
-    return _shuffled_epoch(replace(spec, seed=0, shuffle_buffer=SAMPLE_BUFFER), 0)
-
-
-def _shuffled_epoch(spec: StreamSpec, epoch: int) -> Iterator[Document]:
-    """The records of one epoch: files in a random order, several of them in turn, through a shuffle buffer."""
-    files = spec.reading.leaves(spec.sources)
-    priorities = generator(spec.seed, "sources", epoch).random(len(files))
-    with closing(_in_turn(spec, [files[i] for i in np.argsort(priorities, kind="stable")])) as records:
-        yield from _through_buffer(spec, epoch, _of_split(spec, records))
-
-
-def _in_turn(spec: StreamSpec, files: Sequence[Leaf]) -> Generator[Document, None, None]:
-    """One record of each of OPEN_SOURCES files in turn; where one ends, the next in line takes its turns.
-
-    So large files mix from the start, whatever the size of the shuffle buffer; small ones end before they do.
-    """
-    waiting = (_documents(spec, leaf) for leaf in files)
-    turns = deque(islice(waiting, OPEN_SOURCES))
-    try:
-        while turns:
-            records = turns.popleft()
-            record = next(records, None)
-            if record is None:
-                turns.extend(islice(waiting, 1))
-            else:
-                turns.append(records)
-                yield record
-    finally:
-        for records in turns:
-            records.close()  # and with it the file
-
-
-def _through_buffer(spec: StreamSpec, epoch: int, records: Iterable[Document]) -> Iterator[Document]:
-    random = generator(spec.seed, "shuffle", epoch).random
-    buffer: list[Document] = []
-    held = 0
-    for record in records:
-        buffer.append(record)
-        held += record.held
-        while len(buffer) > spec.shuffle_buffer or (held > BUFFER_RESIDUES and len(buffer) > 1):
-            chosen = _take(buffer, random())
-            held -= chosen.held
-            yield chosen
-    while buffer:
-        yield _take(buffer, random())
-
-
-def _take(buffer: list[Document], u: float) -> Document:
-    i = int(u * len(buffer))
-    buffer[i], buffer[-1] = buffer[-1], buffer[i]
-    return buffer.pop()
+    return chain.from_iterable(shuffled_chunks(replace(spec, seed=0, shuffle_buffer=SAMPLE_BUFFER), 0))
 
 
 def _endless(spec: StreamSpec, skip: int, size: Callable[[Document], int]) -> Iterator[tuple[Document, int]]:
@@ -351,7 +269,7 @@ def _endless(spec: StreamSpec, skip: int, size: Callable[[Document], int]) -> It
             epoch += skip // epoch_size
             skip %= epoch_size
         epoch_size = 0
-        for record in _shuffled_epoch(spec, epoch):
+        for record in chain.from_iterable(shuffled_chunks(spec, epoch)):
             here = size(record)
             epoch_size += here
             if skip >= here:

@@ -259,7 +259,7 @@ def test_batches_carry_segments_and_pad_with_the_vocabulary(make):
             assert batch["segments"].dtype == torch.int64
             assert ((batch["segments"] == -1) == (batch["tokens"] == BYTES.pad)).all()
     plain = next(iter(TrainingBatches(make("lines"), batch_sequences=3, accumulate=1, rank=0, world=1)))
-    assert set(plain) == {"tokens", "targets", "step_targets"}
+    assert set(plain) == {"tokens", "targets", "step_targets", "samples"}
 
 
 def test_measured_batches_add_up_over_ranks_and_workers(make):

@@ -10,8 +10,9 @@ import io
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,7 +22,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from longseq_data.errors import DataError
-from longseq_data.fasta import Encoder, read_records
+from longseq_data.fasta import Encoder, Record, read_records
+from longseq_data.fasta_blocks import read_chunks
 from longseq_data.prepare import prepare
 from longseq_data.prepare_config import PrepareConfig
 from longseq_data.reading import Reading
@@ -107,6 +109,24 @@ def read_fasta(path: Path) -> None:
             assert tokens.max() < 25
 
 
+def fuzz_reading(path: Path, content: bytes) -> None:
+    """By lines, and by blocks, which must give the same records and the same sentence."""
+    read_or_refused(path, content, lambda: read_fasta(path))
+    by_line, by_block = read_records(str(path)), chain.from_iterable(read_chunks(str(path)))
+    assert all_said(by_line) == all_said(by_block)
+
+
+def all_said(records: Iterable[Record]) -> list[object]:
+    """The records, and the sentence that ends them."""
+    said: list[object] = []
+    try:
+        for r in records:
+            said.append((r.identifier, r.description, r.sequence, r.line))  # noqa: PERF401 - those before an error
+    except DataError as error:
+        said.append(str(error))
+    return said
+
+
 def read_texts(path: Path, format: str) -> None:
     for tokens in ("bytes", "protein"):
         reading = Reading(format=format, tokens=tokens, part_bytes=64)
@@ -118,14 +138,14 @@ def read_texts(path: Path, format: str) -> None:
 
 def fuzz_fasta(folder: Path, changes: list) -> None:
     path = folder / "a.fasta"
-    read_or_refused(path, changed(PROTEINS, changes), lambda: read_fasta(path))
+    fuzz_reading(path, changed(PROTEINS, changes))
 
 
 def fuzz_gzip(folder: Path, changes: list) -> None:
     path = folder / "a.fasta.gz"
     half = len(changes) // 2  # some of the text, the others of its compressed form
     content = changed(gzip.compress(changed(PROTEINS, changes[:half]), 1, mtime=0), changes[half:])
-    read_or_refused(path, content, lambda: read_fasta(path))
+    fuzz_reading(path, content)
 
 
 def fuzz_jsonl(folder: Path, changes: list) -> None:
