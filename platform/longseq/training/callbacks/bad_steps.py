@@ -40,7 +40,7 @@ class BadSteps(pl.Callback):
         self.finish_writing = finish_writing  # before the last good checkpoint is named
         self.skip = config.trainer.on_bad_step == "skip"
         self.factor = config.trainer.spike_factor
-        self.plain = gradient_norm.ours
+        self.plain, self.clip = gradient_norm.ours, config.optim.clip
         self.mean, self.count, self.in_a_row = 0.0, 0, 0
         self.spike: float | None = None  # the loss that made this step a spike
 
@@ -58,15 +58,18 @@ class BadSteps(pl.Callback):
             task.judge_loss = self._judge
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, task: pl.LightningModule, optimizer: Optimizer) -> None:
-        if self.plain and not self.gradient_norm.usable(trainer):
+        if self.plain and self.skip and not self.gradient_norm.usable(trainer):
             for parameter in task.parameters():
                 parameter.grad = None
+            self._clip(trainer, 0.0)  # DeepSpeed's own clipping does not bear that there are none
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
+        if self.plain and self.skip:
+            self._clip(trainer, self.clip)
         step, spike, bad = trainer.global_step, self.spike, not self.gradient_norm.usable(trainer)
         self.spike = None
         self.in_a_row = self.in_a_row + 1 if bad or spike is not None else 0
@@ -95,6 +98,11 @@ class BadSteps(pl.Callback):
         weight = max(1 - _MEMORY, 1 / self.count)
         self.mean += weight * (loss - self.mean)
         return 1.0, True
+
+    def _clip(self, trainer: pl.Trainer, norm: float) -> None:
+        engine: Any = getattr(trainer.strategy, "deepspeed_engine", None)
+        if engine is not None:
+            engine._config.gradient_clipping = norm
 
     def _where(self) -> str | None:
         """The first layer with a value that is not finite, of all ranks."""
