@@ -12,7 +12,9 @@ from longseq.config_loading import load_config
 from longseq.data import resolve_sources, split_spec
 from longseq.evaluation.scoring import score
 from longseq.training.task import LanguageModelling
-from longseq_data.batches import EvaluationBatches, collate
+from longseq_data.batches import EvaluationBatches
+from longseq_data.parcels import pack, unpack
+from longseq_data.sharing import collate
 from longseq_data.streaming import Sample, evaluation_samples
 from longseq_data.vocabulary import BYTES, IGNORE
 
@@ -50,7 +52,8 @@ def test_a_reset_row_has_the_loss_of_its_documents_one_by_one(make, kind, object
     samples = list(evaluation_samples(split_spec(config, "test")))
     assert max(int(sample.segments.max()) for sample in samples) >= 2
     expected = sum(alone(task, sample, k) for sample in samples for k in range(int(sample.segments.max()) + 1))
-    batch = task.on_before_batch_transfer(collate(samples, len(samples) + 1, BYTES), 0)  # a filler row, and padding
+    rows = unpack(pack(collate(samples, len(samples) + 1, BYTES)))  # a filler row, and padding
+    batch = task.on_before_batch_transfer(rows, 0)
     assert task._score(batch, task.valid_sums).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
