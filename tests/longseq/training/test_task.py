@@ -52,9 +52,8 @@ def test_a_reset_row_has_the_loss_of_its_documents_one_by_one(make, kind, object
     samples = list(evaluation_samples(split_spec(config, "test")))
     assert max(int(sample.segments.max()) for sample in samples) >= 2
     expected = sum(alone(task, sample, k) for sample in samples for k in range(int(sample.segments.max()) + 1))
-    batch = task.on_before_batch_transfer(
-        unpack(pack(collate(samples, len(samples) + 1, BYTES))), 0
-    )  # a filler row, and padding
+    rows = unpack(pack(collate(samples, len(samples) + 1, BYTES)))  # a filler row, and padding
+    batch = task.on_before_batch_transfer(rows, 0)
     assert task._score(batch, task.valid_sums).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
