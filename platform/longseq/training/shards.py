@@ -46,15 +46,19 @@ def shard_name(rank: int) -> str:
     return f"{FOLDER}/rank-{rank:05d}.safetensors"
 
 
-def snapshot(holder: Holder, rank: int) -> dict[str, Tensor]:
-    """Copies, on the CPU, of the pieces that this rank is to write; none where rank 0 holds the same."""
-    if holder.replicated and rank:
-        return {}
-    return {
-        f"{kind}:{piece.start}:{piece.name}": tensor.to("cpu", copy=True)
-        for piece in holder.pieces()
-        for kind, tensor in piece.tensors.items()
-    }
+def snapshot(holder: Holder, rank: int, into: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Copies, on the CPU, of the pieces that this rank is to write; none where rank 0 holds the same.
+
+    into: the copies of the snapshot before, to be written over: fresh memory would cost more time than the copying.
+    """
+    copies: dict[str, Tensor] = {}
+    for piece in holder.pieces() if not (holder.replicated and rank) else ():
+        for kind, tensor in piece.tensors.items():
+            name = f"{kind}:{piece.start}:{piece.name}"
+            old = (into or {}).get(name)
+            fits = old is not None and old.shape == tensor.shape and old.dtype == tensor.dtype
+            copies[name] = old.copy_(tensor) if fits and old is not None else tensor.to("cpu", copy=True)
+    return copies
 
 
 def restore(holder: Holder, folder: Path) -> None:

@@ -30,7 +30,7 @@ _LEFT_OUT = ("state_dict", "optimizer_states")  # ours are in the shards
 class Snapshots:
     """A mixin, before one of Lightning's strategies: takes snapshots instead of writing files, and restores them."""
 
-    snapshot: Mapping[str, shards.Content]  # the last one: path in the checkpoint: content, of this rank
+    snapshot: Mapping[str, shards.Content] = {}  # the last one: path in the checkpoint: content, of this rank
 
     restore_checkpoint_after_setup = True  # the optimiser must be there, and sharded
     lightning_restore_optimizer = False
@@ -48,9 +48,14 @@ class Snapshots:
         """Done by :meth:`load_checkpoint`."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Keep copies of everything in ``snapshot``. All ranks call it; nothing is written."""
+        """Keep copies of everything in ``snapshot``. All ranks call it; nothing is written.
+
+        The snapshot before is overwritten: it must be on the disk.
+        """
         task, rank, holder = self._task(), self.global_rank, self._holder()  # type: ignore[attr-defined]
-        pieces = shards.snapshot(holder, rank)
+        before = self.snapshot.get(shards.shard_name(rank))
+        self.snapshot = {}
+        pieces = shards.snapshot(holder, rank, into=before if isinstance(before, Mapping) else None)
         files: dict[str, shards.Content] = {shards.shard_name(rank): pieces} if pieces else {}
         weights = full_state_dict(task.model, self._sharded_weights(), keep=rank == 0)
         if rank == 0:

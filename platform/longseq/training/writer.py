@@ -24,7 +24,7 @@ class Writer:
     def __init__(self, directory: Path, rank: int, world_size: int, publish_then: Callable[[], None]):
         self.directory, self.rank, self.world_size = directory, rank, world_size
         self.publish_then = publish_then  # rank 0, once a checkpoint has its name
-        self.error: OSError | None = None
+        self.error: Exception | None = None
         self.step: int | None = None  # being written
         self._part: threading.Thread | None = None
         self._publication: threading.Thread | None = None
@@ -34,6 +34,13 @@ class Writer:
     def failed(self) -> bool:
         """Whether something could not be written; known at once, without waiting."""
         return self.error is not None
+
+    @property
+    def reason(self) -> str | None:
+        """Why not."""
+        if isinstance(self.error, OSError) and self.error.strerror:
+            return self.error.strerror
+        return f"{type(self.error).__name__}: {self.error}" if self.error else None
 
     def start(self, files: Mapping[str, Content], position: TrainingPosition) -> None:
         """Begin to write ``files`` (path in the checkpoint: content). The content must not change any more."""
@@ -72,7 +79,7 @@ class Writer:
             aside = partial / f".part-{self.rank}.partial"
             write(aside, json.dumps(written).encode())
             aside.rename(self._note(partial, self.rank))
-        except OSError as error:
+        except Exception as error:  # whatever it is, the training must hear of it
             self.error = error
 
     def _publish(self, position: TrainingPosition) -> None:
@@ -90,7 +97,7 @@ class Writer:
                 note.unlink()
             publish(self.directory, position, files)
             self.publish_then()
-        except OSError as error:
+        except Exception as error:
             self.error = error
 
     @staticmethod

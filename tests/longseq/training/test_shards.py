@@ -101,6 +101,19 @@ def test_a_snapshot_does_not_follow_the_weights(tmp_path):
     assert all(torch.equal(taken[name], before[name]) for name in before)
 
 
+def test_a_second_snapshot_takes_the_memory_of_the_first_and_the_values_of_now():
+    model, optimizer = trained(1)
+    first = snapshot(holder_of(model, optimizer), 0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    second = snapshot(holder_of(model, optimizer), 0, into=first)
+    assert {name: tensor.data_ptr() for name, tensor in second.items()} == {n: t.data_ptr() for n, t in first.items()}
+    assert all(
+        torch.equal(second[f"fp32:0:{name}"], parameter.flatten()) for name, parameter in model.named_parameters()
+    )
+
+
 class Evil:
     def __reduce__(self):
         return (Path.touch, (Path("/tmp/evil"),))

@@ -102,8 +102,7 @@ class Checkpointing(StepBoundary):
         if self.control.any(writer.failed)[0]:
             writer.give_up()
         writer.finish()
-        reasons = self.control.gather(writer.error.strerror or str(writer.error) if writer.error else None)
-        for reason in reasons:
+        for reason in self.control.gather(writer.reason):
             if reason is not None:
                 raise self._unwritten(step, reason)
 
