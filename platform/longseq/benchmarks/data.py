@@ -122,11 +122,13 @@ def numbers(request: DataRequest, results: Mapping[str, Measured]) -> dict[str, 
 
 def table(results: Mapping[str, Measured]) -> str:
     """Rates by contender, then the goals."""
-    lines = [f"{'contender':<16}{'median a second':>22}{'slowest':>14}{'fastest':>14}   what it does"]
+    head = f"{'contender':<16}{'median a second':>22}{'slowest':>14}{'fastest':>14}{'CPU seconds':>13}"
+    lines = [f"{head}   what it does"]
     for name, result in results.items():
         slowest, fastest = min(result.rates), max(result.rates)
         rate = f"{_short(result.rate)} {result.unit}"
-        lines.append(f"{name:<16}{rate:>22}{_short(slowest):>14}{_short(fastest):>14}   {result.about}")
+        cpu = f"{median(result.cpu_seconds):>13.2f}"
+        lines.append(f"{name:<16}{rate:>22}{_short(slowest):>14}{_short(fastest):>14}{cpu}   {result.about}")
     lines.append("")
     lines += [f"{ratio['name']}: {ratio['reached']:.2f} (goal {ratio['goal']})" for ratio in ratios(results)]
     return "\n".join(lines)

@@ -20,6 +20,12 @@ def test_a_table_and_its_numbers_are_kept(tmp_path):
     assert all(name in done.out for name in CONTENDERS)
 
 
+def test_every_contender_has_its_cpu_time(tmp_path):
+    done = longseq("bench", "data", "--megabytes", 1, "--rounds", 1, "--contenders", "decompress", folder=tmp_path)
+    assert done.code == 0, done.err
+    assert "CPU seconds" in done.out
+
+
 def test_ratios_are_taken_round_by_round():
     results = {
         "decompress": Measured("MB", "", [10.0, 100.0, 40.0]),
