@@ -54,7 +54,7 @@ def test_a_file_is_fetched_and_the_last_lines_say_what_it_is(server: Server, tmp
     assert re.fullmatch(
         r"corpora/uniref50\.fasta\.gz: release 2024_02, 1,000,003 bytes, md5 [0-9a-f]{32} as its metalink says", first
     )
-    assert second == "next: longseq data prepare CONFIG data.train=corpora/uniref50.fasta.gz"
+    assert second == "next: longseq data prepare CONFIG sources='[corpora/uniref50.fasta.gz]'"
     assert ended.err.splitlines()[-1] == "uniref50: 1,000,003 of 1,000,003 bytes (100 %)"
     assert (tmp_path / "corpora/uniref50.fasta.gz").read_bytes() == CONTENT
     again = fetch(server, tmp_path)

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     if fetched.unpack:
         print(f"next: (cd '{args.to}' && {fetched.unpack})")
     else:
-        print(f"next: longseq data prepare CONFIG data.train={fetched.path}")
+        print(f"next: longseq data prepare CONFIG sources='[{fetched.path}]'")
     return 0
 
 
