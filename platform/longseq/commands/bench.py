@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longseq.allocator import keep_freed_memory
 from longseq.benchmarks.request import (
     ATTENTION_CONTENDERS,
     BIDIRECTIONAL,
@@ -164,6 +165,8 @@ def _set_up(request: Request, threads: int | None) -> None:
         )
     if request.device == "cuda" and not torch.cuda.is_available():
         raise LongseqError("--device cuda: torch finds no CUDA device here; measure with --device cpu.")
+    if request.device == "cpu":
+        keep_freed_memory()  # as training does
     _set_threads(threads)
 
 

@@ -11,6 +11,7 @@ import threading
 import warnings
 from pathlib import Path
 
+from longseq.allocator import keep_freed_memory
 from longseq.errors import EXIT_ERROR, EXIT_GO_ON, USER_ERRORS
 from longseq.launch.local import PEER_LOST, report_path
 from longseq.run import Run
@@ -53,10 +54,14 @@ def _train(run_path: Path, checkpoint_path: Path | None) -> int:
     stop = StopFlag()
     stop.install()
 
+    import torch
+
     from longseq.checkpoint import Checkpoint
     from longseq.training.fit import fit
 
     _quiet()
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     run = Run.open(run_path)
     config = run.config()
     stop.time_limit = config.time_limit_seconds
