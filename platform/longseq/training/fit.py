@@ -14,10 +14,21 @@ from longseq.config import Config
 from longseq.data import stream_spec
 from longseq.errors import ConfigError
 from longseq.run import Run
+from longseq.training.callbacks.attention_probe import AttentionProbe
 from longseq.training.callbacks.checkpointing import Checkpointing
 from longseq.training.callbacks.curves import Curves
+from longseq.training.callbacks.ema import WeightAverage
+from longseq.training.callbacks.gradient_noise import GradientNoise
 from longseq.training.callbacks.gradients import GradientNorm
+from longseq.training.callbacks.histograms import Histograms
+from longseq.training.callbacks.hyperparameters import Hyperparameters
+from longseq.training.callbacks.length_warmup import LengthWarmup
+from longseq.training.callbacks.loss_scale import LossScale
+from longseq.training.callbacks.memory import Memory
+from longseq.training.callbacks.samples import Samples
 from longseq.training.callbacks.stopping import StopFlag, StopRequested
+from longseq.training.callbacks.times import Clock, Times
+from longseq.training.callbacks.utilisation import Utilisation
 from longseq.training.environment import start_facts
 from longseq.training.strategy import deepspeed_strategy, on_cuda
 from longseq.training.task import LanguageModelling
@@ -35,7 +46,7 @@ def fit(run: Run, config: Config, checkpoint: Checkpoint | None, stop: StopFlag)
     check_devices(config)
     start = checkpoint.position.step if checkpoint else 0
     task = LanguageModelling(config)
-    trainer = build_trainer(run, config, stop, start)
+    trainer = build_trainer(run, config, stop, checkpoint)
     if trainer.is_global_zero:
         if checkpoint:
             task.train_sums.restore(*checkpoint.position.unlogged, device=trainer.strategy.root_device)
@@ -50,9 +61,11 @@ def fit(run: Run, config: Config, checkpoint: Checkpoint | None, stop: StopFlag)
     return True
 
 
-def build_trainer(run: Run, config: Config, stop: StopFlag, start: int) -> pl.Trainer:
+def build_trainer(run: Run, config: Config, stop: StopFlag, checkpoint: Checkpoint | None) -> pl.Trainer:
     """Lightning's trainer with everything it would do by itself, and we do otherwise, switched off."""
-    settings, gradient_norm = config.trainer, GradientNorm(config)
+    settings, gradient_norm, clock = config.trainer, GradientNorm(config), Clock()
+    curves = Curves(run, config, gradient_norm)
+    start = checkpoint.position.step if checkpoint else 0
     return pl.Trainer(
         accelerator="cuda" if on_cuda(config) else "cpu",
         devices=settings.devices,
@@ -72,13 +85,29 @@ def build_trainer(run: Run, config: Config, stop: StopFlag, start: int) -> pl.Tr
         logger=TensorBoardLogger(run.path, name="", version="tensorboard", purge_step=start + 1),
         callbacks=[
             gradient_norm,
-            Curves(run, config, gradient_norm),
+            curves,
+            *watching(config, curves),
+            *([LengthWarmup(config)] if settings.length_warmup_steps else []),
+            *([WeightAverage(run, config, checkpoint)] if settings.ema_decay else []),
             Checkpointing(run, config, stop, gradient_norm),
+            Times(curves, clock),
         ],
+        profiler=clock,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+
+
+def watching(config: Config, curves: Curves) -> list[pl.Callback]:
+    """What only looks on and writes to TensorBoard; what is switched off is left out."""
+    settings = config.trainer
+    callbacks: list[pl.Callback] = [Hyperparameters(config), LossScale(curves), Memory(curves)]
+    callbacks += [Utilisation(config, curves)]
+    callbacks += [AttentionProbe(config, curves), Samples(config, curves)] if settings.probe_every else []
+    callbacks += [Histograms(config, curves)] if settings.histogram_every else []
+    callbacks += [GradientNoise(config, curves)] if settings.noise_every else []
+    return callbacks
 
 
 def check_devices(config: Config) -> None:
