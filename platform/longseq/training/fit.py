@@ -13,6 +13,7 @@ from longseq.checkpoint import Checkpoint
 from longseq.config import Config
 from longseq.data import stream_spec
 from longseq.errors import ConfigError
+from longseq.launch.memory import estimate
 from longseq.run import Run
 from longseq.training.callbacks.attention_probe import AttentionProbe
 from longseq.training.callbacks.checkpointing import Checkpointing
@@ -148,6 +149,7 @@ def _summary(task: LanguageModelling, config: Config, run: Run, start: int) -> N
         f"step     {config.data.batch_tokens:,} tokens = {config.samples_per_step} sequences × {config.data.length}, "
         f"on {trainer.devices} {'GPU' if on_cuda(config) else 'CPU'} process(es) × {trainer.accumulate} batch(es)",
         f"sharding DeepSpeed ZeRO-{trainer.zero_stage}, {trainer.precision}",
+        f"memory   {estimate(config, spec.vocabulary).line()}",
         f"run      {run.path}, step {start} of {trainer.max_steps}",
     ]
     print("\n".join(lines), file=sys.stderr, flush=True)

@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from longseq.config import Config
+from longseq.launch.memory import reduce_bucket
+from longseq_data.vocabulary import VOCABULARY_SIZE
 
 
 def on_cuda(config: Config) -> bool:
@@ -29,7 +31,11 @@ def deepspeed_strategy(config: Config) -> DeepSpeedStrategy:
         "train_micro_batch_size_per_gpu": config.batch_sequences,
         "gradient_clipping": config.optim.clip,
         **config.deepspeed,
-        "zero_optimization": {**config.deepspeed.get("zero_optimization", {}), "stage": config.trainer.zero_stage},
+        "zero_optimization": {
+            **config.deepspeed.get("zero_optimization", {}),
+            "stage": config.trainer.zero_stage,
+            "reduce_bucket_size": reduce_bucket(config, config.performer_spec(VOCABULARY_SIZE).parameter_count),
+        },
     }
     if on_cuda(config):
         return CleanDeepSpeedStrategy(config=settings, logging_level=logging.WARNING)

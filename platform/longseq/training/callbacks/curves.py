@@ -127,14 +127,16 @@ class _Bar:
         self.began, self.first = time.monotonic(), step
         self.bar = None
         if sys.stderr.isatty():
-            self.bar = tqdm(total=self.max_steps, initial=step, unit="step", dynamic_ncols=True, leave=True)
+            layout = "{l_bar}{bar}| step {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+            self.bar = tqdm(total=self.max_steps, initial=step, bar_format=layout, dynamic_ncols=True, leave=True)
 
     def update(self, step: int, curves: dict[str, float], logged: bool) -> None:
         if self.bar is not None:
             with suppress(OSError):
                 self.bar.update(step - self.bar.n)
                 if curves and logged:
-                    self.bar.set_postfix_str(_line(curves))
+                    rate = f"{curves['tokens_per_second']:,.0f} tokens/s"
+                    self.bar.set_postfix_str(f"loss {curves['loss']:.4f}, {rate}")
         elif logged or step == self.max_steps:
             left = (time.monotonic() - self.began) / max(1, step - self.first) * (self.max_steps - step)
             self.say(f"step {step}/{self.max_steps}  {_line(curves)}  {tqdm.format_interval(left)} left")
