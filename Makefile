@@ -1,5 +1,7 @@
 # make quickstart   a virtual environment, a small corpus, a Performer trained and evaluated
 # make test         everything that this machine can run
+# make test-long    proofs that take minutes: 100,000 damaged files, 2 GB of FASTA, runs killed at random, every change of
+#                   world and stage
 # make check        lint, format and types
 
 PYTHON ?= python3
@@ -9,7 +11,7 @@ CORPUS := data/synthetic.fasta.gz
 RUN := quickstart-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test check clean
+.PHONY: help install quickstart test test-long check clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -37,6 +39,9 @@ quickstart: $(VENV)/.runs $(CORPUS)
 
 test: $(VENV)/.tests
 	$(BIN)/python -m pytest
+
+test-long: $(VENV)/.tests
+	$(BIN)/python -m pytest -m long
 
 check: $(VENV)/.tests
 	$(BIN)/ruff check .

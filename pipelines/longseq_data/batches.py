@@ -1,141 +1,126 @@
 """Batches of the endless order: which rank and which worker gets which sample.
 
 A rank takes its samples by their number in the global order, so the samples of an optimiser step do not depend on how
-many ranks, workers or micro-batches share the work, and a resume needs nothing but the number of the step.
+many ranks, workers or micro-batches share the work, and a resume needs nothing but the number of samples consumed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .errors import DataError
-from .fasta import Encoder
-from .streaming import Sample, StreamSpec, evaluation_windows, training_windows
-from .vocabulary import IGNORE, PAD
+from .parcels import Parcel, pack, unpack
+from .sharing import Arrays, MakeBatch, Samples, Share
 
 Batch = dict[str, Tensor]
 Item = TypeVar("Item")
 
 
 class TrainingBatches(IterableDataset[Batch]):
-    """Endless micro-batches of one rank.
+    """Endless micro-batches of one rank, from the step that begins with sample number ``start`` on.
 
-    Optimiser step s takes the global samples [s·G, (s+1)·G), G = world · accumulate · batch_sequences. Sample g belongs
-    to rank g mod world; the samples of a rank, in ascending order, form ``accumulate`` micro-batches. Worker w of W
-    yields every W-th micro-batch, which is the order in which a DataLoader asks for them.
+    A step takes the next G = world · accumulate · batch_sequences samples of the global order (with packing "bucket" as
+    many as its tokens allow: see CorpusSpec). Sample g belongs to rank g mod world; the samples of a rank, in ascending
+    order, form ``accumulate`` micro-batches. Worker w of W yields every W-th micro-batch, which is the order in which a
+    DataLoader asks for them.
 
     Each batch holds, with B = batch_sequences and L the longest sample of the micro-batch:
-        tokens        (B, L) int64, PAD after the end of a sample
+        tokens        (B, L) int64, the vocabulary's pad after the end of a sample
         targets       (B, L) int64, IGNORE where nothing is scored
+        segments      (B, L) int64, the document of each token where spec.reset, else absent; -1 where tokens are pad
         step_targets  () int64, the scored targets of this rank in all micro-batches of the step. A loss summed and
                       divided by its sum over the ranks depends on the global batch only.
+        samples       () int64, consumed by all ranks together once the step is done: ``start`` of what comes after it
     """
 
     def __init__(
-        self, spec: StreamSpec, *, batch_sequences: int, accumulate: int, rank: int, world: int, start_step: int = 0
+        self, spec: Samples, *, batch_sequences: int, accumulate: int, rank: int, world: int, start: int = 0
     ) -> None:
-        _check_sizes(batch_sequences=batch_sequences, accumulate=accumulate, rank=rank, world=world)
         self.spec = spec
-        self.batch_sequences = batch_sequences
-        self.accumulate = accumulate
-        self.rank = rank
-        self.world = world
-        self.start_step = start_step
+        self.share = Share(batch_sequences, accumulate, rank, world)
+        self.start = start
 
     def __iter__(self) -> Iterator[Batch]:
-        worker, workers = _this_worker()
-        encoder = Encoder(self.spec.strict, warn=self.rank == 0 and worker == 0)  # one voice of many is enough
-        step_samples = self.world * self.accumulate * self.batch_sequences  # G
-        first = self.start_step * step_samples
-        windows = enumerate(training_windows(self.spec, first), first)
-        micro_batch = 0
-        while True:
-            mine = [(g, window) for g, window in islice(windows, step_samples) if g % self.world == self.rank]
-            scored = torch.tensor(sum(self.spec.scored(window) for _, window in mine))
-            for start in range(0, len(mine), self.batch_sequences):
-                if micro_batch % workers == worker:
-                    rows = mine[start : start + self.batch_sequences]
-                    samples = [self.spec.sample(window, g, encoder) for g, window in rows]
-                    yield {**collate(samples, self.batch_sequences), "step_targets": scored}
-                micro_batch += 1
+        return map(unpack, map(pack, self.arrays()))
+
+    def arrays(self) -> Iterator[Arrays]:
+        """The batches of this worker as NumPy arrays."""
+        worker, _ = _this_worker()
+        one_voice = self.share.rank == 0 and worker == 0  # of many is enough to warn
+        return _of_this_worker(self.spec.training(self.start, self.share, one_voice))
 
 
 class EvaluationBatches(IterableDataset[Batch]):
-    """One pass over the evaluation samples (see evaluation_windows): each in exactly one batch of one rank and worker.
+    """One pass over the evaluation samples (see streaming.evaluation_windows): each in exactly one batch of one rank
+    and worker.
 
-    Every rank gets the same number of batches, as collectives need: rows without a sample are all PAD and IGNORE.
-    Batches are as in TrainingBatches, without ``step_targets``.
+    Every rank gets the same number of batches, as collectives need: rows without a sample are all pad and IGNORE.
+    Batches are as in TrainingBatches, without ``step_targets`` and ``samples``. Of a measured spec they hold beside
+        bytes, words  () int64 each, what the scored tokens stand for (see documents.Extent)
     """
 
     def __init__(
-        self, spec: StreamSpec, *, batch_sequences: int, rank: int, world: int, max_samples: int | None = None
+        self, spec: Samples, *, batch_sequences: int, rank: int, world: int, max_samples: int | None = None
     ) -> None:
-        _check_sizes(batch_sequences=batch_sequences, accumulate=1, rank=rank, world=world)
         self.spec = spec
-        self.batch_sequences = batch_sequences
-        self.rank = rank
-        self.world = world
+        self.share = Share(batch_sequences, 1, rank, world)
         self.max_samples = max_samples
 
     def __iter__(self) -> Iterator[Batch]:
-        worker, workers = _this_worker()
-        encoder = Encoder(self.spec.strict)
-        windows = enumerate(evaluation_windows(self.spec, self.max_samples))
-        number = 0
-        while rows := list(islice(windows, self.world * self.batch_sequences)):
-            if number % workers == worker:
-                mine = rows[self.rank :: self.world]
-                yield collate([self.spec.sample(window, g, encoder) for g, window in mine], self.batch_sequences)
-            number += 1
+        return map(unpack, map(pack, self.arrays()))
+
+    def arrays(self) -> Iterator[Arrays]:
+        """The batches of this worker as NumPy arrays."""
+        return _of_this_worker(self.spec.evaluation(self.share, self.max_samples))
 
 
-def collate(samples: Sequence[Sample], rows: int) -> Batch:
-    """Tensors "tokens" and "targets", (rows, longest sample) int64, padded with PAD and IGNORE.
-
-    Rows beyond the samples are filler; without any sample they are one token long.
-    """
-    length = max((len(sample.tokens) for sample in samples), default=1)
-    tokens = torch.full((rows, length), PAD)
-    targets = torch.full((rows, length), IGNORE)
-    for row, sample in enumerate(samples):
-        # torch.tensor copies: a sample may be a view of read-only bytes
-        tokens[row, : len(sample.tokens)] = torch.tensor(sample.tokens)
-        targets[row, : len(sample.targets)] = torch.tensor(sample.targets)
-    return {"tokens": tokens, "targets": targets}
+def _of_this_worker(batches: Iterator[MakeBatch]) -> Iterator[Arrays]:
+    worker, workers = _this_worker()
+    for number, make in enumerate(batches):
+        if number % workers == worker:
+            yield make()
 
 
 class Loader:
     """The batches of ``dataset``, prepared by ``workers`` background processes (0: by this one), in the same order.
 
     A DataLoader whose workers hand on a DataError as it is: torch glues the worker's traceback to the message of an
-    exception. Here the worker sends the sentence as an item, and the exception is raised in this process. There is no
-    length: Lightning iterates until the end, or max_steps.
+    exception. Here the worker sends the sentence as an item, and the exception is raised in this process. Batches cross
+    the border between processes in small types, which costs a quarter of the time, and become int64 here, in pinned
+    memory where ``pin_memory`` asks for it. There is no length: Lightning iterates until the end, or max_steps.
+
+    prefetch: batches that each worker prepares ahead. persistent: workers stay for the next pass.
     """
 
-    def __init__(self, dataset: IterableDataset[Batch], workers: int, pin_memory: bool = False) -> None:
+    def __init__(
+        self,
+        dataset: TrainingBatches | EvaluationBatches,
+        workers: int,
+        pin_memory: bool = False,
+        prefetch: int = 4,
+        persistent: bool = False,
+    ) -> None:
         self.dataset = dataset
-        self.workers = workers
         self.pin_memory = pin_memory
-
-    def __iter__(self) -> Iterator[Batch]:
-        items = DataLoader(
-            _Messages(self.dataset),
+        self._items = DataLoader(
+            _Messages(dataset),
             batch_size=None,
-            num_workers=self.workers,
-            pin_memory=self.pin_memory,
+            num_workers=workers,
+            prefetch_factor=prefetch if workers else None,
+            persistent_workers=persistent and workers > 0,
             collate_fn=_as_is,
         )
-        for item in items:
+
+    def __iter__(self) -> Iterator[Batch]:
+        for item in self._items:
             if isinstance(item, _Failure):
                 raise DataError(item.sentence)
-            yield item
+            yield unpack(item, self.pin_memory)
 
 
 @dataclass(frozen=True)
@@ -143,15 +128,15 @@ class _Failure:
     sentence: str
 
 
-class _Messages(IterableDataset["Batch | _Failure"]):
-    """The items of a dataset; a DataError becomes the last item."""
+class _Messages(IterableDataset["Parcel | _Failure"]):
+    """The batches of a dataset, packed; a DataError becomes the last item."""
 
-    def __init__(self, dataset: IterableDataset[Batch]) -> None:
+    def __init__(self, dataset: TrainingBatches | EvaluationBatches) -> None:
         self.dataset = dataset
 
-    def __iter__(self) -> Iterator[Batch | _Failure]:
+    def __iter__(self) -> Iterator[Parcel | _Failure]:
         try:
-            yield from self.dataset
+            yield from map(pack, self.dataset.arrays())
         except DataError as error:
             yield _Failure(str(error))
 
@@ -163,11 +148,3 @@ def _as_is(item: Item) -> Item:
 def _this_worker() -> tuple[int, int]:
     info = get_worker_info()
     return (info.id, info.num_workers) if info else (0, 1)
-
-
-def _check_sizes(*, batch_sequences: int, accumulate: int, rank: int, world: int) -> None:
-    if min(batch_sequences, accumulate, world) < 1 or not 0 <= rank < world:
-        raise ValueError(
-            f"need batch_sequences, accumulate, world >= 1 and 0 <= rank < world, "
-            f"not {batch_sequences}, {accumulate}, {world} and rank {rank}"
-        )

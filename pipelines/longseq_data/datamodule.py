@@ -5,26 +5,28 @@ from __future__ import annotations
 import lightning
 
 from .batches import EvaluationBatches, Loader, TrainingBatches
-from .streaming import StreamSpec
+from .sharing import Samples
 
 
 class SequenceDataModule(lightning.LightningDataModule):
-    """Training batches from ``start_step`` on, and a validation pass over at most ``valid_samples`` samples.
+    """Training batches from sample ``start`` on, and a validation pass over at most ``valid_samples`` samples.
 
-    batch_sequences: sequences per rank and micro-batch.
+    train, valid: a StreamSpec or a CorpusSpec.
+    batch_sequences: sequences per rank and micro-batch; with packing "bucket" those of a validation.
+    start: samples that all ranks have consumed; the last trained batch says it in "samples".
     accumulate: micro-batches per optimiser step, as in the Trainer.
     workers: processes per rank that prepare training batches; 0 works in the training process.
     """
 
     def __init__(
         self,
-        train: StreamSpec,
-        valid: StreamSpec | None,
+        train: Samples,
+        valid: Samples | None,
         *,
         batch_sequences: int,
         accumulate: int = 1,
         workers: int = 0,
-        start_step: int = 0,
+        start: int = 0,
         valid_samples: int | None = None,
     ) -> None:
         super().__init__()
@@ -33,7 +35,7 @@ class SequenceDataModule(lightning.LightningDataModule):
         self.batch_sequences = batch_sequences
         self.accumulate = accumulate
         self.workers = workers
-        self.start_step = start_step
+        self.start = start
         self.valid_samples = valid_samples
 
     def train_dataloader(self) -> Loader:
@@ -44,7 +46,7 @@ class SequenceDataModule(lightning.LightningDataModule):
             accumulate=self.accumulate,
             rank=rank,
             world=world,
-            start_step=self.start_step,
+            start=self.start,
         )
         return Loader(batches, self.workers, self._on_gpu())
 
@@ -56,7 +58,7 @@ class SequenceDataModule(lightning.LightningDataModule):
             self.valid, batch_sequences=self.batch_sequences, rank=rank, world=world, max_samples=self.valid_samples
         )
         # every worker parses the whole file, so a second one would gain nothing in a short pass
-        return Loader(batches, min(self.workers, 1), self._on_gpu())
+        return Loader(batches, min(self.workers, 1), self._on_gpu(), persistent=True)
 
     def _place(self) -> tuple[int, int]:
         if self.trainer is None:

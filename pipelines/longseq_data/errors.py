@@ -9,3 +9,7 @@ class DataError(Exception):
     Its message is one sentence for the terminal: which file and line, what is wrong, what to do. A command prints it
     without a traceback.
     """
+
+    def __init__(self, sentence: str) -> None:
+        # names and letters of damaged files stand in it: nothing that would move a terminal's cursor
+        super().__init__("".join(letter if letter.isprintable() else "?" for letter in sentence))

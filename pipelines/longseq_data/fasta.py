@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from .documents import DocumentEncoder
 from .errors import DataError
 from .sources import open_text, reading_error
 from .splits import Split, split_of
-from .vocabulary import LETTERS, TABLE, UNKNOWN, X
+from .vocabulary import LETTERS, PROTEIN, TABLE, UNKNOWN, Tokens, X
 
 UNKNOWN_BYTE = bytes([UNKNOWN])
 UNKNOWN_TO_X = bytes.maketrans(UNKNOWN_BYTE, bytes([X]))
@@ -34,13 +35,38 @@ MISPLACED = {
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One FASTA record; ``line`` is the line of its header, counted from 1."""
+    """One protein; ``line`` is the line of its FASTA header, counted from 1."""
 
     identifier: str  # first word of the header
     description: str  # the whole header line, without '>'
     sequence: str  # as written, without white space and the final '*'
     source: str
     line: int
+    counted: Literal["headers", "lines", "rows"] = "headers"  # what ``line`` counts, where it is no FASTA
+
+    closed: ClassVar[bool] = True
+
+    @property
+    def length(self) -> int:
+        return len(self.sequence)
+
+    @property
+    def held(self) -> int:
+        return len(self.sequence)
+
+    @property
+    def letters(self) -> bytes:
+        return self.sequence.encode("ascii")
+
+    def part(self, start: int, stop: int | None) -> bytes:
+        """The letters of residues [start, stop)."""
+        return self.sequence[start:stop].encode("ascii")
+
+    def place_of(self, offset: int) -> tuple[str, int]:
+        """Where residue ``offset`` is written: ("line" or "row", its number)."""
+        if self.counted != "headers":
+            return self.counted.removesuffix("s"), self.line
+        return "line", _line_of(self.source, self.line, offset)
 
 
 def read_records(source: str) -> Generator[Record, None, None]:
@@ -49,25 +75,30 @@ def read_records(source: str) -> Generator[Record, None, None]:
     Raises DataError, one sentence with file and line, for what cannot be read, is no FASTA, or holds a record without
     an identifier or without residues. Letters outside the alphabet pass: Encoder deals with them.
     """
+    with open_text(source) as handle:
+        yield from parse_records(handle, source)
+
+
+def parse_records(handle: Iterable[str], source: str, first_line: int = 1) -> Iterator[Record]:
+    """The records of some lines of ``source``, the first of which has the number ``first_line``; raises as above."""
     from Bio.SeqIO.FastaIO import SimpleFastaParser
 
     headers: deque[int] = deque()  # the parser is one header ahead of the record that it yields
-    with open_text(source) as handle:
-        for title, sequence in SimpleFastaParser(_lines(handle, source, headers)):
-            line = headers.popleft()
-            # bytes.isalpha is the fastest test that there is; the slow road is for the few that fail it
-            if not (sequence.isascii() and sequence.encode().isalpha()):
-                sequence = _unusual(title, sequence, source, line)
-            words = title.split(None, 1)
-            if not words:
-                raise DataError(f"{source}, line {line}: the header has no identifier; write one after the '>'.")
-            yield Record(words[0], title, sequence, source, line)
+    for title, sequence in SimpleFastaParser(_lines(handle, source, headers, first_line)):
+        line = headers.popleft()
+        # bytes.isalpha is the fastest test that there is; the slow road is for the few that fail it
+        if not (sequence.isascii() and sequence.encode().isalpha()):
+            sequence = _unusual(title, sequence, source, line)
+        words = title.split(None, 1)
+        if not words:
+            raise DataError(f"{source}, line {line}: the header has no identifier; write one after the '>'.")
+        yield Record(words[0], title, sequence, source, line)
 
 
-def _lines(handle: Iterable[str], source: str, headers: deque[int]) -> Iterator[str]:
+def _lines(handle: Iterable[str], source: str, headers: deque[int], first_line: int) -> Iterator[str]:
     """The lines from the first header on; ``headers`` receives the line number of each header."""
     number = 0
-    numbered = enumerate(handle, 1)
+    numbered = enumerate(handle, first_line)
     try:
         for number, line in numbered:
             if line[0] == ">":
@@ -126,9 +157,12 @@ def _line_of(source: str, header: int, offset: int) -> int:
     """The line that holds residue ``offset`` of the record whose header is on line ``header``.
 
     Reads the source again: only a first problem asks for it, while keeping line lengths would slow down every record.
+    An entry of another format than FASTA has annotation between its first line and its residues: it is its first line.
     """
     with open_text(source) as handle:
         for number, line in enumerate(handle, 1):
+            if number == header and not line.startswith(">"):
+                return header
             if number > header:
                 offset -= len(line.rstrip().replace(" ", "").replace("\t", ""))
                 if offset < 0:
@@ -136,7 +170,7 @@ def _line_of(source: str, header: int, offset: int) -> int:
     return header
 
 
-class Encoder:
+class Encoder(DocumentEncoder):
     """Turns records into residue ids, and keeps count of the letters that have none.
 
     strict: refuse such letters (DataError) instead of mapping them to X.
@@ -145,6 +179,7 @@ class Encoder:
     """
 
     def __init__(self, strict: bool, warn: bool = False) -> None:
+        super().__init__(PROTEIN)
         self.strict = strict
         self.warn = warn
         self.unknown: Counter[str] = Counter()
@@ -157,11 +192,11 @@ class Encoder:
         if self._first is None:
             return None
         record, offset = self._first
-        return record.source, _line_of(record.source, record.line, offset), record.sequence[offset]
+        return record.source, record.place_of(offset)[1], record.sequence[offset]
 
-    def encode(self, record: Record, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
+    def encode(self, record: Record, start: int = 0, stop: int | None = None) -> Tokens:  # type: ignore[override]
         """Ids of residues [start, stop), read-only, shape (stop - start,), all below RESIDUES."""
-        letters = record.sequence[start:stop].encode("ascii")
+        letters = record.part(start, stop)
         ids = letters.translate(TABLE)
         if UNKNOWN_BYTE in ids:
             self._note(record, start, letters, ids)
@@ -172,7 +207,7 @@ class Encoder:
         first = start + ids.index(UNKNOWN_BYTE)
         if self.strict:
             raise DataError(
-                f"{record.source}, line {_line_of(record.source, record.line, first)}: character "
+                f"{record.source}, {' '.join(map(str, record.place_of(first)))}: character "
                 f"'{record.sequence[first]}' in record '{record.identifier}' is none of {LETTERS}; correct it, or set "
                 f"data.strict=false, which maps such characters to X."
             )
@@ -183,8 +218,9 @@ class Encoder:
             self._warned.add(record.source)
             # the line of the header: that of the letter would take reading the source again, while training waits
             logging.getLogger("longseq_data").warning(
-                "%s, line %d: '%s' in record '%s' is read as X; data.strict=true refuses it.",
+                "%s, %s %d: '%s' in record '%s' is read as X; data.strict=true refuses it.",
                 record.source,
+                "row" if record.counted == "rows" else "line",
                 record.line,
                 record.sequence[first],
                 record.identifier,
@@ -196,7 +232,8 @@ class ScanReport:
     """What a look at the data found."""
 
     records: int = 0
-    residues: int = 0
+    residues: int = 0  # or bytes of text, or pictures' colour values: see ``unit``
+    unit: str = "residues"
     splits: Counter[Split] = field(default_factory=Counter)  # records of each
     unknown: Counter[str] = field(default_factory=Counter)  # letters outside the alphabet, mapped to X
     first_unknown: tuple[str, int, str] | None = None  # source, line, letter
@@ -211,19 +248,20 @@ def scan(
     total_bytes: int = 256 * MIB,
     valid_fraction: float = 0.0,
     test_fraction: float = 0.0,
+    read: Callable[[str], Iterable[Record]] = read_records,
 ) -> ScanReport:
     """Read the start of every source before a run is started: what is wrong should be said in its first second.
 
     Reads at most ``max_bytes`` of text of each source and ``total_bytes`` of all, but the first record of each in any
     case. The fractions are those of ``split_of``; without them every record counts as training. A split that has no
-    record in a complete report is empty. Raises the DataErrors of ``read_records`` and ``Encoder``.
+    record in a complete report is empty. ``read`` gives a source's records. Raises its DataErrors and ``Encoder``'s.
     """
     report = ScanReport()
     encoder = Encoder(strict)
     total = 0
     for source in sources:
         before = total
-        for record in read_records(source):
+        for record in read(source):
             if total > before and (total - before >= max_bytes or total >= total_bytes):
                 report.complete = False
                 break

@@ -1,4 +1,4 @@
-"""Windows: which part of which record makes a sample, decided from lengths alone.
+"""Windows: which part of which document makes a sample, decided from lengths alone.
 
 A window is a plan. Ranks and workers all plan every window, which costs next to nothing, and tokenise only their own.
 """
@@ -13,38 +13,42 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .fasta import Encoder, Record
-from .vocabulary import BOS, EOS
-
-BOS_PART = np.array([BOS], dtype=np.uint8)
-EOS_PART = np.array([EOS], dtype=np.uint8)
+from .documents import Document, DocumentEncoder, Extent
+from .vocabulary import Tokens
 
 
 class Piece(NamedTuple):
-    """Tokens [start, stop) of the document [BOS] residues [EOS] that a record of n residues makes.
+    """Tokens [start, stop) of the row [BOS] residues [EOS] that a document of n residues makes.
 
-    Token 0 is BOS, token i + 1 is residue i, token n + 1 is EOS.
+    Token 0 is BOS, token i + 1 is residue i, token n + 1 is EOS. Residues are bytes, words or pixels elsewhere.
     """
 
-    record: Record
+    record: Document
     start: int
     stop: int
 
+    def span(self) -> tuple[int, int]:
+        """The residues [first, last) among its tokens."""
+        first = max(self.start, 1) - 1
+        return first, max(first, min(self.stop - 1, self.record.length))
+
     def residues(self) -> int:
-        return min(self.stop, len(self.record.sequence) + 1) - max(self.start, 1)
+        first, last = self.span()
+        return last - first
 
-    def parts(self, encoder: Encoder) -> Iterator[npt.NDArray[np.uint8]]:
+    def parts(self, encoder: DocumentEncoder) -> Iterator[Tokens]:
         if self.start == 0:
-            yield BOS_PART
-        if self.residues() > 0:
-            yield encoder.encode(self.record, max(self.start, 1) - 1, self.stop - 1)
-        if self.stop == len(self.record.sequence) + 2:
-            yield EOS_PART
+            yield encoder.bos
+        first, last = self.span()
+        if last > first:
+            yield encoder.encode(self.record, first, last)
+        if self.stop == self.record.length + 2:
+            yield encoder.eos
 
 
-def document(record: Record) -> Piece:
-    """All of a record: [BOS] residues [EOS]."""
-    return Piece(record, 0, len(record.sequence) + 2)
+def document(record: Document) -> Piece:
+    """All of a document: [BOS] residues [EOS], or without EOS where it is not closed."""
+    return Piece(record, 0, record.length + 1 + record.closed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +61,25 @@ class Window:
         return sum(piece.stop - piece.start for piece in self.pieces)
 
     def residues(self) -> int:
-        return sum(max(piece.residues(), 0) for piece in self.pieces)
+        return sum(piece.residues() for piece in self.pieces)
 
-    def tokens(self, encoder: Encoder) -> npt.NDArray[np.uint8]:
+    def tokens(self, encoder: DocumentEncoder) -> Tokens:
         """Token ids, shape (size,)."""
         return np.concatenate([part for piece in self.pieces for part in piece.parts(encoder)])
+
+    def segments(self) -> npt.NDArray[np.int32]:
+        """Which of its documents each token belongs to, counted from 0: shape (size,)."""
+        sizes = [piece.stop - piece.start for piece in self.pieces]
+        return np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+
+    def measure(self, encoder: DocumentEncoder, skip: int) -> Extent:
+        """What its tokens stand for, without those of the first ``skip`` (0 or 1) tokens."""
+        total = Extent(0, 0)
+        for number, piece in enumerate(self.pieces):
+            first, last = piece._replace(start=piece.start + (skip if number == 0 else 0)).span()
+            if last > first:
+                total = total.plus(encoder.measure(piece.record, first, last))
+        return total
 
 
 def crop(whole: Piece, size: int, where: float) -> Window:

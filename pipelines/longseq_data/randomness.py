@@ -6,6 +6,7 @@ import hashlib
 import json
 
 import numpy as np
+import numpy.typing as npt
 
 
 def generator(seed: int, *what: str | int) -> np.random.Generator:
@@ -20,3 +21,25 @@ def generator(seed: int, *what: str | int) -> np.random.Generator:
     text = json.dumps([int(seed), *(part if isinstance(part, str) else int(part) for part in what)])
     digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "big")))
+
+
+def uniforms(seed: int, what: str, counters: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """A number in [0, 1) for each counter, of the shape of ``counters``: as generator(...).random(), for millions.
+
+    SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) from a state that is a hash of (seed, what): number k of its stream.
+    """
+    digest = hashlib.blake2b(json.dumps([int(seed), "uniforms", what]).encode(), digest_size=8).digest()
+    key = np.uint64(int.from_bytes(digest, "big"))
+    words = (np.asarray(counters).astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    words = mixed(np.atleast_1d(words + key))
+    return ((words >> np.uint64(11)) * 2.0**-53).reshape(np.shape(counters))
+
+
+def mixed(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """SplitMix64's finaliser, in place: every bit depends on every bit."""
+    words ^= words >> np.uint64(30)
+    words *= np.uint64(0xBF58476D1CE4E5B9)
+    words ^= words >> np.uint64(27)
+    words *= np.uint64(0x94D049BB133111EB)
+    words ^= words >> np.uint64(31)
+    return words

@@ -8,12 +8,13 @@ import io
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, TextIO, cast
 
 from .errors import DataError
+from .formats import HUB, HubAddress, folder_format
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)")
 HTTP = re.compile(r"https?://", re.IGNORECASE)
@@ -32,31 +33,39 @@ FOREIGN = {
 }
 
 
-def expand_sources(patterns: Sequence[str]) -> list[str]:
-    """Sources named by ``patterns``: each a path, a glob (``**`` too), or a URL of any fsspec filesystem.
+def expand_sources(patterns: Sequence[str], format: str = "fasta") -> list[str]:
+    """Sources named by ``patterns``: each a path, a glob (``**`` too), a URL of any fsspec filesystem, or on the Hub.
 
     Local sources come back as absolute paths. The order is that of the patterns, sorted within a glob. A file with
-    several names (a link, "..", file://) comes once, by the first of them. A URL without a glob is not opened here.
+    several names (a link, "..", file://) comes once, by the first of them. A URL without a glob is not opened here, nor
+    is a Hub address (see formats.HubAddress). A directory is a source where it holds files of ``format``, one of
+    formats.FORMATS or "auto"; but never for FASTA.
 
-    Raises DataError for a missing file, a directory, a glob that matches nothing, and a name that is no text or that a
-    configuration file could not hold.
+    Raises DataError for a missing file, another directory, a glob that matches nothing, and a name that is no text or
+    that a configuration file could not hold.
     """
     sources: dict[object, str] = {}
     for pattern in patterns:
-        for source in _expand(pattern):
+        for source in _expand(pattern, format):
             _refuse_unstorable(source)
             sources.setdefault(_identity(source), source)
     return list(sources.values())
 
 
-def _expand(pattern: object) -> list[str]:
+def _expand(pattern: object, format: str) -> list[str]:
     if not isinstance(pattern, str):
         raise DataError(f"{pattern!r} is no file name; several names go in one pair of brackets: '[a.fasta,b.fasta]'.")
     if not pattern.strip():
         raise DataError(f"A file name is empty ({pattern!r}); remove it from the list, or name a file.")
     _refuse_unstorable(pattern)  # an error message could not hold it either
+    if pattern.startswith(HUB):
+        return [str(HubAddress.parse(pattern).absolute())]
+    if format == "hub":
+        raise DataError(
+            f"{pattern}: an address on the Hub is {HUB}OWNER/NAME, with data.format=hub; correct one of them."
+        )
     try:
-        return _expand_url(pattern) if URL.match(pattern) else _expand_path(pattern)
+        return _expand_url(pattern) if URL.match(pattern) else _expand_path(pattern, format)
     except DataError:
         raise
     except Exception as error:  # every filesystem plugin has exceptions of its own
@@ -77,6 +86,8 @@ def _refuse_unstorable(source: str) -> None:
 def _identity(source: str) -> object:
     """Equal for two names of one local file; other sources have nothing but their address."""
     path = source
+    if source.startswith(HUB):
+        return source
     if URL.match(source):
         if not LOCAL_URL.match(source):
             return source
@@ -90,10 +101,12 @@ def _identity(source: str) -> object:
     return status.st_dev, status.st_ino
 
 
-def _expand_path(pattern: str) -> list[str]:
+def _expand_path(pattern: str, format: str) -> list[str]:
     expanded = os.path.expanduser(pattern)  # noqa: PTH111 - Path's own raises for an unknown ~user
     path = Path(expanded).absolute()
     if path.is_dir():
+        if folder_format(str(path), format) != "fasta":
+            return [str(path)]
         raise DataError(f"{pattern} is a directory; name its files, for example '{pattern.rstrip('/')}/*.fasta.gz'.")
     if path.is_file():
         return [str(path)]
@@ -127,26 +140,64 @@ def _expand_url(pattern: str) -> list[str]:
 
 @contextmanager
 def open_text(source: str) -> Iterator[TextIO]:
-    """Open a path or URL for reading lines; gzip is recognised by its first bytes, whatever the name says.
+    """Open a FASTA file by path or URL for reading lines: see open_binary.
 
     Lines may end in LF, CRLF or CR. Bytes that are not UTF-8 read as U+FFFD: a header from another century is no reason
-    to stop. Raises DataError where the source cannot be opened, is empty, or is clearly not text.
+    to stop.
+    """
+    with open_binary(source, "FASTA") as handle:
+        yield io.TextIOWrapper(handle, encoding="utf-8-sig", errors="replace")
+
+
+@contextmanager
+def open_binary(
+    source: str, kind: str, watch: Callable[[memoryview], object] | None = None
+) -> Iterator[io.BufferedReader]:
+    """Open a path or URL; gzip is recognised by its first bytes, whatever the name says.
+
+    kind: what it should be, "FASTA", "text" or "JSON Lines".
+    watch: called with each piece of the source as it is stored, still compressed, in order.
+
+    Raises DataError where the source cannot be opened, is empty, or is clearly not text.
     """
     with ExitStack() as stack:
         try:
-            raw = stack.enter_context(_open_binary(source))
-            buffered = io.BufferedReader(cast(io.RawIOBase, raw), READ_SIZE)
+            raw = stack.enter_context(open_raw(source))
+            if watch is not None:
+                raw = cast("IO[bytes]", stack.enter_context(_Watched(raw, watch)))
+            buffered: io.BufferedReader = io.BufferedReader(cast(io.RawIOBase, raw), READ_SIZE)
             if buffered.peek(2)[:2] == b"\x1f\x8b":
                 unzipped = stack.enter_context(gzip.GzipFile(fileobj=buffered))
                 buffered = io.BufferedReader(cast(io.RawIOBase, unzipped), READ_SIZE)
             head = buffered.peek(1024)[:1024]
         except Exception as error:  # every filesystem plugin has exceptions of its own
             raise reading_error(source, None, error) from error
-        _refuse_foreign(source, head)
-        yield io.TextIOWrapper(buffered, encoding="utf-8-sig", errors="replace")
+        _refuse_foreign(source, head, kind)
+        yield buffered
 
 
-def _open_binary(source: str) -> IO[bytes]:
+class _Watched(io.RawIOBase):
+    """A raw file that shows everything read from it to a function."""
+
+    def __init__(self, raw: IO[bytes], watch: Callable[[memoryview], object]) -> None:
+        self._raw = cast(io.RawIOBase, raw)
+        self._watch = watch
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray | memoryview) -> int | None:  # type: ignore[override]
+        count = self._raw.readinto(buffer)
+        if count:
+            self._watch(memoryview(buffer)[:count])
+        return count
+
+
+def open_raw(source: str, seekable: bool = False) -> IO[bytes]:
+    """The bytes of a path or URL as they are. Raises whatever the filesystem does: see reading_error.
+
+    seekable: a server must then answer range requests.
+    """
     if not URL.match(source):
         return Path(source).open("rb", buffering=0)
     import fsspec
@@ -155,20 +206,25 @@ def _open_binary(source: str) -> IO[bytes]:
         return cast("IO[bytes]", fsspec.open(source, "rb").open())
     import aiohttp
 
-    # block_size=0: one connection read front to back, which needs no range requests of the server. aiohttp's default
-    # limit of five minutes is for the whole download; the limits here are for silence.
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=120)
-    return cast("IO[bytes]", fsspec.open(source, "rb", block_size=0, client_kwargs={"timeout": timeout}).open())
+    # aiohttp's default limit of five minutes is for the whole download; the limits here are for silence
+    client = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=120)}
+    if seekable:
+        return cast("IO[bytes]", fsspec.open(source, "rb", client_kwargs=client).open())
+    # block_size=0: one connection read front to back, which needs no range requests of the server
+    return cast("IO[bytes]", fsspec.open(source, "rb", block_size=0, client_kwargs=client).open())
 
 
-def _refuse_foreign(source: str, head: bytes) -> None:
+def _refuse_foreign(source: str, head: bytes, kind: str) -> None:
+    content = "FASTA records" if kind == "FASTA" else kind
     if not head:
-        raise DataError(f"{source} is empty; give a file with FASTA records, or remove it from the list.")
+        raise DataError(f"{source} is empty; give a file with {content}, or remove it from the list.")
     for magic, name in FOREIGN.items():
         if head.startswith(magic):
-            raise DataError(f"{source} is {name}, not FASTA; convert it to plain (ASCII) or gzipped FASTA.")
+            plain = "plain (ASCII)" if kind == "FASTA" else "plain (UTF-8)"
+            wanted = "plain text" if kind == "text" else kind
+            raise DataError(f"{source} is {name}, not {wanted}; convert it to {plain} or gzipped {kind}.")
     if b"\0" in head:
-        raise DataError(f"{source} is a binary file, not FASTA; give plain or gzipped FASTA.")
+        raise DataError(f"{source} is a binary file, not {kind}; give plain or gzipped {kind}.")
 
 
 def reading_error(source: str, line: int | None, error: BaseException) -> DataError:
@@ -177,7 +233,7 @@ def reading_error(source: str, line: int | None, error: BaseException) -> DataEr
     if isinstance(error, EOFError):
         return DataError(f"{where}: the gzip data ends too early, so the file is truncated; download or copy it again.")
     if isinstance(error, (gzip.BadGzipFile, zlib.error)):
-        return DataError(f"{where}: the gzip data is damaged ({_one_line(error)}); download or copy it again.")
+        return DataError(f"{where}: the gzip data is damaged ({one_line(error)}); download or copy it again.")
     if isinstance(error, FileNotFoundError):
         # fsspec says "not found" of a server that does not answer, too; only the cause tells
         if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
@@ -186,13 +242,19 @@ def reading_error(source: str, line: int | None, error: BaseException) -> DataEr
     if isinstance(error, PermissionError):
         return DataError(f"{where}: permission denied; make it readable for this user.")
     if isinstance(error, ImportError):
-        return DataError(f"{where}: this kind of URL needs a package that is missing ({_one_line(error)}).")
+        return DataError(f"{where}: this kind of URL needs a package that is missing ({one_line(error)}).")
     if isinstance(error, ValueError) and "rotocol" in str(error):
         return DataError(
-            f"{where}: unknown kind of URL ({_one_line(error)}); use a path, https:// or another of fsspec's."
+            f"{where}: unknown kind of URL ({one_line(error)}); use a path, https:// or another of fsspec's."
         )
-    return DataError(f"{where}: cannot be read ({_one_line(error)}); check the address and the connection.")
+    return DataError(f"{where}: cannot be read ({one_line(error)}); check the address and the connection.")
 
 
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+def one_line(error: BaseException) -> str:
+    """What an exception says, fit to stand in a sentence."""
+    return f"{type(error).__name__}: {in_line(str(error))}".removesuffix(": ")
+
+
+def in_line(text: str) -> str:
+    """Foreign text without line breaks, control characters and half surrogates, which no terminal could show."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))

@@ -1,45 +1,47 @@
-"""One endless order of samples, straight from FASTA: the same for every rank, worker and resume.
+"""One endless order of samples, straight from the files: the same for every rank, worker and resume.
 
 The order is a pure function of a StreamSpec, so the only state of a run is how many samples it has consumed.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from .errors import DataError
-from .fasta import Encoder, Record, read_records
+from . import joined_letters
+from .documents import Document, DocumentEncoder, Extent
+from .fasta import Encoder
 from .masking import mask_tokens, masked_count
 from .packing import Piece, Window, crop, cut, document
 from .randomness import generator
-from .splits import split_of
-from .vocabulary import EOS, VOCABULARY_SIZE
+from .reading import FASTA, Reading
+from .sharing import Arrays, MakeBatch, Share, collate, filler
+from .shuffling import chunks_in_file_order, shuffled_chunks
+from .vocabulary import IGNORE, Tokens, Vocabulary
 
-OPEN_SOURCES = 16  # read in turn while shuffling
 SAMPLE_BUFFER = 2048  # records of a split among which the sample of an evaluation is drawn
-BUFFER_RESIDUES = 1 << 26  # a shuffle buffer of whole proteomes must still fit in a worker's memory
 
 
 class Sample(NamedTuple):
     """``tokens`` and ``targets`` have the same length; a target is IGNORE where nothing is scored."""
 
-    tokens: npt.NDArray[np.uint8]
-    targets: npt.NDArray[np.int16]
+    tokens: Tokens
+    targets: npt.NDArray[np.signedinteger]
+    segments: npt.NDArray[np.int32] | None = None  # of a spec with reset: the document of each token, from 0
+    extent: Extent | None = None  # of a measured spec: what the scored tokens stand for
 
 
 @dataclass(frozen=True)
 class StreamSpec:
     """Everything that the samples and their order depend on."""
 
-    sources: tuple[str, ...]  # as expand_sources gives them
+    sources: tuple[str, ...]  # as expand_sources gives them; see ``reading``
     split: str | None  # "train", "valid" or "test"; None: every record
     valid_fraction: float  # of the records, by a hash of their identifiers
     test_fraction: float
@@ -48,9 +50,17 @@ class StreamSpec:
     objective: str  # "causal" or "masked"
     seed: int
     shuffle_buffer: int = 10_000  # records, and never more than BUFFER_RESIDUES (2^26) residues
-    strict: bool = False  # refuse letters outside the alphabet instead of mapping them to X
+    strict: bool = False  # refuse letters outside the alphabet instead of mapping them to X, and text that is not UTF-8
+    reading: Reading = FASTA  # the sources' format, and what their tokens are
+    reset: bool = False  # "concat": documents [BOS] ... [EOS] that do not see each other, with segment numbers
+    crop: str = "random"  # "crop": where a record longer than the window is cropped, "random" or its "first" tokens
+    measured: bool = False  # samples know how many bytes and words their targets stand for; slower, for evaluation
 
     def __post_init__(self) -> None:
+        if self.crop not in ("random", "first"):
+            raise ValueError(f"crop must be 'random' or 'first', not {self.crop!r}")
+        if self.reset and self.packing != "concat":
+            raise ValueError("reset is about concatenated documents: packing must be 'concat'")
         if self.packing not in ("crop", "concat"):
             raise ValueError(f"packing must be 'crop' or 'concat', not {self.packing!r}")
         if self.objective not in ("causal", "masked"):
@@ -68,20 +78,85 @@ class StreamSpec:
             )
 
     @property
+    def vocabulary(self) -> Vocabulary:
+        return self.reading.vocabulary
+
+    def encoder(self, warn: bool = False) -> DocumentEncoder:
+        """What turns this stream's windows into tokens; ``warn`` of letters that are read as X."""
+        return self.reading.encoder(self.strict, warn)
+
+    @property
     def overlap(self) -> int:
         """Tokens that a window has beyond ``length``: a causal one needs the target of its last position."""
         return 1 if self.objective == "causal" else 0
 
     def scored(self, window: Window) -> int:
         """How many targets the window has, known without tokenising it."""
-        return window.size() - 1 if self.objective == "causal" else masked_count(window.residues())
+        if self.objective == "masked":
+            return masked_count(window.residues())
+        return window.size() - (len(window.pieces) if self.reset else 1)
 
-    def sample(self, window: Window, index: int, encoder: Encoder) -> Sample:
+    def sample(self, window: Window, index: int, encoder: DocumentEncoder) -> Sample:
         """Tokenise a window; ``index`` is its number in the stream, which decides its mask."""
         tokens = window.tokens(encoder)
-        if self.objective == "causal":
-            return Sample(tokens[:-1], tokens[1:].astype(np.int16))
-        return Sample(*mask_tokens(tokens, self.seed, index))
+        segments = window.segments() if self.reset else None
+        extent = window.measure(encoder, self.overlap) if self.measured else None
+        if self.objective == "masked":
+            return Sample(*mask_tokens(tokens, self.seed, index, self.vocabulary), segments, extent)
+        targets = tokens[1:].astype(self.vocabulary.target_dtype)
+        if segments is not None:
+            targets[segments[1:] != segments[:-1]] = IGNORE  # no document tells how the next one begins
+            segments = segments[:-1]
+        return Sample(tokens[:-1], targets, segments, extent)
+
+    def measuring(self) -> StreamSpec:
+        """The same with ``measured`` where the losses add up to the probability of text or images."""
+        return replace(self, measured=self.vocabulary.name != "protein" and self.objective == "causal")
+
+    def target_counts(self, max_targets: int | None = None) -> npt.NDArray[np.int64]:
+        return target_counts(self, max_targets)
+
+    def training(self, start: int, share: Share, warn: bool = False) -> Iterator[MakeBatch]:
+        """See sharing.Samples. Raises DataError for bad data, and for a split without records."""
+        encoder = self.encoder(warn)
+        if self._plain and isinstance(encoder, Encoder):
+            yield from joined_letters.training(self, start, share, encoder)
+        windows = enumerate(training_windows(self, start), start)
+        consumed = start
+        while True:
+            consumed += share.step_samples
+            mine = [(g, window) for g, window in islice(windows, share.step_samples) if g % share.world == share.rank]
+            facts = {"step_targets": sum(self.scored(window) for _, window in mine), "samples": consumed}
+            for first in range(0, len(mine), share.batch_sequences):
+                rows = mine[first : first + share.batch_sequences]
+                yield partial(self._batch, rows, share.batch_sequences, encoder, facts)
+
+    def evaluation(self, share: Share, max_samples: int | None = None) -> Iterator[MakeBatch]:
+        """See sharing.Samples."""
+        encoder = self.encoder()
+        windows = enumerate(evaluation_windows(self, max_samples))
+        while rows := list(islice(windows, share.step_samples)):
+            yield partial(self._batch, rows[share.rank :: share.world], share.batch_sequences, encoder, {})
+
+    @property
+    def _plain(self) -> bool:
+        """Whether the samples are joined proteins and nothing else."""
+        plain = self.packing == "concat" and not self.reset and not self.measured
+        return plain and all(leaf.format == "fasta" for leaf in self.reading.leaves(self.sources))
+
+    def _batch(
+        self, windows: list[tuple[int, Window]], rows: int, encoder: DocumentEncoder, facts: dict[str, int]
+    ) -> Arrays:
+        samples = [self.sample(window, g, encoder) for g, window in windows]
+        batch = collate(samples, rows, self.vocabulary) if samples else filler(rows, 1, self.vocabulary, self.reset)
+        if self.measured:
+            extents = [sample.extent for sample in samples if sample.extent is not None]
+            facts = {
+                **facts,
+                "bytes": sum(extent.bytes for extent in extents),
+                "words": sum(extent.words for extent in extents),
+            }
+        return {**batch, **{name: np.array(value, dtype=np.int64) for name, value in facts.items()}}
 
 
 def training_samples(spec: StreamSpec, start: int = 0) -> Iterator[Sample]:
@@ -89,7 +164,7 @@ def training_samples(spec: StreamSpec, start: int = 0) -> Iterator[Sample]:
 
     Raises DataError for bad data, and for a split without records.
     """
-    encoder = Encoder(spec.strict)
+    encoder = spec.encoder()
     for index, window in enumerate(training_windows(spec, start), start):
         yield spec.sample(window, index, encoder)
 
@@ -97,15 +172,18 @@ def training_samples(spec: StreamSpec, start: int = 0) -> Iterator[Sample]:
 def training_windows(spec: StreamSpec, start: int = 0) -> Iterator[Window]:
     """The windows of training_samples, not yet tokenised; number ``start`` comes first.
 
-    Windows before ``start`` cost parsing and hashing only, and whole epochs nothing beyond the first one.
+    Windows before ``start`` cost parsing and hashing only, and whole epochs nothing beyond the first one. With a
+    tokenizer's file they cost tokenising too, as nothing else tells how long a text is: a few MB a second.
     """
     if spec.packing == "concat":
-        yield from cut(_joined(spec, start * spec.length), spec.length + spec.overlap, spec.overlap)
+        joined = _documents_joined if spec.reset else _joined
+        yield from cut(joined(spec, start * spec.length), spec.length + spec.overlap, spec.overlap)
         return
     size = spec.length + spec.overlap
     for index, (record, _) in enumerate(_endless(spec, start, lambda record: 1), start):
         whole = document(record)
-        where = generator(spec.seed, "crop", index).random() if whole.stop > size else 0.0
+        cropped = whole.stop > size and spec.crop == "random"
+        where = generator(spec.seed, "crop", index).random() if cropped else 0.0
         yield crop(whole, size, where)
 
 
@@ -114,7 +192,7 @@ def evaluation_samples(spec: StreamSpec, max_samples: int | None = None) -> Iter
 
     Which ones, and in which order, is said at evaluation_windows.
     """
-    encoder = Encoder(spec.strict)
+    encoder = spec.encoder()
     for index, window in enumerate(evaluation_windows(spec, max_samples)):
         yield spec.sample(window, index, encoder)
 
@@ -123,7 +201,7 @@ def evaluation_windows(spec: StreamSpec, max_samples: int | None = None) -> Iter
     """The windows of one evaluation pass, not yet tokenised.
 
     Without ``max_samples``: the whole split in file order. Causal: every residue and every EOS is a target exactly
-    once. Masked: every residue is in exactly one window.
+    once. Masked: every residue is in exactly one window. With crop="first", of the first window of each record.
 
     With it: the first ``max_samples`` windows of a shuffled pass, in which up to OPEN_SOURCES sources take turns and
     records are drawn at random from SAMPLE_BUFFER of the split. So of a split that fits the buffer it is a uniform
@@ -134,9 +212,14 @@ def evaluation_windows(spec: StreamSpec, max_samples: int | None = None) -> Iter
     size, overlap = spec.length + spec.overlap, spec.overlap
     records = _in_file_order(spec) if max_samples is None else _fair_order(spec)
     windows: Iterable[Window]
+    pieces: Iterable[Piece]
     if spec.packing == "concat":
-        pieces = (Piece(record, min(number, 1), len(record.sequence) + 2) for number, record in enumerate(records))
+        pieces = map(document, records)
+        if not spec.reset:  # BOS at the very beginning, EOS between the records
+            pieces = (piece._replace(start=min(number, 1)) for number, piece in enumerate(pieces))
         windows = cut(pieces, size, overlap)
+    elif spec.crop == "first":
+        windows = (crop(document(record), size, 0.0) for record in records)
     else:
         windows = (window for record in records for window in cut([document(record)], size, overlap))
     # a masked window without residues (a lone EOS at the end) has nothing to score
@@ -144,109 +227,38 @@ def evaluation_windows(spec: StreamSpec, max_samples: int | None = None) -> Iter
 
 
 def target_counts(spec: StreamSpec, max_targets: int | None = None) -> npt.NDArray[np.int64]:
-    """How often each token is a target in an evaluation pass, shape (VOCABULARY_SIZE,): the empirical baseline.
+    """How often each token is a target in an evaluation pass, shape (vocabulary size,): the empirical baseline.
 
     Causal: residues and EOS. Masked: residues, masked or not. With ``max_targets``, counts the records of a sampled
     evaluation_windows, in its order, up to the one that reaches ``max_targets``.
     """
-    counts = np.zeros(VOCABULARY_SIZE, dtype=np.int64)
-    encoder = Encoder(spec.strict)
+    counts = np.zeros(spec.vocabulary.size, dtype=np.int64)
+    encoder = spec.encoder()
+    causal = spec.objective == "causal"
     seen = 0
     for record in _in_file_order(spec) if max_targets is None else _fair_order(spec):
-        counts += np.bincount(encoder.encode(record), minlength=VOCABULARY_SIZE)
-        counts[EOS] += spec.objective == "causal"
-        seen += len(record.sequence) + (spec.objective == "causal")
+        targets = Window((document(record),))
+        if spec.packing == "crop" and spec.crop == "first":
+            targets = crop(document(record), spec.length + spec.overlap, 0.0)
+        tokens = targets.tokens(encoder)[1:] if causal else targets.tokens(encoder)
+        if not causal:
+            tokens = tokens[tokens < spec.vocabulary.ordinary]
+        counts += np.bincount(tokens, minlength=spec.vocabulary.size)
+        seen += len(tokens)
         if max_targets is not None and seen >= max_targets:
             break
     return counts
 
 
-def _of_split(spec: StreamSpec, records: Iterable[Record]) -> Iterator[Record]:
-    seen = kept = 0
-    for record in records:
-        seen += 1
-        if spec.split is None or split_of(record.identifier, spec.valid_fraction, spec.test_fraction) == spec.split:
-            kept += 1
-            yield record
-    if not kept:
-        raise DataError(_empty_split(spec, seen))
+def _in_file_order(spec: StreamSpec) -> Iterator[Document]:
+    return chain.from_iterable(chunks_in_file_order(spec))
 
 
-def _empty_split(spec: StreamSpec, seen: int) -> str:
-    named = ", ".join(spec.sources[:3]) or "no file at all"
-    if len(spec.sources) > 3:
-        named += f" and {len(spec.sources) - 3} more ({len(spec.sources)} in all)"
-    change = {
-        "train": "lower data.valid_fraction or data.test_fraction",
-        "valid": "raise data.valid_fraction, switch validation off (trainer.valid_every=0)",
-        "test": "raise data.test_fraction",
-        None: "name files",
-    }[spec.split]
-    return (
-        f"The {spec.split or 'whole'} split of {named} is empty: none of {seen} records falls into it with "
-        f"data.valid_fraction={spec.valid_fraction} and data.test_fraction={spec.test_fraction}; {change}, or give "
-        f"more records."
-    )
+def _fair_order(spec: StreamSpec) -> Iterator[Document]:
+    return chain.from_iterable(shuffled_chunks(replace(spec, seed=0, shuffle_buffer=SAMPLE_BUFFER), 0))
 
 
-def _in_file_order(spec: StreamSpec) -> Iterator[Record]:
-    return _of_split(spec, chain.from_iterable(map(read_records, spec.sources)))
-
-
-def _fair_order(spec: StreamSpec) -> Iterator[Record]:
-    return _shuffled_epoch(replace(spec, seed=0, shuffle_buffer=SAMPLE_BUFFER), 0)
-
-
-def _shuffled_epoch(spec: StreamSpec, epoch: int) -> Iterator[Record]:
-    """The records of one epoch: sources in a random order, several of them in turn, through a shuffle buffer."""
-    priorities = generator(spec.seed, "sources", epoch).random(len(spec.sources))
-    with closing(_in_turn([spec.sources[i] for i in np.argsort(priorities, kind="stable")])) as records:
-        yield from _through_buffer(spec, epoch, _of_split(spec, records))
-
-
-def _in_turn(sources: Sequence[str]) -> Generator[Record, None, None]:
-    """One record of each of OPEN_SOURCES sources in turn; where one ends, the next in line takes its turns.
-
-    So large files mix from the start, whatever the size of the shuffle buffer; small ones end before they do.
-    """
-    waiting = map(read_records, sources)
-    turns = deque(islice(waiting, OPEN_SOURCES))
-    try:
-        while turns:
-            records = turns.popleft()
-            record = next(records, None)
-            if record is None:
-                turns.extend(islice(waiting, 1))
-            else:
-                turns.append(records)
-                yield record
-    finally:
-        for records in turns:
-            records.close()  # and with it the file
-
-
-def _through_buffer(spec: StreamSpec, epoch: int, records: Iterable[Record]) -> Iterator[Record]:
-    random = generator(spec.seed, "shuffle", epoch).random
-    buffer: list[Record] = []
-    residues = 0
-    for record in records:
-        buffer.append(record)
-        residues += len(record.sequence)
-        while len(buffer) > spec.shuffle_buffer or (residues > BUFFER_RESIDUES and len(buffer) > 1):
-            chosen = _take(buffer, random())
-            residues -= len(chosen.sequence)
-            yield chosen
-    while buffer:
-        yield _take(buffer, random())
-
-
-def _take(buffer: list[Record], u: float) -> Record:
-    i = int(u * len(buffer))
-    buffer[i], buffer[-1] = buffer[-1], buffer[i]
-    return buffer.pop()
-
-
-def _endless(spec: StreamSpec, skip: int, size: Callable[[Record], int]) -> Iterator[tuple[Record, int]]:
+def _endless(spec: StreamSpec, skip: int, size: Callable[[Document], int]) -> Iterator[tuple[Document, int]]:
     """Shuffled epochs without end, from position ``skip`` on, where a record takes ``size(record)`` positions.
 
     Yields (record, positions of it that are still to be skipped): the second is 0 but for the first record.
@@ -257,7 +269,7 @@ def _endless(spec: StreamSpec, skip: int, size: Callable[[Record], int]) -> Iter
             epoch += skip // epoch_size
             skip %= epoch_size
         epoch_size = 0
-        for record in _shuffled_epoch(spec, epoch):
+        for record in chain.from_iterable(shuffled_chunks(spec, epoch)):
             here = size(record)
             epoch_size += here
             if skip >= here:
@@ -271,6 +283,12 @@ def _endless(spec: StreamSpec, skip: int, size: Callable[[Record], int]) -> Iter
 def _joined(spec: StreamSpec, skip: int) -> Iterator[Piece]:
     """The stream BOS, residues EOS, residues EOS, ... from token ``skip`` on."""
     first = 0 if skip == 0 else 1
-    for record, rest in _endless(spec, max(skip - 1, 0), lambda record: len(record.sequence) + 1):
-        yield Piece(record, first + rest, len(record.sequence) + 2)
+    for record, rest in _endless(spec, max(skip - 1, 0), lambda record: record.length + record.closed):
+        yield Piece(record, first + rest, document(record).stop)
         first = 1
+
+
+def _documents_joined(spec: StreamSpec, skip: int) -> Iterator[Piece]:
+    """The stream BOS residues EOS, BOS residues EOS, ... from token ``skip`` on."""
+    for record, rest in _endless(spec, skip, lambda record: document(record).stop):
+        yield document(record)._replace(start=rest)

@@ -1,8 +1,17 @@
-"""The 29 tokens of protein language modelling (Choromanski et al., arXiv 2009.14794, appendix C.1)."""
+"""Token sets: what the ids of a stream mean, and which of them are special.
+
+The protein alphabet is written out: the 29 tokens of Choromanski et al. (arXiv 2009.14794, appendix C.1).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Tokens = npt.NDArray[np.unsignedinteger]
 
 # The 20 standard amino acids in alphabetical order, then B (D or N), O (pyrrolysine), U (selenocysteine),
 # X (any) and Z (E or Q).
@@ -17,6 +26,35 @@ UNKNOWN = 255  # what TABLE gives for a character outside the alphabet: no token
 IGNORE = -100  # a target that is not scored; the default ignore_index of torch's cross entropy
 
 TOKENS = (*LETTERS, "<bos>", "<eos>", "<pad>", "<mask>")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A token set: ids [0, ordinary) stand for data, and the four special tokens have ids of their own above them."""
+
+    name: str  # "protein", "bytes", "pixels", or a tokenizer's file
+    size: int  # all ids, special ones included
+    bos: int
+    eos: int
+    pad: int
+    mask: int
+    ordinary: int  # ids below are ordinary tokens: masking may choose them, metrics count them
+    replacements: int  # a masked position's random token comes from ids below this (20 for proteins)
+
+    @property
+    def dtype(self) -> np.dtype[np.unsignedinteger]:
+        """The smallest of uint8, uint16 and uint32 that holds every id."""
+        return np.dtype(np.uint8 if self.size <= 1 << 8 else np.uint16 if self.size <= 1 << 16 else np.uint32)
+
+    @property
+    def target_dtype(self) -> np.dtype[np.signedinteger]:
+        """A signed type that holds every id and IGNORE."""
+        return np.dtype(np.int16 if self.size <= 1 << 15 else np.int32)
+
+
+PROTEIN = Vocabulary("protein", VOCABULARY_SIZE, BOS, EOS, PAD, MASK, ordinary=RESIDUES, replacements=STANDARD)
+BYTES = Vocabulary("bytes", 260, bos=256, eos=257, pad=258, mask=259, ordinary=256, replacements=256)
+PIXELS = Vocabulary("pixels", 260, bos=256, eos=257, pad=258, mask=259, ordinary=256, replacements=256)
 
 # Byte -> id. Lower case marks low-complexity regions (soft masking) and means the same residue.
 TABLE = bytes(LETTERS.find(chr(byte).upper()) % 256 if byte < 128 else UNKNOWN for byte in range(256))

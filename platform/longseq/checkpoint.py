@@ -1,12 +1,12 @@
 """A checkpoint on disk: a folder with a manifest of its files. No torch here.
 
     step-00001000.ckpt/
-      manifest.json        step, samples consumed, ranks, and size and SHA-256 of every file
+      manifest.json        step, samples consumed, ranks, and size and SHA-256 of every file; and of itself
       model.safetensors    the weights, readable without DeepSpeed and without unpickling
-      checkpoint/          DeepSpeed's shards: weights, optimiser, Lightning's loop state
-      latest  zero_to_fp32.py
+      training/            fp32 weights and Adam's moments by the weight's name, a file a rank; counters and schedule
 
-It is written under another name and renamed last, so a folder of this name is whole unless damaged later.
+None of it is ever unpickled, and none depends on the number of ranks or the strategy that wrote it. It is written
+under another name and renamed last, so a folder of this name is whole unless damaged later.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,19 +24,21 @@ from pathlib import Path
 from longseq.errors import RunError
 
 _MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class TrainingPosition:
-    """Where training stood, and what must be equal for a checkpoint's shards to fit."""
+    """Where training stood, and how it was trained."""
 
     step: int
     samples: int  # consumed so far by all ranks together: the whole state of the data
     world_size: int
+    strategy: str
     zero_stage: int
     precision: str
     accumulate: int
+    valid_loss: float | None  # of the validation at this very step
     # Σ loss, correct and targets over all ranks since the last point in TensorBoard, so that the next one is whole.
     unlogged: tuple[float, float, float]
 
@@ -80,26 +84,36 @@ class Checkpoint:
 
     def _manifest(self) -> dict:
         try:
-            manifest = json.loads(self.manifest_path.read_text())
+            text = self.manifest_path.read_bytes()
         except OSError as error:
             raise RunError(f"{self.manifest_path}: cannot be read: {error.strerror}.") from None
-        except ValueError:
-            raise RunError(f"{self.manifest_path}: not valid JSON, so it was damaged.") from None
         try:
+            manifest = json.loads(text)
             if manifest["format"] != FORMAT:
                 raise RunError(
                     f"{self.manifest_path}: format {manifest['format']}, this version of longseq reads {FORMAT}."
                 )
             TrainingPosition(**manifest["position"])
             _ = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
+            del manifest["sha256"]
+        except ValueError:
+            raise RunError(f"{self.manifest_path}: not valid JSON, so it was damaged.") from None
         except (KeyError, TypeError, AttributeError):
             raise RunError(f"{self.manifest_path}: entries are missing or misspelt, so it was damaged.") from None
+        if _rendered(manifest) != text:
+            raise RunError(f"{self.manifest_path}: its content does not match its checksum, so it was damaged.")
         return manifest
 
 
+def _rendered(manifest: Mapping[str, object]) -> bytes:
+    """A manifest as it stands in its file: what is hashed, and the hash."""
+    digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    return json.dumps({**manifest, "sha256": digest}, indent=1).encode()
+
+
 def expected_bytes(parameters: int) -> int:
-    """About how large a checkpoint is: fp32 weights twice (ours and DeepSpeed's) and AdamW's weights and moments."""
-    return parameters * 4 * 5
+    """About how large a checkpoint is: the weights, and in fp32 once more with AdamW's two moments."""
+    return parameters * 4 * 4
 
 
 def checkpoint_name(step: int) -> str:
@@ -111,19 +125,19 @@ def partial_path(directory: Path, step: int) -> Path:
     return directory / f".{checkpoint_name(step)}.partial"
 
 
-def publish(directory: Path, position: TrainingPosition) -> Checkpoint:
-    """Give a fully written partial checkpoint its manifest and its name, and point ``last`` at it."""
+def publish(directory: Path, position: TrainingPosition, files: Mapping[str, Mapping[str, object]]) -> Checkpoint:
+    """Give a partial checkpoint, whose files are on the disk, its manifest and its name, and point ``last`` at it.
+
+    files: path in the checkpoint: size and sha256.
+    """
     partial = partial_path(directory, position.step)
-    files = {}
-    for path in sorted(p for p in partial.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        files[path.relative_to(partial).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
-    manifest = {"format": FORMAT, "position": asdict(position), "files": files}
-    with (partial / _MANIFEST).open("w") as file:
-        json.dump(manifest, file, indent=1)
+    manifest = {"format": FORMAT, "position": asdict(position), "files": dict(sorted(files.items()))}
+    with (partial / _MANIFEST).open("wb") as file:
+        file.write(_rendered(manifest))
         file.flush()
         os.fsync(file.fileno())
+    for folder in {partial, *((partial / name).parent for name in files)}:
+        _fsync_directory(folder)
     final = directory / checkpoint_name(position.step)
     if final.exists():  # a damaged one, which the resume went behind
         shutil.rmtree(final)
@@ -133,16 +147,29 @@ def publish(directory: Path, position: TrainingPosition) -> Checkpoint:
     return Checkpoint(final)
 
 
-def prune(directory: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints up to ``last``, and what interrupted writers left.
+def prune(directory: Path, keep: int, best: int = 0, every: int = 0) -> None:
+    """Remove checkpoints up to ``last``, but for the ``keep`` newest, the ``best`` of lowest validation loss and
+    those at multiples of ``every`` steps; and what interrupted writers left.
 
     Those after ``last`` are damaged (a resume went behind them): they must not crowd out the good ones.
     """
     last = (directory / "last").resolve().name
     known = sorted(path for path in directory.glob("step-*.ckpt") if path.name <= last)
-    for stale in known[:-keep]:
-        shutil.rmtree(stale, ignore_errors=True)
+    kept = {*known[-keep:], *_best(known, best)}
+    for stale in known:
+        if stale not in kept and not (every and int(stale.name[5:13]) % every == 0):
+            shutil.rmtree(stale, ignore_errors=True)
     remove_partials(directory)
+
+
+def _best(paths: Sequence[Path], count: int) -> list[Path]:
+    """The ``count`` checkpoints of lowest validation loss, of equal ones the older; damaged ones are not among them."""
+    losses = {}
+    for path in paths if count else ():
+        with suppress(RunError):
+            losses[path] = Checkpoint(path).position.valid_loss
+    validated = [path for path, loss in losses.items() if loss is not None]
+    return sorted(validated, key=lambda path: (losses[path], path.name))[:count]
 
 
 def remove_partials(directory: Path) -> None:

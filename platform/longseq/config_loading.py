@@ -39,11 +39,11 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         name = error.full_key or ""
-        raise ConfigError(f"{places.get(name, path)}: {name}: {_first_line(error)}.") from None
+        raise ConfigError(f"{places.get(name, path)}: {name}: {first_line(error)}.") from None
     assert isinstance(config, Config)
     for section, name, limits in described_keys():
         full = f"{section}.{name}"
-        _check_limits(full, getattr(getattr(config, section), name), limits, places.get(full, str(path)))
+        check_limits(full, getattr(getattr(config, section), name), limits, places.get(full, str(path)))
     try:
         config.check()
     except ConfigError as error:
@@ -86,9 +86,9 @@ class _Layer:
                 if name == f"{section}.{key}":
                     raise ConfigError(
                         f"{self._place(name)}: {name}={self.values[section].get(key)} is not "
-                        f"{_type_name(about['type'])}: {about['meaning']}."
+                        f"{type_name(about['type'])}: {about['meaning']}."
                     ) from None
-            raise ConfigError(f"{self._place(name)}: {name}: {_first_line(error)}.") from None
+            raise ConfigError(f"{self._place(name)}: {name}: {first_line(error)}.") from None
 
     def places(self) -> dict[str, str]:
         """Where each section.key of this layer stands."""
@@ -138,7 +138,7 @@ def _layers(path: Path, below: tuple[Path, ...]) -> Iterator[_Layer]:
     """The files that ``path`` extends, base first, then ``path`` itself."""
     if path.resolve() in below:
         raise ConfigError(f"{path}: extends itself by way of {' → '.join(map(str, below))}.")
-    values, lines = _read_yaml(path)
+    values, lines = read_yaml(path)
     bases = values.pop("extends", [])
     bases = [bases] if isinstance(bases, str) else bases
     where = f"{path}:{lines.get('extends', 1)}"
@@ -151,7 +151,7 @@ def _layers(path: Path, below: tuple[Path, ...]) -> Iterator[_Layer]:
     yield _Layer(values, str(path), lines)
 
 
-def _read_yaml(path: Path) -> tuple[dict[Any, Any], dict[str, int]]:
+def read_yaml(path: Path) -> tuple[dict[Any, Any], dict[str, int]]:
     try:
         text = path.read_text()
         node = yaml.compose(text)
@@ -163,7 +163,7 @@ def _read_yaml(path: Path) -> tuple[dict[Any, Any], dict[str, int]]:
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML: {_yaml_problem(error)}.") from None
+        raise ConfigError(f"{path}{line}: not valid YAML: {yaml_problem(error)}.") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a configuration is a mapping of sections, this is a {type(values).__name__}.")
     return values, dict(_lines(node))
@@ -187,7 +187,7 @@ def _override_layer(argument: str) -> _Layer:
         values = OmegaConf.to_container(OmegaConf.from_dotlist([f"{name}={value}"]))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(
-            f"argument {argument!r}: not valid YAML: {_yaml_problem(error)}. Close what is opened, and quote inside a "
+            f"argument {argument!r}: not valid YAML: {yaml_problem(error)}. Close what is opened, and quote inside a "
             "list what begins with * or holds ${: data.train='[\"*.fasta.gz\"]'."
         ) from None
     assert isinstance(values, dict)
@@ -197,7 +197,7 @@ def _override_layer(argument: str) -> _Layer:
     return _Layer(values, f"argument {argument!r}")  # type: ignore[arg-type]
 
 
-def _check_limits(name: str, value: Any, limits: Mapping[str, Any], place: str) -> None:
+def check_limits(name: str, value: Any, limits: Mapping[str, Any], place: str) -> None:
     if value is None:
         return
     if limits["choices"] and value not in limits["choices"]:
@@ -222,17 +222,21 @@ def _type_of(section: str, name: str) -> str:
     return next((m["type"] for s, k, m in described_keys() if (s, k) == (section, name)), "")
 
 
-def _type_name(annotation: str) -> str:
+def type_name(annotation: str) -> str:
     names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-    lists = {"list[str]": "a list of text", "list[float]": "a list of numbers"}
+    lists = {
+        "list[str]": "a list of text",
+        "list[int]": "a list of whole numbers",
+        "list[float]": "a list of numbers",
+    }
     return (names | lists).get(annotation.removesuffix(" | None"), annotation)
 
 
-def _yaml_problem(error: Exception) -> str:
+def yaml_problem(error: Exception) -> str:
     """What the parser says, on one line: context and problem are two halves of a sentence."""
     halves = [getattr(error, "context", None), getattr(error, "problem", None)]
-    return ", ".join(half for half in halves if half) or _first_line(error)
+    return ", ".join(half for half in halves if half) or first_line(error)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0].rstrip(".")

@@ -1,11 +1,21 @@
-"""From the configuration's ``data`` section to streams of samples. No torch here."""
+"""From the ``data`` section of a configuration to samples: of files, or of a prepared corpus. No torch here."""
 
 from __future__ import annotations
 
-from longseq.config import Config
+from pathlib import Path
+
+from longseq.config import Config, DataConfig
 from longseq.errors import ConfigError
+from longseq_data.corpus import is_corpus
+from longseq_data.corpus_samples import CorpusSpec
+from longseq_data.errors import DataError
+from longseq_data.identity import identity_of
+from longseq_data.manifest import Manifest, read_manifest
+from longseq_data.reading import TABLES, TOKENS, Reading, agree
+from longseq_data.sharing import Samples
 from longseq_data.sources import expand_sources
 from longseq_data.streaming import StreamSpec
+from longseq_data.vocabulary import Vocabulary
 
 SPLITS = ("train", "valid", "test", "ood")
 
@@ -14,20 +24,103 @@ def resolve_sources(config: Config) -> None:
     """Replace every path, glob and URL of the ``data`` section by absolute paths and URLs that exist.
 
     Raises:
-        DataError: for one that does not.
+        DataError: for one that does not, for files that do not go together, and for a corpus that is not whole.
+        ConfigError: for keys that do not fit the files.
     """
+    data = config.data
     for split in SPLITS:
-        setattr(config.data, split, expand_sources(getattr(config.data, split)))
+        setattr(data, split, _resolved(split, getattr(data, split), data.format))
+    if data.tokenizer not in ("auto", *TOKENS):
+        data.tokenizer = str(Path(data.tokenizer).expanduser().absolute())
+    if data.packing == "bucket" and not is_corpus(data.train[0]):
+        raise ConfigError(
+            "data.packing=bucket sorts sequences by their lengths, which only a prepared corpus knows beforehand: make "
+            "one with `longseq data prepare`, or take data.packing=crop."
+        )
+    if is_corpus(data.train[0]):
+        _check_corpus(config, read_manifest(Path(data.train[0])))
+    tokens = vocabulary(config)
+    if tokens.name == "pixels":
+        config.check_pixels()
+    files = _files(config)
+    if data.column is not None and not any(leaf.format in TABLES for leaf in reading(config).leaves(files)):
+        raise ConfigError(
+            f"data.column={data.column}: none of the files is a table ({', '.join(TABLES)}); leave it out."
+        )
 
 
-def stream_spec(config: Config, split: str) -> StreamSpec:
-    """The stream of one split: files named for it, or a share of the training files held out by the record's id.
+def reading(config: Config) -> Reading:
+    """How the files become documents, once their names are resolved.
+
+    Raises:
+        DataError: for files that do not go together.
+    """
+    data = config.data
+    return Reading(
+        format=data.format,
+        tokens=agree(_files(config), data.format, data.tokenizer),
+        column=data.column,
+        image_size=data.image_size,
+        part_bytes=data.part_bytes,
+    )
+
+
+def vocabulary(config: Config) -> Vocabulary:
+    """The tokens that the model reads and predicts.
+
+    Raises:
+        DataError: for a tokenizer's file that cannot be read, and for data of different tokens.
+    """
+    known = {path: read_manifest(Path(path)).vocabulary for path in _corpora(config)}
+    files = _files(config)
+    if files or not known:
+        known[files[0] if files else "data"] = reading(config).vocabulary
+    (first, tokens), *others = known.items()
+    for source, other in others:
+        if other != tokens:
+            raise DataError(
+                f"One model cannot read {first} ({tokens.name}) and {source} ({other.name}): their tokens differ; "
+                "remove one of them."
+            )
+    return tokens
+
+
+def corpus_of(config: Config, split: str) -> str | None:
+    """The prepared corpus that a split comes from; None where it comes from files, or where there is no such split."""
+    own = getattr(config.data, split)
+    if own:
+        return own[0] if is_corpus(own[0]) else None
+    train = config.data.train[0]
+    return train if is_corpus(train) and split in read_manifest(Path(train)).splits else None
+
+
+def split_spec(config: Config, split: str) -> Samples:
+    """The samples of one split: of the corpus or the files named for it, of the training corpus, or a share of the
+    training files held out by the record's id.
 
     Raises:
         ConfigError: if the configuration names no such data.
     """
     data = config.data
+    corpus = corpus_of(config, split)
+    if corpus:
+        return CorpusSpec(
+            path=corpus,
+            split=split,
+            length=data.length,
+            packing=data.packing,
+            objective=config.model.objective,
+            seed=config.run.seed,
+            reset=data.reset,
+            crop=data.crop,
+            batch_tokens=data.batch_tokens,
+        )
     own = getattr(data, split) if split != "train" else []
+    if not own and is_corpus(data.train[0]):
+        there = ", ".join(read_manifest(Path(data.train[0])).splits)
+        raise ConfigError(
+            f"there is no {split} split: {data.train[0]} has {there}. Prepare a corpus with one, or set data.{split}."
+        )
     share = {"valid": data.valid_fraction, "test": data.test_fraction}
     if not own and (split == "ood" or share.get(split) == 0):
         keys = f"data.{split}" if split == "ood" else f"data.{split} or data.{split}_fraction"
@@ -39,9 +132,75 @@ def stream_spec(config: Config, split: str) -> StreamSpec:
         valid_fraction=0.0 if data.valid else data.valid_fraction,
         test_fraction=0.0 if data.test else data.test_fraction,
         length=data.length,
-        packing=data.packing,
+        packing="crop"
+        if data.packing == "bucket"
+        else data.packing,  # files beside a corpus are scored, not trained on
         objective=config.model.objective,
         seed=config.run.seed,
         shuffle_buffer=data.shuffle_buffer,
         strict=data.strict,
+        reading=reading(config),
+        reset=data.reset,
+        crop=data.crop,
     )
+
+
+def identities(config: Config) -> dict[str, list[str | None]]:
+    """What tells the data of each split apart from others, in the order of its sources; without ood, which no training
+    looks at."""
+    return {split: [identity_of(name) for name in getattr(config.data, split)] for split in SPLITS if split != "ood"}
+
+
+def _resolved(split: str, patterns: list[str], format: str) -> list[str]:
+    corpora = [name for name in patterns if isinstance(name, str) and is_corpus(name)]
+    if not corpora:
+        return expand_sources(patterns, format)
+    if len(patterns) > 1:
+        raise ConfigError(
+            f"data.{split} names {corpora[0]}, a prepared corpus, and {len(patterns) - 1} more: a corpus stands alone. "
+            "Prepare one corpus of all the files (sources of `longseq data prepare`), or name one of them."
+        )
+    path = Path(corpora[0]).expanduser().absolute()
+    read_manifest(path)  # one that is not whole is refused
+    return [str(path)]
+
+
+# Keys that say how files are read: of a corpus that was said when it was prepared.
+_OF_FILES = ("format", "column", "part_bytes", "image_size", "strict")
+
+
+def _check_corpus(config: Config, manifest: Manifest) -> None:
+    """Refuse keys that a prepared corpus has decided otherwise."""
+    data, plain, corpus = config.data, DataConfig(), config.data.train[0]
+    if not _files(config):
+        for name in _OF_FILES:
+            if getattr(data, name) != getattr(plain, name):
+                raise ConfigError(
+                    f"data.{name}={getattr(data, name)} says how files are read, and {corpus} has been prepared: leave "
+                    "it out, or prepare another corpus."
+                )
+        if data.tokenizer not in ("auto", manifest.vocabulary.name):
+            raise ConfigError(
+                f"data.tokenizer={data.tokenizer}, but {corpus} was prepared as {manifest.vocabulary.name}: leave it "
+                "out, or prepare another corpus."
+            )
+    for name in ("valid_fraction", "test_fraction"):
+        prepared = manifest.settings.get(name)
+        if getattr(data, name) not in (getattr(plain, name), prepared):
+            raise ConfigError(
+                f"data.{name}={getattr(data, name)}, but {corpus} was prepared with {name}={prepared}, and its splits "
+                f"are fixed: set data.{name}={prepared}, or prepare another corpus."
+            )
+    if config.trainer.valid_every and not data.valid and "valid" not in manifest.splits:
+        raise ConfigError(
+            f"trainer.valid_every={config.trainer.valid_every}, but {corpus} has no valid split: name files or a "
+            "corpus in data.valid, prepare it with valid_fraction above 0, or set trainer.valid_every=0."
+        )
+
+
+def _corpora(config: Config) -> list[str]:
+    return [source for split in SPLITS for source in getattr(config.data, split) if is_corpus(source)]
+
+
+def _files(config: Config) -> list[str]:
+    return [source for split in SPLITS for source in getattr(config.data, split) if not is_corpus(source)]

@@ -20,6 +20,12 @@ class RunError(LongseqError):
 # What the command line turns into one line on stderr. Anything else is a bug and keeps its traceback.
 USER_ERRORS = (LongseqError, DataError)
 
-# Exit codes. EX_TEMPFAIL of sysexits.h: the run was saved and wants to go on.
+# Exit codes of the commands that train; a job script may go by them.
+#   0    the last step was reached
+#   1    an error, in one sentence on stderr
+#   2    a wrong command line
+#   75   saved, and wants to go on (EX_TEMPFAIL of sysexits.h): Ctrl-C, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, or
+#        trainer.time_limit; `longseq resume` goes on
+#   130  stopped at once by a second Ctrl-C: the steps since the last checkpoint are lost
 EXIT_ERROR = 1
 EXIT_GO_ON = 75

@@ -19,6 +19,8 @@ from longseq.config import Config
 from longseq.config_loading import load_config, save_config
 from longseq.errors import RunError
 
+TOKENIZER = "tokenizer.json"
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -49,13 +51,17 @@ class Run:
         return self.path / "logs"
 
     @property
+    def data_path(self) -> Path:
+        return self.path / "data.json"
+
+    @property
     def resume_command(self) -> str:
         """What to type to go on with this run."""
         return f"longseq resume {as_typed(self.path)}"
 
     @classmethod
     def create(cls, config: Config, default_name: str) -> Run:
-        """Make the folder of a new run and write its configuration.
+        """Make the folder of a new run and write its configuration, and a copy of its tokenizer's file.
 
         Raises:
             RunError: if a folder of that name exists, the name is unusable, or the folder cannot be made.
@@ -70,6 +76,9 @@ class Run:
         except OSError as error:
             raise RunError(f"{path}: the run's folder cannot be made: {error.strerror}.") from None
         try:
+            if config.data.tokenizer.endswith(".json"):  # the ids mean nothing without it
+                shutil.copyfile(config.data.tokenizer, path / TOKENIZER)
+                config.data.tokenizer = str(path / TOKENIZER)
             save_config(config, run.config_path)
             run.checkpoints_dir.mkdir()
         except BaseException as error:
@@ -116,7 +125,11 @@ class Run:
 
     def config(self, overrides: tuple[str, ...] = ()) -> Config:
         """The resolved configuration the run was started with, and overrides on top of it."""
-        return load_config(self.config_path, overrides)
+        config = load_config(self.config_path, overrides)
+        own = self.path / TOKENIZER
+        if own.is_file() and not any(override.startswith("data.tokenizer") for override in overrides):
+            config.data.tokenizer = str(own)  # wherever the run has been moved to
+        return config
 
     def checkpoints(self) -> list[Checkpoint]:
         """Every checkpoint that was written to its end, oldest first; some may have been damaged since."""
@@ -148,6 +161,33 @@ class Run:
         aside = path.with_name(".environment.json.partial")
         aside.write_text(json.dumps([*starts, facts], indent=2) + "\n")
         aside.replace(path)
+
+    def record_data(self, identities: dict[str, list[str | None]]) -> None:
+        """Note which data the run is trained on: of each split's sources, in their order, what tells them apart."""
+        aside = self.data_path.with_name(".data.json.partial")
+        aside.write_text(json.dumps(identities, indent=1) + "\n")
+        aside.replace(self.data_path)
+
+    def check_data(self, config: Config, identities: dict[str, list[str | None]]) -> None:
+        """Hold data against those that the run was started with.
+
+        Raises:
+            RunError: naming the first source that has changed.
+        """
+        if not self.data_path.is_file():  # of an older version
+            return
+        try:
+            before = json.loads(self.data_path.read_text())
+        except ValueError:
+            raise RunError(f"{self.data_path}: not valid JSON, so it was damaged; remove it to go on.") from None
+        for split, now in identities.items():
+            for name, old, new in zip(getattr(config.data, split), before.get(split, []), now, strict=False):
+                if None not in (old, new) and old != new:
+                    raise RunError(
+                        f"{name} (data.{split}) has changed since the run was started: it had {old}, and has {new}, so "
+                        "its samples come in another order. Restore it, start another run, or go on all the same with "
+                        f"`{self.resume_command} data.accept_changes=true`."
+                    )
 
     def _taken(self) -> RunError:
         if not self.config_path.exists():

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from longseq import checkpoint
-from longseq.checkpoint import Checkpoint, TrainingPosition
+from longseq.checkpoint import Checkpoint
 from longseq.config import Config
 from longseq.config_loading import load_config
 from longseq.run import Run
+from longseq.training.shards import write
+from positions import position
 
 FASTA = "".join(f">r{i}\n{'MKVLAACDEFGHIKLMNPQ'[i % 7 :]}\n" for i in range(40))
 # Small enough to be refused in no time, and to be trained in no time if a refusal is missing.
@@ -40,20 +43,10 @@ def run(config: Config) -> Run:
 def publish(run: Run) -> Callable[..., Checkpoint]:
     """publish(step): a checkpoint of ``run`` with two files, as one fp32 process would have written it."""
 
-    def publish(step: int) -> Checkpoint:
+    def publish(step: int, valid_loss: float | None = None) -> Checkpoint:
         partial = checkpoint.partial_path(run.checkpoints_dir, step)
-        (partial / "checkpoint").mkdir(parents=True)
-        (partial / "model.safetensors").write_bytes(bytes(range(256)) * step)
-        (partial / "checkpoint" / "shard.pt").write_bytes(b"optimiser")
-        position = TrainingPosition(
-            step=step,
-            samples=4 * step,
-            world_size=1,
-            zero_stage=2,
-            precision="fp32",
-            accumulate=1,
-            unlogged=(0.0, 0.0, 0.0),
-        )
-        return checkpoint.publish(run.checkpoints_dir, position)
+        contents = {"model.safetensors": bytes(range(256)) * step, "training/shard.pt": b"optimiser"}
+        files = {name: asdict(write(partial / name, content)) for name, content in contents.items()}
+        return checkpoint.publish(run.checkpoints_dir, position(step, valid_loss), files)
 
     return publish

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,9 +18,9 @@ def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-def flip(path: Path, position: int) -> None:
+def flip(path: Path, position: int, bit: int = 0) -> None:
     content = bytearray(path.read_bytes())
-    content[position] ^= 1
+    content[position] ^= 1 << bit
     path.write_bytes(content)
 
 
@@ -29,7 +30,8 @@ def test_a_published_checkpoint_has_its_name_and_knows_its_position(run, publish
     assert saved.path == run.checkpoints_dir / "step-00000012.ckpt"
     assert saved.problem() is None
     expected = {"step": 12, "samples": 48, "world_size": 1, "zero_stage": 2, "precision": "fp32", "accumulate": 1}
-    assert asdict(Checkpoint(saved.path).position) == {**expected, "unlogged": [0.0, 0.0, 0.0]}
+    rest = {"strategy": "deepspeed", "valid_loss": None, "unlogged": [0.0, 0.0, 0.0]}
+    assert asdict(Checkpoint(saved.path).position) == expected | rest
 
 
 def test_last_names_the_newest_checkpoint_and_still_does_when_the_run_is_moved(run, publish):
@@ -73,7 +75,26 @@ def test_pruning_prefers_the_checkpoint_just_written_to_damaged_ones_after_it(ru
     assert not (run.checkpoints_dir / "step-00000100.ckpt").exists()
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "checkpoint/shard.pt"])
+def test_the_best_and_every_nth_are_kept_beside_the_newest(run, publish):
+    """Of equal losses the older counts; a step without a validation is never the best."""
+    for step, loss in ((1, 3.0), (2, 1.0), (3, None), (4, 2.0), (5, 1.0), (6, 4.0), (7, 5.0), (8, 6.0)):
+        publish(step, loss)
+    checkpoint.prune(run.checkpoints_dir, keep=1, best=2, every=3)
+    assert [c.position.step for c in run.checkpoints()] == [2, 3, 5, 6, 8]
+
+
+def test_a_damaged_checkpoint_is_not_the_best(run, publish):
+    publish(1, 1.0).manifest_path.write_text("{")
+    publish(2, 2.0)
+    publish(3, 3.0)
+    checkpoint.prune(run.checkpoints_dir, keep=1, best=1)
+    assert [path.name for path in sorted(run.checkpoints_dir.glob("step-*"))] == [
+        "step-00000002.ckpt",
+        "step-00000003.ckpt",
+    ]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training/shard.pt"])
 def test_a_missing_a_cut_and_a_flipped_file_are_noticed_and_named(publish, name):
     for damage, what in (
         (Path.unlink, "missing"),
@@ -90,7 +111,7 @@ def test_a_missing_a_cut_and_a_flipped_file_are_noticed_and_named(publish, name)
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "3", "null", "{}", '{"format": 1}', '{"format": 1, "position": {"step": 1}, "files": {}}', "\x00"],
+    ["", "{", "[]", "3", "null", "{}", '{"format": 2}', '{"format": 2, "position": {"step": 1}, "files": {}}', "\x00"],
 )
 def test_a_damaged_manifest_is_noticed_and_named(publish, content):
     saved = publish(2)
@@ -110,18 +131,34 @@ def test_a_manifest_of_another_format_is_refused_with_both_numbers(publish):
     saved = publish(2)
     manifest = json.loads(saved.manifest_path.read_text())
     saved.manifest_path.write_text(json.dumps({**manifest, "format": 99}))
-    assert "format 99, this version of longseq reads 1" in saved.problem()
+    assert "format 99, this version of longseq reads 2" in saved.problem()
 
 
-def test_no_flipped_bit_of_a_manifest_is_more_than_a_problem(publish):
-    """A bit in a number of the position goes unnoticed; all others make one sentence, and none a traceback."""
+def test_every_flipped_bit_of_a_manifest_is_noticed(publish):
     saved = publish(1)
     whole = saved.manifest_path.read_bytes()
-    unnoticed = []
     for index in range(len(whole)):
-        flip(saved.manifest_path, index)
-        if saved.problem() is None:
-            assert Checkpoint(saved.path).position
-            unnoticed.append(chr(whole[index]))
+        flip(saved.manifest_path, index, bit=index % 8)
+        assert saved.problem().startswith(f"{saved.manifest_path}: "), index
         saved.manifest_path.write_bytes(whole)
-    assert set(unnoticed) <= set("0123456789fp \n")
+    assert saved.problem() is None
+
+
+def test_two_hundred_random_truncations_and_flipped_bits_are_found_named_and_passed_over(run, publish):
+    """Any file, any place: the damaged file is named, and the checkpoint before it is the newest."""
+    good, damaged = publish(7), publish(8)
+    files = sorted(path for path in damaged.path.rglob("*") if path.is_file())
+    draw = random.Random(0)
+    for number in range(200):
+        path = draw.choices(files, weights=[file.stat().st_size for file in files])[0]
+        whole = path.read_bytes()
+        if number % 2:
+            path.write_bytes(whole[: draw.randrange(len(whole))])
+        else:
+            flip(path, draw.randrange(len(whole)), bit=draw.randrange(8))
+        newest, problems = run.newest_checkpoint()
+        assert newest == good, f"{path}, damage {number}"
+        assert len(problems) == 1
+        assert problems[0].startswith(f"{path}: ")
+        path.write_bytes(whole)
+    assert run.newest_checkpoint() == (damaged, [])

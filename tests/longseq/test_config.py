@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -10,13 +11,17 @@ import pytest
 from longseq.config import Config
 from longseq.config_loading import described_keys, load_config
 from longseq.errors import ConfigError
+from longseq.flat_config import load_flat
 from longseq.models.presets import PRESETS
+from longseq_data.prepare_config import PrepareConfig
 
 SHIPPED = Path(__file__).parents[2] / "configs"
+PREPARE = sorted((SHIPPED / "prepare").glob("*.yaml"))
+RUNS = sorted(path for path in SHIPPED.rglob("*.yaml") if path not in PREPARE)
 TRAIN = "data.train=proteins.fasta"
 
 
-@pytest.mark.parametrize("path", sorted(SHIPPED.rglob("*.yaml")), ids=lambda path: str(path.relative_to(SHIPPED)))
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: str(path.relative_to(SHIPPED)))
 def test_a_shipped_configuration_loads_and_its_model_can_be_built(path):
     config = load_config(path, [TRAIN])
     assert config.data.train == ["proteins.fasta"]
@@ -24,7 +29,26 @@ def test_a_shipped_configuration_loads_and_its_model_can_be_built(path):
 
 
 def test_configurations_are_shipped():
-    assert list(SHIPPED.rglob("*.yaml"))
+    assert {path.parent.name for path in RUNS} == {"protein", "text", "pixels"}
+    assert len(PREPARE) == 2
+
+
+@pytest.mark.parametrize("path", PREPARE, ids=lambda path: path.name)
+def test_a_shipped_preparation_loads_and_a_run_trains_on_what_it_makes(path):
+    config = load_flat(PrepareConfig, path, [], "longseq data prepare --help")
+    config.check()
+    run = load_config(SHIPPED / "protein" / path.name, [])
+    assert run.data.train == [config.output]
+    for name in ("valid_fraction", "test_fraction"):  # those of the corpus, or not said
+        assert getattr(run.data, name) in (getattr(config, name), getattr(Config().data, name))
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: str(path.relative_to(SHIPPED)))
+def test_a_comment_beside_batch_tokens_is_their_arithmetic(path):
+    """batch_tokens: N  # a things * b things: the product of the numbers is N."""
+    for tokens, comment in re.findall(r"batch_tokens: (\d+) *# (.*\*.*)", path.read_text()):
+        numbers = [int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*\d|\d", comment)]
+        assert math.prod(numbers) == int(tokens), comment
 
 
 def test_every_key_says_what_it_means():
@@ -86,11 +110,48 @@ def test_a_step_that_cannot_be_shared_is_refused_with_numbers_that_work(folder, 
         (["optim.betas=[0.9, 1.0]"], "two numbers"),
         (["model.dim=10", "model.heads=3"], "model.dim=10 is not divisible by model.heads=3"),
         (["model.dim=15", "model.heads=3"], "15 / 3 = 5 is odd"),
+        (["data.reset=true", "data.packing=crop"], "data.reset=true and data.packing=crop: .*take data.packing=concat"),
+        (["data.crop=first"], "data.crop=first and data.packing=concat: .*take data.packing=crop"),
+        (["data.tokenizer=byte"], r"data.tokenizer=byte: choose from auto, protein, .* Did you mean bytes\?"),
+        (["data.tokenizer=zzz"], "or name a tokenizer's .json file"),
+        (["data.format=fasta", "data.tokenizer=bytes"], "data.format=fasta cannot be read as data.tokenizer=bytes"),
+        (["data.format=text", "data.tokenizer=protein"], "choose from bytes, a tokenizer's file"),
+        (["data.format=jsonl", "data.tokenizer=pixels"], "choose from bytes, a tokenizer's file, protein"),
+        (["data.format=images", "data.tokenizer=a.json"], "choose from pixels"),
+        (["data.format=text", "data.column=body"], "only jsonl, parquet, hub have columns; leave it out"),
+        (["data.format=images"], "data.packing=concat with pixels: .* take data.packing=crop"),
+        (
+            ["data.format=images", "data.packing=crop", "data.image_size=4", "data.length=64", "data.batch_tokens=64"],
+            r"data.length=64 .* data.image_size=4 makes 4 × 4 × 3 = 48 tokens; take data.length=48",
+        ),
+        (
+            ["data.reset=true", "model.objective=masked", "attention.kernel=gelu"],
+            "data.reset=true and attention.kernel=gelu with a masked objective",
+        ),
     ],
 )
 def test_keys_that_contradict_each_other_are_refused(folder, overrides, sentence):
     with pytest.raises(ConfigError, match=sentence):
         load_config("small.yaml", [TRAIN, *overrides])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data.tokenizer=FILE.json", "data.format=lines"],
+        ["data.format=parquet", "data.tokenizer=protein", "data.column=sequence"],
+        ["data.format=images", "data.packing=crop", "data.image_size=4", "data.length=48", "data.batch_tokens=48"],
+        ["data.reset=true", "model.objective=masked", "attention.kernel=gelu", "attention.kind=exact"],
+        ["data.packing=crop", "data.crop=first"],
+    ],
+)
+def test_other_data_than_proteins_can_be_asked_for(folder, overrides):
+    load_config("small.yaml", [TRAIN, *overrides])
+
+
+def test_a_format_that_is_nearly_right_is_guessed(folder):
+    with pytest.raises(ConfigError, match=r"data.format=json: choose from auto, fasta, .* Did you mean jsonl\?"):
+        load_config("small.yaml", [TRAIN, "data.format=json"])
 
 
 @pytest.mark.parametrize("remedy", ["data.valid=proteins.fasta", "trainer.valid_every=0"])

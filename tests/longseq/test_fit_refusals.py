@@ -41,7 +41,7 @@ def refusal(folder: Path, capsys: pytest.CaptureFixture[str]):
         ("blank.fasta", b"\n\n", "line 2: nothing but blank lines"),
         ("cut.fasta.gz", gzip.compress(LONG)[:-900], "the gzip data ends too early"),
         ("damaged.fasta.gz", gzip.compress(LONG)[:50] + bytes(200), "the gzip data"),
-        ("headless.fasta", b"MKVLA\n", "line 1: text before the first header"),
+        ("headless.fasta", b"MKVLA\n", "line 1: begins neither like FASTA"),
         ("nameless.fasta", b">a\nMKV\n>\nMKV\n", "line 3: the header has no identifier"),
         ("hollow.fasta", b">a\nMKV\n>b\n>c\nMKV\n", "line 3: record 'b' has no residues"),
         ("binary.fasta", b">a\n\x00\x01", "is a binary file"),
@@ -141,7 +141,7 @@ def test_a_disk_that_cannot_hold_the_checkpoints_is_refused(refusal, monkeypatch
 
 
 def test_a_resumed_run_needs_room_only_for_what_it_has_not_written(config, run, publish, monkeypatch):
-    one = config.performer_spec(29).parameter_count * 4 * 5
+    one = config.performer_spec(29).parameter_count * 4 * 4
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1.5 * one))
     with pytest.raises(LongseqError, match="4 more checkpoints"):
         check_disk(config, run.path)

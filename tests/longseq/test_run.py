@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from longseq.cli import main
+from longseq.config_loading import load_config
 from longseq.errors import RunError
 from longseq.run import Run
 
@@ -173,17 +174,9 @@ def test_what_the_weights_or_the_samples_depend_on_cannot_change(resume_refusal,
     assert "longseq fit" in refused
 
 
-@pytest.mark.parametrize(
-    ("override", "written"),
-    [
-        *(("trainer.devices=2", "1"), ("trainer.zero_stage=3", "2"), ("trainer.precision=bf16", "fp32")),
-        ("trainer.accumulate=2", "1"),
-    ],
-)
-def test_shards_of_another_kind_are_refused_with_what_fits(resume_refusal, override, written):
-    key = override.partition("=")[0]
-    refused = resume_refusal(override)
-    assert f"written with {key}={written}" in refused
+def test_another_precision_is_refused_with_what_fits(resume_refusal):
+    refused = resume_refusal("trainer.precision=bf16")
+    assert "trainer.precision=fp32" in refused
     assert "step-00000004.ckpt" in refused
 
 
@@ -209,8 +202,8 @@ def test_missing_data_are_noticed_before_anything_is_started(resume_refusal, fol
 def test_going_back_behind_a_damaged_checkpoint_is_said(run, publish, capsys, verb):
     publish(4)
     damage(publish(6).weights_path)
-    # Both verbs are stopped by something else right after: shards that do not fit, a key that is unknown.
-    override = {"resume": "trainer.zero_stage=0", "evaluate": "model.dmi=1"}[verb]
+    # Both verbs are stopped by something else right after: another precision, a key that is unknown.
+    override = {"resume": "trainer.precision=bf16", "evaluate": "model.dmi=1"}[verb]
     assert main([verb, str(run.path), override]) == 1
     warning, error = capsys.readouterr().err.splitlines()
     assert warning.startswith("longseq: warning: ")
@@ -228,3 +221,14 @@ def test_a_damaged_checkpoint_that_was_named_is_not_evaluated(publish, capsys):
 def test_a_run_without_a_checkpoint_is_not_evaluated(run, capsys):
     assert main(["evaluate", str(run.path)]) == 1
     assert "there is no checkpoint to evaluate yet" in capsys.readouterr().err
+
+
+def test_a_run_keeps_its_tokenizer_wherever_it_is_moved_to(folder):
+    Path("words.json").write_text("{}")
+    config = load_config("small.yaml", [f"data.train={folder}/lines.txt", "data.tokenizer=words.json", "run.name=one"])
+    run = Run.create(config, default_name="unused")
+    Path("words.json").write_text("changed")
+    assert Path(run.config().data.tokenizer).read_text() == "{}"
+    moved = run.path.rename(folder / "moved")
+    assert Run.open(moved).config().data.tokenizer == str(moved / "tokenizer.json")
+    assert Run.open(moved).config(("data.tokenizer=words.json",)).data.tokenizer == "words.json"

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from corpora import write_files
+from longseq_data import prepare as preparing
+from longseq_data import prepare_reduce
 from longseq_data.streaming import StreamSpec
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWYX"
@@ -39,6 +42,19 @@ def proteins(write: Callable[..., str]) -> list[str]:
             text += "".join(sequence[j : j + 7] + "\n" for j in range(0, len(sequence), 7))
         sources.append(write(f"{name}.fasta", text))
     return sources
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Three FASTA files, 9,000 records, about one megabyte. Not to be changed."""
+    return write_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks a source and several shards a split, of a corpus of one megabyte."""
+    monkeypatch.setattr(preparing, "SMALLEST_BLOCK", 60_000)
+    monkeypatch.setattr(prepare_reduce, "SHARD_BYTES", 200_000)
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ def training_steps(spec, steps, *, world, accumulate, batch_sequences, start_ste
             accumulate=accumulate,
             rank=rank,
             world=world,
-            start_step=start_step,
+            start=start_step * world * accumulate * batch_sequences,
         )
         stream = list(islice(Loader(batches, workers), steps * accumulate))
         per_rank.append([stream[i : i + accumulate] for i in range(0, len(stream), accumulate)])
@@ -111,6 +111,11 @@ def test_step_targets_count_the_scored_targets_of_the_rank_in_the_step(objective
         for micro_batches in step:
             scored = sum(int((batch["targets"] != IGNORE).sum()) for batch in micro_batches)
             assert [int(batch["step_targets"]) for batch in micro_batches] == [scored] * 3
+
+
+def test_each_batch_says_how_many_samples_are_consumed_after_its_step(make_spec):
+    batches = TrainingBatches(make_spec(), batch_sequences=2, accumulate=3, rank=1, world=2, start=24)
+    assert [int(batch["samples"]) for batch in islice(batches, 7)] == [36] * 3 + [48] * 3 + [60]
 
 
 def test_batches_are_int64_and_padded_to_their_longest_sample(make_spec):

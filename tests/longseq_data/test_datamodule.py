@@ -51,14 +51,12 @@ def fit(data: SequenceDataModule, folder, **options) -> Recorder:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_lightning_trains_on_the_stream_from_start_step_on_and_validates(workers, make_spec, tmp_path):
+def test_lightning_trains_on_the_stream_from_its_start_on_and_validates(workers, make_spec, tmp_path):
     spec = make_spec()
-    data = SequenceDataModule(
-        spec, spec, batch_sequences=3, accumulate=2, workers=workers, start_step=2, valid_samples=9
-    )
+    data = SequenceDataModule(spec, spec, batch_sequences=3, accumulate=2, workers=workers, start=12, valid_samples=9)
     # 8 micro-batches; the check before training and the pass after 6 of them: 2 x 9 samples
     model = fit(data, tmp_path, val_check_interval=6, check_val_every_n_epoch=None)
-    expected = TrainingBatches(spec, batch_sequences=3, accumulate=2, rank=0, world=1, start_step=2)
+    expected = TrainingBatches(spec, batch_sequences=3, accumulate=2, rank=0, world=1, start=12)
     assert len(model.trained) == 8
     for tokens, batch in zip(model.trained, expected, strict=False):
         assert torch.equal(tokens, batch["tokens"])

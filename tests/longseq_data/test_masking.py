@@ -3,7 +3,7 @@ import pytest
 
 from longseq_data.masking import mask_tokens, masked_count
 from longseq_data.randomness import generator
-from longseq_data.vocabulary import BOS, EOS, IGNORE, MASK, PAD, RESIDUES, STANDARD
+from longseq_data.vocabulary import BOS, BYTES, EOS, IGNORE, MASK, PAD, RESIDUES, STANDARD, Vocabulary
 
 
 def residues(n: int, seed: int = 0) -> np.ndarray:
@@ -64,3 +64,24 @@ def test_eighty_ten_ten_and_uniform_positions():
     assert np.abs(others - 0.1 / 20).max() < 5 * (0.005 / chosen) ** 0.5
     assert seen[STANDARD:MASK].sum() == 0  # never a rare residue, BOS, EOS or PAD
     assert np.abs(where / rounds - 0.15).max() < 5 * (0.15 * 0.85 / rounds) ** 0.5
+
+
+@pytest.mark.parametrize(
+    "vocabulary", [BYTES, Vocabulary("large", 70_000, 69_996, 69_997, 69_998, 69_999, 69_996, 60_000)]
+)
+def test_other_tokens_are_masked_by_their_own_vocabulary(vocabulary):
+    n = 20_000
+    ordinary = np.random.default_rng(0).integers(0, vocabulary.ordinary, n)
+    tokens = np.concatenate([[vocabulary.bos], ordinary, [vocabulary.eos, vocabulary.pad]]).astype(vocabulary.dtype)
+    inputs, targets = mask_tokens(tokens, 3, 1, vocabulary)
+    chosen = np.flatnonzero(targets != IGNORE)
+    assert inputs.dtype == vocabulary.dtype
+    assert len(chosen) == masked_count(n) == 3000
+    assert (targets[chosen] == tokens[chosen]).all()
+    assert (tokens[chosen] < vocabulary.ordinary).all()
+    masked = inputs[chosen] == vocabulary.mask
+    assert abs(masked.mean() - 0.8) < 5 * (0.16 / 3000) ** 0.5
+    replaced = chosen[(inputs[chosen] != tokens[chosen]) & ~masked]
+    assert abs(len(replaced) / 3000 - 0.1) < 5 * (0.09 / 3000) ** 0.5 + 1 / 256
+    assert (inputs[replaced] < vocabulary.replacements).all()
+    assert inputs[replaced].max() > 0.98 * vocabulary.replacements  # of the whole range

@@ -1,8 +1,9 @@
 import pytest
 
+from longseq_data.documents import ByteDocument, DocumentEncoder, Extent
 from longseq_data.fasta import Encoder, Record
-from longseq_data.packing import crop, cut, document
-from longseq_data.vocabulary import decode
+from longseq_data.packing import Piece, Window, crop, cut, document
+from longseq_data.vocabulary import BYTES, decode
 
 RECORDS = [Record(s, s, s, "a.fasta", 1) for s in ("ACDEF", "G", "HI", "KLMNPQRSTVWYA")]
 STREAM = "".join(f"({s})" for s in ("ACDEF", "G", "HI", "KLMNPQRSTVWYA"))  # ( is BOS, ) is EOS
@@ -33,3 +34,30 @@ def test_a_crop_reaches_from_the_first_token_to_the_last(where, expected):
 @pytest.mark.parametrize("size", [7, 8])
 def test_a_document_that_fits_is_not_cropped(size):
     assert text(crop(document(RECORDS[0]), size, 0.7)) == "(ACDEF)"
+
+
+@pytest.mark.parametrize("size", [2, 3, 7, 10, 50])
+def test_segments_number_the_documents_of_a_window(size):
+    for window in cut(map(document, RECORDS), size, 0):
+        segments = window.segments().tolist()
+        # ( begins a document, and with it the next segment
+        expected = [text(window)[1 : i + 1].count("(") for i in range(window.size())]
+        assert segments == expected
+
+
+@pytest.mark.parametrize("overlap", [0, 1])
+@pytest.mark.parametrize("size", [2, 3, 5, 9, 100])
+def test_measures_of_windows_add_up_to_the_documents(size, overlap):
+    texts = [b"one two", b"x", b" a  bc \n"]
+    encoder = DocumentEncoder(BYTES)
+    total = Extent(0, 0)
+    for window in cut((document(ByteDocument("a", "a", 1, data)) for data in texts), size, overlap):
+        total = total.plus(window.measure(encoder, overlap))
+    assert total == Extent(sum(map(len, texts)), sum(len(data.split()) for data in texts))
+
+
+def test_a_lone_special_token_stands_for_nothing():
+    record = ByteDocument("a", "a", 1, b"abc")
+    for start, stop in [(0, 1), (4, 5)]:
+        for skip in (0, 1):
+            assert Window((Piece(record, start, stop),)).measure(DocumentEncoder(BYTES), skip) == Extent(0, 0)

@@ -257,11 +257,12 @@ def test_sources_take_turns_a_few_at_a_time_and_are_closed(sources, make_spec, w
         opened.append(source)
         most = max(most, len(opened))
         try:
-            yield from read_records(source)
+            for record in read_records(source):
+                yield [record]
         finally:
             opened.remove(source)
 
-    monkeypatch.setattr("longseq_data.streaming.read_records", watched)
+    monkeypatch.setattr("longseq_data.shuffling.read_chunks", watched)
     names = [f"f{i:02}" for i in range(sources)]
     spec = make_spec(sources=tuple(numbered(write, name, 3 + i % 5) for i, name in enumerate(names)), shuffle_buffer=1)
     records = sum(3 + i % 5 for i in range(sources))
@@ -356,7 +357,7 @@ def test_masks_differ_between_epochs(make_spec, write):
 
 
 def test_a_shuffle_buffer_of_residues_bounds_memory_and_loses_nothing(make_spec, proteins, monkeypatch):
-    monkeypatch.setattr("longseq_data.streaming.BUFFER_RESIDUES", 30)
+    monkeypatch.setattr("longseq_data.shuffling.BUFFER_RESIDUES", 30)
     spec = make_spec(length=100, shuffle_buffer=10_000)
     epoch = [decode(sample.tokens[1:]) for sample in islice(training_samples(spec), 37)]
     assert Counter(epoch) == Counter(sequences(proteins))

@@ -1,8 +1,8 @@
 """Measure this machine: speed and memory against the length, side by side with the exact Transformer and peers.
 
 Every benchmark prints a table. ``attention``, ``step`` and ``features`` keep every raw number as JSON and a picture in
-a folder (--out); pictures need matplotlib (pip install 'longseq[bench]'). ``quality`` and ``recall`` keep a JSON file
-a model. Ctrl-C keeps what was measured until then, but for ``features``.
+a folder (--out), ``data`` without the picture; pictures need matplotlib (pip install 'longseq[bench]'). ``quality`` and
+``recall`` keep a JSON file a model. Ctrl-C keeps what was measured until then, but for ``features`` and ``data``.
 """
 
 from __future__ import annotations
@@ -340,11 +340,51 @@ def _seeds(text: str) -> tuple[int, ...]:
 
 
 # Another benchmark is a row here, its arguments and its function.
+# --- data: how fast batches come ---
+
+
+def _data_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--files", nargs="+", default=[], metavar="FILE", help="FASTA to read instead of synthetic")
+    parser.add_argument("--megabytes", type=_positive, default=64, metavar="N", help="of synthetic FASTA")
+    parser.add_argument("--rounds", type=_positive, default=3, metavar="N", help="times each contender is timed")
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, metavar="S", help="of reading from a corpus, each time: it has no end"
+    )
+    parser.add_argument("--contenders", default="", metavar="NAME,…", help="some of them; empty: all")
+
+
+def _data(args: argparse.Namespace) -> int:
+    _check_folder(args.out)
+
+    from longseq.benchmarks import data
+    from longseq_data.sources import expand_sources
+
+    names = tuple(name.strip() for name in args.contenders.split(",") if name.strip()) or tuple(data.CONTENDERS)
+    for name in names:
+        if name not in data.CONTENDERS:
+            raise LongseqError(f"--contenders: {name!r} is none of {', '.join(data.CONTENDERS)}.")
+    request = data.DataRequest(
+        folder=args.out,
+        files=tuple(expand_sources(args.files)),
+        megabytes=args.megabytes,
+        rounds=args.rounds,
+        seconds=args.seconds,
+        contenders=names,
+    )
+    results = data.measure(request, lambda text: print(text, file=sys.stderr, flush=True))
+    print(data.table(results))
+    path = args.out / "data.json"
+    path.write_text(json.dumps(data.numbers(request, results), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"\nkept in {path}")
+    return 0
+
+
 BENCHMARKS: dict[str, Benchmark] = {
     "attention": Benchmark("time and memory of an attention call against the length", _attention_arguments, _attention),
     "step": Benchmark("time and memory of a training step against the length", _step_arguments, _step),
     "quality": Benchmark("held-out loss of a small model with each kind of attention", _quality_arguments, _quality),
     "recall": Benchmark("associative recall at distances beyond the window", _recall_arguments, _recall),
+    "data": Benchmark("how fast data come: streamed and prepared, beside decompression alone", _data_arguments, _data),
     "features": Benchmark("error of the random features, beside their closed forms", _features_arguments, _features),
 }
 

@@ -16,18 +16,24 @@ from typing import TYPE_CHECKING
 from longseq.checkpoint import Checkpoint
 from longseq.commands.training import FIXED, check_data, refuse_changes
 from longseq.config import Config
-from longseq.data import resolve_sources, stream_spec
+from longseq.data import corpus_of, resolve_sources, split_spec, vocabulary
 from longseq.errors import RunError
 from longseq.run import Run
 
 if TYPE_CHECKING:
+    from longseq.evaluation.scoring import Scores
     from longseq.models.performer import PerformerLM
 
 # What the weights fit, and which records were trained on.
-_FIXED = tuple(key for key in FIXED if key not in ("data.test", "data.length", "data.packing", "data.batch_tokens"))
+_FIXED = tuple(
+    key
+    for key in FIXED
+    if key not in ("data.test", "data.length", "data.packing", "data.reset", "data.crop", "data.batch_tokens")
+)
 _EMA = "ema.safetensors"  # of longseq.training.callbacks.ema
-# Enough targets to know the frequencies of 29 tokens to 0.1 %, in a few seconds of reading.
+# Enough targets to know the frequencies of 29 tokens to 0.1 %, in a few seconds of reading. Tokenizers are slower.
 _BASELINE_TARGETS = 20_000_000
+_BASELINE_TARGETS_TOKENIZED = 2_000_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,17 +64,20 @@ def run(args: argparse.Namespace) -> int:
     resolve_sources(config)
     refuse_changes(run.config(), config, run, _FIXED)
     _weights(checkpoint, args.ema)  # said now if there are none
-    splits = list(dict.fromkeys(args.split or (["test", "ood"] if config.data.ood else ["test"])))
-    specs = {split: stream_spec(config, split) for split in splits}
+    splits = list(
+        dict.fromkeys(args.split or (["test", "ood"] if config.data.ood or corpus_of(config, "ood") else ["test"]))
+    )
+    specs = {split: split_spec(config, split) for split in splits}
     check_data(config)  # a bad file is said now, and not after the splits before it were scored
 
     # Heavy imports only now: what can be refused has been refused.
     from longseq.evaluation.metrics import frequency_baseline
     from longseq.evaluation.scoring import score
-    from longseq_data.streaming import target_counts
 
     model = _load_model(config, checkpoint, _weights(checkpoint, args.ema))
-    train_counts = target_counts(stream_spec(config, "train"), _BASELINE_TARGETS)
+    tokenized = config.data.tokenizer.endswith(".json")
+    targets = _BASELINE_TARGETS_TOKENIZED if tokenized else _BASELINE_TARGETS
+    train_counts = split_spec(config, "train").target_counts(targets)
     results = {}
     for split, spec in specs.items():
         progress = _Progress(split)
@@ -85,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
             "sequences": scores.sequences,
             "targets": int(scores.targets.sum()),
             **scores.quality.as_dict(),
+            **_per_unit(scores, specs[split].vocabulary.name),
             "baseline": frequency_baseline(train_counts, scores.targets).as_dict(),
             # The best that any fixed frequencies can do here: those of the split itself.
             "baseline_own_frequencies": frequency_baseline(scores.targets, scores.targets).as_dict(),
@@ -154,18 +164,46 @@ def _load_model(config: Config, checkpoint: Checkpoint, weights: Path) -> Perfor
 
     from longseq.models.performer import PerformerLM
     from longseq.training.weights import load_weights
-    from longseq_data.vocabulary import VOCABULARY_SIZE
 
-    model = PerformerLM(config.performer_spec(VOCABULARY_SIZE))
+    model = PerformerLM(config.performer_spec(vocabulary(config).size))
     load_weights(model, weights)
     model.set_step(max(0, checkpoint.position.step - 1))  # the projections of the last step that was trained
     use_cuda = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
     return model.to("cuda" if use_cuda else "cpu").eval()
 
 
+def _per_unit(scores: Scores, tokens: str) -> dict[str, float]:
+    """The loss in units that do not depend on the tokens: bits a byte, perplexity a word, bits a dimension."""
+    from longseq.evaluation.metrics import bits_per_unit, word_perplexity
+
+    if scores.extent is None:
+        return {}
+    loss, targets, (units, words) = scores.quality.loss, int(scores.targets.sum()), scores.extent
+    bits = bits_per_unit(loss, targets, units)
+    if tokens == "pixels":
+        return {"dimensions": units, "bits_per_dimension": bits}
+    return {
+        "bytes": units,
+        "words": words,
+        "bits_per_byte": bits,
+        "tokens_per_word": targets / words if words else float("nan"),
+        "word_perplexity": word_perplexity(loss, targets, words),
+    }
+
+
+# What some data have beside: key of the report -> column of the table.
+_EXTRA = {
+    "bits_per_byte": "bits a byte",
+    "word_perplexity": "word perplexity",
+    "bits_per_dimension": "bits a dimension",
+}
+
+
 def _table(report: dict, kept: Path) -> str:
     head = f"{'split':<7}{'sequences':>11}{'targets':>12}{'loss':>9}{'perplexity':>12}{'accuracy':>10}"
     head += f"{'baseline perplexity':>21}{'accuracy':>10}"
+    extra = {key: title for key, title in _EXTRA.items() if any(key in r for r in report["splits"].values())}
+    head += "".join(f"{title:>{len(title) + 3}}" for title in extra.values())
     mean = ", running mean of the weights" if report["weights"] == "ema" else ""
     lines = [f"{report['checkpoint']}, step {report['step']}{mean}", "", head]
     for split, r in report["splits"].items():
@@ -173,6 +211,7 @@ def _table(report: dict, kept: Path) -> str:
         lines.append(
             f"{split:<7}{r['sequences']:>11,}{r['targets']:>12,}{r['loss']:>9.4f}{r['perplexity']:>12.2f}"
             f"{r['accuracy']:>10.1%}{base['perplexity']:>21.2f}{base['accuracy']:>10.1%}"
+            + "".join(f"{r[key]:>{len(title) + 3}.5g}" for key, title in extra.items())
         )
     return "\n".join([*lines, "", f"kept in {kept}"])
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from longseq.commands.training import check_data, check_disk, help_on_keys, train
 from longseq.config_loading import load_config
-from longseq.data import resolve_sources
+from longseq.data import identities, resolve_sources
 from longseq.run import Run
 
 
@@ -21,14 +21,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from longseq.training.deepspeed_settings import check_deepspeed
+
     config = load_config(args.config, args.overrides)
     resolve_sources(config)
     Run.new(config, default_name=args.config.stem)  # a taken name is said before the data are read
     check_data(config)
+    check_deepspeed(config)
     check_disk(config, Path(config.run.dir).expanduser().resolve())
     new = Run.create(config, default_name=args.config.stem)
     with new.locked():
         try:
+            new.record_data(identities(config))
             return train(new, config, checkpoint=None)
         finally:
             new.discard_if_untrained()

@@ -1,6 +1,7 @@
 """Go on with a run from its newest whole checkpoint, where it was stopped, killed or finished early.
 
-The number of processes, the ZeRO stage, the precision and the accumulation must be those of the checkpoint.
+trainer.devices, zero_stage, accumulate and strategy may be others than before: the steps stay those of the same samples
+(data.batch_tokens is the step of all processes together). The precision must be that of the checkpoint.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from longseq.checkpoint import Checkpoint
 from longseq.commands.training import FIXED, check_data, check_disk, help_on_keys, refuse_changes, train
 from longseq.config import Config
 from longseq.config_loading import save_config
-from longseq.data import resolve_sources
+from longseq.data import identities, resolve_sources
 from longseq.errors import LongseqError, RunError
 from longseq.run import Run
 
@@ -24,24 +25,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from longseq.training.deepspeed_settings import check_deepspeed
+
     run = Run.open(args.run_folder)
     before, config = run.config(), run.config(tuple(args.overrides))
     resolve_sources(config)
     refuse_changes(before, config, run, FIXED)
+    data = identities(config)
+    if not config.data.accept_changes:
+        run.check_data(config, data)
+    config.data.accept_changes = False  # of these data, and not of the next ones
     with run.locked():
         checkpoint, damaged = run.newest_checkpoint()
         for sentence in damaged:
             print(f"longseq: warning: {sentence} Going back to the one before it.", file=sys.stderr)
         if checkpoint:
-            _refuse_other_shards(checkpoint, config)
+            _compare(checkpoint, config)
             if checkpoint.position.step >= config.trainer.max_steps:
                 raise RunError(
                     f"{run.path}: finished at step {checkpoint.position.step}. To train on, raise the last step: "
                     f"`{run.resume_command} trainer.max_steps={2 * checkpoint.position.step}`."
                 )
         check_data(config)
+        check_deepspeed(config)
         check_disk(config, run.path)
         save_config(config, run.config_path)
+        run.record_data(data)
         run.mark_finished(None)
         try:
             code = train(run, config, checkpoint)
@@ -54,16 +63,28 @@ def run(args: argparse.Namespace) -> int:
         return code
 
 
-def _refuse_other_shards(checkpoint: Checkpoint, config: Config) -> None:
+def _compare(checkpoint: Checkpoint, config: Config) -> None:
+    """Say what is different from how the checkpoint was trained, and refuse what cannot be.
+
+    Raises:
+        RunError: for another precision.
+    """
     position, trainer = checkpoint.position, config.trainer
-    written = {
-        "trainer.devices": (position.world_size, trainer.devices),
-        "trainer.zero_stage": (position.zero_stage, trainer.zero_stage),
-        "trainer.precision": (position.precision, trainer.precision),
-        "trainer.accumulate": (position.accumulate, trainer.accumulate),
+    if position.precision != trainer.precision:
+        raise RunError(
+            f"{checkpoint.path}: trained with trainer.precision={position.precision}; in {trainer.precision} it would "
+            f"be another experiment: resume with {position.precision}."
+        )
+    changed = {
+        "processes": (position.world_size, trainer.devices),
+        "strategy": (position.strategy, trainer.strategy),
+        "ZeRO stage": (position.zero_stage, trainer.zero_stage),
+        "accumulated batches": (position.accumulate, trainer.accumulate),
     }
-    for name, (old, new) in written.items():
-        if old != new:
-            raise RunError(
-                f"{checkpoint.path}: written with {name}={old}, it cannot be read with {new}: resume with {old}."
-            )
+    words = [f"{what} {old} → {new}" for what, (old, new) in changed.items() if old != new]
+    if words:
+        print(
+            f"elastic  {', '.join(words)}; one step stays {config.samples_per_step} sequences, from step "
+            f"{position.step} (sample {position.samples:,}) on",
+            file=sys.stderr,
+        )

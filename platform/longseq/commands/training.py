@@ -13,13 +13,14 @@ from longseq.checkpoint import Checkpoint, expected_bytes, remove_partials
 from longseq.config import Config
 from longseq.config_loading import described_keys
 from longseq.curves import read_curves
-from longseq.data import SPLITS
+from longseq.data import SPLITS, corpus_of, reading, vocabulary
 from longseq.errors import EXIT_GO_ON, LongseqError, RunError
 from longseq.launch import local
 from longseq.run import Run, as_typed
+from longseq_data.corpus import Corpus
 from longseq_data.errors import DataError
-from longseq_data.fasta import ScanReport, scan
-from longseq_data.vocabulary import VOCABULARY_SIZE
+from longseq_data.fasta import ScanReport
+from longseq_data.survey import UNITS, survey
 
 
 def train(run: Run, config: Config, checkpoint: Checkpoint | None) -> int:
@@ -84,7 +85,11 @@ FIXED = (
     *("model.preset", "model.dim", "model.depth", "model.heads", "model.ffn_dim", "model.objective"),
     *("attention.qk_norm", "data.train", "data.valid", "data.test", "data.valid_fraction", "data.test_fraction"),
     *("data.length", "data.packing", "data.batch_tokens", "data.shuffle_buffer"),
+    *("data.format", "data.tokenizer", "data.column", "data.part_bytes", "data.image_size", "data.reset", "data.crop"),
 )
+
+
+_FILES = ("data.train", "data.valid", "data.test", "data.tokenizer")
 
 
 def refuse_changes(before: Config, after: Config, run: Run, keys: Sequence[str]) -> None:
@@ -97,7 +102,7 @@ def refuse_changes(before: Config, after: Config, run: Run, keys: Sequence[str])
         section, _, name = key.partition(".")
         old, new = getattr(getattr(before, section), name), getattr(getattr(after, section), name)
         if old != new:
-            moved = f" (if only the files have moved, correct {run.config_path})" if section == "data" else ""
+            moved = f" (if only the files have moved, correct {run.config_path})" if key in _FILES else ""
             raise RunError(
                 f"{key}={new}: the run {run.path} was started with {old}, and keeps it{moved}. Start another run with "
                 "`longseq fit` for another experiment."
@@ -110,14 +115,22 @@ def check_data(config: Config) -> None:
     Raises:
         DataError: for a file that cannot be trained on.
     """
+    read = reading(config)
     for split in SPLITS:
         sources = getattr(config.data, split)
+        prepared = corpus_of(config, split)
+        if prepared:
+            corpus = Corpus.open(prepared, split)
+            unit = UNITS.get(corpus.vocabulary.name, "tokens")
+            print(f"data.{split}: {len(corpus):,} records, {corpus.tokens:,} {unit} of {prepared}", file=sys.stderr)
+            continue
         if not sources:
             continue
         data = config.data
         # Shares are held out of the training files alone, and only where no files were named for that split.
         shares = split == "train"
-        report = scan(
+        report = survey(
+            read,
             sources,
             strict=data.strict,
             valid_fraction=data.valid_fraction if shares and not data.valid else 0.0,
@@ -126,7 +139,7 @@ def check_data(config: Config) -> None:
         if shares and report.complete:
             _refuse_empty_splits(config, report)
         extent = "" if report.complete else " at the beginning of the files"
-        print(f"data.{split}: {report.records:,} records, {report.residues:,} residues{extent}", file=sys.stderr)
+        print(f"data.{split}: {report.records:,} records, {report.residues:,} {report.unit}{extent}", file=sys.stderr)
         if report.unknown:
             letters = ", ".join(f"{letter!r} × {count:,}" for letter, count in report.unknown.most_common(5))
             first = report.first_unknown
@@ -162,15 +175,19 @@ def check_disk(config: Config, folder: Path) -> None:
     written = len(list((folder / "checkpoints").glob("step-*.ckpt")))  # on the disk already, for a resume
     while not folder.exists():
         folder = folder.parent
-    weights = config.performer_spec(VOCABULARY_SIZE).parameter_count
-    more = max(1, config.trainer.keep_checkpoints + 1 - written)
+    weights = config.performer_spec(vocabulary(config).size).parameter_count
+    settings = config.trainer
+    kept = settings.keep_checkpoints + settings.keep_best
+    kept += settings.max_steps // settings.keep_every if settings.keep_every else 0
+    more = max(1, kept + 1 - written)
     needed = more * expected_bytes(weights)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise LongseqError(
             f"{folder}: {free / 2**20:,.0f} MiB free, but {more} more checkpoints (trainer.keep_checkpoints="
-            f"{config.trainer.keep_checkpoints}, and one being written) need about {needed / 2**20:,.0f} MiB: make "
-            "room, lower trainer.keep_checkpoints, or set run.dir to another disk."
+            f"{settings.keep_checkpoints}, keep_best={settings.keep_best}, keep_every={settings.keep_every}, and one "
+            f"being written) need about {needed / 2**20:,.0f} MiB: make room, keep fewer, or set run.dir to another "
+            "disk."
         )
 
 

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from longseq.evaluation.metrics import Counts, Quality
 from longseq.models.performer import PerformerLM
 from longseq_data.batches import EvaluationBatches, Loader
+from longseq_data.documents import Extent
 from longseq_data.errors import DataError
-from longseq_data.streaming import StreamSpec
-from longseq_data.vocabulary import IGNORE, PAD, VOCABULARY_SIZE
+from longseq_data.sharing import Samples
+from longseq_data.vocabulary import IGNORE
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,13 @@ class Scores:
     quality: Quality
     sequences: int
     targets: Counts  # (V,) how often each token was a target
+    extent: Extent | None = None  # of text and images scored causally: what the targets stand for
 
 
 @torch.inference_mode()
 def score(
     model: PerformerLM,
-    spec: StreamSpec,
+    spec: Samples,
     *,
     batch_sequences: int,
     max_samples: int | None = None,
@@ -49,18 +51,25 @@ def score(
     """
     device = next(model.parameters()).device
     loss_sum, correct, sequences = 0.0, 0, 0
-    counts = np.zeros(VOCABULARY_SIZE, dtype=np.int64)
-    batches = EvaluationBatches(spec, batch_sequences=batch_sequences, rank=0, world=1, max_samples=max_samples)
+    vocabulary = spec.vocabulary
+    counts = np.zeros(vocabulary.size, dtype=np.int64)
+    extent: Extent | None = None
+    batches = EvaluationBatches(
+        spec.measuring(), batch_sequences=batch_sequences, rank=0, world=1, max_samples=max_samples
+    )
     for batch in Loader(batches, workers=0):
         tokens, targets = batch["tokens"].to(device), batch["targets"].to(device)
-        real = batch["tokens"] != PAD
+        real = batch["tokens"] != vocabulary.pad
         padding = None if bool(real.all()) else real.to(device)  # exact attention needs no L × L mask without any
-        logits = model(tokens, padding).float()  # (B, L, V)
+        segments = batch["segments"].to(device) if "segments" in batch else None
+        logits = model(tokens, padding, segments).float()  # (B, L, V)
         loss_sum += F.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
         ).item()
         correct += int((logits.argmax(-1) == targets).sum())
-        counts += np.bincount(targets[targets != IGNORE].cpu().numpy(), minlength=VOCABULARY_SIZE)
+        counts += np.bincount(targets[targets != IGNORE].cpu().numpy(), minlength=vocabulary.size)
+        if "bytes" in batch:
+            extent = (extent or Extent(0, 0)).plus(Extent(int(batch["bytes"]), int(batch["words"])))
         sequences += int(real.any(dim=1).sum())
         progress(sequences)
     total = int(counts.sum())
@@ -69,4 +78,4 @@ def score(
         raise DataError(
             f"{', '.join(spec.sources)}: nothing to score{held_out}: hold out a larger share of the records."
         )
-    return Scores(Quality(loss_sum / total, correct / total), sequences, counts)
+    return Scores(Quality(loss_sum / total, correct / total), sequences, counts, extent)

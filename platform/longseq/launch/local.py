@@ -29,10 +29,11 @@ PEER_LOST = 76
 # How long the others may take to notice that one process has died, before they are killed.
 _GRACE_SECONDS = 5.0
 _ECHO_SECONDS = 1.0
+_SOFT = (signal.SIGUSR1, signal.SIGUSR2)
 
 
-def train(run: Run, devices: int, checkpoint: Path | None) -> int:
-    """Train a run with ``devices`` processes until it ends.
+def train(run: Run, devices: int, checkpoint: Path | None, *, rehearse: bool = False) -> int:
+    """Train a run with ``devices`` processes until it ends; or ``rehearse`` its first steps and keep nothing.
 
     Returns:
         0 when the last step was reached, ``EXIT_GO_ON`` when stopped and saved, 130 when stopped before the first
@@ -45,7 +46,7 @@ def train(run: Run, devices: int, checkpoint: Path | None) -> int:
         read_end, write_end = os.pipe()
         try:
             processes = [
-                _start(run, checkpoint, rank, devices, Path(reports), read_end, port)
+                _start(run, checkpoint, rehearse, rank, devices, Path(reports), read_end, port)
                 for port in [_free_port()]
                 for rank in range(devices)
             ]
@@ -67,7 +68,14 @@ def rank_log(run: Run, rank: int) -> Path:
 
 
 def _start(
-    run: Run, checkpoint: Path | None, rank: int, world: int, reports: Path, parent_pipe: int, port: int
+    run: Run,
+    checkpoint: Path | None,
+    rehearse: bool,
+    rank: int,
+    world: int,
+    reports: Path,
+    parent_pipe: int,
+    port: int,
 ) -> subprocess.Popen[bytes]:
     threads = max(1, (len(os.sched_getaffinity(0)) or 1) // world)
     environment = {
@@ -87,6 +95,7 @@ def _start(
     command = [sys.executable, "-m", "longseq.training.worker", str(run.path)]
     command += ["--reports", str(reports), "--parent-pipe", str(parent_pipe)]
     command += ["--checkpoint", str(checkpoint)] if checkpoint else []
+    command += ["--rehearse"] if rehearse else []
     output = None
     if rank:
         rank_log(run, rank).parent.mkdir(exist_ok=True)
@@ -157,16 +166,25 @@ def _how(code: int) -> str:
 
 @contextmanager
 def _stop_requests() -> Iterator[list[int]]:
-    """Collects SIGINT, SIGTERM and SIGHUP instead of dying of them."""
+    """Collects SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 instead of dying of them: once to save, twice to stop.
+
+    The last two are a scheduler's, ahead of its time limit: they never mean "at once", however often they come, and
+    the SIGTERM that follows them lets a save in progress end.
+    """
     requests: list[int] = []
+    hard = 0
     first_at = 0.0
 
     def collect(number: int, _: FrameType | None) -> None:
-        nonlocal first_at
+        nonlocal first_at, hard
         now = time.monotonic()
-        if requests and now - first_at < _ECHO_SECONDS:
+        if hard and now - first_at < _ECHO_SECONDS:
             return  # one Ctrl-C, delivered by the terminal and again by a wrapper such as `timeout`
-        first_at = first_at or now
+        if number not in _SOFT:
+            first_at = first_at or now
+            hard += 1
+        if requests and hard < 2:
+            return
         requests.append(number)
         if len(requests) == 1:
             text = "stopping: saving at the next step (again: stop at once, losing the steps since the last checkpoint)"
@@ -175,7 +193,7 @@ def _stop_requests() -> Iterator[list[int]]:
         with suppress(OSError):  # the terminal may be gone: that is what SIGHUP says
             os.write(2, f"\nlongseq: {text}\n".encode())
 
-    wanted = [signal.SIGINT, signal.SIGTERM]
+    wanted = [signal.SIGINT, signal.SIGTERM, *_SOFT]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not under nohup
         wanted.append(signal.SIGHUP)
     previous = {number: signal.signal(number, collect) for number in wanted}

@@ -53,63 +53,63 @@ def estimate(config: Config, vocabulary: int) -> MemoryEstimate:
     """What one rank needs to train this configuration with so many tokens in its vocabulary."""
     spec, trainer = config.performer_spec(vocabulary), config.trainer
     count, ranks = spec.parameter_count, trainer.devices
-    stage = trainer.zero_stage
+    deepspeed = trainer.strategy == "deepspeed"
+    stage = trainer.zero_stage if deepspeed else 0
     width = 4 if trainer.precision == "fp32" else 2
-    part = count / ranks if stage else count
-    own_weights = 4 * part if stage or width == 2 else 0.0
-    bucket = width * reduce_bucket(config, count) if stage else 0
+    part = count / ranks if stage else count  # elements of the optimiser that are this rank's
+    held = count / ranks if stage == 3 else count  # and of the weights
 
-    weights = width * (count / ranks if stage == 3 else count)
+    weights = (width if deepspeed else 4) * held
+    if not deepspeed and width == 2:
+        weights += width * count  # autocast's copies
     gathered = width * min(count, _MAX_LIVE) if stage == 3 else 0
-    optimizer = own_weights + 8 * part
-    mean = 4 * (count / ranks if stage == 3 else count) if trainer.ema_decay else 0
-    part_gradients = width * part
-    # ZeRO-3 has both for good, the others while a step lasts.
+    masters = 4 * part if stage or (deepspeed and width == 2) else 0
+    optimizer = masters + 8 * part
+    mean = 4 * held if trainer.ema_decay else 0
+    part_gradients = (width if deepspeed else 4) * part
+    bucket = width * reduce_bucket(config, count) if stage else 4 * count if trainer.strategy == "ddp" else 0
     gradients = part_gradients + bucket
-    step = 3 * 4 * part if stage else 4 * count * (width == 2) + 3 * 4 * _largest(spec)
+    step = 3 * 4 * part if stage else 4 * count * bool(masters) + 3 * 4 * _largest(spec)
 
     tokens = config.batch_sequences * config.data.length
     block, head, behind = _block(spec, config, width), _head(spec, width), _backward(spec, width)
-    kept = tokens * spec.depth * (width * spec.dim if spec.activation_checkpointing else block)
-    recomputed = tokens * (block - width * spec.dim) if spec.activation_checkpointing else 0
+    start = width * spec.dim  # what a recomputation starts from
+    kept = tokens * spec.depth * (start if spec.activation_checkpointing else block)
+    if trainer.activation_offload:
+        kept = 0
+    recomputed = tokens * (block - start) if spec.activation_checkpointing else 0
     inputs = tokens * 2 * 8  # tokens and targets, 64 bits each
     first = inputs + max(kept + recomputed + tokens * behind, kept + tokens * head)
     last = inputs + tokens * (block + behind)
 
-    offloaded = _offload(config, "optimizer", optimizer), _offload(config, "param", weights)
-    always = weights + optimizer + mean - sum(offloaded) + (part_gradients + bucket if stage == 3 else 0)
-    early = 0 if stage == 3 else bucket  # of the gradients, when the backward pass begins
-    late = 0 if stage == 3 else gradients
-    moments = (
-        always + gathered + early + first,
-        always + gathered + late + last,
-        always + (0 if stage == 3 else part_gradients) + (0 if offloaded[0] else step),
-    )
+    offloaded = 0.0
+    if trainer.offload_optimizer != "none":
+        offloaded, optimizer, step = optimizer + 4 * part, 0, 4 * part  # with the fp32 gradients that it reads
+    if trainer.offload_params != "none":
+        offloaded, weights = offloaded + weights, 0
+    always = weights + optimizer + mean
+    # What ZeRO-3 has for good, the others have from the backward pass to the step.
+    early, late, left = (gradients, gradients, gradients) if stage == 3 else (bucket, gradients, part_gradients)
+    moments = always + gathered + early + first, always + gathered + late + last, always + left + step
     return MemoryEstimate(
         weights=round(weights + gathered),
         gradients=round(gradients),
         optimizer=round(optimizer + mean),
         activations=round(first),
         peak=round(max(moments)),
-        host=round(sum(offloaded)),
+        host=round(offloaded),
     )
 
 
 def reduce_bucket(config: Config, parameters: int) -> int:
     """Elements of the buffer in which DeepSpeed collects gradients: as many as the model has, unless it is told."""
-    zero = config.deepspeed.get("zero_optimization", {})
-    return int(float(zero.get("reduce_bucket_size", min(DEEPSPEED_BUCKET, parameters))))
+    given = config.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size")
+    return int(given) if isinstance(given, (int, float)) else min(DEEPSPEED_BUCKET, parameters)
 
 
 def gib(size: float) -> str:
     """Bytes for people."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
-
-
-def _offload(config: Config, what: str, size: float) -> float:
-    """How much of ``size`` bytes the deepspeed section keeps out of the device's memory."""
-    section = config.deepspeed.get("zero_optimization", {}).get(f"offload_{what}") or {}
-    return size if section.get("device", "none") != "none" else 0.0
 
 
 def _largest(spec: PerformerSpec) -> int:
@@ -159,13 +159,13 @@ def _favor(spec: PerformerSpec, config: Config) -> float:
 
 def _packs(config: Config) -> bool:
     """Whether rows hold documents that do not see each other."""
-    return bool(getattr(config.data, "reset", False))
+    return config.data.reset
 
 
 def _mask(spec: PerformerSpec, config: Config) -> float:
     """Bytes a token of what is quadratic in exact attention, where padding, documents or a decay ask for a mask."""
     length, rows = config.data.length, config.batch_sequences
-    masked = config.data.packing == "crop" or _packs(config)
+    masked = config.data.packing != "concat" or _packs(config)
     if spec.learned_decay:  # a mask that learns: torch keeps all weights
         return 4 * spec.heads * length + (4 * spec.heads + 8) * length * (1 if masked else 1 / rows)
     return (1 + 4) * length if masked else 0

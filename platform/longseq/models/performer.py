@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from longseq.attention import FavorAttention, RecurrentState, rotary_table
@@ -64,7 +66,8 @@ class PerformerLM(nn.Module):
             if self.spec.activation_checkpointing and self.training:
                 # Reentrant: ZeRO-3 gathers weights in module hooks, and the other kind checks saved shapes against
                 # weights that are partitioned again by then.
-                x = checkpoint(block, x, padding, segments, rotary, use_reentrant=True)
+                with save_on_cpu(pin_memory=x.is_cuda) if self.spec.activation_offload else nullcontext():
+                    x = checkpoint(block, x, padding, segments, rotary, use_reentrant=True)
             else:
                 x = block(x, padding, segments, rotary)
         return self.head(self.norm(x))

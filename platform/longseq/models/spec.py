@@ -40,6 +40,7 @@ class PerformerSpec:
     redraw_every: int = 0  # optimiser steps between draws of the projections; 0 = one draw for ever
     seed: int = 0
     activation_checkpointing: bool = False
+    activation_offload: bool = False
     backend: str = "auto"
 
     def __post_init__(self) -> None:

@@ -28,13 +28,21 @@ class ControlGroup:
         several = dist.is_initialized() and dist.get_world_size() > 1
         self._group = dist.new_group(backend="gloo") if several else None
 
-    def any(self, flag: bool) -> bool:
-        """True on every rank if it is true on one."""
+    def any(self, *flags: bool) -> list[bool]:
+        """Each flag: true on every rank if it is true on one."""
         if self._group is None:
-            return flag
-        votes = torch.tensor(int(flag))
+            return list(flags)
+        votes = torch.tensor([int(flag) for flag in flags])
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._group)
-        return bool(votes.item())
+        return [bool(vote) for vote in votes.tolist()]
+
+    def gather(self, value: str | None) -> list[str | None]:
+        """Every rank's value, by rank."""
+        if self._group is None:
+            return [value]
+        values: list[str | None] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(values, value, group=self._group)
+        return values
 
     def barrier(self) -> None:
         if self._group is not None:

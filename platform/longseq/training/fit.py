@@ -11,11 +11,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from longseq.checkpoint import Checkpoint
 from longseq.config import Config
-from longseq.data import stream_spec
+from longseq.data import split_spec
 from longseq.errors import ConfigError
 from longseq.launch.memory import estimate
 from longseq.run import Run
 from longseq.training.callbacks.attention_probe import AttentionProbe
+from longseq.training.callbacks.bad_steps import BadSteps
 from longseq.training.callbacks.checkpointing import Checkpointing
 from longseq.training.callbacks.curves import Curves
 from longseq.training.callbacks.ema import WeightAverage
@@ -31,10 +32,11 @@ from longseq.training.callbacks.stopping import StopFlag, StopRequested
 from longseq.training.callbacks.times import Clock, Times
 from longseq.training.callbacks.utilisation import Utilisation
 from longseq.training.environment import start_facts
-from longseq.training.strategy import deepspeed_strategy, on_cuda
+from longseq.training.strategy import build_strategy, on_cuda
 from longseq.training.task import LanguageModelling
 from longseq_data.datamodule import SequenceDataModule
 
+_SHARDING = {"deepspeed": "DeepSpeed ZeRO-{}", "ddp": "none (DDP)", "single": "none (one process)"}
 _PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
@@ -54,7 +56,7 @@ def fit(run: Run, config: Config, checkpoint: Checkpoint | None, stop: StopFlag)
         run.record_start(start_facts(config, start))
         _summary(task, config, run, start)
     try:
-        trainer.fit(task, _data(config, checkpoint), ckpt_path=checkpoint.path if checkpoint else None)
+        trainer.fit(task, training_data(config, checkpoint), ckpt_path=checkpoint.path if checkpoint else None)
     except StopRequested:
         return False
     if trainer.is_global_zero:
@@ -67,15 +69,18 @@ def build_trainer(run: Run, config: Config, stop: StopFlag, checkpoint: Checkpoi
     settings, gradient_norm, clock = config.trainer, GradientNorm(config), Clock()
     curves = Curves(run, config, gradient_norm)
     start = checkpoint.position.step if checkpoint else 0
+    checkpointing = Checkpointing(run, config, stop, gradient_norm)
     return pl.Trainer(
         accelerator="cuda" if on_cuda(config) else "cpu",
         devices=settings.devices,
-        strategy=deepspeed_strategy(config),
+        strategy=build_strategy(config),
         plugins=[LightningEnvironment()],  # processes are ours, also inside a SLURM job
         precision=_PRECISION[settings.precision],  # type: ignore[arg-type]
         max_steps=settings.max_steps,
         max_epochs=-1,
         accumulate_grad_batches=settings.accumulate,
+        # DeepSpeed clips by itself.
+        gradient_clip_val=None if settings.strategy == "deepspeed" else config.optim.clip or None,
         val_check_interval=settings.valid_every * settings.accumulate or None,
         check_val_every_n_epoch=None if settings.valid_every else 1,
         limit_val_batches=None if settings.valid_every else 0,
@@ -86,11 +91,12 @@ def build_trainer(run: Run, config: Config, stop: StopFlag, checkpoint: Checkpoi
         logger=TensorBoardLogger(run.path, name="", version="tensorboard", purge_step=start + 1),
         callbacks=[
             gradient_norm,
+            BadSteps(run, config, gradient_norm, checkpointing.finish_writing),
             curves,
             *watching(config, curves),
-            *([LengthWarmup(config)] if settings.length_warmup_steps else []),
-            *([WeightAverage(run, config, checkpoint)] if settings.ema_decay else []),
-            Checkpointing(run, config, stop, gradient_norm),
+            *([LengthWarmup(config, start)] if settings.length_warmup_steps else []),
+            *([WeightAverage(config, checkpoint)] if settings.ema_decay else []),
+            checkpointing,
             Times(curves, clock),
         ],
         profiler=clock,
@@ -123,19 +129,24 @@ def check_devices(config: Config) -> None:
             f"trainer.devices={settings.devices}, but there are {gpus} GPUs here: set trainer.devices={max(gpus, 1)}"
             f"{'' if gpus else ' and trainer.accelerator=cpu'}."
         )
+    if config.optim.implementation == "cpu" and on_cuda(config) and settings.offload_optimizer == "none":
+        raise ConfigError(
+            "optim.implementation=cpu steps in the CPU's memory, and the weights are on the GPU: set "
+            "trainer.offload_optimizer=cpu, or optim.implementation=fused."
+        )
     if settings.precision == "fp16" and not on_cuda(config):
         raise ConfigError("trainer.precision=fp16 needs a GPU: set trainer.precision to bf16 or fp32.")
 
 
-def _data(config: Config, checkpoint: Checkpoint | None) -> SequenceDataModule:
-    consumed = checkpoint.position.samples if checkpoint else 0
+def training_data(config: Config, checkpoint: Checkpoint | None) -> SequenceDataModule:
+    """Batches of the training from where a checkpoint left it, and of the validations."""
     return SequenceDataModule(
-        stream_spec(config, "train"),
-        stream_spec(config, "valid") if config.trainer.valid_every else None,
+        split_spec(config, "train"),
+        split_spec(config, "valid") if config.trainer.valid_every else None,
         batch_sequences=config.batch_sequences,
         accumulate=config.trainer.accumulate,
         workers=config.data.workers,
-        start_step=consumed // config.samples_per_step,
+        start=checkpoint.position.samples if checkpoint else 0,
         valid_samples=config.data.valid_samples,
     )
 
@@ -143,12 +154,16 @@ def _data(config: Config, checkpoint: Checkpoint | None) -> SequenceDataModule:
 def _summary(task: LanguageModelling, config: Config, run: Run, start: int) -> None:
     spec, trainer = task.model.spec, config.trainer
     attention = "exact attention" if spec.attention == "exact" else f"FAVOR+ {spec.kernel}, {spec.features} features"
+    data = config.data
+    step = f"{data.batch_tokens:,} tokens = {config.samples_per_step} sequences × {data.length}"
+    if data.packing == "bucket":
+        step = f"up to {data.batch_tokens:,} tokens of sequences of similar length, {data.length} at most"
     lines = [
         f"model    {spec.parameter_count:,} parameters: {spec.depth} blocks, {spec.heads} heads, width {spec.dim}, "
         f"MLP {spec.ffn_dim}; {attention}; {config.model.objective}",
-        f"step     {config.data.batch_tokens:,} tokens = {config.samples_per_step} sequences × {config.data.length}, "
+        f"step     {step}, "
         f"on {trainer.devices} {'GPU' if on_cuda(config) else 'CPU'} process(es) × {trainer.accumulate} batch(es)",
-        f"sharding DeepSpeed ZeRO-{trainer.zero_stage}, {trainer.precision}",
+        f"sharding {_SHARDING[trainer.strategy].format(trainer.zero_stage)}, {trainer.precision}",
         f"memory   {estimate(config, spec.vocabulary).line()}",
         f"run      {run.path}, step {start} of {trainer.max_steps}",
     ]

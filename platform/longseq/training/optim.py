@@ -6,24 +6,42 @@ import math
 from typing import Any
 
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from longseq.config import Config, OptimConfig
+from longseq.errors import ConfigError
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
-    """AdamW (Loshchilov & Hutter 2019) with weight decay on matrices only."""
+def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+    """AdamW (Loshchilov & Hutter 2019) with weight decay on matrices only.
+
+    Raises:
+        ConfigError: if one of DeepSpeed's cannot be compiled here.
+    """
     embeddings = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         (decayed if parameter.ndim == 2 and parameter not in embeddings else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps)
+    settings: dict[str, Any] = {"lr": config.lr, "betas": (config.betas[0], config.betas[1]), "eps": config.eps}
+    if config.implementation == "torch":
+        return AdamW(groups, **settings)
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+
+    try:
+        if config.implementation == "cpu":
+            return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+        return FusedAdam(groups, adam_w_mode=True, **settings)
+    except (RuntimeError, OSError, ImportError, AssertionError) as error:
+        raise ConfigError(
+            f"optim.implementation={config.implementation} cannot be compiled here "
+            f"({(str(error).strip() or type(error).__name__).splitlines()[0]}): take optim.implementation=torch."
+        ) from error
 
 
-def build_schedule(optimizer: AdamW, config: OptimConfig, max_steps: int) -> LambdaLR:
+def build_schedule(optimizer: Optimizer, config: OptimConfig, max_steps: int) -> LambdaLR:
     """Linear warm-up, then the schedule, as a function of the optimiser step."""
     return LambdaLR(optimizer, lambda step: learning_rate_share(step, config, max_steps))
 

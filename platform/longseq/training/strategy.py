@@ -1,4 +1,7 @@
-"""DeepSpeed under Lightning, on CUDA (NCCL) and on the CPU (gloo) by the same code."""
+"""Lightning's strategies as we use them: DeepSpeed on CUDA (NCCL) and on the CPU (gloo) by the same code, DDP, single.
+
+All of them save and load through :class:`~longseq.training.snapshots.Snapshots`.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,14 @@ import os
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from longseq.config import Config
-from longseq.launch.memory import reduce_bucket
-from longseq_data.vocabulary import VOCABULARY_SIZE
+from longseq.training.deepspeed_settings import deepspeed_settings
+from longseq.training.snapshots import Snapshots
 
 
 def on_cuda(config: Config) -> bool:
@@ -24,26 +27,32 @@ def on_cuda(config: Config) -> bool:
     return wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
 
 
-def deepspeed_strategy(config: Config) -> DeepSpeedStrategy:
+def build_strategy(config: Config) -> Strategy:
     """The strategy a configuration asks for. Call it before anything else touches DeepSpeed."""
-    settings: dict[str, Any] = {
-        "zero_allow_untested_optimizer": True,
-        "train_micro_batch_size_per_gpu": config.batch_sequences,
-        "gradient_clipping": config.optim.clip,
-        **config.deepspeed,
-        "zero_optimization": {
-            **config.deepspeed.get("zero_optimization", {}),
-            "stage": config.trainer.zero_stage,
-            "reduce_bucket_size": reduce_bucket(config, config.performer_spec(VOCABULARY_SIZE).parameter_count),
-        },
-    }
+    if config.trainer.strategy == "single":
+        return SavingSingleStrategy("cuda:0" if on_cuda(config) else "cpu")
+    if config.trainer.strategy == "ddp":
+        return SavingDDPStrategy(process_group_backend="nccl" if on_cuda(config) else "gloo")
+    return _deepspeed_strategy(config)
+
+
+def _deepspeed_strategy(config: Config) -> DeepSpeedStrategy:
+    settings = deepspeed_settings(config, on_cuda=on_cuda(config))
     if on_cuda(config):
         return CleanDeepSpeedStrategy(config=settings, logging_level=logging.WARNING)
     os.environ["DS_ACCELERATOR"] = "cpu"
     return CPUDeepSpeedStrategy(config=settings, logging_level=logging.WARNING, process_group_backend="gloo")
 
 
-class CleanDeepSpeedStrategy(DeepSpeedStrategy):
+class SavingSingleStrategy(Snapshots, SingleDeviceStrategy):
+    """One process."""
+
+
+class SavingDDPStrategy(Snapshots, DDPStrategy):
+    """PyTorch's data parallelism: every rank holds everything."""
+
+
+class CleanDeepSpeedStrategy(Snapshots, DeepSpeedStrategy):
     """Lightning's DeepSpeed strategy, with an optimiser that has made no step yet."""
 
     def _setup_model_and_optimizer(
@@ -53,9 +62,22 @@ class CleanDeepSpeedStrategy(DeepSpeedStrategy):
         # Half precision without ZeRO steps once with zero gradients to allocate the moments, which counts in Adam's
         # bias correction: the first real step would be a quarter too short.
         for state in optimizer.state.values() if optimizer else ():
-            if "step" in state:
+            if isinstance(state.get("step"), torch.Tensor):
                 state["step"].zero_()
+            elif "step" in state:
+                state["step"] = 0
         return engine, sharded_optimizer
+
+    def _optimizer(self) -> Any:
+        return self.deepspeed_engine.optimizer
+
+    def _sharded_weights(self) -> bool:
+        return self.zero_stage_3
+
+    def _count(self, step: int, accumulate: int) -> None:
+        engine = self.deepspeed_engine
+        engine.global_steps, engine.micro_steps = step, step * accumulate
+        engine.global_samples = step * engine.train_batch_size()
 
     def _initialize(
         self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: LRScheduler | None

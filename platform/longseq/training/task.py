@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longseq.config import Config
+from longseq.data import vocabulary
 from longseq.models.performer import PerformerLM
 from longseq.training.collectives import all_sum
 from longseq.training.optim import build_optimizer, build_schedule, follow_config
-from longseq_data.vocabulary import IGNORE, PAD, VOCABULARY_SIZE
+from longseq_data.vocabulary import IGNORE
 
 Batch = dict[str, Tensor]
 
@@ -30,21 +33,37 @@ class LanguageModelling(pl.LightningModule):
         super().__init__()
         self.config = config
         torch.manual_seed(config.run.seed)
-        self.model: PerformerLM = PerformerLM(config.performer_spec(VOCABULARY_SIZE))
+        tokens = vocabulary(config)
+        self.pad = tokens.pad
+        self.model: PerformerLM = PerformerLM(config.performer_spec(tokens.size))
         self.train_sums = Sums()
         self.valid_sums = Sums()
+        self.samples = 0  # consumed by all ranks together, once the step of the last batch is done
+        # Given the loss of a batch and its targets: the factor 1, or NaN for a step that must not be taken; and
+        # whether the curves show it.
+        self.judge_loss: Callable[[Tensor, Tensor], tuple[float, bool]] | None = None
+        self.validated: tuple[int, float] | None = None  # step and loss of the last validation
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         step = self.trainer.global_step
         self.model.set_step(step)
         if self.config.model.dropout:
             torch.manual_seed(_hash("dropout", self.config.run.seed, step, batch_idx, self.global_rank))
+        counted = self.train_sums.total
         loss_sum = self._score(batch, self.train_sums)
+        if self.judge_loss is not None:
+            factor, counts = self.judge_loss(loss_sum, (batch["targets"] != IGNORE).sum())
+            loss_sum = loss_sum * factor
+            if not counts:
+                self.train_sums.total = counted  # the curves go on without it
         # All targets of the optimiser step, over ranks and accumulated batches, so the step's gradient is that of the
         # mean over its targets however they are spread. What is multiplied by here is divided by elsewhere: by
-        # DeepSpeed, which averages over ranks and accumulated batches, and by Lightning, over the latter once more.
+        # DeepSpeed, which averages over ranks and accumulated batches, and by Lightning, over the latter once more; DDP
+        # averages over ranks alone.
         targets = all_sum(batch["step_targets"].clone()).clamp(min=1)
-        return loss_sum * (self.trainer.world_size * self.config.trainer.accumulate**2 / targets)
+        settings = self.config.trainer
+        divisions = 2 if settings.strategy == "deepspeed" else 1
+        return loss_sum * (self.trainer.world_size * settings.accumulate**divisions / targets)
 
     def on_train_start(self) -> None:
         # A restored optimiser brings the settings it was saved with; those of the configuration hold.
@@ -54,6 +73,11 @@ class LanguageModelling(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._score(batch, self.valid_sums)
 
+    def valid_loss_at(self, step: int) -> float | None:
+        """The loss of the validation at ``step``, if there was one and the loss is a number."""
+        at, loss = self.validated or (-1, 0.0)
+        return loss if at == step and math.isfinite(loss) else None
+
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.model, self.config.optim)
         schedule = build_schedule(optimizer, self.config.optim, self.config.trainer.max_steps)
@@ -62,8 +86,8 @@ class LanguageModelling(pl.LightningModule):
     def _score(self, batch: Batch, sums: Sums) -> Tensor:
         """Sum of the losses over the batch's targets; counts them in ``sums``."""
         tokens, targets = batch["tokens"], batch["targets"]
-        real = tokens != PAD
-        logits = self.model(tokens, batch.get("padding")).float()  # (B, L, V)
+        real = tokens != self.pad
+        logits = self.model(tokens, batch.get("padding"), batch.get("segments")).float()  # (B, L, V)
         loss_sum = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
         scored = targets != IGNORE
         correct = ((logits.detach().argmax(-1) == targets) & scored).sum()
@@ -71,7 +95,10 @@ class LanguageModelling(pl.LightningModule):
         return loss_sum
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        real = batch["tokens"] != PAD
+        if "samples" in batch:  # a number that no device needs
+            batch = dict(batch)
+            self.samples = int(batch.pop("samples"))
+        real = batch["tokens"] != self.pad
         return batch if bool(real.all()) else {**batch, "padding": real}
 
 
@@ -79,31 +106,31 @@ class Sums:
     """Running sums of what a step counts, in float64 so that they do not drift."""
 
     def __init__(self) -> None:
-        self._total: Tensor | None = None
+        self.total: Tensor | None = None
 
     def add(self, *values: Tensor) -> None:
         row = torch.stack([value.to(values[0].device, torch.float64) for value in values])
-        self._total = row if self._total is None else self._total + row
+        self.total = row if self.total is None else self.total + row
 
     @property
     def finite(self) -> bool:
         """Whether this rank's loss has been finite since the sums were last taken."""
-        return self._total is None or bool(self._total[0].isfinite())
+        return self.total is None or bool(self.total[0].isfinite())
 
     def over_ranks(self, device: torch.device) -> Tensor:
         """[Σ loss, correct, targets, unpadded tokens, tokens] of all ranks together, on the CPU. All must call it."""
-        total = torch.zeros(5, dtype=torch.float64, device=device) if self._total is None else self._total.clone()
+        total = torch.zeros(5, dtype=torch.float64, device=device) if self.total is None else self.total.clone()
         return all_sum(total).cpu()
 
     def take(self, device: torch.device) -> Tensor:
         """As :meth:`over_ranks`, and start again from zero."""
         total = self.over_ranks(device)
-        self._total = None
+        self.total = None
         return total
 
     def restore(self, loss_sum: float, correct: float, targets: float, device: torch.device) -> None:
         """Begin with what was counted, and not yet shown, when a checkpoint was written. Tokens time speed, so 0."""
-        self._total = torch.tensor([loss_sum, correct, targets, 0.0, 0.0], dtype=torch.float64, device=device)
+        self.total = torch.tensor([loss_sum, correct, targets, 0.0, 0.0], dtype=torch.float64, device=device)
 
 
 def _hash(*what: int | str) -> int:

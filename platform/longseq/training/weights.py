@@ -9,13 +9,16 @@ from torch import Tensor, nn
 from longseq.errors import RunError
 
 
-def full_state_dict(model: nn.Module, zero_stage: int, keep: bool) -> dict[str, Tensor]:
-    """The state dict in full, on the CPU. All ranks must call it; those that do not ``keep`` get an empty one."""
+def full_state_dict(model: nn.Module, sharded: bool, keep: bool) -> dict[str, Tensor]:
+    """Copies of the whole state dict, on the CPU. All ranks must call it; those that do not ``keep`` get an empty one.
+
+    sharded: whether DeepSpeed has cut the weights up (ZeRO-3).
+    """
     persistent = model.state_dict().keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}  # the same on all ranks
     state = {name: buffer.detach().cpu().clone() for name, buffer in buffers.items()} if keep else {}
     for name, parameter in model.named_parameters():
-        if zero_stage == 3:
+        if sharded:
             import deepspeed
 
             with deepspeed.zero.GatheredParameters([parameter]):

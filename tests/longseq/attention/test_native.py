@@ -260,6 +260,12 @@ def test_without_a_working_compiler_attention_goes_on_in_pytorch(lines, reason, 
 
 
 @needs_compiler
+def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path):
+    (tmp_path / "cache").write_text("no folder")
+    assert said(start(tmp_path)) == "32.0 None"
+
+
+@needs_compiler
 def test_processes_that_start_at_once_compile_into_one_cache_and_later_ones_not_at_all(tmp_path):
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     logged = script(tmp_path / "logged-g++", f'echo "$@" >> {tmp_path}/log; exec {compiler} "$@"')

@@ -209,13 +209,14 @@ def test_exact_and_favor_exchange_their_weights_and_agree_with_many_features(qk_
 def test_activation_checkpointing_changes_neither_loss_nor_gradients(attention, dropout):
     spec, tokens = replace(SPEC, dropout=dropout, **attention), sample()
     found = []
-    for recompute in (False, True):
-        model = build(replace(spec, activation_checkpointing=recompute)).train()
+    for recompute, offload in ((False, False), (True, False), (True, True)):
+        model = build(replace(spec, activation_checkpointing=recompute, activation_offload=offload)).train()
         torch.manual_seed(7)
         loss = F.cross_entropy(model(tokens).flatten(0, 1), tokens.roll(-1, dims=1).flatten())
         loss.backward()
         found.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
     torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(found[1], found[2], rtol=0, atol=0)
     assert all(gradient.abs().max() > 0 for gradient in found[1][1].values())
 
 

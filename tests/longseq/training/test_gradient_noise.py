@@ -21,7 +21,7 @@ def test_noise_and_signal_are_those_of_two_half_batches(task, batch):
         gradients.append(torch.cat([p.grad.flatten().double() for p in task.parameters()]))
     a, b = gradients
     task.train().zero_grad()
-    noise, signal = noise_and_signal(task, batch).tolist()
+    noise, signal, _ = noise_and_signal(task, batch).tolist()
     assert noise == pytest.approx(float(3 * (a - b).square().sum() / 2), rel=1e-5)
     assert signal == pytest.approx(float(a @ b), rel=1e-5)
     assert task.training
@@ -30,7 +30,7 @@ def test_noise_and_signal_are_those_of_two_half_batches(task, batch):
 
 def test_equal_halves_have_no_noise(task, batch):
     twice = {name: torch.cat((tensor[:3], tensor[:3])) for name, tensor in batch.items() if tensor.ndim}
-    noise, signal = noise_and_signal(task(), twice).tolist()
+    noise, signal, _ = noise_and_signal(task(), twice).tolist()
     assert noise == 0
     assert signal > 0
 

@@ -26,7 +26,7 @@ def trained() -> PerformerLM:
 
 def test_a_saved_model_computes_the_same_again(tmp_path):
     model, tokens = trained(), torch.randint(11, (2, 9))
-    save_weights(full_state_dict(model, zero_stage=2, keep=True), tmp_path / "w.safetensors")
+    save_weights(full_state_dict(model, sharded=False, keep=True), tmp_path / "w.safetensors")
     again = PerformerLM(SPEC).eval()
     load_weights(again, tmp_path / "w.safetensors")
     assert again.blocks[0].attention.oprf_a == model.blocks[0].attention.oprf_a < 0
@@ -35,16 +35,16 @@ def test_a_saved_model_computes_the_same_again(tmp_path):
 
 @pytest.mark.parametrize("change", [{"attention": "exact"}, {"kernel": "softmax"}])
 def test_the_weights_serve_other_attention_too(change, tmp_path):
-    save_weights(full_state_dict(trained(), zero_stage=2, keep=True), tmp_path / "w.safetensors")
+    save_weights(full_state_dict(trained(), sharded=False, keep=True), tmp_path / "w.safetensors")
     other = PerformerLM(dataclasses.replace(SPEC, **change))
     load_weights(other, tmp_path / "w.safetensors")
     assert other(torch.randint(11, (2, 9))).isfinite().all()
-    save_weights(full_state_dict(other, zero_stage=2, keep=True), tmp_path / "o.safetensors")
+    save_weights(full_state_dict(other, sharded=False, keep=True), tmp_path / "o.safetensors")
     load_weights(PerformerLM(SPEC), tmp_path / "o.safetensors")
 
 
 def test_weights_of_another_architecture_are_refused_by_name(tmp_path):
-    save_weights(full_state_dict(trained(), zero_stage=2, keep=True), tmp_path / "w.safetensors")
+    save_weights(full_state_dict(trained(), sharded=False, keep=True), tmp_path / "w.safetensors")
     plain = PerformerLM(dataclasses.replace(SPEC, learned_decay=False))
     with pytest.raises(RunError, match=r"blocks.0.attention.log_decay is \(2,\), the configured model wants none"):
         load_weights(plain, tmp_path / "w.safetensors")

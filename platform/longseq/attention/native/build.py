@@ -53,22 +53,30 @@ def library() -> ctypes.CDLL:
 @functools.cache
 def _load() -> ctypes.CDLL | str:
     try:
-        return ctypes.CDLL(str(_built()))
+        return _loaded()
     except (BuildError, OSError) as error:
         _log.info("attention runs without native CPU kernels: %s", error)
         return str(error)
 
 
-def _built() -> Path:
+def _loaded() -> ctypes.CDLL:
     """The shared library, compiled if this is its first use."""
     compiler, flags = _compiler(), _flags()
     sources = sorted(_SOURCES.glob("*.[ch]pp"))
     parts = [_version(compiler), " ".join(flags), _processor(), *(path.read_text() for path in sources)]
     digest = hashlib.blake2b("\0".join(parts).encode(), digest_size=10).hexdigest()
-    target = _cache() / f"attention-{digest}.so"
-    if not target.exists():
-        _compile(compiler, flags, target)
-    return target
+    name = f"attention-{digest}.so"
+    try:
+        target = _cache() / name
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _compile(compiler, flags, target)
+        return ctypes.CDLL(str(target))
+    except OSError as error:  # a home that cannot be written, or a full one
+        _log.info("the native attention kernels cannot be kept (%s); they are compiled for this process alone", error)
+    with tempfile.TemporaryDirectory(prefix="longseq-") as folder:
+        _compile(compiler, flags, Path(folder, name))
+        return ctypes.CDLL(str(Path(folder, name)))
 
 
 def _flags() -> tuple[str, ...]:
@@ -77,13 +85,14 @@ def _flags() -> tuple[str, ...]:
 
 def _compile(compiler: str, flags: tuple[str, ...], target: Path) -> None:
     _log.info("compiling the native attention kernels, once for this machine: %s", target)
-    target.parent.mkdir(parents=True, exist_ok=True)
     # Several processes may get here at once: each makes its own, and the last rename wins.
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         compiled, linked = Path(folder, "kernels.o"), Path(folder, "kernels.so")
         _run([compiler, *flags, "-c", str(_SOURCES / _MAIN), "-o", str(compiled)])
         # Linked without an OpenMP library: its symbols are those of PyTorch's, so that both share one pool of threads.
         _run([compiler, "-shared", str(compiled), "-o", str(linked)])
+        with linked.open("rb") as written:
+            os.fsync(written.fileno())  # loading half a library would kill the process
         linked.replace(target)
 
 
@@ -124,4 +133,8 @@ def _processor() -> str:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longseq"
+    folder = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(folder or Path.home() / ".cache") / "longseq"
+    except RuntimeError as error:  # a container may have no home for this user
+        raise OSError(str(error)) from error

@@ -7,7 +7,12 @@ import importlib
 
 # action: what it does. The module of the same name here has add_arguments(parser) and run(args), like a verb's.
 ACTIONS = {
+    "fetch": "download UniRef or UniProtKB, checked against the release's checksums",
+    "inspect": "counts, lengths and first records of a prepared corpus or of sequence files",
+    "prepare": "make a corpus of sequence files: filtered, without duplicates, split, shuffled",
     "synth": "write a synthetic protein corpus",
+    "tokenizer": "train a tokenizer on texts",
+    "verify": "check every file of a prepared corpus",
 }
 
 

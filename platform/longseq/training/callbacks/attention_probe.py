@@ -24,7 +24,7 @@ from longseq.training.callbacks.boundary import StepBoundary
 from longseq.training.callbacks.curves import Curves
 from longseq.training.callbacks.heatmaps import heatmaps
 from longseq.training.callbacks.probe_batch import probe_batch
-from longseq.training.callbacks.steps import due
+from longseq.training.callbacks.steps import due, sharded_weights
 from longseq.training.task import LanguageModelling
 from longseq.training.tensorboard import log_scalars, writer
 
@@ -54,7 +54,7 @@ class AttentionProbe(StepBoundary):
         if not due(step, self.config.trainer.probe_every):
             return
         assert isinstance(task, LanguageModelling)
-        if not (trainer.is_global_zero or self.config.trainer.zero_stage == 3):
+        if not (trainer.is_global_zero or sharded_weights(self.config)):
             return  # only sharded weights need every rank
         with self.curves.paused():
             if self.batch is None:

@@ -1,14 +1,14 @@
-"""Checkpoints at step boundaries: every n steps, at the end, and when a stop was asked for."""
+"""Checkpoints at step boundaries: every n steps, at the end, and when a stop was asked for.
+
+Training stands still only while its state is copied; files are written, synced and hashed beside the steps that follow.
+"""
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
-from pathlib import Path
+import sys
 
 import lightning.pytorch as pl
-from safetensors import SafetensorError
 
 from longseq import checkpoint
 from longseq.checkpoint import TrainingPosition
@@ -19,80 +19,103 @@ from longseq.training.callbacks.boundary import StepBoundary
 from longseq.training.callbacks.gradients import GradientNorm, not_finite
 from longseq.training.callbacks.stopping import StopFlag, StopRequested
 from longseq.training.collectives import ControlGroup
+from longseq.training.snapshots import Snapshots
 from longseq.training.task import LanguageModelling
-from longseq.training.weights import full_state_dict, save_weights
+from longseq.training.writer import Writer
+
+_LAST_WORDS_SECONDS = 10.0  # for a checkpoint in the making, when training ends by an error
 
 
 class Checkpointing(StepBoundary):
-    """Writes a checkpoint aside, then gives it its name; raises :class:`StopRequested` after a stop's checkpoint."""
+    """Takes a snapshot, has it written and named; raises :class:`StopRequested` after a stop's checkpoint."""
 
     def __init__(self, run: Run, config: Config, stop: StopFlag, gradient_norm: GradientNorm):
         self.run, self.config, self.stop, self.gradient_norm = run, config, stop, gradient_norm
+        self.writer: Writer | None = None
 
     def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         self.control = ControlGroup()
+        self.writer = Writer(self.run.checkpoints_dir, trainer.global_rank, trainer.world_size, self._prune)
         self.stop.install()
 
     def on_step_boundary(self, trainer: pl.Trainer, task: pl.LightningModule, step: int) -> None:
+        assert isinstance(task, LanguageModelling)
+        assert self.writer is not None
         every, last = self.config.trainer.checkpoint_every, self.config.trainer.max_steps
-        stopping = self.control.any(self.stop.requested) and step < last
+        asked, late, unwritten = self.control.any(self.stop.requested, self.stop.out_of_time, self.writer.failed)
+        stopping = (asked or late) and step < last
+        if unwritten:
+            self.finish_writing()
         if stopping or step >= last or (every and step % every == 0):
-            assert isinstance(task, LanguageModelling)
-            if self.control.any(not (task.train_sums.finite and self.gradient_norm.finite(trainer))):
+            if self.control.any(not (task.train_sums.finite and self.gradient_norm.finite(trainer)))[0]:
+                self.finish_writing()
                 raise not_finite(self.run, step)
             self._save(trainer, task, step)
+        if stopping or step >= last:
+            self.finish_writing()
+        if stopping and not asked and trainer.is_global_zero:
+            limit = self.config.trainer.time_limit
+            print(f"longseq: trainer.time_limit={limit} is over: saved and stopped", file=sys.stderr, flush=True)
         if stopping:
             raise StopRequested
 
+    def on_exception(self, trainer: pl.Trainer, task: pl.LightningModule, exception: BaseException) -> None:
+        if self.writer is not None:
+            self.writer.finish(_LAST_WORDS_SECONDS)
+
     def _save(self, trainer: pl.Trainer, task: LanguageModelling, step: int) -> None:
-        directory = self.run.checkpoints_dir
-        partial = checkpoint.partial_path(directory, step)
+        settings, directory = self.config.trainer, self.run.checkpoints_dir
         loss_sum, correct, targets = task.train_sums.over_ranks(task.device)[:3].tolist()
         position = TrainingPosition(
             step=step,
-            samples=step * self.config.samples_per_step,
+            samples=task.samples,
             world_size=trainer.world_size,
-            zero_stage=self.config.trainer.zero_stage,
-            precision=self.config.trainer.precision,
-            accumulate=self.config.trainer.accumulate,
+            strategy=settings.strategy,
+            zero_stage=settings.zero_stage,
+            precision=settings.precision,
+            accumulate=settings.accumulate,
+            valid_loss=task.valid_loss_at(step),
             unlogged=(loss_sum, correct, targets),
         )
+        self.finish_writing()
+        partial = checkpoint.partial_path(directory, step)
         if trainer.is_global_zero:
             shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
         self.control.barrier()
-        try:
-            trainer.save_checkpoint(partial)
-            weights = full_state_dict(task.model, self.config.trainer.zero_stage, keep=trainer.is_global_zero)
-            if trainer.is_global_zero:
-                save_weights(weights, partial / "model.safetensors")
-            self.control.barrier()
-            if trainer.is_global_zero:
-                checkpoint.publish(directory, position)
-                checkpoint.prune(directory, keep=self.config.trainer.keep_checkpoints)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            reason = _why_unwritten(error, directory, task.model.spec.parameter_count)
-            if reason is None:
-                raise
-            raise self._unwritten(step, reason) from error
-        self.control.barrier()
+        trainer.save_checkpoint(partial)
+        strategy = trainer.strategy
+        assert isinstance(strategy, Snapshots)
+        assert self.writer is not None
+        self.writer.start(strategy.snapshot, position)
 
-    def _unwritten(self, step: int, reason: str) -> LongseqError:
+    def finish_writing(self) -> None:
+        """Wait until the checkpoint in the making has its name. All ranks call it.
+
+        Raises:
+            LongseqError: on all ranks, if one of them could not write.
+        """
+        writer = self.writer
+        assert writer is not None
+        step = writer.step
+        writer.finish_part()
+        if self.control.any(writer.failed)[0]:
+            writer.give_up()
+        writer.finish()
+        for reason in self.control.gather(writer.reason):
+            if reason is not None:
+                raise self._unwritten(step, reason)
+
+    def _prune(self) -> None:
+        settings = self.config.trainer
+        checkpoint.prune(
+            self.run.checkpoints_dir, settings.keep_checkpoints, best=settings.keep_best, every=settings.keep_every
+        )
+
+    def _unwritten(self, step: int | None, reason: str) -> LongseqError:
         newest, _ = self.run.newest_checkpoint()
         kept = f"that of step {newest.position.step} is intact" if newest else "there is none before it"
         return LongseqError(
             f"{self.run.checkpoints_dir}: the checkpoint of step {step} could not be written ({reason}); {kept}. Mend "
             f"that, then go on with `{self.run.resume_command}`."
         )
-
-
-def _why_unwritten(error: Exception, directory: Path, parameters: int) -> str | None:
-    """Why a checkpoint's file could not be written; None for an error that is not about writing."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    if isinstance(error, SafetensorError):
-        return str(error)
-    # torch's writer does not say why.
-    if not any(name in str(error) for name in ("inline_container", "PytorchStreamWriter")):
-        return None
-    full = shutil.disk_usage(directory).free < checkpoint.expected_bytes(parameters)
-    return os.strerror(errno.ENOSPC) if full else str(error).splitlines()[0]

@@ -68,6 +68,7 @@ class Curves(pl.Callback):
         assert isinstance(task, LanguageModelling)
         self.since += time.monotonic() - self.validation_began  # training speed is that of training
         curves = quality(task.valid_sums.take(task.device))
+        task.validated = (trainer.global_step, curves["loss"])
         log_scalars(trainer, "valid", curves, trainer.global_step)
         if self.bar:
             self.bar.say(f"step {trainer.global_step}  validation: {_line(curves)}")
@@ -81,6 +82,8 @@ class Curves(pl.Callback):
     def _log_train(self, trainer: pl.Trainer, task: LanguageModelling, step: int) -> None:
         sums = task.train_sums.take(task.device)
         now = time.monotonic()
+        if not sums[2]:
+            return  # every step since the last point was left out
         curves = quality(sums)
         norm = self.gradient_norm.value(trainer)
         if not (math.isfinite(curves["loss"]) and self.gradient_norm.finite(trainer)):
@@ -137,7 +140,7 @@ class _Bar:
                 if curves and logged:
                     rate = f"{curves['tokens_per_second']:,.0f} tokens/s"
                     self.bar.set_postfix_str(f"loss {curves['loss']:.4f}, {rate}")
-        elif logged or step == self.max_steps:
+        elif curves and logged:
             left = (time.monotonic() - self.began) / max(1, step - self.first) * (self.max_steps - step)
             self.say(f"step {step}/{self.max_steps}  {_line(curves)}  {tqdm.format_interval(left)} left")
 

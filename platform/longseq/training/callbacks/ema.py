@@ -4,7 +4,7 @@ After each step, mean ← d · mean + (1 − d) · weights in fp32, d = min(trai
 first steps' weights fade quickly. Every checkpoint has the whole mean as ``ema.safetensors``, whatever the ranks and
 the ZeRO stage, so a run goes on with any number of them.
 
-Where each rank has all weights (ZeRO 0 to 2), rank 0 keeps the mean; of ZeRO-3's shards each rank keeps its own.
+Where each rank has all weights (ZeRO 0 to 2, DDP), rank 0 keeps the mean; of ZeRO-3's shards each rank keeps its own.
 """
 
 from __future__ import annotations
@@ -17,21 +17,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from longseq.checkpoint import Checkpoint, partial_path
+from longseq.checkpoint import Checkpoint
 from longseq.config import Config
-from longseq.run import Run
 from longseq.training.callbacks.steps import ends_step
+from longseq.training.snapshots import FILES
 from longseq.training.task import LanguageModelling
-from longseq.training.weights import save_weights
 
 FILE = "ema.safetensors"
 
 
 class WeightAverage(pl.Callback):
-    """Keeps the mean and writes it into every checkpoint. It belongs before the checkpoints among the callbacks."""
+    """Keeps the mean and hands it to every checkpoint. It belongs before the checkpoints among the callbacks."""
 
-    def __init__(self, run: Run, config: Config, start: Checkpoint | None):
-        self.run, self.decay, self.start = run, config.trainer.ema_decay, start
+    def __init__(self, config: Config, start: Checkpoint | None):
+        self.decay, self.start = config.trainer.ema_decay, start
         self.means: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
@@ -52,7 +51,7 @@ class WeightAverage(pl.Callback):
         if not (self.means and ends_step(trainer, batch_idx)):
             return
         assert isinstance(task, LanguageModelling)
-        weights = [_own(parameter).float() for _, parameter in task.model.named_parameters()]
+        weights = [_own(parameter).to(self.means[name]) for name, parameter in task.model.named_parameters()]
         torch._foreach_lerp_(list(self.means.values()), weights, 1 - decay_at(self.decay, trainer.global_step))
 
     def on_save_checkpoint(self, trainer: pl.Trainer, task: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -60,13 +59,12 @@ class WeightAverage(pl.Callback):
         whole = {}
         for name, parameter in task.model.named_parameters():
             if trainer.is_global_zero or _sharded(parameter):
-                whole[name] = _put_together(self.means[name], parameter).cpu()
-        if trainer.is_global_zero:
-            persistent = task.model.state_dict().keys()  # constants of a kernel: part of a model, and no weights
-            whole |= {name: buffer.cpu() for name, buffer in task.model.named_buffers() if name in persistent}
-            folder = partial_path(self.run.checkpoints_dir, trainer.global_step)
-            folder.mkdir(parents=True, exist_ok=True)
-            save_weights(whole, folder / FILE)
+                whole[name] = _put_together(self.means[name], parameter).to("cpu", copy=True)
+        persistent = task.model.state_dict().keys()  # constants of a kernel: part of a model, and no weights
+        for name, buffer in task.model.named_buffers():
+            if name in persistent:
+                whole[name] = buffer.to("cpu", copy=True)
+        checkpoint.setdefault(FILES, {})[FILE] = whole
 
 
 def decay_at(decay: float, step: int) -> float:

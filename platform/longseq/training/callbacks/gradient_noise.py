@@ -34,7 +34,7 @@ class GradientNoise(pl.Callback):
 
     def __init__(self, config: Config, curves: Curves):
         self.config, self.curves = config, curves
-        self.noise = self.signal = self.weight = 0.0
+        self.noise = self.signal = 0.0
 
     def on_train_batch_start(self, trainer: pl.Trainer, task: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step + 1
@@ -44,7 +44,10 @@ class GradientNoise(pl.Callback):
         assert isinstance(task, LanguageModelling)
         with self.curves.paused(), trainer.precision_plugin.train_step_context():
             task.model.set_step(trainer.global_step)
-            noise, signal = (all_sum(noise_and_signal(task, batch)) / trainer.world_size).tolist()
+            noise, signal, measured = all_sum(noise_and_signal(task, batch)).tolist()
+        if not measured:
+            return
+        noise, signal = noise / measured, signal / measured
         self.noise = _KEEP * self.noise + (1 - _KEEP) * noise
         self.signal = _KEEP * self.signal + (1 - _KEEP) * signal
         points = {"noise": noise, "signal": signal}
@@ -60,8 +63,10 @@ class GradientNoise(pl.Callback):
 
 
 def noise_and_signal(task: LanguageModelling, batch: dict[str, Tensor]) -> Tensor:
-    """Estimates of tr Σ a sequence and of |G|², (2,) float64, from a micro-batch of two sequences or more."""
+    """Estimates of tr Σ a sequence and of |G|², and 1, (3,) float64; zeros from a micro-batch of a single sequence."""
     half = len(batch["tokens"]) // 2
+    if not half:
+        return torch.zeros(3, dtype=torch.float64, device=task.device)
     training = task.training
     task.eval()  # noise of the data, not of dropout
     first = _gradient(task, batch, slice(0, half))
@@ -69,7 +74,8 @@ def noise_and_signal(task: LanguageModelling, batch: dict[str, Tensor]) -> Tenso
     task.train(training)
     signal = sum((a.double() * b).sum() for a, b in zip(first, second, strict=True))
     noise = sum((a.double() - b).square().sum() for a, b in zip(first, second, strict=True)) * half / 2
-    return torch.stack([torch.as_tensor(noise), torch.as_tensor(signal)])
+    noise, signal = torch.as_tensor(noise), torch.as_tensor(signal)
+    return torch.stack([noise, signal, torch.ones_like(noise)])
 
 
 def _gradient(task: LanguageModelling, batch: dict[str, Tensor], rows: slice) -> tuple[Tensor, ...]:

@@ -23,10 +23,12 @@ class GradientNorm(pl.Callback):
 
     def __init__(self, config: Config):
         settings = config.trainer
-        self.ours = settings.zero_stage == 0 and settings.precision == "fp32"
-        self.unknown = settings.zero_stage == 0 and settings.precision == "fp16"
+        unsharded = settings.strategy == "deepspeed" and settings.zero_stage == 0
+        self.ours = settings.strategy != "deepspeed" or (unsharded and settings.precision == "fp32")
+        self.unknown = unsharded and settings.precision == "fp16"
         # fp16 finds its loss scale by overflowing: DeepSpeed skips such a step, and nothing is wrong.
         self.may_overflow = settings.precision == "fp16"
+        self.skips = settings.on_bad_step == "skip"
         self.plain = 0.0
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, task: pl.LightningModule, optimizer: Optimizer) -> None:
@@ -41,17 +43,27 @@ class GradientNorm(pl.Callback):
         norm = engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
-    def finite(self, trainer: pl.Trainer) -> bool:
-        """Whether the last gradient could be used."""
+    def usable(self, trainer: pl.Trainer) -> bool:
+        """Whether the last gradient was, or would have been, a step to take."""
         norm = self.value(trainer)
-        return norm is None or self.may_overflow or math.isfinite(norm)
+        # DeepSpeed also says -1 for a norm that is no number.
+        return norm is None or self.may_overflow or (math.isfinite(norm) and norm >= 0)
+
+    def finite(self, trainer: pl.Trainer) -> bool:
+        """Whether there is nothing to stop the run for."""
+        return self.skips or self.usable(trainer)
 
 
-def not_finite(run: Run, step: int) -> LongseqError:
-    """What to say when the loss or its gradient is NaN or infinite."""
+def not_finite(run: Run, step: int, where: str | None = None, in_a_row: int = 1) -> LongseqError:
+    """What to say when the loss or its gradient is NaN or infinite.
+
+    where: the first layer where it was.
+    """
     newest, _ = run.newest_checkpoint()
+    what = f"the first such value is in {where}; " if where else ""
+    what += f"it is the {in_a_row}th such step in a row; " if in_a_row > 1 else ""
     good = f"the last good checkpoint is {newest.path}" if newest else "there is no checkpoint yet"
     return LongseqError(
-        f"{run.path}: the loss or its gradient is not finite at step {step}; {good}. Go on with a lower rate, e.g. "
-        f"`{run.resume_command} optim.lr=...`, or a lower optim.clip."
+        f"{run.path}: the loss or its gradient is not finite at step {step}; {what}{good}. Go on with a lower rate, "
+        f"e.g. `{run.resume_command} optim.lr=...`, or a lower optim.clip."
     )

@@ -56,8 +56,10 @@ def full_gradient(parameter: nn.Parameter) -> Tensor | None:
     if any(hasattr(parameter, mark) for mark in ("ds_id", "_hp_mapping", "_hp_grad")):  # DeepSpeed keeps it
         from deepspeed.utils import safe_get_full_grad
 
-        parameter.grad = None  # what is left of this rank's own, not yet averaged
+        own, parameter.grad = parameter.grad, None  # what this rank has, which need not be averaged
         gradient = safe_get_full_grad(parameter)
+        parameter.grad = own
+        gradient = own if gradient is None else gradient
     else:
         gradient = parameter.grad
     return None if gradient is None else gradient.detach().to("cpu", torch.float32)

@@ -21,13 +21,13 @@ class LengthWarmup(pl.Callback):
     The rest of a cut sequence is not seen: the samples of later steps, and their order, are those of a run without it.
     """
 
-    def __init__(self, config: Config):
-        self.config = config
+    def __init__(self, config: Config, start: int):
+        self.config, self.start = config, start  # the step that this start begins with
 
     def setup(self, trainer: pl.Trainer, task: pl.LightningModule, stage: str) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
         whole = data.train_dataloader
-        data.train_dataloader = lambda: Shortened(whole(), self.config, data.start_step)
+        data.train_dataloader = lambda: Shortened(whole(), self.config, self.start)
 
 
 class Shortened:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from longseq.config import Config
-from longseq.data import stream_spec
+from longseq.data import split_spec
 from longseq_data.batches import EvaluationBatches, Loader
 
 # Exact attention is quadratic, and a probe should cost less than a step: longer sequences are cut.
@@ -17,8 +15,7 @@ PROBE_LENGTH = 512
 
 def probe_batch(config: Config, device: torch.device) -> dict[str, Tensor]:
     """The first validation sequence, or of the training data where none are held out, as a batch of one row."""
-    spec = stream_spec(config, "valid" if config.trainer.valid_every else "train")
-    spec = replace(spec, length=min(spec.length, PROBE_LENGTH))
+    spec = split_spec(config, "valid" if config.trainer.valid_every else "train")
     batches = EvaluationBatches(spec, batch_sequences=1, rank=0, world=1, max_samples=1)
     batch = next(iter(Loader(batches, workers=0)))
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    return {name: tensor[:, :PROBE_LENGTH].to(device) for name, tensor in batch.items() if tensor.ndim > 1}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
 
 from longseq.launch.local import STOP_SIGNAL
@@ -17,10 +18,16 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.requested = False
+        self.began = time.monotonic()
+        self.time_limit: float | None = None  # seconds after ``began``
+
+    @property
+    def out_of_time(self) -> bool:
+        return self.time_limit is not None and time.monotonic() - self.began >= self.time_limit
 
     def install(self) -> None:
         """Take the stop signals; called again once Lightning has put its own handlers in place."""
-        for number in (signal.SIGINT, signal.SIGTERM, STOP_SIGNAL):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, STOP_SIGNAL):
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:

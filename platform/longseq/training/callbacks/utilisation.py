@@ -53,6 +53,8 @@ class Utilisation(pl.Callback):
         if not (ends_step(trainer, batch_idx) and self.curves.due(step)):
             return
         assert isinstance(task, LanguageModelling)
+        if "padded_tokens_per_second" not in self.curves.shown:
+            return  # every step so far was left out
         per_token = training_flops(task.model.spec, self.length)
         rate = per_token * self.curves.shown["padded_tokens_per_second"]
         points = {

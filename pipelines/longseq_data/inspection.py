@@ -1,0 +1,120 @@
+"""What is in a corpus, or in files that may become one: counts and lengths, as text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from .corpus import Corpus
+from .manifest import Lengths, Manifest, count_lengths, describe_lengths, histogram_lines, read_manifest
+from .prepare_reader import ProteinReader, Row, Stored, cut
+from .vocabulary import TOKENS
+
+BLOCK_BYTES = 4 << 20
+SHOWN = 60  # tokens of a record
+
+
+@dataclass
+class RawCounts:
+    """What sequence files hold."""
+
+    records: int = 0
+    tokens: int = 0
+    unknown: Counter[str] = field(default_factory=Counter)  # letters outside the alphabet
+    lengths: Lengths = field(default_factory=Lengths)
+    first: list[Row] = field(default_factory=list)
+
+
+def count(sources: Sequence[str], show: int, progress: Callable[[int], object] | None = None) -> RawCounts:
+    """Read sequence files once. ``show``: how many of the first records to keep. ``progress``: gets the bytes read.
+
+    Raises DataError as preparing them would.
+    """
+    counts, reader = RawCounts(unknown=Counter()), ProteinReader()
+    by_length: Counter[int] = Counter()
+    shortest, longest = 1 << 62, 0
+    for rows in (rows for source in sources for rows in _rows(reader, source, progress)):
+        lengths = np.array([len(row.tokens) for row in rows], dtype=np.int64)
+        counts.records += len(rows)
+        counts.tokens += int(lengths.sum())
+        by_length.update(count_lengths(lengths))
+        shortest, longest = min(shortest, int(lengths.min())), max(longest, int(lengths.max()))
+        counts.first += rows[: show - len(counts.first)]
+    counts.unknown = reader.unknown
+    counts.lengths = describe_lengths(dict(by_length), shortest, longest)
+    return counts
+
+
+def _rows(reader: ProteinReader, source: str, progress: Callable[[int], object] | None) -> Iterator[list[Row]]:
+    stored = Stored()
+    for block in cut(source, BLOCK_BYTES, stored, progress):
+        yield list(reader.block(block))
+    if not stored.blocks:
+        for row in reader.whole(source):
+            yield [row]
+
+
+def raw_lines(sources: Sequence[str], counts: RawCounts) -> Iterator[str]:
+    yield f"{len(sources)} file{'s' * (len(sources) > 1)}: {counts.records:,} records, {counts.tokens:,} residues"
+    yield from _unknown_lines(dict(counts.unknown))
+    yield from length_lines(counts.lengths, counts.tokens, counts.records)
+    yield from record_lines((row.identifier, np.frombuffer(row.tokens, np.uint8), row.taxid) for row in counts.first)
+
+
+def corpus_lines(folder: Path, show: int) -> Iterator[str]:
+    """A prepared corpus, with the first ``show`` records of each split."""
+    manifest = read_manifest(folder)
+    yield from report_lines(str(folder), manifest)
+    for split in manifest.splits if show else ():
+        corpus = Corpus.open(folder, split)
+        yield f"\n{split}:"
+        yield from record_lines(corpus.rows(0, min(show, len(corpus))))
+
+
+def report_lines(name: str, manifest: Manifest) -> Iterator[str]:
+    """What became of the sources, and what is in the splits."""
+    report, unit = manifest.report, "residues" if manifest.vocabulary.name == "protein" else "tokens"
+    files = len(manifest.sources)
+    records = sum(split.records for split in manifest.splits.values())
+    tokens = sum(split.tokens for split in manifest.splits.values())
+    yield f"{name}: {records:,} records, {tokens:,} {unit}, fingerprint {manifest.fingerprint[:16]}"
+    yield f"  read       {report['records']:,} records, {report['tokens']:,} {unit}, {files} file{'s' * (files > 1)}"
+    dropped = {"duplicates": report["duplicates"], **report["filtered"]}  # type: ignore[dict-item]
+    for reason, number in dropped.items():
+        if number:
+            yield f"  dropped    {number:,} {reason}"
+    yield from _unknown_lines(report["unknown_letters"])  # type: ignore[arg-type]
+    if report["held_out_families"]:
+        yield f"  held out   families {', '.join(report['held_out_families'])}"  # type: ignore[arg-type]
+    if (report["held_out_names"] or manifest.settings.get("ood_taxids")) and "ood" not in manifest.splits:
+        yield "  held out   nothing: no record is on the list, or of the TaxIDs; there is no ood split"
+    for split, info in manifest.splits.items():
+        share = 100 * info.records / records
+        yield f"  {split:<10} {info.records:,} records ({share:.1f} %), {info.tokens:,} {unit}"
+    for split, info in manifest.splits.items():
+        yield f"\n{split} lengths:"
+        yield from length_lines(info.lengths, info.tokens, info.records)
+
+
+def length_lines(lengths: Lengths, tokens: int, records: int) -> Iterator[str]:
+    quantiles = ", ".join(f"{percent} % {length:,}" for percent, length in lengths.quantiles.items())
+    yield f"  {lengths.shortest:,} to {lengths.longest:,}, mean {tokens / max(records, 1):,.1f}; up to: {quantiles}"
+    yield from histogram_lines(lengths.histogram)
+
+
+def record_lines(records: Iterator[tuple]) -> Iterator[str]:
+    """(id, tokens, TaxID) of each record on a line, the tokens as letters."""
+    for identifier, tokens, taxid in records:
+        letters = "".join(TOKENS[token] for token in tokens[:SHOWN].tolist())
+        more = "…" if len(tokens) > SHOWN else ""
+        yield f"  {identifier}  TaxID {taxid if taxid >= 0 else 'unknown'}  {len(tokens):,}  {letters}{more}"
+
+
+def _unknown_lines(unknown: dict[str, int]) -> Iterator[str]:
+    if unknown:
+        letters = ", ".join(f"{letter!r} {number:,}" for letter, number in sorted(unknown.items()))
+        yield f"  unknown    {letters}: read as X"

@@ -1,0 +1,234 @@
+"""Prepare a corpus: sequence files become Arrow files on disk, in memory that does not depend on their size.
+
+First half: sources are read once, and their rows put aside, sorted by hash (prepare_map). Second half: one range of
+hashes after another is merged and written (prepare_reduce). Every step leaves a file under its final name when it is
+done, so an interrupted preparation goes on from there; the corpus gets its own name last.
+
+    NAME.partial/work/plan.json        what was asked for
+                      sources/*.json   sources that were read to their end
+                      map/*.arrow      rows put aside, one file a block
+                      shards/*         finished shards, with notes
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from .errors import DataError
+from .held_out import read_held_out
+from .manifest import Manifest, Source, sha256_of
+from .prepare_config import PrepareConfig
+from .prepare_map import Counts, MapTask, map_block, map_whole, read_notes
+from .prepare_plan import Plan, begin, locked, taken
+from .prepare_pool import Workers, in_threads
+from .prepare_publish import finish, publish
+from .prepare_reader import Block, Stored, cut
+from .prepare_reduce import ReduceTask, reduce_shard, shard_count, write_text
+from .sources import expand_sources
+from .vocabulary import PROTEIN
+
+# called with (stage, done, of how many): bytes of the sources, then shards. None: their size is not known
+Progress = Callable[[str, int, "int | None"], object]
+
+MIB = 1 << 20
+SMALLEST_BLOCK, LARGEST_BLOCK = MIB, 64 * MIB
+MAP_MEMORY = 16  # a block takes up to so many times its size, text and rows and columns together
+REDUCE_MEMORY = 6
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def prepare(
+    config: PrepareConfig, *, overwrite: bool = False, restart: bool = False, progress: Progress | None = None
+) -> tuple[Manifest, bool]:
+    """Make the corpus that ``config`` describes, or go on making it; gives its manifest and whether it is new.
+
+    overwrite: replace a corpus of the same name. restart: forget what an interrupted preparation has done. With several
+    workers a script that calls this needs ``if __name__ == "__main__":``, as for all of multiprocessing.
+
+    Raises DataError for bad settings and bad data, for a name that is taken, for an interrupted preparation that had
+    other settings or other sources, for a second one under way, and where the disk is full.
+    """
+    config.check()
+    sources = sorted(expand_sources(config.sources))
+    output = Path(config.output).expanduser().absolute()
+    with locked(output):
+        plan = Plan.of(config, sources, _block_bytes(config, sources))
+        there = taken(output, plan, overwrite)
+        if there is not None:
+            return there, False
+        try:
+            folder, plan, finished = begin(output, plan, restart)
+            if finished is None:
+                with Workers(config.processes) as workers:
+                    _Preparation(config, plan, folder, progress or (lambda *_: None), workers).run()
+            return publish(folder, output), True
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise DataError(
+                f"{output}: the disk is full ({error.strerror}); make room, and start the same command again: it goes "
+                f"on."
+            ) from error
+
+
+def _block_bytes(config: PrepareConfig, sources: list[str]) -> int:
+    """Small inputs are cut as well, so that workers share them."""
+    known = sum(Path(source).stat().st_size for source in sources if Path(source).is_file())
+    most = min(LARGEST_BLOCK, config.memory_mb * MIB // (MAP_MEMORY * config.processes))
+    return max(SMALLEST_BLOCK, min(most, known // 8) if known else most)
+
+
+class _Preparation:
+    def __init__(self, config: PrepareConfig, plan: Plan, folder: Path, progress: Progress, workers: Workers) -> None:
+        self.config, self.plan, self.folder, self.progress, self.workers = config, plan, folder, progress, workers
+        self.work = folder / "work"
+        for name in ("sources", "map", "shards"):
+            (self.work / name).mkdir(exist_ok=True)
+        for rest in [*self.work.glob("*/*.partial"), *self.work.glob("*/.*.partial")]:
+            rest.unlink()  # of processes that were killed
+
+    def run(self) -> None:
+        inputs = self._hold_out()
+        stored = self._map()
+        names = [self._map_task().path(i, k) for i, source in enumerate(stored) for k in range(source.blocks)]
+        counts = Counts()
+        size = 0
+        for name in names:
+            part, _, _ = read_notes(name)
+            counts.add(part)
+            size += name.stat().st_size
+        if not counts.kept:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.filtered.items()))
+            raise DataError(
+                f"{self.plan.output}: no record passes the filters ({reasons}); change them and add --restart."
+            )
+        shards = shard_count(counts.kept_bytes)
+        room = self.config.memory_mb * MIB / self.config.processes / REDUCE_MEMORY
+        task = ReduceTask(
+            self.work / "shards",
+            tuple(names),
+            PROTEIN,
+            self.config.deduplicate,
+            shards,
+            ranges=max(1, math.ceil(size / shards / room)),
+        )
+        self._reduce(task)
+        sources = [
+            Source(source.name, each.size, each.sha256) for source, each in zip(self.plan.sources, stored, strict=True)
+        ]
+        held_out = json.loads((self.work / "held_out.json").read_text())
+        finish(self.folder, task, self.plan, sources, inputs, counts, held_out["families"], held_out["names"])
+
+    def _hold_out(self) -> list[Source]:
+        """Read the lists of the ood split once; what they are."""
+        notes = self.work / "held_out.json"
+        if not notes.exists():
+            held_out = read_held_out(self.config)
+            if held_out.names.size:
+                np.save(self.work / "held_out.npy", held_out.names)
+            inputs = [Source(file.name, file.size or 0, sha256_of(Path(file.name))) for file in self.plan.inputs]
+            values = {
+                "families": held_out.families,
+                "names": int(held_out.names.size),
+                "inputs": list(map(asdict, inputs)),
+            }
+            write_text(notes, json.dumps(values))
+        return [Source(**source) for source in json.loads(notes.read_text())["inputs"]]
+
+    def _map_task(self) -> MapTask:
+        names = self.work / "held_out.npy"
+        return MapTask(self.work / "map", self.config, names if names.exists() else None, self.plan.block_bytes)
+
+    def _map(self) -> list[Stored]:
+        """Put the rows of every source aside; what each source is made of."""
+        notes = [self.work / "sources" / f"{i:05d}.json" for i in range(len(self.plan.sources))]
+        todo = [i for i, note in enumerate(notes) if not note.exists()]
+        task = self._map_task()
+        reading = _Reading(self.plan, task, self.progress, done=[i for i in range(len(notes)) if i not in set(todo)])
+        work = partial(_map_any, task)
+        # starting a process takes longer than reading a small file
+        most = 1 if reading.left is not None and reading.left < SMALLEST_BLOCK else self.config.processes
+        blocks = in_threads([partial(reading.blocks, i) for i in todo], min(most, len(todo)))
+        for (index, _, block), whole in self.workers.share(work, blocks, most):
+            for i, stored in reading.note(index, block, whole):
+                write_text(notes[i], json.dumps(asdict(stored)))
+        for i, stored in reading.finished():
+            write_text(notes[i], json.dumps(asdict(stored)))
+        return [Stored(**json.loads(note.read_text())) for note in notes]
+
+    def _reduce(self, task: ReduceTask) -> None:
+        todo = [shard for shard in range(task.shards) if not task.notes(shard).exists()]
+        done = task.shards - len(todo)
+        self.progress("shards", done, task.shards)
+        for _ in self.workers.share(partial(reduce_shard, task), todo, len(todo)):
+            done += 1
+            self.progress("shards", done, task.shards)
+
+
+# (number of the source, its name, block; None: the source is to be read whole)
+Task = tuple[int, str, "Block | None"]
+
+
+def _map_any(task: MapTask, item: Task) -> Stored | None:
+    index, name, block = item
+    if block is None:
+        return map_whole(task, index, name)
+    map_block(task, index, block)
+    return None
+
+
+class _Reading:
+    """Which sources have been read to their end, and which of their blocks are still with a worker."""
+
+    def __init__(self, plan: Plan, task: MapTask, progress: Progress, done: list[int]) -> None:
+        self.plan, self.task, self.progress = plan, task, progress
+        sizes = [source.size for source in plan.sources]
+        self.total = None if None in sizes else sum(size or 0 for size in sizes)
+        self.read = sum(sizes[i] or 0 for i in done)
+        self.left = None if self.total is None else self.total - self.read
+        self.sent: Counter[int] = Counter()
+        self.back: Counter[int] = Counter()
+        self.stored: dict[int, Stored] = {}
+
+    def blocks(self, index: int) -> Iterator[Task]:
+        """The blocks of a source that are not put aside yet."""
+        name = self.plan.sources[index].name
+        stored = Stored()
+        for block in cut(name, self.task.block_bytes, stored, self._advance):
+            path = self.task.path(index, block.number)
+            if path.exists():
+                if read_notes(path)[1] != block.checksum:
+                    raise DataError(f"{name} has changed since the preparation began; start over with --restart.")
+                continue
+            self.sent[index] += 1
+            yield index, name, block
+        if stored.blocks:
+            self.stored[index] = stored
+        else:
+            self.sent[index] += 1
+            yield index, name, None
+
+    def note(self, index: int, block: Block | None, whole: Stored | None) -> Iterator[tuple[int, Stored]]:
+        """A task came back; the sources that are finished with it."""
+        self.back[index] += 1
+        if whole is not None:
+            self.stored[index] = whole
+            self._advance(whole.size)
+        yield from self.finished()
+
+    def finished(self) -> Iterator[tuple[int, Stored]]:
+        for index in [i for i in list(self.stored) if self.sent[i] == self.back[i]]:
+            yield index, self.stored.pop(index)
+
+    def _advance(self, size: int) -> None:
+        self.read += size
+        self.progress("bytes", self.read, self.total)

@@ -1,0 +1,174 @@
+"""The end of a preparation: shards become a folder that `datasets.load_from_disk` opens, under its final name."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from .manifest import (
+    MANIFEST,
+    DataFile,
+    Manifest,
+    Source,
+    SplitInfo,
+    describe_lengths,
+    fingerprint,
+    read_manifest,
+    sha256_of,
+)
+from .prepare_map import SPLITS, Counts
+from .prepare_plan import Plan
+from .prepare_reduce import Part, ReduceTask, read_parts, schema, split_digest, write_text
+from .vocabulary import Vocabulary
+
+OFFSETS = "offsets.npy"
+PACKAGES = ("datasets", "pyarrow", "numpy")
+
+
+def finish(
+    folder: Path,
+    task: ReduceTask,
+    plan: Plan,
+    sources: list[Source],
+    inputs: list[Source],
+    counts: Counts,
+    families: list[str],
+    listed: int,
+) -> Manifest:
+    """Put the shards in their places, and write what describes them; the manifest last. May be called again."""
+    parts = [read_parts(task, shard) for shard in range(task.shards)]
+    splits: dict[str, SplitInfo] = {}
+    for name in SPLITS:
+        of_split = [(task.arrow(shard, name), part[name]) for shard, part in enumerate(parts) if name in part]
+        if of_split:
+            splits[name] = _finish_split(folder, name, of_split, task.vocabulary)
+    mark = fingerprint(task.vocabulary, splits)
+    for name, split in splits.items():
+        arrow = [Path(file.name).name for file in split.files if file.rows is not None]
+        _describe(folder / name, arrow, f"{mark[:16]}-{name}", task)
+        split.files += [_data_file(folder, f"{name}/{described}") for described in ("dataset_info.json", "state.json")]
+    write_text(folder / "dataset_dict.json", json.dumps({"splits": list(splits)}))
+    records = sum(split.records for split in splits.values())
+    manifest = Manifest(
+        fingerprint=mark,
+        vocabulary=task.vocabulary,
+        splits=splits,
+        settings=plan.settings,
+        sources=sources,
+        inputs=inputs,
+        files=[_data_file(folder, "dataset_dict.json")],
+        report={
+            "records": counts.records,
+            "tokens": counts.tokens,
+            "filtered": dict(sorted(counts.filtered.items())),
+            "unknown_letters": dict(sorted(counts.unknown.items())),
+            "duplicates": counts.kept - records,
+            "held_out_families": families,
+            "held_out_names": listed,
+            "held_out": dict(sorted(counts.held_out.items())),
+        },
+        versions={"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+    )
+    write_text(folder / MANIFEST, manifest.text())
+    return manifest
+
+
+def publish(folder: Path, output: Path) -> Manifest:
+    """Give a finished folder its name; a corpus that has it gives way."""
+    shutil.rmtree(folder / "work", ignore_errors=True)
+    for path in [*folder.rglob("*/"), folder]:
+        _sync(path)
+    old = output.with_name(f".{output.name}.old")
+    if output.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        output.rename(old)
+    folder.rename(output)
+    _sync(output.parent)
+    shutil.rmtree(old, ignore_errors=True)
+    return read_manifest(output)
+
+
+def _finish_split(folder: Path, name: str, parts: list[tuple[Path, Part]], vocabulary: Vocabulary) -> SplitInfo:
+    (folder / name).mkdir(exist_ok=True)
+    files, lengths, cells = [], Counter[int](), {}
+    for number, (path, part) in enumerate(parts):
+        place = folder / name / f"data-{number:05d}-of-{len(parts):05d}.arrow"
+        if path.exists():  # else it was moved before an interruption
+            path.replace(place)
+        files.append(DataFile(f"{name}/{place.name}", part["size"], part["sha256"], part["rows"]))
+        lengths.update({int(length): count for length, count in part["lengths"].items()})
+        cells.update({int(cell): digest for cell, digest in part["cells"].items()})
+    records, tokens = (sum(part[key] for _, part in parts) for key in ("rows", "tokens"))
+    _write_offsets(folder / name / OFFSETS, [folder / file.name for file in files], records)
+    files.append(_data_file(folder, f"{name}/{OFFSETS}"))
+    shortest = min(part["shortest"] for _, part in parts)
+    longest = max(part["longest"] for _, part in parts)
+    description = describe_lengths(dict(lengths), shortest, longest)
+    return SplitInfo(records, tokens, split_digest(cells), description, files)
+
+
+def _data_file(folder: Path, name: str) -> DataFile:
+    return DataFile(name, (folder / name).stat().st_size, sha256_of(folder / name))
+
+
+def _write_offsets(path: Path, files: list[Path], records: int) -> None:
+    """Where each record begins in the flat stream of tokens, and where the last one ends: (records + 1,) int64."""
+    aside = path.with_suffix(".partial")
+    try:
+        with aside.open("wb") as handle:
+            description = {"descr": "<i8", "fortran_order": False, "shape": (records + 1,)}
+            np.lib.format.write_array_header_1_0(handle, description)
+            handle.write(np.zeros(1, dtype="<i8").tobytes())
+            end = 0
+            for offsets in _token_offsets(files):
+                handle.write((offsets[1:] + (end - offsets[0])).astype("<i8").tobytes())
+                end += int(offsets[-1] - offsets[0])
+            handle.flush()
+            os.fsync(handle.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _token_offsets(files: list[Path]) -> Iterator[npt.NDArray[np.int64]]:
+    import pyarrow as pa
+
+    for path in files:
+        with pa.memory_map(str(path)) as handle, pa.ipc.open_stream(handle) as reader:
+            for batch in reader:
+                yield batch.column("tokens").offsets.to_numpy()
+
+
+def _describe(folder: Path, files: list[str], mark: str, task: ReduceTask) -> None:
+    """The two files by which `datasets` knows the Arrow files of a split."""
+    from datasets import DatasetInfo, Features
+
+    DatasetInfo(features=Features.from_arrow_schema(schema(task.vocabulary))).write_to_directory(str(folder))
+    state: dict[str, object] = {
+        "_data_files": [{"filename": name} for name in files],
+        "_fingerprint": mark,
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": folder.name,
+    }
+    write_text(folder / "state.json", json.dumps(state, indent=2))
+
+
+def _sync(folder: Path) -> None:
+    """A rename is on disk when its folder is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,216 @@
+"""From sequence files to rows of a corpus: sources are cut into blocks by one reader, and parsed by many workers.
+
+A block is the text of whole records. It is shipped as it stands; taking the records out of it is the workers' share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from .errors import DataError
+from .fasta import KNOWN, UNKNOWN_BYTE, UNKNOWN_TO_X, Record, _line_of, parse_records
+from .proteins import read_proteins
+from .sources import open_binary, reading_error
+from .vocabulary import LETTERS, PROTEIN, TABLE, Vocabulary
+
+READ_SIZE = 1 << 20
+LONGEST = 1 << 30  # bytes of one record; beyond, memory would end before the file does
+TAXID = re.compile(r"\b(?:TaxID|OX)=(-?\d+)")
+NO_TAXID = -1
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+SPACES = b"\n "
+
+
+class Row(NamedTuple):
+    """One record as a corpus keeps it; ``tokens`` holds ids in the vocabulary's dtype."""
+
+    identifier: str
+    tokens: bytes
+    taxid: int
+
+
+class Reader(Protocol):
+    """How records of one kind become rows."""
+
+    vocabulary: Vocabulary
+
+    def whole(self, source: str) -> Iterator[Row]:
+        """All rows of a source that is not cut into blocks."""
+
+    def block(self, block: Block) -> Iterator[Row]:
+        """The rows of a block."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Whole records of FASTA text: lines end in LF, the first one begins with '>'."""
+
+    source: str
+    number: int  # of the block in its source, from 0
+    first_line: int
+    text: bytes
+    checksum: int  # CRC-32 of the text
+
+
+@dataclass
+class Stored:
+    """What a source is made of, known once it has been read to its end."""
+
+    size: int = 0
+    sha256: str = ""
+    blocks: int = 0  # 0: the source is no plain FASTA, and is read whole by one worker
+
+
+def cut(
+    source: str,
+    block_bytes: int,
+    stored: Stored,
+    progress: Callable[[int], object] | None = None,
+) -> Iterator[Block]:
+    """Read a FASTA source once, in blocks of about ``block_bytes``, and fill ``stored`` at the end.
+
+    Yields nothing of a source that does not begin with a record: ``Reader.whole`` reads it, or says what is wrong.
+    ``progress`` is called with the number of bytes of the source that were read. Raises DataError for a source that
+    cannot be read, and for a record beyond LONGEST.
+    """
+    digest = hashlib.sha256()
+
+    def watch(piece: memoryview) -> None:
+        digest.update(piece)
+        stored.size += len(piece)
+        if progress is not None:
+            progress(len(piece))
+
+    lines = 0
+    with open_binary(source, "FASTA", watch) as handle:
+        head = handle.peek(4)[:4].removeprefix(BYTE_ORDER_MARK)
+        if not head.startswith(b">"):
+            return
+        try:
+            for text in _pieces(_with_line_feeds(handle), source, block_bytes):
+                yield Block(source, stored.blocks, lines + 1, text, zlib.crc32(text))
+                stored.blocks += 1
+                lines += text.count(b"\n")
+        except DataError:
+            raise
+        except Exception as error:  # gzip's, the network's, or those of a filesystem plugin
+            raise reading_error(source, lines, error) from error
+    stored.sha256 = digest.hexdigest()
+
+
+def checksum(source: str) -> Stored:
+    """Size and SHA-256 of a source that is read whole; raises DataError where it cannot be read."""
+    digest = hashlib.sha256()
+    stored = Stored()
+
+    def watch(piece: memoryview) -> None:
+        digest.update(piece)
+        stored.size += len(piece)
+
+    with open_binary(source, "FASTA", watch) as handle:
+        try:
+            while handle.read(READ_SIZE):
+                pass
+        except Exception as error:
+            raise reading_error(source, None, error) from error
+    stored.sha256 = digest.hexdigest()
+    return stored
+
+
+def _with_line_feeds(handle: io.BufferedReader) -> Iterator[bytes]:
+    """The text in pieces, where CRLF and CR have become LF."""
+    held = b""  # a CR at the end of a piece may be the first half of a CRLF
+    first = True
+    while piece := handle.read(READ_SIZE):
+        if first:
+            piece, first = piece.removeprefix(BYTE_ORDER_MARK), False
+        if held or b"\r" in piece:
+            piece = held + piece
+            held = b"\r" if piece.endswith(b"\r") else b""
+            piece = piece[: len(piece) - len(held)].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        yield piece
+    if held:
+        yield b"\n"
+
+
+def _pieces(texts: Iterable[bytes], source: str, block_bytes: int) -> Iterator[bytes]:
+    """The same text, cut before a '>' that begins a line."""
+    buffer = bytearray()
+    searched = 0
+    for text in texts:
+        buffer += text
+        if len(buffer) < block_bytes + searched:
+            continue
+        border = buffer.rfind(b"\n>", searched)
+        if border < 0:
+            if len(buffer) > LONGEST:
+                raise DataError(
+                    f"{source}: a record is longer than {LONGEST >> 20:,} MiB; check that the file is FASTA, or cut it."
+                )
+            searched = len(buffer) - 1
+            continue
+        yield bytes(buffer[: border + 1])
+        del buffer[: border + 1]
+        searched = 0
+    if buffer:
+        yield bytes(buffer)
+
+
+@dataclass
+class ProteinReader:
+    """Rows of protein records, and a count of the letters that have no token.
+
+    refuse: raise DataError for such a letter instead of reading it as X.
+    unknown: how often each was read as X.
+    """
+
+    refuse: bool = False
+    unknown: Counter[str] = field(default_factory=Counter)
+    vocabulary: Vocabulary = PROTEIN
+
+    def whole(self, source: str) -> Iterator[Row]:
+        """The rows of ``read_proteins(source)``, and its errors."""
+        return map(self._row, read_proteins(source))
+
+    def block(self, block: Block) -> Iterator[Row]:
+        """The rows of a block: those that read_proteins would give, and its errors, several times as fast."""
+        line = block.first_line
+        for part in block.text[1:].split(b"\n>"):
+            header, _, body = part.partition(b"\n")
+            tokens = body.translate(TABLE, SPACES)
+            title = header.decode("utf-8", "replace")
+            words = title.split(None, 1)
+            if not words or not tokens or UNKNOWN_BYTE in tokens:
+                text = io.StringIO(">" + part.decode("utf-8", "replace") + "\n")
+                yield from map(self._row, parse_records(text, block.source, line))
+            else:
+                yield Row(words[0], tokens, taxid(title))
+            line += part.count(b"\n") + 1
+
+    def _row(self, record: Record) -> Row:
+        letters = record.sequence.encode("ascii")
+        tokens = letters.translate(TABLE)
+        if UNKNOWN_BYTE in tokens:
+            if self.refuse:
+                first = tokens.index(UNKNOWN_BYTE)
+                raise DataError(
+                    f"{record.source}, line {_line_of(record.source, record.line, first)}: character "
+                    f"'{record.sequence[first]}' in record '{record.identifier}' is none of {LETTERS}; correct it, or "
+                    f"set unknown=x, which reads such characters as X."
+                )
+            self.unknown.update(letters.translate(None, KNOWN).decode().upper())
+            tokens = tokens.translate(UNKNOWN_TO_X)
+        return Row(record.identifier, tokens, taxid(record.description))
+
+
+def taxid(header: str) -> int:
+    """The TaxID in a header of UniRef (TaxID=) or UniProtKB (OX=); NO_TAXID without one."""
+    found = TAXID.search(header)
+    return int(found[1]) if found else NO_TAXID

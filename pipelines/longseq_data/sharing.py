@@ -1,0 +1,102 @@
+"""How a step's samples are shared out, and what gives them: the same for files that stream in and prepared corpora."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from .vocabulary import IGNORE, PROTEIN, Vocabulary
+
+if TYPE_CHECKING:
+    from .streaming import Sample
+
+Arrays = dict[str, npt.NDArray]  # a batch in types as small as the tokens allow; torch wants int64
+MakeBatch = Callable[[], Arrays]  # a batch is planned by every worker, and made by one
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of one rank in every step. Raises ValueError for impossible sizes."""
+
+    batch_sequences: int  # rows of a micro-batch
+    accumulate: int  # micro-batches a step
+    rank: int
+    world: int
+
+    def __post_init__(self) -> None:
+        if min(self.batch_sequences, self.accumulate, self.world) < 1 or not 0 <= self.rank < self.world:
+            raise ValueError(
+                f"need batch_sequences, accumulate, world >= 1 and 0 <= rank < world, "
+                f"not {self.batch_sequences}, {self.accumulate}, {self.world} and rank {self.rank}"
+            )
+
+    @property
+    def rank_samples(self) -> int:
+        """Samples of this rank in a step."""
+        return self.accumulate * self.batch_sequences
+
+    @property
+    def step_samples(self) -> int:
+        """Samples of a step, over all ranks and micro-batches."""
+        return self.world * self.rank_samples
+
+
+class Samples(Protocol):
+    """One split of some data, as samples in an order that is a function of the settings alone."""
+
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+
+    @property
+    def objective(self) -> str: ...
+
+    @property
+    def split(self) -> str | None: ...
+
+    @property
+    def sources(self) -> tuple[str, ...]: ...
+
+    def training(self, start: int, share: Share, warn: bool = False) -> Iterator[MakeBatch]:
+        """The micro-batches of a rank without end, from the step that begins with sample ``start`` on."""
+        ...
+
+    def evaluation(self, share: Share, max_samples: int | None = None) -> Iterator[MakeBatch]:
+        """The batches of a rank in one pass over the split; equally many on every rank."""
+        ...
+
+    def target_counts(self, max_targets: int | None = None) -> npt.NDArray[np.int64]:
+        """How often each token is a target in an evaluation pass, (vocabulary size,): the empirical baseline."""
+        ...
+
+    def measuring(self) -> Samples:
+        """The same, whose evaluation batches say what their targets stand for, where these samples can."""
+        ...
+
+
+def collate(samples: Sequence[Sample], rows: int, vocabulary: Vocabulary = PROTEIN) -> Arrays:
+    """ "tokens" and "targets", and "segments" where samples have them, (rows, longest sample).
+
+    Padded with the vocabulary's pad, IGNORE and -1. Rows beyond the samples are filler; without any sample they are one
+    token long.
+    """
+    length = max((len(sample.tokens) for sample in samples), default=1)
+    batch = filler(rows, length, vocabulary, segments=any(sample.segments is not None for sample in samples))
+    for row, sample in enumerate(samples):
+        for name, into in batch.items():
+            values = getattr(sample, name)
+            into[row, : len(values)] = values
+    return batch
+
+
+def filler(rows: int, length: int, vocabulary: Vocabulary, segments: bool) -> Arrays:
+    """A batch without samples."""
+    fill = {"tokens": vocabulary.pad, "targets": IGNORE, **({"segments": -1} if segments else {})}
+    dtypes = {"segments": np.dtype(np.int32)}
+    return {
+        name: np.full((rows, length), value, dtype=dtypes.get(name, vocabulary.target_dtype))
+        for name, value in fill.items()
+    }

@@ -1,0 +1,186 @@
+"""Hugging Face ``tokenizers`` files: their vocabulary, texts to ids and what each id stands for, and their training."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from .documents import Text, TokenDocument, words_before
+from .errors import DataError
+from .sources import one_line
+from .vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+Counts = npt.NDArray[np.int64]
+
+# What tokenizers call the special tokens. Ours come first; `longseq data tokenizer` writes these.
+SPECIAL_NAMES: dict[str, tuple[str, ...]] = {
+    "bos": ("<bos>", "<s>", "[BOS]", "<|startoftext|>", "<|begin_of_text|>"),
+    "eos": ("<eos>", "</s>", "[EOS]", "<|endoftext|>", "<|end_of_text|>"),
+    "pad": ("<pad>", "[PAD]", "<|pad|>"),
+    "mask": ("<mask>", "[MASK]"),
+}
+SPECIAL = tuple(names[0] for names in SPECIAL_NAMES.values())
+
+
+@lru_cache(maxsize=4)
+def load_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer of a JSON file, without truncation, padding, or an eye for special tokens written in the text.
+
+    Raises DataError for a file that is missing or no tokenizer.
+    """
+    # It warns of, and gives up, its threads when a loader's process is forked. Documents come one at a time anyway.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from tokenizers import Tokenizer
+
+    if not Path(path).is_file():
+        raise DataError(
+            f"{path}: no such tokenizer file; train one with `longseq data tokenizer`, or correct its name."
+        )
+    try:
+        tokenizer = Tokenizer.from_file(path)
+    except Exception as error:  # the library raises Exception itself
+        raise DataError(
+            f"{path}: no tokenizer that Hugging Face tokenizers can read ({one_line(error)[:200]}); give a "
+            "tokenizer.json."
+        ) from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+@lru_cache(maxsize=4)
+def tokenizer_vocabulary(path: str) -> Vocabulary:
+    """The tokenizer's ids, with those of BOS, EOS, PAD and MASK appended where it has none at its end.
+
+    Special tokens among the ordinary ones (BERT's [PAD] has id 0) stay ids that no text contains.
+    """
+    tokenizer = load_tokenizer(path)
+    ids = tokenizer.get_vocab(with_added_tokens=True)
+    if not ids:
+        raise DataError(f"{path}: this tokenizer has no tokens at all; train it first.")
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    names = {id_: name for name, id_ in ids.items()}
+    known = {name for every in SPECIAL_NAMES.values() for name in every}
+    size = ordinary = max(ids.values()) + 1
+    while names.get(ordinary - 1) in special & known:
+        ordinary -= 1
+    found: dict[str, int] = {}
+    for role, candidates in SPECIAL_NAMES.items():
+        own = [ids[name] for name in candidates if ids.get(name, -1) >= ordinary]
+        found[role] = own[0] if own else size
+        size += not own
+    return Vocabulary(path, size, **found, ordinary=ordinary, replacements=ordinary)
+
+
+def tokenise(text: Text, path: str, strict: bool, measured: bool) -> TokenDocument:
+    """A text as ids. ``measured``: the document can say how many bytes and words its tokens stand for."""
+    vocabulary, written = tokenizer_vocabulary(path), decoded(text, strict)
+    # "fast" leaves out where in the text each token stands, which takes half of the time
+    (encoding,) = load_tokenizer(path).encode_batch_fast([written], add_special_tokens=False)
+    tokens = np.array(encoding.ids, dtype=vocabulary.dtype)
+    extents = partial(_extents, written, path) if measured else None
+    return TokenDocument(text.identifier, text.source, text.line, tokens, extents)
+
+
+def decoded(text: Text, strict: bool) -> str:
+    """The text's characters; a byte that is not UTF-8 reads as U+FFFD, or is refused where ``strict``."""
+    try:
+        return text.data.decode()
+    except UnicodeDecodeError as error:
+        if strict:
+            line = text.line + text.data.count(b"\n", 0, error.start)
+            raise DataError(
+                f"{text.source}, line {line}: byte 0x{text.data[error.start]:02x} is not UTF-8; convert the file, or "
+                "set data.strict=false, which reads it as U+FFFD."
+            ) from None
+        return text.data.decode(errors="replace")
+
+
+def _extents(text: str, path: str) -> tuple[Counts, Counts]:
+    """Bytes and words before each token of a text, and in all: (tokens + 1,) each.
+
+    What a tokenizer leaves out, white space mostly, counts to the token after it, and at the end to the last one: so
+    every byte counts once.
+    """
+    offsets = load_tokenizer(path).encode(text, add_special_tokens=False).offsets
+    data = text.encode()
+    first_bytes = np.frombuffer(data, dtype=np.uint8) & 0xC0 != 0x80
+    byte_of = np.append(np.flatnonzero(first_bytes), len(data))  # of each character, and the end
+    ends = np.maximum.accumulate(np.array([0, *(end for _, end in offsets)], dtype=np.int64))
+    n_bytes = byte_of[ends].astype(np.int64)
+    n_bytes[-1] = len(data)
+    return n_bytes, words_before(data)[n_bytes]
+
+
+def train_tokenizer(texts: Iterable[str], model: str, size: int, show_progress: bool = False) -> Tokenizer:
+    """A tokenizer of at most ``size`` tokens, the four special ones included, trained on ``texts``.
+
+    model: "unigram" (Kudo, arXiv 1804.10959; SentencePiece's, as in the paper's PG-19) or "bpe". Both work on bytes, so
+    that every text can be written, and read back as it was; pieces do not reach over the white space between words.
+    Training "bpe" is repeatable; "unigram" differs in the last digits of its scores from one time to the next.
+
+    Raises DataError if the texts are too few for any token.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    pieces = size - len(SPECIAL)
+    empty, train = (models.BPE, trainers.BpeTrainer) if model == "bpe" else (models.Unigram, trainers.UnigramTrainer)
+    tokenizer = Tokenizer(empty())
+    trainer = train(vocab_size=pieces, initial_alphabet=alphabet, show_progress=show_progress)
+    if model == "bpe":  # GPT-2's pattern: words, numbers and punctuation apart
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        # SentencePiece's: at spaces only. The trainer takes its first candidates from what different words have in
+        # common: where punctuation is split off, the frequent " and " is like no other word, and is never a candidate.
+        lines = pre_tokenizers.Split(Regex("\n"), "isolated")
+        words = pre_tokenizers.Split(" ", "merged_with_next")
+        plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([lines, words, plain])
+    tokenizer.decoder = decoders.ByteLevel()
+    try:
+        tokenizer.train_from_iterator(_chunks(texts), trainer)
+    except DataError:
+        raise
+    except Exception as error:  # the library raises Exception itself
+        raise DataError(
+            f"No {model} tokenizer of {size:,} tokens can be trained on these texts ({one_line(error)[:200]}); give "
+            "more text, or ask for fewer tokens."
+        ) from error
+    tokenizer.add_special_tokens(list(SPECIAL))
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
+    """Write the JSON file: aside first, so that it is whole or not there."""
+    partial_path = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial_path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+        partial_path.replace(path)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be written ({error.strerror or error}): choose a folder that you can write to."
+        ) from error
+
+
+def _chunks(texts: Iterable[str], characters: int = 1 << 16) -> Iterator[str]:
+    """The texts in pieces, cut at white space where there is any: the trainer holds many of what it is given."""
+    for text in texts:
+        start = 0
+        while len(text) - start > characters:
+            end = text.rfind(" ", start + characters // 2, start + characters)
+            end = end if end > start else start + characters
+            yield text[start:end]
+            start = end
+        yield text[start:]

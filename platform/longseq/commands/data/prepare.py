@@ -1,0 +1,63 @@
+"""Prepare a corpus: filter, drop duplicates, split, shuffle, and write a Hugging Face Arrow dataset with a manifest.
+
+Interrupted at any moment, the same command goes on where it stopped. The corpus gets its name when it is whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+from longseq_data.prepare_config import PrepareConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, help="a YAML file with the keys below")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", default=[], help="e.g. sources='[a.fasta.gz]'")
+    parser.add_argument("--overwrite", action="store_true", help="replace a corpus that exists")
+    parser.add_argument(
+        "--restart", action="store_true", help="forget what an interrupted preparation has done, and start over"
+    )
+    parser.epilog = _help_on_keys()
+
+
+def run(args: argparse.Namespace) -> int:
+    from longseq.commands.data.progress import Bar
+    from longseq.errors import ConfigError
+    from longseq.flat_config import load_flat
+    from longseq.run import as_typed
+    from longseq_data.errors import DataError
+    from longseq_data.inspection import report_lines
+    from longseq_data.prepare import prepare
+
+    config = load_flat(PrepareConfig, args.config, args.overrides, "longseq data prepare --help")
+    try:
+        config.check()
+    except DataError as error:
+        raise ConfigError(f"{args.config}{' and its overrides' if args.overrides else ''}: {error}") from None
+    try:
+        with Bar({"bytes": ("reading", "B"), "shards": ("writing", " shards")}) as bar:
+            manifest, new = prepare(config, overwrite=args.overwrite, restart=args.restart, progress=bar)
+    except KeyboardInterrupt:
+        print("Interrupted. The same command goes on from here.", file=sys.stderr)
+        raise
+    output = as_typed(Path(config.output).expanduser().absolute())
+    for line in report_lines(output, manifest):
+        print(line)
+    print(f"\nCheck it:  longseq data verify {output}" if new else "\nIt was there already: nothing has changed.")
+    return 0
+
+
+def _help_on_keys() -> str:
+    lines = ["configuration keys (type, default, meaning):", ""]
+    for item in fields(PrepareConfig):
+        default = item.default if item.default is not MISSING else []
+        choices = f" [{' | '.join(item.metadata['choices'])}]" if item.metadata["choices"] else ""
+        shown = "null" if default is None else default
+        lines.append(f"  {item.name}: {str(item.type).removesuffix(' | None')} = {shown}")
+        text = f"{item.metadata['meaning']}{choices}"
+        lines += textwrap.wrap(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)

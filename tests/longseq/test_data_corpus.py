@@ -1,0 +1,164 @@
+"""What a configuration may say beside a prepared corpus, and how a run knows its data again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from longseq.commands.training import check_data
+from longseq.config import Config
+from longseq.config_loading import load_config
+from longseq.data import corpus_of, identities, resolve_sources, split_spec, vocabulary
+from longseq.errors import ConfigError, RunError
+from longseq.run import Run
+from longseq_data.corpus_samples import CorpusSpec
+from longseq_data.errors import DataError
+from longseq_data.prepare import prepare
+from longseq_data.prepare_config import PrepareConfig
+from longseq_data.streaming import StreamSpec
+from longseq_data.synthetic import SyntheticSpec, write_fasta
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a person would stand: files, a corpus with an ood split, one of training alone, an unfinished one."""
+    monkeypatch.chdir(tmp_path)
+    write_fasta(SyntheticSpec(families=3, records=120, mean_length=40), tmp_path / "proteins.fasta")
+    (tmp_path / "ids.txt").write_text("".join(f"{line.split()[0][1:]}\n" for line in headers(tmp_path)[:9]))
+    (tmp_path / "books.txt").write_text("Es war einmal.\n" * 40)
+    plain = {"sources": ["proteins.fasta"], "workers": 1}
+    prepare(PrepareConfig(**plain, output="corpus", valid_fraction=0.1, ood_ids="ids.txt"))
+    prepare(PrepareConfig(**plain, output="train-only", valid_fraction=0, test_fraction=0))
+    (tmp_path / "begun.partial").mkdir()
+    (tmp_path / "small.yaml").write_text("data: {train: corpus, length: 32, batch_tokens: 256}")
+    return tmp_path
+
+
+def headers(folder: Path) -> list[str]:
+    return [line for line in (folder / "proteins.fasta").read_text().splitlines() if line.startswith(">")]
+
+
+@pytest.fixture
+def resolved(folder: Path) -> Callable[..., Config]:
+    def resolved(*overrides: str) -> Config:
+        config = load_config(folder / "small.yaml", overrides)
+        resolve_sources(config)
+        return config
+
+    return resolved
+
+
+def test_the_splits_and_the_vocabulary_are_those_of_the_corpus(resolved, folder, capsys):
+    config = resolved("data.reset=true")
+    assert vocabulary(config).name == "protein"
+    for split in ("train", "valid", "test", "ood"):
+        spec = split_spec(config, split)
+        assert isinstance(spec, CorpusSpec)
+        assert (spec.path, spec.split, spec.reset) == (str(folder / "corpus"), split, True)
+        assert corpus_of(config, split) == str(folder / "corpus")
+    check_data(config)
+    said = capsys.readouterr().err
+    assert f"data.ood: {len(split_spec(config, 'ood').corpus)} records" in said
+
+
+def test_files_and_other_corpora_can_stand_beside_it(resolved, folder):
+    config = resolved("data.ood=proteins.fasta", "data.packing=bucket")
+    spec = split_spec(config, "ood")
+    assert isinstance(spec, StreamSpec)
+    assert (spec.split, spec.packing) == (None, "crop")
+    config = resolved("data.train=proteins.fasta", "data.valid=corpus")
+    assert isinstance(split_spec(config, "train"), StreamSpec)
+    assert split_spec(config, "valid").path == str(folder / "corpus")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ("data.train=proteins.fasta data.packing=bucket", "only a prepared corpus knows beforehand: make one with"),
+        ("data.train=[corpus,proteins.fasta]", "a corpus stands alone"),
+        ("data.format=jsonl", "data.format=jsonl says how files are read"),
+        ("data.strict=true", "data.strict=True says how files are read"),
+        ("data.tokenizer=bytes", "was prepared as protein"),
+        ("data.valid_fraction=0.2", "was prepared with valid_fraction=0.1"),
+        ("data.train=train-only", "has no valid split: name files or a corpus in data.valid"),
+        ("data.packing=bucket trainer.accumulate=9", "less than one sequence of data.length=32 for each of"),
+        ("data.packing=bucket data.reset=true", "data.reset=true and data.packing=bucket"),
+    ],
+)
+def test_what_makes_no_sense_with_a_corpus_is_refused_with_a_way_out(resolved, overrides, sentence):
+    with pytest.raises(ConfigError) as caught:
+        resolved(*overrides.split())
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ("data.train=begun", "is not finished; start `longseq data prepare` again"),
+        ("data.train=begun.partial", "is not finished"),
+        ("data.ood=books.txt", "One model cannot read"),
+    ],
+)
+def test_a_corpus_that_cannot_be_trained_on_is_refused(resolved, overrides, sentence):
+    with pytest.raises(DataError) as caught:
+        resolved(*overrides.split())
+    assert sentence in str(caught.value)
+
+
+def test_a_split_that_the_corpus_lacks_is_named_with_those_it_has(resolved):
+    config = resolved("data.train=train-only", "trainer.valid_every=0")
+    with pytest.raises(ConfigError, match=r"there is no ood split: .*train-only has train\. Prepare"):
+        split_spec(config, "ood")
+
+
+def test_buckets_need_no_whole_number_of_sequences(resolved):
+    config = resolved("data.packing=bucket", "data.batch_tokens=300")
+    assert split_spec(config, "train").batch_tokens == 300
+
+
+def test_a_corpus_prepared_anew_with_other_content_is_not_the_runs(resolved, folder):
+    config = resolved()
+    run = Run.create(config, "run")
+    run.record_data(identities(config))
+    run.check_data(config, identities(config))
+    prepare(PrepareConfig(["proteins.fasta"], "corpus", workers=1, valid_fraction=0.1, min_length=30), overwrite=True)
+    with pytest.raises(RunError) as caught:
+        run.check_data(config, identities(config))
+    assert str(caught.value).startswith(f"{folder / 'corpus'} (data.train) has changed since the run was started")
+    assert "data.accept_changes=true" in str(caught.value)
+
+
+def test_a_corpus_prepared_anew_with_the_same_content_is_the_runs(resolved, folder):
+    config = resolved()
+    before = identities(config)
+    again = PrepareConfig(["proteins.fasta"], "corpus", workers=1, valid_fraction=0.1, ood_ids="ids.txt")
+    prepare(again, overwrite=True)
+    assert identities(config) == before
+
+
+def test_a_file_is_known_by_its_size_and_ends_and_not_by_its_time(resolved, folder):
+    config = resolved("data.train=proteins.fasta")
+    before = identities(config)
+    path = folder / "proteins.fasta"
+    content = path.read_bytes()
+    path.write_bytes(content)  # a copy
+    assert identities(config) == before
+    for changed in (content + b"A\n", b">x" + content[2:], content[:-2] + b"W\n"):
+        path.write_bytes(changed)
+        assert identities(config) != before
+
+
+def test_a_folder_of_texts_is_known_by_its_files(tmp_path):
+    from longseq_data.identity import identity_of
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "one.txt").write_text("one")
+    before = identity_of(str(tmp_path))
+    (tmp_path / "b.txt").write_text("two")
+    assert identity_of(str(tmp_path)) != before
+    (tmp_path / "b.txt").unlink()
+    assert identity_of(str(tmp_path)) == before
+    assert identity_of(str(tmp_path / "gone")) is None
+    assert identity_of("hub:a/b#train") is None

@@ -1,0 +1,127 @@
+"""Checkpoints written in the background: named when all ranks' files are there, or not at all."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from longseq.checkpoint import partial_path, remove_partials
+from longseq.run import Run
+from longseq.training.writer import Writer
+from positions import position
+
+
+def writers(run: Run, ranks: int, published: list[int] | None = None) -> list[Writer]:
+    note = (lambda: published.append(1)) if published is not None else (lambda: None)
+    return [Writer(run.checkpoints_dir, rank, ranks, note) for rank in range(ranks)]
+
+
+def begin(run: Run, step: int) -> None:
+    partial_path(run.checkpoints_dir, step).mkdir(parents=True)
+
+
+def test_a_checkpoint_has_its_name_when_the_last_rank_has_written(run):
+    published: list[int] = []
+    zero, one, two = writers(run, 3, published)
+    begin(run, 5)
+    zero.start({"model.safetensors": {"w": torch.ones(3)}, "training/loops.pt": b"x"}, position(5))
+    one.start({"training/rank-00001.safetensors": {"v": torch.zeros(2)}}, position(5))
+    zero.finish_part()
+    one.finish()
+    assert run.checkpoints() == []
+    two.start({}, position(5))  # has nothing of its own to write
+    two.finish()
+    zero.finish()
+    newest, damaged = run.newest_checkpoint()
+    assert damaged == []
+    assert newest.position.step == 5
+    assert load_file(newest.weights_path)["w"].tolist() == [1, 1, 1]
+    files = sorted(path.relative_to(newest.path).as_posix() for path in newest.path.rglob("*") if path.is_file())
+    assert files == ["manifest.json", "model.safetensors", "training/loops.pt", "training/rank-00001.safetensors"]
+    assert published == [1]
+
+
+def test_what_one_rank_cannot_write_is_never_published(run):
+    zero, one = writers(run, 2)
+    begin(run, 5)
+    (partial_path(run.checkpoints_dir, 5) / "training").write_text("a file in the folder's place")
+    zero.start({"model.safetensors": b"weights"}, position(5))
+    one.start({"training/rank-00001.safetensors": b"shard"}, position(5))
+    one.finish_part()
+    assert one.failed
+    assert "exists" in one.reason.lower() or "directory" in one.reason.lower()
+    zero.give_up()
+    zero.finish()
+    assert not zero.failed
+    assert run.checkpoints() == []
+
+
+def test_a_rank_that_never_comes_is_not_waited_for_at_the_end(run):
+    threads = threading.active_count()  # those that other tests have left, too
+    zero, _ = writers(run, 2)
+    begin(run, 5)
+    zero.start({"model.safetensors": b"weights"}, position(5))
+    zero.finish(timeout=0.2)
+    assert run.checkpoints() == []
+    assert threading.active_count() <= threads
+
+
+KILLED = """
+import sys, torch
+from longseq.checkpoint import partial_path
+from longseq.run import Run
+from longseq.training.writer import Writer
+from positions import position
+run = Run.open(sys.argv[1])
+partial_path(run.checkpoints_dir, 8).mkdir()
+writer = Writer(run.checkpoints_dir, 0, 1, lambda: None)
+writer.start({"model.safetensors": {"w": torch.ones(1 << 26)}}, position(8))
+print("writing", flush=True)
+writer.finish()
+"""
+
+
+def test_a_kill_in_the_middle_of_a_write_leaves_the_one_before(run, publish):
+    before = publish(7)
+    tests = Path(__file__).parents[2]
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(run.path)], stdout=subprocess.PIPE, text=True, cwd=tests
+    ) as process:
+        assert process.stdout.readline() == "writing\n"
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert partial_path(run.checkpoints_dir, 8).exists()
+    assert run.newest_checkpoint() == (before, [])
+    remove_partials(run.checkpoints_dir)
+    assert run.newest_checkpoint() == (before, [])
+
+
+def test_one_checkpoint_is_written_at_a_time(run):
+    (writer,) = writers(run, 1)
+    for step in (1, 2):
+        begin(run, step)
+    writer.start({"model.safetensors": b"weights"}, position(1))
+    with pytest.raises(AssertionError, match="not finished"):
+        writer.start({"model.safetensors": b"weights"}, position(2))
+    writer.finish()
+    writer.start({"model.safetensors": b"weights"}, position(2))
+    writer.finish()
+    assert [checkpoint.position.step for checkpoint in run.checkpoints()] == [1, 2]
+
+
+def test_any_failure_is_told_and_not_waited_for(run):
+    """An unknown dtype, say: no error of the disk."""
+    (writer,) = writers(run, 1)
+    begin(run, 1)
+    writer.start({"model.safetensors": {"w": torch.ones(2, dtype=torch.complex64)}}, position(1))
+    writer.finish()
+    assert writer.failed
+    assert writer.reason.startswith("KeyError")
+    assert run.checkpoints() == []

@@ -1,0 +1,125 @@
+"""Proteins joined in bulk are those joined one by one; FASTA by the block is FASTA by the line."""
+
+from __future__ import annotations
+
+import gzip
+import random
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from longseq_data import joined_letters
+from longseq_data.errors import DataError
+from longseq_data.fasta import Encoder, read_records
+from longseq_data.fasta_blocks import read_chunks
+from longseq_data.sharing import Share
+from longseq_data.streaming import StreamSpec, training_windows
+
+
+def fasta(seed: int, records: int) -> str:
+    """Proteins of very different lengths, some with unknown letters, gaps, lower case, blank lines and stops."""
+    rng = random.Random(seed)
+    text = ""
+    for i in range(records):
+        sequence = "".join(rng.choices("ACDEFGHIKLMNPQRSTVWYX", k=rng.choice([1, 2, 9, 30, 200])))
+        if rng.random() < 0.2:
+            sequence = rng.choice(["J", "-", "jj"]) + sequence + rng.choice(["*", "J", ""])
+        width = rng.choice([7, 60])
+        lines = [sequence[j : j + width] for j in range(0, len(sequence), width)]
+        text += (
+            f">p{seed}_{i}{rng.choice(['', ' protein', ' TaxID=1 é'])}\n" + "\n".join(lines) + "\n" * rng.choice([1, 2])
+        )
+    return text
+
+
+@pytest.fixture
+def sources(write) -> tuple[str, ...]:
+    return tuple(write(f"{seed}.fasta", fasta(seed, records)) for seed, records in ((1, 40), (2, 7), (3, 25)))
+
+
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+@pytest.mark.parametrize("length", [2, 5, 64, 700])
+@pytest.mark.parametrize("start", [0, 1, 30, 777])
+def test_joined_in_bulk_as_one_by_one(sources, objective, length, start):
+    spec = StreamSpec(sources, "train", 0.1, 0.1, length, "concat", objective, 4, shuffle_buffer=9)
+    one_by_one, bulk = Encoder(strict=False), Encoder(strict=False)
+    windows = islice(enumerate(training_windows(spec, start), start), 48)
+    expected = [(window, spec.sample(window, g, one_by_one)) for g, window in windows]
+    found = {}
+    for rank in range(3):
+        share = Share(batch_sequences=4, accumulate=2, rank=rank, world=3)
+        for step, batches in enumerate(batched(joined_letters.training(spec, start, share, bulk), 2, 2)):
+            mine = [g for g in range(start + step * 24, start + (step + 1) * 24) if g % 3 == rank]
+            rows = [row for batch in batches for row in zip(batch["tokens"], batch["targets"], strict=True)]
+            found.update(zip(mine, rows, strict=True))
+            scored = sum(spec.scored(expected[g - start][0]) for g in mine)
+            for batch in batches:
+                assert batch["step_targets"] == scored
+                assert batch["samples"] == start + (step + 1) * 24
+    assert sorted(found) == list(range(start, start + 48))
+    for g, (_, sample) in enumerate(expected, start):
+        np.testing.assert_array_equal(found[g][0], sample.tokens)
+        np.testing.assert_array_equal(found[g][1], sample.targets)
+    assert bulk.unknown == one_by_one.unknown
+
+
+def batched(batches, size: int, count: int):
+    for _ in range(count):
+        yield [make() for make in islice(batches, size)]
+
+
+def test_a_strict_stream_names_the_line_of_the_first_letter_it_refuses(write):
+    source = write("a.fasta", ">a\nACD\n>b\nACDEF\nGHJ\n")
+    spec = StreamSpec((source,), None, 0, 0, 4, "concat", "causal", 0, strict=True)
+    makes = joined_letters.training(spec, 0, Share(2, 1, 0, 1), Encoder(strict=True))
+    with pytest.raises(DataError, match=r"a\.fasta, line 5: character 'J' in record 'b'"):
+        list(make() for make in islice(makes, 9))  # noqa: C400
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_blocks_give_the_records_of_lines(write, monkeypatch, end, pack):
+    text = "\ufeff" + fasta(5, 60).replace("\n", end)
+    source = write("a.fasta", pack(text.encode()))
+    expected = [(r.identifier, r.description, r.sequence, r.line, r.length) for r in read_records(source)]
+    for size in (1 << 20, 1, 7, 64):
+        monkeypatch.setattr("longseq_data.fasta_blocks.READ_SIZE", size)
+        chunks = list(read_chunks(source))
+        found = [(r.identifier, r.description, r.sequence, r.line, r.length) for chunk in chunks for r in chunk]
+        assert found == expected
+    assert len(expected) == 60
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b">a\nACD\n>b\n>c\nACD\n",
+        b">a\nACD\n>\nACD\n",
+        b">a\nAC>D\n",
+        b">a\nACD\n;comment\nACD\n",
+        b"ACD\n>a\nACD\n",
+        b"\n\n>a\nACD\n",
+        b">a\nA\x00D\n>b\nACD\n",
+        b">a\nACD\n> b\nACD\n",
+        gzip.compress(b">a\nACD\n>b\nACDEFGH\n" * 300)[:-9],
+        b">a\nAC\xffD\n",
+        b"> \nACD\n",
+        b">\xe9a\nACD\n",
+        b">a",
+        b"",
+    ],
+)
+def test_blocks_refuse_what_lines_refuse_in_the_same_words_after_the_same_records(write, content):
+    source = write("a.fasta", content)
+
+    def read(reader) -> tuple[list[str], str]:
+        found: list[str] = []
+        try:
+            for item in reader(source):
+                found += [record.identifier for record in (item if isinstance(item, list) else [item])]
+        except DataError as error:
+            return found, str(error)
+        return found, ""
+
+    assert read(read_chunks) == read(read_records)
