@@ -12,6 +12,7 @@ from longseq.commands.training import check_data, check_disk, help_on_keys, trai
 from longseq.config_loading import load_config
 from longseq.data import identities, resolve_sources
 from longseq.run import Run
+from longseq.training.deepspeed_settings import check_deepspeed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,8 +22,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from longseq.training.deepspeed_settings import check_deepspeed
-
     config = load_config(args.config, args.overrides)
     resolve_sources(config)
     Run.new(config, default_name=args.config.stem)  # a taken name is said before the data are read

@@ -16,6 +16,7 @@ from longseq.config_loading import save_config
 from longseq.data import identities, resolve_sources
 from longseq.errors import LongseqError, RunError
 from longseq.run import Run
+from longseq.training.deepspeed_settings import check_deepspeed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,8 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from longseq.training.deepspeed_settings import check_deepspeed
-
     run = Run.open(args.run_folder)
     before, config = run.config(), run.config(tuple(args.overrides))
     resolve_sources(config)
