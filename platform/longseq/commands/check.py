@@ -23,7 +23,6 @@ from longseq.launch import local
 from longseq.launch.memory import MemoryEstimate, estimate, gib
 from longseq.run import Run
 
-
 _Result = TypeVar("_Result")
 
 
