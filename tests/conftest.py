@@ -1,8 +1,14 @@
-"""Before anything imports Triton: without a GPU its kernels are interpreted, which Triton decides when imported."""
+"""Before anything is imported: how Triton runs here, and that Ctrl-C means what it does at a terminal."""
 
 import os
+import signal
 
 import torch
 
+# Without a GPU Triton's kernels are interpreted, which it decides when it is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A background job of a shell ignores Ctrl-C, and what it starts inherits that: the tests of Ctrl-C would wait for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -22,10 +22,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from longseq_data.errors import DataError
-from longseq_data.fasta import Encoder, Record, read_records
+from longseq_data.fasta import Encoder, Record
 from longseq_data.fasta_blocks import read_chunks
 from longseq_data.prepare import prepare
 from longseq_data.prepare_config import PrepareConfig
+from longseq_data.proteins import read_proteins
 from longseq_data.reading import Reading
 from longseq_data.verify import verify
 
@@ -103,7 +104,7 @@ def read_or_refused(path: Path, content: bytes, read: Callable[[], object]) -> b
 def read_fasta(path: Path) -> None:
     for strict in (False, True):
         encoder = Encoder(strict=strict)
-        for record in read_records(str(path)):
+        for record in read_proteins(str(path)):
             tokens = encoder.encode(record)
             assert tokens.size == record.length > 0
             assert tokens.max() < 25
@@ -112,7 +113,7 @@ def read_fasta(path: Path) -> None:
 def fuzz_reading(path: Path, content: bytes) -> None:
     """By lines, and by blocks, which must give the same records and the same sentence."""
     read_or_refused(path, content, lambda: read_fasta(path))
-    by_line, by_block = read_records(str(path)), chain.from_iterable(read_chunks(str(path)))
+    by_line, by_block = read_proteins(str(path)), chain.from_iterable(read_chunks(str(path)))
     assert all_said(by_line) == all_said(by_block)
 
 

@@ -11,8 +11,9 @@ import pytest
 
 from longseq_data import joined_letters
 from longseq_data.errors import DataError
-from longseq_data.fasta import Encoder, read_records
+from longseq_data.fasta import Encoder
 from longseq_data.fasta_blocks import read_chunks
+from longseq_data.proteins import read_proteins
 from longseq_data.sharing import Share
 from longseq_data.streaming import StreamSpec, training_windows
 
@@ -82,7 +83,7 @@ def test_a_strict_stream_names_the_line_of_the_first_letter_it_refuses(write):
 def test_blocks_give_the_records_of_lines(write, monkeypatch, end, pack):
     text = "\ufeff" + fasta(5, 60).replace("\n", end)
     source = write("a.fasta", pack(text.encode()))
-    expected = [(r.identifier, r.description, r.sequence, r.line, r.length) for r in read_records(source)]
+    expected = [(r.identifier, r.description, r.sequence, r.line, r.length) for r in read_proteins(source)]
     for size in (1 << 20, 1, 7, 64):
         monkeypatch.setattr("longseq_data.fasta_blocks.READ_SIZE", size)
         chunks = list(read_chunks(source))
@@ -122,4 +123,4 @@ def test_blocks_refuse_what_lines_refuse_in_the_same_words_after_the_same_record
             return found, str(error)
         return found, ""
 
-    assert read(read_chunks) == read(read_records)
+    assert read(read_chunks) == read(read_proteins)

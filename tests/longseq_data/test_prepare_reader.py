@@ -85,7 +85,7 @@ def test_an_error_in_a_far_block_names_its_line(tmp_path, small_parts):
     ("content", "sentence"),
     [
         (b"", "is empty"),
-        (b"ACD\n", "text before the first header"),
+        (b"ACD\n", "begins neither like FASTA"),
         (gzip.compress(b">a\nACD\n" * 90_000, 0)[:-400_000], "the gzip data ends too early"),
         (b"\x89PNG\x00", "is a binary file"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
 import os
 import sys
 import threading
@@ -96,5 +97,19 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def _leave(code: int) -> None:
+    """End without taking the interpreter apart.
+
+    The threads of gloo and other native libraries race with that, and now and then one aborts a process whose work is
+    done ("terminate called without an active exception"). Everything is on the disk by now.
+    """
+    for child in multiprocessing.active_children():  # loaders' workers
+        child.terminate()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _leave(main())
