@@ -56,7 +56,7 @@ def rehearse(run: Run, config: Config) -> None:
     _check_room(config, device)
     meter = PeakMeter(device)
     trainer = build_trainer(run, config, StopFlag(), None)
-    trainer.callbacks = [_Watch(run, config, meter)]  # nothing that writes
+    trainer.callbacks = [_Watch(run, config, meter)]  # type: ignore[attr-defined]  # nothing that writes
     trainer.loggers = []
     trainer.fit(LanguageModelling(config), training_data(config, None))
 
