@@ -65,6 +65,15 @@ def test_every_change_of_world_and_stage_goes_on_with_the_same_losses(one_proces
     assert_goes_on_as(one_process, resumed(layout(*before), layout(*after)))
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(("devices", "others"), [(2, 3), (3, 2)])
+def test_worlds_that_do_not_divide_each_other_go_on_with_the_same_losses(fit, resumed, devices, others, stage):
+    six = "data.batch_tokens=384"  # sequences a step, which both share evenly
+    unbroken = fit("six-sequences", six, "trainer.zero_stage=1")
+    assert_goes_on_as(unbroken, resumed((*layout(devices, stage), six), layout(others, stage)))
+
+
 def test_the_step_is_shared_out_anew_between_accumulated_batches(one_process, resumed):
     """Lightning counts batches: the validation after step 20 must still be the one after step 20."""
     run = resumed((*layout(2, 2), "trainer.accumulate=1"), (*layout(1, 2), "trainer.accumulate=4"))
