@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from longseq.benchmarks.memory import PeakMeter, available
+from longseq.benchmarks.timing import now
 from longseq.config import Config
 from longseq.data import vocabulary
 from longseq.errors import LongseqError
@@ -44,8 +44,10 @@ class Measurements:
     peak: int  # bytes of tensors that a rank had at most
 
 
-def rehearse(run: Run, config: Config) -> None:
+def rehearse(run: Run, config: Config, first_length: int | None = None) -> None:
     """Make two steps and leave the measurements in the run's folder. Every rank calls it.
+
+    first_length: of the sequences of the first step; None: the full length.
 
     Raises:
         LongseqError: if the machine cannot do it, and why.
@@ -56,7 +58,7 @@ def rehearse(run: Run, config: Config) -> None:
     _check_room(config, device)
     meter = PeakMeter(device)
     trainer = build_trainer(run, config, StopFlag(), None)
-    trainer.callbacks = [_Watch(run, config, meter)]  # type: ignore[attr-defined]  # nothing that writes
+    trainer.callbacks = [_Watch(run, config, meter, first_length or config.data.length)]  # type: ignore[attr-defined]  # nothing that writes
     trainer.loggers = []
     trainer.fit(LanguageModelling(config), training_data(config, None))
 
@@ -73,24 +75,25 @@ def _check_room(config: Config, device: torch.device) -> None:
 
 
 class _Watch(pl.Callback):
-    def __init__(self, run: Run, config: Config, meter: PeakMeter):
-        self.run, self.config, self.meter = run, config, meter
+    def __init__(self, run: Run, config: Config, meter: PeakMeter, first_length: int):
+        self.run, self.config, self.meter, self.first_length = run, config, meter, first_length
         self.began = self.seconds = 0.0
 
     def on_train_batch_start(self, trainer: pl.Trainer, task: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         assert isinstance(task, LanguageModelling)
-        shape = self.config.batch_sequences, self.config.data.length
+        length = self.config.data.length if trainer.global_step else self.first_length
+        shape = self.config.batch_sequences, length
         tokens = torch.randint(vocabulary(self.config).ordinary, shape, device=task.device)
         scored = tokens.numel() * trainer.accumulate_grad_batches
         batch.clear()  # what the model gets, and not only what we see
         batch.update(tokens=tokens, targets=tokens, step_targets=torch.tensor(scored, device=task.device))
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            self.began = _now(task.device)
+            self.began = now(task.device)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.seconds = _now(task.device) - self.began
+        self.seconds = now(task.device) - self.began
 
     def on_train_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         slowest = torch.tensor([self.seconds, float(self.meter.stop())], dtype=torch.float64, device=task.device)
@@ -121,15 +124,9 @@ def all_reduce_rate(device: torch.device) -> float:
     for _ in range(3):
         message.fill_(1.0)
         dist.barrier()
-        began = _now(device)
+        began = now(device)
         dist.all_reduce(message)
-        times.append(_now(device) - began)
+        times.append(now(device) - began)
         if not bool((message == dist.get_world_size()).all()):
             raise LongseqError("an all-reduce gave a wrong sum: the network or a device is damaged.")
     return _MESSAGE / min(times)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
