@@ -43,19 +43,33 @@ def whole(fit: Callable[..., Path]) -> Path:
     return fit("watched", *WATCHED, NOISE, "trainer.keep_checkpoints=9")
 
 
+QUALITY = {f"{split}/{name}" for split in ("train", "valid") for name in ("loss", "perplexity", "bits", "accuracy")}
+RATES = {"train/learning_rate", "train/gradient_norm", "train/tokens_per_second", "train/padded_tokens_per_second"}
+MACHINE = {"machine/mfu", "machine/model_tflops_a_step", "machine/model_tflops_a_second", "machine/memory_gib"}
+TIMES = {"time/data_ms", "time/step_ms", "time/checkpoint_seconds"}
+
+
 def test_every_curve_is_there(whole: Path) -> None:
     scalars = set(stream(whole).Tags()["scalars"])
-    quality = {f"{split}/{name}" for split in ("train", "valid") for name in ("loss", "perplexity", "bits", "accuracy")}
-    rates = {"train/learning_rate", "train/gradient_norm", "train/tokens_per_second", "train/padded_tokens_per_second"}
-    machine = {"machine/mfu", "machine/model_tflops_a_step", "machine/model_tflops_a_second", "machine/memory_gib"}
-    times = {"time/data_ms", "time/step_ms", "time/checkpoint_seconds"}
     noise = {f"gradient_noise/{name}" for name in ("noise", "signal", "noise_scale_tokens")}
     errors = {"attention_error/layer00", "attention_error/layer01"}
-    assert quality | rates | machine | times | noise | errors == scalars
-    for tag in machine | times | errors:
+    assert QUALITY | RATES | MACHINE | TIMES | noise | errors == scalars
+    for tag in MACHINE | TIMES | errors:
         assert all(value > 0 for value in curve(whole, tag).values()), tag
     loss, bits = curve(whole, "valid/loss"), curve(whole, "valid/bits")
     assert bits == pytest.approx({step: value / math.log(2) for step, value in loss.items()}, rel=1e-5)
+
+
+# Runs of other tests too.
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("half-strategy-single", ("trainer.strategy=single", "trainer.max_steps=10")),
+        ("unbroken-ddp-2", ("trainer.strategy=ddp", "trainer.devices=2")),
+    ],
+)
+def test_every_strategy_has_the_same_curves(fit: Callable[..., Path], name: str, overrides: tuple[str, ...]) -> None:
+    assert set(stream(fit(name, *overrides)).Tags()["scalars"]) == QUALITY | RATES | MACHINE | TIMES
 
 
 def test_checkpoints_have_their_time_at_their_step(whole: Path) -> None:

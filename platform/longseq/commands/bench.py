@@ -419,7 +419,7 @@ def _overhead(args: argparse.Namespace) -> int:
 
 def _memory_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--presets", type=_names({name: "" for name in PRESETS}), default="tiny,small", metavar="NAME,…", help="sizes"
+        "--presets", type=_names(dict.fromkeys(PRESETS, "")), default="tiny,small", metavar="NAME,…", help="sizes"
     )
     parser.add_argument("--lengths", type=_lengths, default="512,2048", metavar="L,L,…", help="tokens a sequence")
     for name, choices in (("attention", "favor,exact"), ("objectives", "causal,masked"), ("checkpointing", "no,yes")):

@@ -32,7 +32,7 @@ class Utilisation(pl.Callback):
     def __init__(self, config: Config, curves: Curves):
         self.config, self.curves = config, curves
         self.peak = 0.0  # FLOP/s of all ranks together
-        self.length = 0
+        self.length = self.tokens = 0  # of the last batch, padding included
 
     def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         given = self.config.trainer.peak_tflops
@@ -44,7 +44,7 @@ class Utilisation(pl.Callback):
             self.peak = float(all_sum(torch.tensor(rate, dtype=torch.float64, device=task.device)))
 
     def on_train_batch_start(self, trainer: pl.Trainer, task: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        self.length = batch["tokens"].shape[1]
+        self.length, self.tokens = batch["tokens"].shape[1], batch["tokens"].numel()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -56,9 +56,10 @@ class Utilisation(pl.Callback):
         if "padded_tokens_per_second" not in self.curves.shown:
             return  # every step so far was left out
         per_token = training_flops(task.model.spec, self.length)
+        tokens = self.tokens * trainer.accumulate_grad_batches * trainer.world_size
         rate = per_token * self.curves.shown["padded_tokens_per_second"]
         points = {
-            "model_tflops_a_step": per_token * self.config.samples_per_step * self.length / 1e12,
+            "model_tflops_a_step": per_token * tokens / 1e12,
             "model_tflops_a_second": rate / 1e12,
             "mfu": rate / self.peak,
         }
