@@ -57,7 +57,7 @@ def _train(run_path: Path, checkpoint_path: Path | None) -> int:
     from longseq.checkpoint import Checkpoint
     from longseq.training.fit import fit
 
-    _quiet()
+    quiet()
     run = Run.open(run_path)
     config = run.config()
     stop.time_limit = config.time_limit_seconds
@@ -68,7 +68,7 @@ def _train(run_path: Path, checkpoint_path: Path | None) -> int:
 def _rehearse(run_path: Path) -> int:
     from longseq.training.rehearsal import rehearse
 
-    _quiet()
+    quiet()
     run = Run.open(run_path)
     rehearse(run, run.config())
     return 0
@@ -89,7 +89,7 @@ def _end_with_parent(pipe: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Libraries' notes on normal operation would bury ours. After their import, which sets their levels."""
     for category in (UserWarning, FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
