@@ -62,7 +62,9 @@ class OverheadRequest:
             *(f"model.preset={self.preset}", f"data.length={self.length}"),
             *(f"data.batch_tokens={self.length * self.batch}", "trainer.zero_stage=1", "trainer.valid_every=0"),
             *(f"trainer.checkpoint_every={2 * self.steps}", "trainer.keep_checkpoints=1"),
-            f"trainer.max_steps={(2 * self.rounds + 2) * self.steps + self.steps // 2}",
+            f"trainer.log_every={min(10, self.steps)}",
+            # One step more than is counted: the last one saves a checkpoint too.
+            f"trainer.max_steps={(2 * self.rounds + 1) * self.steps + self.steps // 2 + 1}",
         )
         return configuration(folder, (*ours, *self.overrides))
 
@@ -107,8 +109,7 @@ def measure(request: OverheadRequest, say: Callable[[str], None]) -> OverheadRes
         trainer.callbacks.append(_Turns(request, run, config, results, say))  # type: ignore[attr-defined]
         trainer.fit(LanguageModelling(config), training_data(config, None))
         stalls = read_curves(run.tensorboard_dir)["time/checkpoint_seconds"]
-        every = config.trainer.checkpoint_every
-        results.stalls = [stalls[step] for step in sorted(stalls) if every < step <= every * (request.rounds + 1)]
+        results.stalls = [stalls[step] for step in sorted(stalls)][: request.rounds]
     return results
 
 
