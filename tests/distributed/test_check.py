@@ -23,7 +23,7 @@ def lines(out: str) -> dict[str, tuple[str, str]]:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("trainer.zero_stage=2",),
+        pytest.param(("trainer.zero_stage=2",), marks=pytest.mark.long),
         ("trainer.zero_stage=3", "trainer.activation_checkpointing=true", "trainer.precision=bf16"),
         ("trainer.strategy=ddp", "trainer.accumulate=2"),
     ],
