@@ -166,6 +166,11 @@ def test_runs_compare_by_their_keys_and_final_metrics(whole: Path) -> None:
     assert start.hparams["optim.lr"].number_value == 0.003
     assert start.hparams["attention.kernel"].string_value == "softmax"
     assert "run.name" not in start.hparams
-    metrics = {info.name.tag for info in content("_hparams_/experiment").experiment.metric_infos}
+    assert start.hparams["attention.learned_decay"].string_value == "true"
+    experiment = content("_hparams_/experiment").experiment
+    first = [info.name for info in experiment.hparam_infos if info.differs]
+    assert len(first) == 5, "as many as TensorBoard shows by itself"
+    assert "optim.lr" in first
+    metrics = {info.name.tag for info in experiment.metric_infos}
     assert {"valid/loss", "train/loss"} <= metrics <= set(stream(whole).Tags()["scalars"])
     assert content("_hparams_/session_end_info").HasField("session_end_info")

@@ -62,6 +62,24 @@ def test_the_estimate_is_within_a_fifth_of_the_measured_peak(loaded, overrides):
     assert estimate(config, 29).peak == pytest.approx(measured(config), rel=0.2)
 
 
+@pytest.mark.parametrize("overrides", [SMALL, (*SMALL, "attention.kind=exact", "model.objective=masked")])
+def test_each_part_is_what_it_says(loaded, overrides):
+    config = loaded("trainer.strategy=single", *overrides)
+    needed = estimate(config, 29)
+    model = PerformerLM(config.performer_spec(29)).train()
+    optimizer = build_optimizer(model, config.optim)
+    tokens = torch.randint(25, (config.batch_sequences, config.data.length))
+    assert sum(p.nbytes for p in model.parameters()) == needed.weights
+    meter = PeakMeter(torch.device("cpu"))
+    loss = F.cross_entropy(model(tokens).float().flatten(0, 1), tokens.flatten())
+    assert meter.stop() == pytest.approx(needed.activations, rel=0.2)  # at the end of the forward pass
+    loss.backward()
+    optimizer.step()
+    assert sum(p.grad.nbytes for p in model.parameters()) == needed.gradients
+    moments = (s for state in optimizer.state.values() for s in state.values() if s.ndim)
+    assert sum(s.nbytes for s in moments) == needed.optimizer
+
+
 def test_a_large_vocabulary_counts_its_logits(loaded):
     config = loaded("trainer.strategy=single", "model.preset=tiny", "data.length=256", "data.batch_tokens=1024")
     assert estimate(config, 8192).peak == pytest.approx(measured(config, 8192), rel=0.2)
