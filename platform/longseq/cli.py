@@ -12,6 +12,7 @@ from longseq.errors import EXIT_ERROR, USER_ERRORS
 
 # verb: what it does. The module of the same name in longseq.commands has add_arguments(parser) and run(args).
 VERBS = {
+    "check": "before an expensive job: configuration, files, memory, devices, collectives, one step",
     "fit": "train a model here, with 1 process or more (trainer.devices=N)",
     "resume": "go on with a run from its newest whole checkpoint",
     "evaluate": "loss, perplexity and accuracy of a checkpoint, beside the empirical baseline",

@@ -182,6 +182,27 @@ class TrainerConfig:
     keep_best: int = key(0, "checkpoints of lowest validation loss kept besides", at_least=0)
     keep_every: int = key(0, "checkpoints at multiples of this many steps kept besides; 0: none", at_least=0)
     log_every: int = key(10, "steps between points in TensorBoard", at_least=1)
+    probe_every: int = key(
+        1000,
+        "steps between looks at one fixed sequence: each layer's attention beside exact attention, attention maps, and "
+        "sequences sampled from a causal model; 0: never",
+        at_least=0,
+    )
+    sample_tokens: int = key(64, "tokens of each sequence sampled at a probe; 0: none", at_least=0)
+    histogram_every: int = key(0, "steps between histograms of all weights and gradients; 0: never", at_least=0)
+    noise_every: int = key(
+        0, "steps between measurements of the gradient noise scale, two half gradients more each; 0: never", at_least=0
+    )
+    peak_tflops: float | None = key(
+        None, "of one device, what MFU is a share of; default: that of a matrix product at the start", at_least=1e-6
+    )
+    ema_decay: float = key(
+        0.0, "keep a running mean of the weights, this much of it a step, e.g. 0.999; 0: none", at_least=0, below=1
+    )
+    length_warmup_steps: int = key(
+        0, "steps over which the sequences grow to data.length tokens; 0: they have it from the start", at_least=0
+    )
+    length_warmup_start: int = key(64, "tokens a sequence at the first of these steps", at_least=2)
     time_limit: str | None = key(
         None, "save and stop at the first step after this much time, e.g. 2h30m, 1d, 2:30:00 or seconds; exit code 75"
     )
@@ -316,6 +337,7 @@ class Config:
         self._check_documents()
         self._check_tokens()
         self._check_trainer()
+        self._check_watching()
         self._check_deepspeed()
 
     def _check_documents(self) -> None:
@@ -421,6 +443,27 @@ class Config:
             raise ConfigError(
                 f"trainer.keep_every={trainer.keep_every} is not a multiple of trainer.checkpoint_every={every}, so "
                 f"only some of its steps have a checkpoint: take {-(-trainer.keep_every // every) * every}."
+            )
+
+    def _check_watching(self) -> None:
+        trainer, data = self.trainer, self.data
+        if trainer.length_warmup_steps and trainer.length_warmup_start > data.length:
+            raise ConfigError(
+                f"trainer.length_warmup_start={trainer.length_warmup_start} is more than data.length={data.length}: "
+                "begin shorter."
+            )
+        if trainer.noise_every and self.batch_sequences < 2:
+            raise ConfigError(
+                f"trainer.noise_every={trainer.noise_every} compares the halves of a process's batch, which has "
+                f"{self.batch_sequences} sequence (data.batch_tokens / data.length / trainer.devices / "
+                "trainer.accumulate): give it two or more, or set trainer.noise_every=0."
+            )
+        sharded = trainer.strategy == "deepspeed" and trainer.zero_stage == 3
+        if trainer.noise_every and (sharded or trainer.activation_checkpointing):
+            culprit = "zero_stage=3" if sharded else "activation_checkpointing=true"
+            raise ConfigError(
+                f"trainer.noise_every={trainer.noise_every} and trainer.{culprit}: its gradients are taken beside the "
+                "training step's, which needs whole weights and kept activations; set trainer.noise_every=0."
             )
 
     def _check_deepspeed(self) -> None:

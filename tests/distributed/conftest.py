@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from command_line import longseq
+from command_line import checkpoint, checkpoints, longseq
 from longseq_data.synthetic import SyntheticSpec, write_fasta
 
 # 2 blocks of width 32; 8 sequences × 64 tokens = 512 tokens a step; projections are drawn anew at steps 7, 14, ...
@@ -19,6 +20,7 @@ data: {train: proteins.fasta, ood: others.fasta, length: 64, batch_tokens: 512}
 optim: {lr: 0.003, warmup_steps: 5, schedule: constant}
 trainer: {accelerator: cpu, max_steps: 20, valid_every: 10, checkpoint_every: 0, log_every: 1}
 """
+HALFWAY = "trainer.checkpoint_every=10"  # of the 20 steps
 
 
 @pytest.fixture(scope="session")
@@ -33,26 +35,49 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def fit(folder: Path) -> Callable[..., Path]:
-    """fit(name, *overrides, **settings): train a run to its end; gives its folder. The same name trains once."""
-    done: dict[str, Path] = {}
+    """fit(name, *overrides, **settings): train a run to its end; gives its folder. Leave it as it is.
+
+    The same overrides train once, whatever the name: a start costs seconds.
+    """
+    done: dict[object, Path] = {}
 
     def fit(name: str, *overrides: str, **settings: object) -> Path:
-        if name not in done:
+        what = (frozenset(overrides), repr(settings))
+        if what not in done:
             ended = longseq("fit", "tiny.yaml", f"run.name={name}", *overrides, folder=folder, **settings)
             assert ended.code == 0, ended.err
-            done[name] = folder / "runs" / name
-        return done[name]
+            done[what] = folder / "runs" / name
+        return done[what]
 
     return fit
 
 
 @pytest.fixture(scope="session")
+def stopped() -> Callable[..., Path]:
+    """stopped(run, name, step): a copy of a finished run, as if it had been stopped at one of its checkpoints."""
+
+    def stopped(run: Path, name: str, step: int) -> Path:
+        copy = run.with_name(name)
+        shutil.copytree(run, copy, symlinks=True)
+        (copy / "FINISHED").unlink()
+        for saved in checkpoints(copy):
+            if saved > step:
+                shutil.rmtree(checkpoint(copy, saved))
+        last = copy / "checkpoints" / "last"
+        last.unlink()
+        last.symlink_to(checkpoint(copy, step).name)
+        return copy
+
+    return stopped
+
+
+@pytest.fixture(scope="session")
 def one_process(fit: Callable[..., Path]) -> Path:
-    """20 causal steps of one process."""
-    return fit("one-process", "trainer.zero_stage=1")
+    """20 causal steps of one process, with a checkpoint in the middle."""
+    return fit("one-process", "trainer.devices=1", "trainer.zero_stage=1", HALFWAY)
 
 
 @pytest.fixture(scope="session")
 def two_processes(fit: Callable[..., Path]) -> Callable[[int], Path]:
     """two_processes(stage): the same 20 steps on two processes under a ZeRO stage."""
-    return lambda stage: fit(f"zero-{stage}", "trainer.devices=2", f"trainer.zero_stage={stage}")
+    return lambda stage: fit(f"zero-{stage}", "trainer.devices=2", f"trainer.zero_stage={stage}", HALFWAY)

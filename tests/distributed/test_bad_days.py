@@ -116,7 +116,7 @@ def test_checkpoint_that_does_not_fit_on_the_disk_spares_the_one_before(
     assert list(curve(run, "train/loss")) == list(range(1, 41))
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.long), 2])
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(folder: Path, stage: int) -> None:
     """An absurd learning rate throws the weights out of range within a few steps."""
     name = f"diverged-{stage}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,21 +22,30 @@ def layout(devices: int, stage: int) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def resumed(folder: Path, fit: Callable[..., Path]) -> Callable[..., Path]:
+def unbroken(fit: Callable[..., Path]) -> Callable[..., Path]:
+    """unbroken(how): 20 steps trained with some overrides, with a checkpoint in the middle."""
+    return lambda how: fit(f"whole-{name_of(how)}", *how, f"trainer.checkpoint_every={HALF}")
+
+
+@pytest.fixture(scope="module")
+def resumed(
+    folder: Path, unbroken: Callable[..., Path], stopped: Callable[..., Path]
+) -> Callable[[tuple[str, ...], tuple[str, ...]], Path]:
     """resumed(before, after): 10 steps trained with some overrides, and 10 more with others on top of them."""
 
     def resumed(before: tuple[str, ...], after: tuple[str, ...]) -> Path:
-        name = "-".join(part.split(".")[-1].replace("=", "-") for part in before)
-        half = fit(f"half-{name}", *before, f"trainer.max_steps={HALF}")
-        run = folder / "runs" / "-".join([name, "to", *(part.split("=")[1] for part in after)])
-        shutil.copytree(half, run, symlinks=True)
-        ended = longseq("resume", run, *after, f"trainer.max_steps={WHOLE}", folder=folder)
+        run = stopped(unbroken(before), f"{name_of(before)}-to-{name_of(after)}", HALF)
+        ended = longseq("resume", run, *after, folder=folder)
         assert ended.code == 0, ended.err
         assert "warning" not in ended.err
         assert checkpoints(run) == [HALF, WHOLE]
         return run
 
     return resumed
+
+
+def name_of(how: tuple[str, ...]) -> str:
+    return "-".join(part.split(".")[-1].replace("=", "-") for part in how)
 
 
 def assert_goes_on_as(unbroken: Path, run: Path, tolerance: float = TOLERANCE) -> None:
@@ -65,9 +73,17 @@ def test_every_change_of_world_and_stage_goes_on_with_the_same_losses(one_proces
     assert_goes_on_as(one_process, resumed(layout(*before), layout(*after)))
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(("devices", "others"), [(2, 3), (3, 2)])
+def test_worlds_that_do_not_divide_each_other_go_on_with_the_same_losses(unbroken, resumed, devices, others, stage):
+    six = "data.batch_tokens=384"  # sequences a step, which both share evenly
+    assert_goes_on_as(unbroken((*layout(1, 1), six)), resumed((*layout(devices, stage), six), layout(others, stage)))
+
+
 def test_the_step_is_shared_out_anew_between_accumulated_batches(one_process, resumed):
     """Lightning counts batches: the validation after step 20 must still be the one after step 20."""
-    run = resumed((*layout(2, 2), "trainer.accumulate=1"), (*layout(1, 2), "trainer.accumulate=4"))
+    run = resumed(layout(2, 2), (*layout(1, 2), "trainer.accumulate=4"))
     assert_goes_on_as(one_process, run)
     assert list(curve(run, "valid/loss")) == [10, 20]
 
@@ -76,7 +92,7 @@ def test_the_step_is_shared_out_anew_between_accumulated_batches(one_process, re
     ("before", "after"),
     [
         (("trainer.strategy=single",), ("trainer.strategy=deepspeed", *layout(2, 3))),
-        (("trainer.strategy=deepspeed", *layout(2, 2)), ("trainer.strategy=ddp", "trainer.devices=2")),
+        (layout(2, 2), ("trainer.strategy=ddp", "trainer.devices=2")),
         pytest.param(
             ("trainer.strategy=ddp", "trainer.devices=2"),
             ("trainer.strategy=single", "trainer.devices=1"),
@@ -101,7 +117,7 @@ def master_weights(saved: Path) -> dict[str, torch.Tensor]:
 
 def test_bf16_keeps_its_master_weights_from_one_stage_to_another(resumed):
     """At a rate of 0 they stay what they were, to the last bit: they did not go by way of the model's bf16 weights."""
-    run = resumed(("trainer.precision=bf16", *layout(2, 2)), (*layout(2, 3), "optim.lr=0"))
+    run = resumed((*layout(2, 2), "trainer.precision=bf16"), (*layout(2, 3), "optim.lr=0"))
     before, after = (master_weights(checkpoint(run, step)) for step in (HALF, WHOLE))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -122,13 +138,12 @@ SAME = [
 
 
 @pytest.mark.parametrize("how", SAME, ids=lambda how: "-".join(part.split("=")[1] for part in how))
-def test_the_same_world_goes_on_to_the_last_bit(fit, resumed, how):
-    unbroken = fit("unbroken-" + "-".join(part.split("=")[1] for part in how), *how)
-    assert_goes_on_as(unbroken, resumed(how, ()), tolerance=0)
+def test_the_same_world_goes_on_to_the_last_bit(unbroken, resumed, how):
+    assert_goes_on_as(unbroken(how), resumed(how, ()), tolerance=0)
 
 
-def test_a_world_that_does_not_divide_the_step_is_refused_with_the_arithmetic(folder, fit):
-    run = fit("half-devices-2-zero_stage-2", *layout(2, 2), f"trainer.max_steps={HALF}")
+def test_a_world_that_does_not_divide_the_step_is_refused_with_the_arithmetic(folder, unbroken, stopped):
+    run = stopped(unbroken(layout(2, 2)), "three-do-not-divide-eight", HALF)
     ended = longseq("resume", run, "trainer.devices=3", folder=folder)
     assert ended.code == 1
     assert all(words in ended.sentence for words in ("512 / 64 = 8 sequences", "3 processes (trainer.devices)"))

@@ -42,7 +42,7 @@ def test_accumulated_batches_have_the_losses_of_one_batch(fit: Fit, one_process:
         assert largest_difference(curve(accumulated, tag), curve(one_process, tag)) < TOLERANCE, tag
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_recomputing_activations_changes_no_loss(fit: Fit, two_processes: Callable[[int], Path], stage: int) -> None:
     recomputed = fit(
         f"recomputed-{stage}",
@@ -54,9 +54,10 @@ def test_recomputing_activations_changes_no_loss(fit: Fit, two_processes: Callab
         assert largest_difference(curve(recomputed, tag), curve(two_processes(stage), tag)) < 1e-6, tag
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.long) for stage in (0, 1)), 2, 3])
 def test_bf16_learns(fit: Fit, one_process: Path, stage: int) -> None:
-    half = fit(f"bf16-{stage}", "trainer.devices=2", f"trainer.zero_stage={stage}", "trainer.precision=bf16")
+    two = ("trainer.devices=2", f"trainer.zero_stage={stage}", "trainer.checkpoint_every=10")
+    half = fit(f"bf16-{stage}", *two, "trainer.precision=bf16")
     losses = list(curve(half, "train/loss").values())
     assert len(losses) == 20
     assert all(math.isfinite(loss) for loss in losses)

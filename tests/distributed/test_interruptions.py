@@ -224,29 +224,24 @@ def test_a_process_killed_before_the_first_step_leaves_nothing_behind(folder: Pa
     assert not (folder / "runs" / "stillborn").exists()
 
 
-def test_points_over_several_steps_are_whole_across_a_stop(folder: Path, fit: Callable[..., Path]) -> None:
+def test_points_over_several_steps_are_whole_across_a_stop(
+    folder: Path, fit: Callable[..., Path], stopped: Callable[..., Path]
+) -> None:
     """Stopped between two points of TensorBoard: the next one still covers all of its steps."""
-    slow = ("trainer.log_every=5", "data.batch_tokens=4096", "trainer.max_steps=30")
-    whole = fit("every-five", *slow)
-    command = Command("fit", "tiny.yaml", "run.name=every-five-stopped", *slow, folder=folder)
-    command.wait_for("step 5/")
-    command.interrupt()
-    assert command.end().code == 75
-    stopped = folder / "runs/every-five-stopped"
-    assert checkpoints(stopped)[-1] % 5, "stopped at a point: the test has nothing to show"
-    assert longseq("resume", stopped, folder=folder).code == 0
+    whole = fit("every-five", "trainer.log_every=5", "trainer.checkpoint_every=7")
+    run = stopped(whole, "every-five-stopped", 7)
+    assert longseq("resume", run, folder=folder).code == 0
     for tag in ("train/loss", "train/accuracy", "train/gradient_norm", "valid/loss"):
-        assert curve(stopped, tag) == pytest.approx(curve(whole, tag), rel=1e-6), tag
+        assert list(curve(run, tag)) == ([10, 20] if tag == "valid/loss" else [5, 10, 15, 20])
+        assert curve(run, tag) == pytest.approx(curve(whole, tag), rel=1e-6), tag
 
 
-def test_a_resumed_run_trains_with_the_rate_it_is_given(folder: Path, fit: Callable[..., Path]) -> None:
+def test_a_resumed_run_trains_with_the_rate_it_is_given(
+    folder: Path, two_processes: Callable[[int], Path], stopped: Callable[..., Path]
+) -> None:
     """Without a rate nothing moves: the restored optimiser's own rate would."""
-    run = fit("rate", "trainer.max_steps=4", "trainer.devices=2", "trainer.zero_stage=2")
-    before = weights_checksum(run, 4)
-    still = longseq("resume", run, "optim.lr=0", "trainer.max_steps=6", folder=folder)
+    run = stopped(two_processes(2), "no-rate", 10)
+    still = longseq("resume", run, "optim.lr=0", "trainer.max_steps=12", folder=folder)
     assert still.code == 0, still.err
-    assert weights_checksum(run, 6) == before
-    moving = longseq("resume", run, "optim.lr=0.001", "trainer.max_steps=8", folder=folder)
-    assert moving.code == 0, moving.err
-    assert weights_checksum(run, 8) != before
-    assert list(curve(run, "train/learning_rate").values())[4:] == pytest.approx([0, 0, 1e-3, 1e-3])
+    assert weights_checksum(run, 12) == weights_checksum(run, 10)
+    assert list(curve(run, "train/learning_rate").values())[9:] == pytest.approx([3e-3, 0, 0])

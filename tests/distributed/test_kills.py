@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.long]
 
 LAST = 180
 KILLS = int(os.environ.get("LONGSEQ_KILLS", "15"))  # of each stage
+SEED = os.environ.get("LONGSEQ_KILLS_SEED", "0")  # another one: other moments
 # Between two steps there is often a checkpoint to write or a validation, so that many kills hit one.
 RESTLESS = (
     *("trainer.devices=2", f"trainer.max_steps={LAST}", "trainer.checkpoint_every=3", "trainer.valid_every=4"),
@@ -30,7 +31,7 @@ def test_killed_at_random_a_run_ends_as_one_that_was_never_killed(
     how = (*RESTLESS, f"trainer.zero_stage={stage}")
     unbroken = fit(f"never-killed-{stage}", *how)
     expected = curve(unbroken, "train/loss")
-    draw, run = random.Random(stage), folder / "runs" / f"killed-{stage}"
+    draw, run = random.Random(f"{SEED} {stage}"), folder / "runs" / f"killed-{stage}"
     for number in range(KILLS):
         saved = checkpoints(run)[-1] if run.exists() and checkpoints(run) else 0
         arguments = ("resume", run) if saved else ("fit", "tiny.yaml", f"run.name=killed-{stage}-{number}", *how)

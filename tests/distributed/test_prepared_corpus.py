@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from command_line import Command, checkpoint, checkpoints, curve, largest_difference, longseq, weights_checksum
+from longseq.data import identities, resolve_sources
+from longseq.run import Run
 
 pytestmark = pytest.mark.distributed
 
@@ -87,7 +89,10 @@ def test_the_ood_split_of_the_corpus_is_evaluated(killed: Path, folder: Path) ->
     assert splits["ood"]["baseline"]["loss"] > 2
 
 
-def test_another_corpus_under_the_same_name_is_refused_unless_accepted(fit: Fit, folder: Path, corpus: Path) -> None:
+def test_another_corpus_under_the_same_name_is_refused_unless_accepted(
+    fit: Fit, folder: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
     shutil.copytree(corpus, folder / "moving")
     few = ("data.train=moving", "data.ood=[]", "trainer.max_steps=3", "trainer.valid_every=0")
     fit("moving", *few)
@@ -98,5 +103,8 @@ def test_another_corpus_under_the_same_name_is_refused_unless_accepted(fit: Fit,
     assert refused.sentence.startswith(f"{folder / 'moving'} (data.train) has changed since the run was started")
     accepted = longseq("resume", "runs/moving", "trainer.max_steps=4", "data.accept_changes=true", folder=folder)
     assert accepted.code == 0, accepted.err
-    again = longseq("resume", "runs/moving", "trainer.max_steps=5", folder=folder)
-    assert again.code == 0, again.err
+    run = Run.open(folder / "runs" / "moving")
+    config = run.config()
+    resolve_sources(config)
+    run.check_data(config, identities(config))  # the accepted ones are now its own
+    assert not config.data.accept_changes

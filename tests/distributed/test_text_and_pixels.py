@@ -54,7 +54,8 @@ def evaluate(folder: Path, run: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def bytes_run(folder: Path) -> Path:
-    return fit(folder, "bytes", "data.train=book.txt", "data.test=book.txt", "data.reset=true")
+    book = ("data.train=book.txt", "data.test=book.txt", "data.reset=true")
+    return fit(folder, "bytes", *book, "trainer.checkpoint_every=5")
 
 
 def test_bytes_are_learned_and_evaluated_in_bits_a_byte_and_words(folder, bytes_run):
@@ -79,10 +80,9 @@ def test_two_processes_with_workers_train_the_same_on_text(folder, bytes_run):
     assert max(abs(alone[step] - shared[step]) for step in alone) < 1e-5
 
 
-def test_text_goes_on_after_a_resume_as_if_never_stopped(folder, bytes_run):
-    # the first five of its ten steps, then the others
-    run = fit(folder, "half", "data.train=book.txt", "data.test=book.txt", "data.reset=true", "trainer.max_steps=5")
-    ended = longseq("resume", run, "trainer.max_steps=10", folder=folder)
+def test_text_goes_on_after_a_resume_as_if_never_stopped(folder, bytes_run, stopped):
+    run = stopped(bytes_run, "half", 5)
+    ended = longseq("resume", run, folder=folder)
     assert ended.code == 0, ended.err
     whole, halves = curve(bytes_run, "train/loss"), curve(run, "train/loss")
     assert max(abs(whole[step] - halves[step]) for step in whole) < 1e-6

@@ -14,41 +14,54 @@ from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfi
 Call = Callable[[], tuple[Tensor, ...]]
 
 
-def peak(call: Call, device: torch.device) -> tuple[int, int]:
-    """Peak bytes during ``call`` beyond those alive before, and the bytes of the tensors it returns.
+class PeakMeter:
+    """Peak bytes of tensors from its making to :meth:`stop`, beyond those alive before.
 
     On CUDA these are the caching allocator's. On the CPU every allocation and release of torch's allocator is recorded,
     those inside its C++ operators too; scratch that MKL or oneDNN take from the system is not seen. The resident set of
     the process would be, but it moves by more than a short attention needs.
     """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        returned = _bytes(call())
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before, returned
-    # The older of torch's two profilers: it yields the plain list of allocations, starts at once and prints nothing.
-    _enable_profiler_legacy(
-        ProfilerConfig(
-            ProfilerState.CPU,
-            report_input_shapes=False,
-            profile_memory=True,
-            with_stack=False,
-            with_flops=False,
-            with_modules=False,
-            experimental_config=_ExperimentalConfig(),
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            self.before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            return
+        # The older of torch's two profilers: it yields the plain list of allocations, starts at once, prints nothing.
+        _enable_profiler_legacy(
+            ProfilerConfig(
+                ProfilerState.CPU,
+                report_input_shapes=False,
+                profile_memory=True,
+                with_stack=False,
+                with_flops=False,
+                with_modules=False,
+                experimental_config=_ExperimentalConfig(),
+            )
         )
-    )
+
+    def stop(self) -> int:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            return torch.cuda.max_memory_allocated(self.device) - self.before
+        alive = highest = 0
+        threads = _disable_profiler_legacy()
+        for event in (event for thread in threads for event in thread if event.kind() == "memory_alloc"):
+            alive += event.cpu_memory_usage()
+            highest = max(highest, alive)
+        return highest
+
+
+def peak(call: Call, device: torch.device) -> tuple[int, int]:
+    """Peak bytes during ``call`` as :class:`PeakMeter` counts them, and the bytes of the tensors it returns."""
+    meter = PeakMeter(device)
     try:
         result = call()
         returned = _bytes(result)
     finally:
-        threads = _disable_profiler_legacy()
-    alive = highest = 0
-    for event in (event for thread in threads for event in thread if event.kind() == "memory_alloc"):
-        alive += event.cpu_memory_usage()
-        highest = max(highest, alive)
+        highest = meter.stop()
     return highest, returned
 
 

@@ -16,12 +16,10 @@ SAMPLE_SECONDS = 0.02
 
 def seconds_a_call(call: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
     """Mean wall-clock seconds of ``repeats`` calls in a row; on CUDA until the device has done them."""
-    _finish(device)
-    start = time.perf_counter()
+    start = now(device)
     for _ in range(repeats):
         call()
-    _finish(device)
-    return (time.perf_counter() - start) / repeats
+    return (now(device) - start) / repeats
 
 
 def repeats_for(seconds: float) -> int:
@@ -60,6 +58,8 @@ class Gemm:
         torch.mm(self._a, self._b, out=self._out)
 
 
-def _finish(device: torch.device) -> None:
+def now(device: torch.device) -> float:
+    """The clock, in seconds, once the device has done all it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return time.perf_counter()

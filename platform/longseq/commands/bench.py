@@ -376,10 +376,98 @@ def _data(args: argparse.Namespace) -> int:
     )
     results = data.measure(request, lambda text: print(text, file=sys.stderr, flush=True))
     print(data.table(results))
-    path = args.out / "data.json"
-    path.write_text(json.dumps(data.numbers(request, results), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"\nkept in {path}")
+    _keep_numbers(args.out, "data", data.numbers(request, results))
     return 0
+
+
+# --- overhead: what the platform costs beside a plain loop ---
+
+
+def _overhead_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", choices=PRESETS, default="small", help="the model's size")
+    parser.add_argument("--length", type=_positive, default=512, metavar="L", help="tokens a sequence")
+    parser.add_argument("--batch", type=_positive, default=2, metavar="N", help="sequences a step")
+    parser.add_argument("--steps", type=_positive, default=10, metavar="N", help="of each turn")
+    parser.add_argument("--rounds", type=_rounds, default=5, metavar="N", help="turns of each that are counted")
+    _threads_argument(parser)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. trainer.zero_stage=3")
+
+
+def _overhead(args: argparse.Namespace) -> int:
+    _set_threads(args.threads)
+    _check_folder(args.out)
+
+    from longseq.benchmarks import overhead
+
+    request = overhead.OverheadRequest(
+        preset=args.preset,
+        length=args.length,
+        batch=args.batch,
+        steps=args.steps,
+        rounds=args.rounds,
+        overrides=tuple(args.overrides),
+    )
+    progress = _Progress()
+    try:
+        results = overhead.measure(request, progress.now)
+    finally:
+        progress.close()
+    print(overhead.table(request, results))
+    _keep_numbers(args.out, "overhead", overhead.numbers(request, results))
+    return 0
+
+
+# --- memory: the estimate beside what a training takes ---
+
+
+def _memory_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--presets", type=_names(dict.fromkeys(PRESETS, "")), default="tiny,small", metavar="NAME,…", help="sizes"
+    )
+    parser.add_argument("--lengths", type=_lengths, default="512,2048", metavar="L,L,…", help="tokens a sequence")
+    for name, choices in (("attention", "favor,exact"), ("objectives", "causal,masked"), ("checkpointing", "no,yes")):
+        known = dict.fromkeys(choices.split(","), "")
+        parser.add_argument(f"--{name}", type=_names(known), default=choices, metavar="NAME,…", help="one or both")
+    stages = dict.fromkeys(("single", "0", "1", "2", "3"), "")
+    what = "ZeRO stages; single: without DeepSpeed"
+    parser.add_argument("--zero-stages", type=_names(stages), default="2", metavar="N,…", help=what)
+    parser.add_argument("--batch", type=_positive, default=1, metavar="N", help="sequences at a time")
+    _threads_argument(parser)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. trainer.precision=bf16")
+
+
+def _memory(args: argparse.Namespace) -> int:
+    _set_threads(args.threads)
+    _check_folder(args.out)
+
+    from longseq.benchmarks import training_memory
+
+    request = training_memory.MemoryRequest(
+        presets=args.presets,
+        lengths=args.lengths,
+        attention=args.attention,
+        objectives=args.objectives,
+        checkpointing=tuple(name == "yes" for name in args.checkpointing),
+        zero_stages=args.zero_stages,
+        batch=args.batch,
+        overrides=tuple(args.overrides),
+    )
+    found: list[training_memory.CellResult] = []
+
+    def note(result: training_memory.CellResult) -> None:
+        found.append(result)
+        print(training_memory.row(result), flush=True)
+
+    print(training_memory.HEAD)
+    code = 0
+    try:
+        training_memory.measure(request, note)
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+    good = sum(result.good for result in found)
+    print(f"\n{good} of {len(found)} estimates within {training_memory.GOAL:.0%} of the measured peak of tensors")
+    _keep_numbers(args.out, "memory", training_memory.numbers(request, found))
+    return code
 
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -388,6 +476,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     "quality": Benchmark("held-out loss of a small model with each kind of attention", _quality_arguments, _quality),
     "recall": Benchmark("associative recall at distances beyond the window", _recall_arguments, _recall),
     "data": Benchmark("how fast data come: streamed and prepared, beside decompression alone", _data_arguments, _data),
+    "memory": Benchmark("the memory estimate beside what two steps take", _memory_arguments, _memory),
+    "overhead": Benchmark("a training step and a checkpoint beside a bare loop", _overhead_arguments, _overhead),
     "features": Benchmark("error of the random features, beside their closed forms", _features_arguments, _features),
 }
 
@@ -414,6 +504,13 @@ def _keep(folder: Path, name: str, numbers: Mapping[str, object], draw: Callable
         )
     else:
         print(f"kept in {numbers_path} and {picture_path}")
+
+
+def _keep_numbers(folder: Path, name: str, numbers: Mapping[str, object]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(numbers, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"\nkept in {path}")
 
 
 class _Progress:

@@ -30,6 +30,7 @@ _FIXED = tuple(
     for key in FIXED
     if key not in ("data.test", "data.length", "data.packing", "data.reset", "data.crop", "data.batch_tokens")
 )
+_EMA = "ema.safetensors"  # of longseq.training.callbacks.ema
 # Enough targets to know the frequencies of 29 tokens to 0.1 %, in a few seconds of reading. Tokenizers are slower.
 _BASELINE_TARGETS = 20_000_000
 _BASELINE_TARGETS_TOKENIZED = 2_000_000
@@ -53,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sequences", type=_at_least_one, metavar="N", help="score a sample of N sequences of each split"
     )
+    parser.add_argument("--ema", action="store_true", help="score the running mean of the weights (trainer.ema_decay)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
 
 
@@ -61,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     config = run.config(tuple(args.overrides))
     resolve_sources(config)
     refuse_changes(run.config(), config, run, _FIXED)
+    _weights(checkpoint, args.ema)  # said now if there are none
     splits = list(
         dict.fromkeys(args.split or (["test", "ood"] if config.data.ood or corpus_of(config, "ood") else ["test"]))
     )
@@ -71,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     from longseq.evaluation.metrics import frequency_baseline
     from longseq.evaluation.scoring import score
 
-    model = _load_model(config, checkpoint)
+    model = _load_model(config, checkpoint, _weights(checkpoint, args.ema))
     tokenized = config.data.tokenizer.endswith(".json")
     targets = _BASELINE_TARGETS_TOKENIZED if tokenized else _BASELINE_TARGETS
     train_counts = split_spec(config, "train").target_counts(targets)
@@ -99,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
     report = {
         "checkpoint": str(checkpoint.path),
         "step": checkpoint.position.step,
+        "weights": "ema" if args.ema else "last",
         "overrides": args.overrides,
         "sequences_limit": args.sequences,
         "splits": results,
@@ -112,9 +116,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _variant(args: argparse.Namespace) -> str:
     """A suffix for results that are not those of the run's own settings, so that they replace nothing."""
+    ema = "-ema" if args.ema else ""
     if not args.overrides and args.sequences is None:
-        return ""
-    return "-" + hashlib.blake2b(repr((sorted(args.overrides), args.sequences)).encode(), digest_size=4).hexdigest()
+        return ema
+    return (
+        f"{ema}-" + hashlib.blake2b(repr((sorted(args.overrides), args.sequences)).encode(), digest_size=4).hexdigest()
+    )
 
 
 def _at_least_one(text: str) -> int:
@@ -140,14 +147,26 @@ def _find(target: Path) -> tuple[Run, Checkpoint]:
     return run, newest
 
 
-def _load_model(config: Config, checkpoint: Checkpoint) -> PerformerLM:
+def _weights(checkpoint: Checkpoint, ema: bool) -> Path:
+    """The file with the weights of the last step, or with their running mean."""
+    if not ema:
+        return checkpoint.weights_path
+    if not (checkpoint.path / _EMA).is_file():
+        raise RunError(
+            f"{checkpoint.path}: holds no running mean of the weights: leave --ema out, or go on with "
+            "trainer.ema_decay=0.999 (`longseq resume`), which begins one."
+        )
+    return checkpoint.path / _EMA
+
+
+def _load_model(config: Config, checkpoint: Checkpoint, weights: Path) -> PerformerLM:
     import torch
 
     from longseq.models.performer import PerformerLM
     from longseq.training.weights import load_weights
 
     model = PerformerLM(config.performer_spec(vocabulary(config).size))
-    load_weights(model, checkpoint.weights_path)
+    load_weights(model, weights)
     model.set_step(max(0, checkpoint.position.step - 1))  # the projections of the last step that was trained
     use_cuda = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
     return model.to("cuda" if use_cuda else "cpu").eval()
@@ -185,7 +204,8 @@ def _table(report: dict, kept: Path) -> str:
     head += f"{'baseline perplexity':>21}{'accuracy':>10}"
     extra = {key: title for key, title in _EXTRA.items() if any(key in r for r in report["splits"].values())}
     head += "".join(f"{title:>{len(title) + 3}}" for title in extra.values())
-    lines = [f"{report['checkpoint']}, step {report['step']}", "", head]
+    mean = ", running mean of the weights" if report["weights"] == "ema" else ""
+    lines = [f"{report['checkpoint']}, step {report['step']}{mean}", "", head]
     for split, r in report["splits"].items():
         base = r["baseline"]
         lines.append(

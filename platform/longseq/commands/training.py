@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from longseq.checkpoint import Checkpoint, expected_bytes, remove_partials
 from longseq.config import Config
 from longseq.config_loading import described_keys
+from longseq.curves import read_curves
 from longseq.data import SPLITS, corpus_of, reading, vocabulary
 from longseq.errors import EXIT_GO_ON, LongseqError, RunError
 from longseq.launch import local
@@ -24,6 +26,7 @@ from longseq_data.survey import UNITS, survey
 def train(run: Run, config: Config, checkpoint: Checkpoint | None) -> int:
     """Train in processes of their own and say how it ended. Returns the exit code."""
     remove_partials(run.checkpoints_dir)  # of a start that was killed
+    began = time.monotonic()
     try:
         code = local.train(run, config.trainer.devices, checkpoint.path if checkpoint else None)
     finally:
@@ -32,16 +35,48 @@ def train(run: Run, config: Config, checkpoint: Checkpoint | None) -> int:
     where = (
         f"step {newest.position.step} of {config.trainer.max_steps}, {newest.path}" if newest else "no checkpoint yet"
     )
+    print(f"{_HOW_IT_ENDED.get(code, 'Stopped at once')}: {where}")
+    start = checkpoint.position.step if checkpoint else 0
+    print("\n".join(results(run, start, time.monotonic() - began)))
     if code == 0:
-        print(f"Finished: {where}\nEvaluate it:  longseq evaluate {as_typed(run.path)}")
-        print(f"Look at it:   tensorboard --logdir {as_typed(run.tensorboard_dir)}")
-    elif code == EXIT_GO_ON:
-        print(f"Stopped and saved: {where}\nGo on with:  {run.resume_command}")
-    else:
-        print(f"Stopped at once: {where}")
-        if newest:
-            print(f"Go on with:  {run.resume_command}")
+        print(f"Evaluate it:   longseq evaluate {as_typed(run.path)}")
+        print(f"Look at it:    tensorboard --logdir {as_typed(run.tensorboard_dir)}")
+    elif newest:
+        print(f"Go on with:    {run.resume_command}")
     return code
+
+
+_HOW_IT_ENDED = {0: "Finished", EXIT_GO_ON: "Stopped and saved"}
+
+
+def results(run: Run, start: int, seconds: float) -> list[str]:
+    """What came of a start at step ``start`` that took so long, and where it is: lines for people."""
+    curves = read_curves(run.tensorboard_dir) if run.tensorboard_dir.exists() else {}
+    lines = []
+    speeds = {step: rate for step, rate in curves.get("train/tokens_per_second", {}).items() if step > start}
+    if speeds:
+        last, rate = max(speeds), sum(speeds.values()) / len(speeds)
+        lines.append(f"Trained:       {last - start:,} steps in {_duration(seconds)}, {rate:,.0f} tokens/s")
+    valid = curves.get("valid/loss", {})
+    if valid:
+        best = min(valid, key=lambda step: valid[step])
+        perplexity, accuracy = (curves[f"valid/{name}"][best] for name in ("perplexity", "accuracy"))
+        quality = f"loss {valid[best]:.4f}, perplexity {perplexity:.2f}, accuracy {accuracy:.1%}"
+        lines.append(f"Best on valid: {quality}, at step {best}")
+    kept = [str(int(checkpoint.path.name[5:13])) for checkpoint in run.checkpoints()]
+    if kept:
+        steps = f"step{'s' if len(kept) > 1 else ''} {', '.join(kept)}"
+        lines.append(f"Checkpoints:   {steps}, in {as_typed(run.checkpoints_dir)}")
+    found = len(list(run.evaluations_dir.glob("*.json")))
+    if found:
+        lines.append(f"Evaluations:   {found}, in {as_typed(run.evaluations_dir)}")
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"
 
 
 # What the weights or the order of the samples depend on, and a run keeps for its life.

@@ -32,8 +32,8 @@ _ECHO_SECONDS = 1.0
 _SOFT = (signal.SIGUSR1, signal.SIGUSR2)
 
 
-def train(run: Run, devices: int, checkpoint: Path | None) -> int:
-    """Train a run with ``devices`` processes until it ends.
+def train(run: Run, devices: int, checkpoint: Path | None, *, rehearse: bool = False) -> int:
+    """Train a run with ``devices`` processes until it ends; or ``rehearse`` its first steps and keep nothing.
 
     Returns:
         0 when the last step was reached, ``EXIT_GO_ON`` when stopped and saved, 130 when stopped before the first
@@ -46,8 +46,8 @@ def train(run: Run, devices: int, checkpoint: Path | None) -> int:
         read_end, write_end = os.pipe()
         try:
             processes = [
-                _start(run, checkpoint, rank, devices, Path(reports), read_end, port)
-                for port in [_free_port()]
+                _start(run, checkpoint, rehearse, rank, devices, Path(reports), read_end, port)
+                for port in [free_port()]
                 for rank in range(devices)
             ]
             os.close(read_end)
@@ -67,11 +67,10 @@ def rank_log(run: Run, rank: int) -> Path:
     return run.logs_dir / f"rank-{rank}.log"
 
 
-def _start(
-    run: Run, checkpoint: Path | None, rank: int, world: int, reports: Path, parent_pipe: int, port: int
-) -> subprocess.Popen[bytes]:
+def environment_of(rank: int, world: int, port: int) -> dict[str, str]:
+    """What a training process finds in its environment: this one's, and its place among the others."""
     threads = max(1, (len(os.sched_getaffinity(0)) or 1) // world)
-    environment = {
+    return {
         "OMP_NUM_THREADS": str(threads),
         "GLOO_SOCKET_IFNAME": "lo",  # else gloo looks the host's name up, which fails on a laptop without a network
         **os.environ,
@@ -85,9 +84,23 @@ def _start(
         # DeepSpeed builds some of its operators with ninja, which pip puts beside the interpreter.
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath))),
     }
+
+
+def _start(
+    run: Run,
+    checkpoint: Path | None,
+    rehearse: bool,
+    rank: int,
+    world: int,
+    reports: Path,
+    parent_pipe: int,
+    port: int,
+) -> subprocess.Popen[bytes]:
+    environment = environment_of(rank, world, port)
     command = [sys.executable, "-m", "longseq.training.worker", str(run.path)]
     command += ["--reports", str(reports), "--parent-pipe", str(parent_pipe)]
     command += ["--checkpoint", str(checkpoint)] if checkpoint else []
+    command += ["--rehearse"] if rehearse else []
     output = None
     if rank:
         rank_log(run, rank).parent.mkdir(exist_ok=True)
@@ -202,7 +215,8 @@ def _signal_all(processes: Sequence[subprocess.Popen[bytes]], number: int) -> No
             process.send_signal(number)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -14,6 +14,13 @@ def all_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def all_max(tensor: Tensor) -> Tensor:
+    """The largest over all ranks, in place; the tensor itself where there is one process."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
 class ControlGroup:
     """A gloo group for decisions the ranks take together, so that asking never waits for a GPU."""
 

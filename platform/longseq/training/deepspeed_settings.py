@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 from longseq.config import Config
+from longseq.data import vocabulary
 from longseq.errors import ConfigError
+from longseq.launch.memory import reduce_bucket
 
 
 def deepspeed_settings(config: Config, *, on_cuda: bool) -> dict[str, Any]:
@@ -17,6 +19,9 @@ def deepspeed_settings(config: Config, *, on_cuda: bool) -> dict[str, Any]:
     trainer, given = config.trainer, config.deepspeed
     zero = dict(given.get("zero_optimization", {}))
     zero["stage"] = trainer.zero_stage
+    # DeepSpeed would take 2 GB for any model.
+    parameters = config.performer_spec(vocabulary(config).size).parameter_count
+    zero.setdefault("reduce_bucket_size", reduce_bucket(config, parameters))
     for name, device in (("offload_optimizer", trainer.offload_optimizer), ("offload_param", trainer.offload_params)):
         if device != "none":
             place: dict[str, Any] = {"device": device, "pin_memory": on_cuda}

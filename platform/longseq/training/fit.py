@@ -13,12 +13,24 @@ from longseq.checkpoint import Checkpoint
 from longseq.config import Config
 from longseq.data import split_spec
 from longseq.errors import ConfigError
+from longseq.launch.memory import estimate
 from longseq.run import Run
+from longseq.training.callbacks.attention_probe import AttentionProbe
 from longseq.training.callbacks.bad_steps import BadSteps
 from longseq.training.callbacks.checkpointing import Checkpointing
 from longseq.training.callbacks.curves import Curves
+from longseq.training.callbacks.ema import WeightAverage
+from longseq.training.callbacks.gradient_noise import GradientNoise
 from longseq.training.callbacks.gradients import GradientNorm
+from longseq.training.callbacks.histograms import Histograms
+from longseq.training.callbacks.hyperparameters import Hyperparameters
+from longseq.training.callbacks.length_warmup import LengthWarmup
+from longseq.training.callbacks.loss_scale import LossScale
+from longseq.training.callbacks.memory import Memory
+from longseq.training.callbacks.samples import Samples
 from longseq.training.callbacks.stopping import StopFlag, StopRequested
+from longseq.training.callbacks.times import Clock, Times
+from longseq.training.callbacks.utilisation import Utilisation
 from longseq.training.environment import start_facts
 from longseq.training.strategy import build_strategy, on_cuda
 from longseq.training.task import LanguageModelling
@@ -37,14 +49,14 @@ def fit(run: Run, config: Config, checkpoint: Checkpoint | None, stop: StopFlag)
     check_devices(config)
     start = checkpoint.position.step if checkpoint else 0
     task = LanguageModelling(config)
-    trainer = build_trainer(run, config, stop, start)
+    trainer = build_trainer(run, config, stop, checkpoint)
     if trainer.is_global_zero:
         if checkpoint:
             task.train_sums.restore(*checkpoint.position.unlogged, device=trainer.strategy.root_device)
         run.record_start(start_facts(config, start))
         _summary(task, config, run, start)
     try:
-        trainer.fit(task, _data(config, checkpoint), ckpt_path=checkpoint.path if checkpoint else None)
+        trainer.fit(task, training_data(config, checkpoint), ckpt_path=checkpoint.path if checkpoint else None)
     except StopRequested:
         return False
     if trainer.is_global_zero:
@@ -52,9 +64,11 @@ def fit(run: Run, config: Config, checkpoint: Checkpoint | None, stop: StopFlag)
     return True
 
 
-def build_trainer(run: Run, config: Config, stop: StopFlag, start: int) -> pl.Trainer:
+def build_trainer(run: Run, config: Config, stop: StopFlag, checkpoint: Checkpoint | None) -> pl.Trainer:
     """Lightning's trainer with everything it would do by itself, and we do otherwise, switched off."""
-    settings, gradient_norm = config.trainer, GradientNorm(config)
+    settings, gradient_norm, clock = config.trainer, GradientNorm(config), Clock()
+    curves = Curves(run, config, gradient_norm)
+    start = checkpoint.position.step if checkpoint else 0
     checkpointing = Checkpointing(run, config, stop, gradient_norm)
     return pl.Trainer(
         accelerator="cuda" if on_cuda(config) else "cpu",
@@ -78,13 +92,29 @@ def build_trainer(run: Run, config: Config, stop: StopFlag, start: int) -> pl.Tr
         callbacks=[
             gradient_norm,
             BadSteps(run, config, gradient_norm, checkpointing.finish_writing),
-            Curves(run, config, gradient_norm),
+            curves,
+            *watching(config, curves),
+            *([LengthWarmup(config, start)] if settings.length_warmup_steps else []),
+            *([WeightAverage(config, checkpoint)] if settings.ema_decay else []),
             checkpointing,
+            Times(curves, clock),
         ],
+        profiler=clock,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+
+
+def watching(config: Config, curves: Curves) -> list[pl.Callback]:
+    """What only looks on and writes to TensorBoard; what is switched off is left out."""
+    settings = config.trainer
+    callbacks: list[pl.Callback] = [Hyperparameters(config), LossScale(curves), Memory(curves)]
+    callbacks += [Utilisation(config, curves)]
+    callbacks += [AttentionProbe(config, curves), Samples(config, curves)] if settings.probe_every else []
+    callbacks += [Histograms(config, curves)] if settings.histogram_every else []
+    callbacks += [GradientNoise(config, curves)] if settings.noise_every else []
+    return callbacks
 
 
 def check_devices(config: Config) -> None:
@@ -108,7 +138,8 @@ def check_devices(config: Config) -> None:
         raise ConfigError("trainer.precision=fp16 needs a GPU: set trainer.precision to bf16 or fp32.")
 
 
-def _data(config: Config, checkpoint: Checkpoint | None) -> SequenceDataModule:
+def training_data(config: Config, checkpoint: Checkpoint | None) -> SequenceDataModule:
+    """Batches of the training from where a checkpoint left it, and of the validations."""
     return SequenceDataModule(
         split_spec(config, "train"),
         split_spec(config, "valid") if config.trainer.valid_every else None,
@@ -133,6 +164,7 @@ def _summary(task: LanguageModelling, config: Config, run: Run, start: int) -> N
         f"step     {step}, "
         f"on {trainer.devices} {'GPU' if on_cuda(config) else 'CPU'} process(es) × {trainer.accumulate} batch(es)",
         f"sharding {_SHARDING[trainer.strategy].format(trainer.zero_stage)}, {trainer.precision}",
+        f"memory   {estimate(config, spec.vocabulary).line()}",
         f"run      {run.path}, step {start} of {trainer.max_steps}",
     ]
     print("\n".join(lines), file=sys.stderr, flush=True)

@@ -25,6 +25,8 @@ from longseq.training.optimizer_state import (
 from longseq.training.weights import full_state_dict
 
 _LEFT_OUT = ("state_dict", "optimizer_states")  # ours are in the shards
+# Where a callback puts, in on_save_checkpoint, what it wants written besides: path in the checkpoint: content.
+FILES = "files"
 
 
 class Snapshots:
@@ -54,6 +56,7 @@ class Snapshots:
         """
         task, rank, holder = self._task(), self.global_rank, self._holder()  # type: ignore[attr-defined]
         before = self.snapshot.get(shards.shard_name(rank))
+        besides: Mapping[str, shards.Content] = checkpoint.pop(FILES, {})
         self.snapshot = {}
         pieces = shards.snapshot(holder, rank, into=before if isinstance(before, Mapping) else None)
         files: dict[str, shards.Content] = {shards.shard_name(rank): pieces} if pieces else {}
@@ -68,6 +71,7 @@ class Snapshots:
                     "buffers": {name: buffer.detach().cpu() for name, buffer in _kept_buffers(task.model).items()},
                 }
             )
+            files |= besides
         self.snapshot = files
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

@@ -21,13 +21,14 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("run", type=Path)
     parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--reports", type=Path, required=True)
     parser.add_argument("--parent-pipe", type=int, required=True)
     args = parser.parse_args()
     _end_with_parent(args.parent_pipe)
 
     try:
-        return _train(args.run, args.checkpoint)
+        return _rehearse(args.run) if args.rehearse else _train(args.run, args.checkpoint)
     except USER_ERRORS as error:
         sentence = str(error)
     except OSError as error:  # a full disk, mostly: say so without a traceback
@@ -59,7 +60,7 @@ def _train(run_path: Path, checkpoint_path: Path | None) -> int:
     from longseq.checkpoint import Checkpoint
     from longseq.training.fit import fit
 
-    _quiet()
+    quiet()
     if not torch.cuda.is_available():
         keep_freed_memory()
     run = Run.open(run_path)
@@ -67,6 +68,15 @@ def _train(run_path: Path, checkpoint_path: Path | None) -> int:
     stop.time_limit = config.time_limit_seconds
     finished = fit(run, config, Checkpoint(checkpoint_path) if checkpoint_path else None, stop)
     return 0 if finished else EXIT_GO_ON
+
+
+def _rehearse(run_path: Path) -> int:
+    from longseq.training.rehearsal import rehearse
+
+    quiet()
+    run = Run.open(run_path)
+    rehearse(run, run.config())
+    return 0
 
 
 def _peer_lost(error: RuntimeError) -> bool:
@@ -84,7 +94,7 @@ def _end_with_parent(pipe: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Libraries' notes on normal operation would bury ours. After their import, which sets their levels."""
     for category in (UserWarning, FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)

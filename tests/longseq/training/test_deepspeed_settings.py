@@ -61,6 +61,7 @@ def test_settings_of_ours_and_of_the_section_come_together(folder):
     )
     assert settings["zero_optimization"] == {
         "stage": 3,
+        "reduce_bucket_size": 403_200,  # the model's size, and not DeepSpeed's 500 million
         "offload_optimizer": {"buffer_count": 5, "device": "nvme", "pin_memory": True, "nvme_path": "/fast"},
         "offload_param": {"device": "cpu", "pin_memory": True},
     }

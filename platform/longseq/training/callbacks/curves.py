@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,12 +16,14 @@ from tqdm import tqdm
 from longseq.config import Config
 from longseq.run import Run
 from longseq.training.callbacks.gradients import GradientNorm, not_finite
+from longseq.training.callbacks.steps import due, ends_step
 from longseq.training.optim import learning_rate_share
 from longseq.training.task import LanguageModelling
+from longseq.training.tensorboard import log_scalars
 
 
 class Curves(pl.Callback):
-    """Every ``log_every`` steps: loss, perplexity, accuracy, learning rate, gradient norm and tokens a second.
+    """Every ``log_every`` steps: loss, perplexity, bits, accuracy, learning rate, gradient norm and tokens a second.
 
     All are means over the steps since the last point and over all ranks, weighted by target.
     """
@@ -37,13 +40,26 @@ class Curves(pl.Callback):
         self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if not ends_step(trainer, batch_idx):
             return
-        if step % self.config.trainer.log_every == 0 or step == self.config.trainer.max_steps:
+        if self.due(step):
             assert isinstance(task, LanguageModelling)
             self._log_train(trainer, task, step)
         if self.bar:
-            self.bar.update(step, self.shown, logged=step % self.config.trainer.log_every == 0)
+            self.bar.update(step, self.shown, logged=self.due(step))
+
+    def due(self, step: int) -> bool:
+        """Whether the curves get a point after ``step``."""
+        return due(step, self.config.trainer.log_every) or step == self.config.trainer.max_steps
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what happens inside out of the training speed."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.since += time.monotonic() - began
 
     def on_validation_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         self.validation_began = time.monotonic()
@@ -53,7 +69,7 @@ class Curves(pl.Callback):
         self.since += time.monotonic() - self.validation_began  # training speed is that of training
         curves = quality(task.valid_sums.take(task.device))
         task.validated = (trainer.global_step, curves["loss"])
-        _write(trainer, "valid", curves, trainer.global_step)
+        log_scalars(trainer, "valid", curves, trainer.global_step)
         if self.bar:
             self.bar.say(f"step {trainer.global_step}  validation: {_line(curves)}")
 
@@ -80,7 +96,7 @@ class Curves(pl.Callback):
         curves["padded_tokens_per_second"] = sums[4].item() / (now - self.since)
         self.since = now
         self.shown = curves
-        _write(trainer, "train", curves, step)
+        log_scalars(trainer, "train", curves, step)
 
     def _close(self) -> None:
         if self.bar:
@@ -88,17 +104,15 @@ class Curves(pl.Callback):
 
 
 def quality(sums: Tensor) -> dict[str, float]:
-    """Loss (nats a target), perplexity and accuracy from [Σ loss, correct, targets, ...]."""
+    """Loss (nats a target), perplexity, bits a target and accuracy from [Σ loss, correct, targets, ...]."""
     loss_sum, correct, targets = sums[:3].tolist()
     loss = loss_sum / max(targets, 1)
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "accuracy": correct / max(targets, 1)}
-
-
-def _write(trainer: pl.Trainer, prefix: str, curves: dict[str, float], step: int) -> None:
-    assert trainer.logger is not None
-    trainer.logger.log_metrics({f"{prefix}/{name}": value for name, value in curves.items()}, step)
-    if trainer.is_global_zero:
-        trainer.logger.experiment.flush()  # type: ignore[attr-defined]  # so that a kill loses no point
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits": loss / math.log(2),
+        "accuracy": correct / max(targets, 1),
+    }
 
 
 def _line(curves: dict[str, float]) -> str:
@@ -116,15 +130,17 @@ class _Bar:
         self.began, self.first = time.monotonic(), step
         self.bar = None
         if sys.stderr.isatty():
-            self.bar = tqdm(total=self.max_steps, initial=step, unit="step", dynamic_ncols=True, leave=True)
+            layout = "{l_bar}{bar}| step {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+            self.bar = tqdm(total=self.max_steps, initial=step, bar_format=layout, dynamic_ncols=True, leave=True)
 
     def update(self, step: int, curves: dict[str, float], logged: bool) -> None:
         if self.bar is not None:
             with suppress(OSError):
                 self.bar.update(step - self.bar.n)
                 if curves and logged:
-                    self.bar.set_postfix_str(_line(curves))
-        elif logged or step == self.max_steps:
+                    rate = f"{curves['tokens_per_second']:,.0f} tokens/s"
+                    self.bar.set_postfix_str(f"loss {curves['loss']:.4f}, {rate}")
+        elif curves and logged:
             left = (time.monotonic() - self.began) / max(1, step - self.first) * (self.max_steps - step)
             self.say(f"step {step}/{self.max_steps}  {_line(curves)}  {tqdm.format_interval(left)} left")
 

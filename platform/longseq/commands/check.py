@@ -1,0 +1,131 @@
+"""Before an expensive job: would this configuration train here?
+
+Looks at the configuration, the data files, the disk and the memory; then starts the training's own processes for two
+steps on sequences of the full length, and measures collectives, time and memory. Exit code 0 if all is well, else 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from longseq.commands.training import check_data, check_disk, help_on_keys
+from longseq.config import Config
+from longseq.config_loading import load_config
+from longseq.data import SPLITS, resolve_sources, vocabulary
+from longseq.errors import EXIT_ERROR, USER_ERRORS
+from longseq.launch import local
+from longseq.launch.memory import MemoryEstimate, estimate, gib
+from longseq.run import Run
+
+_Result = TypeVar("_Result")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, help="a YAML file, e.g. configs/protein/base.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", default=[], help="e.g. trainer.devices=8")
+    parser.add_argument("--static", action="store_true", help="start no process: configuration, files, disk, memory")
+    parser.epilog = help_on_keys()
+
+
+def run(args: argparse.Namespace) -> int:
+    report = _Report()
+    config = report.of("config", lambda: _config(args))
+    if config is None:
+        return EXIT_ERROR
+    report.of("data", lambda: _data(config))
+    report.of("disk", lambda: _disk(config))
+    memory = report.of("memory", lambda: _memory(config))
+    if memory is None or report.failed or args.static:
+        if not args.static:
+            report.line("skipped", "step", "mend what failed first")
+        return EXIT_ERROR if report.failed else 0
+    report.of("step", lambda: _rehearse(config, memory, report))
+    return EXIT_ERROR if report.failed else 0
+
+
+class _Report:
+    """One line a check, as soon as it is known."""
+
+    def __init__(self) -> None:
+        self.failed = False
+
+    def line(self, verdict: str, name: str, text: str) -> None:
+        print(f"{verdict:<8} {name:<12} {text}", flush=True)
+
+    def of(self, name: str, check: Callable[[], tuple[_Result, str]]) -> _Result | None:
+        """Run a check that gives a result and a line of text; None if it fails, with the sentence that says why."""
+        try:
+            result, text = check()
+        except USER_ERRORS as error:
+            self.failed = True
+            self.line("FAILED", name, str(error))
+            return None
+        self.line("ok", name, text)
+        return result
+
+
+def _config(args: argparse.Namespace) -> tuple[Config, str]:
+    from longseq.training.deepspeed_settings import check_deepspeed
+
+    config = load_config(args.config, args.overrides)
+    check_deepspeed(config)
+    data, trainer = config.data, config.trainer
+    return config, (
+        f"{args.config}: {data.batch_tokens:,} tokens a step on {trainer.devices} process(es) × {trainer.accumulate} "
+        f"batch(es) of {config.batch_sequences} × {data.length}"
+    )
+
+
+def _data(config: Config) -> tuple[Config, str]:
+    resolve_sources(config)
+    check_data(config)
+    files = {split: len(getattr(config.data, split)) for split in SPLITS}
+    return config, "the beginning of every file was read: " + ", ".join(f"{n} {s}" for s, n in files.items() if n)
+
+
+def _disk(config: Config) -> tuple[Config, str]:
+    folder = Path(config.run.dir).expanduser().resolve()
+    check_disk(config, folder)
+    return config, f"{folder} has room for the checkpoints"
+
+
+def _memory(config: Config) -> tuple[MemoryEstimate, str]:
+    needed = estimate(config, vocabulary(config).size)
+    return needed, needed.line()
+
+
+def _rehearse(config: Config, memory: MemoryEstimate, report: _Report) -> tuple[Config, str]:
+    with tempfile.TemporaryDirectory(prefix="longseq-check-") as folder:
+        run = Run.create(_short(config, folder), default_name="check")
+        code = local.train(run, config.trainer.devices, checkpoint=None, rehearse=True)
+        if code:
+            raise KeyboardInterrupt
+        found = json.loads((run.path / "check.json").read_text())
+    trainer = config.trainer
+    report.line("ok", "devices", f"{trainer.devices} × {found['device']}, {trainer.precision}")
+    if found["backend"]:
+        rate = found["bytes_a_second"] / 1e9
+        report.line("ok", "collectives", f"{found['backend']}: an all-reduce of 64 MiB runs at {rate:.2f} GB/s")
+    return config, (
+        f"forward, backward and optimiser at full length: {found['seconds']:.2f} s, "
+        f"{found['tokens'] / found['seconds']:,.0f} tokens/s, {gib(found['peak'])} of tensors "
+        f"({found['peak'] / memory.peak:.0%} of the estimate)"
+    )
+
+
+def _short(config: Config, folder: str) -> Config:
+    """The same training for two steps, without anything that needs more of them."""
+    short = copy.deepcopy(config)
+    short.run.dir, short.run.name = folder, "check"
+    short.trainer.max_steps = 2
+    for name in ("valid_every", "checkpoint_every", "keep_best", "keep_every", "probe_every", "histogram_every"):
+        setattr(short.trainer, name, 0)
+    short.trainer.noise_every = short.trainer.length_warmup_steps = 0
+    short.trainer.ema_decay, short.trainer.time_limit = 0.0, None
+    return short

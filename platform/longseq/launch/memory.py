@@ -1,0 +1,185 @@
+"""How much memory a training process needs, by arithmetic from the configuration. No torch here.
+
+Counted are the bytes of tensors, as ``longseq check`` measures them: what torch's allocator has handed out at its peak.
+Not counted: the Python process and its libraries (0.4 GiB on a CPU; a CUDA context, about as much, and NCCL's buffers),
+what the allocator holds without using it (fragments: leave a tenth), and the data loader's worker processes.
+
+P is the number of weights, n the number of ranks, w the bytes of a weight in training (fp32 4, bf16 and fp16 2):
+
+    weights       w P;  ZeRO-3 w P / n, and w P gathered at the end of the forward pass
+    optimiser     8 P of AdamW's moments, and 4 P of fp32 weights where DeepSpeed keeps its own (ZeRO 1-3, half
+                  precision); ZeRO 1-3 divide both by n
+    gradients     w P;  ZeRO 1-3 w P / n, and the buffer in which gradients wait to be summed over the ranks
+    activations   what the backward pass needs of every block (or with activation checkpointing of one block, and every
+                  block's input), and what it holds at its most besides
+    in the step   the fp32 gradients of this rank's part and two temporaries of AdamW
+
+The peak is that of three moments: the beginning of the backward pass, its end, and the optimiser's step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from longseq.config import Config
+from longseq.models.spec import PerformerSpec
+
+# One state of the scan is kept for each group of this many positions: longseq.attention.scan.CHUNK * GROUP.
+SCAN_GROUP = 128
+DEEPSPEED_BUCKET = 500_000_000  # DeepSpeed's own default, in elements: gigabytes, however small the model
+_MAX_LIVE = 1_000_000_000  # weights that ZeRO-3 leaves gathered, DeepSpeed's default
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one rank."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    peak: int  # less than their sum: they do not need their most at the same time
+    host: int  # beside a GPU: what is offloaded to the CPU's memory
+
+    def line(self) -> str:
+        """For people."""
+        parts = f"weights {gib(self.weights)}, gradients {gib(self.gradients)}, optimiser {gib(self.optimizer)}, "
+        parts += f"activations {gib(self.activations)}"
+        host = f", and {gib(self.host)} in the CPU's memory" if self.host else ""
+        return f"about {gib(self.peak)} of tensors a process ({parts}){host}"
+
+
+def estimate(config: Config, vocabulary: int) -> MemoryEstimate:
+    """What one rank needs to train this configuration with so many tokens in its vocabulary."""
+    spec, trainer = config.performer_spec(vocabulary), config.trainer
+    count, ranks = spec.parameter_count, trainer.devices
+    deepspeed = trainer.strategy == "deepspeed"
+    stage = trainer.zero_stage if deepspeed else 0
+    width = 4 if trainer.precision == "fp32" else 2
+    part = count / ranks if stage else count  # elements of the optimiser that are this rank's
+    held = count / ranks if stage == 3 else count  # and of the weights
+
+    weights = (width if deepspeed else 4) * held
+    if not deepspeed and width == 2:
+        weights += width * count  # autocast's copies
+    gathered = width * min(count, _MAX_LIVE) if stage == 3 else 0
+    masters = 4 * part if stage or (deepspeed and width == 2) else 0
+    optimizer = masters + 8 * part
+    mean = 4 * held if trainer.ema_decay else 0
+    part_gradients = (width if deepspeed else 4) * part
+    bucket = width * reduce_bucket(config, count) if stage else 4 * count if trainer.strategy == "ddp" else 0
+    gradients = part_gradients + bucket
+    step = 3 * 4 * part if stage else 4 * count * bool(masters) + 3 * 4 * _largest(spec)
+
+    tokens = config.batch_sequences * config.data.length
+    block, head, behind = _block(spec, config, width), _head(spec, width), _backward(spec, width)
+    start = width * spec.dim  # what a recomputation starts from
+    kept = tokens * spec.depth * (start if spec.activation_checkpointing else block)
+    if trainer.activation_offload:
+        kept = 0
+    recomputed = tokens * (block - start) if spec.activation_checkpointing else 0
+    inputs = tokens * 2 * 8  # tokens and targets, 64 bits each
+    first = inputs + max(kept + recomputed + tokens * behind, kept + tokens * head)
+    last = inputs + tokens * (block + behind)
+
+    offloaded = 0.0
+    if trainer.offload_optimizer != "none":
+        offloaded, optimizer, step = optimizer + 4 * part, 0, 4 * part  # with the fp32 gradients that it reads
+    if trainer.offload_params != "none":
+        offloaded, weights = offloaded + weights, 0
+    always = weights + optimizer + mean
+    # What ZeRO-3 has for good, the others have from the backward pass to the step.
+    early, late, left = (gradients, gradients, gradients) if stage == 3 else (bucket, gradients, part_gradients)
+    moments = always + gathered + early + first, always + gathered + late + last, always + left + step
+    return MemoryEstimate(
+        weights=round(weights + gathered),
+        gradients=round(gradients),
+        optimizer=round(optimizer + mean),
+        activations=round(first),
+        peak=round(max(moments)),
+        host=round(offloaded),
+    )
+
+
+def reduce_bucket(config: Config, parameters: int) -> int:
+    """Elements of the buffer in which DeepSpeed collects gradients: as many as the model has, unless it is told."""
+    given = config.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size")
+    return int(given) if isinstance(given, (int, float)) else min(DEEPSPEED_BUCKET, parameters)
+
+
+def gib(size: float) -> str:
+    """Bytes for people."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def _largest(spec: PerformerSpec) -> int:
+    """Elements of the largest weight."""
+    return spec.dim * max(3 * spec.dim, spec.ffn_dim, spec.vocabulary)
+
+
+def _block(spec: PerformerSpec, config: Config, width: int) -> float:
+    """Bytes a token that the backward pass of one block needs.
+
+    The residual stream twice, both norms' outputs and the attention's output as its map reads it; the hidden layer
+    before and after its activation; queries, keys, values and output of attention; and what its kind keeps.
+    """
+    dim, heads = spec.dim, spec.heads
+    total = width * (5.0 * dim + 2 * spec.ffn_dim) + 2 * 2 * 4  # and the norms' means and deviations
+    # q, k and v are slices of one tensor. It lives on as long as one of them is needed as it is.
+    whole_qkv = spec.attention == "exact" or (width == 4 and config.batch_sequences == 1)
+    if spec.attention == "exact":
+        total += width * (3 + 2 + 1) * dim + 4 * heads
+        total += _mask(spec, config)
+    else:
+        total += 4 * (2 + 1 + (0 if whole_qkv else 1)) * dim + 4 * 3 * dim * whole_qkv
+        total += _favor(spec, config)
+    if spec.qk_norm:
+        # Normalised q and k, what they were before (in fp32 the slices themselves), and the norms.
+        total += width * 2 * dim + 4 * 2 * heads
+        total += 0 if whole_qkv and width == 4 else width * 3 * dim if width == 4 else 4 * 2 * dim
+    if spec.dropout:
+        total += width * 2 * dim  # what was dropped
+    return total
+
+
+def _favor(spec: PerformerSpec, config: Config) -> float:
+    """Bytes a token: states between the groups of chunks, denominators, and each part's output where there are two."""
+    state = 4 * spec.heads * spec.features * (spec.head_dim + 1)
+    plain = not (spec.window or spec.learned_decay or _packs(config))
+    if not spec.causal and plain:
+        return state / config.data.length + 4 * spec.heads
+    one = state / min(SCAN_GROUP, config.data.length) + 2 * 4 * spec.heads
+    total = one
+    if spec.window:
+        total += 4 * spec.dim + 3 * 4 * spec.heads  # the window's own output, and the weights of both
+    if not spec.causal:
+        total += one + 4 * 5 * spec.dim + 3 * 4 * spec.heads  # the scan of the reversed row, with reversed copies
+    return total
+
+
+def _packs(config: Config) -> bool:
+    """Whether rows hold documents that do not see each other."""
+    return config.data.reset
+
+
+def _mask(spec: PerformerSpec, config: Config) -> float:
+    """Bytes a token of what is quadratic in exact attention, where padding, documents or a decay ask for a mask."""
+    length, rows = config.data.length, config.batch_sequences
+    masked = config.data.packing != "concat" or _packs(config)
+    if spec.learned_decay:  # a mask that learns: torch keeps all weights
+        return 4 * spec.heads * length + (4 * spec.heads + 8) * length * (1 if masked else 1 / rows)
+    return (1 + 4) * length if masked else 0
+
+
+def _head(spec: PerformerSpec, width: int) -> float:
+    """Bytes a token of the last norm, the logits in fp32, their log-probabilities and the gradients of both."""
+    return width * 2 * spec.dim + 3 * 4 * spec.vocabulary + (2 * width * spec.vocabulary if width < 4 else 0)
+
+
+def _backward(spec: PerformerSpec, width: int) -> float:
+    """Bytes a token that the backward pass of a block holds at most, beyond what is kept for it.
+
+    In the MLP the gradients of the residual stream and of the hidden layer; in the attention, where the MLP's are gone,
+    those of q, k, v, its output and their copies.
+    """
+    return width * max(spec.dim + spec.ffn_dim, 8 * spec.dim - 2 * spec.ffn_dim)

@@ -1,0 +1,93 @@
+"""Where the time goes: waiting for data, training steps, checkpoints."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.profilers import Profiler
+
+from longseq.training.callbacks.curves import Curves
+from longseq.training.callbacks.steps import ends_step
+from longseq.training.tensorboard import log_scalars
+
+
+class Clock(Profiler):
+    """Adds up the seconds of what Lightning's loop says it is doing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds = {"data": 0.0, "step": 0.0, "checkpoint": 0.0}
+        self.saved = False
+        self._concerns: dict[str, str | None] = {}
+        self._began: dict[str, float] = {}
+
+    def start(self, action_name: str) -> None:
+        self._began[action_name] = time.perf_counter()
+
+    def stop(self, action_name: str) -> None:
+        if action_name not in self._concerns:
+            self._concerns[action_name] = _concern(action_name)
+        concern, began = self._concerns[action_name], self._began.pop(action_name, None)
+        if concern and began is not None:
+            self.seconds[concern] += time.perf_counter() - began
+        if action_name == "save_checkpoint":
+            self.saved = True
+
+    def take(self) -> tuple[dict[str, float], bool]:
+        """Seconds since this was last asked, and whether a checkpoint was saved in them."""
+        seconds, saved = self.seconds, self.saved
+        self.seconds, self.saved = dict.fromkeys(seconds, 0.0), False
+        return seconds, saved
+
+
+def _concern(action: str) -> str | None:
+    if action.endswith(".train_dataloader_next"):
+        return "data"
+    if action == "run_training_batch":
+        return "step"
+    # The callback with all that it does around the file: copies, checksums, waiting for other ranks.
+    return "checkpoint" if action.startswith("[Callback]Checkpointing.") else None
+
+
+class Times(pl.Callback):
+    """Milliseconds a step that rank 0 waited for data and that it trained, and the seconds that checkpoints took.
+
+    With every point of the curves. It belongs behind the checkpoints among the callbacks, and reads ``clock``, which is
+    the trainer's profiler.
+    """
+
+    def __init__(self, curves: Curves, clock: Clock):
+        self.curves, self.clock = curves, clock
+        self.since: int | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        self.clock.take()
+        self.since = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if not (ends_step(trainer, batch_idx) and self.curves.due(step)):
+            return
+        self._log(trainer, step)
+
+    def on_train_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        self._log(trainer, trainer.global_step)
+
+    def on_exception(self, trainer: pl.Trainer, task: pl.LightningModule, exception: BaseException) -> None:
+        if trainer.logger is not None and self.since is not None:
+            self._log(trainer, trainer.global_step)
+
+    def _log(self, trainer: pl.Trainer, step: int) -> None:
+        seconds, saved = self.clock.take()
+        assert self.since is not None
+        points = {}
+        if step > self.since:
+            points = {f"{name}_ms": seconds[name] / (step - self.since) * 1e3 for name in ("data", "step")}
+        if saved:
+            points["checkpoint_seconds"] = seconds["checkpoint"]
+        self.since = step
+        log_scalars(trainer, "time", points, step)

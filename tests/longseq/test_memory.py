@@ -1,0 +1,113 @@
+"""The memory estimate against what torch's allocator hands out in two steps of training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from longseq.benchmarks.memory import PeakMeter
+from longseq.config_loading import load_config
+from longseq.launch.memory import estimate, reduce_bucket
+from longseq.models.performer import PerformerLM
+from longseq.training.optim import build_optimizer
+
+SMALL = ("model.preset=small", "data.length=256", "data.batch_tokens=1024")
+REGULAR = ("model.preset=regular", "model.depth=2", "data.length=256", "data.batch_tokens=512")
+
+
+@pytest.fixture
+def loaded(folder):
+    return lambda *overrides: load_config("small.yaml", ["data.train=proteins.fasta", *overrides])
+
+
+def measured(config, vocabulary=29):
+    """Peak bytes of a model, AdamW and two training steps in one process without a strategy around them."""
+    torch.manual_seed(0)
+    shape = config.batch_sequences, config.data.length
+    tokens = torch.randint(25, shape)
+    meter = PeakMeter(torch.device("cpu"))
+    model = PerformerLM(config.performer_spec(vocabulary)).train()
+    optimizer = build_optimizer(model, config.optim)
+    for _ in range(2):
+        F.cross_entropy(model(tokens).float().flatten(0, 1), tokens.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return meter.stop()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        SMALL,
+        REGULAR,
+        (*SMALL, "model.objective=masked"),
+        (*SMALL, "attention.kind=exact"),
+        (*REGULAR, "attention.kind=exact", "model.objective=masked"),
+        (*SMALL, "trainer.activation_checkpointing=true"),
+        (*REGULAR, "trainer.activation_checkpointing=true"),
+        (*SMALL, "attention.window=32"),
+        (*SMALL, "attention.window=32", "model.objective=masked"),
+        (*SMALL, "attention.window=32", "attention.learned_share=true", "attention.learned_decay=true"),
+        (*SMALL, "attention.qk_norm=true", "attention.features=64"),
+        (*SMALL, "attention.kernel=relu", "attention.backend=torch"),
+        (*SMALL, "attention.kind=exact", "attention.learned_decay=true"),
+        (*SMALL, "model.dropout=0.1"),
+        (*SMALL, "data.batch_tokens=256"),
+    ],
+    ids=lambda overrides: " ".join(override.partition(".")[2] for override in overrides),
+)
+def test_the_estimate_is_within_a_fifth_of_the_measured_peak(loaded, overrides):
+    config = loaded("trainer.strategy=single", *overrides)
+    assert estimate(config, 29).peak == pytest.approx(measured(config), rel=0.2)
+
+
+@pytest.mark.parametrize("overrides", [SMALL, (*SMALL, "attention.kind=exact", "model.objective=masked")])
+def test_each_part_is_what_it_says(loaded, overrides):
+    config = loaded("trainer.strategy=single", *overrides)
+    needed = estimate(config, 29)
+    model = PerformerLM(config.performer_spec(29)).train()
+    optimizer = build_optimizer(model, config.optim)
+    tokens = torch.randint(25, (config.batch_sequences, config.data.length))
+    assert sum(p.nbytes for p in model.parameters()) == needed.weights
+    meter = PeakMeter(torch.device("cpu"))
+    loss = F.cross_entropy(model(tokens).float().flatten(0, 1), tokens.flatten())
+    assert meter.stop() == pytest.approx(needed.activations, rel=0.2)  # at the end of the forward pass
+    loss.backward()
+    optimizer.step()
+    assert sum(p.grad.nbytes for p in model.parameters()) == needed.gradients
+    moments = (s for state in optimizer.state.values() for s in state.values() if s.ndim)
+    assert sum(s.nbytes for s in moments) == needed.optimizer
+
+
+def test_a_large_vocabulary_counts_its_logits(loaded):
+    config = loaded("trainer.strategy=single", "model.preset=tiny", "data.length=256", "data.batch_tokens=1024")
+    assert estimate(config, 8192).peak == pytest.approx(measured(config, 8192), rel=0.2)
+
+
+def test_shares_of_the_ranks_are_those_of_the_zero_stage(loaded):
+    def parts(stage, devices):
+        config = loaded(*SMALL, "data.batch_tokens=4096", f"trainer.zero_stage={stage}", f"trainer.devices={devices}")
+        return estimate(config, 29)
+
+    weights = 4 * loaded(*SMALL).performer_spec(29).parameter_count
+    assert parts(0, 4).optimizer == 2 * weights
+    for stage in (1, 2, 3):
+        assert parts(stage, 4).optimizer == pytest.approx(3 * weights / 4, rel=1e-6)  # and DeepSpeed's own fp32 copy
+    assert parts(2, 4).weights == weights
+    assert parts(3, 4).weights == pytest.approx(weights / 4 + weights, rel=1e-6)  # its shard, and what is gathered
+    assert parts(2, 4).activations == parts(2, 2).activations / 2
+
+
+def test_what_is_offloaded_is_counted_elsewhere(loaded):
+    plain = loaded(*SMALL, "trainer.zero_stage=2")
+    offloaded = loaded(*SMALL, "trainer.zero_stage=2", "trainer.offload_optimizer=cpu")
+    assert estimate(offloaded, 29).optimizer == 0
+    assert estimate(offloaded, 29).host >= estimate(plain, 29).optimizer
+    assert estimate(offloaded, 29).peak < estimate(plain, 29).peak
+
+
+def test_the_gradient_buffer_is_no_larger_than_the_model_unless_it_is_told(loaded):
+    assert reduce_bucket(loaded(), 1000) == 1000
+    assert reduce_bucket(loaded(), 2_000_000_000) == 500_000_000
+    assert reduce_bucket(loaded("deepspeed.zero_optimization.reduce_bucket_size=5e7"), 1000) == 50_000_000
