@@ -59,11 +59,11 @@ def holder_of(module: nn.Module, optimizer: Any) -> Holder:
 
 
 def optimizer_step(holder: Holder) -> int:
-    """How many steps Adam has made: it corrects the moments' bias by that."""
-    for state in holder.base.state.values():
-        if "step" in state:
-            return int(state["step"])
-    return 0
+    """How many steps Adam has made: it corrects the moments' bias by that.
+
+    DeepSpeed's FusedAdam counts in the last tensor of each group alone.
+    """
+    return max((int(state["step"]) for state in holder.base.state.values() if "step" in state), default=0)
 
 
 def set_optimizer_step(holder: Holder, step: int) -> None:

@@ -71,17 +71,17 @@ def test_a_picture_is_brightest_where_the_weight_is_largest():
     side, dark = 256, np.array([0, 0, 4])
     for row, heads in ((0, [(3, 12), (15, 0)]), (1, [(15, 0), (3, 12)])):
         for head, place in enumerate(heads):
-            top, left = 44 + row * (side + 30), 8 + head * (side + 8)
+            top, left = 54 + row * (side + 35), 8 + head * (side + 8)
             square = picture[top : top + side, left : left + side].reshape(16, 16, 16, 16, 3)[:, 8, :, 8]
             assert np.unravel_index(square.sum(-1).argmax(), (16, 16)) == place
             assert (square.reshape(-1, 3) == dark).all(-1).sum() == 255
-    assert (height, width) == (22 + 2 * (side + 30) + 8, 2 * (side + 8) + 8)
+    assert (height, width) == (27 + 2 * (side + 35) + 8, 2 * (side + 8) + 8)
 
 
 def test_late_queries_of_a_causal_map_are_as_bright_as_early_ones():
     """Their weights are small because their keys are many."""
     even = torch.ones(1, 64, 64).tril() / torch.arange(1, 65).view(1, 64, 1)
-    square = heatmaps("title", {"own": even})[44 : 44 + 256, 8 : 8 + 256][2::4, 2::4]
+    square = heatmaps("title", {"own": even})[54 : 54 + 256, 8 : 8 + 256][2::4, 2::4]
     visible = torch.ones(64, 64).tril().bool().numpy()
     assert (square[visible] == [252, 253, 191]).all()
     assert (square[~visible] == [0, 0, 4]).all()

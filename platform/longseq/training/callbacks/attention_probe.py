@@ -67,10 +67,11 @@ class AttentionProbe(StepBoundary):
                 errors = {f"layer{number:02}": layer.error for number, layer in enumerate(layers)}
                 log_scalars(trainer, "attention_error", errors, step)
             for number, layer in enumerate(layers):
-                rows = {"exact attention": layer.exact}
-                if task.model.spec.attention != "exact":
-                    rows = {f"FAVOR+ {task.model.spec.kernel}": layer.own, **rows}
-                title = f"layer {number}, step {step}: who (down) attends to whom (across)"
+                spec, rows = task.model.spec, {"exact": layer.exact}
+                if spec.attention != "exact":
+                    rows = {"FAVOR+": layer.own, **rows}
+                what = "" if spec.attention == "exact" else f" {spec.kernel},"
+                title = f"layer {number},{what} step {step}: query down, key across"
                 writer(trainer).add_image(f"attention/layer{number:02}", heatmaps(title, rows), step, dataformats="HWC")
             writer(trainer).flush()
 

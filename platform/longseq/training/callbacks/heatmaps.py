@@ -13,8 +13,8 @@ Picture = npt.NDArray[np.uint8]
 
 _HEADS, _ACROSS = 8, 4  # shown of each label, and in one line
 _SIDE = 256  # pixels of one matrix, at the least
-_TEXT = 15  # pixels: TensorBoard shrinks pictures to a card's width
-_GAP, _LINE = 8, 22
+_TEXT = 19  # pixels: TensorBoard shrinks pictures to a card's width
+_GAP, _LINE = 8, 27
 # Colours of matplotlib's "magma" at equal distances, black to pale yellow.
 _COLOURS = np.array(
     [(0, 0, 4), (28, 16, 68), (79, 18, 123), (129, 37, 129), (181, 54, 122), (229, 80, 100), (251, 135, 97),
