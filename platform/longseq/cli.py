@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args)
     except USER_ERRORS as error:
         print(f"longseq: error: {error}", file=sys.stderr)
-        return EXIT_ERROR
+        return getattr(error, "exit_code", EXIT_ERROR)
     except BrokenPipeError:  # the reader, `head` say, has what it wanted
         sys.stderr.close()
         return EXIT_ERROR
