@@ -22,10 +22,17 @@ class Progress(pl.Callback):
     def __init__(self, run: Run, config: Config, curves: Curves):
         self.run, self.config, self.curves = run, config, curves
 
+    def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        self._note(trainer)
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not self.run.start or not trainer.is_global_zero or not ends_step(trainer, batch_idx):
+        if ends_step(trainer, batch_idx):
+            self._note(trainer)
+
+    def _note(self, trainer: pl.Trainer) -> None:
+        if not self.run.start or not trainer.is_global_zero:
             return
         shown = self.curves.shown
         progress = starts.Progress(
