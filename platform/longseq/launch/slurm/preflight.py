@@ -15,6 +15,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import DistError, PrefixStore, Store, TCPStore
 
 from longseq.errors import EXIT_UNFIT, LongseqError
 from longseq.launch.memory import gib
@@ -30,7 +31,7 @@ class UnfitError(LongseqError):
     exit_code = EXIT_UNFIT
 
 
-def meet(place: Place, device: torch.device, limits: Limits) -> tuple[dist.Store | None, str]:
+def meet(place: Place, device: torch.device, limits: Limits) -> tuple[Store | None, str]:
     """Every process calls it: they meet, say what they see, and try a sum. Afterwards the process group is there.
 
     Returns:
@@ -50,7 +51,7 @@ def meet(place: Place, device: torch.device, limits: Limits) -> tuple[dist.Store
     with _time_out(limits.seconds, place):
         dist.init_process_group(
             backend,
-            store=dist.PrefixStore("training", store),
+            store=PrefixStore("training", store),
             rank=place.rank,
             world_size=place.world,
             timeout=timedelta(minutes=30),
@@ -82,9 +83,9 @@ def _problem(device: torch.device, room: int, limits: Limits) -> str:
     return "" if right else f"GPU {local} gives wrong products."
 
 
-def _all_there(place: Place, problem: str, limits: Limits) -> dist.Store:
+def _all_there(place: Place, problem: str, limits: Limits) -> Store:
     try:
-        store = dist.TCPStore(
+        store = TCPStore(
             place.address,
             place.port,
             is_master=place.rank == 0,
@@ -96,7 +97,7 @@ def _all_there(place: Place, problem: str, limits: Limits) -> dist.Store:
             store.set("verdict", _verdict(store, place, limits))
         store.set_timeout(timedelta(seconds=limits.seconds + 60))
         verdict = store.get("verdict").decode()
-    except (dist.DistError, RuntimeError) as error:
+    except (DistError, RuntimeError) as error:
         raise UnfitError(
             f"{place.node_of(place.rank)}: rank {place.rank} cannot reach rank 0 at {place.address}:{place.port} "
             f"({str(error).splitlines()[0]})."
@@ -106,7 +107,7 @@ def _all_there(place: Place, problem: str, limits: Limits) -> dist.Store:
     return store
 
 
-def _verdict(store: dist.Store, place: Place, limits: Limits) -> str:
+def _verdict(store: Store, place: Place, limits: Limits) -> str:
     """Rank 0 waits for all others, and says who is missing or unfit; empty if nobody is."""
     deadline, missing = time.monotonic() + limits.seconds, set(range(place.world))
     while missing and time.monotonic() < deadline:

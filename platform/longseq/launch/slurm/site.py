@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from longseq.config import key
@@ -33,6 +33,7 @@ class Site:
     memory: str | None = key(None, "of a node, e.g. 480G; 0: all of it")
     gpus_per_node: int = key(0, "of a node: the default of --gpus-per-node, and its most; 0: not known", at_least=0)
     gpu_type: str | None = key(None, "as the cluster names it, e.g. h100")
+    gpu_memory_gib: float | None = key(None, "of one GPU: a run that needs more is refused", at_least=1)
     gpu_request: str = key(
         "gpus-per-node", "how GPUs are asked for: --gpus-per-node=8, or --gres=gpu:8", choices=("gpus-per-node", "gres")
     )
@@ -116,3 +117,15 @@ def load_site(name: str | None) -> Site:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return site
+
+
+def site_keys() -> str:
+    """Every key with its type, default and meaning, for ``--help``."""
+    lines = []
+    for item in fields(Site):
+        default = getattr(Site(), item.name)
+        choices = f" [{' | '.join(item.metadata['choices'])}]" if item.metadata["choices"] else ""
+        kind = str(item.type).removesuffix(" | None")
+        lines.append(f"  {item.name}: {kind} = {'null' if default is None else default}")
+        lines.append(f"      {item.metadata['meaning']}{choices}")
+    return "\n".join(lines)
