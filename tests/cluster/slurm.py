@@ -4,7 +4,8 @@
 
 Everything is in one temporary folder, and everything ends with the process that started it. Where namespaces may be
 made ("netns"), the login node and each node have their own host name, address, /dev/shm and processes, so that a node
-can be switched off and its cable be pulled. Elsewhere ("flat") all are processes of this machine, on 127.0.0.1 and free ports.
+can be switched off and its cable be pulled. Elsewhere ("flat") all are processes of this machine, on 127.0.0.1 and free
+ports.
 
 Each node, and the login node, has a supervisor: this file's own program, which is process 1 of its namespace. It starts
 the commands that it reads, one a line, reaps what ends, and ends all of it when its input is closed.

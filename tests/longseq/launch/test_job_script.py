@@ -43,15 +43,10 @@ class Job:
                            f'start=$starts/${{start%.start}}; echo "$*" >"{self.tools}/arguments"\n{does}')  # fmt: skip
         before = self.log.read_text() if self.log.exists() else ""
         slurm = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(self.restart), "SLURM_JOB_NODELIST": "n[1-2]"}
+        slurm["SLURM_JOB_NUM_NODES"] = str(nodes)
         done = subprocess.run(
             ["bash", "-c", self.script],
-            env={
-                **os.environ,
-                "PATH": f"{self.tools}:/usr/bin:/bin",
-                "SLURM_JOB_NUM_NODES": str(nodes),
-                **slurm,
-                **environment,
-            },
+            env={**os.environ, "PATH": f"{self.tools}:/usr/bin:/bin", **slurm, **environment},
             capture_output=True,
             text=True,
             timeout=30,
@@ -167,9 +162,7 @@ def test_a_start_that_was_overtaken_touches_nothing(job):
 
 
 def test_a_signal_reaches_the_training_and_what_it_says_then_counts(job):
-    waits = (
-        """trap 'echo saved >"$start.end"; exit 0' USR1; kill -USR1 $PPID; while :; do read -t 0.05 <>/dev/zero; done"""
-    )
+    waits = """trap 'echo saved >"$start.end"; exit 0' USR1; kill -USR1 $PPID; for _ in {1..100}; do sleep 0.05; done"""
     ended = job.start(waits)
     assert (ended.code, ended.requeued) == (75, True)
     assert "USR1: the training is asked to save" in ended.said

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import shutil
 import subprocess
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from longseq.launch.slurm.render import (
 from longseq.launch.slurm.site import Site, load_site
 
 GOLDEN = Path(__file__).with_name("golden")
+JOB = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n", "SLURM_JOB_NUM_NODES": "1", "SLURM_ARRAY_TASK_ID": "0"}
 RUN = Path("/data/runs/uniref50")
 CLUSTER = Site(
     partition="gpu",
@@ -57,6 +59,7 @@ def a_config(samples: int = 32, **trainer: object) -> Config:
 
 def scripts(site: Site = CLUSTER) -> dict[str, str]:
     """One of each template."""
+    config, one = a_config(), Request(1, 1, gpus=False)
     many = Request(4, 8, gpus=True, min_nodes=2, dependency="afterok:12")
     pyxis = replace(site, container="pyxis", container_image="/i/longseq.sqsh", container_mounts=["/data", "/a:/b"])
     apptainer = replace(site, container="apptainer", container_image="/i/longseq.sif", container_mounts=["/data"])
@@ -64,13 +67,9 @@ def scripts(site: Site = CLUSTER) -> dict[str, str]:
     return {
         "train": train_script(RUN, a_config(64), site, many),
         "sweep": sweep_script("sweep", sweep, a_config(64), pyxis, Request(1, 8, gpus=True, at_once=2)),
-        "chain": train_script(
-            RUN, a_config(), replace(site, gpu_request="gres"), Request(2, 2, True, comes_back=False)
-        ),
+        "chain": train_script(RUN, config, replace(site, gpu_request="gres"), Request(2, 2, True, comes_back=False)),
         "evaluate": evaluate_script(RUN, ["data.ood=[a.fasta, 'b c']"], apptainer, Request(1, 1, gpus=True)),
-        "prepare": prepare_script(
-            Path("/w/uniref50.yaml"), ["workers=32"], Path("/w/p-%j.log"), site, Request(1, 1, False)
-        ),
+        "prepare": prepare_script(Path("/w/uniref50.yaml"), ["workers=32"], Path("/w/p-%j.log"), site, one),
     }
 
 
@@ -107,6 +106,13 @@ def hostile_values(count: int) -> list[str]:
     return (values + mixed)[:count]
 
 
+def unless_refused(attempt: Callable[[], str]) -> str | None:
+    try:
+        return attempt()
+    except ConfigError:
+        return None
+
+
 @pytest.mark.parametrize("part", range(4))
 def test_two_hundred_hostile_values_are_refused_or_harmless(part, tmp_path):
     """Whatever is rendered parses, and when it is run with stand-ins for SLURM's commands nothing of the value is."""
@@ -129,12 +135,7 @@ def test_two_hundred_hostile_values_are_refused_or_harmless(part, tmp_path):
             lambda v=value, r=request: evaluate_script(tmp_path / "r", [f"data.ood={v}", v], Site(), r),
             lambda v=value, r=request: sweep_script("s", [tmp_path / v / "s-0"], a_config(), Site(), r),
         ]
-        texts = []
-        for attempt in attempts:
-            try:
-                texts.append(attempt())
-            except ConfigError:
-                continue
+        texts = [text for attempt in attempts if (text := unless_refused(attempt)) is not None]
         for text in texts:
             directives = [line for line in text.splitlines() if line.startswith("#SBATCH")]
             assert all(line.isprintable() for line in directives)
@@ -143,11 +144,10 @@ def test_two_hundred_hostile_values_are_refused_or_harmless(part, tmp_path):
         done = subprocess.run(
             ["bash", "-c", together],
             cwd=tmp_path,
-            env={"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n", "SLURM_JOB_NUM_NODES": "1",
-                 "SLURM_ARRAY_TASK_ID": "0"},
+            env={"PATH": f"{tools}:/usr/bin:/bin", **JOB},
             capture_output=True,
             text=True,
-        )  # fmt: skip
+        )
         assert "syntax error" not in done.stderr, (value, done.stderr)
         assert not list(tmp_path.rglob("WAS_RUN")), value
         for text in texts:
@@ -158,7 +158,7 @@ def test_two_hundred_hostile_values_are_refused_or_harmless(part, tmp_path):
 
 @pytest.mark.parametrize("value", ["a\nb", 'a"b', "a'b", "a\\b", "a\tb"])
 def test_a_directive_that_sbatch_would_misread_is_refused(value):
-    with pytest.raises(ConfigError, match="--partition=.*leave it out"):
+    with pytest.raises(ConfigError, match=r"--partition=.*leave it out"):
         train_script(RUN, a_config(), Site(partition=value), Request(1, 1, False))
 
 
@@ -187,7 +187,7 @@ def test_fewer_nodes_do_the_same_step_in_more_batches():
 
 
 def test_fewer_nodes_that_cannot_share_a_step_are_refused():
-    with pytest.raises(ConfigError, match="--min-nodes=3: a step of 32 sequences .* 3 × 4 processes"):
+    with pytest.raises(ConfigError, match=r"--min-nodes=3: a step of 32 sequences .* 3 × 4 processes"):
         layouts(a_config(32), nodes=4, min_nodes=3, devices=4)
 
 
@@ -195,8 +195,6 @@ def test_the_profiles_that_ship_are_read_and_the_example_shows_every_default():
     assert load_site("example") == Site()
     assert load_site("gpu-h100").gpus_per_node == 8
     text = (Path(__file__).parents[3] / "slurm/sites/example.yaml").read_text()
-    from dataclasses import fields
-
     for item in fields(Site):
         assert f"\n{item.name}: " in text
 
