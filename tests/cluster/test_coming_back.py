@@ -1,4 +1,4 @@
-"""Jobs that are interrupted in every way, on a real SLURM cluster: the run comes back, and nothing is lost or doubled."""
+"""Jobs that are interrupted in every way, on a real SLURM cluster: the run comes back, nothing is lost or doubled."""
 
 from __future__ import annotations
 
@@ -107,7 +107,9 @@ def test_two_writers_leave_one_unbroken_run(login: Login, uninterrupted: Path) -
         cluster.start_node(node)
         cluster.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
     after = starts.read_progress(run / "starts", 1)
-    assert before is not None and after is not None and after.step <= before.step + 3  # it noticed at once
+    assert before is not None
+    assert after is not None
+    assert after.step <= before.step + 3  # it noticed at once
     assert "start 2 has this run now, so start 1 writes nothing more to it and ends." in login.log(run)
     assert (run / "FINISHED").read_text() == "80\n"
     whole(run, uninterrupted)

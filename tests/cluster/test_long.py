@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.long]
 def test_a_run_of_three_time_limits_ends_with_the_losses_of_an_uninterrupted_one(
     login: Login, here: Callable[..., Path]
 ) -> None:
-    """SLURM looks at its limits every 30 s, so a start of a minute gets up to 89 s, and USR1 after 1 to 31 s of them."""
+    """SLURM looks at its limits every 30 s, so the signal comes 30 to 60 s after the start of two minutes."""
     long = ("data.batch_tokens=24576", "trainer.max_steps=400", "trainer.valid_every=100", "trainer.checkpoint_every=0")
     job, run = login.submit("limited", "--nodes=2", "--time=2m", *long)
     assert login.cluster.wait_for(job, *ENDED, timeout=500) == "COMPLETED", login.log(run)
