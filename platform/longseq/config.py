@@ -6,17 +6,15 @@ No torch here. ``config_loading`` reads YAML files and overrides into these clas
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, field
 from typing import Any
 
+from longseq import config_checks
 from longseq.durations import duration_seconds
 from longseq.errors import ConfigError
 from longseq.models.presets import PRESETS
-from longseq.models.spec import KERNELS, SIGNED_KERNELS, PerformerSpec
+from longseq.models.spec import KERNELS, PerformerSpec
 from longseq_data.formats import FORMATS
-from longseq_data.images import values_of
-from longseq_data.reading import TABLES, TOKENS, disagreement
 
 
 def key(
@@ -217,24 +215,7 @@ class TrainerConfig:
     )
 
 
-_WHENCE = ("trainer.devices", "trainer.nodes × trainer.devices")  # on one machine, on several
-
 # DeepSpeed settings that follow from keys of ours; given twice, they would disagree.
-_OURS = {
-    "zero_optimization.stage": "trainer.zero_stage",
-    "gradient_clipping": "optim.clip",
-    "gradient_accumulation_steps": "trainer.accumulate",
-    "train_batch_size": "data.batch_tokens",
-    "train_micro_batch_size_per_gpu": "data.batch_tokens",
-    "optimizer": "the optim section",
-    "scheduler": "optim.schedule",
-    "fp16.enabled": "trainer.precision",
-    "bf16": "trainer.precision",
-    "zero_optimization.offload_optimizer.device": "trainer.offload_optimizer",
-    "zero_optimization.offload_optimizer.nvme_path": "trainer.offload_path",
-    "zero_optimization.offload_param.device": "trainer.offload_params",
-    "zero_optimization.offload_param.nvme_path": "trainer.offload_path",
-}
 
 
 @dataclass
@@ -304,110 +285,7 @@ class Config:
         Raises:
             ConfigError: with the numbers, and numbers that would do.
         """
-        data, trainer = self.data, self.trainer
-        if not data.train:
-            raise ConfigError("data.train is empty: name files, e.g. data.train='[proteins.fasta.gz]'.")
-        if data.valid_fraction + data.test_fraction >= 1:
-            raise ConfigError(
-                f"data.valid_fraction + data.test_fraction = {data.valid_fraction} + {data.test_fraction} leaves "
-                "nothing to train on: make them smaller."
-            )
-        if trainer.valid_every and not data.valid and not data.valid_fraction:
-            raise ConfigError(
-                f"trainer.valid_every={trainer.valid_every}, but nothing is held out to validate on: name files in "
-                "data.valid, set data.valid_fraction above 0, or trainer.valid_every=0."
-            )
-        if len(self.optim.betas) != 2 or not all(0 <= beta < 1 for beta in self.optim.betas):
-            raise ConfigError(f"optim.betas={list(self.optim.betas)}: two numbers from [0, 1), e.g. [0.9, 0.98].")
-        ranks = self.processes * trainer.accumulate
-        if data.packing == "bucket":
-            if self.samples_per_step < ranks:
-                raise ConfigError(
-                    f"data.batch_tokens={data.batch_tokens} with data.packing=bucket is less than one sequence of "
-                    f"data.length={data.length} for each of {self.processes} processes "
-                    f"({_WHENCE[trainer.nodes > 1]}) × {trainer.accumulate} accumulated batches (trainer.accumulate): "
-                    f"take {ranks * data.length}, or change one of them."
-                )
-        elif data.batch_tokens % data.length:
-            raise ConfigError(
-                f"data.batch_tokens={data.batch_tokens} is not a multiple of data.length={data.length}: "
-                f"take {-(-data.batch_tokens // data.length) * data.length}."
-            )
-        elif self.samples_per_step % ranks:
-            whole = -(-self.samples_per_step // ranks) * ranks
-            raise ConfigError(
-                f"one step is data.batch_tokens / data.length = {data.batch_tokens} / {data.length} = "
-                f"{self.samples_per_step} sequences, which {self.processes} processes ({_WHENCE[trainer.nodes > 1]}) × "
-                f"{trainer.accumulate} accumulated batches (trainer.accumulate) do not share evenly: change one of "
-                f"them, or take data.batch_tokens={whole * data.length}."
-            )
-        self.performer_spec(vocabulary=2)  # its size decides nothing that could be refused
-        self._check_documents()
-        self._check_tokens()
-        self._check_trainer()
-        self._check_watching()
-        self._check_deepspeed()
-
-    def _check_documents(self) -> None:
-        data, attention = self.data, self.attention
-        if data.reset and data.packing != "concat":
-            raise ConfigError(
-                f"data.reset=true and data.packing={data.packing}: a sequence of one record has nothing to begin anew; "
-                "take data.packing=concat, or data.reset=false."
-            )
-        if data.crop != "random" and data.packing == "concat":
-            raise ConfigError(
-                f"data.crop={data.crop} and data.packing={data.packing}: joined records are cut, not cropped; take "
-                "data.packing=crop, or leave data.crop out."
-            )
-        signed = attention.kind == "favor" and attention.kernel in SIGNED_KERNELS
-        if data.reset and signed and self.model.objective == "masked":
-            raise ConfigError(
-                f"data.reset=true and attention.kernel={attention.kernel} with a masked objective: features of both "
-                "signs cannot share two denominators; take kernel softmax or relu."
-            )
-
-    def _check_tokens(self) -> None:
-        """What format and tokens say of themselves; longseq.data asks again when it knows the files."""
-        data = self.data
-        if data.tokenizer not in ("auto", *TOKENS) and not data.tokenizer.endswith(".json"):
-            near = difflib.get_close_matches(data.tokenizer, ("auto", *TOKENS), n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise ConfigError(
-                f"data.tokenizer={data.tokenizer}: choose from auto, {', '.join(TOKENS)}, or name a tokenizer's .json "
-                f"file.{hint}"
-            )
-        if data.format == "auto":
-            return
-        refusal = None if data.tokenizer == "auto" else disagreement(data.format, data.tokenizer)
-        if refusal:
-            raise ConfigError(refusal)
-        if data.column is not None and data.format not in TABLES:
-            raise ConfigError(
-                f"data.column={data.column} and data.format={data.format}: only {', '.join(TABLES)} have columns; "
-                "leave it out."
-            )
-        if data.format == "images":
-            self.check_pixels()
-
-    def check_pixels(self) -> None:
-        """What a model of images asks of the data section.
-
-        Raises:
-            ConfigError: naming the key.
-        """
-        data = self.data
-        values = values_of(data.image_size)
-        if data.packing != "crop":
-            raise ConfigError(
-                f"data.packing={data.packing} with pixels: images that are joined and cut lose their rows and columns; "
-                "take data.packing=crop."
-            )
-        if data.length > values:
-            raise ConfigError(
-                f"data.length={data.length} is more than an image has: data.image_size={data.image_size} makes "
-                f"{data.image_size} × {data.image_size} × 3 = {values} tokens; take data.length={values}."
-            )
+        config_checks.check(self)
 
     @property
     def time_limit_seconds(self) -> float | None:
@@ -421,101 +299,3 @@ class Config:
             return None if limit is None else duration_seconds(limit)
         except ValueError as error:
             raise ConfigError(f"trainer.time_limit={limit}: {error}.") from None
-
-    def _check_trainer(self) -> None:
-        trainer = self.trainer
-        _ = self.time_limit_seconds
-        if 0 < trainer.spike_factor <= 1:
-            raise ConfigError(
-                f"trainer.spike_factor={trainer.spike_factor:g} would call every loss above the mean a spike: take a "
-                "factor above 1, e.g. 2."
-            )
-        if trainer.strategy == "single" and self.processes > 1:
-            several = f"trainer.devices={trainer.devices}" if trainer.devices > 1 else f"trainer.nodes={trainer.nodes}"
-            raise ConfigError(
-                f"trainer.strategy=single is one process, but {several}: take trainer.strategy=ddp or deepspeed, or "
-                f"{several.partition('=')[0]}=1."
-            )
-        if trainer.strategy != "deepspeed" and self.deepspeed:
-            raise ConfigError(
-                f"deepspeed.{next(iter(self.deepspeed))} is set, but trainer.strategy={trainer.strategy} does without "
-                "DeepSpeed: remove the deepspeed section, or take trainer.strategy=deepspeed."
-            )
-        every, valid = trainer.checkpoint_every, trainer.valid_every
-        if trainer.keep_best and (not every or not valid or every % valid):
-            raise ConfigError(
-                f"trainer.keep_best={trainer.keep_best} needs a validation at every checkpoint, but trainer."
-                f"checkpoint_every={every} is not a multiple of trainer.valid_every={valid}: take "
-                f"trainer.checkpoint_every={valid or 'n'}{'' if valid else ' and trainer.valid_every=n'}."
-            )
-        if trainer.keep_every and every and trainer.keep_every % every:
-            raise ConfigError(
-                f"trainer.keep_every={trainer.keep_every} is not a multiple of trainer.checkpoint_every={every}, so "
-                f"only some of its steps have a checkpoint: take {-(-trainer.keep_every // every) * every}."
-            )
-
-    def _check_watching(self) -> None:
-        trainer, data = self.trainer, self.data
-        if trainer.length_warmup_steps and trainer.length_warmup_start > data.length:
-            raise ConfigError(
-                f"trainer.length_warmup_start={trainer.length_warmup_start} is more than data.length={data.length}: "
-                "begin shorter."
-            )
-        if trainer.noise_every and self.batch_sequences < 2:
-            raise ConfigError(
-                f"trainer.noise_every={trainer.noise_every} compares the halves of a process's batch, which has "
-                f"{self.batch_sequences} sequence (data.batch_tokens / data.length / trainer.devices / "
-                "trainer.accumulate): give it two or more, or set trainer.noise_every=0."
-            )
-        sharded = trainer.strategy == "deepspeed" and trainer.zero_stage == 3
-        if trainer.noise_every and (sharded or trainer.activation_checkpointing):
-            culprit = "zero_stage=3" if sharded else "activation_checkpointing=true"
-            raise ConfigError(
-                f"trainer.noise_every={trainer.noise_every} and trainer.{culprit}: its gradients are taken beside the "
-                "training step's, which needs whole weights and kept activations; set trainer.noise_every=0."
-            )
-
-    def _check_deepspeed(self) -> None:
-        given = self.deepspeed
-        for section in ("zero_optimization", "fp16"):
-            if not isinstance(given.get(section, {}), dict):
-                raise ConfigError(f"deepspeed.{section}={given[section]}: it is a section, with keys below it.")
-        for name, ours in _OURS.items():
-            if _holds(given, name):
-                raise ConfigError(f"deepspeed.{name} is set from {ours}: set that instead.")
-        if "fp16" in given and self.trainer.precision != "fp16":
-            raise ConfigError(
-                "deepspeed.fp16 scales the loss of trainer.precision=fp16, but trainer.precision="
-                f"{self.trainer.precision}: set that, or remove the section."
-            )
-        self._check_offload()
-
-    def _check_offload(self) -> None:
-        trainer = self.trainer
-        places = {"offload_optimizer": trainer.offload_optimizer, "offload_params": trainer.offload_params}
-        for name, device in places.items():
-            least = 3 if name == "offload_params" or device == "nvme" else 1
-            if device != "none" and (trainer.strategy != "deepspeed" or trainer.zero_stage < least):
-                raise ConfigError(
-                    f"trainer.{name}={device} is done by DeepSpeed from ZeRO-{least} on, but trainer.strategy="
-                    f"{trainer.strategy} and trainer.zero_stage={trainer.zero_stage}: take "
-                    f"trainer.strategy=deepspeed trainer.zero_stage={max(least, trainer.zero_stage)}."
-                )
-        if "nvme" in places.values() and not trainer.offload_path:
-            raise ConfigError("trainer.offload_path is empty: name a folder on the disk that is offloaded to.")
-        if trainer.activation_offload and not trainer.activation_checkpointing:
-            raise ConfigError(
-                "trainer.activation_offload keeps what a recomputation starts from: set trainer."
-                "activation_checkpointing=true too."
-            )
-        if self.optim.implementation != "torch" and trainer.strategy != "deepspeed":
-            raise ConfigError(
-                f"optim.implementation={self.optim.implementation} is DeepSpeed's, but trainer.strategy="
-                f"{trainer.strategy}: take optim.implementation=torch or trainer.strategy=deepspeed."
-            )
-
-
-def _holds(section: Any, name: str) -> bool:
-    """Whether a dotted name stands in nested sections."""
-    first, _, rest = name.partition(".")
-    return isinstance(section, dict) and first in section and (not rest or _holds(section[first], rest))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from longseq.config import Config, DataConfig
+from longseq.config_checks import check_pixels
 from longseq.errors import ConfigError
 from longseq_data.corpus import is_corpus
 from longseq_data.corpus_samples import CorpusSpec
@@ -41,7 +42,7 @@ def resolve_sources(config: Config) -> None:
         _check_corpus(config, read_manifest(Path(data.train[0])))
     tokens = vocabulary(config)
     if tokens.name == "pixels":
-        config.check_pixels()
+        check_pixels(config)
     files = _files(config)
     if data.column is not None and not any(leaf.format in TABLES for leaf in reading(config).leaves(files)):
         raise ConfigError(
