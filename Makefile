@@ -37,8 +37,13 @@ quickstart: $(VENV)/.runs $(CORPUS)
 	@echo
 	@echo "See its curves:    $(BIN)/tensorboard --logdir runs/$(RUN)/tensorboard"
 
+# Tests that start no processes share the cores; those that do have them for themselves.
 test: $(VENV)/.tests
-	$(BIN)/python -m pytest
+	@status=0; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not distributed and not long" --numprocesses logical \
+		--maxprocesses 8 --dist loadfile || status=1; \
+	$(BIN)/python -m pytest -m "distributed and not long" || status=1; \
+	exit $$status
 
 test-long: $(VENV)/.tests
 	$(BIN)/python -m pytest -m long

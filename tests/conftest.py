@@ -3,6 +3,7 @@
 import os
 import signal
 
+import pytest
 import torch
 
 # Without a GPU Triton's kernels are interpreted, which it decides when it is imported.
@@ -12,3 +13,7 @@ if not torch.cuda.is_available():
 # A background job of a shell ignores Ctrl-C, and what it starts inherits that: the tests of Ctrl-C would wait for ever.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write the job scripts that are compared with")

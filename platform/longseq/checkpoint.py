@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -120,17 +120,23 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}.ckpt"
 
 
-def partial_path(directory: Path, step: int) -> Path:
-    """Where the checkpoint of ``step`` is written before it has its name."""
-    return directory / f".{checkpoint_name(step)}.partial"
+def partial_path(directory: Path, step: int, start: int = 0) -> Path:
+    """Where a run's start writes the checkpoint of ``step`` before it has its name; no two starts share it."""
+    return directory / f".{checkpoint_name(step)}.{f'{start:05d}.' if start else ''}partial"
 
 
-def publish(directory: Path, position: TrainingPosition, files: Mapping[str, Mapping[str, object]]) -> Checkpoint:
+def publish(
+    directory: Path,
+    position: TrainingPosition,
+    files: Mapping[str, Mapping[str, object]],
+    start: int = 0,
+    last_check: Callable[[], None] = lambda: None,
+) -> Checkpoint:
     """Give a partial checkpoint, whose files are on the disk, its manifest and its name, and point ``last`` at it.
 
-    files: path in the checkpoint: size and sha256.
+    files: path in the checkpoint: size and sha256. last_check: raises where it must not have its name any more.
     """
-    partial = partial_path(directory, position.step)
+    partial = partial_path(directory, position.step, start)
     manifest = {"format": FORMAT, "position": asdict(position), "files": dict(sorted(files.items()))}
     with (partial / _MANIFEST).open("wb") as file:
         file.write(_rendered(manifest))
@@ -139,6 +145,7 @@ def publish(directory: Path, position: TrainingPosition, files: Mapping[str, Map
     for folder in {partial, *((partial / name).parent for name in files)}:
         _fsync_directory(folder)
     final = directory / checkpoint_name(position.step)
+    last_check()
     if final.exists():  # a damaged one, which the resume went behind
         shutil.rmtree(final)
     partial.rename(final)

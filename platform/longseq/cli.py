@@ -14,6 +14,11 @@ from longseq.errors import EXIT_ERROR, USER_ERRORS
 VERBS = {
     "check": "before an expensive job: configuration, files, memory, devices, collectives, one step",
     "fit": "train a model here, with 1 process or more (trainer.devices=N)",
+    "submit": "train on a SLURM cluster: multi-node jobs that come back by themselves",
+    "jobs": "the runs that were submitted: job, state, step, loss, speed, starts, time left",
+    "status": "how one run stands: its job, its starts, and where they got to",
+    "logs": "what a run's job has written; -f follows it",
+    "cancel": "cancel the jobs of a run",
     "resume": "go on with a run from its newest whole checkpoint",
     "evaluate": "loss, perplexity and accuracy of a checkpoint, beside the empirical baseline",
     "data": "make and look at data",
@@ -50,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args)
     except USER_ERRORS as error:
         print(f"longseq: error: {error}", file=sys.stderr)
-        return EXIT_ERROR
+        return getattr(error, "exit_code", EXIT_ERROR)
     except BrokenPipeError:  # the reader, `head` say, has what it wanted
         sys.stderr.close()
         return EXIT_ERROR

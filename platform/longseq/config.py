@@ -154,7 +154,8 @@ class OptimConfig:
 
 @dataclass
 class TrainerConfig:
-    devices: int = key(1, "processes on this machine, one a device", at_least=1)
+    devices: int = key(1, "processes on each machine, one a device", at_least=1)
+    nodes: int = key(1, "machines; more than one are started by `longseq submit --nodes N`", at_least=1)
     accelerator: str = key("auto", "auto: CUDA where there is a GPU", choices=("auto", "cpu", "cuda"))
     max_steps: int = key(1000, "optimiser steps of the whole run", at_least=1)
     precision: str = key("fp32", "of weights and activations", choices=("fp32", "bf16", "fp16"))
@@ -216,6 +217,8 @@ class TrainerConfig:
     )
 
 
+_WHENCE = ("trainer.devices", "trainer.nodes × trainer.devices")  # on one machine, on several
+
 # DeepSpeed settings that follow from keys of ours; given twice, they would disagree.
 _OURS = {
     "zero_optimization.stage": "trainer.zero_stage",
@@ -250,7 +253,12 @@ class Config:
     def batch_sequences(self) -> int:
         """Sequences of one process in one micro-batch; with data.packing=bucket about the fewest."""
         trainer, data = self.trainer, self.data
-        return data.batch_tokens // data.length // (trainer.devices * trainer.accumulate)
+        return data.batch_tokens // data.length // (self.processes * trainer.accumulate)
+
+    @property
+    def processes(self) -> int:
+        """Training processes on all machines together."""
+        return self.trainer.nodes * self.trainer.devices
 
     @property
     def samples_per_step(self) -> int:
@@ -311,14 +319,14 @@ class Config:
             )
         if len(self.optim.betas) != 2 or not all(0 <= beta < 1 for beta in self.optim.betas):
             raise ConfigError(f"optim.betas={list(self.optim.betas)}: two numbers from [0, 1), e.g. [0.9, 0.98].")
-        ranks = trainer.devices * trainer.accumulate
+        ranks = self.processes * trainer.accumulate
         if data.packing == "bucket":
             if self.samples_per_step < ranks:
                 raise ConfigError(
                     f"data.batch_tokens={data.batch_tokens} with data.packing=bucket is less than one sequence of "
-                    f"data.length={data.length} for each of {trainer.devices} processes (trainer.devices) × "
-                    f"{trainer.accumulate} accumulated batches (trainer.accumulate): take "
-                    f"{ranks * data.length}, or change one of them."
+                    f"data.length={data.length} for each of {self.processes} processes "
+                    f"({_WHENCE[trainer.nodes > 1]}) × {trainer.accumulate} accumulated batches (trainer.accumulate): "
+                    f"take {ranks * data.length}, or change one of them."
                 )
         elif data.batch_tokens % data.length:
             raise ConfigError(
@@ -329,7 +337,7 @@ class Config:
             whole = -(-self.samples_per_step // ranks) * ranks
             raise ConfigError(
                 f"one step is data.batch_tokens / data.length = {data.batch_tokens} / {data.length} = "
-                f"{self.samples_per_step} sequences, which {trainer.devices} processes (trainer.devices) × "
+                f"{self.samples_per_step} sequences, which {self.processes} processes ({_WHENCE[trainer.nodes > 1]}) × "
                 f"{trainer.accumulate} accumulated batches (trainer.accumulate) do not share evenly: change one of "
                 f"them, or take data.batch_tokens={whole * data.length}."
             )
@@ -422,10 +430,11 @@ class Config:
                 f"trainer.spike_factor={trainer.spike_factor:g} would call every loss above the mean a spike: take a "
                 "factor above 1, e.g. 2."
             )
-        if trainer.strategy == "single" and trainer.devices > 1:
+        if trainer.strategy == "single" and self.processes > 1:
+            several = f"trainer.devices={trainer.devices}" if trainer.devices > 1 else f"trainer.nodes={trainer.nodes}"
             raise ConfigError(
-                f"trainer.strategy=single is one process, but trainer.devices={trainer.devices}: take "
-                "trainer.strategy=ddp or deepspeed, or trainer.devices=1."
+                f"trainer.strategy=single is one process, but {several}: take trainer.strategy=ddp or deepspeed, or "
+                f"{several.partition('=')[0]}=1."
             )
         if trainer.strategy != "deepspeed" and self.deepspeed:
             raise ConfigError(

@@ -8,6 +8,8 @@ from longseq_data.errors import DataError
 class LongseqError(Exception):
     """What is wrong, where, and what to do about it. The message is the whole output."""
 
+    exit_code = 1
+
 
 class ConfigError(LongseqError):
     """A configuration that cannot work: names the key and the file or argument it came from."""
@@ -17,6 +19,12 @@ class RunError(LongseqError):
     """A run folder or a checkpoint that cannot be used as asked."""
 
 
+class SupersededError(LongseqError):
+    """A newer start has the run."""
+
+    exit_code = 77
+
+
 # What the command line turns into one line on stderr. Anything else is a bug and keeps its traceback.
 USER_ERRORS = (LongseqError, DataError)
 
@@ -24,8 +32,14 @@ USER_ERRORS = (LongseqError, DataError)
 #   0    the last step was reached
 #   1    an error, in one sentence on stderr
 #   2    a wrong command line
+#   69   a node of a job is not fit to train on (EX_UNAVAILABLE); nothing was trained
+#   70   a job has stopped for good: it crashed twice after the same step, or was started too often (EX_SOFTWARE)
 #   75   saved, and wants to go on (EX_TEMPFAIL of sysexits.h): Ctrl-C, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, or
 #        trainer.time_limit; `longseq resume` goes on
+#   77   a newer start has the run: this one has written nothing since, and has ended (EX_NOPERM)
 #   130  stopped at once by a second Ctrl-C: the steps since the last checkpoint are lost
 EXIT_ERROR = 1
+EXIT_UNFIT = 69
+EXIT_CRASHED = 70
 EXIT_GO_ON = 75
+EXIT_SUPERSEDED = SupersededError.exit_code

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from longseq import starts
 from longseq.checkpoint import Checkpoint
 from longseq.config import Config
 from longseq.config_loading import load_config, save_config
@@ -29,6 +30,15 @@ class Run:
     """One run folder."""
 
     path: Path
+    start: int = 0  # which of its starts this process belongs to; 0: it only looks on
+
+    @property
+    def starts_dir(self) -> Path:
+        return self.path / "starts"
+
+    @property
+    def slurm_dir(self) -> Path:
+        return self.path / "slurm"
 
     @property
     def config_path(self) -> Path:
@@ -123,6 +133,19 @@ class Run:
             raise RunError(f"{path}: {what}. Runs are made by `longseq fit`, by default under runs/.")
         return run
 
+    def begin(self, what: str) -> Run:
+        """This run, as its newest start: the one that may write from now on."""
+        return Run(self.path, starts.take(self.starts_dir, what))
+
+    def check_start(self) -> None:
+        """Before whatever a training writes: whether it is still the newest start.
+
+        Raises:
+            SupersededError: if it is not.
+        """
+        if self.start:
+            starts.check(self.starts_dir, self.start)
+
     def config(self, overrides: tuple[str, ...] = ()) -> Config:
         """The resolved configuration the run was started with, and overrides on top of it."""
         config = load_config(self.config_path, overrides)
@@ -148,6 +171,7 @@ class Run:
 
     def mark_finished(self, step: int | None) -> None:
         """Note that the last step was reached, or with None that there are steps to go again."""
+        self.check_start()
         marker = self.path / "FINISHED"
         if step is None:
             marker.unlink(missing_ok=True)
@@ -156,6 +180,7 @@ class Run:
 
     def record_start(self, facts: dict[str, object]) -> None:
         """Append one start's facts to environment.json."""
+        self.check_start()
         path = self.path / "environment.json"
         starts = json.loads(path.read_text()) if path.exists() else []
         aside = path.with_name(".environment.json.partial")

@@ -39,8 +39,8 @@ def refusal(folder: Path, capsys: pytest.CaptureFixture[str]):
     [
         ("empty.fasta", b"", "is empty"),
         ("blank.fasta", b"\n\n", "line 2: nothing but blank lines"),
-        ("cut.fasta.gz", gzip.compress(LONG)[:-900], "the gzip data ends too early"),
-        ("damaged.fasta.gz", gzip.compress(LONG)[:50] + bytes(200), "the gzip data"),
+        ("cut.fasta.gz", gzip.compress(LONG, mtime=0)[:-900], "the gzip data ends too early"),
+        ("damaged.fasta.gz", gzip.compress(LONG, mtime=0)[:50] + bytes(200), "the gzip data"),
         ("headless.fasta", b"MKVLA\n", "line 1: begins neither like FASTA"),
         ("nameless.fasta", b">a\nMKV\n>\nMKV\n", "line 3: the header has no identifier"),
         ("hollow.fasta", b">a\nMKV\n>b\n>c\nMKV\n", "line 3: record 'b' has no residues"),

@@ -75,7 +75,7 @@ def _compare(checkpoint: Checkpoint, config: Config) -> None:
             f"be another experiment: resume with {position.precision}."
         )
     changed = {
-        "processes": (position.world_size, trainer.devices),
+        "processes": (position.world_size, config.processes),
         "strategy": (position.strategy, trainer.strategy),
         "ZeRO stage": (position.zero_stage, trainer.zero_stage),
         "accumulated batches": (position.accumulate, trainer.accumulate),

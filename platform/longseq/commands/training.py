@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import shutil
 import sys
 import textwrap
@@ -26,6 +28,7 @@ from longseq_data.survey import UNITS, survey
 def train(run: Run, config: Config, checkpoint: Checkpoint | None) -> int:
     """Train in processes of their own and say how it ended. Returns the exit code."""
     remove_partials(run.checkpoints_dir)  # of a start that was killed
+    run = run.begin(f"{platform.node()} process {os.getpid()}")
     began = time.monotonic()
     try:
         code = local.train(run, config.trainer.devices, checkpoint.path if checkpoint else None)

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from longseq.errors import EXIT_GO_ON, LongseqError
+from longseq.errors import EXIT_GO_ON, EXIT_SUPERSEDED, LongseqError, SupersededError
 from longseq.run import Run
 
 # What a worker takes as "save at the next step and leave"; SIGTERM and SIGUSR1 have other owners inside it.
@@ -42,6 +42,12 @@ def train(run: Run, devices: int, checkpoint: Path | None, *, rehearse: bool = F
     Raises:
         LongseqError: when a process fails; the message is that process's own where it left one.
     """
+    nodes = run.config().trainer.nodes
+    if nodes > 1:
+        raise LongseqError(
+            f"trainer.nodes={nodes}: processes on other machines are started by `longseq submit`; to train on this one "
+            f"alone, set trainer.nodes=1 trainer.devices={nodes * devices}, or fewer."
+        )
     with tempfile.TemporaryDirectory(prefix="longseq-") as reports, _stop_requests() as requests:
         read_end, write_end = os.pipe()
         try:
@@ -97,7 +103,7 @@ def _start(
     port: int,
 ) -> subprocess.Popen[bytes]:
     environment = environment_of(rank, world, port)
-    command = [sys.executable, "-m", "longseq.training.worker", str(run.path)]
+    command = [sys.executable, "-m", "longseq.training.worker", str(run.path), "--start", str(run.start)]
     command += ["--reports", str(reports), "--parent-pipe", str(parent_pipe)]
     command += ["--checkpoint", str(checkpoint)] if checkpoint else []
     command += ["--rehearse"] if rehearse else []
@@ -148,6 +154,8 @@ def _outcome(codes: Sequence[int], requests: Sequence[int], run: Run, reports: P
     sentences = [
         report_path(reports, rank).read_text() for rank in range(len(codes)) if report_path(reports, rank).exists()
     ]
+    if sentences and EXIT_SUPERSEDED in codes:
+        raise SupersededError(sentences[0])
     if sentences:
         raise LongseqError(sentences[0])
     failed = [rank for rank, code in enumerate(codes) if code not in (0, EXIT_GO_ON)]

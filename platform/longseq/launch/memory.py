@@ -52,7 +52,7 @@ class MemoryEstimate:
 def estimate(config: Config, vocabulary: int, *, on_cuda: bool = True) -> MemoryEstimate:
     """What one rank needs to train this configuration with so many tokens in its vocabulary, on GPUs or on CPUs."""
     spec, trainer = config.performer_spec(vocabulary), config.trainer
-    count, ranks = spec.parameter_count, trainer.devices
+    count, ranks = spec.parameter_count, config.processes
     deepspeed = trainer.strategy == "deepspeed"
     stage = trainer.zero_stage if deepspeed else 0
     width = 4 if trainer.precision == "fp32" else 2

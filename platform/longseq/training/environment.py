@@ -23,7 +23,7 @@ def start_facts(config: Config, step: int) -> dict[str, object]:
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "step": step,
-        "world_size": config.trainer.devices,
+        "world_size": config.processes,
         "zero_stage": config.trainer.zero_stage,
         "host": platform.node(),
         "devices": devices,

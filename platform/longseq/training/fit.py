@@ -7,7 +7,6 @@ import sys
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from longseq.checkpoint import Checkpoint
 from longseq.config import Config
@@ -27,6 +26,7 @@ from longseq.training.callbacks.hyperparameters import Hyperparameters
 from longseq.training.callbacks.length_warmup import LengthWarmup
 from longseq.training.callbacks.loss_scale import LossScale
 from longseq.training.callbacks.memory import Memory
+from longseq.training.callbacks.progress import Progress
 from longseq.training.callbacks.samples import Samples
 from longseq.training.callbacks.stopping import StopFlag, StopRequested
 from longseq.training.callbacks.times import Clock, Times
@@ -34,6 +34,7 @@ from longseq.training.callbacks.utilisation import Utilisation
 from longseq.training.environment import start_facts
 from longseq.training.strategy import build_strategy, on_cuda
 from longseq.training.task import LanguageModelling
+from longseq.training.tensorboard import RunLogger
 from longseq_data.datamodule import SequenceDataModule
 
 _SHARDING = {"deepspeed": "DeepSpeed ZeRO-{}", "ddp": "none (DDP)", "single": "none (one process)"}
@@ -73,6 +74,7 @@ def build_trainer(run: Run, config: Config, stop: StopFlag, checkpoint: Checkpoi
     return pl.Trainer(
         accelerator="cuda" if on_cuda(config) else "cpu",
         devices=settings.devices,
+        num_nodes=settings.nodes,
         strategy=build_strategy(config),
         plugins=[LightningEnvironment()],  # processes are ours, also inside a SLURM job
         precision=_PRECISION[settings.precision],  # type: ignore[arg-type]
@@ -87,12 +89,12 @@ def build_trainer(run: Run, config: Config, stop: StopFlag, checkpoint: Checkpoi
         num_sanity_val_steps=0,
         inference_mode=False,  # ZeRO-3 gathers weights during validation
         use_distributed_sampler=False,
-        # A resumed run hides the points after its checkpoint that the interrupted one still wrote.
-        logger=TensorBoardLogger(run.path, name="", version="tensorboard", purge_step=start + 1),
+        logger=RunLogger(run, start),
         callbacks=[
             gradient_norm,
             BadSteps(run, config, gradient_norm, checkpointing.finish_writing),
             curves,
+            Progress(run, config, curves),
             *watching(config, curves),
             *([LengthWarmup(config, start)] if settings.length_warmup_steps else []),
             *([WeightAverage(config, checkpoint)] if settings.ema_decay else []),
@@ -162,7 +164,7 @@ def _summary(task: LanguageModelling, config: Config, run: Run, start: int) -> N
         f"model    {spec.parameter_count:,} parameters: {spec.depth} blocks, {spec.heads} heads, width {spec.dim}, "
         f"MLP {spec.ffn_dim}; {attention}; {config.model.objective}",
         f"step     {step}, "
-        f"on {trainer.devices} {'GPU' if on_cuda(config) else 'CPU'} process(es) × {trainer.accumulate} batch(es)",
+        f"on {config.processes} {'GPU' if on_cuda(config) else 'CPU'} process(es) × {trainer.accumulate} batch(es)",
         f"sharding {_SHARDING[trainer.strategy].format(trainer.zero_stage)}, {trainer.precision}",
         f"memory   {estimate(config, spec.vocabulary, on_cuda=on_cuda(config)).line()}",
         f"run      {run.path}, step {start} of {trainer.max_steps}",

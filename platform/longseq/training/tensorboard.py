@@ -6,6 +6,30 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from longseq.run import Run
+
+
+class RunLogger(TensorBoardLogger):
+    """A run's one event stream, written by its newest start alone."""
+
+    def __init__(self, run: Run, start: int):
+        # A resumed run hides the points after its checkpoint, of step ``start``, that the interrupted one still wrote.
+        super().__init__(run.path, name="", version="tensorboard", purge_step=start + 1)
+        self._run = run
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """What every point, picture and text goes through.
+
+        Raises:
+            SupersededError: if a newer start has the run.
+        """
+        self._run.check_start()
+        return super().experiment
 
 
 def writer(trainer: pl.Trainer) -> Any:

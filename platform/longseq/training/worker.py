@@ -9,9 +9,12 @@ import os
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
-from longseq.errors import EXIT_ERROR, EXIT_GO_ON, USER_ERRORS
+from longseq import starts
+from longseq.allocator import keep_freed_memory
+from longseq.errors import EXIT_ERROR, EXIT_GO_ON, EXIT_SUPERSEDED, USER_ERRORS, SupersededError
 from longseq.launch.local import PEER_LOST, report_path
 from longseq.run import Run
 
@@ -19,6 +22,7 @@ from longseq.run import Run
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("run", type=Path)
+    parser.add_argument("--start", type=int, default=0)
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--reports", type=Path, required=True)
@@ -26,50 +30,68 @@ def main() -> int:
     args = parser.parse_args()
     _end_with_parent(args.parent_pipe)
 
+    run = Run(Run.open(args.run).path, args.start)
+    report = report_path(args.reports, int(os.environ["RANK"]))
+    if args.rehearse:
+        code, sentence = outcome(lambda: _rehearse(run), run)
+    else:
+        starts.watch(run.starts_dir, run.start, report.write_text)
+        code, sentence = outcome(lambda: _train(run, args.checkpoint), run)
+    if sentence:
+        report.write_text(sentence)
+    return code
+
+
+def outcome(work: Callable[[], int], run: Run) -> tuple[int, str | None]:
+    """The exit code of ``work``, and the sentence that says why where it failed in a way that people can mend."""
     try:
-        return _rehearse(args.run) if args.rehearse else _train(args.run, args.checkpoint)
+        return work(), None
+    except SupersededError as error:
+        return EXIT_SUPERSEDED, str(error)
     except USER_ERRORS as error:
-        sentence = str(error)
+        return EXIT_ERROR, str(error)
     except OSError as error:  # a full disk, mostly: say so without a traceback
         sentence = (
-            f"{error.filename or args.run}: {error.strerror or error}. Mend that, then go on with "
-            f"`{Run(args.run).resume_command}`."
+            f"{error.filename or run.path}: {error.strerror or error}. Mend that, then go on with "
+            f"`{run.resume_command}`."
         )
+        return EXIT_ERROR, sentence
     except RuntimeError as error:
         if _peer_lost(error):
-            return PEER_LOST
+            return PEER_LOST, None
         if type(error).__name__ != "OutOfMemoryError":
             raise
         sentence = (
-            f"{args.run}: out of GPU memory ({str(error).splitlines()[0]}) Raise trainer.accumulate or "
+            f"{run.path}: out of GPU memory ({str(error).splitlines()[0]}) Raise trainer.accumulate or "
             "trainer.zero_stage, set trainer.activation_checkpointing=true, or lower data.length."
         )
-    report_path(args.reports, int(os.environ["RANK"])).write_text(sentence)
-    return EXIT_ERROR
+        return EXIT_ERROR, sentence
 
 
-def _train(run_path: Path, checkpoint_path: Path | None) -> int:
+def _train(run: Run, checkpoint_path: Path | None) -> int:
     from longseq.training.callbacks.stopping import StopFlag
 
     stop = StopFlag()
     stop.install()
 
+    import torch
+
     from longseq.checkpoint import Checkpoint
     from longseq.training.fit import fit
 
     quiet()
-    run = Run.open(run_path)
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     config = run.config()
     stop.time_limit = config.time_limit_seconds
     finished = fit(run, config, Checkpoint(checkpoint_path) if checkpoint_path else None, stop)
     return 0 if finished else EXIT_GO_ON
 
 
-def _rehearse(run_path: Path) -> int:
+def _rehearse(run: Run) -> int:
     from longseq.training.rehearsal import rehearse
 
     quiet()
-    run = Run.open(run_path)
     rehearse(run, run.config())
     return 0
 
@@ -97,7 +119,7 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _leave(code: int) -> None:
+def leave(code: int) -> None:
     """End without taking the interpreter apart.
 
     The threads of gloo and other native libraries race with that, and now and then one aborts a process whose work is
@@ -112,4 +134,4 @@ def _leave(code: int) -> None:
 
 
 if __name__ == "__main__":
-    _leave(main())
+    leave(main())

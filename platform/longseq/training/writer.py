@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from longseq.checkpoint import TrainingPosition, partial_path, publish
+from longseq.run import Run
 from longseq.training.shards import Content, write
 
 _POLL_SECONDS = 0.02
@@ -21,8 +22,9 @@ class Writer:
     The ranks meet through files in the unfinished folder, not through collectives, which belong to the training.
     """
 
-    def __init__(self, directory: Path, rank: int, world_size: int, publish_then: Callable[[], None]):
-        self.directory, self.rank, self.world_size = directory, rank, world_size
+    def __init__(self, run: Run, rank: int, world_size: int, publish_then: Callable[[], None]):
+        self.run, self.directory = run, run.checkpoints_dir
+        self.rank, self.world_size = rank, world_size
         self.publish_then = publish_then  # rank 0, once a checkpoint has its name
         self.error: Exception | None = None
         self.step: int | None = None  # being written
@@ -72,9 +74,12 @@ class Writer:
         self._given_up.set()
 
     def _write_part(self, files: Mapping[str, Content], step: int) -> None:
-        partial = partial_path(self.directory, step)
+        partial = partial_path(self.directory, step, self.run.start)
         try:
-            written = {name: asdict(write(partial / name, content)) for name, content in files.items()}
+            written = {}
+            for name, content in files.items():
+                self.run.check_start()
+                written[name] = asdict(write(partial / name, content))
             # Seen by rank 0 when it is whole: it appears by its renaming.
             aside = partial / f".part-{self.rank}.partial"
             write(aside, json.dumps(written).encode())
@@ -83,7 +88,7 @@ class Writer:
             self.error = error
 
     def _publish(self, position: TrainingPosition) -> None:
-        partial = partial_path(self.directory, position.step)
+        partial = partial_path(self.directory, position.step, self.run.start)
         notes = [self._note(partial, rank) for rank in range(self.world_size)]
         try:
             # A listing asks the server of a network file system anew; a look for one name may not.
@@ -95,7 +100,8 @@ class Writer:
             for note in notes:
                 files |= json.loads(note.read_text())
                 note.unlink()
-            publish(self.directory, position, files)
+            publish(self.directory, position, files, self.run.start, self.run.check_start)
+            self.run.check_start()
             self.publish_then()
         except Exception as error:
             self.error = error

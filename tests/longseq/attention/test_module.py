@@ -137,6 +137,14 @@ def test_temperature_share_and_decay_get_gradients_as_functions_of_their_definit
             torch.testing.assert_close(gradients[name][head].squeeze(), slope, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("options", [{"kind": "exact", "window": 8}, {"window": LENGTH}], ids=["exact", "window"])
+def test_a_share_that_nothing_needs_gets_a_gradient_of_zero(options):
+    module = build(learned_share=True, learned_decay=True, **options)
+    module(sample()).square().sum().backward()
+    assert module.log_share.grad.tolist() == [0] * HEADS
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+
 def test_learned_numbers_are_absent_where_they_are_off():
     for options in ({}, {"window": 7}, {"learned_share": True}):  # without a window nothing is beyond it
         assert build(**options).state_dict().keys() == {"qkv.weight", "out.weight"}

@@ -20,7 +20,7 @@ from positions import position
 
 def writers(run: Run, ranks: int, published: list[int] | None = None) -> list[Writer]:
     note = (lambda: published.append(1)) if published is not None else (lambda: None)
-    return [Writer(run.checkpoints_dir, rank, ranks, note) for rank in range(ranks)]
+    return [Writer(run, rank, ranks, note) for rank in range(ranks)]
 
 
 def begin(run: Run, step: int) -> None:
@@ -81,7 +81,7 @@ from longseq.training.writer import Writer
 from positions import position
 run = Run.open(sys.argv[1])
 partial_path(run.checkpoints_dir, 8).mkdir()
-writer = Writer(run.checkpoints_dir, 0, 1, lambda: None)
+writer = Writer(run, 0, 1, lambda: None)
 writer.start({"model.safetensors": {"w": torch.ones(1 << 26)}}, position(8))
 print("writing", flush=True)
 writer.finish()

@@ -35,7 +35,7 @@ class Checkpointing(StepBoundary):
 
     def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         self.control = ControlGroup()
-        self.writer = Writer(self.run.checkpoints_dir, trainer.global_rank, trainer.world_size, self._prune)
+        self.writer = Writer(self.run, trainer.global_rank, trainer.world_size, self._prune)
         self.stop.install()
 
     def on_step_boundary(self, trainer: pl.Trainer, task: pl.LightningModule, step: int) -> None:
@@ -78,8 +78,9 @@ class Checkpointing(StepBoundary):
             unlogged=(loss_sum, correct, targets),
         )
         self.finish_writing()
-        partial = checkpoint.partial_path(directory, step)
+        partial = checkpoint.partial_path(directory, step, self.run.start)
         if trainer.is_global_zero:
+            self.run.check_start()
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         self.control.barrier()
@@ -104,6 +105,7 @@ class Checkpointing(StepBoundary):
         writer.finish()
         for reason in self.control.gather(writer.reason):
             if reason is not None:
+                self.run.check_start()  # the reason, perhaps
                 raise self._unwritten(step, reason)
 
     def _prune(self) -> None:

@@ -1,0 +1,30 @@
+"""CPU memory between steps: freed tensors stay with the process instead of going back to the system."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+
+# glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_TOP_PAD_BYTES = 64 * 2**20
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc serve large tensors from memory that earlier ones left, for the rest of the process.
+
+    By default glibc maps every block above 32 MiB afresh and unmaps it when it is freed, so each large tensor of each
+    step costs a page fault every 4 KiB: a sixth of a training step from 16,384 tokens on, in FAVOR+ and in the layers
+    around it. Blocks taken from the heap instead are warm. The price is fragmentation: the process's peak may be about
+    a quarter larger.
+
+    Has no effect, and returns False, without glibc, or where the user chose an allocator or its settings themselves
+    (any ``MALLOC_*`` or ``GLIBC_TUNABLES`` variable, or ``LD_PRELOAD``).
+    """
+    chosen = any(name.startswith("MALLOC_") or name in ("GLIBC_TUNABLES", "LD_PRELOAD") for name in os.environ)
+    if chosen or platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, _TOP_PAD_BYTES))
+    return all(mallopt(parameter, value) == 1 for parameter, value in settings)

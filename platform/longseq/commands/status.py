@@ -1,0 +1,52 @@
+"""How one run stands: its job, its starts, and where they got to."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+
+from longseq import starts
+from longseq.commands.jobs import as_dict, ask
+from longseq.launch.slurm.state import jobs_of, state_of
+from longseq.run import Run, as_typed
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", metavar="RUN", help="a run folder, e.g. runs/uniref50-20260101-120000")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
+
+
+def run(args: argparse.Namespace) -> int:
+    run = Run.open(args.run_folder)
+    state = state_of(run, ask() if jobs_of(run) else {})
+    if args.json:
+        print(json.dumps(as_dict(state), indent=1))
+        return 0
+    print(f"run       {run.path}")
+    print(f"state     {state.word}{f': {state.why}' if state.why else ''}")
+    if state.job:
+        left = f", {state.left} left" if state.left else ""
+        print(f"job       {state.job}{f' on {state.nodes}' if state.nodes else ''}{left}")
+    at = state.progress
+    if at:
+        loss = f", loss {at.loss:.4f}" if math.isfinite(at.loss) else ""
+        rate = f", {at.tokens_per_second:,.0f} tokens/s" if math.isfinite(at.tokens_per_second) else ""
+        print(f"step      {at.step} of {at.last_step}{loss}{rate}; {_ago(time.time() - at.time)} ago")
+    kept = [str(int(checkpoint.path.name[5:13])) for checkpoint in run.checkpoints()]
+    print(f"kept      {'checkpoints of step ' + ', '.join(kept) if kept else 'no checkpoint yet'}")
+    for number in starts.numbers(run.starts_dir):
+        what = starts.path_of(run.starts_dir, number, "start").read_text().strip()
+        reached, end = starts.read_progress(run.starts_dir, number), starts.read_end(run.starts_dir, number)
+        upto = f"to step {reached.step}" if reached else "no step"
+        print(f"start {number:<3} {what}: {upto}{f', {end}' if end else ''}")
+    if state.word in ("ENDED", "STOPPED", "TIMEOUT", "FAILED", "CANCELLED", "NODE_FAIL"):
+        print(f"Go on with:    longseq submit {as_typed(run.path)}")
+    return 0
+
+
+def _ago(seconds: float) -> str:
+    if seconds < 120:
+        return f"{max(0, seconds):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"

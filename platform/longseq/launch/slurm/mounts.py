@@ -1,0 +1,33 @@
+"""Whether a container would see the files that a run needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from longseq.config import Config
+from longseq.data import SPLITS
+from longseq.errors import ConfigError
+from longseq.launch.slurm.site import Site
+
+
+def check_mounts(site: Site, config: Config, run: Path) -> None:
+    """Refuse a run whose files lie outside of what is mounted.
+
+    Raises:
+        ConfigError: naming the first one.
+    """
+    if site.container == "none":
+        return
+    seen = [run.parent]
+    for mount in site.container_mounts:
+        host, _, inside = mount.partition(":")
+        if inside.partition(":")[0] in ("", host):  # under another name it does not help: paths are those of the host
+            seen.append(Path(host))
+    for split in SPLITS:
+        for source in getattr(config.data, split):
+            path = Path(source)
+            if path.is_absolute() and not any(path.is_relative_to(folder) for folder in seen):
+                raise ConfigError(
+                    f"data.{split}: {source} is not in the container: add {path.parent} to container_mounts of the "
+                    "site's profile."
+                )

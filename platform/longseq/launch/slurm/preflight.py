@@ -1,0 +1,189 @@
+"""Before a start trains: do all processes meet, and is every node fit? Names the node that is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+
+from longseq.errors import EXIT_UNFIT, LongseqError
+from longseq.launch.memory import gib
+from longseq.launch.slurm.place import Limits, Place
+from longseq.training.rehearsal import all_reduce_rate
+
+_POLL_SECONDS = 0.1
+
+
+class UnfitError(LongseqError):
+    """A node that cannot train."""
+
+    exit_code = EXIT_UNFIT
+
+
+def meet(place: Place, device: torch.device, limits: Limits) -> tuple[Store | None, str]:
+    """Every process calls it: they meet, say what they see, and try a sum. Afterwards the process group is there.
+
+    Returns:
+        what the processes can leave each other messages in (None for one process), and a line for people.
+
+    Raises:
+        UnfitError: naming the nodes that are missing, or unfit, and why.
+    """
+    room = shutil.disk_usage(tempfile.gettempdir()).free
+    problem = _problem(device, room, limits)
+    if place.world == 1:
+        if problem:
+            raise UnfitError(f"{place.node_of(0)}: {problem}")
+        return None, f"1 process on {place.node_of(0)}; {gib(room)} free in {tempfile.gettempdir()}"
+    store = _all_there(place, problem, limits)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    with _time_out(limits.seconds, place):
+        dist.init_process_group(
+            backend,
+            store=PrefixStore("training", store),
+            rank=place.rank,
+            world_size=place.world,
+            timeout=timedelta(minutes=30),
+        )
+        clocks = _check_clocks(place, limits)
+        rate = all_reduce_rate(device)
+        if rate / 1e9 < limits.gb_a_second:
+            raise UnfitError(_slowest(place, device, rate, limits))
+    return store, (
+        f"{place.world} processes on {', '.join(place.nodes)}; {backend}: an all-reduce of 64 MiB runs at "
+        f"{rate / 1e9:.2f} GB/s; clocks within {clocks:.3f} s; {gib(room)} free in {tempfile.gettempdir()}"
+    )
+
+
+def _problem(device: torch.device, room: int, limits: Limits) -> str:
+    """What is wrong with this process's node; empty if nothing is."""
+    if room < limits.disk_gib * 2**30:
+        return f"only {gib(room)} free in {tempfile.gettempdir()} (preflight_disk_gib={limits.disk_gib:g})."
+    if device.type != "cuda":
+        return ""
+    there, local = torch.cuda.device_count(), device.index
+    if there <= local:
+        return f"{there} GPUs are visible, and GPU {local} is needed."
+    try:
+        ones = torch.ones(256, 256, device=device)
+        right = bool((ones @ ones == 256).all())
+    except RuntimeError as error:
+        return f"GPU {local} fails: {str(error).splitlines()[0]}"
+    return "" if right else f"GPU {local} gives wrong products."
+
+
+def _all_there(place: Place, problem: str, limits: Limits) -> Store:
+    try:
+        store = TCPStore(
+            place.address,
+            place.port,
+            is_master=place.rank == 0,
+            timeout=timedelta(seconds=limits.seconds),
+            wait_for_workers=False,
+        )
+        store.set(f"hello/{place.rank}", json.dumps([socket.gethostname(), problem]))
+        if place.rank == 0:
+            store.set("verdict", _verdict(store, place, limits))
+        store.set_timeout(timedelta(seconds=limits.seconds + 60))
+        verdict = store.get("verdict").decode()
+    except (dist.DistError, RuntimeError) as error:
+        raise UnfitError(
+            f"{place.node_of(place.rank)}: rank {place.rank} cannot reach rank 0 at {place.address}:{place.port} "
+            f"({str(error).splitlines()[0]})."
+        ) from None
+    if verdict:
+        raise UnfitError(verdict)
+    return store
+
+
+def _verdict(store: Store, place: Place, limits: Limits) -> str:
+    """Rank 0 waits for all others, and says who is missing or unfit; empty if nobody is."""
+    deadline, missing = time.monotonic() + limits.seconds, set(range(place.world))
+    while missing and time.monotonic() < deadline:
+        missing -= {rank for rank in missing if store.check([f"hello/{rank}"])}
+        time.sleep(_POLL_SECONDS if missing else 0)
+    if missing:
+        nodes = ", ".join(dict.fromkeys(place.node_of(rank) for rank in sorted(missing)))
+        return (
+            f"{nodes}: no sign of rank {', '.join(map(str, sorted(missing)))} after {limits.seconds:g} s "
+            "(preflight_seconds)."
+        )
+    found = {rank: json.loads(store.get(f"hello/{rank}"))[1] for rank in range(place.world)}
+    problems = {f"{place.node_of(rank)}: {problem}": None for rank, problem in found.items() if problem}
+    return " ".join(problems)
+
+
+def _check_clocks(place: Place, limits: Limits) -> float:
+    """By how much the clocks differ, in seconds."""
+    dist.barrier()
+    times: list[float] = [0.0] * place.world
+    dist.all_gather_object(times, time.time())
+    middle = sorted(times)[place.world // 2]
+    for rank, now in enumerate(times):
+        if abs(now - middle) > limits.clock_seconds:
+            raise UnfitError(
+                f"{place.node_of(rank)}: its clock is {now - middle:+.0f} s away from the others' "
+                f"(preflight_clock_seconds={limits.clock_seconds:g})."
+            )
+    return max(times) - min(times)
+
+
+def _slowest(place: Place, device: torch.device, rate: float, limits: Limits) -> str:
+    """Which node is to blame for a slow sum: each one against the first, in turn."""
+    each = place.world // len(place.nodes)
+    rates = {}
+    for number, node in enumerate(place.nodes[1:], 1):
+        pair = [0, number * each]
+        group = dist.new_group(pair)
+        if place.rank in pair:
+            message = torch.ones(16 << 20, device=device)
+            dist.all_reduce(message, group=group)
+            began = time.perf_counter()
+            dist.all_reduce(message, group=group)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            rates[node] = message.numel() * 4 / (time.perf_counter() - began) / 1e9
+        dist.barrier()
+    told: list[dict[str, float]] = [rates]
+    dist.broadcast_object_list(told, src=0)
+    alone = "; ".join(f"{node} at {speed:.2f}" for node, speed in sorted(told[0].items(), key=lambda item: item[1]))
+    pairs = f" Each with {place.nodes[0]} alone: {alone}." if alone else ""
+    return (
+        f"{min(told[0], key=lambda node: told[0][node]) if told[0] else place.nodes[0]}: an all-reduce runs at "
+        f"{rate / 1e9:.2f} GB/s (preflight_gb_a_second={limits.gb_a_second:g}).{pairs}"
+    )
+
+
+on_time_out: Callable[[str], None] = print  # what a process that hangs says, before it is ended
+
+
+@contextmanager
+def _time_out(seconds: float, place: Place) -> Iterator[None]:
+    """End the process where a collective hangs: nothing else would."""
+
+    def end() -> None:
+        names: Sequence[str] = place.nodes
+        on_time_out(
+            f"{', '.join(names)}: they met, but a collective did not end within {seconds:g} s: is the network between "
+            "them, and the interface that NCCL or gloo takes (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME), the right one?"
+        )
+        os._exit(EXIT_UNFIT)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

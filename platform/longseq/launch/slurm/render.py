@@ -1,0 +1,218 @@
+"""Job scripts, by pure functions: of a configuration, a site's profile and a request to the text of a script."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from longseq.config import Config
+from longseq.errors import ConfigError
+from longseq.launch.slurm.site import Site
+from longseq.launch.slurm.templates import Shell, directive, fill, quoted
+
+_DEPENDENCY = re.compile(r"singleton|[a-z]+(:\d+(_\d+)?(\+\d+)?)+([,?][a-z]+(:\d+(_\d+)?(\+\d+)?)+)*")
+_CONTROLLED = (  # options of sbatch that have a place of their own
+    *(
+        "job-name",
+        "output",
+        "error",
+        "open-mode",
+        "nodes",
+        "ntasks",
+        "ntasks-per-node",
+        "cpus-per-task",
+        "gpus-per-node",
+    ),
+    *("gres", "time", "signal", "requeue", "no-requeue", "array", "dependency", "partition", "account", "qos"),
+    *("constraint", "reservation", "exclude", "mem", "exclusive"),
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one job is asked to be."""
+
+    nodes: int
+    devices: int  # tasks of a node
+    gpus: bool  # a GPU for every task
+    min_nodes: int | None = None  # goes on with fewer nodes when no more come back
+    dependency: str | None = None
+    comes_back: bool = True  # by itself; a chain has its next job instead
+    at_once: int | None = None  # of an array
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step is shared among nodes."""
+
+    nodes: int
+    accumulate: int
+
+
+def train_script(run: Path, config: Config, site: Site, request: Request) -> str:
+    """The script of one training run in the folder ``run``.
+
+    Raises:
+        ConfigError: for a value that no script can hold.
+    """
+    head = _directives(site, request, run.name, run / "slurm" / "job-%j.log")
+    return fill("train.sbatch.j2", {"run": run, "directives": head, **_training(config, site, request, (run,))})
+
+
+def sweep_script(name: str, runs: Sequence[Path], config: Config, site: Site, request: Request) -> str:
+    """The script of an array with a training run a task, in folders called ``name``-0, ``name``-1, ..."""
+    first = runs[0]
+    assert [run.name for run in runs] == [f"{name}-{number}" for number in range(len(runs))]
+    most = f"%{request.at_once}" if request.at_once else ""
+    head = _directives(site, request, name, first.with_name(f"{name}-%a") / "slurm" / "job-%A_%a.log")
+    head.append(directive("array", f"0-{len(runs) - 1}{most}"))
+    return fill("sweep.sbatch.j2", {"runs": runs, "directives": head, **_training(config, site, request, runs)})
+
+
+def evaluate_script(run: Path, arguments: Sequence[str], site: Site, request: Request) -> str:
+    """The script of `longseq evaluate`, on one node with one task."""
+    head = _directives(site, request, f"{run.name}-evaluate", run / "slurm" / "evaluate-%j.log", waits=False)
+    values = {"run": run, "arguments": _words(arguments), "directives": head}
+    return fill("evaluate.sbatch.j2", values | _environment(site) | _command(site, request, (run,)))
+
+
+def prepare_script(config: Path, arguments: Sequence[str], log: Path, site: Site, request: Request) -> str:
+    """The script of `longseq data prepare`, on one node with one task."""
+    head = _directives(site, request, f"prepare-{config.stem}", log, waits=False)
+    values = {"config": config, "arguments": _words(arguments), "directives": head}
+    return fill("prepare.sbatch.j2", values | _environment(site) | _command(site, request, ()))
+
+
+def layouts(config: Config, nodes: int, min_nodes: int, devices: int) -> Mapping[int, Layout]:
+    """For each number of nodes that a start may get: how many of them are used, and batches accumulated.
+
+    A process never holds more sequences than with all ``nodes``: what fewer processes lack, they do one after another.
+
+    Raises:
+        ConfigError: if a step cannot be shared among ``min_nodes``.
+    """
+    samples, trainer = config.samples_per_step, config.trainer
+    most = math.ceil(samples / (nodes * devices * trainer.accumulate))  # sequences of a process in a batch
+    found: dict[int, Layout] = {}
+    for there in range(min_nodes, nodes + 1):
+        for used in range(there, min_nodes - 1, -1):
+            ranks, accumulate = used * devices, trainer.accumulate
+            while samples / (ranks * accumulate) > most or (
+                config.data.packing != "bucket" and samples % (ranks * accumulate)
+            ):
+                accumulate += 1
+                if ranks * accumulate > samples:
+                    break
+            else:
+                found[there] = Layout(used, accumulate)
+                break
+        if there not in found:
+            raise ConfigError(
+                f"--min-nodes={min_nodes}: a step of {samples} sequences (data.batch_tokens / data.length) cannot be "
+                f"shared evenly among {there} × {devices} processes: take --min-nodes={nodes}, or another batch_tokens."
+            )
+    return found
+
+
+def _directives(site: Site, request: Request, name: str, log: Path, *, waits: bool = True) -> list[Shell]:
+    """The head of a script. ``waits``: for a signal ahead of its end, to save and come back."""
+    if "%" in str(log.parent).replace("-%a", ""):
+        raise ConfigError(f"{log.parent}: sbatch would replace the %: set run.dir to a path without one.")
+    fewer = request.min_nodes is not None and request.min_nodes != request.nodes
+    lines = [
+        directive("job-name", name),
+        directive("nodes", f"{request.min_nodes}-{request.nodes}" if fewer else request.nodes),
+        directive("ntasks-per-node", request.devices),
+    ]
+    wanted: dict[str, object] = {
+        "cpus-per-task": site.cpus_per_task,
+        "mem": site.memory,
+        "partition": site.partition,
+        "account": site.account,
+        "qos": site.qos,
+        "constraint": site.constraint,
+        "reservation": site.reservation,
+        "exclude": site.exclude,
+        "dependency": _dependency(request.dependency),
+    }
+    if request.gpus:
+        kind = f"{site.gpu_type}:" if site.gpu_type else ""
+        gres = site.gpu_request == "gres"
+        wanted["gres" if gres else "gpus-per-node"] = f"{'gpu:' if gres else ''}{kind}{request.devices}"
+    if site.time_seconds is not None:
+        wanted["time"] = _clock(site.time_seconds)
+    lines += [directive(option, value) for option, value in wanted.items() if value is not None]
+    lines += [directive("exclusive")] if site.exclusive else []
+    lines += [directive("output", log), directive("open-mode", "append")]
+    comes_back = site.requeue and request.comes_back
+    lines += [directive("requeue" if comes_back else "no-requeue")]
+    lines += [directive("signal", f"B:USR1@{site.signal_seconds}")] if waits else []
+    for argument in site.sbatch:
+        option, equals, value = argument.removeprefix("--").partition("=")
+        if option in _CONTROLLED:
+            raise ConfigError(f"sbatch: --{option} is set from another key of the profile, or by `longseq submit`.")
+        lines.append(directive(option, value if equals else None))
+    return lines
+
+
+def _training(config: Config, site: Site, request: Request, runs: Sequence[Path]) -> dict[str, object]:
+    least = request.nodes if request.min_nodes is None else request.min_nodes
+    limits = {"seconds": site.preflight_seconds, "disk-gib": site.preflight_disk_gib}
+    limits |= {"clock-seconds": site.preflight_clock_seconds, "gb-a-second": site.preflight_gb_a_second}
+    return {
+        "layouts": list(layouts(config, request.nodes, least, request.devices).items()),
+        "devices": request.devices,
+        "max_restarts": site.max_restarts,
+        "pause_seconds": site.pause_seconds,
+        "requeue": site.requeue and request.comes_back,
+        "preflight": _words(f"--{name}={value:g}" for name, value in limits.items()),
+        **_environment(site),
+        **_command(site, request, runs),
+    }
+
+
+def _environment(site: Site) -> dict[str, object]:
+    return {
+        "modules": site.modules,
+        "threads": site.cpus_per_task if "OMP_NUM_THREADS" not in site.environment else None,
+        "environment": site.environment,
+        "scratch": site.scratch,
+    }
+
+
+def _command(site: Site, request: Request, runs: Sequence[Path]) -> dict[str, object]:
+    """Arguments of srun, and what stands before ``-m module``: an interpreter, here or in a container."""
+    # srun does not take over --cpus-per-task of the job.
+    srun = ["--input=none", *([f"--cpus-per-task={site.cpus_per_task}"] if site.cpus_per_task else []), *site.srun]
+    mounts = list(dict.fromkeys([*site.container_mounts, *(str(run.parent) for run in runs)]))
+    command = [sys.executable]
+    if site.container == "pyxis":
+        srun.append(f"--container-image={site.container_image}")
+        pairs = [mount if ":" in mount else f"{mount}:{mount}" for mount in mounts]
+        srun += [f"--container-mounts={','.join(pairs)}"] if pairs else []
+        command = [site.container_python]
+    elif site.container == "apptainer":
+        bound = [word for mount in mounts for word in ("--bind", mount)]
+        gpus = ["--nv"] if request.gpus else []
+        command = ["apptainer", "exec", *gpus, *bound, str(site.container_image), site.container_python]
+    return {"srun": _words(srun), "command": _words(command)}
+
+
+def _words(words: Iterable[object]) -> Shell:
+    return Shell(" ".join(map(quoted, words)))
+
+
+def _dependency(text: str | None) -> str | None:
+    if text is not None and not _DEPENDENCY.fullmatch(text):
+        raise ConfigError(f"--dependency={text!r}: write it as sbatch does, e.g. afterok:1234 or singleton.")
+    return text
+
+
+def _clock(seconds: float) -> str:
+    """As sbatch reads it, rounded up to minutes, which is what SLURM counts."""
+    minutes = math.ceil(seconds / 60)
+    return f"{minutes // 1440}-{minutes // 60 % 24:02}:{minutes % 60:02}:00"

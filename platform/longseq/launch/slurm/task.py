@@ -1,0 +1,167 @@
+"""The program each task of a job runs: ``python -m longseq.launch.slurm.task RUN --start N``. Started by srun.
+
+SLURM has started the processes; here they become the ranks of a training, as :mod:`longseq.training.worker` is one on
+this machine. Exit code 0 also where the training was stopped and saved: srun would kill the others for any other code.
+How a start ended stands in the run's ``starts/`` (see :mod:`longseq.starts`), where the job script reads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import socket
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+from longseq import starts
+from longseq.checkpoint import Checkpoint, remove_partials
+from longseq.config import Config
+from longseq.errors import EXIT_CRASHED, EXIT_ERROR, EXIT_GO_ON, EXIT_UNFIT
+from longseq.launch.local import rank_log
+from longseq.launch.slurm.place import Limits, Place
+from longseq.run import Run
+from longseq.training.callbacks.stopping import StopFlag
+from longseq.training.worker import leave, outcome, quiet
+
+_FINISHED = "finished"
+_LONG = timedelta(hours=2)  # for the sums of a large checkpoint
+
+
+def main() -> int:
+    stop = StopFlag()
+    stop.install()  # first: a signal means "save", however early it comes
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--start", type=int, required=True)
+    parser.add_argument("overrides", nargs="*")
+    Limits.add_arguments(parser)
+    args = parser.parse_intermixed_args()
+    place = Place.of_slurm(dict(os.environ))
+    run = Run(args.run, args.start)
+    _redirect(run, place.rank)
+    _environment(place)
+
+    starts.watch(run.starts_dir, run.start, _say)
+    code, sentence = outcome(lambda: _train(run, tuple(args.overrides), place, Limits.of(args), stop), run)
+    if sentence:
+        _say(sentence)
+    verdicts = {EXIT_ERROR: f"error {sentence}", EXIT_UNFIT: f"preflight {sentence}"}
+    if code in verdicts:
+        starts.note_end(run.starts_dir, run.start, verdicts[code])
+    if place.rank == 0 and code in (0, EXIT_GO_ON):
+        starts.note_end(run.starts_dir, run.start, "saved" if code else _FINISHED)
+    return 0 if code == EXIT_GO_ON else code
+
+
+def _train(run: Run, overrides: tuple[str, ...], place: Place, limits: Limits, stop: StopFlag) -> int:
+    import torch
+
+    from longseq.launch.slurm import preflight
+    from longseq.training.fit import fit
+    from longseq.training.strategy import on_cuda
+
+    quiet()
+    config = run.config(overrides)
+    stop.time_limit = config.time_limit_seconds
+    preflight.on_time_out = lambda text: starts.note_end(run.starts_dir, run.start, f"preflight {text}")
+    device = torch.device("cuda", place.local_rank) if on_cuda(config) else torch.device("cpu")
+    if device.type == "cuda" and torch.cuda.device_count() == 1:
+        device = torch.device("cuda", 0)  # the scheduler shows each task its own
+    store, line = preflight.meet(place, device, limits)
+    if place.rank == 0:
+        print(f"preflight {line}", file=sys.stderr, flush=True)
+    # One looks at the checkpoints, whose sums take their time, and tells the others.
+    chosen = _begin(run, config) if place.rank == 0 else ""
+    if store is not None:
+        if place.rank == 0:
+            store.set("checkpoint", chosen)
+        store.set_timeout(_LONG)
+        chosen = store.get("checkpoint").decode()
+    if chosen == _FINISHED:
+        return 0
+    checkpoint = Checkpoint(run.checkpoints_dir / chosen) if chosen else None
+    return 0 if fit(run, config, checkpoint, stop) else EXIT_GO_ON
+
+
+def _begin(run: Run, config: Config) -> str:
+    """What one process does for all: look at the data, and find where to go on.
+
+    Returns:
+        the name of a checkpoint, nothing for a run that has none, or "finished".
+    """
+    from longseq.commands.training import check_data
+    from longseq.data import identities
+    from longseq.training.deepspeed_settings import check_deepspeed
+
+    run.check_start()
+    check_deepspeed(config)
+    check_data(config)
+    run.check_data(config, identities(config))
+    remove_partials(run.checkpoints_dir)
+    checkpoint, damaged = run.newest_checkpoint()
+    for sentence in damaged:
+        _say(f"{sentence} Going back to the one before it.", "warning")
+    if checkpoint is None:
+        return ""
+    if checkpoint.position.step >= config.trainer.max_steps:
+        run.mark_finished(checkpoint.position.step)
+        return _FINISHED
+    return checkpoint.path.name
+
+
+def _redirect(run: Run, rank: int) -> None:
+    """Rank 0 writes to the job's log, every other one to its own."""
+    if not rank:
+        return
+    log = rank_log(run, rank)
+    log.parent.mkdir(exist_ok=True)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.close(descriptor)
+    print(f"longseq: start {run.start}, rank {rank} on {socket.gethostname()}", flush=True)
+
+
+def _environment(place: Place) -> None:
+    each = place.world // len(place.nodes)
+    threads = os.environ.get("SLURM_CPUS_PER_TASK") or max(1, len(os.sched_getaffinity(0)) // each)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    if len(place.nodes) == 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if "TMPDIR" in os.environ:
+        Path(os.environ["TMPDIR"]).mkdir(parents=True, exist_ok=True)
+    os.environ |= {
+        "RANK": str(place.rank),
+        "LOCAL_RANK": str(place.local_rank),
+        "NODE_RANK": str(place.rank // each),
+        "WORLD_SIZE": str(place.world),
+        "MASTER_ADDR": place.address,
+        "MASTER_PORT": str(place.port),
+        # DeepSpeed builds some of its operators with ninja, which pip puts beside the interpreter.
+        "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath))),
+    }
+
+
+def _say(sentence: str, kind: str = "error") -> None:
+    print(f"longseq: {kind}: {sentence}", file=sys.stderr, flush=True)
+
+
+def _clean() -> None:
+    """The job's own temporary folder goes with it."""
+    folder = os.environ.get("TMPDIR", "")
+    job = os.environ.get("SLURM_JOB_ID", "")
+    if job and folder.endswith(f"/longseq-{job}") and os.environ.get("LOCAL_RANK") == "0":
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    try:
+        ended = main()
+    except Exception:  # with its traceback, and no waiting for the others
+        traceback.print_exc()
+        ended = EXIT_CRASHED
+    _clean()
+    leave(ended)

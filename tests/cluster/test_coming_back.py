@@ -1,0 +1,123 @@
+"""Jobs that are interrupted in every way, on a real SLURM cluster: the run comes back, nothing is lost or doubled."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from command_line import alive, checkpoints, curve, largest_difference
+from longseq import starts
+
+from .conftest import ENDED, Login
+
+pytestmark = pytest.mark.distributed
+
+LONG = ("data.batch_tokens=12288", "trainer.max_steps=80", "trainer.valid_every=40", "trainer.zero_stage=2")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(here: Callable[..., Path]) -> Path:
+    return here("uninterrupted", "trainer.devices=2", *LONG)
+
+
+def whole(run: Path, uninterrupted: Path, within: float = 0.0) -> None:
+    """The run is one unbroken run, as if nothing had happened."""
+    assert (run / "FINISHED").exists()
+    for tag in ("train/loss", "valid/loss", "train/learning_rate"):
+        assert largest_difference(curve(run, tag), curve(uninterrupted, tag)) <= within
+    assert checkpoints(run) == checkpoints(uninterrupted)
+    assert not list((run / "checkpoints").glob(".*partial"))
+
+
+def test_a_run_comes_back_from_signal_requeue_a_killed_rank_and_a_new_controller(
+    login: Login, uninterrupted: Path
+) -> None:
+    cluster = login.cluster
+    job, run = login.submit("story", "--nodes=2", *LONG)
+
+    login.wait_for_step(run, 3)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)  # as ahead of a time limit
+    second = login.wait_for_step(run, 12, start=2)
+    assert starts.read_end(run / "starts", 1) == "saved"
+    assert second.step >= 12
+
+    cluster.run("scontrol", "requeue", job)  # as an administrator does
+    login.wait_for_step(run, 25, start=3)
+
+    cluster.restart_controller()
+    login.kill_task("node2")
+    login.wait_for_step(run, 45, start=4)
+
+    assert cluster.wait_for(job, *ENDED) == "COMPLETED", login.log(run)
+    whole(run, uninterrupted)
+    log = login.log(run)
+    assert "restart 3, on node" in log
+    assert [starts.read_end(run / "starts", number) for number in (1, 3, 4)] == ["saved", None, "finished"]
+    assert (run / "starts/00003.crash").exists()
+
+
+def test_the_power_of_a_node_fails_and_the_others_go_on(login: Login, uninterrupted: Path) -> None:
+    """The node of the job's script, with a rank on it; the run goes on elastically: two nodes of three are left."""
+    cluster = login.cluster
+    if not cluster.netns:
+        pytest.skip("nodes share a machine without namespaces")
+    job, run = login.submit("power", "--nodes=3", "--min-nodes=2", *LONG)
+    login.wait_for_step(run, 12)
+    kept = checkpoints(run)[-1]
+    cluster.kill_node("node1")
+    try:
+        login.wait_for_step(run, kept + 1, start=2)
+        assert cluster.wait_for(job, *ENDED) == "COMPLETED", login.log(run)
+    finally:
+        cluster.start_node("node1")
+    whole(run, uninterrupted, within=1e-4)
+    numbers = starts.numbers(run / "starts")
+    assert "2 processes on node2, node3" in login.log(run)
+    assert starts.read_progress(run / "starts", numbers[-1]).step == 80
+    cluster.wait_until_idle()
+
+
+def test_two_writers_leave_one_unbroken_run(login: Login, uninterrupted: Path) -> None:
+    """slurmd dies and its tasks live on; the job starts again on another node, and then the old tasks wake up."""
+    cluster = login.cluster
+    if not cluster.netns:
+        pytest.skip("nodes share a machine without namespaces")
+    job, run = login.submit("two-writers", "--nodes=1", "--tasks-per-node=2", *LONG)
+    login.wait_for_step(run, 12)
+    node = next(node for node in cluster.nodes if login.tasks(node))
+    old = login.tasks(node)
+    assert len(old) == 2
+    cluster.kill_slurmd(node)
+    for pid in old:
+        os.kill(pid, signal.SIGSTOP)
+    cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
+    try:
+        login.wait_for_step(run, 22, start=2)
+        before = starts.read_progress(run / "starts", 1)
+        for pid in old:
+            os.kill(pid, signal.SIGCONT)
+        _until(lambda: not any(map(alive, old)), 30, "the end of the old tasks", login.log(run))
+        assert cluster.wait_for(job, *ENDED) == "COMPLETED", login.log(run)
+    finally:
+        cluster.start_node(node)
+        cluster.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
+    after = starts.read_progress(run / "starts", 1)
+    assert before is not None
+    assert after is not None
+    assert after.step <= before.step + 3  # it noticed at once
+    assert "start 2 has this run now, so start 1 writes nothing more to it and ends." in login.log(run)
+    assert (run / "FINISHED").read_text() == "80\n"
+    whole(run, uninterrupted)
+    cluster.wait_until_idle()
+
+
+def _until(condition: Callable[[], bool], seconds: float, what: str, log: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"no sign of {what}\n{log}"
+        time.sleep(0.1)

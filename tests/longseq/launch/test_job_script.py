@@ -1,0 +1,177 @@
+"""What a job script decides when its training has ended, with stand-ins for SLURM's commands in a real shell."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from longseq import starts
+from longseq.config import Config
+from longseq.launch.slurm.render import Request, train_script
+from longseq.launch.slurm.site import Site
+
+
+@dataclass(frozen=True)
+class Ended:
+    code: int
+    said: str
+    requeued: bool
+
+
+class Job:
+    """A script, a run's folder, and what its next starts are to do: shell commands, with $run and $start."""
+
+    def __init__(self, folder: Path, **site: object):
+        self.run, self.tools = folder / "a run", folder / "tools"
+        self.run.mkdir()
+        self.tools.mkdir()
+        self.log = folder / "requeued"
+        self.restart = 0
+        config = Config()
+        config.data.length, config.data.batch_tokens = 64, 128
+        request = Request(2, 1, gpus=False, min_nodes=1, comes_back=bool(site.pop("comes_back", True)))
+        self.script = train_script(self.run, config, Site(pause_seconds=0, **site), request)  # type: ignore[arg-type]
+        self._tool("scontrol", f'echo "$*" >>"{self.log}"')
+        self._tool("squeue", "echo ${STATE:-RUNNING}")
+
+    def start(self, does: str, nodes: int = 2, **environment: str) -> Ended:
+        self._tool("srun", f'run="{self.run}"; starts="$run/starts"; start=$(ls "$starts" | grep start | tail -1)\n'
+                           f'start=$starts/${{start%.start}}; echo "$*" >"{self.tools}/arguments"\n{does}')  # fmt: skip
+        before = self.log.read_text() if self.log.exists() else ""
+        slurm = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(self.restart), "SLURM_JOB_NODELIST": "n[1-2]"}
+        slurm["SLURM_JOB_NUM_NODES"] = str(nodes)
+        done = subprocess.run(
+            ["bash", "-c", self.script],
+            env={**os.environ, "PATH": f"{self.tools}:/usr/bin:/bin", **slurm, **environment},
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        self.restart += 1
+        after = self.log.read_text() if self.log.exists() else ""
+        return Ended(done.returncode, done.stdout + done.stderr, after != before)
+
+    @property
+    def arguments(self) -> str:
+        return (self.tools / "arguments").read_text()
+
+    def _tool(self, name: str, body: str) -> None:
+        (self.tools / name).write_text(f"#!/bin/bash\n{body}\n")
+        (self.tools / name).chmod(0o755)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return Job(tmp_path)
+
+
+def test_what_is_finished_stays_finished(job):
+    ended = job.start('echo finished >"$start.end"; touch "$run/FINISHED"')
+    assert (ended.code, ended.requeued) == (0, False)
+    ended = job.start("touch WAS_STARTED")
+    assert (ended.code, ended.requeued) == (0, False)
+    assert "finished already" in ended.said
+    assert starts.numbers(job.run / "starts") == [1]
+
+
+def test_what_was_saved_comes_back_as_the_same_run(job):
+    for number in (1, 2, 3):
+        ended = job.start('echo saved >"$start.end"; echo "5 20 2.5 100 0" >"$start.step"')
+        assert (ended.code, ended.requeued) == (75, True)
+        assert f"restart {number - 1}" in ended.said
+        assert f"--start {number:05d} " in job.arguments
+    assert not (job.run / "STOPPED").exists()
+
+
+def test_a_refusal_stops_with_its_sentence(job):
+    ended = job.start("""echo "error the disk; rm -rf ~ 'is' full" >"$start.end"; exit 1""")
+    assert (ended.code, ended.requeued) == (1, False)
+    assert "stopped for good: the disk; rm -rf ~ 'is' full" in ended.said
+    again = job.start("touch WAS_STARTED")
+    assert again.code == 70
+    assert "the disk; rm -rf ~ 'is' full" in again.said
+
+
+def test_an_unfit_node_is_named_and_the_job_ends(job):
+    ended = job.start('echo "preflight node2: only 1 MiB free." >"$start.end"; exit 69')
+    assert (ended.code, ended.requeued) == (69, False)
+    assert "node2: only 1 MiB free." in ended.said
+    assert not (job.run / "STOPPED").exists()  # the chain's next job may get other nodes
+
+
+def test_a_crash_comes_back_and_a_second_one_after_the_same_step_does_not(job):
+    at_step = 'echo "{} 20 2.5 100 0" >"$start.step"; exit 137'
+    assert job.start(at_step.format(7)).requeued
+    assert job.start(at_step.format(9)).requeued
+    ended = job.start(at_step.format(9))
+    assert (ended.code, ended.requeued) == (70, False)
+    assert "crashed twice after step 9" in (job.run / "STOPPED").read_text()
+
+
+def test_a_save_between_two_crashes_after_the_same_step_makes_them_no_pair(job):
+    crash = 'echo "9 20 2.5 100 0" >"$start.step"; exit 137'
+    assert job.start(crash).requeued
+    assert job.start('echo saved >"$start.end"').requeued
+    assert job.start(crash).requeued
+
+
+def test_starts_that_never_begin_are_tried_five_times(job):
+    for _ in range(4):
+        assert job.start("exit 1").requeued
+    ended = job.start("exit 1")
+    assert (ended.code, ended.requeued) == (70, False)
+    assert "Five starts in a row" in ended.said
+
+
+def test_a_job_comes_back_max_restarts_times(tmp_path):
+    job = Job(tmp_path, max_restarts=2)
+    save = 'echo saved >"$start.end"'
+    assert [job.start(save).requeued for _ in range(3)] == [True, True, True]
+    ended = job.start(save)
+    assert (ended.code, ended.requeued) == (70, False)
+    assert "has come back 2 times" in ended.said
+    (job.run / "STOPPED").unlink()
+    assert job.start(save, SLURM_JOB_ID="8").requeued  # another job begins to count
+
+
+def test_a_job_of_a_chain_leaves_the_rest_to_the_next(tmp_path):
+    job = Job(tmp_path, comes_back=False)
+    ended = job.start('echo saved >"$start.end"')
+    assert (ended.code, ended.requeued) == (75, False)
+    assert "the chain's next job" in ended.said
+
+
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "NODE_FAIL", "PREEMPTED"])
+def test_a_job_that_slurm_is_ending_is_left_to_it(job, state):
+    ended = job.start('echo "9 20 2.5 100 0" >"$start.step"; exit 143', STATE=state)
+    assert (ended.code, ended.requeued) == (75, False)
+    assert not list((job.run / "starts").glob("*.crash"))  # no fault of the training's
+
+
+def test_a_start_that_was_overtaken_touches_nothing(job):
+    overtake = 'touch "$run/starts/00002.start"; exit 143'
+    ended = job.start(overtake)
+    assert (ended.code, ended.requeued) == (77, False)
+    assert "start 00002 has this run now" in ended.said
+    assert sorted(path.name for path in (job.run / "starts").iterdir()) == ["00001.start", "00002.start"]
+    assert not (job.run / "STOPPED").exists()
+
+
+def test_a_signal_reaches_the_training_and_what_it_says_then_counts(job):
+    waits = """trap 'echo saved >"$start.end"; exit 0' USR1; kill -USR1 $PPID; for _ in {1..100}; do sleep 0.05; done"""
+    ended = job.start(waits)
+    assert (ended.code, ended.requeued) == (75, True)
+    assert "USR1: the training is asked to save" in ended.said
+
+
+def test_nodes_and_batches_are_those_of_the_nodes_that_came(job):
+    job.start("exit 1", nodes=2)
+    assert "--nodes=2 --ntasks=2 " in job.arguments
+    assert "trainer.nodes=2 trainer.devices=1 trainer.accumulate=1" in job.arguments
+    job.start("exit 1", nodes=1)
+    assert "--nodes=1 --ntasks=1 " in job.arguments
+    assert "trainer.nodes=1 trainer.devices=1 trainer.accumulate=2" in job.arguments

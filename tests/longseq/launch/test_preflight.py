@@ -1,0 +1,92 @@
+"""Before a start trains: which node is missing or unfit, and where a task stands among all."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from longseq.errors import EXIT_UNFIT
+from longseq.launch.slurm.place import Limits, Place, host_names
+from longseq.launch.slurm.preflight import UnfitError, meet
+
+CPU = torch.device("cpu")
+TASK = {
+    "SLURM_JOB_ID": "1234",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NTASKS": "4",
+    "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1",
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("node1", "node1"),
+        ("node[1-3,07],login", "node1 node2 node3 node07 login"),
+        ("n[08-11]", "n08 n09 n10 n11"),
+        ("r[1-2]n[1-2]", "r1n1 r1n2 r2n1 r2n2"),
+        ("a-1,b[2]-x", "a-1 b2-x"),
+    ],
+)
+def test_lists_of_nodes_are_read_as_slurm_writes_them(text, names):
+    assert list(host_names(text)) == names.split()
+
+
+def test_a_task_finds_its_place():
+    place = Place.of_slurm(TASK)
+    assert (place.rank, place.local_rank, place.world) == (3, 1, 4)
+    assert [place.node_of(rank) for rank in range(4)] == ["node1", "node1", "node2", "node2"]
+    assert 20_000 <= place.port < 32_000
+    again = Place.of_slurm({**TASK, "SLURM_RESTART_COUNT": "1"})
+    assert again.port != place.port  # what is left of the start before still has its own
+    assert Place.of_slurm({**TASK, "SLURM_LAUNCH_NODE_IPADDR": ""}).address == "node1"
+
+
+def test_a_node_without_room_is_named():
+    place = Place.of_slurm({**TASK, "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "node7"})
+    with pytest.raises(UnfitError, match=r"node7: only .* free in .* \(preflight_disk_gib=1e\+09\)") as refusal:
+        meet(place, CPU, Limits(disk_gib=1e9))
+    assert refusal.value.exit_code == EXIT_UNFIT
+
+
+def places(count: int, job: str) -> list[Place]:
+    return [Place.of_slurm({**TASK, "SLURM_PROCID": str(rank), "SLURM_JOB_ID": job}) for rank in range(count)]
+
+
+def said_by(parts: list[Place], limits: list[Limits]) -> list[str]:
+    """What several ranks are told that meet in threads of this process; a preflight that fails forms no group."""
+    said = [""] * len(parts)
+
+    def one(index: int) -> None:
+        try:
+            meet(parts[index], CPU, limits[index])
+        except UnfitError as error:
+            said[index] = str(error)
+
+    threads = [threading.Thread(target=one, args=(index,)) for index in range(len(parts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return said
+
+
+def test_ranks_that_do_not_come_are_named_with_their_node():
+    said = said_by(places(2, "41"), [Limits(seconds=2)] * 2)
+    assert said == ["node2: no sign of rank 2, 3 after 2 s (preflight_seconds)."] * 2
+
+
+def test_all_ranks_hear_of_an_unfit_node():
+    said = said_by(places(4, "43"), [Limits(), Limits(), Limits(), Limits(disk_gib=1e9)])
+    assert len(set(said)) == 1
+    assert said[0].startswith("node2: only ")
+
+
+def test_a_rank_that_reaches_nobody_says_so():
+    alone = Place.of_slurm({**TASK, "SLURM_JOB_ID": "47"})
+    (said,) = said_by([alone], [Limits(seconds=1)])
+    assert said.startswith("node2: rank 3 cannot reach rank 0 at 127.0.0.1:")

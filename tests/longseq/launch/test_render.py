@@ -1,0 +1,226 @@
+"""Job scripts: what they say, and that no value from outside is ever run by a shell."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from longseq.config import Config
+from longseq.errors import ConfigError
+from longseq.launch.slurm.render import (
+    Layout,
+    Request,
+    evaluate_script,
+    layouts,
+    prepare_script,
+    sweep_script,
+    train_script,
+)
+from longseq.launch.slurm.site import Site, load_site
+
+GOLDEN = Path(__file__).with_name("golden")
+JOB = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n", "SLURM_JOB_NUM_NODES": "1", "SLURM_ARRAY_TASK_ID": "0"}
+RUN = Path("/data/runs/uniref50")
+CLUSTER = Site(
+    partition="gpu",
+    account="proj123",
+    constraint="h100&ib",
+    time="24h",
+    cpus_per_task=12,
+    memory="0",
+    gpus_per_node=8,
+    gpu_type="h100",
+    modules=["cuda/12.4", "nccl"],
+    environment={"NCCL_SOCKET_IFNAME": "ib0", "NOTE": "it's 'quoted'"},
+    scratch="/local/a folder",
+    sbatch=["--mail-type=FAIL"],
+    srun=["--mpi=none"],
+)
+
+
+@pytest.fixture(autouse=True)
+def _an_interpreter_for_all_machines(monkeypatch):
+    monkeypatch.setattr("sys.executable", "/opt/longseq/bin/python")
+
+
+def a_config(samples: int = 32, **trainer: object) -> Config:
+    config = Config()
+    config.data.length, config.data.batch_tokens = 64, 64 * samples
+    for name, value in trainer.items():
+        setattr(config.trainer, name, value)
+    return config
+
+
+def scripts(site: Site = CLUSTER) -> dict[str, str]:
+    """One of each template."""
+    config, one = a_config(), Request(1, 1, gpus=False)
+    many = Request(4, 8, gpus=True, min_nodes=2, dependency="afterok:12")
+    pyxis = replace(site, container="pyxis", container_image="/i/longseq.sqsh", container_mounts=["/data", "/a:/b"])
+    apptainer = replace(site, container="apptainer", container_image="/i/longseq.sif", container_mounts=["/data"])
+    sweep = [RUN.with_name(f"sweep-{number}") for number in range(3)]
+    return {
+        "train": train_script(RUN, a_config(64), site, many),
+        "sweep": sweep_script("sweep", sweep, a_config(64), pyxis, Request(1, 8, gpus=True, at_once=2)),
+        "chain": train_script(RUN, config, replace(site, gpu_request="gres"), Request(2, 2, True, comes_back=False)),
+        "evaluate": evaluate_script(RUN, ["data.ood=[a.fasta, 'b c']"], apptainer, Request(1, 1, gpus=True)),
+        "prepare": prepare_script(Path("/w/uniref50.yaml"), ["workers=32"], Path("/w/p-%j.log"), site, one),
+    }
+
+
+@pytest.mark.parametrize("name", ["train", "sweep", "chain", "evaluate", "prepare"])
+def test_a_script_is_the_one_that_was_looked_at(name, request):
+    """After a change of the templates look at what `pytest --update-golden` changes, and commit it."""
+    script, golden = scripts()[name], GOLDEN / f"{name}.sbatch"
+    if request.config.getoption("--update-golden"):
+        golden.parent.mkdir(exist_ok=True)
+        golden.write_text(script)
+    assert script == golden.read_text()
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.parametrize("name", ["train", "sweep", "chain", "evaluate", "prepare"])
+def test_shellcheck_finds_nothing(name):
+    for site in (CLUSTER, Site()):
+        done = subprocess.run(["shellcheck", "-"], input=scripts(site)[name], capture_output=True, text=True)
+        assert done.stdout == ""
+
+
+def hostile_values(count: int) -> list[str]:
+    """Names as nobody should type them; what runs leaves the file WAS_RUN in the working folder."""
+    draw = random.Random(6)
+    run = ["touch WAS_RUN", ">WAS_RUN", "touch${IFS}WAS_RUN"]
+    frames = [
+        *("a;{}", "a\n{}\n", "$({})", "`{}`", "a' ; {} ; '", 'a" ; {} ; "', "a && {}", "| {}", "a\r\n{}", "\\$({})"),
+        *("'$({})'", '"`{}`"', "${{x:-$({})}}", "a\\\n{}", "#\n{}", "a #; {}", "<({})", "$(({}))", "{{{{ {} }}}}"),
+        *("{{% raw %}}\n{}", "EOF\n{}\nEOF", "a\x00{}", "a\u2028{}", "\x1b]0;{}\x07", "-{}", "--x=$({})", "~;{}"),
+    ]
+    values = [draw.choice(frames).format(draw.choice(run)) for _ in range(count - len(frames))]
+    values += [frame.format(run[0]) for frame in frames]
+    mixed = [first + second for first, second in zip(values[::2], reversed(values[1::2]), strict=False)]
+    return (values + mixed)[:count]
+
+
+def unless_refused(attempt: Callable[[], str]) -> str | None:
+    try:
+        return attempt()
+    except ConfigError:
+        return None
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_two_hundred_hostile_values_are_refused_or_harmless(part, tmp_path):
+    """Whatever is rendered parses, and when it is run with stand-ins for SLURM's commands nothing of the value is."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("srun", "scontrol", "squeue", "module", "sleep"):
+        (tools / name).write_text("#!/bin/bash\nexit 1\n")
+        (tools / name).chmod(0o755)
+    rendered = 0
+    for value in hostile_values(200)[part::4]:
+        request = Request(1, 1, gpus=False)
+        attempts = [
+            lambda v=value, r=request: train_script(tmp_path / f"run {v}", a_config(), Site(), r),
+            lambda v=value, r=request: train_script(tmp_path / "r", a_config(), Site(environment={"A": v}), r),
+            lambda v=value, r=request: train_script(tmp_path / "r", a_config(), Site(scratch=v, modules=[v]), r),
+            lambda v=value, r=request: train_script(tmp_path / "r", a_config(), Site(partition=v, account=v), r),
+            lambda v=value, r=request: train_script(
+                tmp_path / "r", a_config(), Site(container="apptainer", container_image=v, container_python=v), r
+            ),
+            lambda v=value, r=request: evaluate_script(tmp_path / "r", [f"data.ood={v}", v], Site(), r),
+            lambda v=value, r=request: sweep_script("s", [tmp_path / v / "s-0"], a_config(), Site(), r),
+        ]
+        texts = [text for attempt in attempts if (text := unless_refused(attempt)) is not None]
+        for text in texts:
+            directives = [line for line in text.splitlines() if line.startswith("#SBATCH")]
+            assert all(line.isprintable() for line in directives)
+        rendered += len(texts)
+        together = "\n".join(f"({text}\n)" for text in texts)  # one shell for all: a process costs more than a script
+        done = subprocess.run(
+            ["bash", "-c", together],
+            cwd=tmp_path,
+            env={"PATH": f"{tools}:/usr/bin:/bin", **JOB},
+            capture_output=True,
+            text=True,
+        )
+        assert "syntax error" not in done.stderr, (value, done.stderr)
+        assert not list(tmp_path.rglob("WAS_RUN")), value
+        for text in texts:
+            assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True).returncode == 0, value
+        shutil.rmtree(tmp_path / "r", ignore_errors=True)
+    assert rendered > 50
+
+
+@pytest.mark.parametrize("value", ["a\nb", 'a"b', "a'b", "a\\b", "a\tb"])
+def test_a_directive_that_sbatch_would_misread_is_refused(value):
+    with pytest.raises(ConfigError, match=r"--partition=.*leave it out"):
+        train_script(RUN, a_config(), Site(partition=value), Request(1, 1, False))
+
+
+def test_a_path_with_a_pattern_of_sbatchs_is_refused():
+    with pytest.raises(ConfigError, match="sbatch would replace the %"):
+        train_script(Path("/data/100%/run"), a_config(), Site(), Request(1, 1, False))
+
+
+@pytest.mark.parametrize("text", ["after 1", "afterok:x", "afterok:1;true", "--x", ""])
+def test_a_dependency_that_sbatch_does_not_know_is_refused(text):
+    with pytest.raises(ConfigError, match="write it as sbatch does"):
+        train_script(RUN, a_config(), Site(), Request(1, 1, False, dependency=text))
+
+
+@pytest.mark.parametrize("argument", ["--nodes=3", "--output=x", "--signal=INT"])
+def test_a_profile_cannot_contradict_submit(argument):
+    with pytest.raises(ConfigError, match="is set from another key"):
+        train_script(RUN, a_config(), Site(sbatch=[argument]), Request(1, 1, False))
+
+
+def test_fewer_nodes_do_the_same_step_in_more_batches():
+    found = layouts(a_config(32), nodes=4, min_nodes=1, devices=4)  # 2 sequences a process
+    assert found == {4: Layout(4, 1), 3: Layout(2, 2), 2: Layout(2, 2), 1: Layout(1, 4)}
+    for layout in found.values():
+        assert layout.nodes * 4 * layout.accumulate * 2 == 32
+
+
+def test_fewer_nodes_that_cannot_share_a_step_are_refused():
+    with pytest.raises(ConfigError, match=r"--min-nodes=3: a step of 32 sequences .* 3 × 4 processes"):
+        layouts(a_config(32), nodes=4, min_nodes=3, devices=4)
+
+
+def test_the_profiles_that_ship_are_read_and_the_example_shows_every_default():
+    assert load_site("example") == Site()
+    assert load_site("gpu-h100").gpus_per_node == 8
+    text = (Path(__file__).parents[3] / "slurm/sites/example.yaml").read_text()
+    for item in fields(Site):
+        assert f"\n{item.name}: " in text
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("partion: gpu", "site.yaml:1: unknown key 'partion'. Did you mean partition"),
+        ("gpus_per_node: many", "gpus_per_node=many is not a whole number"),
+        ("time: soon", "time=soon: write a time as"),
+        ("time: 2m", "less than a minute is left to train in"),
+        ("container: pyxis", "container=pyxis and container_image=None: give both"),
+        ("container: dockr", "choose from none, pyxis, apptainer"),
+        ("environment: {'A B': x}", "'A B' is no name of a variable"),
+        ("srun: ['; true']", "srun: '; true' is no --option"),
+    ],
+)
+def test_a_profile_that_cannot_work_is_refused_with_its_place(tmp_path, line, sentence):
+    (tmp_path / "site.yaml").write_text(f"{line}\n")
+    with pytest.raises(ConfigError, match=r"site\.yaml") as refusal:
+        load_site(str(tmp_path / "site.yaml"))
+    assert sentence in str(refusal.value)
+
+
+def test_times_are_written_as_they_are_meant(tmp_path):
+    for written in ("24:00:00", "24h", "1-00:00:00", "86400"):
+        (tmp_path / "site.yaml").write_text(f"time: {written}\n")
+        text = train_script(RUN, a_config(), load_site(str(tmp_path / "site.yaml")), Request(1, 1, False))
+        assert "#SBATCH --time=1-00:00:00\n" in text

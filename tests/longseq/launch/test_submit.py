@@ -1,0 +1,156 @@
+"""`longseq submit` up to sbatch, which is not needed here, and what the other verbs say without SLURM."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from longseq import starts
+from longseq.config_loading import load_config
+from longseq.launch.slurm.state import record_job, state_of
+from longseq.run import Run
+from longseq.starts import Progress
+
+HEAVY = {"torch", "lightning", "deepspeed", "tensorboard", "datasets"}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    (tmp_path / "proteins.fasta").write_text("".join(f">r{i}\nMKVLAACDEFGHIKLMNPQ\n" for i in range(40)))
+    text = "model: {preset: tiny}\ndata: {train: proteins.fasta, length: 16, batch_tokens: 64}\n"
+    (tmp_path / "small.yaml").write_text(f"{text}trainer: {{max_steps: 8, accelerator: cpu}}\n")
+    (tmp_path / "tools").mkdir()
+    return tmp_path
+
+
+def longseq(place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command, with the stand-ins in tools/ instead of SLURM; the packages it has imported are on stderr's end."""
+    program = (
+        "import sys, atexit\n"
+        "atexit.register(lambda: print('\\n', *{name.partition('.')[0] for name in sys.modules}, file=sys.stderr))\n"
+        "from longseq.cli import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    env = {**os.environ, "PATH": f"{place / 'tools'}:/nowhere", "LONGSEQ_SITE": ""}
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=60)
+
+
+def a_run(place: Path) -> Run:
+    given = [f"data.train={place}/proteins.fasta", f"run.dir={place}/runs", "run.name=one"]
+    return Run.create(load_config(place / "small.yaml", given), "x")
+
+
+def tool(place: Path, name: str, body: str) -> None:
+    (place / "tools" / name).write_text(f"#!{sys.executable} -S\nimport sys\n{body}\n")
+    (place / "tools" / name).chmod(0o755)
+
+
+def test_a_dry_run_shows_the_script_makes_nothing_and_imports_no_torch(place):
+    done = longseq(place, "submit", "small.yaml", "--nodes=2", "--gpus-per-node=2", "run.name=new", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("#!/bin/bash\n#SBATCH --job-name=new\n#SBATCH --nodes=2\n")
+    assert f"run={place}/runs/new\n" in done.stdout
+    assert "gpus" not in done.stdout  # trainer.accelerator=cpu
+    assert not (place / "runs").exists()
+    assert HEAVY.isdisjoint(done.stderr.split())
+
+
+def test_a_job_is_submitted_confirmed_and_noted(place):
+    tool(place, "sbatch", "print('12')")
+    tool(place, "squeue", "print('12|PENDING|Resources|1:00:00||N/A')")
+    done = longseq(place, "submit", "small.yaml", "run.name=new")
+    assert done.returncode == 0, done.stderr
+    for text in ("job     12\n", "run     runs/new\n", "longseq logs -f runs/new", "longseq cancel runs/new"):
+        assert text in done.stdout
+    run = Run.open(place / "runs/new")
+    assert (run.slurm_dir / "train-12.sbatch").read_text().startswith("#!/bin/bash")
+    assert load_config(run.config_path).trainer.nodes == 1
+    assert HEAVY.isdisjoint(done.stderr.split())
+    table = longseq(place, "jobs").stdout
+    assert "PENDING" in table
+    assert "Resources" in table
+    again = longseq(place, "submit", "runs/new")
+    assert again.returncode == 1
+    assert "job 12 (PENDING) has this run" in again.stderr
+
+
+def test_a_job_that_sbatch_refuses_leaves_no_run(place):
+    tool(place, "sbatch", "print('sbatch: error: invalid partition', file=sys.stderr); sys.exit(1)")
+    done = longseq(place, "submit", "small.yaml", "run.name=new")
+    assert done.returncode == 1
+    assert "longseq: error: sbatch: error: invalid partition." in done.stderr
+    assert list((place / "runs").iterdir()) == []
+
+
+def test_a_job_that_squeue_does_not_know_is_not_believed(place, monkeypatch):
+    from longseq.launch.slurm import queue
+
+    tool(place, "sbatch", "print('12')")
+    tool(place, "squeue", "print('11|RUNNING|None|1:00:00|n1|N/A')")
+    monkeypatch.setenv("PATH", str(place / "tools"))
+    monkeypatch.setattr(queue, "_CONFIRM_SECONDS", 0.5)
+    (place / "x.sbatch").write_text("#!/bin/bash\n")
+    with pytest.raises(queue.SlurmError, match="sbatch gave job 12, but squeue does not know it"):
+        queue.submit(place / "x.sbatch")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["small.yaml", "--nodes=3"], "4 sequences, which 3 processes (trainer.nodes × trainer.devices)"),
+        (["small.yaml", "--nodes=2", "--min-nodes=3"], "--min-nodes=3 is more than --nodes=2"),
+        (["small.yaml", "data.train=none.fasta"], "none.fasta"),
+        (["small.yaml", "run.name=a;rm -rf ~"], "a run is named with letters"),
+        (["small.yaml", "run.name=a\nb"], "a run is named with letters"),
+        (["small.yaml", "run.dir=a\nb", "run.name=x"], "leave it out"),
+        (["small.yaml", "--site=nowhere.yaml"], "site nowhere.yaml: no such file"),
+        (["small.yaml", "--array=none.txt"], "--array=none.txt: no such file, and no key=value"),
+        (["small.yaml", "--array=optim.l=1"], "unknown key 'optim.l'"),
+        (["small.yaml", "--chain=2", "--array=optim.lr=1"], "leave --chain out"),
+        (["small.yaml", "trainer.nodes=0"], "trainer.nodes=0 must be at least 1"),
+        (["small.yaml"], "sbatch: not found: this is no machine of a SLURM cluster"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_made(place, arguments, sentence):
+    done = longseq(place, "submit", *arguments)
+    assert done.returncode == 1, done.stdout
+    assert sentence in done.stderr
+    assert not list(place.glob("runs/*"))
+
+
+def test_without_slurm_the_folders_still_speak(place):
+    run = a_run(place)
+    record_job(run, "12", "longseq submit small.yaml")
+    start = run.begin("slurm job 12, restart 0, on node1").start
+    starts.note_progress(run.starts_dir, start, Progress(5, 8, 2.5, 1234.0, time.time()))
+    done = longseq(place, "jobs")
+    assert done.returncode == 0
+    assert "squeue: not found" in done.stderr
+    assert "one" in done.stdout
+    assert "UNKNOWN" in done.stdout
+    assert [word for word in done.stdout.split() if word in ("5/8", "2.5000", "1,234")] == ["5/8", "2.5000", "1,234"]
+    (run.path / "FINISHED").write_text("8\n")
+    shown = json.loads(longseq(place, "status", "runs/one", "--json").stdout)
+    assert (shown["state"], shown["step"], shown["loss"]) == ("FINISHED", 5, 2.5)
+    assert state_of(run, {}).word == "FINISHED"
+    refused = longseq(place, "cancel", "runs/one")
+    assert refused.returncode == 1
+    assert "this is no machine of a SLURM cluster" in refused.stderr
+
+
+def test_the_last_lines_of_a_log_and_those_of_a_rank(place):
+    run = a_run(place)
+    run.slurm_dir.mkdir()
+    run.logs_dir.mkdir()
+    (run.slurm_dir / "job-12.log").write_text("".join(f"line {number}\n" for number in range(20_000)))
+    (run.logs_dir / "rank-1.log").write_text("of rank 1\n")
+    assert longseq(place, "logs", "runs/one", "-n", "2").stdout == "line 19998\nline 19999\n"
+    assert longseq(place, "logs", "runs/one", "--rank=1").stdout == "of rank 1\n"
+    missing = longseq(place, "logs", "runs/one", "--rank=2")
+    assert "rank 2 has no log" in missing.stderr

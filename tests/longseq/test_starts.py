@@ -1,0 +1,104 @@
+"""Starts of a run: numbers that nobody has twice, and an older start that writes nothing more."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from longseq import checkpoint, starts
+from longseq.checkpoint import partial_path, remove_partials
+from longseq.errors import EXIT_SUPERSEDED, SupersededError
+from longseq.starts import Progress
+from longseq.training.writer import Writer
+from positions import position
+
+
+def test_starts_that_begin_together_get_different_numbers(tmp_path):
+    with ThreadPoolExecutor(16) as pool:
+        taken = list(pool.map(lambda n: starts.take(tmp_path, f"start {n}"), range(64)))
+    assert sorted(taken) == list(range(1, 65)) == starts.numbers(tmp_path)
+
+
+def test_an_older_start_writes_nothing_more(run):
+    old = run.begin("the lost node")
+    old.check_start()
+    old.mark_finished(7)
+    new = run.begin("the job's next start")
+    new.check_start()
+    for write in (lambda: old.mark_finished(8), lambda: old.record_start({})):
+        with pytest.raises(SupersededError, match="start 2 has this run now, so start 1 writes nothing more"):
+            write()
+    assert (run.path / "FINISHED").read_text() == "7\n"
+    assert not (run.path / "environment.json").exists()
+    run.check_start()  # one that only looks on is no start at all
+
+
+def test_a_checkpoint_of_an_older_start_never_gets_its_name(run, publish):
+    publish(3)
+    old = run.begin("old")
+    partial_path(run.checkpoints_dir, 5, old.start).mkdir()
+    writer = Writer(old, 0, 2, lambda: pytest.fail("nothing was published"))  # waits for its second rank
+    writer.start({"model.safetensors": b"weights"}, position(5))
+    writer.finish_part()
+    run.begin("new")
+    second = Writer(old, 1, 2, lambda: None)
+    second.start({"training/shard-1.safetensors": b"moments"}, position(5))
+    second.finish()
+    writer.finish(timeout=1)
+    assert "start 2 has this run now" in str(second.error)
+    assert [kept.position.step for kept in run.checkpoints()] == [3]
+
+
+def test_the_last_moment_before_a_checkpoint_has_its_name_is_a_check(run, publish):
+    before = publish(3)
+    old = run.begin("old")
+    partial_path(run.checkpoints_dir, 5, old.start).mkdir()
+    run.begin("new")
+    with pytest.raises(SupersededError):
+        checkpoint.publish(run.checkpoints_dir, position(5), {}, old.start, old.check_start)
+    assert run.checkpoints() == [before]
+
+
+def test_two_starts_never_write_into_the_same_unfinished_checkpoint(run):
+    paths = {partial_path(run.checkpoints_dir, 5, start) for start in (0, 1, 2)}
+    assert len(paths) == 3
+    for path in paths:
+        path.mkdir()
+    remove_partials(run.checkpoints_dir)
+    assert not any(path.exists() for path in paths)
+
+
+def test_a_process_that_waits_for_ever_ends_when_a_newer_start_has_the_run(tmp_path):
+    number = starts.take(tmp_path, "old")
+    program = (
+        "import sys, time, pathlib\nfrom longseq import starts\n"
+        f"starts.watch(pathlib.Path(sys.argv[1]), {number}, lambda text: print(text, flush=True))\n"
+        "print('waiting', flush=True)\ntime.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "waiting\n"
+        starts.take(tmp_path, "new")
+        assert "start 2 has this run now" in process.stdout.readline()
+        assert process.wait(10) == EXIT_SUPERSEDED
+
+
+def test_progress_is_read_as_it_was_written(tmp_path):
+    assert starts.read_progress(tmp_path, 1) is None
+    long = Progress(step=123456789, last_step=987654321, loss=2.53125, tokens_per_second=1.5e9, time=1700000000.0)
+    for progress in (long, Progress(7, 20, 3.5, 1024.0, 1700000001.0)):
+        starts.note_progress(tmp_path, 1, progress)
+        assert starts.read_progress(tmp_path, 1) == progress
+    starts.path_of(tmp_path, 2, "step").touch()
+    assert starts.read_progress(tmp_path, 2) is None
+
+
+def test_the_first_word_on_how_a_start_ended_counts(tmp_path):
+    assert starts.read_end(tmp_path, 1) is None
+    starts.note_end(tmp_path, 1, "error the disk\nis full")
+    starts.note_end(tmp_path, 1, "error the others went away")
+    assert starts.read_end(tmp_path, 1) == "error the disk is full"
+    assert os.listdir(tmp_path) == ["00001.end"]  # noqa: PTH208
