@@ -28,7 +28,7 @@ def measured(config, vocabulary=29):
     tokens = torch.randint(25, shape)
     meter = PeakMeter(torch.device("cpu"))
     model = PerformerLM(config.performer_spec(vocabulary)).train()
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(model, config.optim, on_cuda=False)
     for _ in range(2):
         F.cross_entropy(model(tokens).float().flatten(0, 1), tokens.flatten()).backward()
         optimizer.step()
@@ -59,15 +59,15 @@ def measured(config, vocabulary=29):
 )
 def test_the_estimate_is_within_a_fifth_of_the_measured_peak(loaded, overrides):
     config = loaded("trainer.strategy=single", *overrides)
-    assert estimate(config, 29).peak == pytest.approx(measured(config), rel=0.2)
+    assert estimate(config, 29, on_cuda=False).peak == pytest.approx(measured(config), rel=0.2)
 
 
 @pytest.mark.parametrize("overrides", [SMALL, (*SMALL, "attention.kind=exact", "model.objective=masked")])
 def test_each_part_is_what_it_says(loaded, overrides):
     config = loaded("trainer.strategy=single", *overrides)
-    needed = estimate(config, 29)
+    needed = estimate(config, 29, on_cuda=False)
     model = PerformerLM(config.performer_spec(29)).train()
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(model, config.optim, on_cuda=False)
     tokens = torch.randint(25, (config.batch_sequences, config.data.length))
     assert sum(p.nbytes for p in model.parameters()) == needed.weights
     meter = PeakMeter(torch.device("cpu"))
@@ -82,13 +82,13 @@ def test_each_part_is_what_it_says(loaded, overrides):
 
 def test_a_large_vocabulary_counts_its_logits(loaded):
     config = loaded("trainer.strategy=single", "model.preset=tiny", "data.length=256", "data.batch_tokens=1024")
-    assert estimate(config, 8192).peak == pytest.approx(measured(config, 8192), rel=0.2)
+    assert estimate(config, 8192, on_cuda=False).peak == pytest.approx(measured(config, 8192), rel=0.2)
 
 
 def test_shares_of_the_ranks_are_those_of_the_zero_stage(loaded):
     def parts(stage, devices):
         config = loaded(*SMALL, "data.batch_tokens=4096", f"trainer.zero_stage={stage}", f"trainer.devices={devices}")
-        return estimate(config, 29)
+        return estimate(config, 29, on_cuda=False)
 
     weights = 4 * loaded(*SMALL).performer_spec(29).parameter_count
     assert parts(0, 4).optimizer == 2 * weights

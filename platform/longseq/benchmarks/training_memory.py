@@ -13,6 +13,7 @@ from longseq.data import vocabulary
 from longseq.launch.memory import MemoryEstimate, estimate, gib
 from longseq.run import Run
 from longseq.training.rehearsal import RESULTS, rehearse
+from longseq.training.strategy import on_cuda
 
 GOAL = 0.2  # how far the estimate may be off, as a share of what was measured
 SINGLE = "single"  # beside the ZeRO stages
@@ -86,7 +87,7 @@ def measure(request: MemoryRequest, found: Callable[[CellResult], None]) -> None
             # The optimiser's state is there after a short step: one at full length is enough.
             rehearse(run, config, first_length=min(64, cell.length))
             measured = json.loads((run.path / RESULTS).read_text())["peak"]
-            found(CellResult(cell, measured, estimate(config, vocabulary(config).size)))
+            found(CellResult(cell, measured, estimate(config, vocabulary(config).size, on_cuda=on_cuda(config))))
 
 
 def row(result: CellResult) -> str:

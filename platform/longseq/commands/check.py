@@ -96,7 +96,9 @@ def _disk(config: Config) -> tuple[Config, str]:
 
 
 def _memory(config: Config) -> tuple[MemoryEstimate, str]:
-    needed = estimate(config, vocabulary(config).size)
+    from longseq.training.strategy import on_cuda
+
+    needed = estimate(config, vocabulary(config).size, on_cuda=on_cuda(config))
     return needed, needed.line()
 
 

@@ -12,7 +12,7 @@ P is the number of weights, n the number of ranks, w the bytes of a weight in tr
     gradients     w P;  ZeRO 1-3 w P / n, and the buffer in which gradients wait to be summed over the ranks
     activations   what the backward pass needs of every block (or with activation checkpointing of one block, and every
                   block's input), and what it holds at its most besides
-    in the step   the fp32 gradients of this rank's part and two temporaries of AdamW
+    in the step   the fp32 gradients of this rank's part and, on a GPU, two temporaries of AdamW
 
 The peak is that of three moments: the beginning of the backward pass, its end, and the optimiser's step.
 """
@@ -49,8 +49,8 @@ class MemoryEstimate:
         return f"about {gib(self.peak)} of tensors a process ({parts}){host}"
 
 
-def estimate(config: Config, vocabulary: int) -> MemoryEstimate:
-    """What one rank needs to train this configuration with so many tokens in its vocabulary."""
+def estimate(config: Config, vocabulary: int, *, on_cuda: bool = True) -> MemoryEstimate:
+    """What one rank needs to train this configuration with so many tokens in its vocabulary, on GPUs or on CPUs."""
     spec, trainer = config.performer_spec(vocabulary), config.trainer
     count, ranks = spec.parameter_count, config.processes
     deepspeed = trainer.strategy == "deepspeed"
@@ -69,7 +69,9 @@ def estimate(config: Config, vocabulary: int) -> MemoryEstimate:
     part_gradients = (width if deepspeed else 4) * part
     bucket = width * reduce_bucket(config, count) if stage else 4 * count if trainer.strategy == "ddp" else 0
     gradients = part_gradients + bucket
-    step = 3 * 4 * part if stage else 4 * count * bool(masters) + 3 * 4 * _largest(spec)
+    read = part if stage else count * bool(masters)  # gradients in fp32, for the optimiser
+    temporaries = (2 if on_cuda else 0) * (part if stage else _largest(spec))  # of AdamW: on the CPU it is fused
+    step = 4.0 * (read + temporaries)
 
     tokens = config.batch_sequences * config.data.length
     block, head, behind = _block(spec, config, width), _head(spec, width), _backward(spec, width)

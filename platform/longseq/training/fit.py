@@ -166,7 +166,7 @@ def _summary(task: LanguageModelling, config: Config, run: Run, start: int) -> N
         f"step     {step}, "
         f"on {config.processes} {'GPU' if on_cuda(config) else 'CPU'} process(es) × {trainer.accumulate} batch(es)",
         f"sharding {_SHARDING[trainer.strategy].format(trainer.zero_stage)}, {trainer.precision}",
-        f"memory   {estimate(config, spec.vocabulary).line()}",
+        f"memory   {estimate(config, spec.vocabulary, on_cuda=on_cuda(config)).line()}",
         f"run      {run.path}, step {start} of {trainer.max_steps}",
     ]
     print("\n".join(lines), file=sys.stderr, flush=True)

@@ -64,7 +64,7 @@ def rehearse(run: Run, config: Config, first_length: int | None = None) -> None:
 
 
 def _check_room(config: Config, device: torch.device) -> None:
-    needed = estimate(config, vocabulary(config).size)
+    needed = estimate(config, vocabulary(config).size, on_cuda=device.type == "cuda")
     processes = 1 if device.type == "cuda" else config.trainer.devices  # that share the memory
     free = available(device)
     if needed.peak * processes > free:

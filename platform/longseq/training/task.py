@@ -17,6 +17,7 @@ from longseq.data import vocabulary
 from longseq.models.performer import PerformerLM
 from longseq.training.collectives import all_sum
 from longseq.training.optim import build_optimizer, build_schedule, follow_config
+from longseq.training.strategy import on_cuda
 from longseq_data.vocabulary import IGNORE
 
 Batch = dict[str, Tensor]
@@ -79,7 +80,7 @@ class LanguageModelling(pl.LightningModule):
         return loss if at == step and math.isfinite(loss) else None
 
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(self.model, self.config.optim)
+        optimizer = build_optimizer(self.model, self.config.optim, on_cuda=on_cuda(self.config))
         schedule = build_schedule(optimizer, self.config.optim, self.config.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
