@@ -252,7 +252,7 @@ class Cluster:
 
     def _enter(self, name: str, *, only_net: bool = False, pid: bool = True) -> list[str]:
         user = [] if os.getuid() == 0 else ["-U", "--preserve-credentials"]
-        spaces = ["-n"] if only_net else ["-m", "-n", "-u", *(["-p"] if pid else []), f"--wd={Path.cwd()}"]
+        spaces = ["-n"] if only_net else ["-m", "-n", "-u", *(["-p"] if pid else []), "--wd=."]
         return ["nsenter", "-t", str(self._pid(name)), *user, *spaces, "--"]
 
     def _link(self, node: str, state: str) -> None:

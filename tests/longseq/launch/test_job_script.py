@@ -152,6 +152,22 @@ def test_a_job_that_slurm_is_ending_is_left_to_it(job, state):
     assert not list((job.run / "starts").glob("*.crash"))  # no fault of the training's
 
 
+def test_a_job_that_is_cancelled_while_it_waits_to_come_back_does_not(tmp_path):
+    job = Job(tmp_path)
+    (job.tools / "squeue").write_text(f"""#!/bin/bash
+if [ -e "{job.tools}/asked" ]; then echo CANCELLED; else touch "{job.tools}/asked"; echo RUNNING; fi
+""")
+    ended = job.start('echo saved >"$start.end"')
+    assert (ended.code, ended.requeued) == (75, False)
+
+
+def test_a_job_that_gets_sigterm_leaves_it_to_slurm_whether_it_comes_back(job):
+    waits = """trap 'echo saved >"$start.end"; exit 0' USR1; kill -TERM $PPID; for _ in {1..100}; do sleep 0.05; done"""
+    ended = job.start(waits)
+    assert (ended.code, ended.requeued) == (75, False)
+    assert "TERM: the training is asked to save" in ended.said
+
+
 def test_a_start_that_was_overtaken_touches_nothing(job):
     overtake = 'touch "$run/starts/00002.start"; exit 143'
     ended = job.start(overtake)
