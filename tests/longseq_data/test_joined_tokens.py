@@ -9,7 +9,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from longseq_data import joined_letters
+from longseq_data import joined_tokens
 from longseq_data.errors import DataError
 from longseq_data.fasta import Encoder
 from longseq_data.fasta_blocks import read_chunks
@@ -50,7 +50,7 @@ def test_joined_in_bulk_as_one_by_one(sources, objective, length, start):
     found = {}
     for rank in range(3):
         share = Share(batch_sequences=4, accumulate=2, rank=rank, world=3)
-        for step, batches in enumerate(batched(joined_letters.training(spec, start, share, bulk), 2, 2)):
+        for step, batches in enumerate(batched(joined_tokens.training(spec, start, share, bulk), 2, 2)):
             mine = [g for g in range(start + step * 24, start + (step + 1) * 24) if g % 3 == rank]
             rows = [row for batch in batches for row in zip(batch["tokens"], batch["targets"], strict=True)]
             found.update(zip(mine, rows, strict=True))
@@ -73,7 +73,7 @@ def batched(batches, size: int, count: int):
 def test_a_strict_stream_names_the_line_of_the_first_letter_it_refuses(write):
     source = write("a.fasta", ">a\nACD\n>b\nACDEF\nGHJ\n")
     spec = StreamSpec((source,), None, 0, 0, 4, "concat", "causal", 0, strict=True)
-    makes = joined_letters.training(spec, 0, Share(2, 1, 0, 1), Encoder(strict=True))
+    makes = joined_tokens.training(spec, 0, Share(2, 1, 0, 1), Encoder(strict=True))
     with pytest.raises(DataError, match=r"a\.fasta, line 5: character 'J' in record 'b'"):
         list(make() for make in islice(makes, 9))  # noqa: C400
 
