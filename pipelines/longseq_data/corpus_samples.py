@@ -13,7 +13,7 @@ import numpy.typing as npt
 from .buckets import block_samples, cut_block
 from .corpus import Corpus
 from .corpus_cuts import Crops, Cut, Joined, Plan, rounds
-from .masking import mask_tokens
+from .masking import mask_rows
 from .order import permutation, samples_of_rank
 from .randomness import generator
 from .sharing import Arrays, MakeBatch, Share, filler
@@ -173,9 +173,6 @@ class CorpusSpec:
         return {"tokens": seen, "targets": targets, "segments": segments}
 
     def _masked(self, plan: Plan, tokens: npt.NDArray, segments: npt.NDArray | None) -> Arrays:
-        targets = np.full_like(tokens, IGNORE)
-        small = tokens.astype(self.vocabulary.dtype)
-        for i, (number, size) in enumerate(zip(plan.numbers.tolist(), plan.sizes.tolist(), strict=True)):
-            tokens[i, :size], targets[i, :size] = mask_tokens(small[i, :size], self.seed, number, self.vocabulary)
-            tokens[i, size:] = self.vocabulary.pad
-        return {"tokens": tokens, "targets": targets, **({} if segments is None else {"segments": segments})}
+        tokens[tokens < 0] = self.vocabulary.pad
+        inputs, targets = mask_rows(tokens, self.seed, plan.numbers, self.vocabulary)
+        return {"tokens": inputs, "targets": targets, **({} if segments is None else {"segments": segments})}

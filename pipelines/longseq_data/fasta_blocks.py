@@ -77,9 +77,7 @@ Choose = Callable[[list[bytes]], npt.NDArray[np.bool_]]  # of identifiers: which
 class Tokens(NamedTuple):
     """Some records in bulk."""
 
-    items: Sequence[
-        bytes | Protein | Record | None
-    ]  # residue ids; a record where they do not say it all; None: unwanted
+    items: Sequence[bytes | Protein | Record | None]  # ids; a record where they do not say it all; None: unwanted
     sizes: list[int]  # residues; 0 of what is unwanted
     plain: bool  # all items are ids
 
@@ -189,10 +187,10 @@ def _translated(text: bytes, choose: Choose | None) -> Tokens | None:
     if len(items) != count or 0 in sizes:
         return None
     if choose is None:
-        return Tokens(items, sizes, plain=True)  # type: ignore[arg-type]
+        return Tokens(items, sizes, plain=True)
     wanted = choose([header.split(None, 1)[0] for header in headers]).tolist()
     some = [ids if yes else None for ids, yes in zip(items, wanted, strict=True)]
-    return Tokens(some, [size if yes else 0 for size, yes in zip(sizes, wanted, strict=True)], plain=False)  # type: ignore[arg-type]
+    return Tokens(some, [size if yes else 0 for size, yes in zip(sizes, wanted, strict=True)], plain=False)
 
 
 def _parsed(text: bytes, source: str, line: int) -> Iterator[Chunk]:

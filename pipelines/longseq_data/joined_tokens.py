@@ -15,10 +15,10 @@ import numpy.typing as npt
 
 from .fasta import UNKNOWN_BYTE, UNKNOWN_TO_X, Encoder, Record
 from .fasta_blocks import EOS_BYTE, Protein
-from .masking import mask_tokens, masked_counts
+from .masking import mask_rows, masked_counts
 from .sharing import Arrays, MakeBatch, Share
 from .shuffling import Chunk, shuffled_tokens
-from .vocabulary import BOS, IGNORE, PROTEIN, RESIDUES, TABLE
+from .vocabulary import BOS, RESIDUES, TABLE
 
 if TYPE_CHECKING:
     from .streaming import StreamSpec
@@ -86,9 +86,7 @@ def _batch(
     if spec.objective == "causal":
         batch: Arrays = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}  # views of one array, none ignored
     else:
-        inputs, targets = (np.full(tokens.shape, IGNORE, PROTEIN.target_dtype) for _ in range(2))
-        for i, number in enumerate(numbers.tolist()):
-            inputs[i], targets[i] = mask_tokens(tokens[i], spec.seed, number, PROTEIN)
+        inputs, targets = mask_rows(tokens, spec.seed, numbers)
         batch = {"tokens": inputs, "targets": targets}
     return {**batch, **{name: np.array(value, dtype=np.int64) for name, value in facts.items()}}
 
