@@ -81,7 +81,7 @@ class CorpusSpec:
         return self
 
     def training(self, start: int, share: Share, warn: bool = False) -> Iterator[MakeBatch]:
-        """See sharing.Samples. With packing "bucket" rows vary from step to step, and a step must begin at ``start``.
+        """See sharing.Samples. With packing "bucket" rows vary from step to step; inside a step its rest comes first.
 
         Raises DataError where there is no whole corpus.
         """
@@ -135,11 +135,10 @@ class CorpusSpec:
                 before, consumed = consumed, consumed + len(steps[number])
                 if consumed <= start:
                     continue
-                if before < start:
-                    raise ValueError(f"sample {start} stands inside a step, [{before}, {consumed}): none begins there")
-                mine = steps[number][share.rank :: share.world]
+                step = steps[number][max(0, start - before) :]  # a run in other steps may have stopped inside this one
+                mine = step[share.rank :: share.world]
                 facts = {"step_targets": int(plan.scored[mine].sum()), "samples": consumed}
-                rows = -(-len(steps[number]) // (share.world * share.accumulate))
+                rows = -(-len(step) // (share.world * share.accumulate))
                 for micro_batch in range(share.accumulate):
                     yield partial(self._batch, plan[mine[micro_batch :: share.accumulate]], rows, facts)
 

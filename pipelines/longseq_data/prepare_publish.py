@@ -26,7 +26,7 @@ from .manifest import (
     sha256_of,
 )
 from .prepare_map import SPLITS, Counts
-from .prepare_plan import Plan
+from .prepare_plan import PARTS, Plan
 from .prepare_reduce import Part, ReduceTask, read_parts, schema, split_digest, write_text
 from .vocabulary import Vocabulary
 
@@ -84,7 +84,7 @@ def finish(
 
 def publish(folder: Path, output: Path) -> Manifest:
     """Give a finished folder its name; a corpus that has it gives way."""
-    shutil.rmtree(folder / "work", ignore_errors=True)
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
     for path in [*folder.rglob("*/"), folder]:
         _sync(path)
     old = output.with_name(f".{output.name}.old")
