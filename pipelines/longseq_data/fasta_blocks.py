@@ -167,25 +167,33 @@ def _with_line_feeds(handle: io.BufferedReader) -> Generator[bytes, None, None]:
         yield b"\n"
 
 
-def _translated(text: bytes, choose: Choose | None) -> Tokens | None:
-    """The ids of the records of some text that begins with '>'; None: not all of them are plain.
+def plain_ids(text: bytes, deleted: bytes, with_headers: bool) -> tuple[list[bytes], list[bytes]] | None:
+    """(ids of each record of some text that begins with '>', their headers if asked for); None: not all are plain.
 
-    A header that does not fit the pattern leaves its '>', and so one more mark than there are headers that do.
+    deleted: what may stand in a sequence and counts for nothing. A header that does not fit the pattern leaves its '>',
+    and so one more mark than there are headers that do. White space in the headers is that of ``bytes`` alone.
     """
     headers: list[bytes] = []
-    if choose is None:
-        sequences, count = HEADER.subn(MARK, b"\n" + text)
-    else:
+    if with_headers:
         parts = HEADER.split(b"\n" + text)
         headers = parts[1::2]
         sequences, count = MARK.join(parts[::2]), len(headers)
-    ids = sequences.translate(MARKED_TABLE, b"\n")
+    else:
+        sequences, count = HEADER.subn(MARK, b"\n" + text)
+    ids = sequences.translate(MARKED_TABLE, deleted)
     if not ids.startswith(EOS_BYTE) or UNKNOWN_BYTE in ids or b"".join(headers).translate(None, WHITE):
         return None
     items = ids[1:].split(EOS_BYTE)
-    sizes = list(map(len, items))
-    if len(items) != count or 0 in sizes:
+    return (items, headers) if len(items) == count and b"" not in items else None
+
+
+def _translated(text: bytes, choose: Choose | None) -> Tokens | None:
+    """The records of some text that begins with '>'; None: not all of them are plain."""
+    found = plain_ids(text, b"\n", choose is not None)
+    if found is None:
         return None
+    items, headers = found
+    sizes = list(map(len, items))
     if choose is None:
         return Tokens(items, sizes, plain=True)
     wanted = choose([header.split(None, 1)[0] for header in headers]).tolist()

@@ -150,9 +150,10 @@ def _token_offsets(files: list[Path]) -> Iterator[npt.NDArray[np.int64]]:
 
 def _describe(folder: Path, files: list[str], mark: str, task: ReduceTask) -> None:
     """The two files by which `datasets` knows the Arrow files of a split."""
-    from datasets import DatasetInfo, Features
-
-    DatasetInfo(features=Features.from_arrow_schema(schema(task.vocabulary))).write_to_directory(str(folder))
+    # as datasets.DatasetInfo writes it, whose import would take longer than a small corpus
+    info = dict.fromkeys(("description", "citation", "homepage", "license"), "")
+    features = json.loads(schema(task.vocabulary).metadata[b"huggingface"])["info"]["features"]
+    write_text(folder / "dataset_info.json", json.dumps({**info, "features": features}))
     state: dict[str, object] = {
         "_data_files": [{"filename": name} for name in files],
         "_fingerprint": mark,
