@@ -6,7 +6,7 @@ joined as they were translated by the block, and only those of a letter outside 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -104,7 +104,7 @@ def _stretches(spec: StreamSpec, skip: int, step: int, overlap: int) -> Iterator
     pieces = [] if skip else [bytes([BOS])]
     held = len(pieces)  # ids in pieces
     special: list[Special] = []  # places count from the start of the pieces
-    for chunk, rest in _endless(spec, max(skip - 1, 0)):
+    for chunk, rest in endless(spec, max(skip - 1, 0), lambda chunk: chunk.sizes + 1):
         text, found = _joined(chunk)
         special += [Special(held - rest + place, record) for place, record in found]
         pieces.append(text[rest:])
@@ -138,10 +138,12 @@ def _joined(chunk: Chunk) -> tuple[bytes, list[Special]]:
         return EOS_BYTE.join(items) + EOS_BYTE, special
 
 
-def _endless(spec: StreamSpec, skip: int) -> Iterator[tuple[Chunk, int]]:
-    """Shuffled epochs without end, from position ``skip`` of the records and their EOS on, in chunks.
+def endless(
+    spec: StreamSpec, skip: int, positions: Callable[[Chunk], npt.NDArray[np.int64]]
+) -> Iterator[tuple[Chunk, int]]:
+    """Shuffled epochs without end, from position ``skip`` on, in chunks; each record takes its number of positions.
 
-    Yields (chunk, ids of its first record that are still to be skipped).
+    Yields (chunk, positions of its first record that are still to be skipped).
     """
     epoch, epoch_size = 0, 0
     while True:
@@ -150,12 +152,12 @@ def _endless(spec: StreamSpec, skip: int) -> Iterator[tuple[Chunk, int]]:
             skip %= epoch_size
         epoch_size = 0
         for chunk in shuffled_tokens(spec, epoch):
-            size = len(chunk) + int(chunk.sizes.sum())
+            ends = np.cumsum(positions(chunk))
+            size = int(ends[-1])
             epoch_size += size
             if skip >= size:
                 skip -= size
                 continue
-            ends = np.cumsum(chunk.sizes + 1)
             first = int(np.searchsorted(ends, skip, "right"))
             yield chunk[first:], skip - (int(ends[first - 1]) if first else 0)
             skip = 0

@@ -39,8 +39,8 @@ def stream_words(states: npt.ArrayLike, counters: npt.ArrayLike) -> npt.NDArray[
 
     Both broadcast. States that are themselves such words begin streams that are independent of each other.
     """
-    steps = (np.asarray(counters).astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    return mixed(np.atleast_1d(steps + np.asarray(states, dtype=np.uint64)))
+    steps = (np.atleast_1d(counters).astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    return mixed(steps + np.asarray(states, dtype=np.uint64))
 
 
 def mixed(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

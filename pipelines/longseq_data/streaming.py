@@ -14,12 +14,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from . import joined_tokens
+from . import cropped_tokens, joined_tokens
 from .documents import Document, DocumentEncoder, Extent
 from .fasta import Encoder
 from .masking import mask_tokens, masked_count
 from .packing import Piece, Window, crop, cut, document
-from .randomness import generator
+from .randomness import uniforms
 from .reading import FASTA, Reading
 from .sharing import Arrays, MakeBatch, Share, collate, filler
 from .shuffling import documents_in_file_order, shuffled_documents
@@ -120,7 +120,8 @@ class StreamSpec:
         """See sharing.Samples. Raises DataError for bad data, and for a split without records."""
         encoder = self.encoder(warn)
         if self._plain and isinstance(encoder, Encoder):
-            yield from joined_tokens.training(self, start, share, encoder)
+            bulk = joined_tokens if self.packing == "concat" else cropped_tokens
+            yield from bulk.training(self, start, share, encoder)
         windows = enumerate(training_windows(self, start), start)
         consumed = start
         while True:
@@ -140,8 +141,8 @@ class StreamSpec:
 
     @property
     def _plain(self) -> bool:
-        """Whether the samples are joined proteins and nothing else."""
-        plain = self.packing == "concat" and not self.reset and not self.measured
+        """Whether the samples are made of FASTA alone, joined or cropped, and of nothing else."""
+        plain = not self.reset and not self.measured
         return plain and all(leaf.format == "fasta" for leaf in self.reading.leaves(self.sources))
 
     def _batch(
@@ -183,7 +184,7 @@ def training_windows(spec: StreamSpec, start: int = 0) -> Iterator[Window]:
     for index, (record, _) in enumerate(_endless(spec, start, lambda record: 1), start):
         whole = document(record)
         cropped = whole.stop > size and spec.crop == "random"
-        where = generator(spec.seed, "crop", index).random() if cropped else 0.0
+        where = float(uniforms(spec.seed, "crop", index)) if cropped else 0.0
         yield crop(whole, size, where)
 
 
