@@ -306,9 +306,10 @@ class _Buffer:
         """The rest, in a random order."""
         places = list(range(self._count))
         while places:
+            count = min(1024, len(places))
+            drawn = (self._draw(count) * np.arange(len(places), len(places) - count, -1)).astype(np.int64)
             out = []
-            for u in self._draw(min(1024, len(places))).tolist():
-                i = int(u * len(places))
+            for i in drawn.tolist():
                 out.append(places[i])
                 places[i] = places[-1]
                 places.pop()
