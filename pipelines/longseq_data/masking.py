@@ -12,7 +12,7 @@ FRACTION = 0.15  # of the ordinary tokens are predicted; of these
 MASKED = 0.8  # read MASK,
 RANDOM = 0.1  # a random replacement (of proteins: a standard amino acid), and the rest themselves
 
-BLOCK = 1 << 16  # tokens at once, so that all steps find them in the cache of a core
+BLOCK = 1 << 17  # tokens at once, so that all steps find them in the cache of a core
 HALF = np.uint64(0xFFFFFFFF)
 HIDDEN, REPLACED = (np.uint64(share * 2**32) for share in (MASKED, MASKED + RANDOM))  # of a word of 32 bits
 LAST = np.uint32(0xFFFFFFFF)  # no ordinary position has this word
