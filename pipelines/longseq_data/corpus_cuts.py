@@ -104,7 +104,7 @@ class Crops:
     def tokens(self, plan: Plan, out: npt.NDArray, segments: npt.NDArray | None = None) -> None:
         vocabulary = self.corpus.vocabulary
         length = self.corpus.lengths(plan.records)
-        first, last = _residues(plan.starts, plan.sizes, length)
+        first, last = residues_of(plan.starts, plan.sizes, length)
         begun = plan.starts == 0
         # Residues begin at column 1 after a BOS, and at 0 elsewhere. So that all rows can be gathered alike, those with
         # a BOS take the token before the record along, which BOS then covers; before the first record there is none.
@@ -125,7 +125,7 @@ class Crops:
         sizes = np.minimum(self._rows(records) - starts, self.size)
         if self.causal:
             return Plan(numbers, records, starts, sizes, sizes - 1)
-        first, last = _residues(starts, sizes, self.corpus.lengths(records))
+        first, last = residues_of(starts, sizes, self.corpus.lengths(records))
         return Plan(numbers, records, starts, sizes, masked_counts(last - first))
 
 
@@ -224,7 +224,7 @@ def rounds(plans: Iterable[Plan], size: int, most: int | None) -> Iterator[Plan]
         yield Plan.joined(held)
 
 
-def _residues(starts: Integers, sizes: Integers, length: Integers) -> tuple[Integers, Integers]:
+def residues_of(starts: Integers, sizes: Integers, length: Integers) -> tuple[Integers, Integers]:
     """The residues [first, last) among the tokens [start, start + size) of a row [BOS] residues [EOS]."""
     first = np.maximum(starts, 1) - 1
     return first, np.maximum(first, np.minimum(starts + sizes - 1, length))

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from .buckets import block_samples, cut_block
 from .corpus import Corpus
 from .corpus_cuts import Crops, Cut, Joined, Plan, rounds
-from .masking import mask_tokens
+from .masking import mask_rows
 from .order import permutation, samples_of_rank
 from .randomness import generator
 from .sharing import Arrays, MakeBatch, Share, filler
@@ -81,7 +81,7 @@ class CorpusSpec:
         return self
 
     def training(self, start: int, share: Share, warn: bool = False) -> Iterator[MakeBatch]:
-        """See sharing.Samples. With packing "bucket" rows vary from step to step, and a step must begin at ``start``.
+        """See sharing.Samples. With packing "bucket" rows vary from step to step; inside a step its rest comes first.
 
         Raises DataError where there is no whole corpus.
         """
@@ -135,11 +135,10 @@ class CorpusSpec:
                 before, consumed = consumed, consumed + len(steps[number])
                 if consumed <= start:
                     continue
-                if before < start:
-                    raise ValueError(f"sample {start} stands inside a step, [{before}, {consumed}): none begins there")
-                mine = steps[number][share.rank :: share.world]
+                step = steps[number][max(0, start - before) :]  # a run in other steps may have stopped inside this one
+                mine = step[share.rank :: share.world]
                 facts = {"step_targets": int(plan.scored[mine].sum()), "samples": consumed}
-                rows = -(-len(steps[number]) // (share.world * share.accumulate))
+                rows = -(-len(step) // (share.world * share.accumulate))
                 for micro_batch in range(share.accumulate):
                     yield partial(self._batch, plan[mine[micro_batch :: share.accumulate]], rows, facts)
 
@@ -173,9 +172,6 @@ class CorpusSpec:
         return {"tokens": seen, "targets": targets, "segments": segments}
 
     def _masked(self, plan: Plan, tokens: npt.NDArray, segments: npt.NDArray | None) -> Arrays:
-        targets = np.full_like(tokens, IGNORE)
-        small = tokens.astype(self.vocabulary.dtype)
-        for i, (number, size) in enumerate(zip(plan.numbers.tolist(), plan.sizes.tolist(), strict=True)):
-            tokens[i, :size], targets[i, :size] = mask_tokens(small[i, :size], self.seed, number, self.vocabulary)
-            tokens[i, size:] = self.vocabulary.pad
-        return {"tokens": tokens, "targets": targets, **({} if segments is None else {"segments": segments})}
+        tokens[tokens < 0] = self.vocabulary.pad
+        inputs, targets = mask_rows(tokens, self.seed, plan.numbers, self.vocabulary)
+        return {"tokens": inputs, "targets": targets, **({} if segments is None else {"segments": segments})}

@@ -4,10 +4,10 @@ First half: sources are read once, and their rows put aside, sorted by hash (pre
 hashes after another is merged and written (prepare_reduce). Every step leaves a file under its final name when it is
 done, so an interrupted preparation goes on from there; the corpus gets its own name last.
 
-    NAME.partial/work/plan.json        what was asked for
-                      sources/*.json   sources that were read to their end
-                      map/*.arrow      rows put aside, one file a block
-                      shards/*         finished shards, with notes
+    NAME.partial/parts/plan.json       what was asked for
+                       sources/*.json   sources that were read to their end
+                       map/*.arrow      rows put aside, one file a block
+                       shards/*         finished shards, with notes
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .held_out import read_held_out
 from .manifest import Manifest, Source, sha256_of
 from .prepare_config import PrepareConfig
 from .prepare_map import Counts, MapTask, map_block, map_whole, read_notes
-from .prepare_plan import Plan, begin, locked, taken
+from .prepare_plan import PARTS, Plan, begin, locked, taken
 from .prepare_pool import Workers, in_threads
 from .prepare_publish import finish, publish
 from .prepare_reader import Block, Stored, cut
@@ -90,10 +90,10 @@ def _block_bytes(config: PrepareConfig, sources: list[str]) -> int:
 class _Preparation:
     def __init__(self, config: PrepareConfig, plan: Plan, folder: Path, progress: Progress, workers: Workers) -> None:
         self.config, self.plan, self.folder, self.progress, self.workers = config, plan, folder, progress, workers
-        self.work = folder / "work"
+        self.parts = folder / PARTS
         for name in ("sources", "map", "shards"):
-            (self.work / name).mkdir(exist_ok=True)
-        for rest in [*self.work.glob("*/*.partial"), *self.work.glob("*/.*.partial")]:
+            (self.parts / name).mkdir(exist_ok=True)
+        for rest in [*self.parts.glob("*/*.partial"), *self.parts.glob("*/.*.partial")]:
             rest.unlink()  # of processes that were killed
 
     def run(self) -> None:
@@ -114,7 +114,7 @@ class _Preparation:
         shards = shard_count(counts.kept_bytes)
         room = self.config.memory_mb * MIB / self.config.processes / REDUCE_MEMORY
         task = ReduceTask(
-            self.work / "shards",
+            self.parts / "shards",
             tuple(names),
             PROTEIN,
             self.config.deduplicate,
@@ -125,16 +125,16 @@ class _Preparation:
         sources = [
             Source(source.name, each.size, each.sha256) for source, each in zip(self.plan.sources, stored, strict=True)
         ]
-        held_out = json.loads((self.work / "held_out.json").read_text())
+        held_out = json.loads((self.parts / "held_out.json").read_text())
         finish(self.folder, task, self.plan, sources, inputs, counts, held_out["families"], held_out["names"])
 
     def _hold_out(self) -> list[Source]:
         """Read the lists of the ood split once; what they are."""
-        notes = self.work / "held_out.json"
+        notes = self.parts / "held_out.json"
         if not notes.exists():
             held_out = read_held_out(self.config)
             if held_out.names.size:
-                np.save(self.work / "held_out.npy", held_out.names)
+                np.save(self.parts / "held_out.npy", held_out.names)
             inputs = [Source(file.name, file.size or 0, sha256_of(Path(file.name))) for file in self.plan.inputs]
             values = {
                 "families": held_out.families,
@@ -145,12 +145,12 @@ class _Preparation:
         return [Source(**source) for source in json.loads(notes.read_text())["inputs"]]
 
     def _map_task(self) -> MapTask:
-        names = self.work / "held_out.npy"
-        return MapTask(self.work / "map", self.config, names if names.exists() else None, self.plan.block_bytes)
+        names = self.parts / "held_out.npy"
+        return MapTask(self.parts / "map", self.config, names if names.exists() else None, self.plan.block_bytes)
 
     def _map(self) -> list[Stored]:
         """Put the rows of every source aside; what each source is made of."""
-        notes = [self.work / "sources" / f"{i:05d}.json" for i in range(len(self.plan.sources))]
+        notes = [self.parts / "sources" / f"{i:05d}.json" for i in range(len(self.plan.sources))]
         todo = [i for i, note in enumerate(notes) if not note.exists()]
         task = self._map_task()
         reading = _Reading(self.plan, task, self.progress, done=[i for i in range(len(notes)) if i not in set(todo)])

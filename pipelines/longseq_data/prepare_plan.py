@@ -17,6 +17,8 @@ from .prepare_config import PrepareConfig
 from .prepare_reduce import write_text
 from .sources import URL
 
+PARTS = "parts"  # of NAME.partial: what is gone once the corpus is whole
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -172,7 +174,7 @@ def begin(output: Path, plan: Plan, restart: bool) -> tuple[Path, Plan, Manifest
     folder = output.with_name(output.name + ".partial")
     if restart and folder.exists():
         shutil.rmtree(folder)
-    path = folder / "work" / "plan.json"
+    path = folder / PARTS / "plan.json"
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder, partial=True)
         difference = _settings_difference(manifest.settings, plan.settings) or _content_difference(manifest, plan)
@@ -183,7 +185,7 @@ def begin(output: Path, plan: Plan, restart: bool) -> tuple[Path, Plan, Manifest
         _refuse(folder, plan.difference(earlier))
         return folder, earlier, None
     if folder.exists():
-        if {entry.name for entry in folder.iterdir()} - {"work"}:
+        if {entry.name for entry in folder.iterdir()} - {PARTS}:
             raise DataError(f"{folder} exists, and was not made by a preparation; remove it, or choose another output.")
         shutil.rmtree(folder)
     path.parent.mkdir(parents=True)

@@ -26,7 +26,7 @@ from .manifest import (
     sha256_of,
 )
 from .prepare_map import SPLITS, Counts
-from .prepare_plan import Plan
+from .prepare_plan import PARTS, Plan
 from .prepare_reduce import Part, ReduceTask, read_parts, schema, split_digest, write_text
 from .vocabulary import Vocabulary
 
@@ -84,7 +84,7 @@ def finish(
 
 def publish(folder: Path, output: Path) -> Manifest:
     """Give a finished folder its name; a corpus that has it gives way."""
-    shutil.rmtree(folder / "work", ignore_errors=True)
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
     for path in [*folder.rglob("*/"), folder]:
         _sync(path)
     old = output.with_name(f".{output.name}.old")
@@ -150,9 +150,10 @@ def _token_offsets(files: list[Path]) -> Iterator[npt.NDArray[np.int64]]:
 
 def _describe(folder: Path, files: list[str], mark: str, task: ReduceTask) -> None:
     """The two files by which `datasets` knows the Arrow files of a split."""
-    from datasets import DatasetInfo, Features
-
-    DatasetInfo(features=Features.from_arrow_schema(schema(task.vocabulary))).write_to_directory(str(folder))
+    # as datasets.DatasetInfo writes it, whose import would take longer than a small corpus
+    info = dict.fromkeys(("description", "citation", "homepage", "license"), "")
+    features = json.loads(schema(task.vocabulary).metadata[b"huggingface"])["info"]["features"]
+    write_text(folder / "dataset_info.json", json.dumps({**info, "features": features}))
     state: dict[str, object] = {
         "_data_files": [{"filename": name} for name in files],
         "_fingerprint": mark,

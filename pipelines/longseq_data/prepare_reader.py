@@ -16,11 +16,13 @@ from typing import NamedTuple, Protocol
 
 from .errors import DataError
 from .fasta import KNOWN, UNKNOWN_BYTE, UNKNOWN_TO_X, Record, _line_of, parse_records
+from .fasta_blocks import plain_ids
 from .proteins import read_proteins
 from .sources import open_binary, reading_error
 from .vocabulary import LETTERS, PROTEIN, TABLE, Vocabulary
 
 READ_SIZE = 1 << 20
+PARSED = 1 << 19  # bytes of a block that are parsed at once
 LONGEST = 1 << 30  # bytes of one record; beyond, memory would end before the file does
 TAXID = re.compile(r"\b(?:TaxID|OX)=(-?\d+)")
 NO_TAXID = -1
@@ -181,15 +183,28 @@ class ProteinReader:
 
     def block(self, block: Block) -> Iterator[Row]:
         """The rows of a block: those that read_proteins would give, and its errors, several times as fast."""
-        line = block.first_line
-        for part in block.text[1:].split(b"\n>"):
+        line, first = block.first_line, 0
+        while first < len(block.text):
+            end = (block.text.find(b"\n>", first + PARSED) + 1) or len(block.text)
+            text, first = block.text[first:end], end
+            found = plain_ids(text, SPACES, with_headers=True)
+            if found is None:
+                yield from self._one_by_one(text, block.source, line)
+            else:
+                titles = b"\n".join(found[1]).decode("ascii").split("\n")
+                names = [title.split(None, 1)[0] for title in titles]
+                yield from map(Row._make, zip(names, found[0], map(taxid, titles), strict=True))
+            line += text.count(b"\n")
+
+    def _one_by_one(self, text: bytes, source: str, line: int) -> Iterator[Row]:
+        for part in text[1:].split(b"\n>"):
             header, _, body = part.partition(b"\n")
             tokens = body.translate(TABLE, SPACES)
             title = header.decode("utf-8", "replace")
             words = title.split(None, 1)
             if not words or not tokens or UNKNOWN_BYTE in tokens:
-                text = io.StringIO(">" + part.decode("utf-8", "replace") + "\n")
-                yield from map(self._row, parse_records(text, block.source, line))
+                record = io.StringIO(">" + part.decode("utf-8", "replace") + "\n")
+                yield from map(self._row, parse_records(record, source, line))
             else:
                 yield Row(words[0], tokens, taxid(title))
             line += part.count(b"\n") + 1
@@ -212,5 +227,9 @@ class ProteinReader:
 
 def taxid(header: str) -> int:
     """The TaxID in a header of UniRef (TaxID=) or UniProtKB (OX=); NO_TAXID without one."""
-    found = TAXID.search(header)
+    place = header.find(" TaxID=")
+    if place < 0 or "OX=" in header[:place] or "TaxID=" in header[:place]:
+        found = TAXID.search(header)  # slower than a look at where UniRef has it
+    else:
+        found = TAXID.match(header, place + 1) or TAXID.search(header)
     return int(found[1]) if found else NO_TAXID

@@ -24,15 +24,23 @@ def generator(seed: int, *what: str | int) -> np.random.Generator:
 
 
 def uniforms(seed: int, what: str, counters: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """A number in [0, 1) for each counter, of the shape of ``counters``: as generator(...).random(), for millions.
+    """A number in [0, 1) for each counter, of the shape of ``counters``: as generator(...).random(), for millions."""
+    return ((words(seed, what, counters) >> np.uint64(11)) * 2.0**-53).reshape(np.shape(counters))
 
-    SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) from a state that is a hash of (seed, what): number k of its stream.
-    """
+
+def words(seed: int, what: str, counters: npt.ArrayLike) -> npt.NDArray[np.uint64]:
+    """64 random bits for each counter: number k of the stream whose state is a hash of (seed, what)."""
     digest = hashlib.blake2b(json.dumps([int(seed), "uniforms", what]).encode(), digest_size=8).digest()
-    key = np.uint64(int.from_bytes(digest, "big"))
-    words = (np.asarray(counters).astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    words = mixed(np.atleast_1d(words + key))
-    return ((words >> np.uint64(11)) * 2.0**-53).reshape(np.shape(counters))
+    return stream_words(np.uint64(int.from_bytes(digest, "big")), counters)
+
+
+def stream_words(states: npt.ArrayLike, counters: npt.ArrayLike) -> npt.NDArray[np.uint64]:
+    """Number ``counters`` of the SplitMix64 stream (Steele, Lea and Flood, OOPSLA 2014) that begins at ``states``.
+
+    Both broadcast. States that are themselves such words begin streams that are independent of each other.
+    """
+    steps = (np.atleast_1d(counters).astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    return mixed(steps + np.asarray(states, dtype=np.uint64))
 
 
 def mixed(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

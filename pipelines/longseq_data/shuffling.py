@@ -1,66 +1,158 @@
 """The order of streamed documents: files in turn, a split of them, a shuffle buffer.
 
-Documents move in chunks, as their readers give them, because a step of a generator for each costs more than reading it.
-The order does not depend on the chunks.
+Documents move in chunks, and the draws of a chunk are made at once, because a step of Python for each document costs
+more than reading it. The order does not depend on the chunks.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from .documents import Document
 from .errors import DataError
-from .fasta_blocks import read_chunks
+from .fasta_blocks import read_chunks, read_tokens
 from .formats import Leaf
 from .randomness import generator
-from .splits import split_of
+from .splits import in_split
 
 if TYPE_CHECKING:
     from .streaming import StreamSpec
 
 OPEN_SOURCES = 16  # read in turn while shuffling
 BUFFER_RESIDUES = 1 << 26  # bytes: a shuffle buffer of whole proteomes must still fit in a worker's memory
+CHUNK_RESIDUES, CHUNK_DOCUMENTS = 1 << 18, 256  # of documents that are read one by one
 
-Chunk = Sequence[Document]
+Integers = npt.NDArray[np.int64]
 
 
-def chunks_in_file_order(spec: StreamSpec) -> Iterator[Chunk]:
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Some documents, in the order in which they come."""
+
+    items: npt.NDArray[np.object_]  # Document; None: of another split. Of ``shuffled_tokens``: bytes or Document
+    sizes: Integers  # bytes of memory, about
+
+    @classmethod
+    def of(cls, items: Sequence[object], sizes: Sequence[int]) -> Chunk:
+        return cls(np.fromiter(items, object, len(items)), np.array(sizes, dtype=np.int64))
+
+    @classmethod
+    def joined(cls, chunks: Sequence[Chunk]) -> Chunk:
+        return cls(np.concatenate([chunk.items for chunk in chunks]), np.concatenate([chunk.sizes for chunk in chunks]))
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, which: slice | npt.NDArray) -> Chunk:
+        return Chunk(self.items[which], self.sizes[which])
+
+    def put(self, where: slice | npt.NDArray, chunk: Chunk) -> None:
+        self.items[where], self.sizes[where] = chunk.items, chunk.sizes
+
+
+def documents_in_file_order(spec: StreamSpec) -> Iterator[Document]:
     """The documents of the split. Raises DataError for bad data, and where there is none."""
     files = spec.reading.leaves(spec.sources)
-    return _of_split(spec, chain.from_iterable(_chunks(spec, leaf) for leaf in files))
+    return _one_by_one(_of_split(spec, chain.from_iterable(_chunks(spec, leaf) for leaf in files)))
 
 
-def shuffled_chunks(spec: StreamSpec, epoch: int) -> Iterator[Chunk]:
+def shuffled_documents(spec: StreamSpec, epoch: int) -> Iterator[Document]:
     """The documents of one epoch: files in a random order, several of them in turn, through a shuffle buffer."""
+    return _one_by_one(_shuffled(spec, epoch, _chunks))
+
+
+def shuffled_tokens(spec: StreamSpec, epoch: int) -> Iterator[Chunk]:
+    """The same in chunks and in bulk, of FASTA: ids as ``bytes``, or a document where they do not say it all."""
+    return _shuffled(spec, epoch, _token_chunks)
+
+
+def _shuffled(
+    spec: StreamSpec, epoch: int, read: Callable[[StreamSpec, Leaf], Generator[Chunk, None, None]]
+) -> Iterator[Chunk]:
     files = spec.reading.leaves(spec.sources)
     priorities = generator(spec.seed, "sources", epoch).random(len(files))
-    with closing(_in_turn(spec, [files[i] for i in np.argsort(priorities, kind="stable")])) as chunks:
+    waiting = (read(spec, files[i]) for i in np.argsort(priorities, kind="stable"))
+    with closing(_in_turn(waiting)) as chunks:
         yield from _through_buffer(spec, epoch, _of_split(spec, chunks))
 
 
+def _one_by_one(chunks: Iterator[Chunk]) -> Iterator[Document]:
+    for chunk in chunks:
+        yield from chunk.items.tolist()
+
+
 def _chunks(spec: StreamSpec, leaf: Leaf) -> Generator[Chunk, None, None]:
+    choose = _choice(spec)
     if leaf.format == "fasta":
-        yield from read_chunks(leaf.source)
-        return
-    for document in spec.reading.documents(leaf, strict=spec.strict, measured=spec.measured):
-        yield (document,)
+        read: Generator[Sequence[Document], None, None] = read_chunks(leaf.source)
+    else:
+        read = _some(spec.reading.documents(leaf, strict=spec.strict, measured=spec.measured))
+    with closing(read):
+        for documents in read:
+            sizes = [document.held for document in documents]
+            if choose is None:
+                yield Chunk.of(documents, sizes)
+            else:
+                wanted = choose([document.identifier.encode() for document in documents]).tolist()
+                yield Chunk.of([item if yes else None for item, yes in zip(documents, wanted, strict=True)], sizes)
+
+
+def _token_chunks(spec: StreamSpec, leaf: Leaf) -> Generator[Chunk, None, None]:
+    with closing(read_tokens(leaf.source, _choice(spec))) as read:
+        for tokens in read:
+            if tokens.plain:
+                items = np.empty(len(tokens.items), dtype=object)
+                items[:] = tokens.items  # several times as fast, but it would take records apart, which are tuples
+                yield Chunk(items, np.array(tokens.sizes, dtype=np.int64))
+            else:
+                yield Chunk.of(tokens.items, tokens.sizes)
+
+
+def _some(documents: Generator[Document, None, None]) -> Generator[list[Document], None, None]:
+    """A few at a time; before an error those that came before it."""
+    some: list[Document] = []
+    held = 0
+    with closing(documents):
+        try:
+            for document in documents:
+                some.append(document)
+                held += document.held
+                if held >= CHUNK_RESIDUES or len(some) >= CHUNK_DOCUMENTS:
+                    yield some
+                    some, held = [], 0
+        except Exception:
+            if some:
+                yield some
+            raise
+    if some:
+        yield some
+
+
+def _choice(spec: StreamSpec) -> Callable[[list[bytes]], npt.NDArray[np.bool_]] | None:
+    """Which records are of the split, by their identifiers; None: all are."""
+    valid, test, split = spec.valid_fraction, spec.test_fraction, spec.split
+    if split is None or (split == "train" and not valid and not test):
+        return None
+    return partial(in_split, split=split, valid_fraction=valid, test_fraction=test)
 
 
 def _of_split(spec: StreamSpec, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
     seen = kept = 0
-    valid, test, split = spec.valid_fraction, spec.test_fraction, spec.split
-    everything = split is None or (split == "train" and not valid and not test)
+    everything = _choice(spec) is None
     for chunk in chunks:
-        chosen = chunk if everything else [each for each in chunk if split_of(each.identifier, valid, test) == split]
+        chosen = chunk if everything else chunk[chunk.items != None]  # noqa: E711 - of each entry
         seen += len(chunk)
         kept += len(chosen)
-        if chosen:
+        if len(chosen):
             yield chosen
     if not kept:
         raise DataError(_empty_split(spec, seen))
@@ -88,7 +180,7 @@ class _Turns:
 
     def __init__(self, chunks: Generator[Chunk, None, None]) -> None:
         self.chunks = chunks
-        self.held: Chunk = ()
+        self.held = Chunk.of([], [])
         self.taken = 0
 
     def left(self) -> int:
@@ -105,64 +197,133 @@ class _Turns:
         return self.held[self.taken - count : self.taken]
 
 
-def _in_turn(spec: StreamSpec, files: Sequence[Leaf]) -> Generator[Chunk, None, None]:
+def _in_turn(waiting: Iterator[Generator[Chunk, None, None]]) -> Generator[Chunk, None, None]:
     """One document of each of OPEN_SOURCES files in turn; where one ends, the next in line takes its turns.
 
     So large files mix from the start, whatever the size of the shuffle buffer; small ones end before they do.
     """
-    waiting = (_Turns(_chunks(spec, leaf)) for leaf in files)
-    turns = deque(islice(waiting, OPEN_SOURCES))
+    opened = map(_Turns, waiting)
+    turns = deque(islice(opened, OPEN_SOURCES))
     try:
         while turns:
             rounds = min(source.left() for source in turns)
             if rounds and len(turns) == 1:
                 yield turns[0].take(rounds)
             elif rounds:
-                yield list(chain.from_iterable(zip(*(source.take(rounds) for source in turns), strict=True)))
+                yield _interleaved([source.take(rounds) for source in turns])
             else:  # a round in which sources end
-                chunk: list[Document] = []
+                single: list[Chunk] = []
                 for _ in range(len(turns)):
                     source = turns.popleft()
                     if source.left():
-                        chunk += source.take(1)
+                        single.append(source.take(1))
                         turns.append(source)
                     else:
-                        turns.extend(islice(waiting, 1))
-                if chunk:
-                    yield chunk
+                        turns.extend(islice(opened, 1))
+                if single:
+                    yield Chunk.joined(single)
     finally:
         for source in turns:
             source.chunks.close()  # and with it the file
 
 
+def _interleaved(parts: list[Chunk]) -> Chunk:
+    """The first of each, the second of each, ..., of chunks of one size."""
+    return Chunk(
+        np.stack([part.items for part in parts], axis=1).ravel(), np.stack([part.sizes for part in parts], 1).ravel()
+    )
+
+
 def _through_buffer(spec: StreamSpec, epoch: int, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-    draws = _draws(generator(spec.seed, "shuffle", epoch))
-    buffer: list[Document] = []
-    held, most = 0, spec.shuffle_buffer
+    """Every document takes the place of one drawn from a buffer of ``shuffle_buffer``, or leaves at once."""
+    buffer = _Buffer(spec.shuffle_buffer, generator(spec.seed, "shuffle", epoch))
     for chunk in chunks:
-        out: list[Document] = []
-        for document in chunk:
-            buffer.append(document)
-            held += document.held
-            while len(buffer) > most or (held > BUFFER_RESIDUES and len(buffer) > 1):
-                i = int(next(draws) * len(buffer))
-                chosen, buffer[i] = buffer[i], buffer[-1]
-                buffer.pop()
-                held -= chosen.held
-                out.append(chosen)
-        if out:
+        out = buffer.exchange(chunk)
+        if len(out):
             yield out
-    while buffer:
-        out = []
-        for _ in range(min(1024, len(buffer))):
-            i = int(next(draws) * len(buffer))
-            chosen, buffer[i] = buffer[i], buffer[-1]
-            buffer.pop()
-            out.append(chosen)
-        yield out
+    yield from buffer.drain()
 
 
-def _draws(random: np.random.Generator) -> Iterator[float]:
-    """What ``random.random()`` gives again and again, a block at a time."""
-    while True:
-        yield from random.random(1024).tolist()
+class _Buffer:
+    """Up to ``most`` documents of up to BUFFER_RESIDUES bytes."""
+
+    def __init__(self, most: int, random: np.random.Generator) -> None:
+        self._most = most
+        self._held = 0  # bytes
+        self._count = 0
+        self._places = Chunk.of([None] * 1024, [0] * 1024)  # the first ``_count`` are in use
+        self._random = random
+        self._drawn = random.random(0)
+
+    def exchange(self, chunk: Chunk) -> Chunk:
+        """Put documents in, one after another; gives those that had to leave."""
+        self._reserve(self._count + len(chunk))
+        size = int(chunk.sizes.sum())
+        if self._held + size > BUFFER_RESIDUES:  # perhaps too much on the way
+            return self._step_by_step(chunk)
+        free = min(self._most - self._count, len(chunk))
+        self._places.put(slice(self._count, self._count + free), chunk[:free])
+        self._count += free
+        after = chunk[free:]
+        out = self._replaced(after) if len(after) else after
+        self._held += size - int(out.sizes.sum())
+        return out
+
+    def _replaced(self, chunk: Chunk) -> Chunk:
+        """Of a full buffer: each document makes one too many, and one of all leaves, perhaps itself."""
+        slots = (self._draw(len(chunk)) * (self._most + 1)).astype(np.int64)
+        small = slots.astype(np.uint16) if self._most < 1 << 16 else slots  # which are sorted in linear time
+        order = np.argsort(small, kind="stable")
+        same = slots[order[1:]] == slots[order[:-1]]  # as the one before in ``order``
+        out = self._places[np.minimum(slots, self._most - 1)]
+        out.put(order[1:][same], chunk[order[:-1][same]])  # what an earlier one of this chunk has put there
+        itself = slots == self._most
+        out.put(itself, chunk[itself])
+        last = order[np.append(~same, True)]
+        last = last[~itself[last]]
+        self._places.put(slots[last], chunk[last])
+        return out
+
+    def _step_by_step(self, chunk: Chunk) -> Chunk:
+        items, sizes = self._places.items, self._places.sizes
+        left: list[object] = []
+        left_sizes: list[int] = []
+        for item, size in zip(chunk.items.tolist(), chunk.sizes.tolist(), strict=True):
+            items[self._count], sizes[self._count] = item, size
+            self._count += 1
+            self._held += size
+            while self._count > self._most or (self._held > BUFFER_RESIDUES and self._count > 1):
+                place = int(self._draw(1)[0] * self._count)
+                left.append(items[place])
+                left_sizes.append(int(sizes[place]))
+                self._count -= 1
+                self._held -= left_sizes[-1]
+                items[place], sizes[place] = items[self._count], sizes[self._count]
+                items[self._count] = None
+        return Chunk.of(left, left_sizes)
+
+    def drain(self) -> Iterator[Chunk]:
+        """The rest, in a random order."""
+        places = list(range(self._count))
+        while places:
+            count = min(1024, len(places))
+            drawn = (self._draw(count) * np.arange(len(places), len(places) - count, -1)).astype(np.int64)
+            out = []
+            for i in drawn.tolist():
+                out.append(places[i])
+                places[i] = places[-1]
+                places.pop()
+            yield self._places[np.array(out)]
+
+    def _draw(self, count: int) -> npt.NDArray[np.float64]:
+        """The next of what ``random.random()`` gives again and again."""
+        if len(self._drawn) < count:
+            self._drawn = np.concatenate([self._drawn, self._random.random(max(1024, count))])
+        drawn, self._drawn = self._drawn[:count], self._drawn[count:]
+        return drawn
+
+    def _reserve(self, count: int) -> None:
+        count = min(count, self._most + 1)
+        while count > len(self._places):
+            more = len(self._places)
+            self._places = Chunk.joined([self._places, Chunk.of([None] * more, [0] * more)])

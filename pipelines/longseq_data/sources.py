@@ -15,12 +15,13 @@ from typing import IO, TextIO, cast
 
 from .errors import DataError
 from .formats import HUB, HubAddress, folder_format
+from .gunzip import MAGIC, Gunzip
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)")
 HTTP = re.compile(r"https?://", re.IGNORECASE)
 LOCAL_URL = re.compile(r"(file|local)://", re.IGNORECASE)
 
-READ_SIZE = 1 << 18  # bytes a read; gzip's own 8 KiB costs a call into Python for every 100 lines
+READ_SIZE = 1 << 18  # bytes a read
 
 # First bytes of what users hand over by mistake -> its name.
 FOREIGN = {
@@ -166,9 +167,8 @@ def open_binary(
             if watch is not None:
                 raw = cast("IO[bytes]", stack.enter_context(_Watched(raw, watch)))
             buffered: io.BufferedReader = io.BufferedReader(cast(io.RawIOBase, raw), READ_SIZE)
-            if buffered.peek(2)[:2] == b"\x1f\x8b":
-                unzipped = stack.enter_context(gzip.GzipFile(fileobj=buffered))
-                buffered = io.BufferedReader(cast(io.RawIOBase, unzipped), READ_SIZE)
+            if buffered.peek(2)[:2] == MAGIC:
+                buffered = io.BufferedReader(Gunzip(buffered), READ_SIZE)
             head = buffered.peek(1024)[:1024]
         except Exception as error:  # every filesystem plugin has exceptions of its own
             raise reading_error(source, None, error) from error

@@ -8,21 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from . import joined_letters
+from . import cropped_tokens, joined_tokens
 from .documents import Document, DocumentEncoder, Extent
 from .fasta import Encoder
 from .masking import mask_tokens, masked_count
 from .packing import Piece, Window, crop, cut, document
-from .randomness import generator
+from .randomness import uniforms
 from .reading import FASTA, Reading
 from .sharing import Arrays, MakeBatch, Share, collate, filler
-from .shuffling import chunks_in_file_order, shuffled_chunks
+from .shuffling import documents_in_file_order, shuffled_documents
 from .vocabulary import IGNORE, Tokens, Vocabulary
 
 SAMPLE_BUFFER = 2048  # records of a split among which the sample of an evaluation is drawn
@@ -120,7 +120,8 @@ class StreamSpec:
         """See sharing.Samples. Raises DataError for bad data, and for a split without records."""
         encoder = self.encoder(warn)
         if self._plain and isinstance(encoder, Encoder):
-            yield from joined_letters.training(self, start, share, encoder)
+            bulk = joined_tokens if self.packing == "concat" else cropped_tokens
+            yield from bulk.training(self, start, share, encoder)
         windows = enumerate(training_windows(self, start), start)
         consumed = start
         while True:
@@ -140,8 +141,8 @@ class StreamSpec:
 
     @property
     def _plain(self) -> bool:
-        """Whether the samples are joined proteins and nothing else."""
-        plain = self.packing == "concat" and not self.reset and not self.measured
+        """Whether the samples are made of FASTA alone, joined or cropped, and of nothing else."""
+        plain = not self.reset and not self.measured
         return plain and all(leaf.format == "fasta" for leaf in self.reading.leaves(self.sources))
 
     def _batch(
@@ -183,7 +184,7 @@ def training_windows(spec: StreamSpec, start: int = 0) -> Iterator[Window]:
     for index, (record, _) in enumerate(_endless(spec, start, lambda record: 1), start):
         whole = document(record)
         cropped = whole.stop > size and spec.crop == "random"
-        where = generator(spec.seed, "crop", index).random() if cropped else 0.0
+        where = float(uniforms(spec.seed, "crop", index)) if cropped else 0.0
         yield crop(whole, size, where)
 
 
@@ -210,7 +211,7 @@ def evaluation_windows(spec: StreamSpec, max_samples: int | None = None) -> Iter
     buffer of training, so that runs with other seeds are scored on the same records.
     """
     size, overlap = spec.length + spec.overlap, spec.overlap
-    records = _in_file_order(spec) if max_samples is None else _fair_order(spec)
+    records = documents_in_file_order(spec) if max_samples is None else _fair_order(spec)
     windows: Iterable[Window]
     pieces: Iterable[Piece]
     if spec.packing == "concat":
@@ -236,7 +237,7 @@ def target_counts(spec: StreamSpec, max_targets: int | None = None) -> npt.NDArr
     encoder = spec.encoder()
     causal = spec.objective == "causal"
     seen = 0
-    for record in _in_file_order(spec) if max_targets is None else _fair_order(spec):
+    for record in documents_in_file_order(spec) if max_targets is None else _fair_order(spec):
         targets = Window((document(record),))
         if spec.packing == "crop" and spec.crop == "first":
             targets = crop(document(record), spec.length + spec.overlap, 0.0)
@@ -250,12 +251,8 @@ def target_counts(spec: StreamSpec, max_targets: int | None = None) -> npt.NDArr
     return counts
 
 
-def _in_file_order(spec: StreamSpec) -> Iterator[Document]:
-    return chain.from_iterable(chunks_in_file_order(spec))
-
-
 def _fair_order(spec: StreamSpec) -> Iterator[Document]:
-    return chain.from_iterable(shuffled_chunks(replace(spec, seed=0, shuffle_buffer=SAMPLE_BUFFER), 0))
+    return shuffled_documents(replace(spec, seed=0, shuffle_buffer=SAMPLE_BUFFER), 0)
 
 
 def _endless(spec: StreamSpec, skip: int, size: Callable[[Document], int]) -> Iterator[tuple[Document, int]]:
@@ -269,7 +266,7 @@ def _endless(spec: StreamSpec, skip: int, size: Callable[[Document], int]) -> It
             epoch += skip // epoch_size
             skip %= epoch_size
         epoch_size = 0
-        for record in chain.from_iterable(shuffled_chunks(spec, epoch)):
+        for record in shuffled_documents(spec, epoch):
             here = size(record)
             epoch_size += here
             if skip >= here:

@@ -171,7 +171,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(large, tmp_path):
 def test_ctrl_c_says_that_it_goes_on_and_leaves_no_process(large, tmp_path):
     (tmp_path / "prepare.yaml").write_text(f"sources: {large}\nworkers: 2\noutput: out\n")
     command = Command("data", "prepare", "prepare.yaml", folder=tmp_path)
-    while not any(tmp_path.glob("out.partial/work/map/*.arrow")):
+    while not any(tmp_path.glob("out.partial/parts/map/*.arrow")):
         time.sleep(0.005)
         assert command.process.poll() is None, command.err.read_text()
     below = children(command.process.pid)
@@ -216,7 +216,7 @@ def test_a_full_disk_is_said_and_with_room_it_goes_on(large, little_room, tmp_pa
     full = longseq("data", "prepare", "prepare.yaml", folder=tmp_path)
     assert full.code == 1
     assert f"{little_room}/out: the disk is full (No space left on device); make room" in full.sentence
-    assert any(little_room.glob("out.partial/work/map/*.arrow"))
+    assert any(little_room.glob("out.partial/parts/map/*.arrow"))
     assert not any(little_room.rglob("*.partial/**/*.partial"))
     subprocess.run(["mount", "-o", "remount,size=200m", str(little_room)], check=True)
     assert longseq("data", "prepare", "prepare.yaml", folder=tmp_path).code == 0

@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 
 from corpora import write_files
+from downloads import CONTENT, PATH, PROMISE, QUICK
 from longseq_data import prepare as preparing
 from longseq_data import prepare_reduce
+from longseq_data.download import Patience, download
+from longseq_data.partial import Promise
 from longseq_data.streaming import StreamSpec
+from uniprot_server import File, Server, serve
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWYX"
 
@@ -91,3 +95,29 @@ def http_address(tmp_path: Path) -> Iterator[str]:
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
     server.server_close()
+
+
+# One file over HTTP: see downloads.
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with serve() as server:
+        server.files[PATH] = File(CONTENT)
+        yield server
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def get(server: Server, tmp_path: Path, said: list[str]):
+    """get(promise=..., patience=...): download the file as tmp_path/file.gz; bytes transferred."""
+
+    def get(promise: Promise = PROMISE, patience: Patience = QUICK, url: str = "", **settings: object) -> int:
+        url = url or server.address + PATH
+        return download(url, tmp_path / "file.gz", promise, patience=patience, notice=said.append, **settings)
+
+    return get

@@ -231,9 +231,22 @@ def test_buckets_keep_the_budget_and_waste_less_than_a_tenth(make_spec, proteins
     assert len(seen) > 20, "lengths differ from step to step"
 
 
-def test_a_bucket_is_not_entered_inside_a_step(make_spec):
-    with pytest.raises(ValueError, match="sample 1 stands inside a step"):
-        next(iter(training(make_spec("bucket"), start=1)))
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_start_inside_a_bucketed_step_gives_its_rest_and_goes_on(make_spec, world):
+    spec = make_spec("bucket", "masked")
+
+    def steps(start: int, count: int) -> list[tuple[int, list]]:
+        ranks = [islice(training(spec, rank=rank, world=world, start=start), count) for rank in range(world)]
+        return [(int(parts[0]["samples"]), sorted(samples(parts))) for parts in zip(*ranks, strict=True)]
+
+    whole = steps(0, 9)
+    first, second = whole[3][0], whole[4][0]
+    for start in range(first + 1, second):
+        (consumed, rest), *others = steps(start, 5)
+        assert consumed == second
+        assert len(rest) == second - start
+        assert not Counter(map(repr, rest)) - Counter(map(repr, whole[4][1]))
+        assert others == whole[5:]
 
 
 @pytest.mark.parametrize("packing", PACKINGS)

@@ -42,10 +42,12 @@ LONG_GZIP = gzip.compress(b"".join(b">r\n%s\n" % NOISE[i : i + 100] for i in ran
         pytest.param(b">a\nAC\n>b\n", ", line 3: record 'b' has no residues", id="zero length at the end"),
         pytest.param(b">a\nAC\n>b\n*\n", ", line 3: record 'b' has no residues", id="nothing but a stop"),
         pytest.param(LONG_GZIP[:-30], "LINE: the gzip data ends too early, so the file is truncated", id="truncated"),
-        pytest.param(gzip.compress(b">a\nAC\n")[:-9], ": the gzip data ends too early", id="truncated, small"),
+        pytest.param(gzip.compress(b">a\nAC\n")[:-9], ", after line 2: the gzip data ends", id="truncated, small"),
         pytest.param(LONG_GZIP[:-8] + bytes(8), "LINE: the gzip data is damaged (", id="wrong checksum"),
         pytest.param(LONG_GZIP[:10] + b"\xff" * 20, ": the gzip data is damaged (error: ", id="damaged deflate"),
-        pytest.param(gzip.compress(b">a\nAC\n") + b"junk", ": the gzip data is damaged (", id="junk after gzip"),
+        pytest.param(
+            gzip.compress(b">a\nAC\n") + b"junk", ", after line 2: the gzip data is dam", id="junk after gzip"
+        ),
         pytest.param(MANY + b">z\nAC\n\nA\0C\n", ", line 80004: the control character U+0000 in a", id="NUL, far"),
         pytest.param(b">a\nA\x1b[0mC\n", ", line 2: the control character U+001B in a sequence", id="escape"),
         pytest.param(">a\nAC\n\nD E\té\n".encode(), ", line 4: 'é' in a sequence, so this is not", id="UTF-8"),

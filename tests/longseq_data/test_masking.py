@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from longseq_data.masking import mask_tokens, masked_count
+from longseq_data.masking import mask_rows, mask_tokens, masked_count
 from longseq_data.randomness import generator
+from longseq_data.randomness import stream_words as WORDS
 from longseq_data.vocabulary import BOS, BYTES, EOS, IGNORE, MASK, PAD, RESIDUES, STANDARD, Vocabulary
 
 
@@ -47,15 +48,37 @@ def test_masking_is_a_pure_function_of_tokens_seed_and_index():
         assert (mask_tokens(tokens, *other)[1] != first[1]).any()
 
 
+@pytest.mark.parametrize("together_rows", [1, 3, 64])
+def test_a_row_is_masked_alike_whatever_stands_beside_and_behind_it(together_rows):
+    lengths = np.random.default_rng(1).integers(1, 90, 64)
+    rows = [np.concatenate([[BOS], residues(n, n), [EOS]]).astype(np.uint8) for n in lengths.tolist()]
+    alone = [mask_tokens(row, 3, 7 * g) for g, row in enumerate(rows)]
+    for first in range(0, 64, together_rows):
+        some = range(first, min(first + together_rows, 64))
+        batch = np.full((len(some), 93), PAD, dtype=np.int16)
+        for i, g in enumerate(some):
+            batch[i, : len(rows[g])] = rows[g]
+        inputs, targets = mask_rows(batch, 3, np.array([7 * g for g in some]))
+        for i, g in enumerate(some):
+            size = len(rows[g])
+            assert (inputs[i, :size] == alone[g][0]).all()
+            assert (targets[i, :size] == alone[g][1]).all()
+            assert (inputs[i, size:] == PAD).all()
+            assert (targets[i, size:] == IGNORE).all()
+
+
+def test_equal_random_words_leave_the_count_exact(monkeypatch):
+    monkeypatch.setattr("longseq_data.masking.stream_words", lambda states, counters: WORDS(states, counters) % 3)
+    tokens = np.full((50, 41), 5, dtype=np.uint8)
+    assert ((mask_rows(tokens, 0, np.arange(50))[1] != IGNORE).sum(axis=1) == masked_count(41)).all()
+
+
 def test_eighty_ten_ten_and_uniform_positions():
-    n, rounds = 40, 4000  # 6 of 40 each time: 24,000 chosen positions
-    tokens = np.full(n, 5, dtype=np.uint8)
-    where = np.zeros(n)
-    seen = np.zeros(29)
-    for index in range(rounds):
-        inputs, targets = mask_tokens(tokens, 0, index)
-        where += targets != IGNORE
-        seen += np.bincount(inputs[targets != IGNORE], minlength=29)
+    n, rounds = 40, 40_000  # 6 of 40 each time: 240,000 chosen positions
+    inputs, targets = mask_rows(np.full((rounds, n), 5, dtype=np.uint8), 0, np.arange(rounds))
+    masked = targets != IGNORE
+    assert (masked.sum(axis=1) == 6).all()
+    seen = np.bincount(inputs[masked], minlength=29)
     chosen = rounds * 6
     # five standard deviations of a binomial
     assert abs(seen[MASK] / chosen - 0.8) < 5 * (0.8 * 0.2 / chosen) ** 0.5
@@ -63,7 +86,16 @@ def test_eighty_ten_ten_and_uniform_positions():
     others = np.delete(seen[:STANDARD], 5) / chosen
     assert np.abs(others - 0.1 / 20).max() < 5 * (0.005 / chosen) ** 0.5
     assert seen[STANDARD:MASK].sum() == 0  # never a rare residue, BOS, EOS or PAD
-    assert np.abs(where / rounds - 0.15).max() < 5 * (0.15 * 0.85 / rounds) ** 0.5
+    assert np.abs(masked.mean(axis=0) - 0.15).max() < 5 * (0.15 * 0.85 / rounds) ** 0.5
+    # any two positions come together as often as others; of neighbouring samples they are independent
+    together = (masked.T.astype(float) @ masked / rounds)[np.triu_indices(n, 1)]
+    pair = 6 * 5 / (40 * 39)
+    assert np.abs(together - pair).max() < 6 * (pair / rounds) ** 0.5
+    following = masked[1:].T.astype(float) @ masked[:-1] / rounds
+    assert np.abs(following - 0.15**2).max() < 6 * (0.15**2 / rounds) ** 0.5
+    # what becomes of a position does not depend on which one it is
+    hidden = np.array([(inputs[:, i][masked[:, i]] == MASK).mean() for i in range(n)])
+    assert np.abs(hidden - 0.8).max() < 6 * (0.16 / (0.15 * rounds)) ** 0.5
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Proteins joined in bulk are those joined one by one; FASTA by the block is FASTA by the line."""
+"""Proteins joined and cropped in bulk are those taken one by one; FASTA by the block is FASTA by the line."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from longseq_data import joined_letters
+from longseq_data import cropped_tokens, joined_tokens
 from longseq_data.errors import DataError
 from longseq_data.fasta import Encoder
 from longseq_data.fasta_blocks import read_chunks
 from longseq_data.proteins import read_proteins
+from longseq_data.randomness import generator
 from longseq_data.sharing import Share
+from longseq_data.shuffling import shuffled_documents
 from longseq_data.streaming import StreamSpec, training_windows
+from longseq_data.vocabulary import IGNORE, PAD
 
 
 def fasta(seed: int, records: int) -> str:
@@ -39,18 +42,21 @@ def sources(write) -> tuple[str, ...]:
     return tuple(write(f"{seed}.fasta", fasta(seed, records)) for seed, records in ((1, 40), (2, 7), (3, 25)))
 
 
+@pytest.mark.parametrize("packing", ["concat", "crop", "first"])
 @pytest.mark.parametrize("objective", ["causal", "masked"])
 @pytest.mark.parametrize("length", [2, 5, 64, 700])
 @pytest.mark.parametrize("start", [0, 1, 30, 777])
-def test_joined_in_bulk_as_one_by_one(sources, objective, length, start):
-    spec = StreamSpec(sources, "train", 0.1, 0.1, length, "concat", objective, 4, shuffle_buffer=9)
+def test_in_bulk_as_one_by_one(sources, packing, objective, length, start):
+    crop, packing = ("first", "crop") if packing == "first" else ("random", packing)
+    spec = StreamSpec(sources, "train", 0.1, 0.1, length, packing, objective, 4, shuffle_buffer=9, crop=crop)
     one_by_one, bulk = Encoder(strict=False), Encoder(strict=False)
     windows = islice(enumerate(training_windows(spec, start), start), 48)
     expected = [(window, spec.sample(window, g, one_by_one)) for g, window in windows]
+    training = {"concat": joined_tokens, "crop": cropped_tokens}[packing].training
     found = {}
     for rank in range(3):
         share = Share(batch_sequences=4, accumulate=2, rank=rank, world=3)
-        for step, batches in enumerate(batched(joined_letters.training(spec, start, share, bulk), 2, 2)):
+        for step, batches in enumerate(batched(training(spec, start, share, bulk), 2, 2)):
             mine = [g for g in range(start + step * 24, start + (step + 1) * 24) if g % 3 == rank]
             rows = [row for batch in batches for row in zip(batch["tokens"], batch["targets"], strict=True)]
             found.update(zip(mine, rows, strict=True))
@@ -60,9 +66,38 @@ def test_joined_in_bulk_as_one_by_one(sources, objective, length, start):
                 assert batch["samples"] == start + (step + 1) * 24
     assert sorted(found) == list(range(start, start + 48))
     for g, (_, sample) in enumerate(expected, start):
-        np.testing.assert_array_equal(found[g][0], sample.tokens)
-        np.testing.assert_array_equal(found[g][1], sample.targets)
+        for values, real, fill in zip(found[g], (sample.tokens, sample.targets), (PAD, IGNORE), strict=True):
+            np.testing.assert_array_equal(values[: len(real)], real)
+            assert (values[len(real) :] == fill).all()
     assert bulk.unknown == one_by_one.unknown
+
+
+@pytest.mark.parametrize("residues", [1, 900, 10**9])
+@pytest.mark.parametrize("buffer", [1, 7, 40, 1000])
+def test_draws_made_at_once_are_those_of_a_buffer_that_gives_one_for_one(sources, monkeypatch, buffer, residues):
+    monkeypatch.setattr("longseq_data.shuffling.BUFFER_RESIDUES", residues)
+    spec = StreamSpec(sources, None, 0, 0, 9, "crop", "causal", 4, shuffle_buffer=buffer)
+    plain = StreamSpec(sources, None, 0, 0, 9, "crop", "causal", 4, shuffle_buffer=1)
+    monkeypatch.setattr("longseq_data.shuffling._through_buffer", lambda spec, epoch, chunks: chunks)
+    turns = list(shuffled_documents(plain, 1))
+    monkeypatch.undo()
+    monkeypatch.setattr("longseq_data.shuffling.BUFFER_RESIDUES", residues)
+    random, held, expected = generator(4, "shuffle", 1), [], []
+
+    def leave() -> None:
+        i = int(random.random() * len(held))
+        expected.append(held[i])
+        held[i] = held[-1]
+        held.pop()
+
+    for document in turns:
+        held.append(document)
+        while len(held) > buffer or (sum(each.length for each in held) > residues and len(held) > 1):
+            leave()
+    while held:
+        leave()
+    assert list(shuffled_documents(spec, 1)) == expected
+    assert len(expected) == 72
 
 
 def batched(batches, size: int, count: int):
@@ -73,7 +108,7 @@ def batched(batches, size: int, count: int):
 def test_a_strict_stream_names_the_line_of_the_first_letter_it_refuses(write):
     source = write("a.fasta", ">a\nACD\n>b\nACDEF\nGHJ\n")
     spec = StreamSpec((source,), None, 0, 0, 4, "concat", "causal", 0, strict=True)
-    makes = joined_letters.training(spec, 0, Share(2, 1, 0, 1), Encoder(strict=True))
+    makes = joined_tokens.training(spec, 0, Share(2, 1, 0, 1), Encoder(strict=True))
     with pytest.raises(DataError, match=r"a\.fasta, line 5: character 'J' in record 'b'"):
         list(make() for make in islice(makes, 9))  # noqa: C400
 

@@ -1,0 +1,102 @@
+"""Gzip in large steps: what runs inside zlib needs no interpreter, so another thread can parse meanwhile.
+
+Python's own GzipFile takes 8 KiB of compressed data a step before 3.12, and asks for the interpreter after each.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar, cast
+
+MAGIC = b"\x1f\x8b"
+WRAPPED = 31  # zlib's wbits: gzip's header and checksum, and a window of 32 KiB
+LEAST = 1 << 16  # compressed bytes a step
+CAREFUL = 512  # a step where data are damaged, before single bytes: all that is whole shall be given
+
+Piece = TypeVar("Piece")
+
+
+class Gunzip(io.RawIOBase):
+    """The text of a buffered gzip file of any number of members, zeros after each of them skipped.
+
+    Reading raises EOFError where it is cut off, gzip.BadGzipFile where something else follows a member, and zlib.error
+    where it is damaged: in any case after everything before that, whatever the sizes of the reads.
+    """
+
+    def __init__(self, stored: io.BufferedReader) -> None:
+        self._stored = stored
+        self._member = zlib.decompressobj(WRAPPED)
+        self._input = b""
+        self._damaged = False  # somewhere in the input
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        view = memoryview(buffer).cast("B")
+        while not self._member.eof or self._next_member():
+            if not self._input:
+                self._input = self._stored.read1(max(LEAST, len(view) // 2))
+            ended = not self._input
+            text = self._decompressed(len(view))
+            if text:
+                view[: len(text)] = text
+                return len(text)
+            if ended:
+                raise EOFError("the compressed file ended before the end of its data")
+        return 0
+
+    def _next_member(self) -> bool:
+        while not (rest := self._input.lstrip(b"\0")):
+            self._input = self._stored.read1(LEAST)
+            if not self._input:
+                return False
+        if len(rest) == 1:
+            rest += self._stored.read(1)
+        if not rest.startswith(MAGIC):
+            raise gzip.BadGzipFile(f"Not a gzipped file ({rest[:2]!r})")
+        self._input, self._member = rest, zlib.decompressobj(WRAPPED)
+        return True
+
+    def _decompressed(self, most: int) -> bytes:
+        """At most ``most`` bytes; empty where more input is needed."""
+        if self._damaged:
+            return self._until_damage(most)
+        before = self._member.copy()
+        try:
+            text = self._member.decompress(self._input, most)
+        except zlib.error:  # what it had decompressed until then is lost with it
+            self._member, self._damaged = before, True
+            return self._until_damage(most)
+        self._input = self._member.unused_data if self._member.eof else self._member.unconsumed_tail
+        return text
+
+    def _until_damage(self, most: int) -> bytes:
+        size = CAREFUL
+        while True:
+            before = self._member.copy()
+            piece, rest = self._input[:size], self._input[size:]
+            try:
+                text = self._member.decompress(piece, most)
+            except zlib.error:
+                if size == 1:
+                    raise
+                self._member, size = before, 1
+                continue
+            self._input = self._member.unconsumed_tail + rest
+            if text or not self._input:
+                return text
+
+
+def ahead(pieces: Iterator[Piece]) -> Generator[Piece, None, None]:
+    """The same, of which a thread makes the next while this one is used. Closing it waits for that one."""
+    nothing = object()
+    with ThreadPoolExecutor(1, "read-ahead") as thread:
+        coming = thread.submit(next, pieces, nothing)
+        while (piece := coming.result()) is not nothing:
+            coming = thread.submit(next, pieces, nothing)
+            yield cast(Piece, piece)
