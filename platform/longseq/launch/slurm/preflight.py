@@ -15,7 +15,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import DistError, PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from longseq.errors import EXIT_UNFIT, LongseqError
 from longseq.launch.memory import gib
@@ -97,7 +97,7 @@ def _all_there(place: Place, problem: str, limits: Limits) -> Store:
             store.set("verdict", _verdict(store, place, limits))
         store.set_timeout(timedelta(seconds=limits.seconds + 60))
         verdict = store.get("verdict").decode()
-    except (DistError, RuntimeError) as error:
+    except RuntimeError as error:
         raise UnfitError(
             f"{place.node_of(place.rank)}: rank {place.rank} cannot reach rank 0 at {place.address}:{place.port} "
             f"({str(error).splitlines()[0]})."
