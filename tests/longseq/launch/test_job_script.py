@@ -161,10 +161,11 @@ if [ -e "{job.tools}/asked" ]; then echo CANCELLED; else touch "{job.tools}/aske
     assert (ended.code, ended.requeued) == (75, False)
 
 
-def test_a_job_that_gets_sigterm_leaves_it_to_slurm_whether_it_comes_back(job):
+def test_sigterm_with_time_to_save_is_a_signal_like_the_other(job):
+    """As preemption with a time of grace sends it: a job that just ended would not come back."""
     waits = """trap 'echo saved >"$start.end"; exit 0' USR1; kill -TERM $PPID; for _ in {1..100}; do sleep 0.05; done"""
     ended = job.start(waits)
-    assert (ended.code, ended.requeued) == (75, False)
+    assert (ended.code, ended.requeued) == (75, True)
     assert "TERM: the training is asked to save" in ended.said
 
 

@@ -13,6 +13,8 @@ import pytest
 
 from longseq import starts
 from longseq.config_loading import load_config
+from longseq.errors import LongseqError
+from longseq.launch import local
 from longseq.launch.slurm.state import record_job, state_of
 from longseq.run import Run
 from longseq.starts import Progress
@@ -154,3 +156,10 @@ def test_the_last_lines_of_a_log_and_those_of_a_rank(place):
     assert longseq(place, "logs", "runs/one", "--rank=1").stdout == "of rank 1\n"
     missing = longseq(place, "logs", "runs/one", "--rank=2")
     assert "rank 2 has no log" in missing.stderr
+
+
+def test_a_run_of_several_nodes_is_not_started_on_this_machine_alone(place):
+    given = [f"data.train={place}/proteins.fasta", f"run.dir={place}/runs", "run.name=two", "trainer.nodes=2"]
+    run = Run.create(load_config(place / "small.yaml", given), "x")
+    with pytest.raises(LongseqError, match=r"trainer\.nodes=2: .* set trainer\.nodes=1 trainer\.devices=2, or fewer"):
+        local.train(run, 1, None)

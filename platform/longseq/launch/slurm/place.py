@@ -46,7 +46,7 @@ class Place:
         return Place(
             rank=int(environment["SLURM_PROCID"]),
             local_rank=int(environment["SLURM_LOCALID"]),
-            world=int(environment["SLURM_NTASKS"]),
+            world=int(environment.get("SLURM_STEP_NUM_TASKS") or environment["SLURM_NTASKS"]),
             nodes=nodes,
             # Of the batch script's node, which is that of rank 0; by number, where names do not resolve.
             address=environment.get("SLURM_LAUNCH_NODE_IPADDR") or nodes[0],

@@ -97,7 +97,7 @@ def _all_there(place: Place, problem: str, limits: Limits) -> Store:
             store.set("verdict", _verdict(store, place, limits))
         store.set_timeout(timedelta(seconds=limits.seconds + 60))
         verdict = store.get("verdict").decode()
-    except (dist.DistError, RuntimeError) as error:
+    except RuntimeError as error:
         raise UnfitError(
             f"{place.node_of(place.rank)}: rank {place.rank} cannot reach rank 0 at {place.address}:{place.port} "
             f"({str(error).splitlines()[0]})."
