@@ -22,7 +22,7 @@ from .proteins import read_proteins
 from .sources import open_binary, reading_error
 from .vocabulary import EOS, TABLE
 
-READ_SIZE = 1 << 20  # decompressed at once, and parsed while the next is
+READ_SIZE = 1 << 19  # decompressed at once, and parsed while the next is
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 # A line break, and a header whose identifier stands at once after the '>'.

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
 
-from .fasta import UNKNOWN_BYTE, UNKNOWN_TO_X, Encoder, Record
+from .fasta import Encoder, Record
 from .fasta_blocks import EOS_BYTE, Protein
 from .masking import mask_rows, masked_counts
 from .sharing import Arrays, MakeBatch, Share
 from .shuffling import Chunk, shuffled_tokens
-from .vocabulary import BOS, RESIDUES, TABLE
+from .vocabulary import BOS, RESIDUES, TABLE, UNKNOWN, X
 
 if TYPE_CHECKING:
     from .streaming import StreamSpec
@@ -38,7 +39,7 @@ class Special(NamedTuple):
 class Stretch(NamedTuple):
     """A part of the stream: its ids, and the special records in it. Places count from the start of ``ids``."""
 
-    ids: bytes  # UNKNOWN where a special record has such a letter
+    ids: npt.NDArray[np.uint8]  # read-only; UNKNOWN where a special record has such a letter
     special: list[Special]
 
 
@@ -48,8 +49,7 @@ def training(spec: StreamSpec, start: int, share: Share, encoder: Encoder) -> It
     rows = share.batch_sequences
     consumed = start
     for stretch in _stretches(spec, start * spec.length, share.step_samples * spec.length, spec.overlap):
-        ids = np.frombuffer(stretch.ids, dtype=np.uint8)
-        windows = np.lib.stride_tricks.as_strided(ids, (share.step_samples, size), (spec.length, 1), writeable=False)
+        windows = sliding_window_view(stretch.ids, size)[:: spec.length]
         mine = np.arange((share.rank - consumed) % share.world, share.step_samples, share.world)
         numbers = consumed + mine
         consumed += share.step_samples
@@ -61,28 +61,27 @@ def training(spec: StreamSpec, start: int, share: Share, encoder: Encoder) -> It
         facts = {"step_targets": scored, "samples": consumed}
         for first in range(0, len(mine), rows):
             here = slice(first, first + rows)
-            yield partial(_batch, spec, encoder, stretch, windows[mine[here]], mine[here], numbers[here], facts)
+            yield partial(_batch, spec, encoder, stretch, mine[here], numbers[here], facts)
 
 
 def _marks(ids: npt.NDArray[np.uint8]) -> int:
-    return int(np.count_nonzero((ids >= RESIDUES) & (ids != UNKNOWN_BYTE[0])))
+    return int(np.count_nonzero((ids >= RESIDUES) & (ids != UNKNOWN)))
 
 
 def _batch(
     spec: StreamSpec,
     encoder: Encoder,
     stretch: Stretch,
-    windows: npt.NDArray[np.uint8],
     places: npt.NDArray[np.int64],
     numbers: npt.NDArray[np.int64],
     facts: dict[str, int],
 ) -> Arrays:
-    ids = windows.tobytes()
-    if UNKNOWN_BYTE in ids:
+    tokens = sliding_window_view(stretch.ids, spec.length + spec.overlap)[:: spec.length][places]
+    unknown = tokens == UNKNOWN
+    if unknown.any():
         for place in (places * spec.length).tolist():
             _look(stretch, place, place + spec.length + spec.overlap, encoder)
-        ids = ids.translate(UNKNOWN_TO_X)
-    tokens = np.frombuffer(ids, dtype=np.uint8).reshape(windows.shape).copy()
+        tokens[unknown] = X
     if spec.objective == "causal":
         batch: Arrays = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}  # views of one array, none ignored
     else:
@@ -105,14 +104,14 @@ def _stretches(spec: StreamSpec, skip: int, step: int, overlap: int) -> Iterator
     held = len(pieces)  # ids in pieces
     special: list[Special] = []  # places count from the start of the pieces
     for chunk, rest in endless(spec, max(skip - 1, 0), lambda chunk: chunk.sizes + 1):
-        text, found = _joined(chunk)
+        joined, found = _joined(chunk)
         special += [Special(held - rest + place, record) for place, record in found]
-        pieces.append(text[rest:])
-        held += len(text) - rest
+        pieces.append(joined[rest:] if rest else joined)
+        held += len(joined) - rest
         if held < step + overlap:
             continue
-        ids = b"".join(pieces)
-        place = 0
+        text, place = b"".join(pieces), 0
+        ids = np.frombuffer(text, dtype=np.uint8)
         while held - place >= step + overlap:
             stop = place + step + overlap
             here = [Special(at - place, record) for at, record in special if at < stop]
@@ -120,7 +119,7 @@ def _stretches(spec: StreamSpec, skip: int, step: int, overlap: int) -> Iterator
             place += step
             special = [each for each in special if each.end > place]
         special = [Special(at - place, record) for at, record in special]
-        pieces, held = [ids[place:]], held - place
+        pieces, held = [text[place:]], held - place
 
 
 def _joined(chunk: Chunk) -> tuple[bytes, list[Special]]:

@@ -30,10 +30,6 @@ for packing in ("concat", "crop", "bucket"):
     spec = CorpusSpec("corpus", "train", 512, packing, "causal", 0, batch_tokens=65536)
     for batch in islice(Loader(TrainingBatches(spec, batch_sequences=128, accumulate=1, rank=0, world=1), 1), {steps}):
         pass
-"""
-STREAM = """
-from itertools import islice
-from longseq_data.batches import Loader, TrainingBatches
 from longseq_data.streaming import StreamSpec
 spec = StreamSpec(("big.fasta",), "train", 0.05, 0.05, 512, "concat", "causal", 0, shuffle_buffer=1000)
 for batch in islice(Loader(TrainingBatches(spec, batch_sequences=128, accumulate=1, rank=0, world=1), 1), {steps}):
@@ -84,7 +80,6 @@ def peaks(folder: Path, megabytes: int) -> dict[str, int]:
     return {
         "prepare": peak(PREPARE, folder),
         "read": peak(READ.replace("{steps}", str(steps)), folder),
-        "stream": peak(STREAM.replace("{steps}", str(steps)), folder),
     }
 
 

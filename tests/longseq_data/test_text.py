@@ -132,7 +132,7 @@ def test_bad_json_lines_are_refused_with_file_and_line(content, sentence, write)
         ("text", "text".encode("utf-16"), r"is UTF-16 text, not plain text; convert it to plain \(UTF-8\)"),
         ("text", b"a\0", "is a binary file"),
         ("text", gzip.compress(BOOK, mtime=0)[:-9], "the gzip data ends too early"),
-        ("text", CUT, "after line 1: the gzip data ends too early"),
+        ("text", CUT, r"after line [1-9]\d*: the gzip data ends too early"),
         ("lines", CUT, r"after line [1-9]\d+: the gzip data ends too early"),
     ],
 )
