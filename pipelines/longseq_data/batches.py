@@ -6,7 +6,7 @@ many ranks, workers or micro-batches share the work, and a resume needs nothing 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -107,13 +107,19 @@ class Loader:
     ) -> None:
         self.dataset = dataset
         self.pin_memory = pin_memory
-        self._items = DataLoader(
-            _Messages(dataset),
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=prefetch if workers else None,
-            persistent_workers=persistent and workers > 0,
-            collate_fn=_as_is,
+        messages = _Messages(dataset)
+        # in this process a DataLoader does nothing but take its time
+        self._items: Iterable[Parcel | _Failure] = (
+            messages
+            if not workers
+            else DataLoader(
+                messages,
+                batch_size=None,
+                num_workers=workers,
+                prefetch_factor=prefetch,
+                persistent_workers=persistent,
+                collate_fn=_as_is,
+            )
         )
 
     def __iter__(self) -> Iterator[Batch]:
