@@ -59,7 +59,7 @@ class Login:
     def submit(self, name: str, *words: object) -> tuple[str, Path]:
         """Submit tiny.yaml as a run: the job's id and the run's folder."""
         said = self.type("submit", "tiny.yaml", f"run.name={name}", "--site=site.yaml", *words)
-        job = said.split()[1]
+        job = said.split()[1].rstrip(",")
         assert said.startswith("job "), said
         return job, self.folder / "runs" / name
 

@@ -110,7 +110,9 @@ def test_two_writers_leave_one_unbroken_run(login: Login, uninterrupted: Path) -
     assert before is not None
     assert after is not None
     assert after.step <= before.step + 3  # it noticed at once
-    assert "start 2 has this run now, so start 1 writes nothing more to it and ends." in login.log(run)
+    # Its srun is gone, which took rank 0's words to the job's log.
+    words = "start 2 has this run now, so start 1 writes nothing more to it and ends."
+    assert words in (run / "logs/rank-1.log").read_text()
     assert (run / "FINISHED").read_text() == "80\n"
     whole(run, uninterrupted)
     cluster.wait_until_idle()
