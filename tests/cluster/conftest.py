@@ -92,10 +92,10 @@ class Login:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Three nodes, each of its own where namespaces may be made."""
+    """Three nodes, each of its own where namespaces may be made; SLURM_TEST_FLAT=1 does without."""
     if missing():
         pytest.skip(missing())
-    with Cluster(3) as cluster:
+    with Cluster(3, flat="SLURM_TEST_FLAT" in os.environ) as cluster:
         yield cluster
 
 

@@ -64,7 +64,11 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         for name in reversed(list(self.supervisors)):
             self._end(name)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for _ in range(50):  # what has just been killed may still hold and make files
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if not self.folder.exists():
+                return
+            time.sleep(0.1)
 
     @property
     def environment(self) -> dict[str, str]:

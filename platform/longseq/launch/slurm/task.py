@@ -122,7 +122,8 @@ def _redirect(run: Run, rank: int) -> None:
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     os.close(descriptor)
-    print(f"longseq: start {run.start}, rank {rank} on {socket.gethostname()}", flush=True)
+    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    print(f"longseq: start {run.start}, rank {rank} on {node}", flush=True)
 
 
 def _environment(place: Place) -> None:
