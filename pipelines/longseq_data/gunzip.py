@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import gzip
 import io
+import sys
+import threading
 import zlib
 from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar, cast
+from queue import SimpleQueue
+from typing import TypeVar
 
 MAGIC = b"\x1f\x8b"
 WRAPPED = 31  # zlib's wbits: gzip's header and checksum, and a window of 32 KiB
 LEAST = 1 << 16  # compressed bytes a step
 CAREFUL = 512  # a step where data are damaged, before single bytes: all that is whole shall be given
+
+AHEAD = 4  # pieces
 
 Piece = TypeVar("Piece")
 
@@ -93,10 +97,42 @@ class Gunzip(io.RawIOBase):
 
 
 def ahead(pieces: Iterator[Piece]) -> Generator[Piece, None, None]:
-    """The same, of which a thread makes the next while this one is used. Closing it waits for that one."""
-    nothing = object()
-    with ThreadPoolExecutor(1, "read-ahead") as thread:
-        coming = thread.submit(next, pieces, nothing)
-        while (piece := coming.result()) is not nothing:
-            coming = thread.submit(next, pieces, nothing)
-            yield cast(Piece, piece)
+    """The same, of which a thread makes up to AHEAD more while one is used. Closing it waits for the one being made.
+
+    More than one, because the thread needs the interpreter between two pieces, and may have to wait for it for some
+    milliseconds (sys.getswitchinterval).
+    """
+    ready: SimpleQueue[Piece | _End] = SimpleQueue()
+    room = threading.Semaphore(AHEAD)
+    stop = False
+
+    def make() -> None:
+        end = _End()
+        try:
+            for piece in pieces:
+                ready.put(piece)
+                room.acquire()
+                if stop:
+                    break
+        except BaseException as error:  # for whoever waits for the next piece
+            end = _End(error)
+        ready.put(end)
+
+    thread = threading.Thread(target=make, name="read-ahead", daemon=True)
+    thread.start()
+    try:
+        while not isinstance(piece := ready.get(), _End):
+            room.release()
+            yield piece
+        if piece.error is not None:
+            raise piece.error
+    finally:
+        stop = True
+        room.release()
+        if not sys.is_finalizing():  # then threads have stopped where they were
+            thread.join()
+
+
+class _End:
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.error = error

@@ -74,10 +74,17 @@ def prepare(
         except OSError as error:
             if error.errno not in FULL:
                 raise
+            _sweep(output.with_name(f"{output.name}.partial") / PARTS)
             raise DataError(
                 f"{output}: the disk is full ({error.strerror}); make room, and start the same command again: it goes "
                 f"on."
             ) from error
+
+
+def _sweep(parts: Path) -> None:
+    """Remove the files that were being written by processes that are no more."""
+    for rest in [*parts.glob("*/*.partial"), *parts.glob("*/.*.partial")]:
+        rest.unlink(missing_ok=True)
 
 
 def _block_bytes(config: PrepareConfig, sources: list[str]) -> int:
@@ -93,8 +100,7 @@ class _Preparation:
         self.parts = folder / PARTS
         for name in ("sources", "map", "shards"):
             (self.parts / name).mkdir(exist_ok=True)
-        for rest in [*self.parts.glob("*/*.partial"), *self.parts.glob("*/.*.partial")]:
-            rest.unlink()  # of processes that were killed
+        _sweep(self.parts)  # after processes that were killed
 
     def run(self) -> None:
         inputs = self._hold_out()

@@ -17,6 +17,8 @@ from typing import Generic, TypeVar
 
 from .errors import DataError
 
+ENDING = 10  # seconds that processes have to end
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -35,8 +37,11 @@ class Workers:
     def __exit__(self, *_: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
-            for child in set(multiprocessing.active_children()) - self._others:
+            children = set(multiprocessing.active_children()) - self._others
+            for child in children:
                 child.terminate()
+            for child in children:  # what they leave behind can then be removed
+                child.join(ENDING)
 
     def share(
         self, work: Callable[[Item], Result], items: Iterable[Item], most: int | None = None

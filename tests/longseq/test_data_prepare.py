@@ -133,10 +133,10 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(large, tmp_path):
     assert whole.code == 0, whole.err
     partial, out = tmp_path / "out.partial", tmp_path / "out"
     moments = [
-        lambda: any(partial.glob("work/map/*.arrow")),
-        lambda: len(list(partial.glob("work/map/*.arrow"))) > 4,
-        lambda: any(partial.glob("work/sources/*.json")),
-        lambda: any(partial.glob("work/shards/*.json")),
+        lambda: any(partial.glob("parts/map/*.arrow")),
+        lambda: len(list(partial.glob("parts/map/*.arrow"))) > 4,
+        lambda: any(partial.glob("parts/sources/*.json")),
+        lambda: any(partial.glob("parts/shards/*.json")),
         lambda: any(partial.glob("train/*.arrow")),
         lambda: (partial / "manifest.json").exists(),
     ]
