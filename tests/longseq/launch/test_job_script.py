@@ -112,6 +112,15 @@ def test_a_crash_comes_back_and_a_second_one_after_the_same_step_does_not(job):
     assert "crashed twice after step 9" in (job.run / "STOPPED").read_text()
 
 
+def test_a_start_that_never_began_between_two_crashes_excuses_neither(job):
+    crash = 'echo "9 20 2.5 100 0" >"$start.step"; exit 137'
+    assert job.start(crash).requeued
+    assert job.start("exit 1").requeued
+    ended = job.start(crash)
+    assert (ended.code, ended.requeued) == (70, False)
+    assert "crashed twice after step 9" in ended.said
+
+
 def test_a_save_between_two_crashes_after_the_same_step_makes_them_no_pair(job):
     crash = 'echo "9 20 2.5 100 0" >"$start.step"; exit 137'
     assert job.start(crash).requeued
