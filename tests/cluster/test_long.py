@@ -20,7 +20,10 @@ def test_a_run_of_three_time_limits_ends_with_the_losses_of_an_uninterrupted_one
     login: Login, here: Callable[..., Path]
 ) -> None:
     """SLURM looks at its limits every 30 s, so the signal comes 30 to 60 s after the start of two minutes."""
-    long = ("data.batch_tokens=24576", "trainer.max_steps=400", "trainer.valid_every=100", "trainer.checkpoint_every=0")
+    wide = ("data.batch_tokens=24576", "trainer.valid_every=0", "trainer.checkpoint_every=0")
+    rate = curve(here("speed", "trainer.devices=2", "trainer.max_steps=30", *wide), "train/tokens_per_second")
+    steps = int(130 * sum(list(rate.values())[10:]) / 20 / 24576)  # 130 s of training, here and now
+    long = (*wide, f"trainer.max_steps={steps}", "trainer.valid_every=50")
     job, run = login.submit("limited", "--nodes=2", "--time=2m", *long)
     assert login.cluster.wait_for(job, *ENDED, timeout=500) == "COMPLETED", login.log(run)
     restarts = [int(number) for number in re.findall(r"restart (\d+), on", login.log(run))]
