@@ -10,9 +10,14 @@ import io
 import sys
 import threading
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from queue import SimpleQueue
 from typing import TypeVar
+
+try:
+    from isal import isal_zlib  # three times as fast as zlib
+except ImportError:  # there are processors without it
+    isal_zlib = None
 
 MAGIC = b"\x1f\x8b"
 WRAPPED = 31  # zlib's wbits: gzip's header and checksum, and a window of 32 KiB
@@ -29,12 +34,18 @@ class Gunzip(io.RawIOBase):
 
     Reading raises EOFError where it is cut off, gzip.BadGzipFile where something else follows a member, and zlib.error
     where it is damaged: in any case after everything before that, whatever the sizes of the reads.
+
+    again: opens the file once more. With it ISA-L decompresses, which is faster but keeps to itself what it had
+    decompressed of a piece before an error; then zlib reads the file from its beginning, up to what is wrong.
     """
 
-    def __init__(self, stored: io.BufferedReader) -> None:
+    def __init__(self, stored: io.BufferedReader, again: Callable[[], io.BufferedReader] | None = None) -> None:
         self._stored = stored
-        self._member = zlib.decompressobj(WRAPPED)
+        self._again = again if isal_zlib is not None else None
+        self._new = zlib.decompressobj if self._again is None else isal_zlib.decompressobj
+        self._member = self._new(WRAPPED)
         self._input = b""
+        self._given = 0
         self._damaged = False  # somewhere in the input
 
     def readable(self) -> bool:
@@ -42,6 +53,31 @@ class Gunzip(io.RawIOBase):
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
         view = memoryview(buffer).cast("B")
+        try:
+            count = self._readinto(view)
+        except Exception as error:
+            if self._again is None or not isinstance(error, (EOFError, gzip.BadGzipFile, isal_zlib.error)):
+                raise
+            self._read_again(self._again)
+            count = self._readinto(view)
+        self._given += count
+        return count
+
+    def _read_again(self, again: Callable[[], io.BufferedReader]) -> None:
+        """Go on with zlib, from the same place."""
+        self._stored.close()
+        self._stored, self._again, self._new = again(), None, zlib.decompressobj
+        self._member, self._input = self._new(WRAPPED), b""
+        skipped = memoryview(bytearray(LEAST))
+        left = self._given
+        while left:
+            left -= self._readinto(skipped[: min(left, LEAST)])
+
+    def close(self) -> None:
+        self._stored.close()
+        super().close()
+
+    def _readinto(self, view: memoryview) -> int:
         while not self._member.eof or self._next_member():
             if not self._input:
                 self._input = self._stored.read1(max(LEAST, len(view) // 2))
@@ -63,14 +99,14 @@ class Gunzip(io.RawIOBase):
             rest += self._stored.read(1)
         if not rest.startswith(MAGIC):
             raise gzip.BadGzipFile(f"Not a gzipped file ({rest[:2]!r})")
-        self._input, self._member = rest, zlib.decompressobj(WRAPPED)
+        self._input, self._member = rest, self._new(WRAPPED)
         return True
 
     def _decompressed(self, most: int) -> bytes:
         """At most ``most`` bytes; empty where more input is needed."""
         if self._damaged:
             return self._until_damage(most)
-        before = self._member.copy()
+        before = self._member.copy() if self._again is None else None
         try:
             text = self._member.decompress(self._input, most)
         except zlib.error:  # what it had decompressed until then is lost with it

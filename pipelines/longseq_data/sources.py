@@ -162,13 +162,19 @@ def open_binary(
     Raises DataError where the source cannot be opened, is empty, or is clearly not text.
     """
     with ExitStack() as stack:
-        try:
-            raw = stack.enter_context(open_raw(source))
+        watched: _Watched | None = None
+
+        def opened() -> io.BufferedReader:
+            nonlocal watched
+            raw = cast(io.RawIOBase, stack.enter_context(open_raw(source)))
             if watch is not None:
-                raw = cast("IO[bytes]", stack.enter_context(_Watched(raw, watch)))
-            buffered: io.BufferedReader = io.BufferedReader(cast(io.RawIOBase, raw), READ_SIZE)
+                raw = watched = _Watched(raw, watch, watched.seen if watched else 0)
+            return io.BufferedReader(raw, READ_SIZE)
+
+        try:
+            buffered = opened()
             if buffered.peek(2)[:2] == MAGIC:
-                buffered = io.BufferedReader(Gunzip(buffered), READ_SIZE)
+                buffered = io.BufferedReader(Gunzip(buffered, again=opened), READ_SIZE)
             head = buffered.peek(1024)[:1024]
         except Exception as error:  # every filesystem plugin has exceptions of its own
             raise reading_error(source, None, error) from error
@@ -177,11 +183,13 @@ def open_binary(
 
 
 class _Watched(io.RawIOBase):
-    """A raw file that shows everything read from it to a function."""
+    """A raw file that shows everything read from it to a function, after the first ``seen`` bytes."""
 
-    def __init__(self, raw: IO[bytes], watch: Callable[[memoryview], object]) -> None:
-        self._raw = cast(io.RawIOBase, raw)
+    def __init__(self, raw: io.RawIOBase, watch: Callable[[memoryview], object], seen: int) -> None:
+        self._raw = raw
         self._watch = watch
+        self._place = 0
+        self.seen = seen  # by the function
 
     def readable(self) -> bool:
         return True
@@ -189,7 +197,10 @@ class _Watched(io.RawIOBase):
     def readinto(self, buffer: bytearray | memoryview) -> int | None:  # type: ignore[override]
         count = self._raw.readinto(buffer)
         if count:
-            self._watch(memoryview(buffer)[:count])
+            self._place += count
+            if self._place > self.seen:
+                self._watch(memoryview(buffer)[max(0, count - (self._place - self.seen)) : count])
+                self.seen = self._place
         return count
 
 

@@ -10,14 +10,19 @@ import zlib
 import pytest
 
 from longseq_data.gunzip import Gunzip, ahead
+from longseq_data.sources import open_binary
 
 TEXT = "".join(random.Random(0).choices("ACDEFGHIKLMNPQRSTVWY\n", k=50_000)).encode() + b"A" * 70_000
 SIZES = (1, 7, 300, 4096, 1 << 18)
 
 
-def read(stored: bytes, size: int) -> tuple[bytes, str]:
-    """The text in steps of ``size``, and the name of the error that ends it."""
-    handle, text = Gunzip(io.BufferedReader(io.BytesIO(stored), 512)), b""
+def read(stored: bytes, size: int, fast: bool = True) -> tuple[bytes, str]:
+    """The text in steps of ``size``, and the name of the error that ends it. Not ``fast``: by zlib from the start."""
+
+    def opened() -> io.BufferedReader:
+        return io.BufferedReader(io.BytesIO(stored), 512)
+
+    handle, text = Gunzip(opened(), opened if fast else None), b""
     try:
         while piece := handle.read(size):
             text += piece
@@ -50,7 +55,25 @@ def test_of_a_damaged_file_the_same_is_read_whatever_the_size_of_the_steps(damag
     assert TEXT.startswith(text[:9000])
     assert len(text) > 2000
     for size in SIZES[2:]:
-        assert read(stored, size) == (text, error)
+        for fast in (True, False):
+            assert read(stored, size, fast) == (text, error)
+
+
+def test_wherever_a_file_is_cut_off_all_that_is_whole_is_read():
+    stored = gzip.compress(TEXT[:2000], mtime=0)
+    for size in range(len(stored)):
+        assert read(stored[:size], 1 << 18) == read(stored[:size], 1 << 18, fast=False), size
+
+
+def test_what_is_watched_is_seen_once_though_a_damaged_file_is_read_twice(tmp_path):
+    stored = bytearray(gzip.compress(TEXT, mtime=0))
+    stored[-6] ^= 1
+    path, seen = tmp_path / "damaged.gz", []
+    path.write_bytes(stored)
+    with open_binary(str(path), "text", lambda piece: seen.append(bytes(piece))) as handle, pytest.raises(zlib.error):
+        while handle.read1(1 << 12):
+            pass
+    assert b"".join(seen) == stored
 
 
 def test_what_is_read_ahead_comes_in_order_and_its_error_after_it():
