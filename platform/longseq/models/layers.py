@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longseq.attention import FavorAttention, RecurrentState
@@ -9,11 +10,12 @@ from longseq.models.spec import PerformerSpec
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block: x + attention(norm(x)), then x + MLP(norm(x))."""
+    """Transformer block: x + attention(norm(x)), then x + MLP(norm(x)); post-norm: norm(x + attention(x)) and so on."""
 
     def __init__(self, spec: PerformerSpec, layer: int):
         super().__init__()
-        self.attention_norm = nn.LayerNorm(spec.dim)
+        self.post_norm = spec.norm == "post"
+        self.attention_norm = nn.LayerNorm(spec.dim, eps=spec.norm_eps)
         self.attention = FavorAttention(
             spec.dim,
             spec.heads,
@@ -26,29 +28,50 @@ class Block(nn.Module):
             qk_norm=spec.qk_norm,
             learned_share=spec.learned_share,
             learned_decay=spec.learned_decay,
+            bias=spec.attention_bias,
             seed=spec.seed,
             layer=layer,
             backend=spec.backend,
         )
-        self.mlp_norm = nn.LayerNorm(spec.dim)
+        self.mlp_norm = nn.LayerNorm(spec.dim, eps=spec.norm_eps)
         self.mlp = nn.Sequential(nn.Linear(spec.dim, spec.ffn_dim), nn.GELU(), nn.Linear(spec.ffn_dim, spec.dim))
         self.dropout = nn.Dropout(spec.dropout)
 
-    def forward(self, x_BLE: Tensor, padding: Tensor | None, segments: Tensor | None, rotary: Tensor) -> Tensor:
+    def forward(self, x_BLE: Tensor, padding: Tensor | None, segments: Tensor | None, rotary: Tensor | None) -> Tensor:
         """x (B, L, E); padding (B, L) bool, True where a token is real; segments (B, L) integers; or None."""
-        mixed = self.attention(self.attention_norm(x_BLE), padding=padding, segments=segments, rotary=rotary)
+        mixed = self.attention(self._before(x_BLE), padding=padding, segments=segments, rotary=rotary)
         return self._add(x_BLE, mixed)
 
-    def prefill(self, x_BLE: Tensor, padding: Tensor | None, rotary: Tensor) -> tuple[Tensor, RecurrentState]:
+    def prefill(self, x_BLE: Tensor, padding: Tensor | None, rotary: Tensor | None) -> tuple[Tensor, RecurrentState]:
         """The forward pass over a prompt, and the attention's state after it."""
-        mixed, state = self.attention.prefill(self.attention_norm(x_BLE), padding=padding, rotary=rotary)
+        mixed, state = self.attention.prefill(self._before(x_BLE), padding=padding, rotary=rotary)
         return self._add(x_BLE, mixed), state
 
-    def decode(self, x_BLE: Tensor, state: RecurrentState, rotary: Tensor) -> tuple[Tensor, RecurrentState]:
+    def decode(self, x_BLE: Tensor, state: RecurrentState, rotary: Tensor | None) -> tuple[Tensor, RecurrentState]:
         """The next position, or the next few."""
-        mixed, state = self.attention.decode(self.attention_norm(x_BLE), state, rotary=rotary)
+        mixed, state = self.attention.decode(self._before(x_BLE), state, rotary=rotary)
         return self._add(x_BLE, mixed), state
+
+    def _before(self, x_BLE: Tensor) -> Tensor:
+        return x_BLE if self.post_norm else self.attention_norm(x_BLE)
 
     def _add(self, x_BLE: Tensor, mixed: Tensor) -> Tensor:
+        if self.post_norm:
+            x_BLE = self.attention_norm(x_BLE + self.dropout(mixed))
+            return self.mlp_norm(x_BLE + self.dropout(self.mlp(x_BLE)))
         x_BLE = x_BLE + self.dropout(mixed)
         return x_BLE + self.dropout(self.mlp(self.mlp_norm(x_BLE)))
+
+
+class TransformHead(nn.Module):
+    """BERT's head: linear, GELU and norm, then the logits with a bias."""
+
+    def __init__(self, spec: PerformerSpec):
+        super().__init__()
+        self.dense = nn.Linear(spec.dim, spec.dim)
+        self.norm = nn.LayerNorm(spec.dim, eps=spec.norm_eps)
+        self.logits = nn.Linear(spec.dim, spec.vocabulary)
+
+    def forward(self, x_BLE: Tensor) -> Tensor:
+        """(..., E) to (..., vocabulary)."""
+        return self.logits(self.norm(F.gelu(self.dense(x_BLE))))

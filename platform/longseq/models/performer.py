@@ -13,7 +13,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from longseq.attention import FavorAttention, RecurrentState, rotary_table
-from longseq.models.layers import Block
+from longseq.models.layers import Block, TransformHead
 from longseq.models.spec import PerformerSpec
 
 
@@ -40,10 +40,14 @@ class PerformerLM(nn.Module):
         super().__init__()
         self.spec = spec
         self.embedding = nn.Embedding(spec.vocabulary, spec.dim)
+        self.positions = nn.Embedding(spec.max_positions, spec.dim) if spec.position == "learned" else None
+        self.embedding_norm = nn.LayerNorm(spec.dim, eps=spec.norm_eps) if spec.embedding_norm else None
         self.dropout = nn.Dropout(spec.dropout)
         self.blocks = nn.ModuleList(Block(spec, layer) for layer in range(spec.depth))
-        self.norm = nn.LayerNorm(spec.dim)
-        self.head = nn.Linear(spec.dim, spec.vocabulary, bias=False)
+        self.norm = nn.LayerNorm(spec.dim, eps=spec.norm_eps) if spec.norm == "pre" else nn.Identity()
+        self.head = (
+            TransformHead(spec) if spec.head == "transform" else nn.Linear(spec.dim, spec.vocabulary, bias=False)
+        )
         self._initialise()
 
     def forward(self, tokens: Tensor, padding: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
@@ -58,8 +62,9 @@ class PerformerLM(nn.Module):
         Returns:
             (B, L, vocabulary), in the dtype of the weights.
         """
-        x = self.dropout(self.embedding(tokens))  # (B, L, E)
-        rotary = self._rotary(_positions(tokens, padding, segments))
+        positions = _positions(tokens, padding, segments)
+        x = self._embed(tokens, positions, padding)  # (B, L, E)
+        rotary = self._rotary(positions)
         if self.spec.activation_checkpointing and torch.is_grad_enabled() and not x.requires_grad:
             x.requires_grad_()  # a frozen embedding: reentrant checkpoints give gradients only if their input wants one
         for block in self.blocks:
@@ -91,8 +96,9 @@ class PerformerLM(nn.Module):
         Raises:
             ValueError: if the model is not causal.
         """
-        x = self.dropout(self.embedding(tokens))  # (B, L, E)
-        rotary = self._rotary(_positions(tokens, padding, None))
+        positions = _positions(tokens, padding, None)
+        x = self._embed(tokens, positions, padding)  # (B, L, E)
+        rotary = self._rotary(positions)
         layers = []
         for block in self.blocks:
             assert isinstance(block, Block)
@@ -111,7 +117,7 @@ class PerformerLM(nn.Module):
 
         The given state stays as it was: several continuations may start from it.
         """
-        x = self.dropout(self.embedding(token[:, None]))  # (B, 1, E)
+        x = self._embed(token[:, None], state.positions[:, None], None)  # (B, 1, E)
         rotary = self._rotary(state.positions[:, None])
         layers = []
         for block, before in zip(self.blocks, state.layers, strict=True):
@@ -126,8 +132,21 @@ class PerformerLM(nn.Module):
             if isinstance(module, FavorAttention):
                 module.draw = self.spec.draw_at(step)
 
-    def _rotary(self, positions: Tensor) -> Tensor:
-        """Of positions (L,), the same in all rows, or (B, L)."""
+    def _embed(self, tokens: Tensor, positions: Tensor, padding: Tensor | None) -> Tensor:
+        """What enters the first block, (B, L, E), of tokens (B, L) at positions (L,) or (B, L)."""
+        x = self.embedding(tokens)
+        if self.spec.mask_scaling:
+            x = _scaled(x, tokens == self.spec.vocabulary - 1, padding)
+        if self.positions is not None:
+            x = x + self.positions(positions)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        return self.dropout(x)
+
+    def _rotary(self, positions: Tensor) -> Tensor | None:
+        """Of positions (L,), the same in all rows, or (B, L); None where positions are learned."""
+        if self.positions is not None:
+            return None
         table = rotary_table(positions, self.spec.head_dim)
         return table if positions.ndim == 1 else table.unsqueeze(2)  # a dimension for the heads
 
@@ -156,6 +175,15 @@ def _positions(tokens: Tensor, padding: Tensor | None, segments: Tensor | None) 
     if padding is not None:
         return (positions - _leading(padding)[:, None]).clamp_(min=0)
     return positions
+
+
+def _scaled(x: Tensor, masked: Tensor, padding: Tensor | None) -> Tensor:
+    """ESM's "token dropout" (Rives et al. 2021; Lin et al. 2023, ESM-2): masked tokens embed as 0, and all others are
+    scaled as dropout at 12 %, the share of MASK in ESM's training, would scale them beside the share that there is."""
+    real = torch.ones_like(masked) if padding is None else padding
+    share = (masked & real).sum(1) / real.sum(1).clamp(min=1)
+    scale = (1 - 0.15 * 0.8) / (1 - share).clamp(min=1e-6)
+    return (x.masked_fill(masked[..., None], 0.0) * scale[:, None, None]).to(x.dtype)
 
 
 def _leading(padding: Tensor) -> Tensor:

@@ -38,6 +38,15 @@ class PerformerSpec:
     learned_share: bool = False
     learned_decay: bool = False
     redraw_every: int = 0  # optimiser steps between draws of the projections; 0 = one draw for ever
+    # What tells the families of Transformers apart whose weights can be imported: see longseq.models.importing.
+    position: str = "rotary"  # or "learned": a vector a position, max_positions of them
+    max_positions: int = 0
+    norm: str = "pre"  # or "post": x = norm(x + branch(x)), and no norm before the head
+    norm_eps: float = 1e-5
+    embedding_norm: bool = False  # a norm behind the embedding
+    attention_bias: bool = False
+    head: str = "linear"  # or "transform": linear, GELU and norm before it, and a bias on the logits (BERT's)
+    mask_scaling: bool = False  # ESM's "token dropout": MASK, the last id, embeds as 0, and the others are scaled
     seed: int = 0
     activation_checkpointing: bool = False
     activation_offload: bool = False
@@ -50,6 +59,11 @@ class PerformerSpec:
             raise ValueError(
                 f"model.dim / model.heads = {self.dim} / {self.heads} = {self.head_dim} is odd; "
                 "rotary positions need an even head size"
+            )
+        if (self.position == "learned") != (self.max_positions > 0):
+            raise ValueError(
+                f"model.position={self.position} and model.max_positions={self.max_positions}: learned positions need "
+                "their number, e.g. 1024, and rotary ones have none (0)"
             )
         if self.attention == "exact":
             return
@@ -85,4 +99,10 @@ class PerformerSpec:
         attention = 4 * self.dim**2 + self.heads * learned
         mlp = 2 * self.dim * self.ffn_dim + self.ffn_dim + self.dim
         norms = 4 * self.dim
-        return self.depth * (attention + mlp + norms) + 2 * self.vocabulary * self.dim + 2 * self.dim
+        if self.attention_bias:
+            attention += 4 * self.dim
+        ends = 2 * self.vocabulary * self.dim + self.max_positions * self.dim
+        ends += 2 * self.dim * ((self.norm == "pre") + self.embedding_norm)
+        if self.head == "transform":
+            ends += self.dim**2 + 3 * self.dim + self.vocabulary
+        return self.depth * (attention + mlp + norms) + ends
