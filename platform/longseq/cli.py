@@ -20,6 +20,7 @@ VERBS = {
     "logs": "what a run's job has written; -f follows it",
     "cancel": "cancel the jobs of a run",
     "resume": "go on with a run from its newest whole checkpoint",
+    "export": "a model as a Hugging Face folder: safetensors, config.json, tokenizer, model card",
     "evaluate": "loss, perplexity and accuracy of a checkpoint, beside the empirical baseline",
     "data": "make and look at data",
     "bench": "measure this machine, side by side with the exact Transformer and other libraries",

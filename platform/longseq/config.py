@@ -48,6 +48,26 @@ class ModelConfig:
     ffn_dim: int | None = key(None, "width of the MLP's hidden layer", at_least=1)
     dropout: float = key(0.0, "probability, on the embedding and on each residual branch", at_least=0, below=1)
     objective: str = key("causal", "predict the next token, or 15 % masked ones", choices=("causal", "masked"))
+    init_from: str | None = key(
+        None,
+        "weights to begin with: an exported or imported folder, a run, or one of its checkpoints; the model and "
+        "attention sections and data.tokenizer are those it has, where this configuration does not say otherwise",
+    )
+    # What tells families of Transformers apart; `longseq import` sets them.
+    position: str = key("rotary", "positions: rotary, or a learned vector for each", choices=("rotary", "learned"))
+    max_positions: int = key(0, "how many learned positions there are; 0 with rotary ones", at_least=0)
+    norm: str = key("pre", "a norm before each branch, or after each sum (BERT's)", choices=("pre", "post"))
+    norm_eps: float = key(1e-5, "added to the variance in each norm", at_least=0)
+    embedding_norm: bool = key(False, "a norm behind the embedding (BERT's)")
+    attention_bias: bool = key(False, "biases on queries, keys, values and the attention's output")
+    head: str = key(
+        "linear",
+        "transform: a linear layer, GELU and a norm before the logits (BERT's)",
+        choices=("linear", "transform"),
+    )
+    mask_scaling: bool = key(
+        False, "masked tokens embed as zeros and the others are scaled in return (ESM's token dropout)"
+    )
 
 
 @dataclass
@@ -273,6 +293,14 @@ class Config:
                 backend=attention.backend,
                 redraw_every=attention.redraw_every,
                 seed=self.run.seed,
+                position=model.position,
+                max_positions=model.max_positions,
+                norm=model.norm,
+                norm_eps=model.norm_eps,
+                embedding_norm=model.embedding_norm,
+                attention_bias=model.attention_bias,
+                head=model.head,
+                mask_scaling=model.mask_scaling,
                 activation_checkpointing=self.trainer.activation_checkpointing,
                 activation_offload=self.trainer.activation_offload,
             )

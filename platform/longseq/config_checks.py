@@ -76,6 +76,11 @@ def check(config: Config) -> None:
             f"them, or take data.batch_tokens={whole * data.length}."
         )
     config.performer_spec(vocabulary=2)  # its size decides nothing that could be refused
+    if config.model.max_positions and data.length > config.model.max_positions:
+        raise ConfigError(
+            f"data.length={data.length} is more than the model has positions for (model.max_positions="
+            f"{config.model.max_positions}): take a shorter length."
+        )
     _check_documents(config)
     _check_tokens(config)
     _check_trainer(config)

@@ -33,6 +33,8 @@ def resolve_sources(config: Config) -> None:
         setattr(data, split, _resolved(split, getattr(data, split), data.format))
     if data.tokenizer not in ("auto", *TOKENS):
         data.tokenizer = str(Path(data.tokenizer).expanduser().absolute())
+    if config.model.init_from:
+        config.model.init_from = str(Path(config.model.init_from).expanduser().absolute())
     if data.packing == "bucket" and not is_corpus(data.train[0]):
         raise ConfigError(
             "data.packing=bucket sorts sequences by their lengths, which only a prepared corpus knows beforehand: make "

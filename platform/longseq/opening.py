@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from longseq import exported
 from longseq.checkpoint import Checkpoint
 from longseq.config import Config
 from longseq.data import vocabulary
 from longseq.errors import LongseqError, RunError
+from longseq.exported import is_exported
 from longseq.models.spec import PerformerSpec
 from longseq.run import Run
 from longseq_data.vocabulary import Vocabulary
@@ -103,6 +105,8 @@ def find(target: Path, overrides: Sequence[str] = (), *, ema: bool = False) -> S
     """
     if (target / "manifest.json").is_file():
         return of_checkpoint(_whole(Checkpoint(target.resolve())), overrides, ema=ema)
+    if is_exported(target):
+        return of_export(exported.read(target), overrides, ema=ema)
     _refuse_others(target)
     run = Run.open(target)
     newest, damaged = run.newest_checkpoint()
@@ -130,6 +134,16 @@ def of_checkpoint(checkpoint: Checkpoint, overrides: Sequence[str] = (), *, ema:
     tokens = vocabulary(config)
     _refuse_other_tokens(weights, tokens)
     return Source(checkpoint.path, weights, config, tokens, checkpoint.position.step, run)
+
+
+def of_export(export: exported.Exported, overrides: Sequence[str] = (), *, ema: bool = False) -> Source:
+    """An exported folder."""
+    if ema:
+        raise RunError(f"{export.folder}: an exported folder holds one set of weights: leave --ema out.")
+    config = export.config(tuple(overrides))
+    tokens = vocabulary(config)
+    _refuse_other_tokens(export.weights, tokens)
+    return Source(export.folder, export.weights, config, tokens, export.step, None)
 
 
 def checkpoints_of(run: Run) -> list[Checkpoint]:
@@ -174,7 +188,8 @@ def _refuse_other_tokens(weights: Path, tokens: Vocabulary) -> None:
     Raises:
         RunError: naming both.
     """
-    rows = tensor_shapes(weights).get("embedding.weight", (tokens.size,))[0]
+    shapes = tensor_shapes(weights)
+    rows = shapes.get("embedding.weight", shapes.get(f"{exported.PREFIX}embedding.weight", (tokens.size,)))[0]
     if rows != tokens.size:
         raise RunError(
             f"{weights}: a model of {rows:,} tokens, but the configuration's data.tokenizer ({tokens.name}) has "
