@@ -7,8 +7,8 @@
     model = AutoModelForCausalLM.from_pretrained("exported/")
     ids = model.generate(**tokenizer("MKV", return_tensors="pt"), max_new_tokens=100, do_sample=True)
 
-The folders are those of ``longseq export`` and ``longseq import``. Generation keeps a state of fixed size in the place of
-a key-value cache (with ``attention.kind=exact`` a cache).
+The folders are those of ``longseq export`` and ``longseq import``. Generation keeps a state of fixed size in the place
+of a key-value cache (with ``attention.kind=exact`` a cache).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class LongseqConfig(PretrainedConfig):
 
 @dataclass
 class LongseqOutput(ModelOutput):
-    """Logits (B, L, vocabulary), the mean loss where labels were given, and the decoding state where it was asked for."""
+    """Logits (B, L, vocabulary), the mean loss if labels were given, and the decoding state if it was asked for."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from longseq import exported
@@ -90,12 +91,10 @@ def _scores(source: Source) -> Iterator[tuple[str, ...]]:
         return
     weights = "last" if source.weights.name == "model.safetensors" else "ema"
     for path in sorted(source.run.evaluations_dir.glob("*.json")):
-        try:
+        with suppress(ValueError, KeyError, TypeError, AttributeError):  # of another version, or somebody's own file
             report = json.loads(path.read_text())
             ours = report["step"] == source.step and report["weights"] == weights and not report["overrides"]
             rows = report["splits"].items() if ours else ()
             for split, r in rows:
                 quality = f"{r['loss']:.4f}", f"{r['perplexity']:.2f}", f"{r['accuracy']:.1%}"
                 yield (split, f"{r['sequences']:,}", *quality)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue  # of another version, or somebody's own file

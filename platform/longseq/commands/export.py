@@ -1,9 +1,9 @@
 """Export a model as a Hugging Face folder: safetensors, config.json, tokenizer and model card.
 
 After `import longseq.huggingface`, transformers opens it with AutoModelForCausalLM or AutoModelForMaskedLM and
-AutoTokenizer; `longseq evaluate`, `sample`, `embed` and `fit CONFIG model.init_from=OUT` take it as well. The checkpoint may
-be of any ZeRO stage, precision and number of devices. OUT must not exist: it is written aside, and renamed when it is
-whole.
+AutoTokenizer; `longseq evaluate`, `sample`, `embed` and `fit CONFIG model.init_from=OUT` take it as well. The
+checkpoint may be of any ZeRO stage, precision and number of devices. OUT must not exist: it is written aside, and
+renamed when it is whole.
 """
 
 from __future__ import annotations
