@@ -25,6 +25,7 @@ VERBS = {
     "import": "the weights of a Hugging Face Transformer (ESM-2, BERT-like), to go on with as a Performer",
     "evaluate": "loss, perplexity and accuracy of a checkpoint, beside the empirical baseline",
     "data": "make and look at data",
+    "experiment": "a table of runs beside the paper's numbers: configs/experiments/*.yaml",
     "bench": "measure this machine, side by side with the exact Transformer and other libraries",
 }
 
