@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import asdict
 
 import pytest
 import torch
 
-import longseq.huggingface  # noqa: F401 - registers the Auto classes
 from longseq import checkpoint
 from longseq.cli import main
 from longseq.config_loading import load_config
@@ -23,6 +23,7 @@ from longseq_data.vocabulary import LETTERS
 from positions import position
 
 transformers = pytest.importorskip("transformers")
+importlib.import_module("longseq.huggingface")  # registers the Auto classes
 
 TINY = ("model.dim=32", "model.depth=2", "model.heads=2", "model.ffn_dim=48", "attention.features=16")
 SEQUENCE = "MKVLAACDEFGHIKLMNPQRSTVWYBOUXZ"
