@@ -27,7 +27,7 @@ def write_tokenizer(folder: Path, vocabulary: Vocabulary, *, first: int, causal:
         return False
     makers = {"protein": _protein, "bytes": _bytes}
     tokenizer = makers[vocabulary.name]() if vocabulary.name in makers else _file(vocabulary)
-    names = {role: tokenizer.id_to_token(getattr(vocabulary, role)) for role in SPECIAL_NAMES}
+    names = {role: str(tokenizer.id_to_token(getattr(vocabulary, role))) for role in SPECIAL_NAMES}
     _frame(tokenizer, names, vocabulary, first, causal)
     tokenizer.save(str(folder / "tokenizer.json"))
     special = {f"{role}_token": name for role, name in names.items()}
