@@ -20,7 +20,7 @@ VERBS = {
     "logs": "what a run's job has written; -f follows it",
     "cancel": "cancel the jobs of a run",
     "resume": "go on with a run from its newest whole checkpoint",
-    "evaluate": "loss, perplexity and accuracy of a checkpoint, beside the empirical baseline",
+    "evaluate": "how well checkpoints predict: loss, accuracy, calibration, beside the empirical baseline",
     "data": "make and look at data",
     "bench": "measure this machine, side by side with the exact Transformer and other libraries",
 }
