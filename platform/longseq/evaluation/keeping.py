@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,7 @@ def add_points(folder: Path, points: Mapping[str, float], step: int) -> None:
         for tag, value in points.items():
             curves.setdefault(tag, {})[step] = value
         steps: dict[int, dict[str, float]] = {}
+        now = time.time()
         for tag, curve in curves.items():
             for at, value in curve.items():
                 steps.setdefault(at, {})[tag] = value
@@ -53,7 +55,7 @@ def add_points(folder: Path, points: Mapping[str, float], step: int) -> None:
             writer = EventFileWriter(aside)
             for at, values in sorted(steps.items()):
                 summary = Summary(value=[Summary.Value(tag=tag, simple_value=v) for tag, v in values.items()])
-                writer.add_event(Event(step=at, summary=summary, wall_time=float(at)))
+                writer.add_event(Event(step=at, summary=summary, wall_time=now))
             writer.close()
             for file in Path(aside).iterdir():
                 file.replace(folder / file.name)
