@@ -119,6 +119,13 @@ def find(target: Path, overrides: Sequence[str] = (), *, ema: bool = False) -> S
     return of_checkpoint(newest, overrides, ema=ema)
 
 
+def reopen(folder: Path, overrides: Sequence[str] = (), *, ema: bool = False) -> Source:
+    """``Source.folder`` of one that ``find`` gave, opened again without another look at its checksums."""
+    if (folder / "manifest.json").is_file():
+        return of_checkpoint(Checkpoint(folder), overrides, ema=ema)
+    return find(folder, overrides, ema=ema)
+
+
 def of_checkpoint(checkpoint: Checkpoint, overrides: Sequence[str] = (), *, ema: bool = False) -> Source:
     """A checkpoint that is known to be whole."""
     run = Run.open(checkpoint.path.parent.parent)

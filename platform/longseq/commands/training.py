@@ -145,17 +145,22 @@ def check_data(config: Config) -> None:
         )
         if shares and report.complete:
             _refuse_empty_splits(config, report)
-        extent = "" if report.complete else " at the beginning of the files"
-        print(f"data.{split}: {report.records:,} records, {report.residues:,} {report.unit}{extent}", file=sys.stderr)
-        if report.unknown:
-            letters = ", ".join(f"{letter!r} × {count:,}" for letter, count in report.unknown.most_common(5))
-            first = report.first_unknown
-            place = f", first at {first[0]}:{first[1]}" if first else ""
-            print(
-                f"longseq: warning: letters outside the alphabet are read as X: {letters}{place}. "
-                "Refuse them with data.strict=true.",
-                file=sys.stderr,
-            )
+        say(f"data.{split}", report)
+
+
+def say(name: str, report: ScanReport) -> None:
+    """What a look at some data found, and which letters were read as X, on stderr."""
+    extent = "" if report.complete else " at the beginning of the files"
+    print(f"{name}: {report.records:,} records, {report.residues:,} {report.unit}{extent}", file=sys.stderr)
+    if report.unknown:
+        letters = ", ".join(f"{letter!r} × {count:,}" for letter, count in report.unknown.most_common(5))
+        first = report.first_unknown
+        place = f", first at {first[0]}:{first[1]}" if first else ""
+        print(
+            f"longseq: warning: letters outside the alphabet are read as X: {letters}{place}. "
+            "Refuse them with data.strict=true.",
+            file=sys.stderr,
+        )
 
 
 def _refuse_empty_splits(config: Config, report: ScanReport) -> None:
