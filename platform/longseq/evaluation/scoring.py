@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from longseq.evaluation.metrics import Counts, Quality
 from longseq.models.performer import PerformerLM
@@ -62,11 +61,9 @@ def score(
         real = batch["tokens"] != vocabulary.pad
         padding = None if bool(real.all()) else real.to(device)  # exact attention needs no L × L mask without any
         segments = batch["segments"].to(device) if "segments" in batch else None
-        logits = model(tokens, padding, segments).float()  # (B, L, V)
-        loss_sum += F.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
-        ).item()
-        correct += int((logits.argmax(-1) == targets).sum())
+        loss, right = model(tokens, padding, segments, targets)
+        loss_sum += loss.item()
+        correct += int(right)
         counts += np.bincount(targets[targets != IGNORE].cpu().numpy(), minlength=vocabulary.size)
         if "bytes" in batch:
             extent = (extent or Extent(0, 0)).plus(Extent(int(batch["bytes"]), int(batch["words"])))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from longseq.attention import FavorAttention, RecurrentState
+from longseq.attention.carried import State
+from longseq.attention.tiles import pointwise
 from longseq.models.spec import PerformerSpec
 
 
@@ -13,6 +15,7 @@ class Block(nn.Module):
 
     def __init__(self, spec: PerformerSpec, layer: int):
         super().__init__()
+        self.tile = spec.tile
         self.attention_norm = nn.LayerNorm(spec.dim)
         self.attention = FavorAttention(
             spec.dim,
@@ -36,8 +39,20 @@ class Block(nn.Module):
 
     def forward(self, x_BLE: Tensor, padding: Tensor | None, segments: Tensor | None, rotary: Tensor) -> Tensor:
         """x (B, L, E); padding (B, L) bool, True where a token is real; segments (B, L) integers; or None."""
-        mixed = self.attention(self.attention_norm(x_BLE), padding=padding, segments=segments, rotary=rotary)
-        return self._add(x_BLE, mixed)
+        tile = self.tile if self.tile < x_BLE.shape[1] else 0
+        mixed = self.attention(
+            x_BLE, padding=padding, segments=segments, rotary=rotary, norm=self.attention_norm, tile=tile
+        )
+        if not tile:
+            return self._add(x_BLE, mixed)
+        learned = [*self.mlp_norm.parameters(), *self.mlp.parameters()]
+        random = self.training and self.dropout.p > 0
+        return pointwise(lambda *parts: (self._add(*parts),), tile, (x_BLE, mixed), learned, random=random)[0]
+
+    def carry(self, x_BTE: Tensor, state: State, rotary: Tensor) -> tuple[Tensor, State]:
+        """The forward pass of a causal block over the next tile of a sequence, and the attention's state behind it."""
+        mixed, state = self.attention(x_BTE, rotary=rotary, norm=self.attention_norm, carried=state)
+        return self._add(x_BTE, mixed), state
 
     def prefill(self, x_BLE: Tensor, padding: Tensor | None, rotary: Tensor) -> tuple[Tensor, RecurrentState]:
         """The forward pass over a prompt, and the attention's state after it."""
