@@ -112,7 +112,7 @@ def carried_attention(
         if phi and state:
             out, lse = _Read.apply(q, state[0], state[1].detach(), phi)
             if rates is not None:
-                lse = lse - rates * torch.arange(window + 1, window + 1 + length, device=q.device)[:, None]
+                lse = lse - _distances(rates, window + 1, length)
             far.append((out, lse))
         if near and share is not None:
             far = [(out, lse + share) for out, lse in far]
@@ -135,9 +135,16 @@ def _absorb(k: Tensor, v: Tensor, state: State, phi: FeatureMap, rates: Tensor |
         sums, log_scale = empty.sums, empty.log_scale
     log_weight = None
     if rates is not None:
-        log_weight = -rates * torch.arange(k.shape[1] - 1, -1, -1, device=k.device)[:, None]
+        log_weight = -_distances(rates, 0, k.shape[1]).flip(1)
         log_scale = log_scale - rates * k.shape[1]
     return _Absorb.apply(k, v, log_weight, sums, log_scale, phi)
+
+
+def _distances(rates: Tensor, first: int, count: int) -> Tensor:
+    """γ · distance for ``count`` distances, (N, count, 1). In float64 up to here: γ's gradient is a sum of large terms
+    that nearly cancel."""
+    positions = torch.arange(first, first + count, device=rates.device, dtype=torch.float64)
+    return (rates.double() * positions[:, None]).to(rates.dtype)
 
 
 class _Read(torch.autograd.Function):
