@@ -31,7 +31,7 @@ PREFIX = "model."  # before each weight's name: the transformers model holds our
 ARCHITECTURES = {"causal": "LongseqForCausalLM", "masked": "LongseqForMaskedLM"}
 TOKENIZER = "tokenizer.json"
 # Keys that say how a machine computes, or where a run began: no property of the model.
-_NOT_ITS_OWN = ("preset", "init_from", "backend")
+_NOT_ITS_OWN = ("preset", "init_from", "backend", "sequence_tile")
 _DATA = ("tokenizer", "length", "packing", "reset", "image_size")
 
 

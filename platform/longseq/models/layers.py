@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longseq.attention import FavorAttention, RecurrentState
+from longseq.attention.carried import State
+from longseq.attention.tiles import pointwise
 from longseq.models.spec import PerformerSpec
 
 
@@ -14,6 +15,7 @@ class Block(nn.Module):
 
     def __init__(self, spec: PerformerSpec, layer: int):
         super().__init__()
+        self.tile = spec.tile
         self.post_norm = spec.norm == "post"
         self.attention_norm = nn.LayerNorm(spec.dim, eps=spec.norm_eps)
         self.attention = FavorAttention(
@@ -39,8 +41,21 @@ class Block(nn.Module):
 
     def forward(self, x_BLE: Tensor, padding: Tensor | None, segments: Tensor | None, rotary: Tensor | None) -> Tensor:
         """x (B, L, E); padding (B, L) bool, True where a token is real; segments (B, L) integers; or None."""
-        mixed = self.attention(self._before(x_BLE), padding=padding, segments=segments, rotary=rotary)
-        return self._add(x_BLE, mixed)
+        tile = self.tile if self.tile < x_BLE.shape[1] else 0
+        norm = None if self.post_norm else self.attention_norm
+        mixed = self.attention(x_BLE, padding=padding, segments=segments, rotary=rotary, norm=norm, tile=tile)
+        if not tile:
+            return self._add(x_BLE, mixed)
+        learned = [*self.mlp_norm.parameters(), *self.mlp.parameters()]
+        learned += self.attention_norm.parameters() if self.post_norm else []
+        random = self.training and self.dropout.p > 0
+        return pointwise(lambda *parts: (self._add(*parts),), tile, (x_BLE, mixed), learned, random=random)[0]
+
+    def carry(self, x_BTE: Tensor, state: State, rotary: Tensor | None) -> tuple[Tensor, State]:
+        """The forward pass of a causal block over the next tile of a sequence, and the attention's state behind it."""
+        norm = None if self.post_norm else self.attention_norm
+        mixed, state = self.attention(x_BTE, rotary=rotary, norm=norm, carried=state)
+        return self._add(x_BTE, mixed), state
 
     def prefill(self, x_BLE: Tensor, padding: Tensor | None, rotary: Tensor | None) -> tuple[Tensor, RecurrentState]:
         """The forward pass over a prompt, and the attention's state after it."""
@@ -61,17 +76,3 @@ class Block(nn.Module):
             return self.mlp_norm(x_BLE + self.dropout(self.mlp(x_BLE)))
         x_BLE = x_BLE + self.dropout(mixed)
         return x_BLE + self.dropout(self.mlp(self.mlp_norm(x_BLE)))
-
-
-class TransformHead(nn.Module):
-    """BERT's head: linear, GELU and norm, then the logits with a bias."""
-
-    def __init__(self, spec: PerformerSpec):
-        super().__init__()
-        self.dense = nn.Linear(spec.dim, spec.dim)
-        self.norm = nn.LayerNorm(spec.dim, eps=spec.norm_eps)
-        self.logits = nn.Linear(spec.dim, spec.vocabulary)
-
-    def forward(self, x_BLE: Tensor) -> Tensor:
-        """(..., E) to (..., vocabulary)."""
-        return self.logits(self.norm(F.gelu(self.dense(x_BLE))))

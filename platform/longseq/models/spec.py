@@ -50,6 +50,8 @@ class PerformerSpec:
     seed: int = 0
     activation_checkpointing: bool = False
     activation_offload: bool = False
+    sequence_tile: int = 0  # positions that norms, projections and MLPs compute at a time; 0: all
+    carry: bool = True  # whether tiles may go through all layers at once, where the attention allows it
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -87,6 +89,17 @@ class PerformerSpec:
     @property
     def head_dim(self) -> int:
         return self.dim // self.heads
+
+    @property
+    def tile(self) -> int:
+        """Positions a tile: a window and more, so that what a tile needs of those before it is in the last one."""
+        return max(self.sequence_tile, 2 * self.window) if self.sequence_tile else 0
+
+    @property
+    def carries(self) -> bool:
+        """Whether a tile can go through all layers before the next, with a state of fixed size a layer between them."""
+        favor = self.attention == "favor" and self.kernel not in SIGNED_KERNELS
+        return bool(self.sequence_tile) and self.carry and self.causal and favor and not self.mask_scaling
 
     def draw_at(self, step: int) -> int:
         """Which draw of the projections optimiser step ``step`` uses."""
