@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,6 +106,15 @@ def test_generate_writes_what_the_model_itself_decodes_and_repeats_it_for_a_seed
         samples.append(model.generate(**prompts, max_new_tokens=12, do_sample=True, eos_token_id=None))
     assert torch.equal(*samples)
     assert not torch.equal(samples[0], found)
+
+
+def test_the_readmes_example_runs(trained):
+    main(["export", str(trained().path), "first"])
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (example,) = [text for text in re.findall(r"```python\n(.*?)```", readme, re.S) if "AutoTokenizer" in text]
+    found: dict = {}
+    exec(example, found)
+    assert found["ids"].shape[1] > 4
 
 
 @pytest.mark.parametrize("objective", ["causal", "masked"])
