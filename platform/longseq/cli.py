@@ -21,6 +21,10 @@ VERBS = {
     "cancel": "cancel the jobs of a run",
     "resume": "go on with a run from its newest whole checkpoint",
     "evaluate": "how well checkpoints predict: loss, accuracy, calibration, beside the empirical baseline",
+    "sample": "new sequences from a causal model; masked positions filled in by a masked one",
+    "score": "log-likelihoods of sequences, and effects of mutations",
+    "embed": "a model's vectors of sequences, as Parquet or npz",
+    "figures": "pictures of a run: curves, accuracy by length, attention, similarities, errors",
     "data": "make and look at data",
     "bench": "measure this machine, side by side with the exact Transformer and other libraries",
 }
