@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("file", metavar="FILE", help="FASTA or text, as the model was trained on")
     add_overrides(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=f"its ending says what: {_SUFFIXES}")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .parquet or .npz file")
     parser.add_argument("--per-residue", action="store_true", help="a vector for every residue as well")
     parser.add_argument(
         "--layer",

@@ -32,8 +32,8 @@ def fill(
 ) -> Filled:
     """Replace every MASK among ``tokens``, the ordinary tokens of one record.
 
-    Each round predicts all positions that are still masked, and keeps the most confident ones for the next (Mask-Predict,
-    Ghazvininejad et al. 2019, arXiv 1904.09324, without its second thoughts).
+    Each round predicts all positions that are still masked, and keeps the most confident ones for the next
+    (Mask-Predict, Ghazvininejad et al. 2019, arXiv 1904.09324, without its second thoughts).
 
     Args:
         rounds: how many passes of the model; 1: all at once; 0: one for each masked position.
