@@ -108,6 +108,20 @@ def test_generate_writes_what_the_model_itself_decodes_and_repeats_it_for_a_seed
     assert not torch.equal(samples[0], found)
 
 
+def test_samples_of_the_export_are_those_of_the_run(trained, capsys):
+    run = trained()
+    main(["export", str(run.path), "out"])
+    written = []
+    for target, seed in ((run.path, 5), ("out", 5), ("out", 6)):
+        capsys.readouterr()
+        assert (
+            main(["sample", str(target), "--prompt", "MKV", "--length", "30", "--number", "2", f"--seed={seed}"]) == 0
+        )
+        written.append([line for line in capsys.readouterr().out.splitlines() if not line.startswith(">")])
+    assert written[0] == written[1] != written[2]
+    assert len("".join(written[0])) > 6
+
+
 def test_the_readmes_example_runs(trained):
     main(["export", str(trained().path), "first"])
     readme = (Path(__file__).parents[2] / "README.md").read_text()

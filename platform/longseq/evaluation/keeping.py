@@ -12,22 +12,37 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from longseq.curves import read_curves
+from longseq.errors import LongseqError
 
 
 def keep_json(report: object, path: Path) -> None:
-    """Write a file whole or not at all: aside, to the disk, then renamed. Raises OSError where that cannot be done."""
+    """Write a file whole or not at all. Raises OSError where that cannot be done."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, aside = tempfile.mkstemp(prefix=f".{path.stem[:60]}-", suffix=".partial", dir=path.parent)
+    with aside(path) as partial:
+        partial.write_text(json.dumps(report, indent=2) + "\n")
+
+
+@contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """A name of its own beside ``path``, to write to. What was written gets its name when it is whole and on the disk.
+
+    Raises:
+        LongseqError: where the folder is missing, before anything is computed for the file.
+        OSError: where the disk is full, say; nothing is left then.
+    """
+    if not path.parent.is_dir():
+        raise LongseqError(f"{path}: the folder {path.parent} does not exist; make it, or choose another.")
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.stem[:60]}-", suffix=f"{path.suffix}.partial", dir=path.parent)
+    os.close(descriptor)
+    partial = Path(name)
     try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(json.dumps(report, indent=2) + "\n")
-            file.flush()
+        yield partial
+        with partial.open("rb") as file:
             os.fsync(file.fileno())
-        os.chmod(aside, 0o666 & ~_umask())  # noqa: PTH101
-        Path(aside).replace(path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
+        partial.chmod(0o666 & ~_umask())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def add_points(folder: Path, points: Mapping[str, float], step: int) -> None:
