@@ -152,6 +152,13 @@ def test_a_wrong_experiment_is_refused_in_one_sentence(folder, old, new, sentenc
         read_plan(folder / "two.yaml")
 
 
+def test_a_benchmark_takes_no_keys_of_runs(folder, capsys):
+    bench = "bench: [features, --help]\n"
+    (folder / "figure.yaml").write_text(f"about: errors\n{bench}paper: a picture\ndiffers: the length\n")
+    assert main(["experiment", "figure.yaml", "trainer.max_steps=3"]) == 1
+    assert "has options of its own and no runs" in capsys.readouterr().err
+
+
 def test_the_runs_can_be_listed_for_a_cluster(folder, plan, capsys):
     assert (
         main(["experiment", "two.yaml", "--list", "--seeds", "0,1", "--steps", "3", "data.train=proteins.fasta"]) == 0

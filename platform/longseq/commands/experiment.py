@@ -8,8 +8,11 @@ table beside the paper's numbers. Interrupted, the same command goes on; with ot
 from __future__ import annotations
 
 import argparse
+import io
 import shlex
 import sys
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from longseq.commands.bench import arguments
@@ -71,7 +74,20 @@ def _tell(text: str) -> None:
     print(f"experiment  {text}", file=sys.stderr, flush=True)
 
 
-def _bench(plan: Plan, out: Path, args: argparse.Namespace, main) -> int:
-    code = main(["bench", *plan.bench, "--out", str(out), *args.overrides])
-    print(f"\nThe paper (arXiv 2009.14794): {plan.paper}\nWhat differs: {plan.differs}")
+def _bench(plan: Plan, out: Path, args: argparse.Namespace, command: Callable[[Sequence[str]], int]) -> int:
+    """A benchmark, its table kept with the paper's numbers behind it."""
+    if args.overrides or args.steps or args.config or args.sequences or args.list or args.table:
+        raise LongseqError(
+            f"{plan.path}: is `longseq bench {plan.bench[0]}`, which has options of its own and no runs: give it --out "
+            "alone, or change bench in a copy of the file."
+        )
+    written = io.StringIO()
+    with redirect_stdout(written):
+        code = command(["bench", *plan.bench, "--out", str(out)])
+    table = written.getvalue()
+    if code == 0:
+        paper = f"## The paper (arXiv 2009.14794)\n\n{plan.paper}\n\n## What differs\n\n{plan.differs}\n"
+        table = f"# {plan.name}\n\n{plan.about}\n\n```\n{table}```\n\n{paper}"
+        (out / "table.md").write_text(table, encoding="utf-8")
+    print(table)
     return code
