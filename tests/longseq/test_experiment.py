@@ -20,7 +20,7 @@ config: small.yaml
 groups: {UNI: [model.objective=causal], BID: [model.objective=masked]}
 variants:
   Transformer: [attention.kind=exact]
-  Performer (ReLU): {set: [attention.kernel=relu], from: Transformer}
+  Performer (ReLU): {set: [attention.kernel=relu], from: Transformer, steps: 0.5}
 splits: [test]
 curve: true
 paper: {UNI: {Transformer: {test: [30.80, 9.37]}}}
@@ -67,6 +67,7 @@ def plan(folder):
 @pytest.fixture
 def settings(folder):
     def settings(*overrides: str, seeds=(0,)) -> Settings:
+        overrides = overrides or ("data.train=proteins.fasta",)
         return Settings(folder / "out", folder / "small.yaml", overrides, seeds, None)
 
     return settings
@@ -84,7 +85,9 @@ def test_every_run_of_a_shipped_experiment_has_a_valid_configuration(path, tmp_p
     for trial in trials(plan, settings.seeds):
         config, *overrides = arguments(plan, settings, trial)
         given = [word for word in overrides if not word.startswith("model.init_from")]
-        assert load_config(config, given).run.name == trial.name
+        loaded = load_config(config, given)
+        assert loaded.run.name == trial.name
+        assert loaded.trainer.max_steps == round(trial.variant.steps * load_config(config, given[:2]).trainer.max_steps)
     known = set(plan.variants) | {"empirical baseline"}
     if isinstance(plan.paper, dict):
         assert all(set(rows) <= known for rows in plan.paper.values())
@@ -129,7 +132,7 @@ def test_the_table_has_mean_and_spread_beside_the_papers_numbers(plan, settings)
 def test_a_folder_of_other_settings_is_refused(plan, settings):
     perform(plan, settings(), Recorder(), print)
     with pytest.raises(LongseqError, match="choose another --out"):
-        perform(plan, settings("model.dim=64"), Recorder(), print)
+        perform(plan, settings("data.train=other.fasta"), Recorder(), print)
 
 
 def test_a_run_that_fails_ends_the_experiment_and_says_so(plan, settings):
@@ -144,6 +147,7 @@ def test_a_run_that_fails_ends_the_experiment_and_says_so(plan, settings):
         ("from: Transformer", "from: Transfomer", "no variant above it"),
         ("[attention.kind=exact]", "attention.kind=exact", "a list of section.key=value"),
         ("config: small.yaml", "about: x", "needs config"),
+        ("steps: 0.5", "steps: 20", "a share of the steps"),
     ],
 )
 def test_a_wrong_experiment_is_refused_in_one_sentence(folder, old, new, sentence):
@@ -167,3 +171,4 @@ def test_the_runs_can_be_listed_for_a_cluster(folder, plan, capsys):
     assert len(lines) == 8
     assert "attention.kind=exact run.seed=0" in lines[0]
     assert "trainer.max_steps=3" in lines[0]
+    assert lines[1].count("trainer.max_steps=2 ") == 1  # half of them, rounded

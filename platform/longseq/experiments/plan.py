@@ -2,13 +2,14 @@
 
     about: what is compared
     config: ../protein/experiment.yaml        what every run has in common; --config takes another
-    set: [trainer.max_steps=500]              on top of it
+    set: [optim.lr=0.001]                     on top of it
     groups:   {UNI: [model.objective=causal], BID: [model.objective=masked]}
     variants:                                 in each group, a run for each variant and seed
       Transformer: [attention.kind=exact]
-      Performer:   {set: [attention.kind=favor], from: Transformer}   begins with the weights of that run
+      Performer:   {set: [attention.kind=favor], from: Transformer, steps: 0.3}    begins with the weights of that
+                                              run, and takes this share of the steps
     splits: [test, ood]
-    curve: true                               the validations of the variants with ``from``, step by step
+    curve: true                               ten validations a run, and a table of them
     paper:    {UNI: {Transformer: {test: [30.80, 9.37]}}}             accuracy in per cent, perplexity
     differs:  what is not as in the paper
 
@@ -36,6 +37,7 @@ class Variant:
     name: str
     overrides: tuple[str, ...]
     origin: str | None = None  # the variant whose weights it begins with
+    steps: float = 1.0  # share of the configuration's trainer.max_steps
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,13 @@ def _text(content: dict[Any, Any]) -> str:
 
 def _variant(path: Path, name: str, value: Any) -> Variant:
     if isinstance(value, dict):
-        if set(value) - {"set", "from"}:
-            raise ConfigError(f"{path}: variants.{name}: unknown key {(set(value) - {'set', 'from'}).pop()!r}.")
-        return Variant(name, _overrides(path, name, value.get("set", [])), value.get("from"))
+        unknown = set(value) - {"set", "from", "steps"}
+        if unknown:
+            raise ConfigError(f"{path}: variants.{name}: unknown key {unknown.pop()!r}; it has set, from and steps.")
+        steps = value.get("steps", 1.0)
+        if not isinstance(steps, (int, float)) or not 0 < steps <= 1:
+            raise ConfigError(f"{path}: variants.{name}.steps={steps}: a share of the steps, above 0 and at most 1.")
+        return Variant(name, _overrides(path, name, value.get("set", [])), value.get("from"), float(steps))
     return Variant(name, _overrides(path, name, value))
 
 

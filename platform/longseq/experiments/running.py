@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longseq.config_loading import load_config
 from longseq.curves import read_curves
 from longseq.errors import EXIT_GO_ON, LongseqError
 from longseq.experiments.plan import Plan, Variant, slug
@@ -63,6 +64,11 @@ def arguments(plan: Plan, settings: Settings, trial: Trial) -> list[str]:
     """What `longseq fit` is given for a run."""
     words = [*plan.overrides, *settings.overrides, *plan.groups[trial.group], *trial.variant.overrides]
     words += [f"run.seed={trial.seed}", f"run.dir={settings.out / 'runs'}", f"run.name={trial.name}"]
+    if plan.curve or trial.variant.steps < 1:
+        steps = load_config(settings.config, words).trainer.max_steps
+        steps = max(1, round(trial.variant.steps * steps))
+        words.append(f"trainer.max_steps={steps}")
+        words += [f"trainer.valid_every={max(1, steps // 10)}"] if plan.curve else []
     if trial.variant.origin:
         words.append(f"model.init_from={_folder(settings, _origin(plan, trial))}")
     return [str(settings.config), *words]
