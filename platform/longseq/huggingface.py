@@ -22,6 +22,7 @@ from torch import Tensor
 
 from longseq.config_loading import config_of
 from longseq.exported import MODEL_TYPE
+from longseq.models.head import TransformHead
 from longseq.models.performer import DecodingState, PerformerLM
 from longseq_data.vocabulary import IGNORE
 
@@ -68,8 +69,7 @@ class LongseqPreTrainedModel(PreTrainedModel):
 
     config_class = LongseqConfig
     base_model_prefix = "model"
-    _no_split_modules = ("Block",)
-    _tied_weights_keys = None
+    _no_split_modules = ["Block"]  # noqa: RUF012 - as transformers has it
 
     def __init__(self, config: LongseqConfig):
         super().__init__(config)
@@ -87,11 +87,12 @@ class LongseqPreTrainedModel(PreTrainedModel):
         return self.model.embedding
 
     def set_input_embeddings(self, value: torch.nn.Module) -> None:
-        self.model.embedding = value  # type: ignore[assignment]
+        assert isinstance(value, torch.nn.Embedding)
+        self.model.embedding = value
 
     def get_output_embeddings(self) -> torch.nn.Module:
         head = self.model.head
-        return head if isinstance(head, torch.nn.Linear) else head.logits  # type: ignore[union-attr,return-value]
+        return head.logits if isinstance(head, TransformHead) else head
 
 
 class LongseqForMaskedLM(LongseqPreTrainedModel):

@@ -51,7 +51,9 @@ def run(args: argparse.Namespace) -> int:
     if plan.bench:
         return _bench(plan, out, args, main)
     steps = [f"trainer.max_steps={args.steps}"] if args.steps else []
-    settings = Settings(out, args.config or plan.config, (*args.overrides, *steps), args.seeds, args.sequences)
+    config = args.config or plan.config
+    assert config  # of a plan that is no benchmark's
+    settings = Settings(out, config, (*args.overrides, *steps), args.seeds, args.sequences)
     if args.list:
         for trial in trials(plan, args.seeds):
             print(shlex.join(run_arguments(plan, settings, trial)[1:]))

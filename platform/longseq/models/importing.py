@@ -11,6 +11,7 @@ matrix of their own, which begins as the embedding that they are tied to; BERT's
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -257,7 +258,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         ValueError,
         EOFError,
         RuntimeError,
-        torch.serialization.pickle.UnpicklingError,
+        pickle.UnpicklingError,
     ) as error:
         raise RunError(f"{folder}: the weights cannot be read: {str(error).splitlines()[0]}.") from None
     # Names of older releases.
