@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,3 +31,28 @@ def test_a_performer_is_trained_from_the_export_of_a_zero_3_run(
     trained = load_file(checkpoint(new, 2) / "model.safetensors")
     assert all(torch.equal(trained[name], tensor) for name, tensor in whole.items())  # at a learning rate of 0
     assert any(name.endswith("log_decay") for name in trained)
+
+
+def test_an_experiment_trains_scores_and_transfers(folder: Path) -> None:
+    (folder / "transfer.yaml").write_text(
+        """
+config: tiny.yaml
+groups: {UNI: [model.objective=causal]}
+variants:
+  Transformer: [attention.kind=exact]
+  Performer: {set: [attention.kernel=relu], from: Transformer, steps: 0.5}
+splits: [test, ood]
+curve: true
+"""
+    )
+    short = ("--steps", "20", "--sequences", "20", "--out", "two", "trainer.strategy=single", "data.test_fraction=0.2")
+    ended = longseq("experiment", "transfer.yaml", *short, folder=folder)
+    assert ended.code == 0, ended.err
+    found = {path.stem: json.loads(path.read_text()) for path in (folder / "two" / "results").glob("*.json")}
+    teacher, student = found["uni-transformer-seed0"], found["uni-performer-seed0"]
+    assert student["splits"]["test"]["loss"] < student["before"]["test"]["loss"]  # it recovers
+    assert teacher["splits"]["test"]["targets"] == student["splits"]["test"]["targets"] > 0
+    assert list(map(int, student["curve"])) == list(range(1, 11))
+    table = (folder / "two" / "table.md").read_text()
+    assert "Performer, before training" in table
+    assert "20 steps of 512 tokens" in table

@@ -83,6 +83,12 @@ def test_transformers_gives_the_logits_of_the_run_to_the_last_bit(trained, objec
         ours_again = find(folder / "out").load("cpu")(tokens, mask.bool())
     assert torch.equal(found, ours)
     assert torch.equal(ours_again, ours)
+    labels = torch.where(tokens % 2 == 0, tokens, -100)
+    theirs(input_ids=tokens, labels=labels).loss.backward()
+    assert theirs.model.embedding.weight.grad.abs().sum() > 0
+    theirs.save_pretrained("saved")
+    with torch.no_grad():
+        assert torch.equal(find(folder / "saved").load("cpu")(tokens, mask.bool()), ours)
 
 
 def test_generate_writes_what_the_model_itself_decodes_and_repeats_it_for_a_seed(trained):
