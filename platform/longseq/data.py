@@ -45,6 +45,11 @@ def resolve_sources(config: Config) -> None:
     tokens = vocabulary(config)
     if tokens.name == "pixels":
         check_pixels(config)
+    if config.model.mask_scaling and tokens.mask != tokens.size - 1:
+        raise ConfigError(
+            f"model.mask_scaling=true knows MASK as the last token, but of {tokens.name} it is {tokens.mask} of "
+            f"{tokens.size}: set model.mask_scaling=false."
+        )
     files = _files(config)
     if data.column is not None and not any(leaf.format in TABLES for leaf in reading(config).leaves(files)):
         raise ConfigError(

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from longseq.attention import FavorAttention, RecurrentState, rotary_table
 from longseq.attention.carried import State
 from longseq.attention.tiles import recurrence
+from longseq.errors import LongseqError
 from longseq.models.head import Head, TransformHead
 from longseq.models.layers import Block
 from longseq.models.spec import PerformerSpec
@@ -186,6 +187,11 @@ class PerformerLM(nn.Module):
         if self.spec.mask_scaling:
             x = _scaled(x, tokens == self.spec.vocabulary - 1, padding)
         if self.positions is not None:
+            if positions.numel() and int(positions.max()) >= self.spec.max_positions:
+                raise LongseqError(
+                    f"a sequence of {int(positions.max()) + 1:,} tokens or more, but the model has learned "
+                    f"{self.spec.max_positions:,} positions (model.max_positions): give it shorter ones."
+                )
             x = x + self.positions(positions)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)

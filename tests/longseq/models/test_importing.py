@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from longseq.cli import main
+from longseq.errors import LongseqError
 from longseq.opening import find
 from longseq_data.vocabulary import LETTERS, TOKENS
 
@@ -107,6 +108,15 @@ def test_the_performer_of_imported_weights_comes_close_and_opens_in_transformers
         theirs = transformers.AutoModelForMaskedLM.from_pretrained(out)(tokens).logits
     assert torch.equal(theirs, exact)
     assert 0 < (fine - exact).abs().max() < 0.2 * (rough - exact).abs().max()
+
+
+def test_a_sequence_longer_than_the_learned_positions_is_refused_in_one_sentence(tmp_path):
+    _, _, folder = small(tmp_path, position_embedding_type="absolute", max_position_embeddings=12)
+    main(["import", str(folder), str(tmp_path / "ours")])
+    model = find(tmp_path / "ours").load("cpu")
+    assert model(torch.zeros(1, 10, dtype=torch.int64)).shape == (1, 10, 29)  # ESM's count from the padding's id on
+    with pytest.raises(LongseqError, match=r"11 tokens or more, but the model has learned 10 positions"):
+        model(torch.zeros(1, 11, dtype=torch.int64))
 
 
 def test_a_text_model_keeps_its_vocabulary_and_has_special_tokens_of_its_own_behind_it(tmp_path):
