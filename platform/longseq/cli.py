@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import keyword
 import sys
 from collections.abc import Sequence
 
@@ -20,8 +21,15 @@ VERBS = {
     "logs": "what a run's job has written; -f follows it",
     "cancel": "cancel the jobs of a run",
     "resume": "go on with a run from its newest whole checkpoint",
-    "evaluate": "loss, perplexity and accuracy of a checkpoint, beside the empirical baseline",
+    "evaluate": "how well checkpoints predict: loss, accuracy, calibration, beside the empirical baseline",
+    "sample": "new sequences from a causal model; masked positions filled in by a masked one",
+    "score": "log-likelihoods of sequences, and effects of mutations",
+    "embed": "a model's vectors of sequences, as Parquet or npz",
+    "figures": "pictures of a run: curves, accuracy by length, attention, similarities, errors",
+    "export": "a model as a Hugging Face folder: safetensors, config.json, tokenizer, model card",
+    "import": "the weights of a Hugging Face Transformer (ESM-2, BERT-like), to go on with as a Performer",
     "data": "make and look at data",
+    "experiment": "a table of runs beside the paper's numbers: configs/experiments/*.yaml",
     "bench": "measure this machine, side by side with the exact Transformer and other libraries",
 }
 
@@ -36,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, about in VERBS.items():
         # Only the verb that is asked for is imported: `longseq --help` needs none of them.
-        module = importlib.import_module(f"longseq.commands.{verb}") if argv and argv[0] == verb else None
+        name = f"longseq.commands.{verb}{'_' * keyword.iskeyword(verb)}"
+        module = importlib.import_module(name) if argv and argv[0] == verb else None
         formatter = argparse.RawDescriptionHelpFormatter
         child = verbs.add_parser(
             verb, help=about, description=module.__doc__ if module else None, formatter_class=formatter

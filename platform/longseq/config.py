@@ -48,6 +48,33 @@ class ModelConfig:
     ffn_dim: int | None = key(None, "width of the MLP's hidden layer", at_least=1)
     dropout: float = key(0.0, "probability, on the embedding and on each residual branch", at_least=0, below=1)
     objective: str = key("causal", "predict the next token, or 15 % masked ones", choices=("causal", "masked"))
+    init_from: str | None = key(
+        None,
+        "weights to begin with: an exported or imported folder, a run, or one of its checkpoints; the model and "
+        "attention sections and data.tokenizer are those it has, where this configuration does not say otherwise",
+    )
+    # What tells families of Transformers apart; `longseq import` sets them.
+    position: str = key("rotary", "positions: rotary, or a learned vector for each", choices=("rotary", "learned"))
+    max_positions: int = key(0, "how many learned positions there are; 0 with rotary ones", at_least=0)
+    norm: str = key("pre", "a norm before each branch, or after each sum (BERT's)", choices=("pre", "post"))
+    norm_eps: float = key(1e-5, "added to the variance in each norm", at_least=0)
+    embedding_norm: bool = key(False, "a norm behind the embedding (BERT's)")
+    attention_bias: bool = key(False, "biases on queries, keys, values and the attention's output")
+    head: str = key(
+        "linear",
+        "transform: a linear layer, GELU and a norm before the logits (BERT's)",
+        choices=("linear", "transform"),
+    )
+    mask_scaling: bool = key(
+        False, "masked tokens embed as zeros and the others are scaled in return (ESM's token dropout)"
+    )
+    sequence_tile: int | None = key(
+        None,
+        "tokens that norms, projections, MLPs and, in causal FAVOR+ models, all layers compute at a time, once more in "
+        "the backward pass, so that memory hardly grows with data.length; 0: off; default: 4096 from a data.length of "
+        "32,768 on, where activations need more than the model, else 0",
+        at_least=0,
+    )
 
 
 @dataclass
@@ -167,7 +194,7 @@ class TrainerConfig:
     )
     accumulate: int = key(1, "batches a process adds up for one optimiser step", at_least=1)
     activation_checkpointing: bool = key(False, "recompute each block in the backward pass to save memory")
-    activation_offload: bool = key(False, "keep what the recomputation starts from in the CPU's memory")
+    activation_offload: bool = key(False, "keep what the recomputation of blocks starts from in the CPU's memory")
     offload_optimizer: str = key(
         "none",
         "where DeepSpeed keeps the optimiser: cpu from ZeRO-1 on, nvme with ZeRO-3",
@@ -215,7 +242,9 @@ class TrainerConfig:
     )
 
 
-# DeepSpeed settings that follow from keys of ours; given twice, they would disagree.
+# Tiles cost a fourth forward pass in three; the paper's Regular model needs 3 GB of activations at 8,192 tokens.
+_TILE = 4096
+_TILED_FROM = 32768
 
 
 @dataclass
@@ -235,6 +264,12 @@ class Config:
         """Sequences of one process in one micro-batch; with data.packing=bucket about the fewest."""
         trainer, data = self.trainer, self.data
         return data.batch_tokens // data.length // (self.processes * trainer.accumulate)
+
+    @property
+    def sequence_tile(self) -> int:
+        """model.sequence_tile, with its default filled in."""
+        given = self.model.sequence_tile
+        return given if given is not None else _TILE if self.data.length >= _TILED_FROM else 0
 
     @property
     def processes(self) -> int:
@@ -273,8 +308,19 @@ class Config:
                 backend=attention.backend,
                 redraw_every=attention.redraw_every,
                 seed=self.run.seed,
+                position=model.position,
+                max_positions=model.max_positions,
+                norm=model.norm,
+                norm_eps=model.norm_eps,
+                embedding_norm=model.embedding_norm,
+                attention_bias=model.attention_bias,
+                head=model.head,
+                mask_scaling=model.mask_scaling,
                 activation_checkpointing=self.trainer.activation_checkpointing,
                 activation_offload=self.trainer.activation_offload,
+                sequence_tile=self.sequence_tile,
+                # Between tiles that go through all layers, ZeRO-3 would gather all weights.
+                carry=not (self.trainer.strategy == "deepspeed" and self.trainer.zero_stage == 3),
             )
         except ValueError as error:
             raise ConfigError(f"{error}.") from None

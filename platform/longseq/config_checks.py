@@ -76,6 +76,11 @@ def check(config: Config) -> None:
             f"them, or take data.batch_tokens={whole * data.length}."
         )
     config.performer_spec(vocabulary=2)  # its size decides nothing that could be refused
+    if config.model.max_positions and data.length > config.model.max_positions:
+        raise ConfigError(
+            f"data.length={data.length} is more than the model has positions for (model.max_positions="
+            f"{config.model.max_positions}): take a shorter length."
+        )
     _check_documents(config)
     _check_tokens(config)
     _check_trainer(config)
@@ -194,10 +199,12 @@ def _check_watching(config: Config) -> None:
             "trainer.accumulate): give it two or more, or set trainer.noise_every=0."
         )
     sharded = trainer.strategy == "deepspeed" and trainer.zero_stage == 3
-    if trainer.noise_every and (sharded or trainer.activation_checkpointing):
-        culprit = "zero_stage=3" if sharded else "activation_checkpointing=true"
+    if trainer.noise_every and (sharded or trainer.activation_checkpointing or config.sequence_tile):
+        culprit = f"model.sequence_tile={config.sequence_tile}"
+        if sharded or trainer.activation_checkpointing:
+            culprit = "trainer.zero_stage=3" if sharded else "trainer.activation_checkpointing=true"
         raise ConfigError(
-            f"trainer.noise_every={trainer.noise_every} and trainer.{culprit}: its gradients are taken beside the "
+            f"trainer.noise_every={trainer.noise_every} and {culprit}: its gradients are taken beside the "
             "training step's, which needs whole weights and kept activations; set trainer.noise_every=0."
         )
 
@@ -231,7 +238,7 @@ def _check_offload(config: Config) -> None:
             )
     if "nvme" in places.values() and not trainer.offload_path:
         raise ConfigError("trainer.offload_path is empty: name a folder on the disk that is offloaded to.")
-    if trainer.activation_offload and not trainer.activation_checkpointing:
+    if trainer.activation_offload and not (trainer.activation_checkpointing or config.sequence_tile):
         raise ConfigError(
             "trainer.activation_offload keeps what a recomputation starts from: set trainer."
             "activation_checkpointing=true too."

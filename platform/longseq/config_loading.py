@@ -23,16 +23,44 @@ from longseq.errors import ConfigError
 _FREE_FORM = ("deepspeed",)  # sections passed through unchecked
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path | str, overrides: Sequence[str] = (), *, resolved: bool = False) -> Config:
     """Read a YAML file, the files it ``extends``, and ``section.key=value`` overrides, in rising priority.
+
+    Below them all stands what a model named in ``model.init_from`` brings, unless the file is that of a run, in which
+    everything has been ``resolved``.
 
     Raises:
         ConfigError: one sentence that names the file and line or the argument, the key, the nearest valid key and
             its meaning.
     """
+    layers = [*_layers(Path(path), ()), *map(_override_layer, overrides)]
+    origin = next((name for layer in reversed(layers) if (name := layer.init_from())), None)
+    if origin and not resolved:
+        from longseq.exported import inherited  # which opens runs, whose configurations are loaded here
+
+        layers.insert(0, _Layer(inherited(origin), origin))
+    config = _merged(layers, str(path))
+    try:
+        config.check()
+    except ConfigError as error:
+        raise ConfigError(f"{path}{' and its overrides' if overrides else ''}: {error}") from None
+    return config
+
+
+def config_of(sections: dict[str, Any], where: str, overrides: Sequence[str] = ()) -> Config:
+    """A configuration of values that lie elsewhere than in YAML files, and overrides; keys are not held against each
+    other, since it may be no training's.
+
+    Raises:
+        ConfigError: as :func:`load_config` does.
+    """
+    return _merged([_Layer(sections, where), *map(_override_layer, overrides)], where)
+
+
+def _merged(layers: Sequence[_Layer], path: str) -> Config:
     merged = OmegaConf.structured(Config)
     places: dict[str, str] = {}
-    for layer in [*_layers(Path(path), ()), *map(_override_layer, overrides)]:
+    for layer in layers:
         merged = layer.onto(merged)
         places |= layer.places()
     try:
@@ -43,11 +71,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     assert isinstance(config, Config)
     for section, name, limits in described_keys():
         full = f"{section}.{name}"
-        check_limits(full, getattr(getattr(config, section), name), limits, places.get(full, str(path)))
-    try:
-        config.check()
-    except ConfigError as error:
-        raise ConfigError(f"{path}{' and its overrides' if overrides else ''}: {error}") from None
+        check_limits(full, getattr(getattr(config, section), name), limits, places.get(full, path))
     return config
 
 
@@ -89,6 +113,10 @@ class _Layer:
                         f"{type_name(about['type'])}: {about['meaning']}."
                     ) from None
             raise ConfigError(f"{self._place(name)}: {name}: {first_line(error)}.") from None
+
+    def init_from(self) -> str | None:
+        """The model whose weights this layer asks for."""
+        return (self.values.get("model") or {}).get("init_from")
 
     def places(self) -> dict[str, str]:
         """Where each section.key of this layer stands."""

@@ -33,6 +33,8 @@ def resolve_sources(config: Config) -> None:
         setattr(data, split, _resolved(split, getattr(data, split), data.format))
     if data.tokenizer not in ("auto", *TOKENS):
         data.tokenizer = str(Path(data.tokenizer).expanduser().absolute())
+    if config.model.init_from:
+        config.model.init_from = str(Path(config.model.init_from).expanduser().absolute())
     if data.packing == "bucket" and not is_corpus(data.train[0]):
         raise ConfigError(
             "data.packing=bucket sorts sequences by their lengths, which only a prepared corpus knows beforehand: make "
@@ -43,6 +45,11 @@ def resolve_sources(config: Config) -> None:
     tokens = vocabulary(config)
     if tokens.name == "pixels":
         check_pixels(config)
+    if config.model.mask_scaling and tokens.mask != tokens.size - 1:
+        raise ConfigError(
+            f"model.mask_scaling=true knows MASK as the last token, but of {tokens.name} it is {tokens.mask} of "
+            f"{tokens.size}: set model.mask_scaling=false."
+        )
     files = _files(config)
     if data.column is not None and not any(leaf.format in TABLES for leaf in reading(config).leaves(files)):
         raise ConfigError(

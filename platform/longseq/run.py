@@ -148,7 +148,7 @@ class Run:
 
     def config(self, overrides: tuple[str, ...] = ()) -> Config:
         """The resolved configuration the run was started with, and overrides on top of it."""
-        config = load_config(self.config_path, overrides)
+        config = load_config(self.config_path, overrides, resolved=True)
         own = self.path / TOKENIZER
         if own.is_file() and not any(override.startswith("data.tokenizer") for override in overrides):
             config.data.tokenizer = str(own)  # wherever the run has been moved to

@@ -89,3 +89,23 @@ def test_a_slurm_job_around_it_changes_nothing(fit: Fit, one_process: Path) -> N
     inside = fit("slurm", "trainer.max_steps=5", "trainer.zero_stage=1", environment=job)
     five = {step: loss for step, loss in curve(one_process, "train/loss").items() if step <= 5}
     assert curve(inside, "train/loss") == five
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("trainer.zero_stage=3", "trainer.activation_offload=true"),  # by layer, whole blocks gathered
+        ("trainer.zero_stage=2", "trainer.accumulate=2"),  # all layers
+        pytest.param(("trainer.strategy=ddp", "model.dropout=0.0"), marks=pytest.mark.long),
+        pytest.param(("trainer.strategy=ddp", "data.reset=true"), marks=pytest.mark.long),
+    ],
+    ids=lambda overrides: overrides[0].partition(".")[2],
+)
+def test_tiles_of_the_sequence_change_no_loss(fit: Fit, overrides: tuple[str, ...]) -> None:
+    name = "-".join(override.partition("=")[2] for override in overrides)
+    short = ("trainer.devices=2", "trainer.max_steps=8", "trainer.valid_every=4")
+    plain = [override for override in overrides if "offload" not in override]
+    one = fit(f"whole-{name}", *short, *plain)
+    two = fit(f"tiled-{name}", *short, "model.sequence_tile=24", *overrides)
+    for tag in ("train/loss", "valid/loss", "train/accuracy", "train/gradient_norm"):
+        assert largest_difference(curve(two, tag), curve(one, tag)) < TOLERANCE, tag

@@ -17,7 +17,8 @@ from longseq_data.prepare_config import PrepareConfig
 
 SHIPPED = Path(__file__).parents[2] / "configs"
 PREPARE = sorted((SHIPPED / "prepare").glob("*.yaml"))
-RUNS = sorted(path for path in SHIPPED.rglob("*.yaml") if path not in PREPARE)
+EXPERIMENTS = sorted((SHIPPED / "experiments").glob("*.yaml"))
+RUNS = sorted(path for path in SHIPPED.rglob("*.yaml") if path not in [*PREPARE, *EXPERIMENTS])
 TRAIN = "data.train=proteins.fasta"
 
 

@@ -13,10 +13,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longseq.attention.carried import State, carried_attention
 from longseq.attention.feature_maps import KERNELS, oprf_a_from_moments, oprf_moments
 from longseq.attention.functional import exact_attention, favor_attention
 from longseq.attention.recurrent import RecurrentState, decode, prefill, prefill_exact
 from longseq.attention.rotary import rotate
+from longseq.attention.tiles import pointwise
 
 KINDS = ("favor", "exact")
 
@@ -91,8 +93,16 @@ class FavorAttention(nn.Module):
         self._oprf_a: float | None = None
 
     def forward(
-        self, x: Tensor, *, padding: Tensor | None = None, segments: Tensor | None = None, rotary: Tensor | None = None
-    ) -> Tensor:
+        self,
+        x: Tensor,
+        *,
+        padding: Tensor | None = None,
+        segments: Tensor | None = None,
+        rotary: Tensor | None = None,
+        norm: nn.Module | None = None,
+        tile: int = 0,
+        carried: State | None = None,
+    ) -> Any:
         """Self-attention over x.
 
         Args:
@@ -102,12 +112,36 @@ class FavorAttention(nn.Module):
             rotary: (2, L, D/2) from :func:`longseq.attention.rotary_table`, (2, B, 1, L, D/2) where each row has its
                 own positions, or None for no rotary positions. With random features a document's result depends on
                 its positions themselves, not on their differences alone: let each begin at 0.
+            norm: applied to x first, or None.
+            tile: positions that the norm and the linear maps compute at a time; what they keep for the backward pass
+                are x, q, k, v and what :meth:`mix` gives. 0: all at once.
+            carried: x is the next tile of a sequence, and this is the state that the tile before has left, () before
+                the first: see :mod:`longseq.attention.carried`. For causal layers, without padding and segments.
 
         Returns:
-            (B, L, E).
+            (B, L, E); with ``carried`` also the state behind the tile.
         """
-        q, k, v = self.project(x, rotary)
-        return self.out(self.mix(q, k, v, padding, segments).transpose(1, 2).flatten(2))
+        if carried is not None:
+            options = self.options()
+            del options["causal"]
+            mixed, state = carried_attention(*self.project(x if norm is None else norm(x), rotary), carried, **options)
+            return self.merge(mixed), state
+        if not tile or x.shape[1] <= tile:
+            q, k, v = self.project(x if norm is None else norm(x), rotary)
+            return self.merge(self.mix(q, k, v, padding, segments))
+
+        def project(x: Tensor, *table: Tensor) -> tuple[Tensor, ...]:
+            return self.project(x if norm is None else norm(x), *table)
+
+        learned = [*self.qkv.parameters(), *([] if norm is None else norm.parameters())]
+        learned += [] if self.log_temperature is None else [self.log_temperature]
+        q, k, v = pointwise(project, tile, (x,) if rotary is None else (x, rotary), learned)
+        mixed = self.mix(q, k, v, padding, segments)
+        return pointwise(lambda x: (self.merge(x),), tile, (mixed,), list(self.out.parameters()))[0]
+
+    def merge(self, mixed: Tensor) -> Tensor:
+        """The heads' results (B, H, L, D) to (B, L, E), by the output's map."""
+        return self.out(mixed.transpose(1, 2).flatten(2))
 
     @torch.no_grad()
     def prefill(

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from longseq.commands.training import check_data, check_disk, help_on_keys
+from longseq.commands.training import check_data, check_disk, check_origin, help_on_keys
 from longseq.config import Config
 from longseq.config_loading import load_config
 from longseq.data import SPLITS, resolve_sources, vocabulary
@@ -85,6 +85,7 @@ def _config(args: argparse.Namespace) -> tuple[Config, str]:
 def _data(config: Config) -> tuple[Config, str]:
     resolve_sources(config)
     check_data(config)
+    check_origin(config)
     files = {split: len(getattr(config.data, split)) for split in SPLITS}
     return config, "the beginning of every file was read: " + ", ".join(f"{n} {s}" for s, n in files.items() if n)
 

@@ -1,7 +1,8 @@
-"""Loss, perplexity and accuracy of a checkpoint, beside the empirical baseline.
+"""How well checkpoints predict: loss, perplexity, bits, accuracy, calibration, beside the empirical baseline.
 
-The test split is scored, and the OOD files where data.ood names them. Results are printed as a table and kept in the
-run's folder under evaluations/. Weights are read from safetensors; nothing is unpickled.
+The test split is scored, and the OOD files where data.ood names them; or any file, with --data. Intervals are 95 %, by
+the bootstrap over sequences. Several checkpoints make one table. Results are kept in the run's folder as JSON under
+evaluations/, and as curves over the steps in TensorBoard. Weights are read from safetensors; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -9,20 +10,27 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import sys
+from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longseq.checkpoint import Checkpoint
-from longseq.commands.training import FIXED, check_data, refuse_changes
+from longseq.commands.training import FIXED, check_data, refuse_changes, say
 from longseq.config import Config
-from longseq.data import corpus_of, resolve_sources, split_spec, vocabulary
-from longseq.errors import RunError
-from longseq.run import Run
+from longseq.data import SPLITS, corpus_of, resolve_sources, split_spec
+from longseq.errors import ConfigError, LongseqError
+from longseq.evaluation.request import Request, samples_of
+from longseq.opening import TARGET_HELP, Source, checkpoints_of, find, of_checkpoint
+from longseq_data.errors import DataError
+from longseq_data.sharing import Samples
+from longseq_data.streaming import StreamSpec
+from longseq_data.survey import survey
 
 if TYPE_CHECKING:
-    from longseq.evaluation.scoring import Scores
-    from longseq.models.performer import PerformerLM
+    from longseq.evaluation.metrics import Counts
+    from longseq.evaluation.tally import Tally
 
 # What the weights fit, and which records were trained on.
 _FIXED = tuple(
@@ -30,98 +38,265 @@ _FIXED = tuple(
     for key in FIXED
     if key not in ("data.test", "data.length", "data.packing", "data.reset", "data.crop", "data.batch_tokens")
 )
-_EMA = "ema.safetensors"  # of longseq.training.callbacks.ema
 # Enough targets to know the frequencies of 29 tokens to 0.1 %, in a few seconds of reading. Tokenizers are slower.
 _BASELINE_TARGETS = 20_000_000
 _BASELINE_TARGETS_TOKENIZED = 2_000_000
+_OVERRIDE = re.compile(r"[a-z]+\.[a-z_.]+=")
+_DEVICES = "trainer.devices="
+_CURVES = ("loss", "perplexity", "bits", "accuracy", "ece", "bits_per_byte", "word_perplexity", "bits_per_dimension")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="RUN|CHECKPOINT", type=Path, help="a run folder, or one of its checkpoints")
     parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        default=[],
-        help="e.g. data.ood=viruses.fasta.gz or attention.kind=exact",
+        "words",
+        nargs="+",
+        metavar="RUN|CHECKPOINT|FOLDER [key=value ...]",
+        help=f"{TARGET_HELP}, or several of them; then keys, e.g. data.ood=viruses.fasta.gz or attention.kind=exact",
     )
+    parser.set_defaults(overrides=[])
     parser.add_argument(
         "--split",
         action="append",
-        choices=("train", "valid", "test", "ood"),
-        help="may be repeated; default: test, ood",
+        choices=SPLITS,
+        help="may be repeated; default: test, and ood where there is one; none with --data",
     )
+    parser.add_argument("--data", action="append", metavar="FILE", help="score any FASTA or text; may be repeated")
     parser.add_argument(
         "--sequences", type=_at_least_one, metavar="N", help="score a sample of N sequences of each split"
     )
+    parser.add_argument("--all-checkpoints", action="store_true", help="every whole checkpoint of each run, over steps")
     parser.add_argument("--ema", action="store_true", help="score the running mean of the weights (trainer.ema_decay)")
+    parser.add_argument("--top-k", type=_at_least_one, default=5, metavar="K", help="of top-k accuracy; default 5")
+    parser.add_argument(
+        "--bootstrap", type=_natural, default=1000, metavar="N", help="resamplings of intervals; default 1000, 0: none"
+    )
+    parser.add_argument("--seed", type=_natural, default=0, metavar="N", help="of the bootstrap; default 0")
+    parser.add_argument(
+        "--devices",
+        type=_at_least_one,
+        metavar="N",
+        help="processes that share the work, a GPU each where there are any; the results are the same (default 1, or "
+        "trainer.devices=N)",
+    )
+    parser.add_argument("--details", action="store_true", help="also tables by length, by confidence and by token")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
 
 
 def run(args: argparse.Namespace) -> int:
-    run, checkpoint = _find(args.target)
-    config = run.config(tuple(args.overrides))
-    resolve_sources(config)
-    refuse_changes(run.config(), config, run, _FIXED)
-    _weights(checkpoint, args.ema)  # said now if there are none
-    splits = list(
-        dict.fromkeys(args.split or (["test", "ood"] if config.data.ood or corpus_of(config, "ood") else ["test"]))
-    )
-    specs = {split: split_spec(config, split) for split in splits}
-    check_data(config)  # a bad file is said now, and not after the splits before it were scored
+    targets = [Path(word) for word in args.words if not _OVERRIDE.match(word)]
+    overrides = [*(word for word in args.words if _OVERRIDE.match(word)), *args.overrides]
+    if not targets:
+        raise LongseqError(f"evaluate: no model; give {TARGET_HELP}.")
+    devices = _devices(args, overrides)
+    args.overrides = [word for word in overrides if not word.startswith(_DEVICES)]
+    groups = _groups(targets, args)
+    prepared = [(group, _parts(group[0], args)) for group in groups]  # a bad file is said before anything is scored
 
-    # Heavy imports only now: what can be refused has been refused.
-    from longseq.evaluation.metrics import frequency_baseline
-    from longseq.evaluation.scoring import score
+    reports, unkept = [], []
+    try:
+        for group, parts in prepared:
+            for source, report in _evaluated(group, parts, devices, args):
+                reports.append(report)
+                try:
+                    _keep(source, report, parts, args)
+                except OSError as error:
+                    unkept.append(f"{error.filename or source.folder}: {error.strerror or error}")
+    finally:  # what is done is shown, whatever happens to the rest
+        if reports:
+            print(json.dumps(reports[0] if len(targets) == 1 and len(reports) == 1 else reports, indent=2)) if (
+                args.json
+            ) else print(_text(reports, args, unkept))
+    if unkept:
+        raise LongseqError(f"{unkept[0]}: the results above could not be kept there; make room and evaluate again.")
+    return 0
 
-    model = _load_model(config, checkpoint, _weights(checkpoint, args.ema))
-    tokenized = config.data.tokenizer.endswith(".json")
-    targets = _BASELINE_TARGETS_TOKENIZED if tokenized else _BASELINE_TARGETS
-    train_counts = split_spec(config, "train").target_counts(targets)
-    results = {}
-    for split, spec in specs.items():
-        progress = _Progress(split)
-        scores = score(
-            model,
-            spec,
-            batch_sequences=max(1, 4096 // config.data.length),
-            max_samples=args.sequences,
-            progress=progress,
+
+def _devices(args: argparse.Namespace, overrides: list[str]) -> int:
+    words = [word.removeprefix(_DEVICES) for word in overrides if word.startswith(_DEVICES)]
+    if words and args.devices is None:
+        try:
+            return _at_least_one(words[-1])
+        except argparse.ArgumentTypeError as error:
+            raise ConfigError(f"trainer.devices: {error}.") from None
+    return args.devices or 1
+
+
+def _groups(targets: list[Path], args: argparse.Namespace) -> list[list[Source]]:
+    """The models, those of one run together."""
+    groups: dict[Path, list[Source]] = {}
+    for target in targets:
+        if args.all_checkpoints:
+            run = find(target, args.overrides).run
+            if run is None:
+                raise LongseqError(f"{target}: an exported folder, which has one model: leave --all-checkpoints out.")
+            sources = [of_checkpoint(each, args.overrides, ema=args.ema) for each in checkpoints_of(run)]
+        else:
+            sources = [find(target, args.overrides, ema=args.ema)]
+        for source in sources:
+            group = groups.setdefault(source.run.path if source.run else source.folder, [])
+            if source.folder not in [other.folder for other in group]:
+                group.append(source)
+    return list(groups.values())
+
+
+def _parts(source: Source, args: argparse.Namespace) -> tuple[str, ...]:
+    """Names of splits, and files, all of which have been looked at."""
+    config = deepcopy(source.config)
+    files = [word if "://" in word else str(Path(word).expanduser().absolute()) for word in args.data or ()]
+    splits = args.split or []
+    if source.run is None and not files:
+        raise LongseqError(
+            f"{source.folder}: an exported folder, which knows no test split: say what to score with --data FILE."
         )
-        progress.close()
-        results[split] = {
-            "sources": list(spec.sources),
-            "sequences": scores.sequences,
-            "targets": int(scores.targets.sum()),
-            **scores.quality.as_dict(),
-            **_per_unit(scores, specs[split].vocabulary.name),
-            "baseline": frequency_baseline(train_counts, scores.targets).as_dict(),
-            # The best that any fixed frequencies can do here: those of the split itself.
-            "baseline_own_frequencies": frequency_baseline(scores.targets, scores.targets).as_dict(),
-        }
-    report = {
-        "checkpoint": str(checkpoint.path),
-        "step": checkpoint.position.step,
+    if source.run is not None:
+        if not files or splits:
+            resolve_sources(config)
+        before = source.run.config()
+        if not files or splits:
+            refuse_changes(before, config, source.run, _FIXED)
+        if not files:
+            splits = splits or (["test", "ood"] if config.data.ood or corpus_of(config, "ood") else ["test"])
+    parts = tuple(dict.fromkeys([*splits, *files]))
+    for part in parts:
+        samples = samples_of(source, part)
+        if part not in SPLITS:
+            _look(part, samples)
+    if splits:
+        check_data(config)
+    return parts
+
+
+def _look(name: str, samples: Samples) -> None:
+    """The beginning of a file, as before a training."""
+    if isinstance(samples, StreamSpec):
+        say(name, survey(samples.reading, samples.sources, strict=samples.strict))
+
+
+def _evaluated(
+    group: list[Source], parts: tuple[str, ...], devices: int, args: argparse.Namespace
+) -> Iterator[tuple[Source, dict]]:
+    """A report for each model of a run, as soon as it is done."""
+    # Heavy imports only now: what can be refused has been refused.
+    from longseq.evaluation.parallel import scored
+
+    request = Request(
+        folders=tuple(str(source.folder) for source in group),
+        overrides=tuple(args.overrides),
+        parts=parts,
+        ema=args.ema,
+        sequences=args.sequences,
+        top_k=args.top_k,
+    )
+    train = _training_counts(group[0])
+    progress = _Progress(group, parts)
+    results: dict[str, dict] = {}
+    try:
+        for number, part, tally in scored(request, devices, progress):
+            results[_label(parts[part], parts)] = _results(group[number], parts[part], tally, train, args)
+            if len(results) == len(parts):
+                progress.clear()
+                yield group[number], _report(group[number], results, args)
+                results = {}
+    finally:
+        progress.clear()
+
+
+def _results(source: Source, part: str, tally: Tally, train: Counts | None, args: argparse.Namespace) -> dict:
+    from longseq.evaluation.metrics import frequency_baseline
+    from longseq.evaluation.scoring import refuse_nothing
+    from longseq.evaluation.summary import summary
+    from longseq.evaluation.tokens import token_names
+
+    samples = samples_of(source, part)
+    refuse_nothing(samples, tally)
+    names = token_names(source.vocabulary)
+    settings = {"top_k": args.top_k, "bootstrap": args.bootstrap, "seed": args.seed}
+    return {
+        "sources": list(samples.sources),
+        **summary(tally, names, source.vocabulary.name, **settings),
+        "baseline": None if train is None else frequency_baseline(train, tally.wanted).as_dict(),
+        # The best that any fixed frequencies can do here: those of the split itself.
+        "baseline_own_frequencies": frequency_baseline(tally.wanted, tally.wanted).as_dict(),
+    }
+
+
+def _report(source: Source, results: dict[str, dict], args: argparse.Namespace) -> dict:
+    return {
+        "checkpoint": str(source.folder),
+        "name": source.name,
+        "step": source.step,
+        "objective": source.config.model.objective,
         "weights": "ema" if args.ema else "last",
         "overrides": args.overrides,
         "sequences_limit": args.sequences,
         "splits": results,
     }
-    run.evaluations_dir.mkdir(exist_ok=True)
-    kept = run.evaluations_dir / f"{checkpoint.path.stem}-{'-'.join(splits)}{_variant(args)}.json"
-    kept.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report, indent=2) if args.json else _table(report, kept))
-    return 0
 
 
-def _variant(args: argparse.Namespace) -> str:
+def _training_counts(source: Source) -> Counts | None:
+    """How often each token is a target in the training data; None where they are not there."""
+    config: Config = deepcopy(source.config)
+    if source.run is None:
+        return None
+    try:
+        resolve_sources(config)
+        tokenized = config.data.tokenizer.endswith(".json")
+        return split_spec(config, "train").target_counts(
+            _BASELINE_TARGETS_TOKENIZED if tokenized else _BASELINE_TARGETS
+        )
+    except (DataError, ConfigError) as error:
+        print(f"longseq: warning: no baseline, as the training data cannot be read: {error}", file=sys.stderr)
+        return None
+
+
+def _keep(source: Source, report: dict, parts: tuple[str, ...], args: argparse.Namespace) -> None:
+    """As JSON, then as points in TensorBoard. Raises OSError where the disk is full, say."""
+    from longseq.evaluation.keeping import add_points, keep_json
+
+    variant = _variant(parts, args)
+    labels = "-".join(re.sub(r"[^A-Za-z0-9._-]", "_", label)[:40] for label in report["splits"])
+    folder = source.run.evaluations_dir if source.run else source.folder / "evaluations"
+    kept = folder / f"{source.folder.stem}-{labels}{variant}.json"
+    keep_json(report, kept)
+    args.kept = [*getattr(args, "kept", []), kept]
+    if source.run:
+        points = {
+            f"{label}/{key}": float(value)
+            for label, values in report["splits"].items()
+            for key, value in values.items()
+            if key in _CURVES or key.startswith("top_")
+        }
+        add_points(source.run.tensorboard_dir / f"evaluation{variant}", points, source.step)
+
+
+def _variant(parts: tuple[str, ...], args: argparse.Namespace) -> str:
     """A suffix for results that are not those of the run's own settings, so that they replace nothing."""
     ema = "-ema" if args.ema else ""
-    if not args.overrides and args.sequences is None:
+    files = [part for part in parts if part not in SPLITS]
+    settings = (sorted(args.overrides), args.sequences, files, args.top_k, args.bootstrap, args.seed)
+    if settings == ([], None, [], 5, 1000, 0):
         return ema
-    return (
-        f"{ema}-" + hashlib.blake2b(repr((sorted(args.overrides), args.sequences)).encode(), digest_size=4).hexdigest()
-    )
+    return f"{ema}-" + hashlib.blake2b(repr(settings).encode(), digest_size=4).hexdigest()
+
+
+def _label(part: str, parts: tuple[str, ...]) -> str:
+    """What a split or a file is called: the file's name where no two are alike."""
+    if part in SPLITS:
+        return part
+    name = part.rstrip("/").rpartition("/")[2]
+    alike = [other for other in parts if other.rstrip("/").rpartition("/")[2] == name]
+    return name if len(alike) == 1 else part
+
+
+def _text(reports: list[dict], args: argparse.Namespace, unkept: list[str]) -> str:
+    from longseq.evaluation.table import details, table
+
+    kept: list[Path] = getattr(args, "kept", [])
+    text = [table(reports), *([details(reports)] if args.details else [])]
+    if kept and not unkept:
+        where = kept[0] if len(kept) == 1 else ", ".join(str(path) for path in dict.fromkeys(k.parent for k in kept))
+        text.append(f"kept in {where}")
+    return "\n\n".join(text)
 
 
 def _at_least_one(text: str) -> int:
@@ -130,102 +305,25 @@ def _at_least_one(text: str) -> int:
     return int(text)
 
 
-def _find(target: Path) -> tuple[Run, Checkpoint]:
-    """The run and checkpoint a path means: of a run folder, the newest whole one."""
-    if (target / "manifest.json").is_file():
-        checkpoint = Checkpoint(target.resolve())
-        problem = checkpoint.problem()
-        if problem:
-            raise RunError(problem)
-        return Run.open(checkpoint.path.parent.parent), checkpoint
-    run = Run.open(target)
-    newest, damaged = run.newest_checkpoint()
-    for sentence in damaged:
-        print(f"longseq: warning: {sentence} Going back to the one before it.", file=sys.stderr)
-    if newest is None:
-        raise RunError(f"{target}: there is no checkpoint to evaluate yet; `{run.resume_command}` trains on.")
-    return run, newest
-
-
-def _weights(checkpoint: Checkpoint, ema: bool) -> Path:
-    """The file with the weights of the last step, or with their running mean."""
-    if not ema:
-        return checkpoint.weights_path
-    if not (checkpoint.path / _EMA).is_file():
-        raise RunError(
-            f"{checkpoint.path}: holds no running mean of the weights: leave --ema out, or go on with "
-            "trainer.ema_decay=0.999 (`longseq resume`), which begins one."
-        )
-    return checkpoint.path / _EMA
-
-
-def _load_model(config: Config, checkpoint: Checkpoint, weights: Path) -> PerformerLM:
-    import torch
-
-    from longseq.models.performer import PerformerLM
-    from longseq.training.weights import load_weights
-
-    model = PerformerLM(config.performer_spec(vocabulary(config).size))
-    load_weights(model, weights)
-    model.set_step(max(0, checkpoint.position.step - 1))  # the projections of the last step that was trained
-    use_cuda = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
-    return model.to("cuda" if use_cuda else "cpu").eval()
-
-
-def _per_unit(scores: Scores, tokens: str) -> dict[str, float]:
-    """The loss in units that do not depend on the tokens: bits a byte, perplexity a word, bits a dimension."""
-    from longseq.evaluation.metrics import bits_per_unit, word_perplexity
-
-    if scores.extent is None:
-        return {}
-    loss, targets, (units, words) = scores.quality.loss, int(scores.targets.sum()), scores.extent
-    bits = bits_per_unit(loss, targets, units)
-    if tokens == "pixels":
-        return {"dimensions": units, "bits_per_dimension": bits}
-    return {
-        "bytes": units,
-        "words": words,
-        "bits_per_byte": bits,
-        "tokens_per_word": targets / words if words else float("nan"),
-        "word_perplexity": word_perplexity(loss, targets, words),
-    }
-
-
-# What some data have beside: key of the report -> column of the table.
-_EXTRA = {
-    "bits_per_byte": "bits a byte",
-    "word_perplexity": "word perplexity",
-    "bits_per_dimension": "bits a dimension",
-}
-
-
-def _table(report: dict, kept: Path) -> str:
-    head = f"{'split':<7}{'sequences':>11}{'targets':>12}{'loss':>9}{'perplexity':>12}{'accuracy':>10}"
-    head += f"{'baseline perplexity':>21}{'accuracy':>10}"
-    extra = {key: title for key, title in _EXTRA.items() if any(key in r for r in report["splits"].values())}
-    head += "".join(f"{title:>{len(title) + 3}}" for title in extra.values())
-    mean = ", running mean of the weights" if report["weights"] == "ema" else ""
-    lines = [f"{report['checkpoint']}, step {report['step']}{mean}", "", head]
-    for split, r in report["splits"].items():
-        base = r["baseline"]
-        lines.append(
-            f"{split:<7}{r['sequences']:>11,}{r['targets']:>12,}{r['loss']:>9.4f}{r['perplexity']:>12.2f}"
-            f"{r['accuracy']:>10.1%}{base['perplexity']:>21.2f}{base['accuracy']:>10.1%}"
-            + "".join(f"{r[key]:>{len(title) + 3}.5g}" for key, title in extra.items())
-        )
-    return "\n".join([*lines, "", f"kept in {kept}"])
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return int(text)
 
 
 class _Progress:
     """A bar on a terminal, nothing elsewhere. The number of sequences is not known before the end."""
 
-    def __init__(self, split: str):
+    def __init__(self, group: list[Source], parts: tuple[str, ...]):
         from tqdm import tqdm
 
-        self.bar = tqdm(desc=f"scoring {split}", unit=" sequences", disable=not sys.stderr.isatty(), leave=False)
+        self.group, self.parts = group, parts
+        self.bar = tqdm(unit=" sequences", disable=not sys.stderr.isatty(), leave=False)
 
-    def __call__(self, sequences: int) -> None:
-        self.bar.update(sequences - self.bar.n)
+    def __call__(self, number: int, part: int, sequences: int) -> None:
+        self.bar.set_description(f"scoring {_label(self.parts[part], self.parts)}, step {self.group[number].step}")
+        self.bar.n = sequences
+        self.bar.refresh()
 
-    def close(self) -> None:
-        self.bar.close()
+    def clear(self) -> None:
+        self.bar.clear()

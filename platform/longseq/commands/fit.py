@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from longseq.commands.training import check_data, check_disk, help_on_keys, train
+from longseq.commands.training import check_data, check_disk, check_origin, help_on_keys, train
 from longseq.config_loading import load_config
 from longseq.data import identities, resolve_sources
 from longseq.run import Run
@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
     resolve_sources(config)
     Run.new(config, default_name=args.config.stem)  # a taken name is said before the data are read
     check_data(config)
+    check_origin(config)
     check_deepspeed(config)
     check_disk(config, Path(config.run.dir).expanduser().resolve())
     new = Run.create(config, default_name=args.config.stem)

@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from longseq.commands.training import FIXED, check_disk, refuse_changes
+from longseq.commands.training import FIXED, check_disk, check_origin, refuse_changes
 from longseq.config import Config
 from longseq.config_loading import load_config, save_config
 from longseq.data import identities, resolve_sources, vocabulary
@@ -196,6 +196,7 @@ def _go_on(args: argparse.Namespace, site: Site, request: Request, given: list[s
 
 def _check(config: Config, site: Site, request: Request) -> None:
     resolve_sources(config)
+    check_origin(config)
     if site.gpu_memory_gib and request.gpus:
         needed = estimate(config, vocabulary(config).size)
         if needed.peak > site.gpu_memory_gib * 2**30:

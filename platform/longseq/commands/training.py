@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from longseq.checkpoint import Checkpoint, expected_bytes, remove_partials
@@ -16,8 +17,9 @@ from longseq.config import Config
 from longseq.config_loading import described_keys
 from longseq.curves import read_curves
 from longseq.data import SPLITS, corpus_of, reading, vocabulary
-from longseq.errors import EXIT_GO_ON, LongseqError, RunError
+from longseq.errors import EXIT_GO_ON, ConfigError, LongseqError, RunError
 from longseq.launch import local
+from longseq.opening import find
 from longseq.run import Run, as_typed
 from longseq_data.corpus import Corpus
 from longseq_data.errors import DataError
@@ -86,6 +88,8 @@ def _duration(seconds: float) -> str:
 FIXED = (
     *("run.name", "run.dir", "run.seed"),
     *("model.preset", "model.dim", "model.depth", "model.heads", "model.ffn_dim", "model.objective"),
+    *("model.position", "model.max_positions", "model.norm", "model.norm_eps", "model.embedding_norm"),
+    *("model.attention_bias", "model.head", "model.mask_scaling"),
     *("attention.qk_norm", "data.train", "data.valid", "data.test", "data.valid_fraction", "data.test_fraction"),
     *("data.length", "data.packing", "data.batch_tokens", "data.shuffle_buffer"),
     *("data.format", "data.tokenizer", "data.column", "data.part_bytes", "data.image_size", "data.reset", "data.crop"),
@@ -141,17 +145,22 @@ def check_data(config: Config) -> None:
         )
         if shares and report.complete:
             _refuse_empty_splits(config, report)
-        extent = "" if report.complete else " at the beginning of the files"
-        print(f"data.{split}: {report.records:,} records, {report.residues:,} {report.unit}{extent}", file=sys.stderr)
-        if report.unknown:
-            letters = ", ".join(f"{letter!r} × {count:,}" for letter, count in report.unknown.most_common(5))
-            first = report.first_unknown
-            place = f", first at {first[0]}:{first[1]}" if first else ""
-            print(
-                f"longseq: warning: letters outside the alphabet are read as X: {letters}{place}. "
-                "Refuse them with data.strict=true.",
-                file=sys.stderr,
-            )
+        say(f"data.{split}", report)
+
+
+def say(name: str, report: ScanReport) -> None:
+    """What a look at some data found, and which letters were read as X, on stderr."""
+    extent = "" if report.complete else " at the beginning of the files"
+    print(f"{name}: {report.records:,} records, {report.residues:,} {report.unit}{extent}", file=sys.stderr)
+    if report.unknown:
+        letters = ", ".join(f"{letter!r} × {count:,}" for letter, count in report.unknown.most_common(5))
+        first = report.first_unknown
+        place = f", first at {first[0]}:{first[1]}" if first else ""
+        print(
+            f"longseq: warning: letters outside the alphabet are read as X: {letters}{place}. "
+            "Refuse them with data.strict=true.",
+            file=sys.stderr,
+        )
 
 
 def _refuse_empty_splits(config: Config, report: ScanReport) -> None:
@@ -167,6 +176,39 @@ def _refuse_empty_splits(config: Config, report: ScanReport) -> None:
             f"data.train: {held_out} into validation: raise data.valid_fraction={data.valid_fraction}, name files in "
             "data.valid, or set trainer.valid_every=0."
         )
+
+
+def check_origin(config: Config) -> None:
+    """Say what differs from the model whose weights a training begins with.
+
+    Raises:
+        LongseqError: if there is no such model, or it reads other tokens.
+    """
+    if not config.model.init_from:
+        return
+    source = find(Path(config.model.init_from))
+    own, theirs = vocabulary(config), source.vocabulary
+    # A run's own copy of a tokenizer has another path: its ids are what counts.
+    if replace(own, name="") != replace(theirs, name="") or own.name.endswith(".json") != theirs.name.endswith(".json"):
+        raise ConfigError(
+            f"model.init_from={config.model.init_from}: a model of {theirs.size:,} {theirs.name} tokens, but the data "
+            f"are read as {own.size:,} {own.name} tokens: give it data and data.tokenizer that fit the model."
+        )
+    words = [
+        f"{name} {old} → {new}"
+        for name, old, new in (
+            ("objective", source.config.model.objective, config.model.objective),
+            ("attention", _attention(source.config), _attention(config)),
+        )
+        if old != new
+    ]
+    changes = f", and trained on with {', '.join(words)}" if words else ""
+    print(f"weights of {source.folder}, step {source.step}{changes}", file=sys.stderr)
+
+
+def _attention(config: Config) -> str:
+    attention = config.attention
+    return attention.kind if attention.kind == "exact" else f"{attention.kind} {attention.kernel}"
 
 
 def check_disk(config: Config, folder: Path) -> None:

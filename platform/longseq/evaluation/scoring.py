@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
-from longseq.evaluation.metrics import Counts, Quality
+from longseq.evaluation.tally import BINS, Tally
 from longseq.models.performer import PerformerLM
-from longseq_data.batches import EvaluationBatches, Loader
-from longseq_data.documents import Extent
 from longseq_data.errors import DataError
-from longseq_data.sharing import Samples
-from longseq_data.vocabulary import IGNORE
+from longseq_data.parcels import pack, unpack
+from longseq_data.sharing import Samples, Share
+from longseq_data.vocabulary import IGNORE, Vocabulary
 
-
-@dataclass(frozen=True)
-class Scores:
-    """The model's quality on a split and the targets it was scored on."""
-
-    quality: Quality
-    sequences: int
-    targets: Counts  # (V,) how often each token was a target
-    extent: Extent | None = None  # of text and images scored causally: what the targets stand for
+_HELD = 256  # batches whose counts are held before they are added up
 
 
 @torch.inference_mode()
@@ -35,47 +25,97 @@ def score(
     *,
     batch_sequences: int,
     max_samples: int | None = None,
+    top_k: int = 5,
+    rank: int = 0,
+    world: int = 1,
     progress: Callable[[int], None] = lambda sequences: None,
-) -> Scores:
-    """One pass over the split, on the model's device.
+) -> Tally:
+    """One pass over the split, or this process's part of it, on the model's device.
+
+    Processes take turns with whole batches, so that each batch, and every bit of its results, is the same however many
+    share them.
 
     Args:
         model: in evaluation mode, its projections set.
         spec: what to read and how to cut it.
         batch_sequences: sequences at a time.
         max_samples: score only so many sequences; None: all.
-        progress: called with the number of sequences after each batch.
+        top_k: a target among this many most probable tokens is near.
+        progress: called with the number of sequences that all processes have done, about, after each batch.
 
     Raises:
-        DataError: if the split has no targets.
+        DataError: if the data are bad.
     """
     device = next(model.parameters()).device
-    loss_sum, correct, sequences = 0.0, 0, 0
     vocabulary = spec.vocabulary
-    counts = np.zeros(vocabulary.size, dtype=np.int64)
-    extent: Extent | None = None
-    batches = EvaluationBatches(
-        spec.measuring(), batch_sequences=batch_sequences, rank=0, world=1, max_samples=max_samples
-    )
-    for batch in Loader(batches, workers=0):
-        tokens, targets = batch["tokens"].to(device), batch["targets"].to(device)
+    parts = [Tally.empty(vocabulary.size)]
+    plans = spec.measuring().evaluation(Share(batch_sequences, 1, 0, 1), max_samples)
+    for number, make in enumerate(plans):
+        if number % world != rank:
+            continue
+        batch = unpack(pack(make()))
         real = batch["tokens"] != vocabulary.pad
-        padding = None if bool(real.all()) else real.to(device)  # exact attention needs no L × L mask without any
+        # Exact attention needs no L × L mask without any padding.
+        padding = None if bool(real.all()) else real.to(device)
         segments = batch["segments"].to(device) if "segments" in batch else None
-        logits = model(tokens, padding, segments).float()  # (B, L, V)
-        loss_sum += F.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
-        ).item()
-        correct += int((logits.argmax(-1) == targets).sum())
-        counts += np.bincount(targets[targets != IGNORE].cpu().numpy(), minlength=vocabulary.size)
-        if "bytes" in batch:
-            extent = (extent or Extent(0, 0)).plus(Extent(int(batch["bytes"]), int(batch["words"])))
-        sequences += int(real.any(dim=1).sum())
-        progress(sequences)
-    total = int(counts.sum())
-    if not total:
+        logits = model(batch["tokens"].to(device), padding, segments).float()  # (B, L, V)
+        parts.append(_count(logits, batch, vocabulary, number * batch_sequences, top_k))
+        if len(parts) > _HELD:
+            parts = [Tally.merged(parts)]
+        progress((number + 1) * batch_sequences)
+    return Tally.merged(parts)
+
+
+def refuse_nothing(spec: Samples, tally: Tally) -> None:
+    """Refuse a split without a single target.
+
+    Raises:
+        DataError: naming its files.
+    """
+    if not int(tally.targets.sum()):
         held_out = f" for the {spec.split} split" if spec.split else ""
         raise DataError(
             f"{', '.join(spec.sources)}: nothing to score{held_out}: hold out a larger share of the records."
         )
-    return Scores(Quality(loss_sum / total, correct / total), sequences, counts, extent)
+
+
+def _count(logits: Tensor, batch: Mapping[str, Tensor], vocabulary: Vocabulary, first: int, top_k: int) -> Tally:
+    targets = batch["targets"].to(logits.device)
+    scored = targets != IGNORE
+    log_probability = logits.log_softmax(-1)
+    of_target = log_probability.gather(-1, targets.clamp_min(0)[..., None])  # (B, L, 1)
+    best, predicted = log_probability.max(-1)
+    correct = (predicted == targets) & scored
+    near = ((log_probability > of_target).sum(-1) < top_k) & scored
+
+    mask = scored.cpu().numpy()
+    losses = np.where(mask, -of_target[..., 0].cpu().numpy().astype(np.float64), 0.0)
+    confidence = np.where(mask, best.exp().cpu().numpy().astype(np.float64), 0.0)
+    right, wanted, found = correct.cpu().numpy(), targets.cpu().numpy(), predicted.cpu().numpy()
+    bins = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
+    rows = np.broadcast_to(np.arange(len(mask))[:, None], mask.shape)
+    by_bin = np.zeros((len(mask), BINS))
+    np.add.at(by_bin, (rows[mask], bins[mask]), confidence[mask])
+    tokens = (batch["tokens"] != vocabulary.pad).sum(1).numpy()
+    kept = tokens > 0  # the last batch is filled up with rows without a sequence
+
+    def frequency(values: np.ndarray, size: int = vocabulary.size) -> np.ndarray:
+        return np.bincount(values, minlength=size).astype(np.int64)
+
+    measured = "bytes" in batch
+    extent = [int(batch["bytes"]), int(batch["words"]), 1] if measured else [0, 0, 0]
+    return Tally(
+        number=(first + np.arange(len(mask)))[kept],
+        tokens=tokens[kept],
+        targets=mask.sum(1)[kept],
+        loss=losses.sum(1)[kept],
+        correct=right.sum(1)[kept],
+        near=near.sum(1).cpu().numpy()[kept],
+        confidence=by_bin[kept],
+        bin_targets=frequency(bins[mask], BINS),
+        bin_correct=frequency(bins[right], BINS),
+        wanted=frequency(wanted[mask]),
+        predicted=frequency(found[mask]),
+        hits=frequency(wanted[right]),
+        extent=np.array(extent, dtype=np.int64),
+    )

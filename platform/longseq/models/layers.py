@@ -5,15 +5,19 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from longseq.attention import FavorAttention, RecurrentState
+from longseq.attention.carried import State
+from longseq.attention.tiles import pointwise
 from longseq.models.spec import PerformerSpec
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block: x + attention(norm(x)), then x + MLP(norm(x))."""
+    """Transformer block: x + attention(norm(x)), then x + MLP(norm(x)); post-norm: norm(x + attention(x)) and so on."""
 
     def __init__(self, spec: PerformerSpec, layer: int):
         super().__init__()
-        self.attention_norm = nn.LayerNorm(spec.dim)
+        self.tile = spec.tile
+        self.post_norm = spec.norm == "post"
+        self.attention_norm = nn.LayerNorm(spec.dim, eps=spec.norm_eps)
         self.attention = FavorAttention(
             spec.dim,
             spec.heads,
@@ -26,29 +30,49 @@ class Block(nn.Module):
             qk_norm=spec.qk_norm,
             learned_share=spec.learned_share,
             learned_decay=spec.learned_decay,
+            bias=spec.attention_bias,
             seed=spec.seed,
             layer=layer,
             backend=spec.backend,
         )
-        self.mlp_norm = nn.LayerNorm(spec.dim)
+        self.mlp_norm = nn.LayerNorm(spec.dim, eps=spec.norm_eps)
         self.mlp = nn.Sequential(nn.Linear(spec.dim, spec.ffn_dim), nn.GELU(), nn.Linear(spec.ffn_dim, spec.dim))
         self.dropout = nn.Dropout(spec.dropout)
 
-    def forward(self, x_BLE: Tensor, padding: Tensor | None, segments: Tensor | None, rotary: Tensor) -> Tensor:
+    def forward(self, x_BLE: Tensor, padding: Tensor | None, segments: Tensor | None, rotary: Tensor | None) -> Tensor:
         """x (B, L, E); padding (B, L) bool, True where a token is real; segments (B, L) integers; or None."""
-        mixed = self.attention(self.attention_norm(x_BLE), padding=padding, segments=segments, rotary=rotary)
-        return self._add(x_BLE, mixed)
+        tile = self.tile if self.tile < x_BLE.shape[1] else 0
+        norm = None if self.post_norm else self.attention_norm
+        mixed = self.attention(x_BLE, padding=padding, segments=segments, rotary=rotary, norm=norm, tile=tile)
+        if not tile:
+            return self._add(x_BLE, mixed)
+        learned = [*self.mlp_norm.parameters(), *self.mlp.parameters()]
+        learned += self.attention_norm.parameters() if self.post_norm else []
+        random = self.training and self.dropout.p > 0
+        return pointwise(lambda *parts: (self._add(*parts),), tile, (x_BLE, mixed), learned, random=random)[0]
 
-    def prefill(self, x_BLE: Tensor, padding: Tensor | None, rotary: Tensor) -> tuple[Tensor, RecurrentState]:
+    def carry(self, x_BTE: Tensor, state: State, rotary: Tensor | None) -> tuple[Tensor, State]:
+        """The forward pass of a causal block over the next tile of a sequence, and the attention's state behind it."""
+        norm = None if self.post_norm else self.attention_norm
+        mixed, state = self.attention(x_BTE, rotary=rotary, norm=norm, carried=state)
+        return self._add(x_BTE, mixed), state
+
+    def prefill(self, x_BLE: Tensor, padding: Tensor | None, rotary: Tensor | None) -> tuple[Tensor, RecurrentState]:
         """The forward pass over a prompt, and the attention's state after it."""
-        mixed, state = self.attention.prefill(self.attention_norm(x_BLE), padding=padding, rotary=rotary)
+        mixed, state = self.attention.prefill(self._before(x_BLE), padding=padding, rotary=rotary)
         return self._add(x_BLE, mixed), state
 
-    def decode(self, x_BLE: Tensor, state: RecurrentState, rotary: Tensor) -> tuple[Tensor, RecurrentState]:
+    def decode(self, x_BLE: Tensor, state: RecurrentState, rotary: Tensor | None) -> tuple[Tensor, RecurrentState]:
         """The next position, or the next few."""
-        mixed, state = self.attention.decode(self.attention_norm(x_BLE), state, rotary=rotary)
+        mixed, state = self.attention.decode(self._before(x_BLE), state, rotary=rotary)
         return self._add(x_BLE, mixed), state
+
+    def _before(self, x_BLE: Tensor) -> Tensor:
+        return x_BLE if self.post_norm else self.attention_norm(x_BLE)
 
     def _add(self, x_BLE: Tensor, mixed: Tensor) -> Tensor:
+        if self.post_norm:
+            x_BLE = self.attention_norm(x_BLE + self.dropout(mixed))
+            return self.mlp_norm(x_BLE + self.dropout(self.mlp(x_BLE)))
         x_BLE = x_BLE + self.dropout(mixed)
         return x_BLE + self.dropout(self.mlp(self.mlp_norm(x_BLE)))

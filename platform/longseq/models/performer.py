@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,10 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from longseq.attention import FavorAttention, RecurrentState, rotary_table
+from longseq.attention.carried import State
+from longseq.attention.tiles import recurrence
+from longseq.errors import LongseqError
+from longseq.models.head import Head, TransformHead
 from longseq.models.layers import Block
 from longseq.models.spec import PerformerSpec
 
@@ -40,37 +45,56 @@ class PerformerLM(nn.Module):
         super().__init__()
         self.spec = spec
         self.embedding = nn.Embedding(spec.vocabulary, spec.dim)
+        self.positions = nn.Embedding(spec.max_positions, spec.dim) if spec.position == "learned" else None
+        self.embedding_norm = nn.LayerNorm(spec.dim, eps=spec.norm_eps) if spec.embedding_norm else None
         self.dropout = nn.Dropout(spec.dropout)
         self.blocks = nn.ModuleList(Block(spec, layer) for layer in range(spec.depth))
-        self.norm = nn.LayerNorm(spec.dim)
-        self.head = nn.Linear(spec.dim, spec.vocabulary, bias=False)
+        self.norm = nn.LayerNorm(spec.dim, eps=spec.norm_eps) if spec.norm == "pre" else nn.Identity()
+        self.head = (
+            TransformHead(spec.dim, spec.vocabulary, spec.norm_eps)
+            if spec.head == "transform"
+            else Head(spec.dim, spec.vocabulary)
+        )
         self._initialise()
 
-    def forward(self, tokens: Tensor, padding: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
-        """Next-token logits (causal) or logits of each position's own token (masked).
+    def forward(
+        self,
+        tokens: Tensor,
+        padding: Tensor | None = None,
+        segments: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> Any:
+        """Next-token logits (causal) or logits of each position's own token (masked); with targets, their loss.
 
         Args:
             tokens: (B, L) token ids.
             padding: (B, L) bool, True where a token is real; False hides it from attention. None: all are real.
             segments: (B, L) integers, documents packed into one row: attention stays within a run of equal numbers.
                 None: a row is one document. Positions count from a document's first token.
+            targets: (B, L) token ids, −100 where nothing is scored. None: logits are wanted.
 
         Returns:
-            (B, L, vocabulary), in the dtype of the weights.
+            (B, L, vocabulary), in the dtype of the weights; with targets the sum of their cross entropies (nats, fp32)
+            and how many of them have the largest logit (int64), for which the logits of a few positions exist at a
+            time.
         """
-        x = self.dropout(self.embedding(tokens))  # (B, L, E)
-        rotary = self._rotary(_positions(tokens, padding, segments))
-        if self.spec.activation_checkpointing and torch.is_grad_enabled() and not x.requires_grad:
+        if targets is not None and padding is None and segments is None and self._carries(tokens.shape[1]):
+            return self._carried_loss(tokens, targets)
+        positions = _positions(tokens, padding, segments)
+        x = self._embed(tokens, positions, padding)  # (B, L, E)
+        rotary = self._rotary(positions)
+        recompute = self.spec.activation_checkpointing or 0 < self.spec.tile < tokens.shape[1]
+        if recompute and torch.is_grad_enabled() and not x.requires_grad:
             x.requires_grad_()  # a frozen embedding: reentrant checkpoints give gradients only if their input wants one
         for block in self.blocks:
-            if self.spec.activation_checkpointing and self.training:
+            if recompute and self.training:
                 # Reentrant: ZeRO-3 gathers weights in module hooks, and the other kind checks saved shapes against
                 # weights that are partitioned again by then.
                 with save_on_cpu(pin_memory=x.is_cuda) if self.spec.activation_offload else nullcontext():
                     x = checkpoint(block, x, padding, segments, rotary, use_reentrant=True)
             else:
                 x = block(x, padding, segments, rotary)
-        return self.head(self.norm(x))
+        return self.head(self.norm(x), targets)
 
     @torch.no_grad()
     def prefill(
@@ -91,8 +115,9 @@ class PerformerLM(nn.Module):
         Raises:
             ValueError: if the model is not causal.
         """
-        x = self.dropout(self.embedding(tokens))  # (B, L, E)
-        rotary = self._rotary(_positions(tokens, padding, None))
+        positions = _positions(tokens, padding, None)
+        x = self._embed(tokens, positions, padding)  # (B, L, E)
+        rotary = self._rotary(positions)
         layers = []
         for block in self.blocks:
             assert isinstance(block, Block)
@@ -111,7 +136,7 @@ class PerformerLM(nn.Module):
 
         The given state stays as it was: several continuations may start from it.
         """
-        x = self.dropout(self.embedding(token[:, None]))  # (B, 1, E)
+        x = self._embed(token[:, None], state.positions[:, None], None)  # (B, 1, E)
         rotary = self._rotary(state.positions[:, None])
         layers = []
         for block, before in zip(self.blocks, state.layers, strict=True):
@@ -126,8 +151,56 @@ class PerformerLM(nn.Module):
             if isinstance(module, FavorAttention):
                 module.draw = self.spec.draw_at(step)
 
-    def _rotary(self, positions: Tensor) -> Tensor:
-        """Of positions (L,), the same in all rows, or (B, L)."""
+    def _carries(self, length: int) -> bool:
+        """Whether the loss of so long a row takes the way of :meth:`_carried_loss`."""
+        first = self.blocks[0].attention
+        calibrated = self.spec.kernel != "oprf" or not self.training or first.oprf_a is not None
+        return self.spec.carries and length > self.spec.tile and calibrated
+
+    def _carried_loss(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        """Sum of the losses and number of correct targets. One tile goes through all layers before the next begins.
+
+        What is kept of the sequence is every layer's attention state before each tile: nothing has the size L × E.
+        """
+        layers = len(self.blocks)
+
+        def piece(start: int, stop: int, before: State) -> tuple[tuple[Tensor, ...], State]:
+            positions = torch.arange(start, stop, device=tokens.device)
+            x = self._embed(tokens[:, start:stop], positions, None)  # (B, T, E)
+            rotary = self._rotary(positions)
+            size = len(before) // layers  # tensors a layer
+            behind: list[Tensor] = []
+            for number, block in enumerate(self.blocks):
+                assert isinstance(block, Block)
+                x, state = block.carry(x, before[number * size : (number + 1) * size], rotary)
+                behind += state
+            return self.head(self.norm(x), targets[:, start:stop]), tuple(behind)
+
+        random = self.training and self.spec.dropout > 0
+        return recurrence(
+            piece, tokens.shape[1], self.spec.tile, list(self.parameters()), device=tokens.device, random=random
+        )
+
+    def _embed(self, tokens: Tensor, positions: Tensor, padding: Tensor | None) -> Tensor:
+        """What enters the first block, (B, L, E), of tokens (B, L) at positions (L,) or (B, L)."""
+        x = self.embedding(tokens)
+        if self.spec.mask_scaling:
+            x = _scaled(x, tokens == self.spec.vocabulary - 1, padding)
+        if self.positions is not None:
+            if positions.numel() and int(positions.max()) >= self.spec.max_positions:
+                raise LongseqError(
+                    f"a sequence of {int(positions.max()) + 1:,} tokens or more, but the model has learned "
+                    f"{self.spec.max_positions:,} positions (model.max_positions): give it shorter ones."
+                )
+            x = x + self.positions(positions)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        return self.dropout(x)
+
+    def _rotary(self, positions: Tensor) -> Tensor | None:
+        """Of positions (L,), the same in all rows, or (B, L); None where positions are learned."""
+        if self.positions is not None:
+            return None
         table = rotary_table(positions, self.spec.head_dim)
         return table if positions.ndim == 1 else table.unsqueeze(2)  # a dimension for the heads
 
@@ -156,6 +229,15 @@ def _positions(tokens: Tensor, padding: Tensor | None, segments: Tensor | None) 
     if padding is not None:
         return (positions - _leading(padding)[:, None]).clamp_(min=0)
     return positions
+
+
+def _scaled(x: Tensor, masked: Tensor, padding: Tensor | None) -> Tensor:
+    """ESM's "token dropout" (Rives et al. 2021; Lin et al. 2023, ESM-2): masked tokens embed as 0, and all others are
+    scaled as dropout at 12 %, the share of MASK in ESM's training, would scale them beside the share that there is."""
+    real = torch.ones_like(masked) if padding is None else padding
+    share = (masked & real).sum(1) / real.sum(1).clamp(min=1)
+    scale = (1 - 0.15 * 0.8) / (1 - share).clamp(min=1e-6)
+    return (x.masked_fill(masked[..., None], 0.0) * scale[:, None, None]).to(x.dtype)
 
 
 def _leading(padding: Tensor) -> Tensor:

@@ -38,9 +38,20 @@ class PerformerSpec:
     learned_share: bool = False
     learned_decay: bool = False
     redraw_every: int = 0  # optimiser steps between draws of the projections; 0 = one draw for ever
+    # What tells the families of Transformers apart whose weights can be imported: see longseq.models.importing.
+    position: str = "rotary"  # or "learned": a vector a position, max_positions of them
+    max_positions: int = 0
+    norm: str = "pre"  # or "post": x = norm(x + branch(x)), and no norm before the head
+    norm_eps: float = 1e-5
+    embedding_norm: bool = False  # a norm behind the embedding
+    attention_bias: bool = False
+    head: str = "linear"  # or "transform": linear, GELU and norm before it, and a bias on the logits (BERT's)
+    mask_scaling: bool = False  # ESM's "token dropout": MASK, the last id, embeds as 0, and the others are scaled
     seed: int = 0
     activation_checkpointing: bool = False
     activation_offload: bool = False
+    sequence_tile: int = 0  # positions that norms, projections and MLPs compute at a time; 0: all
+    carry: bool = True  # whether tiles may go through all layers at once, where the attention allows it
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -50,6 +61,11 @@ class PerformerSpec:
             raise ValueError(
                 f"model.dim / model.heads = {self.dim} / {self.heads} = {self.head_dim} is odd; "
                 "rotary positions need an even head size"
+            )
+        if (self.position == "learned") != (self.max_positions > 0):
+            raise ValueError(
+                f"model.position={self.position} and model.max_positions={self.max_positions}: learned positions need "
+                "their number, e.g. 1024, and rotary ones have none (0)"
             )
         if self.attention == "exact":
             return
@@ -74,6 +90,17 @@ class PerformerSpec:
     def head_dim(self) -> int:
         return self.dim // self.heads
 
+    @property
+    def tile(self) -> int:
+        """Positions a tile: a window and more, so that what a tile needs of those before it is in the last one."""
+        return max(self.sequence_tile, 2 * self.window) if self.sequence_tile else 0
+
+    @property
+    def carries(self) -> bool:
+        """Whether a tile can go through all layers before the next, with a state of fixed size a layer between them."""
+        favor = self.attention == "favor" and self.kernel not in SIGNED_KERNELS
+        return bool(self.sequence_tile) and self.carry and self.causal and favor and not self.mask_scaling
+
     def draw_at(self, step: int) -> int:
         """Which draw of the projections optimiser step ``step`` uses."""
         return step // self.redraw_every if self.redraw_every else 0
@@ -85,4 +112,10 @@ class PerformerSpec:
         attention = 4 * self.dim**2 + self.heads * learned
         mlp = 2 * self.dim * self.ffn_dim + self.ffn_dim + self.dim
         norms = 4 * self.dim
-        return self.depth * (attention + mlp + norms) + 2 * self.vocabulary * self.dim + 2 * self.dim
+        if self.attention_bias:
+            attention += 4 * self.dim
+        ends = 2 * self.vocabulary * self.dim + self.max_positions * self.dim
+        ends += 2 * self.dim * ((self.norm == "pre") + self.embedding_norm)
+        if self.head == "transform":
+            ends += self.dim**2 + 3 * self.dim + self.vocabulary
+        return self.depth * (attention + mlp + norms) + ends

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
@@ -13,6 +14,8 @@ from longseq.config import Config
 from longseq.data import split_spec
 from longseq.errors import ConfigError
 from longseq.launch.memory import estimate
+from longseq.models.performer import PerformerLM
+from longseq.opening import find
 from longseq.run import Run
 from longseq.training.callbacks.attention_probe import AttentionProbe
 from longseq.training.callbacks.bad_steps import BadSteps
@@ -35,6 +38,7 @@ from longseq.training.environment import start_facts
 from longseq.training.strategy import build_strategy, on_cuda
 from longseq.training.task import LanguageModelling
 from longseq.training.tensorboard import RunLogger
+from longseq.training.weights import load_weights
 from longseq_data.datamodule import SequenceDataModule
 
 _SHARDING = {"deepspeed": "DeepSpeed ZeRO-{}", "ddp": "none (DDP)", "single": "none (one process)"}
@@ -50,6 +54,8 @@ def fit(run: Run, config: Config, checkpoint: Checkpoint | None, stop: StopFlag)
     check_devices(config)
     start = checkpoint.position.step if checkpoint else 0
     task = LanguageModelling(config)
+    if config.model.init_from and not checkpoint:
+        begin_with(task.model, config)
     trainer = build_trainer(run, config, stop, checkpoint)
     if trainer.is_global_zero:
         if checkpoint:
@@ -63,6 +69,16 @@ def fit(run: Run, config: Config, checkpoint: Checkpoint | None, stop: StopFlag)
     if trainer.is_global_zero:
         run.mark_finished(trainer.global_step)
     return True
+
+
+def begin_with(model: PerformerLM, config: Config) -> None:
+    """Give a new model the weights that model.init_from names.
+
+    Raises:
+        LongseqError: if there are none, or they are those of another architecture.
+    """
+    assert config.model.init_from
+    load_weights(model, find(Path(config.model.init_from)).weights, may_learn_more=True)
 
 
 def build_trainer(run: Run, config: Config, stop: StopFlag, checkpoint: Checkpoint | None) -> pl.Trainer:

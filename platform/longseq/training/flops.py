@@ -15,6 +15,7 @@ from longseq.models.spec import PerformerSpec
 def training_flops(spec: PerformerSpec, length: int) -> float:
     """FLOPs of one token in a sequence of ``length``, embedding look-ups and norms left out."""
     linear = spec.depth * (4 * spec.dim**2 + 2 * spec.dim * spec.ffn_dim) + spec.vocabulary * spec.dim
+    linear += spec.dim**2 if spec.head == "transform" else 0
     attention = _attention(spec, length).both.strict
     return 6 * linear + spec.depth * spec.heads * attention
 

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from longseq.config import Config
+from longseq.models.layers import Block
 from longseq.training.deepspeed_settings import deepspeed_settings
 from longseq.training.snapshots import Snapshots
 
@@ -79,6 +80,8 @@ class CleanDeepSpeedStrategy(Snapshots, DeepSpeedStrategy):
     def _setup_model_and_optimizer(
         self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: LRScheduler | None = None
     ) -> Any:
+        if self.zero_stage_3:
+            _gather_whole_blocks(model)
         engine, sharded_optimizer = self._initialize(model, optimizer, lr_scheduler)
         # Half precision without ZeRO steps once with zero gradients to allocate the moments, which counts in Adam's
         # bias correction: the first real step would be a quarter too short.
@@ -104,6 +107,17 @@ class CleanDeepSpeedStrategy(Snapshots, DeepSpeedStrategy):
         self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: LRScheduler | None
     ) -> tuple[Any, Any]:
         return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
+
+
+def _gather_whole_blocks(model: nn.Module) -> None:
+    """Let ZeRO-3 gather the weights of a block at once where its parts compute in tiles of the sequence.
+
+    Tiles take and return the gradients of several modules together, so all their weights must be there together.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    if any(isinstance(module, Block) and module.tile for module in model.modules()):
+        set_z3_leaf_modules(model, [Block])
 
 
 class CPUDeepSpeedStrategy(CleanDeepSpeedStrategy):

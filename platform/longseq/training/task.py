@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from longseq.config import Config
@@ -88,11 +87,9 @@ class LanguageModelling(pl.LightningModule):
         """Sum of the losses over the batch's targets; counts them in ``sums``."""
         tokens, targets = batch["tokens"], batch["targets"]
         real = tokens != self.pad
-        logits = self.model(tokens, batch.get("padding"), batch.get("segments")).float()  # (B, L, V)
-        loss_sum = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
-        scored = targets != IGNORE
-        correct = ((logits.detach().argmax(-1) == targets) & scored).sum()
-        sums.add(loss_sum.detach(), correct, scored.sum(), real.sum(), torch.full_like(correct, tokens.numel()))
+        loss_sum, correct = self.model(tokens, batch.get("padding"), batch.get("segments"), targets)
+        scored = (targets != IGNORE).sum()
+        sums.add(loss_sum.detach(), correct, scored, real.sum(), torch.full_like(correct, tokens.numel()))
         return loss_sum
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:

@@ -7,6 +7,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from longseq.errors import RunError
+from longseq.exported import PREFIX
+
+_LEARNED = ("log_temperature", "log_share", "log_decay")  # of attention: qk_norm, learned_share, learned_decay
 
 
 def full_state_dict(model: nn.Module, sharded: bool, keep: bool) -> dict[str, Tensor]:
@@ -35,17 +38,29 @@ def save_weights(state: dict[str, Tensor], path: Path) -> None:
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a safetensors file into a model, weights in fp32. Nothing is unpickled.
+def load_weights(model: nn.Module, path: Path, *, may_learn_more: bool = False) -> list[str]:
+    """Load a safetensors file, a checkpoint's or an exported folder's, into a model, weights in fp32. Nothing is
+    unpickled.
+
+    Args:
+        may_learn_more: let learned parts of attention that the file lacks keep the values that the model has.
+
+    Returns:
+        The names of these.
 
     Raises:
         RunError: if the file holds the weights of another architecture.
     """
     from safetensors.torch import load_file
 
-    state = {name: t.float() if t.is_floating_point() else t for name, t in load_file(path).items()}
+    state = {
+        name.removeprefix(PREFIX): t.float() if t.is_floating_point() else t for name, t in load_file(path).items()
+    }
+    own = model.state_dict()
+    fresh = [name for name in own if may_learn_more and name not in state and name.endswith(_LEARNED)]
+    state |= {name: own[name] for name in fresh}
     have = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in own.items()}
     for name in sorted(wanted.keys() | have.keys()):
         # A kernel's constant is no weight: FavorAttention does without it, or drops it.
         if not name.endswith("oprf_constant") and have.get(name) != wanted.get(name):
@@ -54,3 +69,4 @@ def load_weights(model: nn.Module, path: Path) -> None:
                 f"{wanted.get(name, 'none')}: leave model.* and the learned parts of attention.* as the run has them."
             )
     model.load_state_dict(state)
+    return fresh

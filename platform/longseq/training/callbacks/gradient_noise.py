@@ -15,7 +15,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from longseq.config import Config
@@ -83,7 +82,6 @@ def _gradient(task: LanguageModelling, batch: dict[str, Tensor], rows: slice) ->
     tokens, targets = batch["tokens"][rows], batch["targets"][rows]
     hidden = {name: batch[name][rows] for name in ("padding", "segments") if name in batch}
     with torch.enable_grad():
-        logits = task.model(tokens, **hidden).float()
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+        loss, _ = task.model(tokens, **hidden, targets=targets)
         loss = loss / (targets != IGNORE).sum().clamp(min=1)
         return torch.autograd.grad(loss, [p for p in task.model.parameters() if p.requires_grad])

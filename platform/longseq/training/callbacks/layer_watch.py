@@ -35,6 +35,7 @@ class LayerWatch:
         return None
 
     def _watch(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) else output
         if not module.training or not isinstance(output, Tensor):
             return
         self._note(f"the output of {name}", output.detach())

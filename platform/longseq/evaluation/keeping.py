@@ -1,0 +1,91 @@
+"""Keep an evaluation: JSON beside the run, and points in TensorBoard beside the training's own stream."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from longseq.curves import read_curves
+from longseq.errors import LongseqError
+
+
+def keep_json(report: object, path: Path) -> None:
+    """Write a file whole or not at all. Raises OSError where that cannot be done."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with aside(path) as partial:
+        partial.write_text(json.dumps(report, indent=2) + "\n")
+
+
+@contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """A name of its own beside ``path``, to write to. What was written gets its name when it is whole and on the disk.
+
+    Raises:
+        LongseqError: where the folder is missing, before anything is computed for the file.
+        OSError: where the disk is full, say; nothing is left then.
+    """
+    if not path.parent.is_dir():
+        raise LongseqError(f"{path}: the folder {path.parent} does not exist; make it, or choose another.")
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.stem[:60]}-", suffix=f"{path.suffix}.partial", dir=path.parent)
+    os.close(descriptor)
+    partial = Path(name)
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.chmod(0o666 & ~_umask())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def add_points(folder: Path, points: Mapping[str, float], step: int) -> None:
+    """One point in each curve of a TensorBoard folder that only evaluations write to.
+
+    The folder's one file of events is written anew with the points before, and takes the old one's place: a checkpoint
+    that is evaluated again moves its points, and a full disk or a second evaluation at the same time loses none.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        before = sorted(folder.glob("*tfevents*"))
+        curves = {tag: dict(curve) for tag, curve in read_curves(folder).items()} if before else {}
+        for tag, value in points.items():
+            curves.setdefault(tag, {})[step] = value
+        steps: dict[int, dict[str, float]] = {}
+        now = time.time()
+        for tag, curve in curves.items():
+            for at, value in curve.items():
+                steps.setdefault(at, {})[tag] = value
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as aside:
+            writer = EventFileWriter(aside)
+            for at, values in sorted(steps.items()):
+                summary = Summary(value=[Summary.Value(tag=tag, simple_value=v) for tag, v in values.items()])
+                writer.add_event(Event(step=at, summary=summary, wall_time=now))
+            writer.close()
+            for file in Path(aside).iterdir():
+                file.replace(folder / file.name)
+        for file in before:
+            file.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with (folder / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

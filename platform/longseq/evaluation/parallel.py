@@ -1,0 +1,107 @@
+"""Scoring in this process, or shared by several: the same results to the last bit.
+
+Each process scores every N-th batch and leaves what it counted in a file; here the files of all are put together in
+the order of the sequences. No process waits for another, so none can hang.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from longseq.errors import LongseqError
+from longseq.evaluation.request import Request, batch_sequences, samples_of
+from longseq.evaluation.tally import Tally
+from longseq.launch.local import environment_of, free_port
+
+Progress = Callable[[int, int, int], None]  # checkpoint, part and sequences so far, about
+
+
+def scored(request: Request, devices: int, progress: Progress) -> Iterator[tuple[int, int, Tally]]:
+    """The numbers of a folder and a part, and what was counted there, one after the other as they are done.
+
+    Raises:
+        LongseqError, DataError: what went wrong, in one sentence.
+    """
+    if devices == 1:
+        yield from of_this_process(request, 0, 1, None, progress)
+        return
+    with tempfile.TemporaryDirectory(prefix="longseq-evaluate-") as folder:
+        place = Path(folder)
+        request.write(place / "request.json")
+        port = free_port()
+        processes = [_start(place, rank, devices, port) for rank in range(devices)]
+        try:
+            for number in range(len(request.folders)):
+                for part in range(len(request.parts)):
+                    files = [tally_path(place, number, part, rank) for rank in range(devices)]
+                    _wait(files, processes, place)
+                    yield number, part, Tally.merged([Tally.load(file) for file in files])
+                    for file in files:
+                        file.unlink()
+            for process in processes:
+                process.wait()
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    process.kill()
+                process.wait()
+
+
+def of_this_process(
+    request: Request, rank: int, world: int, device: str | None, progress: Progress
+) -> Iterator[tuple[int, int, Tally]]:
+    """This process's share of everything."""
+    from longseq.evaluation.scoring import score
+
+    for number in range(len(request.folders)):
+        source = request.source(number)
+        model = source.load(device)
+        for part, name in enumerate(request.parts):
+            tally = score(
+                model,
+                samples_of(source, name),
+                batch_sequences=batch_sequences(source.config),
+                max_samples=request.sequences,
+                top_k=request.top_k,
+                rank=rank,
+                world=world,
+                progress=lambda sequences, part=part, number=number: progress(number, part, sequences),  # type: ignore[misc]
+            )
+            yield number, part, tally
+
+
+def tally_path(place: Path, number: int, part: int, rank: int) -> Path:
+    """Where a process leaves what it counted."""
+    return place / f"{number}-{part}-{rank}.npz"
+
+
+def failure_path(place: Path, rank: int) -> Path:
+    """Where a process leaves the sentence that says why it failed."""
+    return place / f"failure-{rank}.txt"
+
+
+def _start(place: Path, rank: int, world: int, port: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "longseq.evaluation.worker", str(place)]
+    return subprocess.Popen(command, env=environment_of(rank, world, port), stdin=subprocess.DEVNULL)
+
+
+def _wait(files: Sequence[Path], processes: Sequence[subprocess.Popen[bytes]], place: Path) -> None:
+    while not all(file.exists() for file in files):
+        for rank, process in enumerate(processes):
+            code = process.poll()
+            if code is None or files[rank].exists():
+                continue
+            sentence = failure_path(place, rank)
+            if sentence.exists():
+                raise LongseqError(sentence.read_text())
+            how = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
+            raise LongseqError(
+                f"evaluate: process {rank} of {len(processes)} {how}; is there enough memory for that many? "
+                "Take fewer with --devices."
+            )
+        time.sleep(0.05)

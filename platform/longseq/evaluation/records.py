@@ -1,0 +1,101 @@
+"""The records of a file as a model reads them. No torch here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from longseq.errors import LongseqError
+from longseq.evaluation.request import samples_of
+from longseq.opening import Source
+from longseq_data.packing import Window, document
+from longseq_data.shuffling import documents_in_file_order
+from longseq_data.streaming import StreamSpec
+from longseq_data.survey import survey
+from longseq_data.tokenization import load_tokenizer
+from longseq_data.vocabulary import LETTERS, TABLE, UNKNOWN, Tokens, Vocabulary
+
+BATCH_TOKENS = 4096  # read by a model at once, padding included; a longer record is read alone
+
+Item = TypeVar("Item")
+
+
+class Record(NamedTuple):
+    identifier: str
+    row: Tokens  # the token before a record, its ordinary tokens, EOS
+
+    @property
+    def length(self) -> int:
+        return len(self.row) - 2
+
+    @property
+    def ordinary(self) -> Tokens:
+        return self.row[1:-1]
+
+
+def records(source: Source, file: str) -> Iterator[Record]:
+    """Every record of a file, in its order; letters outside the alphabet are read as X.
+
+    Raises:
+        DataError, LongseqError: for what cannot be read as the model's tokens.
+    """
+    samples = _samples(source, file)
+    encoder, vocabulary = samples.encoder(), source.vocabulary
+    for each in documents_in_file_order(samples):
+        tokens = Window((document(each),)).tokens(encoder)
+        body = tokens[1 : 1 + each.length]
+        ends = np.array([vocabulary.eos], dtype=tokens.dtype)
+        yield Record(each.identifier, np.concatenate([np.array([source.begins], dtype=tokens.dtype), body, ends]))
+
+
+def look(source: Source, file: str) -> None:
+    """Say what a file holds, and which of its letters are read as X. Raises as ``records`` does."""
+    from longseq.commands.training import say
+
+    samples = _samples(source, file)
+    say(file, survey(samples.reading, samples.sources, strict=samples.strict))
+    sys.stderr.flush()
+
+
+def batches(items: Iterable[Item], length: object, limit: int = BATCH_TOKENS) -> Iterator[list[Item]]:
+    """Items in their order, as many at a time as fit into ``limit`` tokens when padded to the longest."""
+    held: list[Item] = []
+    longest = 0
+    for item in items:
+        size = length(item)  # type: ignore[operator]
+        if held and (len(held) + 1) * max(longest, size) > limit:
+            yield held
+            held, longest = [], 0
+        held.append(item)
+        longest = max(longest, size)
+    if held:
+        yield held
+
+
+def prompt_tokens(text: str, vocabulary: Vocabulary, what: str) -> list[int]:
+    """A prompt as ids.
+
+    Raises:
+        LongseqError: for a letter that is no residue; naming it and its position.
+    """
+    if vocabulary.name == "protein":
+        ids = list(text.encode("ascii", "replace").translate(TABLE))
+        if UNKNOWN in ids:
+            at = ids.index(UNKNOWN)
+            raise LongseqError(f"{what}: {text[at]!r} at position {at + 1} is none of {LETTERS}; correct it.")
+        return ids
+    if vocabulary.name == "bytes":
+        return list(text.encode())
+    return load_tokenizer(vocabulary.name).encode(text, add_special_tokens=False).ids
+
+
+def _samples(source: Source, file: str) -> StreamSpec:
+    samples = samples_of(source, file)
+    if not isinstance(samples, StreamSpec):
+        raise LongseqError(f"{file}: a prepared corpus; give the files that it was made of, FASTA or text.")
+    if source.vocabulary.name == "pixels":
+        raise LongseqError(f"{source.folder}: a model of pixels; this works on proteins and text.")
+    return samples

@@ -1,0 +1,62 @@
+"""What is to be scored, as it is handed to the processes that share the work. No torch here."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from longseq.config import Config
+from longseq.data import SPLITS, resolve_sources, split_spec
+from longseq.opening import Source, reopen
+from longseq_data.sharing import Samples
+from longseq_data.sources import expand_sources
+
+
+@dataclass(frozen=True)
+class Request:
+    """Checkpoints or exported folders, each to be scored on each split or file."""
+
+    folders: tuple[str, ...]
+    overrides: tuple[str, ...]
+    parts: tuple[str, ...]  # names of splits, and files
+    ema: bool = False
+    sequences: int | None = None  # of each part; None: all
+    top_k: int = 5
+
+    def source(self, number: int) -> Source:
+        """The model of folder ``number``."""
+        return reopen(Path(self.folders[number]), self.overrides, ema=self.ema)
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)))
+
+    @staticmethod
+    def read(path: Path) -> Request:
+        values = json.loads(path.read_text())
+        for name in ("folders", "overrides", "parts"):
+            values[name] = tuple(values[name])
+        return Request(**values)
+
+
+def samples_of(source: Source, part: str) -> Samples:
+    """The samples of a split by its name, or else of a file, cut as the model was trained.
+
+    Raises:
+        ConfigError, DataError: for a split that there is not, and a file that cannot be read as the model's tokens.
+    """
+    config = deepcopy(source.config)
+    if part in SPLITS:
+        resolve_sources(config)
+        return split_spec(config, part)
+    # The file alone: where the training data are now, and whether they still are, does not matter.
+    config.data.train, config.data.valid, config.data.test = [], [], []
+    config.data.tokenizer = source.vocabulary.name
+    config.data.ood = list(expand_sources([part], config.data.format))
+    return split_spec(config, "ood")
+
+
+def batch_sequences(config: Config) -> int:
+    """Sequences at a time: results are the same to the last bit only for the same number of them."""
+    return max(1, 4096 // config.data.length)

@@ -1,0 +1,56 @@
+"""One of the processes that share an evaluation: ``python -m longseq.evaluation.worker PLACE``."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+from longseq.errors import EXIT_ERROR, USER_ERRORS
+from longseq.evaluation.parallel import failure_path, of_this_process, tally_path
+from longseq.evaluation.request import Request
+
+
+def main() -> int:
+    place, rank, world = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    _end_with_parent()
+    request = Request.read(place / "request.json")
+    try:
+        for number, part, tally in of_this_process(request, rank, world, _device(request, rank), lambda *_: None):
+            tally.save(tally_path(place, number, part, rank))
+    except USER_ERRORS as error:
+        failure_path(place, rank).write_text(str(error))
+        return EXIT_ERROR
+    except OSError as error:
+        failure_path(place, rank).write_text(f"{error.filename or place}: {error.strerror or error}.")
+        return EXIT_ERROR
+    return 0
+
+
+def _device(request: Request, rank: int) -> str:
+    """A GPU for each process, in turns where there are fewer of them."""
+    import torch
+
+    if request.source(0).config.trainer.accelerator == "cpu" or not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{rank % torch.cuda.device_count()}"
+
+
+def _end_with_parent() -> None:
+    """Do not outlive a parent that was killed."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(EXIT_ERROR)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)  # threads of native libraries race with the interpreter's end

@@ -1,0 +1,191 @@
+"""The runs of an experiment, one after another, each trained and scored as `longseq fit` and `longseq evaluate` do.
+
+A run that is finished is not trained again, one that was interrupted goes on, and a score that is known is kept: the
+same command goes on where it was stopped, and with more seeds adds them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longseq.config_loading import load_config
+from longseq.curves import read_curves
+from longseq.errors import EXIT_GO_ON, LongseqError
+from longseq.experiments.plan import Plan, Variant, slug
+from longseq.run import Run
+
+Command = Callable[[Sequence[str]], int]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line adds to a plan."""
+
+    out: Path
+    config: Path
+    overrides: tuple[str, ...]
+    seeds: tuple[int, ...]
+    sequences: int | None  # scored of each split; None: all
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run."""
+
+    group: str
+    variant: Variant
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{slug(self.group, self.variant.name)}-seed{self.seed}"
+
+
+class Interrupted(Exception):
+    """Ctrl-C: the run under way has saved."""
+
+
+def trials(plan: Plan, seeds: Sequence[int]) -> Iterator[Trial]:
+    """A whole table of one seed before the next."""
+    for seed in seeds:
+        for group in plan.groups:
+            for variant in plan.variants.values():
+                yield Trial(group, variant, seed)
+
+
+def arguments(plan: Plan, settings: Settings, trial: Trial) -> list[str]:
+    """What `longseq fit` is given for a run."""
+    words = [*plan.overrides, *settings.overrides, *plan.groups[trial.group], *trial.variant.overrides]
+    words += [f"run.seed={trial.seed}", f"run.dir={settings.out / 'runs'}", f"run.name={trial.name}"]
+    if plan.curve or trial.variant.steps < 1:
+        steps = load_config(settings.config, words).trainer.max_steps
+        steps = max(1, round(trial.variant.steps * steps))
+        words.append(f"trainer.max_steps={steps}")
+        words += [f"trainer.valid_every={max(1, steps // 10)}"] if plan.curve else []
+    if trial.variant.origin:
+        words.append(f"model.init_from={_folder(settings, _origin(plan, trial))}")
+    return [str(settings.config), *words]
+
+
+def perform(plan: Plan, settings: Settings, command: Command, tell: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+    """Train and score what is not yet; everything that is known then, by the run's name.
+
+    Args:
+        command: the command line, `longseq.cli.main`.
+
+    Raises:
+        LongseqError: if a run fails, or the folder holds another experiment.
+        Interrupted: if one was stopped.
+    """
+    _claim(plan, settings)
+    for trial in trials(plan, settings.seeds):
+        kept = settings.out / "results" / f"{trial.name}.json"
+        if kept.exists():
+            continue
+        tell(f"{trial.group}, {trial.variant.name}, seed {trial.seed}")
+        _train(plan, settings, trial, command)
+        found: dict[str, Any] = {"group": trial.group, "variant": trial.variant.name, "seed": trial.seed}
+        found["splits"] = _scores(plan, settings, _folder(settings, trial), (), command)
+        if trial.variant.origin:
+            # The weights as they came, under the attention that is to be trained.
+            changes = tuple(word for word in trial.variant.overrides if word.startswith("attention."))
+            origin = _folder(settings, _origin(plan, trial))
+            found["before"] = _scores(plan, settings, origin, changes, command)
+        curves = read_curves(_folder(settings, trial) / "tensorboard")
+        found["curve"] = {str(step): value for step, value in curves.get("valid/accuracy", {}).items()}
+        aside = kept.with_suffix(".partial")
+        aside.write_text(json.dumps(found, indent=1) + "\n")
+        aside.replace(kept)
+    return results(plan, settings)
+
+
+def results(plan: Plan, settings: Settings) -> dict[str, dict[str, Any]]:
+    """What the folder holds of this experiment, of whatever seeds, by the run's name."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted((settings.out / "results").glob("*.json"))}
+    return {name: r for name, r in found.items() if r["variant"] in plan.variants and r["group"] in plan.groups}
+
+
+def _claim(plan: Plan, settings: Settings) -> None:
+    """Refuse a folder that holds results of other settings."""
+    (settings.out / "results").mkdir(parents=True, exist_ok=True)
+    path = settings.out / "settings.json"
+    mine = {
+        "experiment": plan.name,
+        "config": str(settings.config),
+        "overrides": sorted([*plan.overrides, *settings.overrides]),
+        "sequences": settings.sequences,
+    }
+    if not path.exists():
+        path.write_text(json.dumps(mine, indent=1) + "\n")
+    before = json.loads(path.read_text())
+    for name, value in mine.items():
+        if before.get(name) != value:
+            raise LongseqError(
+                f"{settings.out}: holds results of {name}={before.get(name)}, not {value}: choose another --out."
+            )
+
+
+def _train(plan: Plan, settings: Settings, trial: Trial, command: Command) -> None:
+    folder = _folder(settings, trial)
+    if (folder / "FINISHED").exists():
+        return
+    going_on = (folder / "config.yaml").exists()
+    code = command(["resume", str(folder)] if going_on else ["fit", *arguments(plan, settings, trial)])
+    _check(code, trial.name)
+
+
+def _scores(
+    plan: Plan, settings: Settings, run: Path, overrides: tuple[str, ...], command: Command
+) -> dict[str, dict[str, Any]]:
+    words = ["evaluate", str(run), "--json", *overrides]
+    words += [word for split in plan.splits for word in ("--split", split)]
+    if settings.sequences is not None:
+        words += ["--sequences", str(settings.sequences)]
+    written = io.StringIO()
+    with redirect_stdout(written):
+        code = command(words)
+    _check(code, run.name)
+    report = json.loads(written.getvalue())
+    wanted = ("loss", "perplexity", "accuracy", "sequences", "targets", "baseline")
+    return {split: {k: r[k] for k in wanted if k in r} for split, r in report["splits"].items()}
+
+
+def _check(code: int, name: str) -> None:
+    if code in (EXIT_GO_ON, 130):
+        raise Interrupted
+    if code:
+        raise LongseqError(f"{name}: ended with exit code {code}; the same command goes on from here.")
+
+
+def _origin(plan: Plan, trial: Trial) -> Trial:
+    assert trial.variant.origin
+    return Trial(trial.group, plan.variants[trial.variant.origin], trial.seed)
+
+
+def _folder(settings: Settings, trial: Trial) -> Path:
+    return settings.out / "runs" / trial.name
+
+
+def facts(plan: Plan, settings: Settings, found: dict[str, dict[str, Any]]) -> str:
+    """One line on the models and their training, of the first run that there is."""
+    for name in found:
+        path = settings.out / "runs" / name
+        if (path / "config.yaml").is_file():
+            config = Run.open(path).config()
+            spec = config.performer_spec(29)
+            tokens = config.trainer.max_steps * config.data.batch_tokens
+            return (
+                f"{spec.depth} layers, {spec.heads} heads, width {spec.dim}, MLP {spec.ffn_dim}, "
+                f"{spec.features} features; {config.trainer.max_steps:,} steps of {config.data.batch_tokens:,} tokens "
+                f"= {tokens / 10 ** max(0, 3 * int(math.log10(tokens) / 3)):.3g}"
+                f"{('', ' thousand', ' million', ' billion', ' trillion')[int(math.log10(tokens) / 3)]} tokens a run, "
+                f"length {config.data.length}"
+            )
+    return ""

@@ -1,0 +1,72 @@
+"""Write an exported folder (see longseq.exported): weights, description, tokenizer, model card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from longseq import __version__, exported
+from longseq.config import Config
+from longseq.model_card import model_card
+from longseq.opening import Source
+from longseq.tokenizer_files import write_tokenizer
+from longseq.training.weights import save_weights
+from longseq_data.vocabulary import Vocabulary
+
+
+def export(source: Source, out: Path, *, dtype: str = "float32") -> None:
+    """Make the folder ``out`` of a trained model.
+
+    Args:
+        dtype: "float32" or "bfloat16".
+
+    Raises:
+        LongseqError: if ``out`` exists, or the weights are not those of the configured architecture.
+    """
+    state = source.load(device="cpu").state_dict()
+    card = model_card(source)
+    write_folder(out, state, source.config, source.vocabulary, source.step, card, first=source.begins, dtype=dtype)
+
+
+def write_folder(
+    out: Path,
+    state: dict[str, Tensor],
+    config: Config,
+    vocabulary: Vocabulary,
+    step: int,
+    card: str,
+    *,
+    first: int,
+    dtype: str = "float32",
+) -> None:
+    """An exported folder of these weights.
+
+    Args:
+        state: a state dict of :class:`~longseq.models.performer.PerformerLM`.
+        first: the token that a sequence begins with.
+    """
+    kind = getattr(torch, dtype)
+    weights = {f"{exported.PREFIX}{name}": t.to(kind) if t.is_floating_point() else t for name, t in state.items()}
+    causal = config.model.objective == "causal"
+    with exported.writing(out) as folder:
+        description = {**exported.description(config, vocabulary, step), "dtype": dtype}
+        _json(folder / "config.json", {**description, "longseq_version": __version__})
+        if causal:
+            _json(
+                folder / "generation_config.json",
+                {
+                    "bos_token_id": first,
+                    "eos_token_id": vocabulary.eos,
+                    "pad_token_id": vocabulary.pad,
+                },
+            )
+        write_tokenizer(folder, vocabulary, first=first, causal=causal)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        save_weights(weights, folder / "model.safetensors")
+
+
+def _json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,171 @@
+"""longseq models in Hugging Face transformers: ``import longseq.huggingface``, and the Auto classes know them.
+
+    import longseq.huggingface
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained("exported/")
+    model = AutoModelForCausalLM.from_pretrained("exported/")
+    ids = model.generate(**tokenizer("MKV", return_tensors="pt"), max_new_tokens=100, do_sample=True)
+
+The folders are those of ``longseq export`` and ``longseq import``. Generation keeps a state of fixed size in the place
+of a key-value cache (with ``attention.kind=exact`` a cache).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longseq.config_loading import config_of
+from longseq.exported import MODEL_TYPE
+from longseq.models.head import TransformHead
+from longseq.models.performer import DecodingState, PerformerLM
+from longseq_data.vocabulary import IGNORE
+
+try:
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForMaskedLM,
+        GenerationMixin,
+        PretrainedConfig,
+        PreTrainedModel,
+    )
+    from transformers.utils import ModelOutput
+except ImportError as error:
+    raise ImportError(
+        f"longseq.huggingface needs transformers ({error}): pip install 'longseq[huggingface]'."
+    ) from error
+
+
+class LongseqConfig(PretrainedConfig):
+    """Sizes under Hugging Face's names, and under ``longseq`` the sections of the configuration and the step."""
+
+    model_type = MODEL_TYPE
+
+    def __init__(self, longseq: dict[str, Any] | None = None, **names: Any):
+        super().__init__(**names)
+        self.longseq = longseq or {}
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+            setattr(self, name, names.get(name, 0))
+        self.mask_token_id = names.get("mask_token_id")
+
+
+@dataclass
+class LongseqOutput(ModelOutput):
+    """Logits (B, L, vocabulary), the mean loss if labels were given, and the decoding state if it was asked for."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    cache_params: Any | None = None
+
+
+class LongseqPreTrainedModel(PreTrainedModel):
+    """What the causal and the masked model share."""
+
+    config_class = LongseqConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["Block"]  # noqa: RUF012 - as transformers has it
+
+    def __init__(self, config: LongseqConfig):
+        super().__init__(config)
+        sections = {name: value for name, value in config.longseq.items() if isinstance(value, dict)}
+        spec = config_of(sections, "config.json").performer_spec(config.vocab_size)
+        self.model = PerformerLM(spec)
+        # The projections of the last step that was trained, as longseq itself takes them.
+        self.model.set_step(max(0, int(config.longseq.get("step", 0)) - 1))
+        self.post_init()
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """PerformerLM has initialised itself."""
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.model.embedding
+
+    def set_input_embeddings(self, value: torch.nn.Module) -> None:
+        assert isinstance(value, torch.nn.Embedding)
+        self.model.embedding = value
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        head = self.model.head
+        return head.logits if isinstance(head, TransformHead) else head
+
+
+class LongseqForMaskedLM(LongseqPreTrainedModel):
+    """Logits of each position's own token."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **unused: Any,
+    ) -> LongseqOutput:
+        logits = self.model(input_ids, _real(attention_mask))
+        return LongseqOutput(loss=_loss(logits, labels), logits=logits)
+
+
+class LongseqForCausalLM(LongseqPreTrainedModel, GenerationMixin):
+    """Logits of each position's next token; ``generate`` decodes at constant time and memory a token."""
+
+    _is_stateful = True  # the state cannot go back, as assisted generation would have it
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        cache_params: DecodingState | None = None,
+        use_cache: bool | None = None,
+        **unused: Any,
+    ) -> LongseqOutput:
+        if cache_params is not None:
+            logits, state = self.model.decode(input_ids[:, -1], cache_params)
+            return LongseqOutput(logits=logits[:, None], cache_params=state)
+        if use_cache and labels is None and not self.training:
+            logits, state = self.model.prefill(input_ids, _real(attention_mask))
+            return LongseqOutput(logits=logits, cache_params=state)
+        logits = self.model(input_ids, _real(attention_mask))
+        shifted = None if labels is None else F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        return LongseqOutput(loss=_loss(logits, shifted), logits=logits)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        cache_params: DecodingState | None = None,
+        attention_mask: Tensor | None = None,
+        use_cache: bool | None = True,
+        **unused: Any,
+    ) -> dict[str, Any]:
+        if cache_params is not None:
+            return {"input_ids": input_ids[:, -1:], "cache_params": cache_params, "use_cache": True}
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": use_cache}
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # the state is made by the first forward pass
+
+    def _reorder_cache(self, cache: DecodingState, beams: Tensor) -> DecodingState:
+        return cache.select(beams)
+
+
+def _real(attention_mask: Tensor | None) -> Tensor | None:
+    """None where nothing is padded: attention needs no mask then."""
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    return attention_mask.bool()
+
+
+def _loss(logits: Tensor, labels: Tensor | None) -> Tensor | None:
+    if labels is None:
+        return None
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
+
+
+AutoConfig.register(MODEL_TYPE, LongseqConfig, exist_ok=True)
+AutoModelForCausalLM.register(LongseqConfig, LongseqForCausalLM, exist_ok=True)
+AutoModelForMaskedLM.register(LongseqConfig, LongseqForMaskedLM, exist_ok=True)

@@ -1,0 +1,105 @@
+"""The output layer: logits, or the loss of targets without ever holding the logits of all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from longseq.attention.state import in_full_precision
+
+IGNORE = -100  # a target that is not scored
+_LOGITS = 2**24  # at a time, in fp32: 64 MiB
+_MOST_ROWS = 8192
+
+
+class Head(nn.Linear):
+    """(..., E) to logits (..., vocabulary); with targets, to the sum of their losses and how many are most probable."""
+
+    def __init__(self, dim: int, vocabulary: int):
+        super().__init__(dim, vocabulary, bias=False)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, targets: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Args:
+            x: (..., E).
+            targets: (...) token ids, −100 where nothing is scored, or None.
+
+        Returns:
+            Logits; or Σ cross entropy (nats, fp32) and the number of targets that have the largest logit (int64).
+        """
+        if targets is None:
+            return F.linear(x, self.weight)
+        learns = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        return _Loss.apply(x, self.weight, targets, learns)
+
+
+class TransformHead(nn.Module):
+    """BERT's head: linear, GELU and norm, then logits with a bias, of all positions at once."""
+
+    def __init__(self, dim: int, vocabulary: int, eps: float):
+        super().__init__()
+        self.dense = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.logits = nn.Linear(dim, vocabulary)
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """As of :class:`Head`."""
+        logits = self.logits(self.norm(F.gelu(self.dense(x))))
+        if targets is None:
+            return logits
+        logits = logits.float()
+        loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+        return loss, (logits.detach().argmax(-1) == targets).sum()
+
+
+class _Loss(torch.autograd.Function):
+    """Cross entropy over tiles of rows. A tile's logits are gone when the next one's come, so their gradient is taken
+    in the forward pass: it is that of the sum, and the backward pass only multiplies."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, learns: bool) -> tuple[Tensor, Tensor]:
+        rows, wanted = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+        size = max(1, min(_MOST_ROWS, max(256, _LOGITS // len(weight))))
+        loss = torch.zeros((), dtype=torch.float64, device=x.device)
+        correct = torch.zeros((), dtype=torch.int64, device=x.device)
+        dx = torch.empty_like(rows) if learns and ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if learns else None
+        for start in range(0, len(rows), size):
+            tile = slice(start, start + size)
+            logits = F.linear(rows[tile], weight)
+            narrow = logits.dtype  # what autocast has made of it
+            logits = logits.float()
+            scored = wanted[tile] != IGNORE
+            ids = wanted[tile].clamp(min=0)[:, None]
+            log_sum = logits.logsumexp(-1, keepdim=True)
+            loss += ((log_sum - logits.gather(1, ids))[:, 0] * scored).sum()
+            correct += ((logits.argmax(-1) == wanted[tile]) & scored).sum()
+            if d_weight is None:
+                continue
+            d_logits = logits.sub_(log_sum).exp_()
+            d_logits.scatter_add_(1, ids, d_logits.new_full((1, 1), -1.0).expand(len(ids), 1))
+            d_logits = (d_logits * scored[:, None]).to(narrow)
+            d_weight += d_logits.mT @ rows[tile]
+            if dx is not None:
+                dx[tile] = d_logits @ weight
+        ctx.shape = x.shape
+        ctx.save_for_backward(weight[:0], dx, d_weight)
+        ctx.mark_non_differentiable(correct)
+        return loss.float(), correct
+
+    @staticmethod
+    @in_full_precision
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        like, dx, d_weight = ctx.saved_tensors
+        if dx is not None:
+            scaled = torch.empty_like(dx)
+            for start in range(0, len(dx), _MOST_ROWS):  # in fp32: rounded to bf16, the factor alone is off by 0.4 %
+                scaled[start : start + _MOST_ROWS] = dx[start : start + _MOST_ROWS].float() * grad
+            dx = scaled.view(ctx.shape)
+        return dx, (d_weight * grad).to(like.dtype) if ctx.needs_input_grad[1] else None, None, None

@@ -1,0 +1,220 @@
+"""A trained model from wherever it lies: a run, one of its checkpoints, or an exported folder. No torch here.
+
+``find`` says what a path means and refuses what cannot work; ``Source.load`` then reads the weights, from safetensors,
+whatever ZeRO stage they were trained under. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from longseq import exported
+from longseq.checkpoint import Checkpoint
+from longseq.config import Config
+from longseq.data import vocabulary
+from longseq.errors import LongseqError, RunError
+from longseq.exported import is_exported
+from longseq.models.spec import PerformerSpec
+from longseq.run import Run
+from longseq_data.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from longseq.models.performer import PerformerLM
+
+EMA = "ema.safetensors"  # of longseq.training.callbacks.ema
+TARGET_HELP = "a run folder, one of its checkpoints, or an exported folder"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Trained weights, and what must be known to use them."""
+
+    folder: Path  # the checkpoint or the exported folder
+    weights: Path  # model.safetensors, or the running mean
+    config: Config  # of an exported folder without data files
+    vocabulary: Vocabulary
+    step: int  # optimiser steps trained
+    run: Run | None  # None: an exported folder
+
+    @property
+    def spec(self) -> PerformerSpec:
+        """The model's architecture."""
+        return self.config.performer_spec(self.vocabulary.size)
+
+    @property
+    def name(self) -> str:
+        """What people call the model: the run's name, or the folder's."""
+        return self.run.path.name if self.run else self.folder.name
+
+    @property
+    def causal(self) -> bool:
+        return self.config.model.objective == "causal"
+
+    @property
+    def begins(self) -> int:
+        """The token before a record: the end of another where records were joined, else BOS."""
+        data = self.config.data
+        return self.vocabulary.eos if data.packing == "concat" and not data.reset else self.vocabulary.bos
+
+    def require(self, objective: str, why: str) -> None:
+        """Refuse a model of the other objective; ``why`` ends the sentence.
+
+        Raises:
+            LongseqError: naming the model.
+        """
+        own = self.config.model.objective
+        if own != objective:
+            raise LongseqError(f"{self.folder}: a {own} model (model.objective={own}); {why}")
+
+    def load(self, device: str | None = None) -> PerformerLM:
+        """The model in evaluation mode, with the projections of the last step that was trained.
+
+        Args:
+            device: default: CUDA where there is a GPU and trainer.accelerator does not say cpu.
+
+        Raises:
+            RunError: if the weights are those of another architecture.
+        """
+        import torch
+
+        from longseq.models.performer import PerformerLM
+        from longseq.training.weights import load_weights
+
+        model = PerformerLM(self.spec)
+        load_weights(model, self.weights)
+        model.set_step(max(0, self.step - 1))
+        use_cuda = self.config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+        return model.to(device or ("cuda" if use_cuda else "cpu")).eval()
+
+
+def find(target: Path, overrides: Sequence[str] = (), *, ema: bool = False) -> Source:
+    """What a path means: of a run, its newest whole checkpoint.
+
+    Args:
+        overrides: key=value on top of the run's configuration.
+        ema: the running mean of the weights instead of the last ones.
+
+    Raises:
+        LongseqError, DataError: in one sentence, for a path that is none of these, a damaged or older checkpoint, and
+            a model of other tokens than the configuration's.
+    """
+    if (target / "manifest.json").is_file():
+        return of_checkpoint(_whole(Checkpoint(target.resolve())), overrides, ema=ema)
+    if is_exported(target):
+        return of_export(exported.read(target), overrides, ema=ema)
+    _refuse_others(target)
+    run = Run.open(target)
+    newest, damaged = run.newest_checkpoint()
+    if newest is None:
+        if damaged:
+            raise RunError(f"{target}: none of its checkpoints can be used; of the newest: {damaged[0]}")
+        raise RunError(f"{target}: there is no checkpoint to evaluate yet; `{run.resume_command}` trains on.")
+    for sentence in damaged:
+        print(f"longseq: warning: {sentence} Going back to the one before it.", file=sys.stderr)
+    return of_checkpoint(newest, overrides, ema=ema)
+
+
+def reopen(folder: Path, overrides: Sequence[str] = (), *, ema: bool = False) -> Source:
+    """``Source.folder`` of one that ``find`` gave, opened again without another look at its checksums."""
+    if (folder / "manifest.json").is_file():
+        return of_checkpoint(Checkpoint(folder), overrides, ema=ema)
+    return find(folder, overrides, ema=ema)
+
+
+def of_checkpoint(checkpoint: Checkpoint, overrides: Sequence[str] = (), *, ema: bool = False) -> Source:
+    """A checkpoint that is known to be whole."""
+    run = Run.open(checkpoint.path.parent.parent)
+    config = run.config(tuple(overrides))
+    weights = checkpoint.weights_path
+    if ema:
+        weights = checkpoint.path / EMA
+        if not weights.is_file():
+            raise RunError(
+                f"{checkpoint.path}: holds no running mean of the weights: leave --ema out, or go on with "
+                "trainer.ema_decay=0.999 (`longseq resume`), which begins one."
+            )
+    tokens = vocabulary(config)
+    _refuse_other_tokens(weights, tokens)
+    return Source(checkpoint.path, weights, config, tokens, checkpoint.position.step, run)
+
+
+def of_export(export: exported.Exported, overrides: Sequence[str] = (), *, ema: bool = False) -> Source:
+    """An exported folder."""
+    if ema:
+        raise RunError(f"{export.folder}: an exported folder holds one set of weights: leave --ema out.")
+    config = export.config(tuple(overrides))
+    tokens = vocabulary(config)
+    _refuse_other_tokens(export.weights, tokens)
+    return Source(export.folder, export.weights, config, tokens, export.step, None)
+
+
+def checkpoints_of(run: Run) -> list[Checkpoint]:
+    """Every whole checkpoint of a run, oldest first; damaged ones are named on stderr.
+
+    Raises:
+        RunError: if there is none.
+    """
+    whole = []
+    for checkpoint in run.checkpoints():
+        problem = checkpoint.problem()
+        if problem is None:
+            whole.append(checkpoint)
+        else:
+            print(f"longseq: warning: {problem} It is left out.", file=sys.stderr)
+    if not whole:
+        raise RunError(f"{run.path}: there is no whole checkpoint; `{run.resume_command}` trains on.")
+    return whole
+
+
+def _whole(checkpoint: Checkpoint) -> Checkpoint:
+    problem = checkpoint.problem()
+    if problem:
+        raise RunError(problem)
+    return checkpoint
+
+
+def _refuse_others(target: Path) -> None:
+    """What looks like a model and is none that can be read."""
+    if target.is_dir() and (any(target.glob("mp_rank_*")) or any(target.glob("*zero_pp_rank_*"))):
+        raise RunError(
+            f"{target}: a checkpoint in DeepSpeed's own, pickled format, which longseq neither writes nor reads; give "
+            "a checkpoint of longseq (RUN/checkpoints/step-*.ckpt), or the run."
+        )
+    if target.is_file():
+        raise RunError(f"{target}: a file; give {TARGET_HELP}.")
+
+
+def _refuse_other_tokens(weights: Path, tokens: Vocabulary) -> None:
+    """Hold the embedding's rows against the tokens of the data, before either is used.
+
+    Raises:
+        RunError: naming both.
+    """
+    shapes = tensor_shapes(weights)
+    rows = shapes.get("embedding.weight", shapes.get(f"{exported.PREFIX}embedding.weight", (tokens.size,)))[0]
+    if rows != tokens.size:
+        raise RunError(
+            f"{weights}: a model of {rows:,} tokens, but the configuration's data.tokenizer ({tokens.name}) has "
+            f"{tokens.size:,}: give it the tokenizer and the kind of data that it was trained with."
+        )
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each tensor of a safetensors file, from its header.
+
+    Raises:
+        RunError: if the file is none.
+    """
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read: {error.strerror}.") from None
+    except (ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError):
+        raise RunError(f"{path}: no safetensors file, or damaged.") from None

@@ -1,0 +1,106 @@
+"""The vocabularies as Hugging Face tokenizer files: the same ids for the same text as training read. No torch here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from longseq_data.tokenization import SPECIAL_NAMES
+from longseq_data.vocabulary import LETTERS, TOKENS, Vocabulary
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+def write_tokenizer(folder: Path, vocabulary: Vocabulary, *, first: int, causal: bool) -> bool:
+    """tokenizer.json, tokenizer_config.json and special_tokens_map.json, as ``AutoTokenizer`` reads them.
+
+    Args:
+        first: the token that begins a sequence: BOS, or EOS where training joined records with it.
+        causal: a prompt is left open; otherwise EOS ends a sequence.
+
+    Returns:
+        False where there is no text to make tokens of (pixels), and nothing was written.
+    """
+    if vocabulary.name == "pixels":
+        return False
+    makers = {"protein": _protein, "bytes": _bytes}
+    tokenizer = makers[vocabulary.name]() if vocabulary.name in makers else _file(vocabulary)
+    names = {role: str(tokenizer.id_to_token(getattr(vocabulary, role))) for role in SPECIAL_NAMES}
+    _frame(tokenizer, names, vocabulary, first, causal)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {f"{role}_token": name for role, name in names.items()}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "padding_side": "left" if causal else "right",  # generation goes on from the end
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        **special,
+    }
+    if vocabulary.name == "protein":
+        settings["unk_token"] = special["unk_token"] = "X"
+    _json(folder / "tokenizer_config.json", settings)
+    _json(folder / "special_tokens_map.json", special)
+    return True
+
+
+def _protein() -> Tokenizer:
+    """A residue a token; lower case reads as upper case, a final * and white space as nothing, other letters as X."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({name: id_ for id_, name in enumerate(TOKENS)}, unk_token="X"))
+    tokenizer.add_special_tokens(list(TOKENS[len(LETTERS) :]))
+    upper = [normalizers.Replace(letter.lower(), letter) for letter in LETTERS]
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s|\*\s*$"), ""), *upper])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+def _bytes() -> Tokenizer:
+    """A byte a token, of UTF-8."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.BPE({character: byte for byte, character in enumerate(_byte_characters())}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([names[0] for names in SPECIAL_NAMES.values()])  # 256 to 259, in this order
+    return tokenizer
+
+
+def _byte_characters() -> list[str]:
+    """The character that stands for each byte in ByteLevel: itself where it is printable, else one from 256 on."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def _file(vocabulary: Vocabulary) -> Tokenizer:
+    """The run's own tokenizer, with the special tokens that the vocabulary has behind it."""
+    from tokenizers import AddedToken, Tokenizer
+
+    tokenizer = Tokenizer.from_file(vocabulary.name)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    roles = sorted(SPECIAL_NAMES, key=lambda role: getattr(vocabulary, role))
+    for role in roles:
+        if tokenizer.id_to_token(getattr(vocabulary, role)) is None:
+            free = (name for name in (*SPECIAL_NAMES[role], f"<longseq-{role}>") if tokenizer.token_to_id(name) is None)
+            tokenizer.add_special_tokens([AddedToken(next(free), special=True)])
+    return tokenizer
+
+
+def _frame(tokenizer: Tokenizer, names: dict[str, str], vocabulary: Vocabulary, first: int, causal: bool) -> None:
+    from tokenizers import processors
+
+    opening = names["eos"] if first == vocabulary.eos else names["bos"]
+    single = f"{opening}:0 $A:0" if causal else f"{opening}:0 $A:0 {names['eos']}:0"
+    used = dict.fromkeys([opening] if causal else [opening, names["eos"]])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[(name, tokenizer.token_to_id(name)) for name in used]
+    )
+
+
+def _json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

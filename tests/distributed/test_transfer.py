@@ -1,0 +1,58 @@
+"""Training that begins with the weights of another model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from command_line import checkpoint, longseq
+
+pytestmark = pytest.mark.distributed
+
+
+def test_a_performer_is_trained_from_the_export_of_a_zero_3_run(
+    folder: Path, two_processes: Callable[[int], Path], fit: Callable[..., Path]
+) -> None:
+    run = two_processes(3)
+    ended = longseq("export", run, "exported", folder=folder)
+    assert ended.code == 0, ended.err
+    whole = load_file(checkpoint(run, 20) / "model.safetensors")
+    exported = load_file(folder / "exported" / "model.safetensors")
+    assert {name.removeprefix("model.") for name in exported} == whole.keys()
+    assert all(torch.equal(exported[f"model.{name}"], tensor) for name, tensor in whole.items())
+
+    other = ("attention.kernel=relu", "attention.learned_decay=true", "trainer.devices=2", "trainer.zero_stage=3")
+    new = fit("transferred", "model.init_from=exported", *other, "optim.lr=0", "trainer.max_steps=2")
+    trained = load_file(checkpoint(new, 2) / "model.safetensors")
+    assert all(torch.equal(trained[name], tensor) for name, tensor in whole.items())  # at a learning rate of 0
+    assert any(name.endswith("log_decay") for name in trained)
+
+
+def test_an_experiment_trains_scores_and_transfers(folder: Path) -> None:
+    (folder / "transfer.yaml").write_text(
+        """
+config: tiny.yaml
+groups: {UNI: [model.objective=causal]}
+variants:
+  Transformer: [attention.kind=exact]
+  Performer: {set: [attention.kernel=relu], from: Transformer, steps: 0.5}
+splits: [test, ood]
+curve: true
+"""
+    )
+    short = ("--steps", "20", "--sequences", "20", "--out", "two", "trainer.strategy=single", "data.test_fraction=0.2")
+    ended = longseq("experiment", "transfer.yaml", *short, folder=folder)
+    assert ended.code == 0, ended.err
+    found = {path.stem: json.loads(path.read_text()) for path in (folder / "two" / "results").glob("*.json")}
+    teacher, student = found["uni-transformer-seed0"], found["uni-performer-seed0"]
+    assert student["splits"]["test"]["loss"] < student["before"]["test"]["loss"]  # it recovers
+    assert teacher["splits"]["test"]["targets"] == student["splits"]["test"]["targets"] > 0
+    assert list(map(int, student["curve"])) == list(range(1, 11))
+    table = (folder / "two" / "table.md").read_text()
+    assert "Performer, before training" in table
+    assert "20 steps of 512 tokens" in table

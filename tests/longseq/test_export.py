@@ -1,0 +1,231 @@
+"""A model as a Hugging Face folder: the same logits, tokens and samples there, and in longseq as of the run."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from longseq import checkpoint
+from longseq.cli import main
+from longseq.config_loading import load_config
+from longseq.data import identities, vocabulary
+from longseq.models.performer import PerformerLM
+from longseq.opening import find
+from longseq.run import Run
+from longseq.training.shards import write
+from longseq.training.weights import save_weights
+from longseq_data.tokenization import save_tokenizer, tokenizer_vocabulary, train_tokenizer
+from longseq_data.vocabulary import LETTERS
+from positions import position
+
+transformers = pytest.importorskip("transformers")
+importlib.import_module("longseq.huggingface")  # registers the Auto classes
+
+TINY = ("model.dim=32", "model.depth=2", "model.heads=2", "model.ffn_dim=48", "attention.features=16")
+SEQUENCE = "MKVLAACDEFGHIKLMNPQRSTVWYBOUXZ"
+
+
+@pytest.fixture
+def trained(folder):
+    """trained(*overrides): a run whose checkpoint of step 8 holds weights far from their initial ones."""
+
+    def trained(*overrides: str) -> Run:
+        given = [f"data.train={folder}/proteins.fasta", "run.name=one", *TINY, *overrides]
+        config = load_config("small.yaml", given)
+        run = Run.create(config, default_name="unused")
+        run.record_data(identities(config))
+        torch.manual_seed(1)
+        model = PerformerLM(config.performer_spec(vocabulary(config).size))
+        for parameter in model.parameters():
+            parameter.data += 0.3 * torch.randn_like(parameter)
+        partial = checkpoint.partial_path(run.checkpoints_dir, 8)
+        partial.mkdir(parents=True)
+        save_weights(model.state_dict(), partial / "model.safetensors")
+        files = {
+            "model.safetensors": asdict(
+                write(partial / "model.safetensors", (partial / "model.safetensors").read_bytes())
+            )
+        }
+        checkpoint.publish(run.checkpoints_dir, position(8), files)
+        return run
+
+    return trained
+
+
+@pytest.mark.parametrize(
+    ("objective", "auto", "options"),
+    [
+        (
+            "causal",
+            "AutoModelForCausalLM",
+            ("attention.window=8", "attention.learned_share=true", "attention.redraw_every=4"),
+        ),
+        ("masked", "AutoModelForMaskedLM", ("attention.kernel=relu", "attention.qk_norm=true")),
+        ("masked", "AutoModelForMaskedLM", ("attention.kind=exact", "model.head=transform", "model.norm=post")),
+    ],
+)
+def test_transformers_gives_the_logits_of_the_run_to_the_last_bit(trained, objective, auto, options, folder):
+    run = trained(f"model.objective={objective}", *options)
+    assert main(["export", str(run.path), "out"]) == 0
+    theirs = getattr(transformers, auto).from_pretrained("out").eval()
+    tokens = torch.randint(25, (2, 31))
+    mask = torch.ones(2, 31, dtype=torch.int64)
+    mask[0, 20:] = 0
+    with torch.no_grad():
+        ours = find(run.path).load("cpu")(tokens, mask.bool())
+        found = theirs(input_ids=tokens, attention_mask=mask).logits
+        ours_again = find(folder / "out").load("cpu")(tokens, mask.bool())
+    assert torch.equal(found, ours)
+    assert torch.equal(ours_again, ours)
+    labels = torch.where(tokens % 2 == 0, tokens, -100)
+    theirs(input_ids=tokens, labels=labels).loss.backward()
+    assert theirs.model.embedding.weight.grad.abs().sum() > 0
+    theirs.save_pretrained("saved")
+    with torch.no_grad():
+        assert torch.equal(find(folder / "saved").load("cpu")(tokens, mask.bool()), ours)
+
+
+def test_generate_writes_what_the_model_itself_decodes_and_repeats_it_for_a_seed(trained):
+    run = trained()
+    main(["export", str(run.path), "out"])
+    model = transformers.AutoModelForCausalLM.from_pretrained("out").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained("out")
+    prompts = tokenizer(["MKVLAAC", "MKV"], return_tensors="pt", padding=True)
+    found = model.generate(**prompts, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    ours = find(run.path).load("cpu")
+    for row, prompt in zip(found, ("MKVLAAC", "MKV"), strict=True):
+        tokens = torch.tensor([tokenizer(prompt)["input_ids"]])
+        for _ in range(12):  # teacher forcing: the whole sequence again for each token
+            tokens = torch.cat((tokens, ours(tokens)[:, -1:].argmax(-1)), dim=1)
+        assert row[-tokens.shape[1] :].tolist() == tokens[0].tolist()
+    beams = model.generate(**prompts, max_new_tokens=5, num_beams=3, do_sample=False)
+    assert beams.shape[0] == 2
+    samples = []
+    for _ in range(2):
+        transformers.set_seed(3)
+        samples.append(model.generate(**prompts, max_new_tokens=12, do_sample=True, eos_token_id=None))
+    assert torch.equal(*samples)
+    assert not torch.equal(samples[0], found)
+
+
+def test_samples_of_the_export_are_those_of_the_run(trained, capsys):
+    run = trained()
+    main(["export", str(run.path), "out"])
+    written = []
+    for target, seed in ((run.path, 5), ("out", 5), ("out", 6)):
+        capsys.readouterr()
+        assert (
+            main(["sample", str(target), "--prompt", "MKV", "--length", "30", "--number", "2", f"--seed={seed}"]) == 0
+        )
+        written.append([line for line in capsys.readouterr().out.splitlines() if not line.startswith(">")])
+    assert written[0] == written[1] != written[2]
+    assert len("".join(written[0])) > 6
+
+
+def test_the_readmes_example_runs(trained):
+    main(["export", str(trained().path), "first"])
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (example,) = [text for text in re.findall(r"```python\n(.*?)```", readme, re.S) if "AutoTokenizer" in text]
+    found: dict = {}
+    exec(example, found)
+    assert found["ids"].shape[1] > 4
+
+
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+def test_the_proteins_tokenizer_gives_our_ids(trained, objective):
+    run = trained(f"model.objective={objective}", "data.packing=crop")
+    main(["export", str(run.path), "out"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained("out")
+    residues = [LETTERS.index(letter) for letter in SEQUENCE]
+    end = [] if objective == "causal" else [26]
+    assert tokenizer(SEQUENCE)["input_ids"] == [25, *residues, *end]
+    assert tokenizer(SEQUENCE.lower() + "*\n", add_special_tokens=False)["input_ids"] == residues
+    assert tokenizer("MJ-<mask>", add_special_tokens=False)["input_ids"] == [10, 23, 23, 28]
+    assert tokenizer.decode(residues) == SEQUENCE
+    special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id)
+    assert special == (25, 26, 27, 28)
+    assert len(tokenizer) == 29
+
+
+def test_the_tokenizer_of_joined_records_begins_with_their_end(trained):
+    run = trained("data.packing=concat")
+    main(["export", str(run.path), "out"])
+    assert transformers.AutoTokenizer.from_pretrained("out")("MK")["input_ids"] == [26, 10, 8]
+
+
+def test_the_bytes_tokenizer_gives_our_ids(trained, folder):
+    (folder / "book.txt").write_text("Grüße, 世界!\n" * 40, encoding="utf-8")
+    run = trained(f"data.train={folder}/book.txt", "data.packing=crop")
+    main(["export", str(run.path), "out"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained("out")
+    text = " Grüße,\t世界 \x00 end\n"
+    assert tokenizer(text)["input_ids"] == [256, *text.encode()]
+    assert tokenizer.decode(list(text.encode())) == text
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id) == (257, 258, 259)
+
+
+def test_a_trained_tokenizer_goes_with_the_model(trained, folder):
+    text = "the quick brown fox jumps over the lazy dog\n" * 60
+    (folder / "book.txt").write_text(text)
+    save_tokenizer(train_tokenizer([text], "bpe", 300), folder / "words.json")
+    run = trained(f"data.train={folder}/book.txt", f"data.tokenizer={folder}/words.json")
+    main(["export", str(run.path), "out"])
+    tokenizer, known = transformers.AutoTokenizer.from_pretrained("out"), tokenizer_vocabulary(f"{folder}/words.json")
+    assert (tokenizer.eos_token_id, tokenizer.mask_token_id) == (known.eos, known.mask)
+    assert tokenizer.decode(tokenizer("lazy fox", add_special_tokens=False)["input_ids"]) == "lazy fox"
+    run.path.rename(folder / "elsewhere")
+    assert find(folder / "out").vocabulary.size == known.size
+
+
+def test_the_model_card_says_what_was_trained_on_for_how_long_and_what_it_scores(trained, folder):
+    run = trained()
+    run.evaluations_dir.mkdir()
+    scores = {"sequences": 3, "loss": 2.5, "perplexity": 12.18, "accuracy": 0.231}
+    report = {"step": 8, "weights": "last", "overrides": [], "splits": {"test": scores}}
+    (run.evaluations_dir / "a.json").write_text(json.dumps(report))
+    (run.evaluations_dir / "b.json").write_text(json.dumps({**report, "step": 4, "splits": {"valid": scores}}))
+    main(["export", str(run.path), "out"])
+    card = (folder / "out" / "README.md").read_text()
+    assert "steps: 8" in card
+    assert json.loads(run.data_path.read_text())["train"][0] in card
+    assert "| test | 3 | 2.5000 | 12.18 | 23.1% |" in card
+    assert "valid |" not in card
+    assert str(folder) not in card + (folder / "out" / "config.json").read_text()  # nothing of this machine
+
+
+def test_bfloat16_halves_the_weights(trained, folder):
+    run = trained()
+    main(["export", str(run.path), "small", "--dtype", "bfloat16"])
+    main(["export", str(run.path), "large"])
+    assert transformers.AutoModelForCausalLM.from_pretrained("small").dtype == torch.bfloat16
+    sizes = [(folder / name / "model.safetensors").stat().st_size for name in ("small", "large")]
+    assert sizes[0] < 0.6 * sizes[1]
+
+
+def test_what_cannot_be_exported_or_opened_is_said_in_one_sentence(trained, folder, capsys):
+    run = trained()
+    (folder / "taken").mkdir()
+    (folder / "bert").mkdir()
+    (folder / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    main(["export", str(run.path), "out"])
+    described = json.loads((folder / "out" / "config.json").read_text())
+    described["longseq"]["format"] = 0
+    (folder / "older").mkdir()
+    (folder / "older" / "config.json").write_text(json.dumps(described))
+    capsys.readouterr()
+    for arguments, sentence in (
+        ((run.path, "taken"), "taken: exists already, and is not overwritten"),
+        (("nowhere", "new"), "nowhere: no such run folder"),
+        (("older", "new"), "format 0, this version of longseq reads 1"),
+        ((run.path, "new", "--ema"), "holds no running mean"),
+    ):
+        assert main(["export", *map(str, arguments)]) == 1
+        assert sentence in capsys.readouterr().err
+    assert not (folder / "new").exists()
+    assert not list(folder.glob(".*.partial"))
