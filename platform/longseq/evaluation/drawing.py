@@ -48,7 +48,7 @@ def training_curves(curves: Mapping[str, Curve], evaluated: Mapping[str, Curve],
                 axes.plot(steps, values, "D", color=colour, markersize=5, linestyle=":", label=split)
         axes.set(xlabel="step", ylabel=what)
         if logarithmic and axes.lines:
-            axes.set_yscale("log")
+            _logarithmic(axes)
         if quantity == "accuracy":
             _percent(axes)
         if not axes.lines:
@@ -120,6 +120,7 @@ def similarities(cosine: Matrix, blosum: Matrix, letters: str, correlation: floa
     pictures = ((cosine, "cosine of the embeddings", largest), (blosum, "BLOSUM62", float(np.abs(blosum[off]).max())))
     for axes, (matrix, name, most) in zip(panels.flat, pictures, strict=False):
         # The diagonal, 1 or the letter's own score, would take all of the scale.
+        axes.set_facecolor("#cccccc")
         image = axes.imshow(np.where(off, matrix, np.nan), cmap="RdBu_r", vmin=-most, vmax=most)
         axes.set_xticks(range(len(letters)), list(letters), fontsize="small")
         axes.set_yticks(range(len(letters)), list(letters), fontsize="small")
@@ -145,12 +146,12 @@ def approximation_errors(
     """Of each number of features, the error by layer over the draws: mean, smallest and largest."""
     figure, panels = _figure(1, 1, 7, 4.4, title)
     axes = panels.flat[0]
-    for (features, layers), colour in zip(errors.items(), _SERIES, strict=False):
+    for number, ((features, layers), colour) in enumerate(zip(errors.items(), _SERIES, strict=False)):
         mean = np.array([np.mean(draws) for draws in layers])
         spread = np.array([[np.min(draws), np.max(draws)] for draws in layers]).T
         bars = np.abs(spread - mean)
         label = f"{features} features" + (" (as trained)" if features == own else "")
-        x = np.arange(len(layers))
+        x = np.arange(len(layers)) + 0.06 * (number - (len(errors) - 1) / 2)  # bars beside each other
         axes.errorbar(x, mean, yerr=bars, color=colour, marker="o", capsize=3, linewidth=1.5, label=label)
     axes.set_xticks(range(len(layers)), [str(n) for n in range(len(layers))])
     axes.set_xlim(-0.5, len(layers) - 0.5)
@@ -171,6 +172,15 @@ def _figure(rows: int, columns: int, width: float, height: float, title: str) ->
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize="medium")
     return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _logarithmic(axes: Axes) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _percent(axes: Axes) -> None:
