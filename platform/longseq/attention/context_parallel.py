@@ -55,6 +55,9 @@ from longseq.attention.state import NOTHING, AttentionState, in_full_precision
 if TYPE_CHECKING:
     from longseq.attention.backends import Backend
 
+# PyTorch 2.13 has renamed it.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 # The share of a slice that is computed while its state travels, in whole chunks.
 _EARLY, _CHUNK = 32, 64
 
@@ -93,14 +96,14 @@ class ContextGroup:
         """Send one state to all, and go on; the result waits for those of all ranks."""
         message = torch.cat((state.sums.flatten(1), state.log_scale.flatten(1)), dim=1)  # (N, m · (e + 1) + 1)
         everyone = message.new_empty(self.size * len(message), message.shape[1])
-        work = dist.all_gather_into_tensor(everyone, message, group=self.group, async_op=True)
+        work = _all_gather(everyone, message, group=self.group, async_op=True)
         self.traffic.gathers += 1
         self.traffic.gathered += message.nbytes
 
         def wait() -> list[AttentionState]:
             work.wait()
             parts = everyone.view(self.size, *message.shape)
-            return [AttentionState(x[:, :-1].reshape(state.sums.shape), x[:, -1:, None].contiguous()) for x in parts]
+            return [AttentionState(_unpacked(x[:, :-1], state.sums), _unpacked(x[:, -1:], state.log_scale)) for x in parts]
 
         return wait
 
@@ -112,7 +115,7 @@ class ContextGroup:
     def gather_rows(self, x: Tensor) -> Tensor:
         """x (...) of every rank: (P, ...)."""
         everyone = x.new_empty(self.size * x.numel())
-        dist.all_gather_into_tensor(everyone, x.contiguous().flatten(), group=self.group)
+        _all_gather(everyone, x.contiguous().flatten(), group=self.group)
         self.traffic.other += x.nbytes
         return everyone.view(self.size, *x.shape)
 
@@ -575,6 +578,10 @@ class GatherSequence(torch.autograd.Function):
         dist.all_reduce(grad, group=ctx.context.group)
         ctx.context.traffic.other += grad.nbytes
         return grad[:, :, ctx.context.rank * ctx.length :][:, :, : ctx.length].contiguous(), None
+
+
+def _unpacked(x: Tensor, like: Tensor) -> Tensor:
+    return x.contiguous().view(like.shape)
 
 
 def _nothing_like(state: AttentionState) -> AttentionState:
