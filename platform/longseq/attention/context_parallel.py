@@ -26,7 +26,7 @@ c. A message is thus B · H · (m · (e + 1) + 1) numbers, forward and backward,
   them is combined with that afterwards, by their log-denominators. In the backward pass likewise.
 - An exact window of w: keys enter the state w positions late, so the slice of keys that a rank sums up lies w before
   its queries. The w keys and values before the slice come from the left neighbour (from several, where w is longer than
-  a slice); :class:`_Halo` sends them, and their gradients back.
+  a slice): :mod:`longseq.attention.context_halo`.
 - A decay multiplies a state by e^{−γ·distance} on the way: it is taken from the log-scale, slice by slice.
 - Packed documents: P_r are keys of the document that the slice begins in, so M_j counts in it only if that document
   reaches back as far as the end of slice j. :class:`SlicedDocuments` knows.
@@ -37,16 +37,16 @@ c. A message is thus B · H · (m · (e + 1) + 1) numbers, forward and backward,
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from longseq.attention.context_group import ContextGroup, SlicedDocuments
+from longseq.attention.context_halo import Neighbourhood
 from longseq.attention.feature_maps import FeatureMap
 from longseq.attention.parts import Part, combine
 from longseq.attention.scan import Rows, ScanGradients, Scanned
@@ -55,164 +55,8 @@ from longseq.attention.state import NOTHING, AttentionState, in_full_precision
 if TYPE_CHECKING:
     from longseq.attention.backends import Backend
 
-# PyTorch 2.13 has renamed it.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
 # The share of a slice that is computed while its state travels, in whole chunks.
 _EARLY, _CHUNK = 32, 64
-
-
-@dataclass
-class Traffic:
-    """What this rank has handed over so far: messages and their bytes."""
-
-    gathers: int = 0  # all-gathers of states
-    gathered: int = 0  # bytes of this rank's own states in them
-    halo: int = 0  # bytes of keys, values and their gradients to neighbours
-    other: int = 0  # documents' borders, and the keys and values of exact attention
-
-
-@dataclass(eq=False)
-class ContextGroup:
-    """The ranks that hold slices of the same sequences, in the order of the slices. All slices are equally long.
-
-    Attributes:
-        group: their process group.
-        traffic: counts what this rank sends.
-    """
-
-    group: dist.ProcessGroup
-    traffic: Traffic = field(default_factory=Traffic)
-
-    @property
-    def rank(self) -> int:
-        return dist.get_rank(self.group)
-
-    @property
-    def size(self) -> int:
-        return dist.get_world_size(self.group)
-
-    def gather(self, state: AttentionState) -> Callable[[], list[AttentionState]]:
-        """Send one state to all, and go on; the result waits for those of all ranks."""
-        message = torch.cat((state.sums.flatten(1), state.log_scale.flatten(1)), dim=1)  # (N, m · (e + 1) + 1)
-        everyone = message.new_empty(self.size * len(message), message.shape[1])
-        work = _all_gather(everyone, message, group=self.group, async_op=True)
-        self.traffic.gathers += 1
-        self.traffic.gathered += message.nbytes
-
-        def wait() -> list[AttentionState]:
-            work.wait()
-            parts = everyone.view(self.size, *message.shape)
-            return [AttentionState(_unpacked(x[:, :-1], state.sums), _unpacked(x[:, -1:], state.log_scale)) for x in parts]
-
-        return wait
-
-    def total(self, state: AttentionState) -> Callable[[], AttentionState]:
-        """The merged state of all ranks."""
-        states = self.gather(state)
-        return lambda: functools.reduce(AttentionState.merge, states())
-
-    def gather_rows(self, x: Tensor) -> Tensor:
-        """x (...) of every rank: (P, ...)."""
-        everyone = x.new_empty(self.size * x.numel())
-        _all_gather(everyone, x.contiguous().flatten(), group=self.group)
-        self.traffic.other += x.nbytes
-        return everyone.view(self.size, *x.shape)
-
-    def documents(self, segments: Tensor) -> SlicedDocuments:
-        """Where the documents of a packed slice go on: segments (B, n) of this rank's. All ranks call it."""
-        size = segments.shape[1]
-        first, last = segments[:, :1], segments[:, -1:]
-        head = (segments == first).long().cumprod(1).sum(1)
-        tail = (segments == last).flip(1).long().cumprod(1).sum(1)
-        facts = torch.stack((first[:, 0].long(), last[:, 0].long(), head, tail))
-        firsts, lasts, heads, tails = self.gather_rows(facts).unbind(1)  # (P, B) each
-        before, after = torch.zeros_like(heads), torch.zeros_like(heads)
-        for rank in range(1, self.size):
-            reach = tails[rank - 1] + before[rank - 1] * (tails[rank - 1] == size)
-            before[rank] = reach * (firsts[rank] == lasts[rank - 1])
-        for rank in reversed(range(self.size - 1)):
-            reach = heads[rank + 1] + after[rank + 1] * (heads[rank + 1] == size)
-            after[rank] = reach * (lasts[rank] == firsts[rank + 1])
-        return SlicedDocuments(segments, before, after)
-
-
-@dataclass(frozen=True, eq=False)
-class SlicedDocuments:
-    """The documents of a slice, and how far they reach into other slices.
-
-    Attributes:
-        segments: (B, n) integers of this rank's slice; a run of equal numbers is a document.
-        before: (P, B) how many positions of the document that each slice begins in lie before the slice.
-        after: (P, B) how many of the document that it ends in lie behind it.
-    """
-
-    segments: Tensor
-    before: Tensor
-    after: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Neighbourhood:
-    """A slice of keys with those around it that its queries may see one by one.
-
-    Attributes:
-        k, v: (N, left + n + right, ·); zeros beyond the sequence.
-        hidden: (N, left + n + right) bool, True where there is no key to be seen; None: all are.
-        runs: (N, left + n + right) numbers of documents, or None. Those that none of the slice's queries belongs to may
-            share one.
-        left, right: how many stand before the slice and behind it.
-    """
-
-    k: Tensor
-    v: Tensor
-    hidden: Tensor | None
-    runs: Tensor | None
-    left: int
-    right: int
-
-    def queries(self, q: Tensor) -> Tensor:
-        """q (N, n, d) of the slice with zeros beside it."""
-        return F.pad(q, (0, 0, self.left, self.right))
-
-    def own(self, part: Part) -> Part:
-        """What belongs to the slice."""
-        mine = slice(self.left, self.k.shape[1] - self.right)
-        return part[0][:, mine], part[1][:, mine]
-
-
-def neighbourhood(
-    context: ContextGroup,
-    k: Tensor,
-    v: Tensor,
-    hidden: Tensor | None,
-    runs: Tensor | None,
-    documents: SlicedDocuments | None,
-    left: int,
-    right: int,
-) -> Neighbourhood:
-    """Get ``left`` keys and values from the ranks before, ``right`` from those behind. All ranks call it.
-
-    Args:
-        k, v: (N, n, ·) of this rank.
-        hidden: (N, n) bool or None, which may differ from rank to rank.
-        runs: (N, n) numbers of the slice's documents from 0, or None.
-        documents: how far they reach; goes with ``runs``.
-    """
-    if not left and not right:
-        return Neighbourhood(k, v, hidden, runs, 0, 0)
-    real = k.new_ones(*k.shape[:2], 1) if hidden is None else (~hidden[..., None]).to(k)
-    k, v, real = _Halo.apply(k, v, real, context, left, right)
-    if runs is not None:
-        assert documents is not None
-        heads = len(runs) // documents.before.shape[1]
-        before, after = (
-            x[context.rank].repeat_interleave(heads)[:, None] for x in (documents.before, documents.after)
-        )
-        ahead = torch.arange(left, 0, -1, device=k.device) <= before
-        behind = torch.arange(1, right + 1, device=k.device) <= after
-        runs = 1 + torch.cat((ahead.long() - 1, runs, runs[:, -1:] + (~behind).long()), dim=1)
-    return Neighbourhood(k, v, real[..., 0] == 0, runs, left, right)
 
 
 def relay(
@@ -391,6 +235,8 @@ class _Relay(torch.autograd.Function):
         if d_decay is not None:
             # The scans count positions from their own first one: what flows between them has a longer way.
             inside = _flow(second, after) - (inner.sums.double() * back.initial).sum((1, 2), keepdim=True)
+            through = _only(work.faded(inner, chain.length - early), work.same(early, chain.length - 1))
+            inside += _flow(through, after)  # R counts it, but it ends in no query of this rank
             outside = _flow(own, after) - _flow(before, wanted)
             d_decay += early * inside + chain.place * chain.length * outside
         return dq, dk, dv, None if d_decay is None else d_decay.to(v), *[None] * 6
@@ -471,117 +317,6 @@ class _Work:
         if self.all.decay is not None:
             weight = torch.addcmul(weight, self.all.decay, distances.to(like)[:, None], value=-1)
         return weight if out is None else weight.masked_fill(out[..., None], -torch.inf)
-
-
-class _Halo(torch.autograd.Function):
-    """k, v and which keys are real, (N, n, ·), with ``left`` positions of the ranks before and ``right`` of those behind.
-
-    Zeros stand beyond the first rank and the last.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, k: Tensor, v: Tensor, real: Tensor, context: ContextGroup, left: int, right: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.context, ctx.left, ctx.right, ctx.sizes = context, left, right, (k.shape[-1], v.shape[-1])
-        length = k.shape[1]
-        whole = [F.pad(x, (0, 0, left, right)) for x in (k, v, real)]
-
-        def edge(where: slice) -> Tensor:
-            return torch.cat([x[:, where] for x in (k, v, real)], dim=-1)
-
-        outgoing, incoming = [], []
-        for hop in _hops(context, length, left, right):
-            outgoing.append((hop.away, edge(hop.kept)))
-            incoming.append((hop.whence, hop.placed))
-        received = _exchange(context, outgoing, [whence for whence, _ in incoming], like=k)
-        for (_, where), message in zip(incoming, received, strict=True):
-            if message is not None:
-                for target, part in zip(whole, message.split((*ctx.sizes, 1), dim=-1), strict=True):
-                    target[:, where] = part
-        ctx.mark_non_differentiable(whole[2])
-        return whole[0], whole[1], whole[2]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dk: Tensor, dv: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        mine = slice(ctx.left, dk.shape[1] - ctx.right)
-        own = [x[:, mine].clone() for x in (dk, dv)]
-        hops = _hops(ctx.context, own[0].shape[1], ctx.left, ctx.right)
-        outgoing = [(hop.whence, torch.cat((dk[:, hop.placed], dv[:, hop.placed]), dim=-1)) for hop in hops]
-        received = _exchange(ctx.context, outgoing, [hop.away for hop in hops], like=dk)
-        for hop, message in zip(hops, received, strict=True):
-            if message is not None:
-                for target, part in zip(own, message.split(ctx.sizes, dim=-1), strict=True):
-                    target[:, hop.kept] += part
-        return own[0], own[1], None, None, None, None
-
-
-@dataclass(frozen=True)
-class _Hop:
-    """One message of a halo, over so many ranks: what is sent ``away`` of the slice, and where what comes is placed."""
-
-    away: int  # the rank that it goes to; beyond the group: nobody
-    whence: int  # the rank that one like it comes from
-    kept: slice  # of the slice
-    placed: slice  # of the slice with its halo
-
-
-def _hops(context: ContextGroup, length: int, left: int, right: int) -> list[_Hop]:
-    hops = []
-    for width, step in ((left, 1), (right, -1)):
-        for far in range(-(-width // length)):
-            size = min(length, width - far * length)
-            if step == 1:
-                kept, end = slice(length - size, length), left - far * length
-                placed = slice(end - size, end)
-            else:
-                kept, start = slice(0, size), left + length + far * length
-                placed = slice(start, start + size)
-            hops.append(_Hop(context.rank + step * (far + 1), context.rank - step * (far + 1), kept, placed))
-    return hops
-
-
-def _exchange(
-    context: ContextGroup, outgoing: list[tuple[int, Tensor]], whence: list[int], like: Tensor
-) -> list[Tensor | None]:
-    """Send messages to ranks of the group and receive as many, of the same sizes; ranks beyond it are left out."""
-    inside = range(context.size)
-    received: list[Tensor | None] = []
-    operations = []
-    for (to, message), source in zip(outgoing, whence, strict=True):
-        if to in inside:
-            message = message.contiguous()
-            context.traffic.halo += message.nbytes
-            operations.append(dist.P2POp(dist.isend, message, dist.get_global_rank(context.group, to), context.group))
-        received.append(torch.empty_like(message, memory_format=torch.contiguous_format) if source in inside else None)
-        if source in inside:
-            peer = dist.get_global_rank(context.group, source)
-            operations.append(dist.P2POp(dist.irecv, received[-1], peer, context.group))
-    for work in dist.batch_isend_irecv(operations) if operations else []:
-        work.wait()
-    return received
-
-
-class GatherSequence(torch.autograd.Function):
-    """Slices (B, H, n, ·) of all ranks as whole sequences (B, H, P · n, ·); gradients are summed and cut."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, context: ContextGroup) -> Tensor:
-        ctx.context, ctx.length = context, x.shape[2]
-        return torch.cat(list(context.gather_rows(x)), dim=2)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=ctx.context.group)
-        ctx.context.traffic.other += grad.nbytes
-        return grad[:, :, ctx.context.rank * ctx.length :][:, :, : ctx.length].contiguous(), None
-
-
-def _unpacked(x: Tensor, like: Tensor) -> Tensor:
-    return x.contiguous().view(like.shape)
 
 
 def _nothing_like(state: AttentionState) -> AttentionState:

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longseq.attention import backends
-from longseq.attention.context_parallel import ContextGroup, GatherSequence, SlicedDocuments, neighbourhood, relay
+from longseq.attention.context_group import ContextGroup, GatherSequence, SlicedDocuments
+from longseq.attention.context_halo import neighbourhood
+from longseq.attention.context_parallel import relay
 from longseq.attention.feature_maps import KERNELS, FeatureMap, feature_map
 from longseq.attention.parts import Part, combine
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longseq.attention.context_parallel import ContextGroup, SlicedDocuments
+from longseq.attention.context_group import ContextGroup, SlicedDocuments
 from longseq.attention.feature_maps import KERNELS, oprf_a_from_moments, oprf_moments
 from longseq.attention.functional import exact_attention, favor_attention
 from longseq.attention.recurrent import RecurrentState, decode, prefill, prefill_exact

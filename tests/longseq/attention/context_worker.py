@@ -109,7 +109,7 @@ def attend(case: dict, context: ContextGroup | None, backend: str) -> list[Tenso
 
 
 def error(case: dict, context: ContextGroup, backend: str) -> float:
-    pairs = zip(attend(case, context, backend), attend(case, None, backend), strict=True)
+    pairs = list(zip(attend(case, context, backend), attend(case, None, backend), strict=True))
     return max(((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item() for a, b in pairs)
 
 

@@ -237,9 +237,7 @@ def sum_up(
         log_weight = log_weight.contiguous()
     call = _Call(x, x, values, feature_map, hidden=hidden)
     last = None if last is None else last.contiguous()
-    state = AttentionState(
-        x.new_empty(len(x), feature_map.features, values.shape[-1] + 1), x.new_empty(len(x), 1, 1)
-    )
+    state = AttentionState(x.new_empty(len(x), feature_map.features, values.shape[-1] + 1), x.new_empty(len(x), 1, 1))
     call.run("longseq_sum_up", _states(state.sums, state.log_scale), last, log_weight)
     return state
 
