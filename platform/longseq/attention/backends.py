@@ -120,6 +120,8 @@ class Triton:
         self.scan = triton_backend.scan
         self.window = triton_window.window_attention
         self.bidirectional = triton_backend.bidirectional_attention
+        # Scans between the states of other ranks.
+        self.scan_forward, self.scan_backward, self.sum_up = scan_forward, scan_backward, sum_up
 
 
 def choose(backend: str, feature_map: FeatureMap | None, rows: Sequence[Tensor]) -> Backend:

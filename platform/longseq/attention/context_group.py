@@ -1,7 +1,7 @@
 """The ranks that hold slices of the same sequences, and what they tell each other.
 
-A group is handed to :func:`longseq.attention.favor_attention`; how attention is computed over its slices is described at
-:mod:`longseq.attention.context_parallel`.
+A group is handed to :func:`longseq.attention.favor_attention`; :mod:`longseq.attention.context_parallel` says how
+attention is computed over its slices.
 """
 
 from __future__ import annotations
@@ -63,9 +63,7 @@ class ContextGroup:
         def wait() -> list[AttentionState]:
             work.wait()
             parts = everyone.view(self.size, *message.shape)
-            return [
-                AttentionState(_unpacked(x[:, :-1], state.sums), _unpacked(x[:, -1:], state.log_scale)) for x in parts
-            ]
+            return [AttentionState(_as(x[:, :-1], state.sums), _as(x[:, -1:], state.log_scale)) for x in parts]
 
         return wait
 
@@ -131,5 +129,5 @@ class GatherSequence(torch.autograd.Function):
         return grad[:, :, ctx.context.rank * ctx.length :][:, :, : ctx.length].contiguous(), None
 
 
-def _unpacked(x: Tensor, like: Tensor) -> Tensor:
+def _as(x: Tensor, like: Tensor) -> Tensor:
     return x.contiguous().view(like.shape)

@@ -77,10 +77,7 @@ def neighbourhood(
 
 
 class _Halo(torch.autograd.Function):
-    """k, v and which keys are real, (N, n, ·), with ``left`` positions of the ranks before and ``right`` of those behind.
-
-    Zeros stand beyond the first rank and the last.
-    """
+    """k, v and which keys are real, (N, n, ·), with those of the ranks before and behind; zeros where none are."""
 
     @staticmethod
     def forward(
@@ -93,15 +90,12 @@ class _Halo(torch.autograd.Function):
         def edge(where: slice) -> Tensor:
             return torch.cat([x[:, where] for x in (k, v, real)], dim=-1)
 
-        outgoing, incoming = [], []
-        for hop in _hops(context, length, left, right):
-            outgoing.append((hop.away, edge(hop.kept)))
-            incoming.append((hop.whence, hop.placed))
-        received = _exchange(context, outgoing, [whence for whence, _ in incoming], like=k)
-        for (_, where), message in zip(incoming, received, strict=True):
+        hops = _hops(context, length, left, right)
+        received = _exchange(context, [(hop.away, edge(hop.kept)) for hop in hops], [hop.whence for hop in hops])
+        for hop, message in zip(hops, received, strict=True):
             if message is not None:
                 for target, part in zip(whole, message.split((*ctx.sizes, 1), dim=-1), strict=True):
-                    target[:, where] = part
+                    target[:, hop.placed] = part
         ctx.mark_non_differentiable(whole[2])
         return whole[0], whole[1], whole[2]
 
@@ -112,7 +106,7 @@ class _Halo(torch.autograd.Function):
         own = [x[:, mine].clone() for x in (dk, dv)]
         hops = _hops(ctx.context, own[0].shape[1], ctx.left, ctx.right)
         outgoing = [(hop.whence, torch.cat((dk[:, hop.placed], dv[:, hop.placed]), dim=-1)) for hop in hops]
-        received = _exchange(ctx.context, outgoing, [hop.away for hop in hops], like=dk)
+        received = _exchange(ctx.context, outgoing, [hop.away for hop in hops])
         for hop, message in zip(hops, received, strict=True):
             if message is not None:
                 for target, part in zip(own, message.split(ctx.sizes, dim=-1), strict=True):
@@ -145,9 +139,7 @@ def _hops(context: ContextGroup, length: int, left: int, right: int) -> list[_Ho
     return hops
 
 
-def _exchange(
-    context: ContextGroup, outgoing: list[tuple[int, Tensor]], whence: list[int], like: Tensor
-) -> list[Tensor | None]:
+def _exchange(context: ContextGroup, outgoing: list[tuple[int, Tensor]], whence: list[int]) -> list[Tensor | None]:
     """Send messages to ranks of the group and receive as many, of the same sizes; ranks beyond it are left out."""
     inside = range(context.size)
     received: list[Tensor | None] = []
@@ -157,10 +149,12 @@ def _exchange(
             message = message.contiguous()
             context.traffic.halo += message.nbytes
             operations.append(dist.P2POp(dist.isend, message, dist.get_global_rank(context.group, to), context.group))
-        received.append(torch.empty_like(message, memory_format=torch.contiguous_format) if source in inside else None)
+        space = None
         if source in inside:
+            space = torch.empty_like(message, memory_format=torch.contiguous_format)
             peer = dist.get_global_rank(context.group, source)
-            operations.append(dist.P2POp(dist.irecv, received[-1], peer, context.group))
+            operations.append(dist.P2POp(dist.irecv, space, peer, context.group))
+        received.append(space)
     for work in dist.batch_isend_irecv(operations) if operations else []:
         work.wait()
     return received

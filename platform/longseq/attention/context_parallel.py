@@ -1,8 +1,8 @@
 """Context parallelism: the ranks of a group hold a slice each of the same sequences.
 
-A linear attention needs no other rank's keys and values, only their sum: what crosses between ranks is one state a head,
-as large for 4 thousand tokens as for 4 million. The structure is that of LASP-2 (Sun et al. 2025, arXiv 2502.07563),
-with the normaliser and the log-scales of this package.
+A linear attention needs no other rank's keys and values, only their sum: what crosses between ranks is one state a
+head, as large for 4 thousand tokens as for 4 million. The structure is that of LASP-2 (Sun et al. 2025, arXiv
+2502.07563), with the normaliser and the log-scales of this package.
 
 With Ṽ = [V, 1], L the lower triangle of ones, and rank r's slices Q_r, K_r (their features) and V_r:
 
@@ -142,7 +142,7 @@ class _Chain:
 
 
 class _Relay(torch.autograd.Function):
-    """The scan of a slice between the states of others. q, k, v (N, delay + n, ·), the first ``delay`` queries unused."""
+    """A slice's scan between other ranks' states. q, k, v (N, delay + n, ·); the first ``delay`` queries are unused."""
 
     @staticmethod
     def forward(
@@ -196,7 +196,8 @@ class _Relay(torch.autograd.Function):
         own, second, before, inner = (AttentionState(*saved[at : at + 2]) for at in range(0, 8, 2))
         parts, saved = [], saved[8:]
         for kept in ctx.kept:
-            parts.append(Scanned(*saved[:3], saved[4 : 4 + kept], saved[3]))
+            out_, lse_, inverse, log_scale = saved[:4]
+            parts.append(Scanned(out_, lse_, inverse, saved[4 : 4 + kept], log_scale))
             saved = saved[4 + kept :]
         chain, engine, wants = ctx.chain, ctx.engine, ctx.needs_input_grad[3]
         work = _Work(Rows(q, k, v, decay, hidden, runs, ctx.feature_map, chain.delay), engine, chain)
@@ -244,7 +245,7 @@ class _Relay(torch.autograd.Function):
 
 @dataclass(frozen=True, eq=False)
 class _Work:
-    """One rank's scan, in parts. Positions are counted from the first key, which lies ``delay`` before the first query."""
+    """One rank's scan, in parts. Positions count from the first key, which lies ``delay`` before the first query."""
 
     all: Rows
     engine: Backend

@@ -189,8 +189,8 @@ def _by_slices(
     near: list[Part] = []
     far: list[Part] = []
     if phi and window < q.shape[1] * context.size:
-        for reverse in (False,) if causal else (False, True):
-            far.append(relay(engine, q, around, phi, decay, context, documents, reverse=reverse))
+        ways = (False,) if causal else (False, True)
+        far = [relay(engine, q, around, phi, decay, context, documents, reverse=reverse) for reverse in ways]
     if window:
         queries, band = around.queries(q), {"hidden": around.hidden, "runs": around.runs, "decay": decay}
         near.append(around.own(engine.window(queries, around.k, around.v, window=window, causal=causal, **band)))

@@ -188,7 +188,7 @@ def scan_backward(
     Args:
         rows, out, inverse_den, kept: of :func:`scan_forward`.
         dout, dlse: (N, L, e) and (N, L, 1), or None for zeros.
-        later: R of the queries behind the last one, (N, m, e + 1), at the log-scale that ``Scanned`` gives. None: zeros.
+        later: R of the queries behind the last one, (N, m, e + 1), at the log-scale of ``Scanned``. None: zeros.
         wants_decay: whether the decay's gradient is wanted.
     """
     q, k, v, decay, delay, feature_map = rows.q, rows.k, rows.v, rows.decay, rows.delay, rows.feature_map

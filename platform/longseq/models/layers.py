@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from longseq.attention import FavorAttention, RecurrentState
+from longseq.attention import FavorAttention, RecurrentState, SlicedDocuments
 from longseq.models.spec import PerformerSpec
 
 
@@ -34,7 +34,9 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(spec.dim, spec.ffn_dim), nn.GELU(), nn.Linear(spec.ffn_dim, spec.dim))
         self.dropout = nn.Dropout(spec.dropout)
 
-    def forward(self, x_BLE: Tensor, padding: Tensor | None, segments: Tensor | None, rotary: Tensor) -> Tensor:
+    def forward(
+        self, x_BLE: Tensor, padding: Tensor | None, segments: Tensor | SlicedDocuments | None, rotary: Tensor
+    ) -> Tensor:
         """x (B, L, E); padding (B, L) bool, True where a token is real; segments (B, L) integers; or None."""
         mixed = self.attention(self.attention_norm(x_BLE), padding=padding, segments=segments, rotary=rotary)
         return self._add(x_BLE, mixed)

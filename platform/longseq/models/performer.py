@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from longseq.attention import FavorAttention, RecurrentState, rotary_table
+from longseq.attention import ContextGroup, FavorAttention, RecurrentState, SlicedDocuments, rotary_table
 from longseq.models.layers import Block
 from longseq.models.spec import PerformerSpec
 
@@ -44,6 +45,7 @@ class PerformerLM(nn.Module):
         self.blocks = nn.ModuleList(Block(spec, layer) for layer in range(spec.depth))
         self.norm = nn.LayerNorm(spec.dim)
         self.head = nn.Linear(spec.dim, spec.vocabulary, bias=False)
+        self.context: ContextGroup | None = None
         self._initialise()
 
     def forward(self, tokens: Tensor, padding: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
@@ -59,7 +61,12 @@ class PerformerLM(nn.Module):
             (B, L, vocabulary), in the dtype of the weights.
         """
         x = self.dropout(self.embedding(tokens))  # (B, L, E)
-        rotary = self._rotary(_positions(tokens, padding, segments))
+        if self.context is None:
+            documents, positions = segments, _positions(tokens, padding, segments)
+        else:
+            documents = None if segments is None else self.context.documents(segments)
+            positions = _positions_of_slice(tokens, documents, self.context)
+        rotary = self._rotary(positions)
         if self.spec.activation_checkpointing and torch.is_grad_enabled() and not x.requires_grad:
             x.requires_grad_()  # a frozen embedding: reentrant checkpoints give gradients only if their input wants one
         for block in self.blocks:
@@ -67,9 +74,9 @@ class PerformerLM(nn.Module):
                 # Reentrant: ZeRO-3 gathers weights in module hooks, and the other kind checks saved shapes against
                 # weights that are partitioned again by then.
                 with save_on_cpu(pin_memory=x.is_cuda) if self.spec.activation_offload else nullcontext():
-                    x = checkpoint(block, x, padding, segments, rotary, use_reentrant=True)
+                    x = checkpoint(block, x, padding, documents, rotary, use_reentrant=True)
             else:
-                x = block(x, padding, segments, rotary)
+                x = block(x, padding, documents, rotary)
         return self.head(self.norm(x))
 
     @torch.no_grad()
@@ -126,6 +133,27 @@ class PerformerLM(nn.Module):
             if isinstance(module, FavorAttention):
                 module.draw = self.spec.draw_at(step)
 
+    def set_context(self, context: ContextGroup | None) -> None:
+        """From now on the forward pass gets this rank's slices of sequences that the group's ranks hold together.
+
+        Slices are equally long on all of them; the last is padded behind, with ``padding``. Gradients are this rank's
+        part of a sum over the ranks. None: whole sequences again.
+        """
+        self.context = context
+        for module in self.modules():
+            if isinstance(module, FavorAttention):
+                module.context = context
+
+    @contextmanager
+    def whole_sequences(self) -> Iterator[None]:
+        """Inside, the forward pass gets whole sequences, and asks no other rank for anything."""
+        context = self.context
+        self.set_context(None)
+        try:
+            yield
+        finally:
+            self.set_context(context)
+
     def _rotary(self, positions: Tensor) -> Tensor:
         """Of positions (L,), the same in all rows, or (B, L)."""
         table = rotary_table(positions, self.spec.head_dim)
@@ -156,6 +184,17 @@ def _positions(tokens: Tensor, padding: Tensor | None, segments: Tensor | None) 
     if padding is not None:
         return (positions - _leading(padding)[:, None]).clamp_(min=0)
     return positions
+
+
+def _positions_of_slice(tokens: Tensor, documents: SlicedDocuments | None, context: ContextGroup) -> Tensor:
+    """The same for a slice of a sequence."""
+    if documents is None:
+        size = tokens.shape[1]
+        return torch.arange(context.rank * size, (context.rank + 1) * size, device=tokens.device)
+    positions = _positions(tokens, None, documents.segments)
+    segments = documents.segments
+    begun = (segments == segments[:, :1]).cumprod(1)  # still in the document that the slice begins in
+    return positions + begun * documents.before[context.rank][:, None]
 
 
 def _leading(padding: Tensor) -> Tensor:
