@@ -17,7 +17,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from longseq.attention import FavorAttention, exact_attention
+from longseq.attention import FavorAttention, SlicedDocuments, exact_attention
 from longseq.config import Config
 from longseq.models.layers import Block
 from longseq.training.callbacks.boundary import StepBoundary
@@ -83,7 +83,7 @@ def probe(task: LanguageModelling, batch: dict[str, Tensor]) -> list[LayerProbe]
     training = task.training
     task.eval()
     try:
-        with _watched(task, layers):
+        with task.model.whole_sequences(), _watched(task, layers):
             task.model(batch["tokens"], None, batch.get("segments"))
     finally:
         task.train(training)
@@ -110,8 +110,9 @@ def _mix(
     k: Tensor,
     v: Tensor,
     padding: Tensor | None,
-    segments: Tensor | None,
+    segments: Tensor | SlicedDocuments | None,
 ) -> Tensor:
+    assert not isinstance(segments, SlicedDocuments)  # the probe's sequence is whole
     own = FavorAttention.mix(attention, q, k, v, padding, segments)
     softmax = partial(exact_attention, causal=attention.causal, decay=attention.decay)
     exact = softmax(q.float(), k.float(), v.float(), segments=segments)
