@@ -88,7 +88,9 @@ def carried_attention(
             dtype=dtype,
         )
         if not phi.positive:
-            raise ValueError(f"kernel {kernel!r} has features of both signs and cannot share a denominator with a state")
+            raise ValueError(
+                f"kernel {kernel!r} has features of both signs and cannot share a denominator with a state"
+            )
     batch, heads, length = q.shape[:3]
     with torch.autocast(q.device.type, enabled=False):
         q, k, v_ = (t.flatten(0, 1).to(dtype) for t in (q, k, v))

@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longseq.attention import triton_kernels as kernels
+from longseq.attention.bidirectional import Total
 from longseq.attention.feature_maps import FeatureMap, Generalised, PositiveExponential
 from longseq.attention.parts import Part
-from longseq.attention.state import NOTHING
+from longseq.attention.state import NOTHING, AttentionState
 from longseq.attention.triton_launch import on, padded, pointer
 
 # Rows and features that a program holds at a time; more overflow the registers of 4 warps.
@@ -49,9 +50,11 @@ def scan(
     return _Scan.apply(q, k, v, decay, hidden, runs, feature_map, delay)
 
 
-def bidirectional_attention(q: Tensor, k: Tensor, v: Tensor, feature_map: FeatureMap, hidden: Tensor | None) -> Tensor:
+def bidirectional_attention(
+    q: Tensor, k: Tensor, v: Tensor, feature_map: FeatureMap, hidden: Tensor | None, total: Total | None = None
+) -> Tensor:
     """See :func:`longseq.attention.bidirectional.bidirectional_attention`."""
-    return _TwoPasses.apply(q, k, v, hidden, feature_map)
+    return _TwoPasses.apply(q, k, v, hidden, feature_map, total)
 
 
 @dataclass(frozen=True)
@@ -306,14 +309,26 @@ class _Scan(torch.autograd.Function):
 
 class _TwoPasses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, feature_map: FeatureMap) -> Tensor:
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        hidden: Tensor | None,
+        feature_map: FeatureMap,
+        total: Total | None,
+    ) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         launch = _Launch(_Map.of(feature_map), q.shape[-1], v.shape[-1])
         with on(q.device):
             (q_gauge, _), (k_gauge, k_scale) = launch.measure(q), launch.measure(k, hidden)
             key_scale = _at_positions(k_scale, k.shape[1], 0, fill=-torch.inf)
-            entering = torch.exp(key_scale - key_scale.amax(1, keepdim=True).clamp_(min=NOTHING))
+            top = key_scale.amax(1, keepdim=True).clamp_(min=NOTHING)
+            entering = torch.exp(key_scale - top)
             sums, ones = _total(launch.sums(k, v, entering, entering, k_gauge, span=SPAN))
+            if total is not None:
+                state = total(_joined(sums, ones, top[..., None]))()
+                (sums, ones), entering = _split(state.sums), torch.exp(key_scale - state.log_scale[..., 0])
             out = v.new_empty(*q.shape[:2], v.shape[-1])
             inverse_den = q.new_empty(len(q), _chunks(q) * CHUNK)
             kernels.attend[_chunks(q), len(q)](
@@ -321,7 +336,7 @@ class _TwoPasses(torch.autograd.Function):
                 out, q, inverse_den, q, q.shape[1], 0, *launch.sizes,
                 LOCAL=False, RUNS=False, **launch.wide_tiles,
             )  # fmt: skip
-        ctx.launch = launch
+        ctx.launch, ctx.total = launch, total
         ctx.save_for_backward(q, k, v, q_gauge, k_gauge, key_scale, entering, out, inverse_den, sums, ones)
         return out
 
@@ -337,6 +352,8 @@ class _TwoPasses(torch.autograd.Function):
         weights, norm = (launch.map.weight, launch.map.shift), launch.head_dim**-0.5
         with on(q.device):
             d_state = _total(launch.sums(q, dout, inverse_den, u, q_gauge, span=SPAN))  # R
+            if ctx.total is not None:  # all have the same log-scale
+                d_state = _split(ctx.total(_joined(*d_state, u.new_zeros(len(u), 1, 1)))().sums)
             kernels.values_vjp[_chunks(k), len(k)](
                 *rows, entering, *weights, d_state[0], dv, k.shape[1], 0, *launch.sizes, **tiles
             )
@@ -348,7 +365,16 @@ class _TwoPasses(torch.autograd.Function):
                 *rows, q, inverse_den, u, *weights, *state, dq, d_scale, q.shape[1], 0, *launch.sizes, norm,
                 KEYS=False, **tiles,
             )  # fmt: skip
-        return dq, dk, dv, None, None
+        return dq, dk, dv, None, None, None
+
+
+def _joined(sums: Tensor, ones: Tensor, log_scale: Tensor) -> AttentionState:
+    return AttentionState(torch.cat((sums, ones[..., None]), dim=-1), log_scale)
+
+
+def _split(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums (N, m, e) and Σ φ (N, m) of those of a state."""
+    return sums[..., :-1].contiguous(), sums[..., -1].contiguous()
 
 
 def _states(launch: _Launch, k: Tensor, v: Tensor, gauge: Tensor, frames: _Frames, delay: int) -> tuple[Tensor, Tensor]:

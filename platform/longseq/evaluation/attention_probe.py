@@ -81,7 +81,7 @@ def look_through(model: PerformerLM, batch: dict[str, Tensor], look: Look) -> No
     training = model.training
     model.eval()
     try:
-        with _watched(model, look):
+        with model.whole_sequences(), _watched(model, look):
             model(batch["tokens"], None, batch.get("segments"))
     finally:
         model.train(training)

@@ -73,7 +73,7 @@ def estimate(config: Config, vocabulary: int, *, on_cuda: bool = True) -> Memory
     temporaries = (2 if on_cuda else 0) * (part if stage else _largest(spec))  # of AdamW: on the CPU it is fused
     step = 4.0 * (read + temporaries)
 
-    tokens = config.batch_sequences * config.data.length
+    tokens = config.batch_sequences * config.slice_length
     block, head, behind = _block(spec, config, width), _head(spec, width), _backward(spec, width)
     start = width * spec.dim  # what a recomputation starts from
     kept = tokens * spec.depth * (start if spec.activation_checkpointing else block)
@@ -149,8 +149,8 @@ def _favor(spec: PerformerSpec, config: Config) -> float:
     state = 4 * spec.heads * spec.features * (spec.head_dim + 1)
     plain = not (spec.window or spec.learned_decay or _packs(config))
     if not spec.causal and plain:
-        return state / config.data.length + 4 * spec.heads
-    one = state / min(SCAN_GROUP, config.data.length) + 2 * 4 * spec.heads
+        return state / config.slice_length + 4 * spec.heads
+    one = state / min(SCAN_GROUP, config.slice_length) + 2 * 4 * spec.heads
     total = one
     if spec.window:
         total += 4 * spec.dim + 3 * 4 * spec.heads  # the window's own output, and the weights of both
@@ -167,7 +167,7 @@ def _packs(config: Config) -> bool:
 def _mask(spec: PerformerSpec, config: Config) -> float:
     """Bytes a token of what is quadratic in exact attention, where padding, documents or a decay ask for a mask."""
     length, rows = config.data.length, config.batch_sequences
-    masked = config.data.packing != "concat" or _packs(config)
+    masked = config.data.packing != "concat" or _packs(config) or config.trainer.context_parallel > 1
     if spec.learned_decay:  # a mask that learns: torch keeps all weights
         return 4 * spec.heads * length + (4 * spec.heads + 8) * length * (1 if masked else 1 / rows)
     return (1 + 4) * length if masked else 0
