@@ -61,11 +61,12 @@ class PerformerLM(nn.Module):
             (B, L, vocabulary), in the dtype of the weights.
         """
         x = self.dropout(self.embedding(tokens))  # (B, L, E)
+        documents: Tensor | SlicedDocuments | None = segments
         if self.context is None:
-            documents, positions = segments, _positions(tokens, padding, segments)
+            positions = _positions(tokens, padding, segments)
         else:
-            documents = None if segments is None else self.context.documents(segments)
-            positions = _positions_of_slice(tokens, documents, self.context)
+            sliced = None if segments is None else self.context.documents(segments)
+            documents, positions = sliced, _positions_of_slice(tokens, sliced, self.context)
         rotary = self._rotary(positions)
         if self.spec.activation_checkpointing and torch.is_grad_enabled() and not x.requires_grad:
             x.requires_grad_()  # a frozen embedding: reentrant checkpoints give gradients only if their input wants one
