@@ -174,8 +174,9 @@ def _folder(settings: Settings, trial: Trial) -> Path:
 
 
 def facts(plan: Plan, settings: Settings, found: dict[str, dict[str, Any]]) -> str:
-    """One line on the models and their training, of the first run that there is."""
-    for name in found:
+    """One line on the models and their training, of a run of the first variant that has one."""
+    order = list(plan.variants)
+    for name in sorted(found, key=lambda name: order.index(found[name]["variant"])):
         path = settings.out / "runs" / name
         if (path / "config.yaml").is_file():
             config = Run.open(path).config()
