@@ -7,9 +7,12 @@ of the model, the options, the seed and its number, so --number 100 begins with 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, TextIO
 
 from longseq.commands.options import add_model, add_overrides, at_least, output, ready, real, share
@@ -114,14 +117,13 @@ def _fasta(out: TextIO, header: str, sequence: str) -> None:
 
 def _times(clock: list[float], length: int) -> str:
     """The time a token at the beginning and at the end of the first block; the prompt is not in it."""
-    part = min(1000, length // 2)
-    first, last = (
-        (b - a) / part * 1e3 for a, b in ((clock[0], clock[part]), (clock[length - 1 - part], clock[length - 1]))
-    )
+    part = max(1, min(1000, length // 2))
+    steps = [(later - earlier) * 1e3 for earlier, later in pairwise(clock[:length])] or [math.nan]
+    first, last = median(steps[:part]), median(steps[-part:])
     from longseq.evaluation.sampling import BLOCK
 
     return (
-        f"longseq: {length:,} tokens of {BLOCK} sequences at once: {first:.3f} ms a token for the first {part:,}, "
+        f"longseq: {length:,} tokens of {BLOCK} sequences at once: median {first:.3f} ms for the first {part:,}, "
         f"{last:.3f} ms for the last {part:,} ({last / first - 1:+.1%})"
     )
 

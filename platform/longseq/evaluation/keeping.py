@@ -51,9 +51,7 @@ def add_points(folder: Path, points: Mapping[str, float], step: int) -> None:
     The folder's one file of events is written anew with the points before, and takes the old one's place: a checkpoint
     that is evaluated again moves its points, and a full disk or a second evaluation at the same time loses none.
     """
-    from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
@@ -61,21 +59,46 @@ def add_points(folder: Path, points: Mapping[str, float], step: int) -> None:
         curves = {tag: dict(curve) for tag, curve in read_curves(folder).items()} if before else {}
         for tag, value in points.items():
             curves.setdefault(tag, {})[step] = value
-        steps: dict[int, dict[str, float]] = {}
-        now = time.time()
+        steps: dict[int, list[Summary.Value]] = {}
         for tag, curve in curves.items():
             for at, value in curve.items():
-                steps.setdefault(at, {})[tag] = value
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as aside:
-            writer = EventFileWriter(aside)
-            for at, values in sorted(steps.items()):
-                summary = Summary(value=[Summary.Value(tag=tag, simple_value=v) for tag, v in values.items()])
-                writer.add_event(Event(step=at, summary=summary, wall_time=now))
-            writer.close()
-            for file in Path(aside).iterdir():
-                file.replace(folder / file.name)
-        for file in before:
-            file.unlink(missing_ok=True)
+                steps.setdefault(at, []).append(Summary.Value(tag=tag, simple_value=value))
+        _put_events(folder, dict(sorted(steps.items())), before)
+
+
+def show_pictures(folder: Path, pictures: Mapping[str, Path], step: int) -> None:
+    """PNG files as TensorBoard images, by their tags; those of the same step before are replaced."""
+    from PIL import Image
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    values = []
+    for tag, path in pictures.items():
+        with Image.open(path) as picture:
+            width, height = picture.size
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes())
+        values.append(Summary.Value(tag=tag, image=image))
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        suffix = f".step-{step}"
+        _put_events(folder, {step: values}, sorted(folder.glob(f"*tfevents*{suffix}")), suffix)
+
+
+def _put_events(folder: Path, steps: Mapping[int, list], replaced: list[Path], suffix: str = "") -> None:
+    """One file of events for some that it replaces: aside, then renamed, then the others removed."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    now = time.time()
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
+        writer = EventFileWriter(partial, filename_suffix=suffix)
+        for at, values in steps.items():
+            writer.add_event(Event(step=at, summary=Summary(value=values), wall_time=now))
+        writer.close()
+        for file in Path(partial).iterdir():
+            file.replace(folder / file.name)
+    for file in replaced:
+        file.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ def first_layer(task, tokens):
 def test_error_and_maps_are_those_of_the_definition(task, batch, objective):
     task = task(f"model.objective={objective}")
     row = {"tokens": batch["tokens"][:1]}
-    layers = probe(task, row)
+    layers = probe(task.model, row)
     assert len(layers) == 2
     with torch.no_grad():
         q, k, v = first_layer(task, row["tokens"])
@@ -45,7 +45,7 @@ def test_error_and_maps_are_those_of_the_definition(task, batch, objective):
 def test_exact_attention_has_no_error(task, batch):
     row = {"tokens": batch["tokens"][:1]}
     for overrides in (("attention.kind=exact",), ("attention.window=17", "attention.learned_decay=true")):
-        for layer in probe(task(*overrides), row):
+        for layer in probe(task(*overrides).model, row):
             assert layer.error < 1e-6
             torch.testing.assert_close(layer.own, layer.exact, atol=1e-6, rtol=0)
 
@@ -54,7 +54,7 @@ def test_a_probe_leaves_the_model_as_it_was(task, batch):
     task = task("model.dropout=0.5").train()
     before = {name: tensor.clone() for name, tensor in task.state_dict().items()}
     state = torch.get_rng_state()
-    probe(task, {"tokens": batch["tokens"][:1]})
+    probe(task.model, {"tokens": batch["tokens"][:1]})
     assert task.training
     assert all(module.training for module in task.modules())
     assert torch.equal(torch.get_rng_state(), state)

@@ -8,18 +8,11 @@ implementation that trains is the one that is seen.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-
 import lightning.pytorch as pl
-import torch
 from torch import Tensor
 
-from longseq.attention import FavorAttention, exact_attention
 from longseq.config import Config
-from longseq.models.layers import Block
+from longseq.evaluation.attention_probe import probe
 from longseq.training.callbacks.boundary import StepBoundary
 from longseq.training.callbacks.curves import Curves
 from longseq.training.callbacks.heatmaps import heatmaps
@@ -27,17 +20,6 @@ from longseq.training.callbacks.probe_batch import probe_batch
 from longseq.training.callbacks.steps import due, sharded_weights
 from longseq.training.task import LanguageModelling
 from longseq.training.tensorboard import log_scalars, writer
-
-MAP_LENGTH = 128  # positions of an attention map: one pixel or more each
-
-
-@dataclass(frozen=True)
-class LayerProbe:
-    """One layer. Maps are (heads, queries, keys)."""
-
-    error: float  # ‖own − exact‖ / ‖exact‖ of the outputs
-    own: Tensor
-    exact: Tensor
 
 
 class AttentionProbe(StepBoundary):
@@ -60,7 +42,7 @@ class AttentionProbe(StepBoundary):
             if self.batch is None:
                 self.batch = probe_batch(self.config, task.device)
             with trainer.precision_plugin.val_step_context():
-                layers = probe(task, self.batch)
+                layers = probe(task.model, self.batch)
             if not trainer.is_global_zero:
                 return
             if task.model.spec.attention != "exact":
@@ -74,54 +56,3 @@ class AttentionProbe(StepBoundary):
                 title = f"layer {number},{what} step {step}: query down, key across"
                 writer(trainer).add_image(f"attention/layer{number:02}", heatmaps(title, rows), step, dataformats="HWC")
             writer(trainer).flush()
-
-
-@torch.no_grad()
-def probe(task: LanguageModelling, batch: dict[str, Tensor]) -> list[LayerProbe]:
-    """Send a batch of one row through the model and look at each layer's attention. Changes nothing."""
-    layers: list[LayerProbe] = []
-    training = task.training
-    task.eval()
-    try:
-        with _watched(task, layers):
-            task.model(batch["tokens"], None, batch.get("segments"))
-    finally:
-        task.train(training)
-    return layers
-
-
-@contextmanager
-def _watched(task: LanguageModelling, layers: list[LayerProbe]) -> Iterator[None]:
-    """Look in where queries, keys and values meet: inside of the layer's forward, where ZeRO-3 has its weights."""
-    attentions = [block.attention for block in task.model.blocks if isinstance(block, Block)]
-    for attention in attentions:
-        attention.mix = partial(_mix, attention, layers)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for attention in attentions:
-            del attention.mix
-
-
-def _mix(
-    attention: FavorAttention,
-    layers: list[LayerProbe],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    padding: Tensor | None,
-    segments: Tensor | None,
-) -> Tensor:
-    own = FavorAttention.mix(attention, q, k, v, padding, segments)
-    softmax = partial(exact_attention, causal=attention.causal, decay=attention.decay)
-    exact = softmax(q.float(), k.float(), v.float(), segments=segments)
-    error = float((own.float() - exact).norm() / exact.norm().clamp_min(1e-30))
-    shown = slice(0, MAP_LENGTH)
-    q, k = q[:, :, shown].float(), k[:, :, shown].float()
-    segments = None if segments is None else segments[:, shown]
-    size = q.shape[2]
-    one_hot = torch.eye(size, device=q.device).expand(*q.shape[:2], size, size)
-    own_map = FavorAttention.mix(attention, q, k, one_hot, None, segments)
-    exact_map = softmax(q, k, one_hot, segments=segments)
-    layers.append(LayerProbe(error, own_map[0].cpu(), exact_map[0].cpu()))
-    return own

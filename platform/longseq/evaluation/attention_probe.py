@@ -1,0 +1,122 @@
+"""Look in where a model's queries, keys and values meet: attention maps, and how far attention is from exact.
+
+Both matrices are read out by giving one-hot vectors as values (Choromanski et al. 2020, arXiv 2009.14794, appendix
+C.4), so that the implementation that trains is the one that is seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from longseq.attention import FavorAttention, exact_attention
+from longseq.models.layers import Block
+from longseq.models.performer import PerformerLM
+
+MAP_LENGTH = 128  # positions of an attention map: one pixel or more each
+
+# A layer's attention, q, k, v (B, H, L, D) as they arise there, and segments.
+Look = Callable[[FavorAttention, Tensor, Tensor, Tensor, "Tensor | None"], None]
+
+
+@dataclass(frozen=True)
+class LayerProbe:
+    """One layer. Maps are (heads, queries, keys)."""
+
+    error: float  # ‖own − exact‖ / ‖exact‖ of the outputs
+    own: Tensor
+    exact: Tensor
+
+
+@torch.no_grad()
+def probe(model: PerformerLM, batch: dict[str, Tensor]) -> list[LayerProbe]:
+    """Send a batch of one row through the model and look at each layer's attention. Changes nothing."""
+    layers: list[LayerProbe] = []
+
+    def look(attention: FavorAttention, q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None) -> None:
+        error = _error(FavorAttention.mix(attention, q, k, v, None, segments), _exact(attention, q, k, v, segments))
+        shown = slice(0, MAP_LENGTH)
+        q, k = q[:, :, shown].float(), k[:, :, shown].float()
+        segments = None if segments is None else segments[:, shown]
+        size = q.shape[2]
+        one_hot = torch.eye(size, device=q.device).expand(*q.shape[:2], size, size)
+        own_map = FavorAttention.mix(attention, q, k, one_hot, None, segments)
+        exact_map = _exact(attention, q, k, one_hot, segments)
+        layers.append(LayerProbe(error, own_map[0].cpu(), exact_map[0].cpu()))
+
+    look_through(model, batch, look)
+    return layers
+
+
+@torch.no_grad()
+def errors(
+    model: PerformerLM, batch: dict[str, Tensor], features: Sequence[int], draws: int
+) -> list[list[list[float]]]:
+    """The error of each layer's attention with other numbers of features: [layer][number][draw]. Changes nothing."""
+    layers: list[list[list[float]]] = []
+
+    def look(attention: FavorAttention, q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None) -> None:
+        exact = _exact(attention, q, k, v, segments)
+        before = attention.features, attention.draw
+        found: list[list[float]] = []
+        for m in features:
+            found.append([])
+            for draw in range(draws):
+                attention.features, attention.draw = m, before[1] + draw
+                found[-1].append(_error(FavorAttention.mix(attention, q, k, v, None, segments), exact))
+        attention.features, attention.draw = before
+        layers.append(found)
+
+    look_through(model, batch, look)
+    return layers
+
+
+def look_through(model: PerformerLM, batch: dict[str, Tensor], look: Look) -> None:
+    """Call ``look`` in each layer while a batch goes through the model as it is."""
+    training = model.training
+    model.eval()
+    try:
+        with _watched(model, look):
+            model(batch["tokens"], None, batch.get("segments"))
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _watched(model: PerformerLM, look: Look) -> Iterator[None]:
+    """Inside of the layer's forward, where ZeRO-3 has its weights."""
+    attentions = [block.attention for block in model.blocks if isinstance(block, Block)]
+    for attention in attentions:
+        attention.mix = partial(_mix, attention, look)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for attention in attentions:
+            del attention.mix
+
+
+def _mix(
+    attention: FavorAttention,
+    look: Look,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    padding: Tensor | None,
+    segments: Tensor | None,
+) -> Tensor:
+    look(attention, q, k, v, segments)
+    return FavorAttention.mix(attention, q, k, v, padding, segments)
+
+
+def _exact(attention: FavorAttention, q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None) -> Tensor:
+    softmax = partial(exact_attention, causal=attention.causal, decay=attention.decay)
+    return softmax(q.float(), k.float(), v.float(), segments=segments)
+
+
+def _error(own: Tensor, exact: Tensor) -> float:
+    return float((own.float() - exact).norm() / exact.norm().clamp_min(1e-30))

@@ -1,0 +1,133 @@
+"""What the pictures of a run show, from its curves, its evaluations and its weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from longseq.curves import read_curves
+from longseq.evaluation import drawing
+from longseq.opening import Source
+from longseq_data.vocabulary import LETTERS, STANDARD
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from longseq.models.performer import PerformerLM
+
+Matrix = npt.NDArray[np.floating]
+
+SCORED = 512  # sequences of a split, where no evaluation is kept
+_DRAWS = 4
+# Kernels whose expectation is the softmax's.
+_ESTIMATES = ("softmax", "hyperbolic", "oprf", "trigonometric", "smreg")
+
+
+def figures(source: Source) -> Iterator[tuple[str, Figure]]:
+    """Name and picture, one after the other."""
+    from longseq.evaluation.attention_probe import errors, probe
+    from longseq.training.callbacks.probe_batch import probe_batch
+
+    assert source.run is not None
+    title = f"{source.name}, step {source.step:,}"
+    folder = source.run.tensorboard_dir
+    curves = read_curves(folder) if folder.is_dir() else {}
+    evaluated = read_curves(folder / "evaluation") if (folder / "evaluation").is_dir() else {}
+    if curves:
+        yield "curves", drawing.training_curves(curves, evaluated, source.name)
+
+    model = source.load()
+    yield "accuracy_by_length", drawing.accuracy_by_length(_by_length(source, model), title)
+
+    if source.vocabulary.name == "protein":
+        cosine, blosum = embedding_cosines(model), blosum62()
+        correlation = pair_correlation(cosine, blosum)
+        yield "embedding_similarity", drawing.similarities(cosine, blosum, LETTERS[:STANDARD], correlation, title)
+
+    spec = source.spec
+    batch = probe_batch(source.config, next(model.parameters()).device)
+    for number, layer in enumerate(probe(model, batch)):
+        own = None if spec.attention == "exact" else layer.own.numpy()
+        what = f"{title}, layer {number}: what one held-out sequence looks at"
+        yield f"attention_layer{number:02}", drawing.attention_maps(own, layer.exact.numpy(), spec.kernel, what)
+
+    if spec.attention != "exact":
+        numbers = sorted({max(2, spec.features // 4), spec.features, spec.features * 4})
+        found = errors(model, batch, numbers, _DRAWS)
+        by_number = {m: [layer[at] for layer in found] for at, m in enumerate(numbers)}
+        what = f"{title}: attention ({spec.kernel}) beside softmax attention, {_DRAWS} draws"
+        estimates = spec.kernel in _ESTIMATES and not spec.learned_share
+        yield "approximation_error", drawing.approximation_errors(by_number, spec.features, estimates, what)
+
+
+def embedding_cosines(model: PerformerLM) -> Matrix:
+    """Cosine similarities of the standard amino acids' embeddings less their mean, (20, 20).
+
+    Less their mean, which says what they have in common: that they are residues.
+    """
+    vectors = model.embedding.weight[:STANDARD].detach().double().cpu().numpy()
+    vectors = vectors - vectors.mean(0)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors @ vectors.T
+
+
+def blosum62() -> Matrix:
+    """BLOSUM62 (Henikoff and Henikoff 1992) of the standard amino acids in the order of their ids, (20, 20)."""
+    from Bio.Align import substitution_matrices
+
+    matrix = substitution_matrices.load("BLOSUM62")
+    return np.array([[matrix[a, b] for b in LETTERS[:STANDARD]] for a in LETTERS[:STANDARD]], dtype=np.float64)
+
+
+def pair_correlation(a: Matrix, b: Matrix) -> float:
+    """Pearson's correlation over the pairs of different letters."""
+    pairs = np.triu_indices(len(a), 1)
+    return float(np.corrcoef(a[pairs], b[pairs])[0, 1])
+
+
+def _by_length(source: Source, model: PerformerLM) -> dict[str, list[dict]]:
+    """Of the kept evaluation of this checkpoint, or of a sample of each split that is scored now."""
+    kept = _kept(source)
+    if kept:
+        return kept
+    from longseq.data import corpus_of
+    from longseq.evaluation.request import batch_sequences, samples_of
+    from longseq.evaluation.scoring import score
+    from longseq.evaluation.summary import by_length
+
+    splits = ["test", *(["ood"] if source.config.data.ood or corpus_of(source.config, "ood") else [])]
+    tallies = {
+        split: score(
+            model,
+            samples_of(source, split),
+            batch_sequences=batch_sequences(source.config),
+            max_samples=SCORED,
+        )
+        for split in splits
+    }
+    return {f"{split} ({len(tally.number):,} sequences)": list(by_length(tally)) for split, tally in tallies.items()}
+
+
+def _kept(source: Source) -> dict[str, list[dict]]:
+    assert source.run is not None
+    for path in sorted(source.run.evaluations_dir.glob(f"{source.folder.stem}-*.json")):
+        report = _read(path)
+        own = report.get("weights") == "last" and not report.get("overrides") and not report.get("sequences_limit")
+        splits = report.get("splits", {})
+        found = {name: splits[name]["by_length"] for name in ("test", "ood") if "by_length" in splits.get(name, {})}
+        if own and found:
+            return found
+    return {}
+
+
+def _read(path: Path) -> dict:
+    try:
+        report = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return report if isinstance(report, dict) else {}

@@ -1,0 +1,155 @@
+"""``longseq evaluate`` on small models: what it scores, how it is kept, and what it refuses."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from Bio import SeqIO
+
+from command_line import curve
+from longseq.evaluation import keeping
+from longseq.evaluation.request import samples_of
+from longseq.evaluation.scoring import score
+from longseq.evaluation.tally import Tally
+from longseq.opening import find
+from longseq_data.vocabulary import BOS, EOS, LETTERS
+
+
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+def test_processes_that_share_the_batches_count_the_same_to_the_last_bit(trained, objective):
+    source = find(trained("one", f"model.objective={objective}"))
+    model, samples = source.load(), samples_of(source, "test")
+    whole = score(model, samples, batch_sequences=4)
+    for world in (2, 3):
+        parts = [score(model, samples, batch_sequences=4, rank=rank, world=world) for rank in range(world)]
+        merged = Tally.merged(parts)
+        assert all(np.array_equal(getattr(merged, name), getattr(whole, name)) for name in vars(whole))
+
+
+def test_scores_are_those_of_each_record_by_itself(trained, longseq, folder):
+    """Loss, accuracy, top-3 and the calibration, from a plain loop over Biopython's records."""
+    run = trained()
+    report = json.loads(longseq("evaluate", run, "--json", "--top-k", 3, "--bootstrap", 0))
+    source = find(run)
+    model, losses, right, near, sure, wanted = source.load(), [], [], [], [], []
+    for record in SeqIO.parse(folder / "test.fasta", "fasta"):
+        ids = [BOS, *(LETTERS.index(letter) for letter in record.seq), EOS]
+        for start in range(0, len(ids) - 1, 64):  # windows of data.length
+            row = torch.tensor(ids[start : start + 65])
+            with torch.no_grad():
+                logits = model(row[None, :-1])[0]
+            ranks = logits.argsort(-1, descending=True)
+            losses += torch.nn.functional.cross_entropy(logits, row[1:], reduction="none").tolist()
+            right += (ranks[:, 0] == row[1:]).tolist()
+            near += (ranks[:, :3] == row[1:, None]).any(-1).tolist()
+            sure += logits.softmax(-1).amax(-1).tolist()
+            wanted += row[1:].tolist()
+    scores = report["splits"]["test"]
+    assert scores["targets"] == len(losses)
+    assert scores["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert scores["bits"] == pytest.approx(np.mean(losses) / math.log(2), rel=1e-5)
+    assert scores["accuracy"] == pytest.approx(np.mean(right))
+    assert scores["top_3_accuracy"] == pytest.approx(np.mean(near))
+    bins = np.minimum((np.array(sure) * 15).astype(int), 14)
+    gaps = [abs(np.sum(np.array(right)[bins == b]) - np.sum(np.array(sure)[bins == b])) for b in set(bins.tolist())]
+    assert scores["ece"] == pytest.approx(sum(gaps) / len(sure), abs=1e-5)
+    assert scores["by_token"]["M"]["targets"] == wanted.count(LETTERS.index("M"))
+    assert sum(row["targets"] for row in scores["by_length"]) == len(losses)
+
+
+def test_several_checkpoints_make_one_table_and_curves_over_the_steps(trained, longseq):
+    run = trained("one", steps=(10, 20, 30))
+    other = trained("two", steps=(5,))
+    table = longseq("evaluate", run, other, "--bootstrap", 0)
+    rows = [line.split() for line in table.splitlines() if " test " in line]
+    assert [row[:3] for row in rows] == [["one", "step", "30"], ["two", "step", "5"]]
+    reports = json.loads(longseq("evaluate", run, "--all-checkpoints", "--json"))
+    assert [report["step"] for report in reports] == [10, 20, 30]
+    losses = {report["step"]: report["splits"]["test"]["loss"] for report in reports}
+    shown = curve_of(run / "tensorboard" / "evaluation", "test/loss")
+    assert shown == pytest.approx(losses, rel=1e-6)
+    assert len(list((run / "evaluations").glob("step-*-test.json"))) == 3
+
+
+def test_a_file_is_scored_without_the_training_data(trained, longseq, folder):
+    run = trained()
+    (folder / "proteins.fasta").unlink()
+    whole = json.loads(longseq("evaluate", run, "--data", "test.fasta", "--json"))["splits"]["test.fasta"]
+    assert whole["sequences"] == 39  # 30 records, nine of them longer than a window
+    assert whole["baseline"] is None
+
+
+def test_results_are_printed_where_they_cannot_be_kept(trained, capsys, monkeypatch):
+    from longseq.cli import main
+
+    run = trained()
+
+    def full(report: object, path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(keeping, "keep_json", full)
+    assert main(["evaluate", str(run)]) == 1
+    shown = capsys.readouterr()
+    assert any(line.startswith("test") for line in shown.out.splitlines())
+    assert "No space left on device" in shown.err
+    assert "could not be kept" in shown.err
+
+
+def test_points_of_an_evaluation_take_the_place_of_earlier_ones(tmp_path):
+    for step, value in ((10, 3.0), (20, 2.0), (10, 2.5)):
+        keeping.add_points(tmp_path / "evaluation", {"test/loss": value}, step)
+    assert curve_of(tmp_path / "evaluation", "test/loss") == {10: 2.5, 20: 2.0}
+    assert len(list((tmp_path / "evaluation").glob("*tfevents*"))) == 1
+
+
+def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(tmp_path, monkeypatch):
+    keeping.keep_json({"a": 1}, tmp_path / "kept.json")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(keeping.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        keeping.keep_json({"a": 2}, tmp_path / "kept.json")
+    assert json.loads((tmp_path / "kept.json").read_text()) == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.json"]
+
+
+def test_what_is_no_model_is_refused(trained, refused, folder):
+    assert "no such run folder" in refused("evaluate", folder / "nowhere")
+    assert "not a run folder" in refused("evaluate", folder)
+    assert "a file" in refused("evaluate", folder / "test.fasta" if (folder / "test.fasta").exists() else __file__)
+    (folder / "global_step5").mkdir()
+    (folder / "global_step5" / "mp_rank_00_model_states.pt").touch()
+    assert "DeepSpeed's own" in refused("evaluate", folder / "global_step5")
+
+
+def test_a_checkpoint_of_an_older_format_is_refused(trained, refused):
+    manifest = trained() / "checkpoints" / "step-00000020.ckpt" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 1'))
+    for target in (manifest.parent, manifest.parent.parent.parent):
+        sentence = refused("evaluate", target)
+        assert "format 1, this version of longseq reads 2" in sentence
+
+
+def test_data_of_other_tokens_are_refused(trained, refused, folder):
+    run = trained()
+    (folder / "book.txt").write_text("It was a bright cold day in April.\n")
+    assert "data.format=text cannot be read as data.tokenizer=protein" in refused("evaluate", run, "--data", "book.txt")
+    assert "a model of 29 tokens" in refused("sample", run, "data.tokenizer=bytes", "data.format=text")
+
+
+def curve_of(folder: Path, tag: str) -> dict[int, float]:
+    """As command_line.curve, of another folder."""
+    link = folder.parent / "link"
+    link.mkdir(exist_ok=True)
+    target = link / "tensorboard"
+    target.unlink(missing_ok=True)
+    target.symlink_to(folder)
+    return curve(link, tag)
