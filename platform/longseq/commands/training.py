@@ -88,7 +88,14 @@ def _duration(seconds: float) -> str:
 FIXED = (
     *("run.name", "run.dir", "run.seed"),
     *("model.preset", "model.dim", "model.depth", "model.heads", "model.ffn_dim", "model.objective"),
-    *("model.position", "model.max_positions", "model.norm", "model.norm_eps", "model.embedding_norm"),
+    *(
+        "model.init_from",
+        "model.position",
+        "model.max_positions",
+        "model.norm",
+        "model.norm_eps",
+        "model.embedding_norm",
+    ),
     *("model.attention_bias", "model.head", "model.mask_scaling"),
     *("attention.qk_norm", "data.train", "data.valid", "data.test", "data.valid_fraction", "data.test_fraction"),
     *("data.length", "data.packing", "data.batch_tokens", "data.shuffle_buffer"),

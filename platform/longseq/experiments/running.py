@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -174,8 +173,9 @@ def _folder(settings: Settings, trial: Trial) -> Path:
 
 
 def facts(plan: Plan, settings: Settings, found: dict[str, dict[str, Any]]) -> str:
-    """One line on the models and their training, of the first run that there is."""
-    for name in found:
+    """One line on the models and their training, of a run of the first variant that has one."""
+    order = list(plan.variants)
+    for name in sorted(found, key=lambda name: order.index(found[name]["variant"])):
         path = settings.out / "runs" / name
         if (path / "config.yaml").is_file():
             config = Run.open(path).config()
@@ -184,8 +184,7 @@ def facts(plan: Plan, settings: Settings, found: dict[str, dict[str, Any]]) -> s
             return (
                 f"{spec.depth} layers, {spec.heads} heads, width {spec.dim}, MLP {spec.ffn_dim}, "
                 f"{spec.features} features; {config.trainer.max_steps:,} steps of {config.data.batch_tokens:,} tokens "
-                f"= {tokens / 10 ** max(0, 3 * int(math.log10(tokens) / 3)):.3g}"
-                f"{('', ' thousand', ' million', ' billion', ' trillion')[int(math.log10(tokens) / 3)]} tokens a run, "
+                f"= {tokens:,} tokens a run, "
                 f"length {config.data.length}"
             )
     return ""

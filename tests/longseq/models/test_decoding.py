@@ -28,6 +28,14 @@ attentions = pytest.mark.parametrize(
         {"kernel": "oprf", "window": 7},
         {"attention": "exact", "qk_norm": True},
         {"attention": "exact", "learned_decay": True},
+        {
+            "position": "learned",
+            "max_positions": 300,
+            "norm": "post",
+            "embedding_norm": True,
+            "attention_bias": True,
+            "head": "transform",
+        },
     ],
     ids=lambda options: "-".join(f"{key}={value}" for key, value in options.items()) or "softmax",
 )

@@ -64,6 +64,7 @@ def largest_difference(model, tokens, out: Path) -> float:
     ours_ids[1, 24], ours_ids[1, 25:] = 26, 27
     mask = ours_ids != 27
     ours = find(out).load("cpu")
+    assert sum(parameter.numel() for parameter in ours.parameters()) == ours.spec.parameter_count
     with torch.no_grad():
         theirs = model(input_ids=rows[ours_ids], attention_mask=mask.long()).logits[..., rows]
         found = ours(ours_ids, mask)
