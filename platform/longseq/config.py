@@ -177,9 +177,7 @@ class TrainerConfig:
     )
     accumulate: int = key(1, "batches a process adds up for one optimiser step", at_least=1)
     activation_checkpointing: bool = key(False, "recompute each block in the backward pass to save memory")
-    activation_offload: bool = key(
-        False, "keep what the recomputation of blocks starts from in the CPU's memory"
-    )
+    activation_offload: bool = key(False, "keep what the recomputation of blocks starts from in the CPU's memory")
     offload_optimizer: str = key(
         "none",
         "where DeepSpeed keeps the optimiser: cpu from ZeRO-1 on, nvme with ZeRO-3",

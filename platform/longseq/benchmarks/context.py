@@ -147,8 +147,9 @@ def table(request: ContextRequest, cells: Sequence[Cell]) -> str:
         f"{'weak: tokens':>15}{'seconds':>11}{'efficiency':>12}",
     ]
     for row in extrapolation(request):
+        rate = request.gpu_length / row.strong
         lines.append(
-            f"{row.devices:>8}{row.strong:>11.4f}{request.gpu_length / row.strong:>15,.0f}{row.strong_efficiency:>12.1%}"
+            f"{row.devices:>8}{row.strong:>11.4f}{rate:>15,.0f}{row.strong_efficiency:>12.1%}"
             f"{row.states:>9.1%}{row.gradient:>10.1%}{row.tokens:>15,}{row.weak:>11.4f}{row.weak_efficiency:>12.1%}"
         )
     return "\n".join(lines)
@@ -297,5 +298,5 @@ def _assumptions(spec: PerformerSpec) -> list[str]:
     return [
         "model: compute / P + one more pass over keys and queries for their states + "
         f"{gathers(spec)} gathers a layer of one state to P − 1 others + a ring all-reduce of fp32 gradients;",
-        "       nothing overlaps, the slowest link counts, matrix products alone are FLOPs (benchmarks/context_model.py)",
+        "       nothing overlaps, the slowest link counts, matrix products alone count (benchmarks/context_model.py)",
     ]

@@ -4,22 +4,22 @@ With T tokens on P devices (T / P each), a device of F FLOP/s, a message of s by
 heads with m features and value size e, and W weights:
 
     compute   T / P · (useful FLOPs a token + those computed again) / F
-    passes    T / P · n · h · 2 · 2m(d + e + 1) / F         for P > 1: the states M of the keys and G of the queries,
-                                                            and M again with the layers
-    states    g · n · (P − 1) · (α + s / β)                 g gathers a layer of s = B · h · (m(e + 1) + 1) · 4 bytes: 2, or 3
-                                                            where the layer is computed again
-    gradient  2 (P − 1) · α + 2 (P − 1) / P · 4 W / β       ring all-reduce of fp32 gradients, once a step
+    passes    T / P · n · h · g · 2m(d + e + 1) / F       for P > 1: the states M of the keys and G of the queries
+    states    g · n · (P − 1) · (α + s / β)               g gathers a layer of s = B · h · (m(e + 1) + 1) · 4 bytes
+    gradient  2 (P − 1) · α + 2 (P − 1) / P · 4 W / β     ring all-reduce of fp32 gradients, once a step
     step      compute + passes + states + gradient
+
+g is 2, M forward and G backward, or 3 where layers are computed again, and M with them.
 
 Assumptions: nothing overlaps with anything (in fact most of the states' travel does), a ring of neighbours for both
 collectives, the slowest link counts for all, every device has the same F whatever its share, and the optimiser's own
-time is nothing. FLOPs are those of matrix products (``longseq.training.flops``); what is computed again is a third more of
-them, since layers run forward once more.
+time is nothing. FLOPs are those of matrix products (``longseq.training.flops``); what is computed again is a third more
+of them, since layers run forward once more.
 
 Constants are measured here (F from P = 1 at the longest length that was measured, α and β from all-gathers among this
-machine's processes) or given. The defaults for GPUs are an NVIDIA H100's: 400 TFLOP/s, which is 40 % of the 989 of dense
-bf16 products; inside a node NVLink with 450 GB/s each way and 10 µs, beyond 8 devices InfiniBand with 50 GB/s a device
-(400 Gb/s) and 20 µs, what NCCL takes to start a message included.
+machine's processes) or given. The defaults for GPUs are an NVIDIA H100's: 400 TFLOP/s, which is 40 % of the 989 of
+dense bf16 products; inside a node NVLink with 450 GB/s each way and 10 µs, beyond 8 devices InfiniBand with 50 GB/s a
+device (400 Gb/s) and 20 µs, what NCCL takes to start a message included.
 """
 
 from __future__ import annotations
@@ -93,12 +93,11 @@ def predict(spec: PerformerSpec, cluster: Cluster, length: int, processes: int, 
     compute = tokens * step_flops(spec, length) / cluster.flops
     if processes == 1:
         return Step(compute, 0.0, 0.0, 0.0)
-    passes = 3 if _again(spec) else 2
     product = 2 * spec.features * (2 * spec.head_dim + 1)
     others = processes - 1
     return Step(
         compute,
-        tokens * spec.depth * spec.heads * passes * product / cluster.flops,
+        tokens * spec.depth * spec.heads * gathers(spec) * product / cluster.flops,
         gathers(spec) * spec.depth * others * link.seconds(state_bytes(spec, batch)),
         2 * others * link.seconds(4 * spec.parameter_count / processes),
     )

@@ -76,9 +76,10 @@ def estimate(config: Config, vocabulary: int, *, on_cuda: bool = True) -> Memory
     step = 4.0 * (read + temporaries)
 
     tokens = config.batch_sequences * config.slice_length
-    block, head, behind = _block(spec, config, width), width * 3 * spec.dim, _backward(spec, width)
+    block, behind = _block(spec, config, width), _backward(spec, width)
+    head = 3.0 * width * spec.dim  # a token's, but for the logits
     start = width * spec.dim  # what a recomputation starts from
-    kept = tokens * spec.depth * (start if spec.activation_checkpointing else block)
+    kept = 1.0 * tokens * spec.depth * (start if spec.activation_checkpointing else block)
     recomputed = tokens * (block - start) if spec.activation_checkpointing else 0
     tiles = 0 < spec.tile < config.slice_length
     if tiles:
@@ -200,7 +201,7 @@ def _tiled(spec: PerformerSpec, config: Config, width: int, parameters: int) -> 
         kept = rows * spec.depth * -(-length // spec.tile) * (state + 2 * 4 * spec.window * dim)
         extra = rows * spec.tile * 4 * 4 * dim  # the output of each part, and of both
         return kept, spec.depth * (one + extra) + 2 * 4 * parameters, 0
-    block = 11 * width * dim if width == 4 else width * 11 * dim + 4 * 8 * dim
+    block = 11.0 * width * dim if width == 4 else width * 11 * dim + 4 * 8 * dim
     block += _favor(spec, config) if spec.attention == "favor" else _mask(spec, config)
     return rows * length * (spec.depth + 1) * width * dim, rows * length * block + one, 3 * width * dim
 

@@ -76,11 +76,12 @@ class PerformerLM(nn.Module):
         if targets is not None and padding is None and segments is None and self._carries(tokens.shape[1]):
             return self._carried_loss(tokens, targets)
         x = self.dropout(self.embedding(tokens))  # (B, L, E)
+        documents: Tensor | SlicedDocuments | None = segments
         if self.context is None:
-            documents, positions = segments, _positions(tokens, padding, segments)
+            positions = _positions(tokens, padding, segments)
         else:
-            documents = None if segments is None else self.context.documents(segments)
-            positions = _positions_of_slice(tokens, documents, self.context)
+            documents = sliced = None if segments is None else self.context.documents(segments)
+            positions = _positions_of_slice(tokens, sliced, self.context)
         rotary = self._rotary(positions)
         recompute = self.spec.activation_checkpointing or 0 < self.spec.tile < tokens.shape[1]
         if recompute and torch.is_grad_enabled() and not x.requires_grad:
@@ -151,8 +152,8 @@ class PerformerLM(nn.Module):
 
     def _carries(self, length: int) -> bool:
         """Whether the loss of so long a row takes the way of :meth:`_carried_loss`."""
-        first = self.blocks[0].attention
-        calibrated = self.spec.kernel != "oprf" or not self.training or first.oprf_a is not None
+        layers = (module for module in self.modules() if isinstance(module, FavorAttention))
+        calibrated = self.spec.kernel != "oprf" or all(layer.oprf_a is not None for layer in layers)
         return self.spec.carries and self.context is None and length > self.spec.tile and calibrated
 
     def _carried_loss(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
@@ -177,6 +178,7 @@ class PerformerLM(nn.Module):
         return recurrence(
             piece, tokens.shape[1], self.spec.tile, list(self.parameters()), device=tokens.device, random=random
         )
+
     def set_context(self, context: ContextGroup | None) -> None:
         """From now on the forward pass gets this rank's slices of sequences that the group's ranks hold together.
 

@@ -1,8 +1,9 @@
 """Measure this machine: speed and memory against the length, side by side with the exact Transformer and peers.
 
-Every benchmark prints a table. ``attention``, ``step``, ``context`` and ``features`` keep every raw number as JSON and a
-picture in a folder (--out), ``data`` and ``needle`` without the picture; pictures need matplotlib (pip install 'longseq[bench]'). ``quality`` and
-``recall`` keep a JSON file a model. Ctrl-C keeps what was measured until then, but for ``features`` and ``data``.
+Every benchmark prints a table. ``attention``, ``step``, ``context`` and ``features`` keep every raw number as JSON and
+a picture in a folder (--out), ``data`` and ``needle`` without the picture; pictures need matplotlib (pip install
+'longseq[bench]'). ``quality`` and ``recall`` keep a JSON file a model. Ctrl-C keeps what was measured until then, but
+for ``features``, ``data`` and ``needle``.
 """
 
 from __future__ import annotations

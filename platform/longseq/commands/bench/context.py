@@ -33,7 +33,7 @@ def context_arguments(parser: argparse.ArgumentParser) -> None:
     gpu.add_argument("--bandwidth-between", type=arguments.seconds, default=50e9, metavar="B", help="between nodes")
     gpu.add_argument("--latency-between", type=arguments.seconds, default=20e-6, metavar="S", help="between nodes")
     gpu.add_argument("--gpu-length", type=arguments.positive, default=2**20, metavar="L", help="tokens, strong scaling")
-    gpu.add_argument("--gpu-slice", type=arguments.positive, default=2**17, metavar="L", help="tokens a GPU, weak scaling")
+    gpu.add_argument("--gpu-slice", type=arguments.positive, default=2**17, metavar="L", help="tokens a GPU, weak")
 
 
 def run_context(args: argparse.Namespace) -> int:
@@ -41,8 +41,9 @@ def run_context(args: argparse.Namespace) -> int:
     from longseq.benchmarks.context_model import Cluster, Link
 
     check_folder(args.out)
+    between = Link(args.bandwidth_between, args.latency_between)
     request = context.ContextRequest(
-        gpu=Cluster(args.gpu_flops, Link(args.bandwidth, args.latency), Link(args.bandwidth_between, args.latency_between)),
+        gpu=Cluster(args.gpu_flops, Link(args.bandwidth, args.latency), between),
         lengths=args.lengths,
         processes=args.processes,
         preset=args.preset,
