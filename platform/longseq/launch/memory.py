@@ -184,7 +184,7 @@ def _mask(spec: PerformerSpec, config: Config) -> float:
 def _logits(spec: PerformerSpec, tokens: int, width: int) -> float:
     """Bytes of the logits that exist at a time in fp32, of their gradients, and of the head's gradient."""
     rows = min(tokens, MOST_ROWS, max(256, LOGITS // spec.vocabulary))
-    return rows * spec.vocabulary * (3 * 4 + (2 * width if width < 4 else 0)) + 2 * 4 * spec.vocabulary * spec.dim
+    return rows * spec.vocabulary * (2 * 4 + (2 * width if width < 4 else 0)) + 2 * 4 * spec.vocabulary * spec.dim
 
 
 def _tiled(spec: PerformerSpec, config: Config, width: int, parameters: int) -> tuple[float, float, float]:

@@ -64,7 +64,7 @@ class _Loss(torch.autograd.Function):
                 continue
             d_logits = logits.sub_(log_sum).exp_()
             d_logits.scatter_add_(1, ids, d_logits.new_full((1, 1), -1.0).expand(len(ids), 1))
-            d_logits = (d_logits * scored[:, None]).to(narrow)
+            d_logits = d_logits.mul_(scored[:, None]).to(narrow)
             d_weight += d_logits.mT @ rows[tile]
             if dx is not None:
                 dx[tile] = d_logits @ weight
