@@ -147,7 +147,8 @@ class DataConfig:
     )
     shuffle_buffer: int = key(
         10_000,
-        "records held to shuffle the stream, 64 MiB of them at most; a prepared corpus is shuffled as a whole",
+        "records held to shuffle the stream, 64 MiB of them at most; 1: files come in a random order, each read as "
+        "it is, a proteome say; a prepared corpus is shuffled as a whole",
         at_least=1,
     )
     strict: bool = key(

@@ -10,9 +10,9 @@ which are disjoint, so :func:`longseq.attention.parts.combine` adds them up. For
 
     ñ_i = Sᵀφ(q_i),  out_i = ñ_i[:e] / ñ_i[e],  lse_i = log ñ_i[e] + c − γ(i − start + w + 1)
 
-and behind the tile T further keys j have entered: S ← e^{c − γT − c'} S + Σ_j e^{b_j − c'} φ(k_j) ṽ_jᵀ, with the largest of
-these exponents as c' and b_j the log-scale of φ(k_j), less γ times the distance to the last of them. Backward, with
-g as in the scan and R the gradient of S behind the tile:
+and behind the tile T further keys j have entered: S ← e^{c − γT − c'} S + Σ_j e^{b_j − c'} φ(k_j) ṽ_jᵀ, with the
+largest of these exponents as c' and b_j the log-scale of φ(k_j), less γ times the distance to the last of them.
+Backward, with g as in the scan and R the gradient of S behind the tile:
 
     dφ(q_i) = S g_i        dS += φ(q_i) g_iᵀ + e^{c − γT − c'} R
     dφ(k_j) = e^{b_j−c'} R ṽ_j       dṽ_j = e^{b_j−c'} Rᵀφ(k_j)

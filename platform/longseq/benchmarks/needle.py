@@ -15,7 +15,7 @@ import copy
 import gzip
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from longseq.errors import LongseqError
 from longseq.models.head import IGNORE
 from longseq.models.performer import PerformerLM
 from longseq.models.spec import PerformerSpec
+from longseq_data.synthetic import SyntheticSpec, synthesize
 
 _BYTES = 256
 
@@ -85,9 +86,14 @@ class Needle:
 def read_texts(paths: Sequence[Path]) -> Tensor:
     """The bytes of text files, or the residues of FASTA files (plain or gzipped), one after the other: (n,) uint8.
 
+    Without files, those of synthetic proteins.
+
     Raises:
         LongseqError: for a file that cannot be read.
     """
+    if not paths:
+        made = SyntheticSpec(families=64, records=8000)
+        return _joined([sequence.encode() for _, sequence in synthesize(made)])
     parts = []
     for path in paths:
         try:
@@ -97,10 +103,16 @@ def read_texts(paths: Sequence[Path]) -> Tensor:
         if data.startswith(b">"):
             data = b"\n".join(b"".join(record.splitlines()[1:]) for record in data.split(b">")[1:])
         parts.append(data)
+    return _joined(parts)
+
+
+def _joined(parts: Sequence[bytes]) -> Tensor:
     return torch.frombuffer(bytearray(b"\n".join(parts)), dtype=torch.uint8)
 
 
-def sequences(request: NeedleRequest, text: Tensor, length: int, rows: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+def sequences(
+    request: NeedleRequest, text: Tensor, length: int, rows: int, rng: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Token ids and targets (rows, length); targets are −100 but at the questions, the last ``keys`` positions."""
     keys, values = request.keys, request.values
     starts = torch.randint(len(text) - length + 1, (rows,), generator=rng)
@@ -175,6 +187,11 @@ def table(request: NeedleRequest, found: Sequence[Needle]) -> str:
     return "\n".join(lines)
 
 
+def numbers(request: NeedleRequest, found: Sequence[Needle]) -> dict[str, object]:
+    """Everything, for the JSON file."""
+    return {"request": asdict(request), "models": [asdict(needle) for needle in found], "chance": 1 / request.values}
+
+
 def _learn(
     request: NeedleRequest,
     model: PerformerLM,
@@ -208,9 +225,7 @@ def _learn(
 
 
 @torch.no_grad()
-def _test(
-    request: NeedleRequest, model: PerformerLM, text: Tensor, context: int, steps: int, seconds: float
-) -> Needle:
+def _test(request: NeedleRequest, model: PerformerLM, text: Tensor, context: int, steps: int, seconds: float) -> Needle:
     rng = torch.Generator().manual_seed(request.seed + 1)
     hits = 0
     for _ in range(request.tested):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -160,8 +160,8 @@ class PerformerLM(nn.Module):
 
     def _carries(self, length: int) -> bool:
         """Whether the loss of so long a row takes the way of :meth:`_carried_loss`."""
-        first = cast(FavorAttention, self.blocks[0].attention)
-        calibrated = self.spec.kernel != "oprf" or not self.training or first.oprf_a is not None
+        layers = (module for module in self.modules() if isinstance(module, FavorAttention))
+        calibrated = self.spec.kernel != "oprf" or all(layer.oprf_a is not None for layer in layers)
         return self.spec.carries and self.context is None and length > self.spec.tile and calibrated
 
     def _carried_loss(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
