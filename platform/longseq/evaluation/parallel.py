@@ -92,7 +92,9 @@ def failure_path(place: Path, rank: int) -> Path:
 
 def _start(place: Path, rank: int, world: int, port: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "longseq.evaluation.worker", str(place)]
-    return subprocess.Popen(command, env=environment_of(rank, world, port), stdin=subprocess.DEVNULL)
+    # In a session of its own: a Ctrl-C is for the parent, which ends them.
+    environment = environment_of(rank, world, port)
+    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
 def _wait(files: Sequence[Path], processes: Sequence[subprocess.Popen[bytes]], place: Path) -> None:
