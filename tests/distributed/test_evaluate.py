@@ -51,7 +51,11 @@ def test_table_shows_test_and_ood_beside_the_baseline(table: Ended, report: dict
     rows = {line.split()[0]: line.split() for line in table.out.splitlines() if line.startswith(("test", "ood"))}
     for split in ("test", "ood"):
         scores = report["splits"][split]
-        shown = [f"{scores['loss']:.4f}", f"{scores['perplexity']:.2f}", f"{scores['accuracy']:.1%}"]
+        low, high = scores["intervals"]["loss"]
+        assert low < scores["loss"] < high
+        shown = [f"{scores['loss']:.4f}", f"{low:.4f}–{high:.4f}", f"{scores['perplexity']:.2f}"]
+        shown += [f"{scores['bits']:.4f}", f"{scores['accuracy']:.1%}", f"{scores['top_5_accuracy']:.1%}"]
+        shown += [f"{scores['ece']:.3f}"]
         shown += [f"{scores['baseline']['perplexity']:.2f}", f"{scores['baseline']['accuracy']:.1%}"]
         assert rows[split][3:] == shown
 
@@ -64,8 +68,9 @@ def test_json_is_kept_in_the_run(run: Path, table: Ended, report: dict) -> None:
     assert kept["step-00000020-test-ood.json"]["splits"]["ood"] == report["splits"]["ood"]
 
 
-def test_checkpoint_can_be_named_and_repeats_exactly(run: Path, folder: Path, report: dict) -> None:
-    ended = longseq("evaluate", checkpoint(run, 20), "--json", folder=folder)
+def test_three_processes_find_what_one_does_to_the_last_bit(run: Path, folder: Path, report: dict) -> None:
+    """And of a checkpoint that is named."""
+    ended = longseq("evaluate", checkpoint(run, 20), "--devices", "3", "--json", folder=folder)
     assert ended.code == 0, ended.err
     assert json.loads(ended.out)["splits"] == {split: report["splits"][split] for split in ("test", "ood")}
 

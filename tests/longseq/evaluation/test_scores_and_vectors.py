@@ -1,0 +1,185 @@
+"""``longseq score`` and ``embed`` against plain loops over the model."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from longseq.opening import find
+from longseq_data.vocabulary import BOS, EOS, LETTERS, MASK
+
+WILD = "MKVLAACDEFGHIKLMNPQ"
+
+
+def ids(sequence):
+    return [BOS, *(LETTERS.index(letter) for letter in sequence), EOS]
+
+
+def log_probabilities(model, tokens):
+    with torch.no_grad():
+        return model(torch.tensor([tokens]))[0].double().log_softmax(-1)
+
+
+def exact(model, sequence):
+    tokens = ids(sequence)
+    return sum(float(row[token]) for row, token in zip(log_probabilities(model, tokens[:-1]), tokens[1:], strict=True))
+
+
+def marginals(model, sequence, hidden):
+    """Log-probabilities of one sequence with some residues (from 1) masked."""
+    tokens = ids(sequence)
+    for at in hidden:
+        tokens[at] = MASK
+    return log_probabilities(model, tokens)
+
+
+def table(text):
+    head, *rows = (line.split("\t") for line in text.splitlines())
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+@pytest.fixture
+def wild(folder):
+    (folder / "wild.fasta").write_text(f">wild type\n{WILD}\n")
+    return folder / "wild.fasta"
+
+
+def test_causal_scores_are_exact_log_likelihoods_of_residues_and_end(trained, longseq, folder):
+    run = trained()
+    (folder / "some.fasta").write_text(">a\nMKV\n>low\nmkvla\n>stop\nMKVLA*\n")
+    rows = json.loads(longseq("score", run, "some.fasta", "--json"))
+    model = find(run).load()
+    assert [row["id"] for row in rows] == ["a", "low", "stop"]
+    for row, sequence in zip(rows, ("MKV", "MKVLA", "MKVLA"), strict=True):  # lower case and a final stop mean the same
+        assert row["log_likelihood"] == pytest.approx(exact(model, sequence), abs=1e-4)
+        assert row["perplexity"] == pytest.approx(np.exp(-row["log_likelihood"] / (len(sequence) + 1)))
+
+
+def test_masked_scores_hide_each_residue_in_turn(trained, longseq, wild):
+    run = trained("masked", "model.objective=masked")
+    model, tokens = find(run).load(), ids(WILD)
+    (row,) = table(longseq("score", run, wild))
+    expected = sum(float(marginals(model, WILD, [at])[at, tokens[at]]) for at in range(1, len(WILD) + 1))
+    assert float(row["pseudo_log_likelihood"]) == pytest.approx(expected, abs=1e-3)
+    (row,) = table(longseq("score", run, wild, "--passes", 3))
+    groups = [range(first, len(WILD) + 1, 3) for first in (1, 2, 3)]
+    expected = sum(float(marginals(model, WILD, group)[at, tokens[at]]) for group in groups for at in group)
+    assert float(row["pseudo_log_likelihood"]) == pytest.approx(expected, abs=1e-3)
+
+
+def test_causal_effects_are_differences_of_log_likelihoods(trained, longseq, wild, folder):
+    run = trained()
+    model = find(run).load()
+    (folder / "variants.txt").write_text("# mine\nC7G\n\nA5G:A6V  # two changes\n")
+    rows = table(longseq("score", run, wild, "--variant", "m1l", "--variants", "variants.txt"))
+    mutants = {"m1l": "L" + WILD[1:], "C7G": WILD[:6] + "G" + WILD[7:], "A5G:A6V": WILD[:4] + "GV" + WILD[6:]}
+    assert [row["variant"] for row in rows] == list(mutants)
+    for row, mutant in zip(rows, mutants.values(), strict=True):
+        assert float(row["effect"]) == pytest.approx(exact(model, mutant) - exact(model, WILD), abs=1e-4)
+
+
+def test_masked_effects_are_marginals_with_all_sites_hidden(trained, longseq, wild):
+    run = trained("masked", "model.objective=masked")
+    rows = table(longseq("score", run, wild, "--variant", "A5G:C7V"))
+    found = marginals(find(run).load(), WILD, [5, 7])
+    a, g, c, v = (LETTERS.index(letter) for letter in "AGCV")
+    expected = float(found[5, g] - found[5, a] + found[7, v] - found[7, c])
+    assert float(rows[0]["effect"]) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("variant", "sentence"),
+    [
+        ("A7G", "A7G does not fit: position 7 of wild is C, not A"),
+        ("A24G", "A24G does not fit: wild has 19 residues, and no position 24"),
+        ("A5G:A5V", "A5G:A5V changes position 5 (A) twice"),
+        ("A5", "'A5' is no change of a residue"),
+        ("J5G", "'J5G' is no change of a residue"),
+    ],
+)
+def test_a_variant_that_does_not_fit_is_refused(trained, refused, wild, folder, variant, sentence):
+    """By its place, position and residue."""
+    (folder / "variants.txt").write_text(f"C7G\n{variant}\n")
+    said = refused("score", trained(), wild, "--variants", "variants.txt")
+    assert f"variants.txt, line 2: {sentence}" in said
+
+
+def test_variants_need_one_wild_type(trained, refused):
+    assert "more than one record" in refused("score", trained(), "proteins.fasta", "--variant", "M1A")
+
+
+def test_inner_stops_are_read_as_x_and_said(trained, capsys, folder):
+    from longseq.cli import main
+
+    run = trained()
+    (folder / "stops.fasta").write_text(">a\nMK*VL\n")
+    assert main(["score", str(run), "stops.fasta"]) == 0
+    shown = capsys.readouterr()
+    assert "read as X: '*' × 1" in shown.err
+    assert float(table(shown.out)[0]["log_likelihood"]) == pytest.approx(exact(find(run).load(), "MKXVL"), abs=1e-4)
+    assert main(["score", str(run), "stops.fasta", "data.strict=true"]) == 1
+    assert "'*' in record 'a' is none of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layer", [None, 0, 1])
+def test_embeddings_are_the_models_vectors_of_the_residues(trained, longseq, folder, layer):
+    run = trained()
+    words = [] if layer is None else ["--layer", layer]
+    for suffix in ("npz", "parquet"):
+        longseq("embed", run, "test.fasta", "--per-residue", "--out", f"vectors.{suffix}", *words)
+    arrays = np.load(folder / "vectors.npz", allow_pickle=False)
+    rows = pq.read_table(folder / "vectors.parquet").to_pylist()
+    assert arrays["ids"].tolist() == [row["id"] for row in rows] == [f"t{i}" for i in range(30)]
+    assert arrays["length"].tolist() == [row["length"] for row in rows] == [3 * i + 1 for i in range(30)]
+    starts = np.cumsum([0, *arrays["length"]])
+    model = find(run).load()
+    sequences = (folder / "test.fasta").read_text().splitlines()[1::2]
+    for number in (0, 1, 17, 29):
+        tokens = torch.tensor([ids(sequences[number])])
+        with torch.no_grad():
+            x = model.embedding(tokens)
+            for block in model.blocks[: 2 if layer is None else layer]:
+                x = block(x, None, None, model._rotary(torch.arange(tokens.shape[1])))
+            x = (model.norm(x) if layer is None else x)[0, 1:-1].numpy()
+        scale = np.abs(x).max()
+        np.testing.assert_allclose(arrays["residues"][starts[number] : starts[number + 1]], x, atol=1e-5 * scale)
+        np.testing.assert_allclose(arrays["mean"][number], x.mean(0), atol=1e-5 * scale)
+        np.testing.assert_allclose(rows[number]["residues"], x, atol=1e-5 * scale)
+        np.testing.assert_allclose(rows[number]["mean"], x.mean(0), atol=1e-5 * scale)
+
+
+def test_memory_of_an_embedding_does_not_grow_with_the_sequences(folder):
+    """What is read and what is held stay within a row group of each other."""
+    from longseq.evaluation import vectors
+    from longseq.evaluation.embedding import Embedded
+
+    read, behind = 0, []
+
+    class Counted(Embedded):
+        @property
+        def mean(self):
+            behind.append(read - int(self.identifier))
+            return super().mean
+
+    def items():
+        nonlocal read
+        for number in range(2000):
+            read += 1
+            yield Counted(str(number), np.full((3, 4), number, np.float32))
+
+    assert vectors.write_parquet(items(), folder / "v.parquet", 4, per_residue=True) == 2000
+    assert max(behind) <= 257
+    assert pq.read_table(folder / "v.parquet")["mean"][1999].as_py() == [1999.0] * 4
+
+
+def test_an_embedding_that_fails_leaves_no_file(trained, refused, folder):
+    run = trained()
+    (folder / "bad.fasta").write_text(">a\nMKV\n>nothing\n")
+    assert "bad.fasta, line 3" in refused("embed", run, "bad.fasta", "--out", "out.npz")
+    assert ".parquet or .npz" in refused("embed", run, "test.fasta", "--out", "out.csv")
+    assert "take 0 to 2" in refused("embed", run, "test.fasta", "--out", "out.npz", "--layer", "3")
+    assert not list(folder.glob("*out*"))
