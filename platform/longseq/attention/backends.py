@@ -72,7 +72,7 @@ class Backend(Protocol):
         rows: Rows,
         out: Tensor,
         inverse_den: Tensor,
-        kept: Sequence[Tensor],
+        kept: Sequence[Tensor | None],
         dout: Tensor | None,
         dlse: Tensor | None,
         later: Tensor | None,
@@ -120,8 +120,9 @@ class Triton:
         self.scan = triton_backend.scan
         self.window = triton_window.window_attention
         self.bidirectional = triton_backend.bidirectional_attention
-        # Scans between the states of other ranks.
-        self.scan_forward, self.scan_backward, self.sum_up = scan_forward, scan_backward, sum_up
+        self.scan_forward = triton_backend.scan_forward
+        self.scan_backward = triton_backend.scan_backward
+        self.sum_up = triton_backend.sum_up
 
 
 def choose(backend: str, feature_map: FeatureMap | None, rows: Sequence[Tensor]) -> Backend:

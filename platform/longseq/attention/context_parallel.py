@@ -159,7 +159,7 @@ class _Relay(torch.autograd.Function):
         learns: bool,
     ) -> Part:
         work = _Work(Rows(q, k, v, decay, hidden, runs, feature_map, chain.delay), engine, chain)
-        early, delay = work.early, chain.delay
+        early = work.early
         first, second = work.sum_up(0, early), work.sum_up(early, chain.length)
         own = second
         if early:
@@ -173,38 +173,35 @@ class _Relay(torch.autograd.Function):
             through = _only(work.faded(before, early), work.same(0, early - 1)).merge(first)
             inner = _only(through, work.same(early - 1, early))
         rest = engine.scan_forward(work.rows(early, chain.length), work.initial(inner), learns)
-        out, lse, inverse_den = (x[:, delay:] for x in (rest.out, rest.lse, rest.inverse_den))
-        if local is not None and read is not None:
-            began = combine([(x.out[:, delay:], x.lse[:, delay:]) for x in (local, read)])
-            out, lse = torch.cat((began[0], out), dim=1), torch.cat((began[1], lse), dim=1)
         parts = [part for part in (local, read, rest) if part is not None]
         ctx.feature_map, ctx.engine, ctx.chain = feature_map, engine, chain
         ctx.kept = [len(part.kept) for part in parts]
         ctx.save_for_backward(
-            q, k, v, decay, hidden, runs, out, lse, inverse_den,
+            q, k, v, decay, hidden, runs,
             *(t for state in (own, second, before, inner) for t in (state.sums, state.log_scale)),
             *(t for part in parts for t in (part.out, part.lse, part.inverse_den, part.log_scale, *part.kept)),
         )  # fmt: skip
         ctx.set_materialize_grads(False)
-        return out, lse
+        return _together(parts, chain.delay)
 
     @staticmethod
     @in_full_precision
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, decay, hidden, runs, out, lse, inverse_den, *saved = ctx.saved_tensors
+        q, k, v, decay, hidden, runs, *saved = ctx.saved_tensors
         own, second, before, inner = (AttentionState(*saved[at : at + 2]) for at in range(0, 8, 2))
         parts, saved = [], saved[8:]
         for kept in ctx.kept:
-            out_, lse_, inverse, log_scale = saved[:4]
-            parts.append(Scanned(out_, lse_, inverse, saved[4 : 4 + kept], log_scale))
+            out, lse, inverse_den, log_scale = saved[:4]
+            parts.append(Scanned(out, lse, inverse_den, saved[4 : 4 + kept], log_scale))
             saved = saved[4 + kept :]
         chain, engine, wants = ctx.chain, ctx.engine, ctx.needs_input_grad[3]
         work = _Work(Rows(q, k, v, decay, hidden, runs, ctx.feature_map, chain.delay), engine, chain)
         early, delay, rest = work.early, chain.delay, parts[-1]
+        out, lse = _together(parts, delay)
         dout = torch.zeros_like(out) if dout is None else dout
         dlse = torch.zeros_like(lse) if dlse is None else dlse
-        wanted = work.wanted(dout, dlse, out, lse, inverse_den)
+        wanted = work.wanted(dout, dlse, out, lse, rest.inverse_den[:, delay:])
         gradients = chain.context.gather(wanted)
 
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -318,6 +315,15 @@ class _Work:
         if self.all.decay is not None:
             weight = torch.addcmul(weight, self.all.decay, distances.to(like)[:, None], value=-1)
         return weight if out is None else weight.masked_fill(out[..., None], -torch.inf)
+
+
+def _together(parts: list[Scanned], delay: int) -> Part:
+    """The slice's queries: of the first ones both what the slice tells them and what came before it, and the others."""
+    pieces = [(part.out[:, delay:], part.lse[:, delay:]) for part in parts]
+    if len(pieces) == 1:
+        return pieces[0]
+    began, rest = combine(pieces[:2]), pieces[2]
+    return torch.cat((began[0], rest[0]), dim=1), torch.cat((began[1], rest[1]), dim=1)
 
 
 def _nothing_like(state: AttentionState) -> AttentionState:

@@ -119,7 +119,7 @@ class Scanned:
     out: Tensor  # (N, L, e)
     lse: Tensor  # (N, L, 1)
     inverse_den: Tensor  # (N, L, 1)
-    kept: Sequence[Tensor]  # states between the groups of chunks; a backend's own business
+    kept: Sequence[Tensor | None]  # states between the groups of chunks; a backend's own business
     log_scale: Tensor  # of the state behind the last key, as seen from there: (N, 1, 1)
 
 
@@ -177,7 +177,7 @@ def scan_backward(
     rows: Rows,
     out: Tensor,
     inverse_den: Tensor,
-    kept: Sequence[Tensor],
+    kept: Sequence[Tensor | None],
     dout: Tensor | None,
     dlse: Tensor | None,
     later: Tensor | None,
@@ -197,7 +197,8 @@ def scan_backward(
     no_keys = slice(max(0, k.shape[1] - delay), None)  # those too late for any query
     dk[:, no_keys], dv[:, no_keys] = 0.0, 0.0
     d_decay = torch.zeros_like(decay, dtype=torch.float64) if decay is not None and wants_decay else None
-    later = torch.zeros_like(kept[0]) if later is None else later.clone()  # R
+    states_kept = [x for x in kept if x is not None]
+    later = torch.zeros_like(states_kept[0]) if later is None else later.clone()  # R
     states, laters = (later.new_empty(GROUP, *later.shape) for _ in range(2))  # before and behind each chunk
     for number, (start, stop) in reversed(list(enumerate(rows.groups()))):
         group = rows.load(start, stop)
@@ -210,7 +211,7 @@ def scan_backward(
             grad[..., -1:] += rows.cut(dlse, start, stop)
         grad *= rows.cut(inverse_den, start, stop)
 
-        states[0], log_scale = kept[2 * number : 2 * number + 2]
+        states[0], log_scale = states_kept[2 * number : 2 * number + 2]
         scales = rows.scales(group, log_scale)
         entering, reading = values * scales.entering, grad * scales.carried
         for index in range(1, size):

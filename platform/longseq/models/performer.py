@@ -80,8 +80,8 @@ class PerformerLM(nn.Module):
         if self.context is None:
             positions = _positions(tokens, padding, segments)
         else:
-            documents = sliced = None if segments is None else self.context.documents(segments)
-            positions = _positions_of_slice(tokens, sliced, self.context)
+            sliced = None if segments is None else self.context.documents(segments)
+            documents, positions = sliced, _positions_of_slice(tokens, sliced, self.context)
         rotary = self._rotary(positions)
         recompute = self.spec.activation_checkpointing or 0 < self.spec.tile < tokens.shape[1]
         if recompute and torch.is_grad_enabled() and not x.requires_grad:

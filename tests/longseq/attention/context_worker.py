@@ -16,6 +16,10 @@ from torch import Tensor
 
 from longseq.attention import ContextGroup, exact_attention, favor_attention
 from longseq.attention.context_group import Traffic
+from longseq.models.performer import PerformerLM
+from longseq.models.spec import PerformerSpec
+from longseq_data.slices import sliced
+from longseq_data.vocabulary import IGNORE
 
 BATCH, HEADS, HEAD_DIM, VALUE_DIM, FEATURES = 2, 2, 8, 6, 24
 
@@ -110,6 +114,50 @@ def error(case: dict, context: ContextGroup, backend: str) -> float:
     return max(((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item() for a, b in pairs)
 
 
+# Models: loss and the gradient of every weight.
+MODELS: dict[str, dict] = {
+    "causal": {"causal": True},
+    "causal, everything": {
+        "causal": True, "packed": True, "window": 9, "learned_share": True, "learned_decay": True, "qk_norm": True,
+    },
+    "masked": {"causal": False},
+    "masked, everything": {
+        "causal": False, "packed": True, "window": 9, "learned_share": True, "learned_decay": True, "qk_norm": True,
+        "activation_checkpointing": True,
+    },
+}  # fmt: skip
+
+
+def train(options: dict, context: ContextGroup | None) -> list[Tensor]:
+    """The mean loss of two sequences of 301 tokens, half of them scored, and its gradients."""
+    torch.manual_seed(0)
+    packed = options.get("packed", False)
+    spec = {name: value for name, value in options.items() if name != "packed"}
+    model = PerformerLM(PerformerSpec(vocabulary=29, dim=16, depth=2, heads=2, ffn_dim=32, features=24, **spec))
+    with torch.no_grad():
+        model.head.weight.mul_(20)  # so that the loss has something to say
+    model.set_context(context)
+    tokens, targets = torch.randint(25, (2, 301)), torch.randint(25, (2, 301))
+    targets[torch.rand(2, 301) < 0.5] = IGNORE
+    batch = {"tokens": tokens, "targets": targets}
+    if packed:
+        batch["segments"] = (torch.rand(2, 301) < 0.02).cumsum(1)
+    count = (targets != IGNORE).sum()
+    if context is not None:
+        batch = sliced(batch, context.rank, context.size, pad=27)
+    logits = model(batch["tokens"], batch["tokens"] != 27, batch.get("segments"))
+    loss = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), ignore_index=IGNORE, reduction="sum")
+    loss = loss / count
+    loss.backward()
+    found = [loss.detach()[None], *(x.grad for x in model.parameters() if x.grad is not None)]
+    return found if context is None else [context.gather_rows(x).sum(0) for x in found]
+
+
+def model_error(options: dict, context: ContextGroup) -> float:
+    pairs = zip(train(options, context), train(options, None), strict=True)
+    return max(((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item() for a, b in pairs)
+
+
 def bytes_sent(context: ContextGroup, length: int, causal: bool, window: int) -> dict[str, int]:
     """What this rank hands over in one layer, forward and backward."""
     context.traffic = Traffic()
@@ -133,6 +181,8 @@ def main(rank: int, world: int, store: str, result: str) -> None:
         found["errors"][name] = {
             f"{backend} {parts}": error(case, group, backend) for backend in backends for parts, group in groups.items()
         }
+    for name, options in MODELS.items():
+        found["errors"]["model " + name] = {str(parts): model_error(options, group) for parts, group in groups.items()}
     for length in (1 << 12, 1 << 18):
         for causal, window in ((True, 0), (False, 0), (True, 16)):
             found["sent"][f"{length} {causal} {window}"] = bytes_sent(groups[4], length, causal, window)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -16,16 +17,16 @@ WORKER = Path(__file__).with_name("context_worker.py")
 WORLD = 4
 
 
-def _cases() -> dict[str, dict]:
+def _worker() -> ModuleType:
     spec = spec_from_file_location("context_worker", WORKER)
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.CASES
+    return module
 
 
-CASES = _cases()
+_WORKER = _worker()
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return json.loads((folder / "result").read_text())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*_WORKER.CASES, *(f"model {name}" for name in _WORKER.MODELS)])
 def test_slices_have_the_outputs_and_gradients_of_the_whole(found: list[dict], name: str) -> None:
     for rank, what in enumerate(found):
         for where, error in what["errors"][name].items():

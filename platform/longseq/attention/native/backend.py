@@ -208,7 +208,7 @@ def scan_backward(
     rows: Rows,
     out: Tensor,
     inverse_den: Tensor,
-    kept: Sequence[Tensor],
+    kept: Sequence[Tensor | None],
     dout: Tensor | None,
     dlse: Tensor | None,
     later: Tensor | None,
