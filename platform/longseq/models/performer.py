@@ -84,7 +84,8 @@ class PerformerLM(nn.Module):
             documents, positions = sliced, _positions_of_slice(tokens, sliced, self.context)
         rotary = self._rotary(positions)
         recompute = self.spec.activation_checkpointing or 0 < self.spec.tile < tokens.shape[1]
-        if recompute and torch.is_grad_enabled() and not x.requires_grad:
+        recompute = recompute and torch.is_grad_enabled()
+        if recompute and not x.requires_grad:
             x.requires_grad_()  # a frozen embedding: reentrant checkpoints give gradients only if their input wants one
         for block in self.blocks:
             if recompute and self.training:
