@@ -6,7 +6,7 @@ With w the window, a tile of positions start … start + T − 1 sees
     far   all others: a scan of the keys start − w … start + T − w − 1 that begins with the state S of those before
 
 which are disjoint, so :func:`longseq.attention.parts.combine` adds them up. The scan is that of
-:mod:`longseq.attention.scan`. Behind the tile its keys have entered: S ← e^{c − γT − c'} S + Σ_j e^{b_j − c'} φ(k_j) ṽ_jᵀ.
+:mod:`longseq.attention.scan`. Behind the tile its keys have entered, S ← e^{c−γT−c'} S + Σ_j e^{b_j−c'} φ(k_j) ṽ_jᵀ.
 Backward it begins with the gradient R of that S. Log-scales carry no gradient: S e^c does not depend on what c is.
 
 A state is seen from the first key of the next tile's scan. The scan counts its positions from its own first key, so of
