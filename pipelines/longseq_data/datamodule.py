@@ -16,6 +16,7 @@ class SequenceDataModule(lightning.LightningDataModule):
     start: samples that all ranks have consumed; the last trained batch says it in "samples".
     accumulate: micro-batches per optimiser step, as in the Trainer.
     workers: processes per rank that prepare training batches; 0 works in the training process.
+    context_parallel: so many neighbouring ranks get the same batches, to take a slice each (see slices.sliced).
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class SequenceDataModule(lightning.LightningDataModule):
         workers: int = 0,
         start: int = 0,
         valid_samples: int | None = None,
+        context_parallel: int = 1,
     ) -> None:
         super().__init__()
         self.train = train
@@ -37,6 +39,7 @@ class SequenceDataModule(lightning.LightningDataModule):
         self.workers = workers
         self.start = start
         self.valid_samples = valid_samples
+        self.context_parallel = context_parallel
 
     def train_dataloader(self) -> Loader:
         rank, world = self._place()
@@ -61,9 +64,11 @@ class SequenceDataModule(lightning.LightningDataModule):
         return Loader(batches, min(self.workers, 1), self._on_gpu(), persistent=True)
 
     def _place(self) -> tuple[int, int]:
+        """Which of how many that share the samples."""
         if self.trainer is None:
             raise RuntimeError("SequenceDataModule needs its Trainer to know its rank: pass it to Trainer.fit.")
-        return self.trainer.global_rank, self.trainer.world_size
+        parts = self.context_parallel
+        return self.trainer.global_rank // parts, self.trainer.world_size // parts
 
     def _on_gpu(self) -> bool:
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"

@@ -81,7 +81,7 @@ def _shuffled(
     files = spec.reading.leaves(spec.sources)
     priorities = generator(spec.seed, "sources", epoch).random(len(files))
     waiting = (read(spec, files[i]) for i in np.argsort(priorities, kind="stable"))
-    with closing(_in_turn(waiting)) as chunks:
+    with closing(_in_turn(waiting, OPEN_SOURCES if spec.shuffle_buffer > 1 else 1)) as chunks:
         yield from _through_buffer(spec, epoch, _of_split(spec, chunks))
 
 
@@ -197,13 +197,13 @@ class _Turns:
         return self.held[self.taken - count : self.taken]
 
 
-def _in_turn(waiting: Iterator[Generator[Chunk, None, None]]) -> Generator[Chunk, None, None]:
-    """One document of each of OPEN_SOURCES files in turn; where one ends, the next in line takes its turns.
+def _in_turn(waiting: Iterator[Generator[Chunk, None, None]], count: int) -> Generator[Chunk, None, None]:
+    """One document of each of ``count`` files in turn; where one ends, the next in line takes its turns.
 
     So large files mix from the start, whatever the size of the shuffle buffer; small ones end before they do.
     """
     opened = map(_Turns, waiting)
-    turns = deque(islice(opened, OPEN_SOURCES))
+    turns = deque(islice(opened, count))
     try:
         while turns:
             rounds = min(source.left() for source in turns)
@@ -236,6 +236,9 @@ def _interleaved(parts: list[Chunk]) -> Chunk:
 
 def _through_buffer(spec: StreamSpec, epoch: int, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
     """Every document takes the place of one drawn from a buffer of ``shuffle_buffer``, or leaves at once."""
+    if spec.shuffle_buffer == 1:
+        yield from chunks
+        return
     buffer = _Buffer(spec.shuffle_buffer, generator(spec.seed, "shuffle", epoch))
     for chunk in chunks:
         out = buffer.exchange(chunk)

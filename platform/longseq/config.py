@@ -147,7 +147,8 @@ class DataConfig:
     )
     shuffle_buffer: int = key(
         10_000,
-        "records held to shuffle the stream, 64 MiB of them at most; a prepared corpus is shuffled as a whole",
+        "records held to shuffle the stream, 64 MiB of them at most; 1: files come in a random order, each read as "
+        "it is, a proteome say; a prepared corpus is shuffled as a whole",
         at_least=1,
     )
     strict: bool = key(
@@ -191,6 +192,9 @@ class TrainerConfig:
     )
     zero_stage: int = key(
         2, "what DeepSpeed shards: 0 nothing, 1 optimiser, 2 and gradients, 3 and weights", at_least=0, below=4
+    )
+    context_parallel: int = key(
+        1, "neighbouring processes that hold a slice each of the same sequences; divides the processes", at_least=1
     )
     accumulate: int = key(1, "batches a process adds up for one optimiser step", at_least=1)
     activation_checkpointing: bool = key(False, "recompute each block in the backward pass to save memory")
@@ -261,20 +265,30 @@ class Config:
 
     @property
     def batch_sequences(self) -> int:
-        """Sequences of one process in one micro-batch; with data.packing=bucket about the fewest."""
+        """Sequences of one process in one micro-batch, or slices of them; with data.packing=bucket about the fewest."""
         trainer, data = self.trainer, self.data
-        return data.batch_tokens // data.length // (self.processes * trainer.accumulate)
+        return data.batch_tokens // data.length // (self.replicas * trainer.accumulate)
+
+    @property
+    def slice_length(self) -> int:
+        """Tokens of a sequence that one process holds."""
+        return -(-self.data.length // self.trainer.context_parallel)
 
     @property
     def sequence_tile(self) -> int:
         """model.sequence_tile, with its default filled in."""
         given = self.model.sequence_tile
-        return given if given is not None else _TILE if self.data.length >= _TILED_FROM else 0
+        return given if given is not None else _TILE if self.slice_length >= _TILED_FROM else 0
 
     @property
     def processes(self) -> int:
         """Training processes on all machines together."""
         return self.trainer.nodes * self.trainer.devices
+
+    @property
+    def replicas(self) -> int:
+        """Groups of processes that have sequences of their own: trainer.context_parallel processes each."""
+        return self.processes // self.trainer.context_parallel
 
     @property
     def samples_per_step(self) -> int:

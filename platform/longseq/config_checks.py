@@ -53,13 +53,21 @@ def check(config: Config) -> None:
         )
     if len(config.optim.betas) != 2 or not all(0 <= beta < 1 for beta in config.optim.betas):
         raise ConfigError(f"optim.betas={list(config.optim.betas)}: two numbers from [0, 1), e.g. [0.9, 0.98].")
-    ranks = config.processes * trainer.accumulate
+    if config.processes % trainer.context_parallel:
+        raise ConfigError(
+            f"trainer.context_parallel={trainer.context_parallel} does not divide the {config.processes} processes "
+            f"({_WHENCE[trainer.nodes > 1]}): take as many, or a divisor of them."
+        )
+    ranks = config.replicas * trainer.accumulate
+    sharing = f"{config.processes} processes ({_WHENCE[trainer.nodes > 1]})"
+    if trainer.context_parallel > 1:
+        sharing = f"{config.replicas} groups of trainer.context_parallel={trainer.context_parallel} processes"
     if data.packing == "bucket":
         if config.samples_per_step < ranks:
             raise ConfigError(
                 f"data.batch_tokens={data.batch_tokens} with data.packing=bucket is less than one sequence of "
-                f"data.length={data.length} for each of {config.processes} processes "
-                f"({_WHENCE[trainer.nodes > 1]}) × {trainer.accumulate} accumulated batches (trainer.accumulate): "
+                f"data.length={data.length} for each of {sharing} × {trainer.accumulate} accumulated batches "
+                "(trainer.accumulate): "
                 f"take {ranks * data.length}, or change one of them."
             )
     elif data.batch_tokens % data.length:
@@ -71,7 +79,7 @@ def check(config: Config) -> None:
         whole = -(-config.samples_per_step // ranks) * ranks
         raise ConfigError(
             f"one step is data.batch_tokens / data.length = {data.batch_tokens} / {data.length} = "
-            f"{config.samples_per_step} sequences, which {config.processes} processes ({_WHENCE[trainer.nodes > 1]}) × "
+            f"{config.samples_per_step} sequences, which {sharing} × "
             f"{trainer.accumulate} accumulated batches (trainer.accumulate) do not share evenly: change one of "
             f"them, or take data.batch_tokens={whole * data.length}."
         )
@@ -80,6 +88,11 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"data.length={data.length} is more than the model has positions for (model.max_positions="
             f"{config.model.max_positions}): take a shorter length."
+        )
+    if config.model.mask_scaling and trainer.context_parallel > 1:
+        raise ConfigError(
+            f"model.mask_scaling=true and trainer.context_parallel={trainer.context_parallel}: a slice does not know how "
+            "much of its sequence is masked; set trainer.context_parallel=1."
         )
     _check_documents(config)
     _check_tokens(config)
@@ -197,6 +210,11 @@ def _check_watching(config: Config) -> None:
             f"trainer.noise_every={trainer.noise_every} compares the halves of a process's batch, which has "
             f"{config.batch_sequences} sequence (data.batch_tokens / data.length / trainer.devices / "
             "trainer.accumulate): give it two or more, or set trainer.noise_every=0."
+        )
+    if trainer.noise_every and trainer.context_parallel > 1:
+        raise ConfigError(
+            f"trainer.noise_every={trainer.noise_every} and trainer.context_parallel={trainer.context_parallel}: its "
+            "gradients are those of whole sequences in one process; set trainer.noise_every=0."
         )
     sharded = trainer.strategy == "deepspeed" and trainer.zero_stage == 3
     if trainer.noise_every and (sharded or trainer.activation_checkpointing or config.sequence_tile):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from longseq.benchmarks.memory import PeakMeter
 from longseq.config_loading import load_config
+from longseq.launch import memory
 from longseq.launch.memory import estimate, reduce_bucket
+from longseq.models import head
 from longseq.models.performer import PerformerLM
 from longseq.training.optim import build_optimizer
 
 SMALL = ("model.preset=small", "data.length=256", "data.batch_tokens=1024")
+LONG = ("data.length=1024", "data.batch_tokens=1024", "model.sequence_tile=128")
 REGULAR = ("model.preset=regular", "model.depth=2", "data.length=256", "data.batch_tokens=512")
 
 
@@ -30,7 +32,7 @@ def measured(config, vocabulary=29):
     model = PerformerLM(config.performer_spec(vocabulary)).train()
     optimizer = build_optimizer(model, config.optim, on_cuda=False)
     for _ in range(2):
-        F.cross_entropy(model(tokens).float().flatten(0, 1), tokens.flatten()).backward()
+        model(tokens, targets=tokens)[0].backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return meter.stop()
@@ -54,6 +56,10 @@ def measured(config, vocabulary=29):
         (*SMALL, "attention.kind=exact", "attention.learned_decay=true"),
         (*SMALL, "model.dropout=0.1"),
         (*SMALL, "data.batch_tokens=256"),
+        (*SMALL, "data.batch_tokens=256", *LONG),
+        (*SMALL, *LONG, "attention.window=32"),
+        (*SMALL, *LONG, "model.objective=masked"),
+        (*SMALL, *LONG, "attention.kind=exact"),
     ],
     ids=lambda overrides: " ".join(override.partition(".")[2] for override in overrides),
 )
@@ -71,7 +77,7 @@ def test_each_part_is_what_it_says(loaded, overrides):
     tokens = torch.randint(25, (config.batch_sequences, config.data.length))
     assert sum(p.nbytes for p in model.parameters()) == needed.weights
     meter = PeakMeter(torch.device("cpu"))
-    loss = F.cross_entropy(model(tokens).float().flatten(0, 1), tokens.flatten())
+    loss, _ = model(tokens, targets=tokens)
     assert meter.stop() == pytest.approx(needed.activations, rel=0.2)  # at the end of the forward pass
     loss.backward()
     optimizer.step()
@@ -111,3 +117,7 @@ def test_the_gradient_buffer_is_no_larger_than_the_model_unless_it_is_told(loade
     assert reduce_bucket(loaded(), 1000) == 1000
     assert reduce_bucket(loaded(), 2_000_000_000) == 500_000_000
     assert reduce_bucket(loaded("deepspeed.zero_optimization.reduce_bucket_size=5e7"), 1000) == 50_000_000
+
+
+def test_the_estimate_knows_how_many_logits_exist_at_a_time():
+    assert (memory.LOGITS, memory.MOST_ROWS) == (head.LOGITS, head.MOST_ROWS)

@@ -247,6 +247,16 @@ def test_large_files_mix_from_the_start_and_end_together(make_spec, write):
             assert all(12 <= found[name] <= 28 for name in "abc")
 
 
+def test_without_a_shuffle_buffer_files_come_whole_in_a_random_order(make_spec, write):
+    sources = tuple(numbered(write, name, 30) for name in "abcdef")
+    stream = identifiers(islice(training_windows(make_spec(sources=sources, shuffle_buffer=1)), 360))
+    files = [stream[start : start + 30] for start in range(0, 360, 30)]
+    assert all(file == [f"{file[0][0]}_{number}" for number in range(30)] for file in files)
+    orders = ["".join(file[0][0] for file in epoch) for epoch in (files[:6], files[6:])]
+    assert sorted(orders[0]) == sorted(orders[1]) == list("abcdef")
+    assert orders[0] != orders[1]
+
+
 @pytest.mark.parametrize("sources", [3, 40])
 def test_sources_take_turns_a_few_at_a_time_and_are_closed(sources, make_spec, write, monkeypatch):
     opened: list[str] = []
@@ -264,7 +274,7 @@ def test_sources_take_turns_a_few_at_a_time_and_are_closed(sources, make_spec, w
 
     monkeypatch.setattr("longseq_data.shuffling.read_chunks", watched)
     names = [f"f{i:02}" for i in range(sources)]
-    spec = make_spec(sources=tuple(numbered(write, name, 3 + i % 5) for i, name in enumerate(names)), shuffle_buffer=1)
+    spec = make_spec(sources=tuple(numbered(write, name, 3 + i % 5) for i, name in enumerate(names)), shuffle_buffer=2)
     records = sum(3 + i % 5 for i in range(sources))
     windows = training_windows(spec)
     epoch = identifiers(islice(windows, records))

@@ -1,5 +1,6 @@
 """FAVOR+ linear attention. Knows tensors only and imports nothing else of the platform."""
 
+from longseq.attention.context_group import ContextGroup, SlicedDocuments
 from longseq.attention.feature_maps import KERNELS
 from longseq.attention.functional import exact_attention, favor_attention
 from longseq.attention.module import FavorAttention
@@ -9,8 +10,10 @@ from longseq.attention.rotary import rotary_table
 
 __all__ = [
     "KERNELS",
+    "ContextGroup",
     "FavorAttention",
     "RecurrentState",
+    "SlicedDocuments",
     "decode",
     "exact_attention",
     "favor_attention",

@@ -12,10 +12,11 @@ from typing import Protocol
 
 from torch import Tensor
 
-from longseq.attention.bidirectional import bidirectional_attention
+from longseq.attention.bidirectional import Total, bidirectional_attention, sum_up
 from longseq.attention.feature_maps import FeatureMap
 from longseq.attention.parts import Part
-from longseq.attention.scan import scan
+from longseq.attention.scan import Rows, ScanGradients, Scanned, scan, scan_backward, scan_forward
+from longseq.attention.state import AttentionState
 from longseq.attention.window import window_attention
 
 BACKENDS = ("auto", "torch", "native", "triton")
@@ -52,8 +53,37 @@ class Backend(Protocol):
     ) -> Part:
         """See :func:`longseq.attention.window.window_attention`."""
 
-    def bidirectional(self, q: Tensor, k: Tensor, v: Tensor, feature_map: FeatureMap, hidden: Tensor | None) -> Tensor:
+    def bidirectional(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        feature_map: FeatureMap,
+        hidden: Tensor | None,
+        total: Total | None = None,
+    ) -> Tensor:
         """See :func:`longseq.attention.bidirectional.bidirectional_attention`."""
+
+    def scan_forward(self, rows: Rows, initial: AttentionState | None, learns: bool) -> Scanned:
+        """See :func:`longseq.attention.scan.scan_forward`."""
+
+    def scan_backward(
+        self,
+        rows: Rows,
+        out: Tensor,
+        inverse_den: Tensor,
+        kept: Sequence[Tensor | None],
+        dout: Tensor | None,
+        dlse: Tensor | None,
+        later: Tensor | None,
+        wants_decay: bool,
+    ) -> ScanGradients:
+        """See :func:`longseq.attention.scan.scan_backward`."""
+
+    def sum_up(
+        self, x: Tensor, values: Tensor, last: Tensor | None, log_weight: Tensor | None, feature_map: FeatureMap
+    ) -> AttentionState:
+        """See :func:`longseq.attention.bidirectional.sum_up`."""
 
 
 class Torch:
@@ -62,6 +92,9 @@ class Torch:
     scan = staticmethod(scan)
     window = staticmethod(window_attention)
     bidirectional = staticmethod(bidirectional_attention)
+    scan_forward = staticmethod(scan_forward)
+    scan_backward = staticmethod(scan_backward)
+    sum_up = staticmethod(sum_up)
 
 
 class Native:
@@ -73,6 +106,9 @@ class Native:
         self.scan = backend.scan
         self.window = backend.window_attention
         self.bidirectional = backend.bidirectional_attention
+        self.scan_forward = backend.scan_forward
+        self.scan_backward = backend.scan_backward
+        self.sum_up = backend.sum_up
 
 
 class Triton:
@@ -84,6 +120,9 @@ class Triton:
         self.scan = triton_backend.scan
         self.window = triton_window.window_attention
         self.bidirectional = triton_backend.bidirectional_attention
+        self.scan_forward = triton_backend.scan_forward
+        self.scan_backward = triton_backend.scan_backward
+        self.sum_up = triton_backend.sum_up
 
 
 def choose(backend: str, feature_map: FeatureMap | None, rows: Sequence[Tensor]) -> Backend:

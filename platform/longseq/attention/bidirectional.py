@@ -11,6 +11,7 @@ Features are computed a chunk at a time and again in the backward pass; nothing 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,19 @@ from longseq.attention.state import AttentionState, in_full_precision, inverse, 
 CHUNK = 128
 
 
-def bidirectional_attention(q: Tensor, k: Tensor, v: Tensor, feature_map: FeatureMap, hidden: Tensor | None) -> Tensor:
+# Adds up what several holders of parts of the keys, or of the queries, have; it may go on while others compute: the
+# second call waits for the result.
+Total = Callable[[AttentionState], Callable[[], AttentionState]]
+
+
+def bidirectional_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    feature_map: FeatureMap,
+    hidden: Tensor | None,
+    total: Total | None = None,
+) -> Tensor:
     """Attention of each query over all keys that are not hidden.
 
     Args:
@@ -34,11 +47,43 @@ def bidirectional_attention(q: Tensor, k: Tensor, v: Tensor, feature_map: Featur
         v: (N, L, e), same dtype.
         feature_map: the kernel.
         hidden: (N, L) bool, True where a key is padding and must not be seen, or None.
+        total: the state S of all keys from that of these, and R likewise. None: these are all.
 
     Returns:
         (N, Lq, e); zeros where every key is hidden.
     """
-    return _TwoPasses.apply(q, k, v, hidden, feature_map)
+    return _TwoPasses.apply(q, k, v, hidden, feature_map, total)
+
+
+def sum_up(
+    x: Tensor, values: Tensor, last: Tensor | None, log_weight: Tensor | None, feature_map: FeatureMap
+) -> AttentionState:
+    """Σ_j e^{w_j} φ(x_j) [values_j, last_j]ᵀ over positions j.
+
+    Args:
+        x: (N, L, d).
+        values: (N, L, e).
+        last: (N, L, 1); None: ones.
+        log_weight: w (N, L, 1); a position of −inf is left out, whatever stands there. None: zeros.
+        feature_map: φ.
+    """
+    state = AttentionState.empty(len(x), feature_map.features, values.shape[-1], like=values)
+    sums, scale = state.sums, state.log_scale
+    for chunk in _chunks(x.shape[1]):
+        part, value = x[:, chunk], values[:, chunk]
+        value = with_ones(value) if last is None else torch.cat((value, last[:, chunk]), dim=-1)
+        weight = None
+        if log_weight is not None:
+            weight = log_weight[:, chunk]
+            out = weight == -torch.inf
+            part, value = part.masked_fill(out, 0.0), value.masked_fill(out, 0.0)
+        features, row_scale = feature_map.keys(part)
+        if weight is not None:
+            row_scale = row_scale + weight
+        after = torch.maximum(row_scale.amax(1, keepdim=True), scale)
+        sums.mul_(torch.exp(scale - after)).baddbmm_(features.mT, value * torch.exp(row_scale - after))
+        scale = after
+    return AttentionState(sums, scale)
 
 
 @dataclass(frozen=True)
@@ -61,7 +106,15 @@ class _Keys:
 
 class _TwoPasses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, feature_map: FeatureMap) -> Tensor:
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        hidden: Tensor | None,
+        feature_map: FeatureMap,
+        total: Total | None,
+    ) -> Tensor:
         keys, value_dim = _Keys(k, v, hidden, feature_map), v.shape[-1]
         state = AttentionState.empty(len(v), feature_map.features, value_dim, like=v)
         for chunk in _chunks(k.shape[1]):
@@ -69,12 +122,14 @@ class _TwoPasses(torch.autograd.Function):
             log_scale = torch.maximum(scale.amax(1, keepdim=True), state.log_scale)
             sums = state.sums.mul_(torch.exp(state.log_scale - log_scale))
             state = AttentionState(sums.baddbmm_(fk.mT, values.mul_(torch.exp(scale - log_scale))), log_scale)
+        if total is not None:
+            state = total(state)()
         out, inverse_den = v.new_empty(*q.shape[:2], value_dim), v.new_empty(*q.shape[:2], 1)
         for chunk in _chunks(q.shape[1]):
-            total = torch.bmm(feature_map.queries(q[:, chunk])[0], state.sums)
-            inverse_den[:, chunk] = inverse(total[..., value_dim:], feature_map.positive)
-            torch.mul(total[..., :value_dim], inverse_den[:, chunk], out=out[:, chunk])
-        ctx.feature_map = feature_map
+            read = torch.bmm(feature_map.queries(q[:, chunk])[0], state.sums)
+            inverse_den[:, chunk] = inverse(read[..., value_dim:], feature_map.positive)
+            torch.mul(read[..., :value_dim], inverse_den[:, chunk], out=out[:, chunk])
+        ctx.feature_map, ctx.total = feature_map, total
         ctx.save_for_backward(q, k, v, hidden, out, inverse_den, state.sums, state.log_scale)
         return out
 
@@ -94,12 +149,14 @@ class _TwoPasses(torch.autograd.Function):
             grad *= inverse_den[:, chunk]
             d_sums.baddbmm_(fq.mT, grad)
             dq[:, chunk] = feature_map.queries_vjp(q[:, chunk], fq, torch.bmm(grad, sums.mT))
+        if ctx.total is not None:  # all have the same log-scale
+            d_sums = ctx.total(AttentionState(d_sums, torch.zeros_like(log_scale)))().sums
         for chunk in _chunks(k.shape[1]):
             k_chunk, fk, scale, values = keys.at(chunk)
             weight = torch.exp(scale - log_scale)  # (N, C, 1)
             dk[:, chunk] = feature_map.keys_vjp(k_chunk, fk, torch.bmm(values * weight, d_sums.mT))
             torch.mul(torch.bmm(fk, d_sums)[..., :-1], weight, out=dv[:, chunk])
-        return dq, dk, dv, None, None
+        return dq, dk, dv, None, None, None
 
 
 def _chunks(length: int) -> list[slice]:

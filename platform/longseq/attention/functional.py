@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longseq.attention import backends
+from longseq.attention.context_group import ContextGroup, GatherSequence, SlicedDocuments
+from longseq.attention.context_halo import neighbourhood
+from longseq.attention.context_parallel import relay
 from longseq.attention.feature_maps import KERNELS, FeatureMap, feature_map
 from longseq.attention.parts import Part, combine
 
@@ -23,7 +26,7 @@ def favor_attention(
     features: int = 256,
     window: int = 0,
     key_padding: Tensor | None = None,
-    segments: Tensor | None = None,
+    segments: Tensor | SlicedDocuments | None = None,
     cu_seqlens: Tensor | None = None,
     far_share: Tensor | None = None,
     decay: Tensor | None = None,
@@ -33,6 +36,7 @@ def favor_attention(
     projection: str = "orthogonal",
     oprf_a: float = 0.0,
     backend: str = "auto",
+    context: ContextGroup | None = None,
 ) -> Tensor:
     """FAVOR+ attention (Choromanski et al. 2020, arXiv 2009.14794), linear in the length.
 
@@ -66,6 +70,10 @@ def favor_attention(
         oprf_a: the constant A ≤ 0 of kernel "oprf" (see :func:`longseq.attention.feature_maps.oprf_parameter`).
         backend: "torch", "native" (CPU) or "triton" (CUDA), where what they cannot do is an error, or "auto": the
             latter where they can.
+        context: the ranks that hold the sequences together: q, k, v, key_padding and segments are this rank's slices,
+            equally long on all (pad the last one behind, with key_padding), and so is the result. All ranks call this,
+            forward and backward. Gradients of far_share and decay are this rank's part of a sum over the ranks.
+            ``segments`` may be what :meth:`ContextGroup.documents` made of them, to ask the other ranks only once.
 
     Returns:
         (batch, heads, length, value_dim), the dtype of v. A query that sees no key gets zeros.
@@ -74,7 +82,9 @@ def favor_attention(
         ValueError: for an unknown kernel or backend, shapes that do not fit together, or options that exclude each
             other.
     """
-    segments = _check(q, k, v, causal, window, key_padding, segments, cu_seqlens, far_share, decay)
+    documents = segments if isinstance(segments, SlicedDocuments) else None
+    given = segments.segments if isinstance(segments, SlicedDocuments) else segments
+    segments = _check(q, k, v, causal, window, key_padding, given, cu_seqlens, far_share, decay)
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     if kernel not in KERNELS:
         raise ValueError(f"unknown kernel {kernel!r}; the kernels are {', '.join(KERNELS)}")
@@ -108,9 +118,20 @@ def favor_attention(
         q, k, v_ = (t.flatten(0, 1).to(dtype) for t in (q, k, v))
         rows = q, k, v_
         engine = backends.choose(backend, phi, rows)
+        plain = phi is not None and not causal and not window and runs is None and rates is None
+        if context is not None:
+            if segments is not None and documents is None:
+                documents = context.documents(segments)
+            if plain:
+                assert phi is not None
+                out = engine.bidirectional(*rows, phi, hidden, context.total)
+            else:
+                out = _by_slices(engine, rows, phi, causal, window, hidden, runs, rates, share, context, documents)
+            return out.view(batch, heads, length, v.shape[-1]).to(v.dtype)
         if not length or not k.shape[1]:
             return v.new_zeros(batch, heads, length, v.shape[-1])
-        if phi and not causal and not window and runs is None and rates is None:
+        if plain:
+            assert phi is not None
             out = engine.bidirectional(*rows, phi, hidden)
         else:
             out = _by_parts(engine, rows, phi, causal, min(window, length), hidden, runs, rates, share)
@@ -147,6 +168,37 @@ def _by_parts(
     return combine(near + far)[0]
 
 
+def _by_slices(
+    engine: backends.Backend,
+    rows: tuple[Tensor, Tensor, Tensor],
+    phi: FeatureMap | None,
+    causal: bool,
+    window: int,
+    hidden: Tensor | None,
+    runs: Tensor | None,
+    decay: Tensor | None,
+    share: Tensor | None,
+    context: ContextGroup,
+    documents: SlicedDocuments | None,
+) -> Tensor:
+    """The same for slices: near keys of the neighbours, too, and far ones as states of other ranks."""
+    q, k, v = rows
+    window = min(window, q.shape[1] * context.size)
+    right = 0 if causal else max(1, window)  # a query's own position is the first scan's
+    around = neighbourhood(context, k, v, hidden, runs, documents, window, right)
+    near: list[Part] = []
+    far: list[Part] = []
+    if phi and window < q.shape[1] * context.size:
+        ways = (False,) if causal else (False, True)
+        far = [relay(engine, q, around, phi, decay, context, documents, reverse=reverse) for reverse in ways]
+    if window:
+        queries, band = around.queries(q), {"hidden": around.hidden, "runs": around.runs, "decay": decay}
+        near.append(around.own(engine.window(queries, around.k, around.v, window=window, causal=causal, **band)))
+    if near and share is not None:
+        far = [(out, lse + share) for out, lse in far]
+    return combine(near + far)[0]
+
+
 def exact_attention(
     q: Tensor,
     k: Tensor,
@@ -154,28 +206,42 @@ def exact_attention(
     *,
     causal: bool = False,
     key_padding: Tensor | None = None,
-    segments: Tensor | None = None,
+    segments: Tensor | SlicedDocuments | None = None,
     decay: Tensor | None = None,
+    context: ContextGroup | None = None,
 ) -> Tensor:
-    """Softmax attention by ``F.scaled_dot_product_attention``: arguments and result as of :func:`favor_attention`."""
+    """Softmax attention by ``F.scaled_dot_product_attention``: arguments and result as of :func:`favor_attention`.
+
+    With a ``context`` every rank gathers all keys and values, and holds a mask of its queries by all keys.
+    """
+    segments = segments.segments if isinstance(segments, SlicedDocuments) else segments
     segments = _check(q, k, v, causal, 0, key_padding, segments, None, None, decay)
-    if key_padding is None and segments is None and decay is None:
+    if key_padding is None and segments is None and decay is None and context is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    first = 0
+    own = slice(0, q.shape[2])
+    if context is not None:
+        first = context.rank * q.shape[2]
+        own = slice(first, first + q.shape[2])
+        real = k.new_ones(len(k), k.shape[2], dtype=torch.bool) if key_padding is None else key_padding
+        key_padding = context.gather_rows(real.int()).transpose(0, 1).flatten(1).bool()
+        segments = None if segments is None else context.gather_rows(segments).transpose(0, 1).flatten(1)
+        k, v = GatherSequence.apply(k, context), GatherSequence.apply(v, context)
     visible = torch.ones(1, 1, q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device)
     if causal:
-        visible = visible.tril()
+        visible = visible.tril(first)
     if key_padding is not None:
         visible = visible & key_padding[:, None, None, :]
         hidden = ~key_padding[:, None, :, None]
         k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)  # 0 · NaN would be NaN
     if segments is not None:
         runs = _runs(segments)
-        visible = visible & (runs[:, None, :, None] == runs[:, None, None, :])
+        visible = visible & (runs[:, None, own, None] == runs[:, None, None, :])
     blind = ~visible.any(-1, keepdim=True)  # such a row would be NaN
     mask = visible | blind
     if decay is not None:
-        positions = torch.arange(q.shape[-2], device=q.device)
-        distance = (positions[:, None] - positions).abs()
+        positions = torch.arange(k.shape[-2], device=q.device)
+        distance = (positions[own, None] - positions).abs()
         bias = -decay.to(q.dtype).view(1, -1, 1, 1) * distance
         mask = bias.masked_fill(~mask, -torch.inf)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).masked_fill(blind, 0.0)

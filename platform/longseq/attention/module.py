@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longseq.attention.carried import State, carried_attention
+from longseq.attention.context_group import ContextGroup, SlicedDocuments
 from longseq.attention.feature_maps import KERNELS, oprf_a_from_moments, oprf_moments
 from longseq.attention.functional import exact_attention, favor_attention
 from longseq.attention.recurrent import RecurrentState, decode, prefill, prefill_exact
@@ -91,13 +92,14 @@ class FavorAttention(nn.Module):
         if kernel == "oprf" and kind == "favor":
             self.register_buffer("oprf_constant", torch.tensor(_NOT_YET, dtype=torch.int64))
         self._oprf_a: float | None = None
+        self.context: ContextGroup | None = None  # set: forward takes this rank's slices of longer sequences
 
     def forward(
         self,
         x: Tensor,
         *,
         padding: Tensor | None = None,
-        segments: Tensor | None = None,
+        segments: Tensor | SlicedDocuments | None = None,
         rotary: Tensor | None = None,
         norm: nn.Module | None = None,
         tile: int = 0,
@@ -180,18 +182,32 @@ class FavorAttention(nn.Module):
             q, k = rotate(q, rotary), rotate(k, rotary)
         return q.to(v.dtype), k.to(v.dtype), v
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, segments: Tensor | None) -> Tensor:
+    def mix(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        padding: Tensor | None,
+        segments: Tensor | SlicedDocuments | None,
+    ) -> Tensor:
         """Attention proper, (B, H, L, D) each."""
-        nothing_far = self.kind == "exact" or self.window >= k.shape[2]
+        nothing_far = self.kind == "exact" or self.window >= k.shape[2] * (self.context.size if self.context else 1)
         if nothing_far and self.log_share is not None and self.training:
             v = v + 0 * self.log_share.sum()  # a gradient of 0: DDP waits for every parameter's
         if self.kind == "exact":
             return exact_attention(
-                q, k, v, causal=self.causal, key_padding=padding, segments=segments, decay=self.decay
+                q,
+                k,
+                v,
+                causal=self.causal,
+                key_padding=padding,
+                segments=segments,
+                decay=self.decay,
+                context=self.context,
             )
         if self.kernel == "oprf" and self.training and self.oprf_a is None:
             self._calibrate(q, k, padding)
-        return favor_attention(q, k, v, key_padding=padding, segments=segments, **self.options())
+        return favor_attention(q, k, v, key_padding=padding, segments=segments, context=self.context, **self.options())
 
     def options(self) -> dict[str, Any]:
         """What this layer asks of :func:`longseq.attention.favor_attention`, and of decoding."""

@@ -34,6 +34,7 @@ between its chunks are built again by addition: rebuilding them by subtraction w
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,87 +96,146 @@ class _Scan(torch.autograd.Function):
         delay: int,
         learns: bool,
     ) -> tuple[Tensor, Tensor]:
-        rows = _Rows(q, k, v, decay, hidden, runs, feature_map, delay)
-        value_dim = v.shape[-1]
-        out, lse, inverse_den = torch.empty_like(v), v.new_empty(*v.shape[:2], 1), v.new_empty(*v.shape[:2], 1)
-        state = AttentionState.empty(len(v), feature_map.features, value_dim, like=v)
-        sums, log_scale, kept = state.sums, state.log_scale, []
-        for start, stop in rows.groups():
-            if learns:
-                kept += [sums.clone(), log_scale]
-            group = rows.load(start, stop)
-            fq, q_scale = feature_map.queries(group.q)
-            scales = rows.scales(group, log_scale)
-            entering = group.values * scales.entering
-            total = torch.empty_like(entering)  # (G, N, C, e + 1)
-            for index in range(len(fq)):
-                torch.bmm(fq[index], sums, out=total[index])
-                sums.mul_(scales.left[index]).baddbmm_(group.fk[index].mT, entering[index])
-            attention = _products(fq, group.fk.mT).mul_(scales.weights)
-            _add_products(total.mul_(scales.carried), attention, group.values)
-            den = total[..., value_dim:]
-            inv = inverse(den, feature_map.positive)
-            log_den = den.abs().log_().add_(scales.row_scale).add_(q_scale)
-            if group.offsets is not None:
-                log_den -= group.offsets
-            _put(out, start, stop, total[..., :value_dim] * inv)
-            _put(lse, start, stop, log_den.masked_fill_(inv == 0, NOTHING))
-            _put(inverse_den, start, stop, inv)
-            log_scale = scales.after
+        done = scan_forward(Rows(q, k, v, decay, hidden, runs, feature_map, delay), None, learns)
         ctx.feature_map, ctx.delay = feature_map, delay
-        ctx.save_for_backward(q, k, v, decay, hidden, runs, out, inverse_den, *kept)
+        ctx.save_for_backward(q, k, v, decay, hidden, runs, done.out, done.inverse_den, *done.kept)
         ctx.set_materialize_grads(False)
-        return out, lse
+        return done.out, done.lse
 
     @staticmethod
     @in_full_precision
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, decay, hidden, runs, out, inverse_den, *kept = ctx.saved_tensors
-        rows = _Rows(q, k, v, decay, hidden, runs, ctx.feature_map, ctx.delay)
-        dout = torch.zeros_like(out) if dout is None else dout
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        no_keys = slice(max(0, k.shape[1] - ctx.delay), None)  # those too late for any query
-        dk[:, no_keys], dv[:, no_keys] = 0.0, 0.0
-        d_decay = None if decay is None or not ctx.needs_input_grad[3] else torch.zeros_like(decay, dtype=torch.float64)
-        later = torch.zeros_like(kept[0])  # R
-        states, laters = (later.new_empty(GROUP, *later.shape) for _ in range(2))  # before and behind each chunk
-        for number, (start, stop) in reversed(list(enumerate(rows.groups()))):
-            group = rows.load(start, stop)
-            fk, values = group.fk, group.values
-            fq, _ = ctx.feature_map.queries(group.q)
-            size = len(fq)
-            grad = with_ones(rows.cut(dout, start, stop))  # g (G, N, C, e + 1)
-            grad[..., -1] = -(grad[..., :-1] * rows.cut(out, start, stop)).sum(-1)
+        rows = Rows(q, k, v, decay, hidden, runs, ctx.feature_map, ctx.delay)
+        grads = scan_backward(rows, out, inverse_den, kept, dout, dlse, None, ctx.needs_input_grad[3])
+        return grads.q, grads.k, grads.v, grads.decay, None, None, None, None, None
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """What a scan gives, and what its backward pass needs."""
+
+    out: Tensor  # (N, L, e)
+    lse: Tensor  # (N, L, 1)
+    inverse_den: Tensor  # (N, L, 1)
+    kept: Sequence[Tensor | None]  # states between the groups of chunks; a backend's own business
+    log_scale: Tensor  # of the state behind the last key, as seen from there: (N, 1, 1)
+
+
+@dataclass(frozen=True)
+class ScanGradients:
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    decay: Tensor | None  # (N, 1, 1)
+    initial: Tensor  # with respect to the sums of the initial state, (N, m, e + 1)
+
+
+def scan_forward(rows: Rows, initial: AttentionState | None, learns: bool) -> Scanned:
+    """The scan itself, from a state of earlier keys on.
+
+    Args:
+        rows: the inputs.
+        initial: keys ``delay`` + 1 and more positions before the first query, as seen from ``delay`` positions before
+            it; where there are ``runs``, they are of the first position's document, whose number is 0. None: no keys.
+        learns: whether a backward pass will follow.
+    """
+    q, v, feature_map = rows.q, rows.v, rows.feature_map
+    value_dim = v.shape[-1]
+    out, lse, inverse_den = torch.empty_like(v), v.new_empty(*v.shape[:2], 1), v.new_empty(*v.shape[:2], 1)
+    state = initial or AttentionState.empty(len(v), feature_map.features, value_dim, like=v)
+    sums, log_scale, kept = state.sums.clone(), state.log_scale, []
+    for start, stop in rows.groups():
+        if learns:
+            kept += [sums.clone(), log_scale]
+        group = rows.load(start, stop)
+        fq, q_scale = feature_map.queries(group.q)
+        scales = rows.scales(group, log_scale)
+        entering = group.values * scales.entering
+        total = torch.empty_like(entering)  # (G, N, C, e + 1)
+        for index in range(len(fq)):
+            torch.bmm(fq[index], sums, out=total[index])
+            sums.mul_(scales.left[index]).baddbmm_(group.fk[index].mT, entering[index])
+        attention = _products(fq, group.fk.mT).mul_(scales.weights)
+        _add_products(total.mul_(scales.carried), attention, group.values)
+        den = total[..., value_dim:]
+        inv = inverse(den, feature_map.positive)
+        log_den = den.abs().log_().add_(scales.row_scale).add_(q_scale)
+        if group.offsets is not None:
+            log_den -= group.offsets
+        _put(out, start, stop, total[..., :value_dim] * inv)
+        _put(lse, start, stop, log_den.masked_fill_(inv == 0, NOTHING))
+        _put(inverse_den, start, stop, inv)
+        log_scale = scales.after
+    if rows.decay is not None:
+        log_scale = log_scale + (-q.shape[1] % CHUNK) * rows.decay  # the last chunk was counted as a whole one
+    return Scanned(out, lse, inverse_den, kept, log_scale)
+
+
+def scan_backward(
+    rows: Rows,
+    out: Tensor,
+    inverse_den: Tensor,
+    kept: Sequence[Tensor | None],
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    later: Tensor | None,
+    wants_decay: bool,
+) -> ScanGradients:
+    """The gradients, and those of queries behind the last one.
+
+    Args:
+        rows, out, inverse_den, kept: of :func:`scan_forward`.
+        dout, dlse: (N, L, e) and (N, L, 1), or None for zeros.
+        later: R of the queries behind the last one, (N, m, e + 1), at the log-scale of ``Scanned``. None: zeros.
+        wants_decay: whether the decay's gradient is wanted.
+    """
+    q, k, v, decay, delay, feature_map = rows.q, rows.k, rows.v, rows.decay, rows.delay, rows.feature_map
+    dout = torch.zeros_like(out) if dout is None else dout
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    no_keys = slice(max(0, k.shape[1] - delay), None)  # those too late for any query
+    dk[:, no_keys], dv[:, no_keys] = 0.0, 0.0
+    d_decay = torch.zeros_like(decay, dtype=torch.float64) if decay is not None and wants_decay else None
+    states_kept = [x for x in kept if x is not None]
+    later = torch.zeros_like(states_kept[0]) if later is None else later.clone()  # R
+    states, laters = (later.new_empty(GROUP, *later.shape) for _ in range(2))  # before and behind each chunk
+    for number, (start, stop) in reversed(list(enumerate(rows.groups()))):
+        group = rows.load(start, stop)
+        fk, values = group.fk, group.values
+        fq, _ = feature_map.queries(group.q)
+        size = len(fq)
+        grad = with_ones(rows.cut(dout, start, stop))  # g (G, N, C, e + 1)
+        grad[..., -1] = -(grad[..., :-1] * rows.cut(out, start, stop)).sum(-1)
+        if dlse is not None:
+            grad[..., -1:] += rows.cut(dlse, start, stop)
+        grad *= rows.cut(inverse_den, start, stop)
+
+        states[0], log_scale = states_kept[2 * number : 2 * number + 2]
+        scales = rows.scales(group, log_scale)
+        entering, reading = values * scales.entering, grad * scales.carried
+        for index in range(1, size):
+            torch.mul(states[index - 1], scales.left[index - 1], out=states[index])
+            states[index].baddbmm_(fk[index - 1].mT, entering[index - 1])
+        laters[size - 1] = later
+        for index in reversed(range(size)):
+            sums = later if index == 0 else laters[index - 1]
+            torch.mul(laters[index], scales.left[index], out=sums).baddbmm_(fq[index].mT, reading[index])
+
+        attention = _products(fq, fk.mT).mul_(scales.weights)
+        d_values = _add_products(_products(fk, laters[:size]).mul_(scales.entering), attention.mT, grad)
+        d_attention = _products(grad, values.mT).mul_(scales.weights)
+        dfq = _add_products(_products(reading, states[:size].mT), d_attention, fk)
+        dfk = _add_products(_products(entering, laters[:size].mT), d_attention.mT, fq)
+
+        if d_decay is not None:
+            d_decay += _moment(rows.join((dfk * fk).sum(-1, keepdim=True)), start - delay)
             if dlse is not None:
-                grad[..., -1:] += rows.cut(dlse, start, stop)
-            grad *= rows.cut(inverse_den, start, stop)
-
-            states[0], log_scale = kept[2 * number : 2 * number + 2]
-            scales = rows.scales(group, log_scale)
-            entering, reading = values * scales.entering, grad * scales.carried
-            for index in range(1, size):
-                torch.mul(states[index - 1], scales.left[index - 1], out=states[index])
-                states[index].baddbmm_(fk[index - 1].mT, entering[index - 1])
-            laters[size - 1] = later
-            for index in reversed(range(size)):
-                sums = later if index == 0 else laters[index - 1]
-                torch.mul(laters[index], scales.left[index], out=sums).baddbmm_(fq[index].mT, reading[index])
-
-            attention = _products(fq, fk.mT).mul_(scales.weights)
-            d_values = _add_products(_products(fk, laters[:size]).mul_(scales.entering), attention.mT, grad)
-            d_attention = _products(grad, values.mT).mul_(scales.weights)
-            dfq = _add_products(_products(reading, states[:size].mT), d_attention, fk)
-            dfk = _add_products(_products(entering, laters[:size].mT), d_attention.mT, fq)
-
-            if d_decay is not None:
-                d_decay += _moment(rows.join((dfk * fk).sum(-1, keepdim=True)), start - ctx.delay)
-                if dlse is not None:
-                    d_decay -= _moment(dlse[:, start:stop], start)
-            _put(dq, start, stop, ctx.feature_map.queries_vjp(group.q, fq, dfq))
-            _put(dk, start - ctx.delay, stop - ctx.delay, ctx.feature_map.keys_vjp(group.k, fk, dfk))
-            _put(dv, start - ctx.delay, stop - ctx.delay, d_values[..., :-1])
-        return dq, dk, dv, None if d_decay is None else d_decay.to(v), None, None, None, None, None
+                d_decay -= _moment(dlse[:, start:stop], start)
+        _put(dq, start, stop, feature_map.queries_vjp(group.q, fq, dfq))
+        _put(dk, start - delay, stop - delay, feature_map.keys_vjp(group.k, fk, dfk))
+        _put(dv, start - delay, stop - delay, d_values[..., :-1])
+    return ScanGradients(dq, dk, dv, None if d_decay is None else d_decay.to(v), later)
 
 
 @dataclass(frozen=True)
@@ -207,8 +267,8 @@ class _Scales:
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """The inputs of a scan, cut into groups of equal chunks on demand."""
+class Rows:
+    """The inputs of a scan, as of :func:`scan`, cut into groups of equal chunks on demand."""
 
     q: Tensor
     k: Tensor
@@ -257,7 +317,7 @@ class _Rows:
         if self.runs is not None:
             runs = self.runs[..., None]
             q_runs, k_runs = self.cut(runs, start, stop), self.cut(runs, *keys)
-            first = runs[:, keys[0] - 1 : keys[0]] if keys[0] > 0 else torch.full_like(runs[:, :1], -1)
+            first = runs[:, keys[0] - 1 : keys[0]] if keys[0] > 0 else runs[:, :1]
             runs_before = torch.cat((first[None], k_runs[:-1, :, -1:]))
         seen = positions >= positions.T
         return _Group(q, k, fk, scale, with_ones(v), q_runs, k_runs, runs_before, offsets, seen)

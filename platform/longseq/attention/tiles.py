@@ -67,7 +67,7 @@ def recurrence(
     Returns:
         The sums, the first one in float64 rounded to fp32 at the end.
     """
-    learned = [p for p in parameters if p.requires_grad]
+    learned = [p for p in parameters if p.requires_grad] if torch.is_grad_enabled() else []  # none: no state is kept
     return _Recurrence.apply(piece, tiles(length, tile), device, random, *learned)
 
 
@@ -180,7 +180,7 @@ class _Replay:
     def __init__(self, device: torch.device, random: bool):
         self.device, self.random = device, random
         kind = device.type
-        self.autocast = {"enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
+        self.autocast, self.dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         self.seen: list[tuple[Tensor, Tensor | None]] = []  # the generators before each tile
 
     def note(self) -> None:
@@ -194,7 +194,7 @@ class _Replay:
         if now is not None:
             _set_generators(self.device, self.seen[number])
         try:
-            with torch.enable_grad(), torch.autocast(self.device.type, **self.autocast):
+            with torch.enable_grad(), torch.autocast(self.device.type, self.dtype, self.autocast):
                 yield
         finally:
             if now is not None:

@@ -9,24 +9,25 @@ Kept for the backward pass are a few numbers a row; the states are computed agai
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longseq.attention import triton_kernels as kernels
+from longseq.attention.bidirectional import Total
 from longseq.attention.feature_maps import FeatureMap, Generalised, PositiveExponential
 from longseq.attention.parts import Part
-from longseq.attention.state import NOTHING
+from longseq.attention.scan import Rows, ScanGradients, Scanned
+from longseq.attention.state import NOTHING, AttentionState
+from longseq.attention.triton_frames import CHUNK, Frames, at_positions
 from longseq.attention.triton_launch import on, padded, pointer
 
-# Rows and features that a program holds at a time; more overflow the registers of 4 warps.
-CHUNK = 64
+# Features that a program holds at a time, beside CHUNK rows.
 FEATURES = 16
 # Bidirectional sums over the keys are formed in parts of this length, in parallel, and then added.
 SPAN = 2048
@@ -49,9 +50,11 @@ def scan(
     return _Scan.apply(q, k, v, decay, hidden, runs, feature_map, delay)
 
 
-def bidirectional_attention(q: Tensor, k: Tensor, v: Tensor, feature_map: FeatureMap, hidden: Tensor | None) -> Tensor:
+def bidirectional_attention(
+    q: Tensor, k: Tensor, v: Tensor, feature_map: FeatureMap, hidden: Tensor | None, total: Total | None = None
+) -> Tensor:
     """See :func:`longseq.attention.bidirectional.bidirectional_attention`."""
-    return _TwoPasses.apply(q, k, v, hidden, feature_map)
+    return _TwoPasses.apply(q, k, v, hidden, feature_map, total)
 
 
 @dataclass(frozen=True)
@@ -133,82 +136,138 @@ class _Launch:
         )  # fmt: skip
         return sums, ones
 
-    def run_through(self, states: tuple[Tensor, Tensor], left: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
-        """Turn sums of chunks into running sums before (``reverse``: after) each chunk, in place."""
-        for parts in states:
+    def run_through(
+        self, states: tuple[Tensor, Tensor], left: Tensor, initial: Tensor | None, *, reverse: bool
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Turn sums of chunks into running sums before (``reverse``: after) each chunk, in place; and the last of all.
+
+        initial: what they begin with, (N, m, e + 1); None: zeros.
+        """
+        begin = _split(initial) if initial is not None else tuple(torch.zeros_like(x[:, 0]) for x in states)
+        end = torch.empty_like(begin[0]), torch.empty_like(begin[1])
+        for parts, first, last in zip(states, begin, end, strict=True):
             width, block = parts[0, 0].numel(), 512
             kernels.run_through[triton.cdiv(width, block), len(parts)](
-                parts, left, parts.shape[1], width, REVERSE=reverse, BLOCK=block
+                parts, first, last, left, parts.shape[1], width, REVERSE=reverse, BLOCK=block
             )
-        return states
+        return states, end
 
 
-@dataclass(frozen=True)
-class _Frames:
-    """The log-scales of a scan: those of its keys, and of the state before and after each chunk.
+def scan_forward(rows: Rows, initial: AttentionState | None, learns: bool) -> Scanned:
+    """See :func:`longseq.attention.scan.scan_forward`."""
+    q, k, v, runs = _contiguous(rows)
+    number, length, head_dim = q.shape
+    launch = _Launch(_Map.of(rows.feature_map), head_dim, v.shape[-1])
+    delay = min(rows.delay, length)  # beyond, no key is visible all the same
+    begin, scale = (None, None) if initial is None else (initial.sums, initial.log_scale)
+    with on(q.device):
+        (q_gauge, q_scale), (k_gauge, k_scale) = launch.measure(q), launch.measure(k, rows.hidden)
+        frames = Frames.of(k_scale, length, delay, runs, rows.decay, scale)
+        out, lse = torch.empty_like(v), v.new_empty(number, length, 1)
+        inverse_den, row_scale = torch.empty_like(frames.key_scale), torch.empty_like(frames.key_scale)
+        numbers = pointer(runs, q)
+        for n in launch.slices(frames.before):
+            part = frames[n]
+            state = _states(launch, k[n], v[n], k_gauge[n], part, delay, None if begin is None else begin[n])
+            kernels.attend[_chunks(q), len(part.before)](
+                q[n], k[n], v[n], q_gauge[n], q_scale[n], k_gauge[n], part.key_scale, numbers[n], part.before,
+                pointer(part.run_before, q), launch.map.weight, launch.map.shift, *state, out[n], lse[n],
+                inverse_den[n], row_scale[n], length, delay, *launch.sizes,
+                LOCAL=True, RUNS=runs is not None, **launch.wide_tiles,
+            )  # fmt: skip
+    log_scale = frames.after[:, -1:, None]
+    if rows.decay is not None:
+        offsets = torch.arange(length, device=q.device) % CHUNK + delay
+        lse = torch.where(lse == NOTHING, lse, lse - rows.decay * offsets.to(lse)[:, None])
+        log_scale = log_scale - rows.decay * ((length - 1) % CHUNK + 1)
+    kept = (
+        q_gauge, k_gauge, row_scale, begin,
+        frames.key_scale, frames.before, frames.after, frames.same, frames.last, frames.run_before,
+    )  # fmt: skip
+    return Scanned(out, lse, inverse_den, kept, log_scale)
 
-    "Of positions" is (N, T): T is the length in whole chunks, and key j stands at position t = j + delay.
-    """
 
-    key_scale: Tensor  # b of positions, −inf where no key is, decay included
-    before: Tensor  # c (N, chunks)
-    after: Tensor  # c'
-    same: Tensor | None  # whether the state before the chunk is of the document of its last key: (N, chunks) bool
-    last: Tensor | None  # whether a position is of that document: (N, chunks, C) bool
-    run_before: Tensor | None  # the document of the state: (N, chunks) int32
+def scan_backward(
+    rows: Rows,
+    out: Tensor,
+    inverse_den: Tensor,
+    kept: Sequence[Tensor | None],
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    later: Tensor | None,
+    wants_decay: bool,
+) -> ScanGradients:
+    """See :func:`longseq.attention.scan.scan_backward`."""
+    q, k, v, runs = _contiguous(rows)
+    q_gauge, k_gauge, row_scale, begin, *scales = kept
+    assert q_gauge is not None
+    assert k_gauge is not None
+    assert row_scale is not None
+    frames, length = Frames(*scales), q.shape[1]  # type: ignore[arg-type]
+    launch, delay = _Launch(_Map.of(rows.feature_map), q.shape[-1], v.shape[-1]), min(rows.delay, length)
+    dout = torch.zeros_like(out) if dout is None else dout.contiguous()
+    shared = -(dout * out).sum(-1) if dlse is None else dlse[..., 0] - (dout * out).sum(-1)
+    u = inverse_den * at_positions(shared, length, 0, fill=0.0)
+    carried, entering = frames.carried(row_scale, runs), frames.entering()
+    alpha, beta = carried * inverse_den, carried * u
+    # Keys that no query is far enough from are in no chunk.
+    new = torch.zeros_like if delay else torch.empty_like
+    dq, dk, dv, d_scale = torch.empty_like(q), new(k), new(v), torch.empty_like(u)
+    d_initial = v.new_empty(len(v), launch.features, launch.value_dim + 1)
+    numbers = pointer(runs, q)
+    with on(q.device):
+        for n in launch.slices(frames.before):
+            part, enter = frames[n], entering[n]
+            inputs = (q[n], k[n], v[n], dout[n], q_gauge[n], k_gauge[n], part.key_scale, numbers[n], row_scale[n])
+            tiles = {"LOCAL": True, "RUNS": runs is not None, **launch.wide_tiles}
+            state = launch.sums(q[n], dout[n], alpha[n], beta[n], q_gauge[n], span=CHUNK)
+            behind = None if later is None else later[n]
+            state, first = launch.run_through(state, part.left(), behind, reverse=True)  # R
+            d_initial[n][..., :-1], d_initial[n][..., -1] = first
+            kernels.values_vjp[_chunks(q), len(enter)](
+                *inputs, inverse_den[n], enter, launch.map.weight, launch.map.shift, state[0],
+                dv[n], length, delay, *launch.sizes, **tiles,
+            )  # fmt: skip
+            kernels.features_vjp[_chunks(q), len(enter)](
+                *inputs, inverse_den[n], u[n], enter, enter, launch.map.weight, launch.map.shift, *state,
+                dk[n], d_scale[n], length, delay, *launch.sizes, launch.head_dim**-0.5, KEYS=True, **tiles,
+            )  # fmt: skip
+            del state  # two would be twice the memory
+            state = _states(launch, k[n], v[n], k_gauge[n], part, delay, None if begin is None else begin[n])
+            kernels.features_vjp[_chunks(q), len(enter)](
+                *inputs, inverse_den[n], u[n], alpha[n], beta[n], launch.map.weight, launch.map.shift, *state,
+                dq[n], d_scale[n], length, delay, *launch.sizes, launch.head_dim**-0.5, KEYS=False, **tiles,
+            )  # fmt: skip
+            del state
+    d_decay = None
+    if wants_decay:
+        # d(−γ(i − j)) taken apart into keys and queries, as in the PyTorch version.
+        positions = torch.arange(d_scale.shape[1], device=q.device, dtype=torch.float64)
+        d_decay = d_scale.double() @ (positions - delay)
+        if dlse is not None:
+            d_decay -= dlse[..., 0].double() @ positions[:length]
+        d_decay = d_decay[:, None, None].to(v)
+    return ScanGradients(dq, dk, dv, d_decay, d_initial)
 
-    @classmethod
-    def of(cls, log_scale: Tensor, length: int, delay: int, runs: Tensor | None, decay: Tensor | None) -> _Frames:
-        key_scale = _at_positions(log_scale, length, delay, fill=-torch.inf)
-        if decay is not None:
-            offsets = torch.arange(key_scale.shape[1], device=key_scale.device) % CHUNK
-            key_scale = torch.addcmul(key_scale, decay[:, :, 0], offsets.to(key_scale))
-        by_chunk = key_scale.unflatten(1, (-1, CHUNK))  # (N, chunks, C)
-        same = last = run_before = None
-        if runs is not None:
-            key_runs = _at_positions(runs, length, delay, fill=-1)
-            ends = torch.arange(CHUNK, key_runs.shape[1] + 1, CHUNK, device=runs.device).clamp_(max=length) - 1
-            ending = key_runs[:, ends]
-            run_before = F.pad(ending[:, :-1], (1, 0), value=-1).contiguous()
-            same = ending == run_before
-            last = key_runs.unflatten(1, (-1, CHUNK)) == ending[..., None]
-            by_chunk = by_chunk.masked_fill(~last, -torch.inf)
-        chunk_scale = by_chunk.amax(-1)
-        before, after = torch.empty_like(chunk_scale), torch.empty_like(chunk_scale)
-        fade = chunk_scale.new_zeros(len(chunk_scale)) if decay is None else decay.flatten() * CHUNK
-        kernels.carry[(len(chunk_scale),)](
-            chunk_scale, chunk_scale if same is None else same.view(torch.uint8), fade, before, after,
-            chunk_scale.shape[1], RUNS=runs is not None, num_warps=1,
-        )  # fmt: skip
-        return cls(key_scale, before, after, same, last, run_before)
 
-    def __getitem__(self, rows: slice) -> _Frames:
-        return _Frames(
-            self.key_scale[rows],
-            self.before[rows],
-            self.after[rows],
-            None if self.same is None else self.same[rows],
-            None if self.last is None else self.last[rows],
-            None if self.run_before is None else self.run_before[rows],
-        )
-
-    def entering(self) -> Tensor:
-        """e^{b_t − c'} of positions."""
-        weights = torch.exp(self.key_scale.unflatten(1, (-1, CHUNK)) - self.after[..., None])
-        return (weights if self.last is None else weights.masked_fill_(~self.last, 0.0)).flatten(1)
-
-    def left(self) -> Tensor:
-        """e^{c − c'} of each chunk."""
-        left = torch.exp(self.before - self.after)
-        return left if self.same is None else left.masked_fill_(~self.same, 0.0)
-
-    def carried(self, row_scale: Tensor, runs: Tensor | None) -> Tensor:
-        """e^{c − M_i} of positions."""
-        weights = torch.exp(self.before[..., None] - row_scale.unflatten(1, (-1, CHUNK)))
-        if self.run_before is not None and runs is not None:
-            own = _at_positions(runs, runs.shape[1], 0, fill=-2).unflatten(1, (-1, CHUNK))
-            weights.masked_fill_(own != self.run_before[..., None], 0.0)
-        return weights.flatten(1)
+def sum_up(
+    x: Tensor, values: Tensor, last: Tensor | None, log_weight: Tensor | None, feature_map: FeatureMap
+) -> AttentionState:
+    """See :func:`longseq.attention.bidirectional.sum_up`."""
+    x, values = x.contiguous(), values.contiguous()
+    launch = _Launch(_Map.of(feature_map), x.shape[-1], values.shape[-1])
+    with on(x.device):
+        out = None if log_weight is None else log_weight[..., 0] == -torch.inf
+        gauge, scale = launch.measure(x, out)
+        if log_weight is not None:
+            scale = scale + log_weight[..., 0]
+        scale = at_positions(scale, x.shape[1], 0, fill=-torch.inf)
+        top = scale.amax(1, keepdim=True).clamp_(min=NOTHING)
+        weights = torch.exp(scale - top)
+        ends = weights if last is None else weights * at_positions(last[..., 0], x.shape[1], 0, fill=0.0)
+        if last is not None:
+            ends = ends.masked_fill(weights == 0, 0.0)
+        return _joined(*_total(launch.sums(x, values, weights, ends, gauge, span=SPAN)), top[..., None])
 
 
 class _Scan(torch.autograd.Function):
@@ -224,96 +283,43 @@ class _Scan(torch.autograd.Function):
         feature_map: FeatureMap,
         delay: int,
     ) -> tuple[Tensor, Tensor]:
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        runs = None if runs is None else runs.to(torch.int32).contiguous()
-        rows, length, head_dim = q.shape
-        launch = _Launch(_Map.of(feature_map), head_dim, v.shape[-1])
-        delay = min(delay, length)  # beyond, no key is visible all the same
-        with on(q.device):
-            (q_gauge, q_scale), (k_gauge, k_scale) = launch.measure(q), launch.measure(k, hidden)
-            frames = _Frames.of(k_scale, length, delay, runs, decay)
-            out, lse = torch.empty_like(v), v.new_empty(rows, length, 1)
-            inverse_den, row_scale = torch.empty_like(frames.key_scale), torch.empty_like(frames.key_scale)
-            numbers = pointer(runs, q)
-            for n in launch.slices(frames.before):
-                part = frames[n]
-                state = _states(launch, k[n], v[n], k_gauge[n], part, delay)
-                kernels.attend[_chunks(q), len(part.before)](
-                    q[n], k[n], v[n], q_gauge[n], q_scale[n], k_gauge[n], part.key_scale, numbers[n], part.before,
-                    pointer(part.run_before, q), launch.map.weight, launch.map.shift, *state, out[n], lse[n],
-                    inverse_den[n], row_scale[n], length, delay, *launch.sizes,
-                    LOCAL=True, RUNS=runs is not None, **launch.wide_tiles,
-                )  # fmt: skip
-        if decay is not None:
-            offsets = torch.arange(length, device=q.device) % CHUNK + delay
-            lse = torch.where(lse == NOTHING, lse, lse - decay * offsets.to(lse)[:, None])
-        ctx.launch, ctx.delay = launch, delay
-        ctx.has_decay_grad = ctx.needs_input_grad[3]
-        ctx.save_for_backward(
-            q, k, v, runs, q_gauge, k_gauge, out, inverse_den, row_scale,
-            frames.key_scale, frames.before, frames.after, frames.same, frames.last, frames.run_before,
-        )  # fmt: skip
+        done = scan_forward(Rows(q, k, v, decay, hidden, runs, feature_map, delay), None, True)
+        ctx.feature_map, ctx.delay = feature_map, delay
+        ctx.save_for_backward(q, k, v, decay, hidden, runs, done.out, done.inverse_den, *done.kept)
         ctx.set_materialize_grads(False)
-        return out, lse
+        return done.out, done.lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, runs, q_gauge, k_gauge, out, inverse_den, row_scale, *scales = ctx.saved_tensors
-        frames, launch, delay = _Frames(*scales), ctx.launch, ctx.delay
-        length = q.shape[1]
-        dout = torch.zeros_like(out) if dout is None else dout.contiguous()
-        shared = -(dout * out).sum(-1) if dlse is None else dlse[..., 0] - (dout * out).sum(-1)
-        u = inverse_den * _at_positions(shared, length, 0, fill=0.0)
-        carried, entering = frames.carried(row_scale, runs), frames.entering()
-        alpha, beta = carried * inverse_den, carried * u
-        # Keys that no query is far enough from are in no chunk.
-        new = torch.zeros_like if delay else torch.empty_like
-        dq, dk, dv, d_scale = torch.empty_like(q), new(k), new(v), torch.empty_like(u)
-        numbers = pointer(runs, q)
-        with on(q.device):
-            for n in launch.slices(frames.before):
-                part, enter = frames[n], entering[n]
-                rows = (q[n], k[n], v[n], dout[n], q_gauge[n], k_gauge[n], part.key_scale, numbers[n], row_scale[n])
-                tiles = {"LOCAL": True, "RUNS": runs is not None, **launch.wide_tiles}
-                state = launch.sums(q[n], dout[n], alpha[n], beta[n], q_gauge[n], span=CHUNK)
-                state = launch.run_through(state, part.left(), reverse=True)  # R
-                kernels.values_vjp[_chunks(q), len(enter)](
-                    *rows, inverse_den[n], enter, launch.map.weight, launch.map.shift, state[0],
-                    dv[n], length, delay, *launch.sizes, **tiles,
-                )  # fmt: skip
-                kernels.features_vjp[_chunks(q), len(enter)](
-                    *rows, inverse_den[n], u[n], enter, enter, launch.map.weight, launch.map.shift, *state,
-                    dk[n], d_scale[n], length, delay, *launch.sizes, launch.head_dim**-0.5, KEYS=True, **tiles,
-                )  # fmt: skip
-                del state  # two would be twice the memory
-                state = _states(launch, k[n], v[n], k_gauge[n], part, delay)
-                kernels.features_vjp[_chunks(q), len(enter)](
-                    *rows, inverse_den[n], u[n], alpha[n], beta[n], launch.map.weight, launch.map.shift, *state,
-                    dq[n], d_scale[n], length, delay, *launch.sizes, launch.head_dim**-0.5, KEYS=False, **tiles,
-                )  # fmt: skip
-                del state
-        d_decay = None
-        if ctx.has_decay_grad:
-            # d(−γ(i − j)) taken apart into keys and queries, as in the PyTorch version.
-            positions = torch.arange(d_scale.shape[1], device=q.device, dtype=torch.float64)
-            d_decay = d_scale.double() @ (positions - delay)
-            if dlse is not None:
-                d_decay -= dlse[..., 0].double() @ positions[:length]
-            d_decay = d_decay[:, None, None].to(v)
-        return dq, dk, dv, d_decay, None, None, None, None
+        q, k, v, decay, hidden, runs, out, inverse_den, *kept = ctx.saved_tensors
+        rows = Rows(q, k, v, decay, hidden, runs, ctx.feature_map, ctx.delay)
+        grads = scan_backward(rows, out, inverse_den, kept, dout, dlse, None, ctx.needs_input_grad[3])
+        return grads.q, grads.k, grads.v, grads.decay, None, None, None, None
 
 
 class _TwoPasses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, feature_map: FeatureMap) -> Tensor:
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        hidden: Tensor | None,
+        feature_map: FeatureMap,
+        total: Total | None,
+    ) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         launch = _Launch(_Map.of(feature_map), q.shape[-1], v.shape[-1])
         with on(q.device):
             (q_gauge, _), (k_gauge, k_scale) = launch.measure(q), launch.measure(k, hidden)
-            key_scale = _at_positions(k_scale, k.shape[1], 0, fill=-torch.inf)
-            entering = torch.exp(key_scale - key_scale.amax(1, keepdim=True).clamp_(min=NOTHING))
+            key_scale = at_positions(k_scale, k.shape[1], 0, fill=-torch.inf)
+            top = key_scale.amax(1, keepdim=True).clamp_(min=NOTHING)
+            entering = torch.exp(key_scale - top)
             sums, ones = _total(launch.sums(k, v, entering, entering, k_gauge, span=SPAN))
+            if total is not None:
+                state = total(_joined(sums, ones, top[..., None]))()
+                (sums, ones), entering = _split(state.sums), torch.exp(key_scale - state.log_scale[..., 0])
             out = v.new_empty(*q.shape[:2], v.shape[-1])
             inverse_den = q.new_empty(len(q), _chunks(q) * CHUNK)
             kernels.attend[_chunks(q), len(q)](
@@ -321,7 +327,7 @@ class _TwoPasses(torch.autograd.Function):
                 out, q, inverse_den, q, q.shape[1], 0, *launch.sizes,
                 LOCAL=False, RUNS=False, **launch.wide_tiles,
             )  # fmt: skip
-        ctx.launch = launch
+        ctx.launch, ctx.total = launch, total
         ctx.save_for_backward(q, k, v, q_gauge, k_gauge, key_scale, entering, out, inverse_den, sums, ones)
         return out
 
@@ -330,13 +336,15 @@ class _TwoPasses(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, q_gauge, k_gauge, key_scale, entering, out, inverse_den, *state = ctx.saved_tensors
         launch, dout = ctx.launch, dout.contiguous()
-        u = inverse_den * _at_positions(-(dout * out).sum(-1), q.shape[1], 0, fill=0.0)
+        u = inverse_den * at_positions(-(dout * out).sum(-1), q.shape[1], 0, fill=0.0)
         dq, dk, dv, d_scale = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(entering)
         tiles = {"LOCAL": False, "RUNS": False, **launch.wide_tiles}
         rows = (q, k, v, dout, q_gauge, k_gauge, key_scale, q, q, q)
         weights, norm = (launch.map.weight, launch.map.shift), launch.head_dim**-0.5
         with on(q.device):
             d_state = _total(launch.sums(q, dout, inverse_den, u, q_gauge, span=SPAN))  # R
+            if ctx.total is not None:  # all have the same log-scale
+                d_state = _split(ctx.total(_joined(*d_state, u.new_zeros(len(u), 1, 1)))().sums)
             kernels.values_vjp[_chunks(k), len(k)](
                 *rows, entering, *weights, d_state[0], dv, k.shape[1], 0, *launch.sizes, **tiles
             )
@@ -348,24 +356,36 @@ class _TwoPasses(torch.autograd.Function):
                 *rows, q, inverse_den, u, *weights, *state, dq, d_scale, q.shape[1], 0, *launch.sizes, norm,
                 KEYS=False, **tiles,
             )  # fmt: skip
-        return dq, dk, dv, None, None
+        return dq, dk, dv, None, None, None
 
 
-def _states(launch: _Launch, k: Tensor, v: Tensor, gauge: Tensor, frames: _Frames, delay: int) -> tuple[Tensor, Tensor]:
+def _joined(sums: Tensor, ones: Tensor, log_scale: Tensor) -> AttentionState:
+    return AttentionState(torch.cat((sums, ones[..., None]), dim=-1), log_scale)
+
+
+def _split(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums (N, m, e) and Σ φ (N, m) of those of a state."""
+    return sums[..., :-1].contiguous(), sums[..., -1].contiguous()
+
+
+def _contiguous(rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """q, k, v and runs as the kernels take them."""
+    runs = None if rows.runs is None else rows.runs.to(torch.int32).contiguous()
+    return rows.q.contiguous(), rows.k.contiguous(), rows.v.contiguous(), runs
+
+
+def _states(
+    launch: _Launch, k: Tensor, v: Tensor, gauge: Tensor, frames: Frames, delay: int, initial: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The state before each chunk: (N, chunks, m, e) and (N, chunks, m)."""
     entering = frames.entering()
     sums = launch.sums(k, v, entering, entering, gauge, span=CHUNK, offset=delay)
-    return launch.run_through(sums, frames.left(), reverse=False)
+    return launch.run_through(sums, frames.left(), initial, reverse=False)[0]
 
 
 def _total(parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     sums, ones = parts
     return sums.sum(1), ones.sum(1)
-
-
-def _at_positions(x: Tensor, length: int, delay: int, *, fill: float) -> Tensor:
-    """x (N, L) moved ``delay`` positions on, in whole chunks: (N, T)."""
-    return F.pad(x[:, : length - delay], (delay, -length % CHUNK), value=fill)
 
 
 def _chunks(x: Tensor) -> int:

@@ -114,11 +114,11 @@ def measure(
 
 
 @triton.jit
-def carry(chunk_scale, same, fade, before, after, chunks, RUNS: tl.constexpr):
+def carry(chunk_scale, same, fade, initial, before, after, chunks, RUNS: tl.constexpr):
     """The running log-scale c before each chunk and c' after it, (N, chunks); one program a row of N."""
     n = tl.program_id(0).to(tl.int64)
     step = tl.load(fade + n)
-    c = tl.full((), NOTHING, tl.float32)
+    c = tl.load(initial + n)
     for chunk in range(chunks):
         at = n * chunks + chunk
         tl.store(before + at, c)
@@ -160,12 +160,15 @@ def add_up(
 
 
 @triton.jit
-def run_through(parts, left, chunks, width, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
-    """Replace the sum of each chunk by the running sum before it: state ← left · state + part, in either direction."""
+def run_through(parts, initial, final, left, chunks, width, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
+    """Replace the sum of each chunk by the running sum before it: state ← left · state + part, in either direction.
+
+    The state begins as ``initial`` and is left in ``final``, (N, width) both.
+    """
     n = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     keep = columns < width
-    state = tl.zeros((BLOCK,), tl.float32)
+    state = tl.load(initial + n * width + columns, mask=keep, other=0.0)
     for step in range(chunks):
         chunk = step
         if REVERSE:
@@ -175,6 +178,7 @@ def run_through(parts, left, chunks, width, REVERSE: tl.constexpr, BLOCK: tl.con
         part = tl.load(pointers, mask=keep, other=0.0)
         tl.store(pointers, state, mask=keep)
         state = state * tl.load(left + at) + part
+    tl.store(final + n * width + columns, state, mask=keep)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longseq.attention import FavorAttention
+from longseq.attention import FavorAttention, SlicedDocuments
 from longseq.benchmarks.ladder import Ladder, Progress, Task
 from longseq.benchmarks.request import CAUSAL, STEP_CONTENDERS, StepRequest
 from longseq.benchmarks.results import Note, Results
@@ -26,7 +26,9 @@ STEP = "step"
 class ReturnsV(FavorAttention):
     """OPT: projections, rotary positions and the output's map as ever, and v where attention would be."""
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, segments: Tensor | None) -> Tensor:
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, segments: Tensor | SlicedDocuments | None
+    ) -> Tensor:
         return v
 
 

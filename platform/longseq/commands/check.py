@@ -78,7 +78,7 @@ def _config(args: argparse.Namespace) -> tuple[Config, str]:
     data, trainer = config.data, config.trainer
     return config, (
         f"{args.config}: {data.batch_tokens:,} tokens a step on {trainer.devices} process(es) × {trainer.accumulate} "
-        f"batch(es) of {config.batch_sequences} × {data.length}"
+        f"batch(es) of {config.batch_sequences} × {config.slice_length}"
     )
 
 

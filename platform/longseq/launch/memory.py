@@ -11,7 +11,7 @@ P is the number of weights, n the number of ranks, w the bytes of a weight in tr
                   precision); ZeRO 1-3 divide both by n
     gradients     w P;  ZeRO 1-3 w P / n, and the buffer in which gradients wait to be summed over the ranks
     activations   what the backward pass needs of every block (or with activation checkpointing of one block, and every
-                  block's input), and what it holds at its most besides
+                  block's input), and what it holds at its most besides; with tiles of the sequence see :func:`_tiled`
     in the step   the fp32 gradients of this rank's part and, on a GPU, two temporaries of AdamW
 
 The peak is that of three moments: the beginning of the backward pass, its end, and the optimiser's step.
@@ -26,6 +26,8 @@ from longseq.models.spec import PerformerSpec
 
 # One state of the scan is kept for each group of this many positions: longseq.attention.scan.CHUNK * GROUP.
 SCAN_GROUP = 128
+# longseq.models.head: logits at a time, and rows of them at most.
+LOGITS, MOST_ROWS = 2**24, 8192
 DEEPSPEED_BUCKET = 500_000_000  # DeepSpeed's own default, in elements: gigabytes, however small the model
 _MAX_LIVE = 1_000_000_000  # weights that ZeRO-3 leaves gathered, DeepSpeed's default
 
@@ -73,16 +75,22 @@ def estimate(config: Config, vocabulary: int, *, on_cuda: bool = True) -> Memory
     temporaries = (2 if on_cuda else 0) * (part if stage else _largest(spec))  # of AdamW: on the CPU it is fused
     step = 4.0 * (read + temporaries)
 
-    tokens = config.batch_sequences * config.data.length
-    block, head, behind = _block(spec, config, width), _head(spec, width), _backward(spec, width)
+    tokens = config.batch_sequences * config.slice_length
+    block, behind = _block(spec, config, width), _backward(spec, width)
+    head = 3.0 * width * spec.dim  # a token's, but for the logits
     start = width * spec.dim  # what a recomputation starts from
-    kept = tokens * spec.depth * (start if spec.activation_checkpointing else block)
+    kept = 1.0 * tokens * spec.depth * (start if spec.activation_checkpointing else block)
+    recomputed = tokens * (block - start) if spec.activation_checkpointing else 0
+    tiles = 0 < spec.tile < config.slice_length
+    if tiles:
+        kept, recomputed, head = _tiled(spec, config, width, count)
+        block = behind = 0
     if trainer.activation_offload:
         kept = 0
-    recomputed = tokens * (block - start) if spec.activation_checkpointing else 0
     inputs = tokens * 2 * 8  # tokens and targets, 64 bits each
-    first = inputs + max(kept + recomputed + tokens * behind, kept + tokens * head)
-    last = inputs + tokens * (block + behind)
+    logits = _logits(spec, tokens, width)
+    first = inputs + max(kept + recomputed + tokens * behind, kept + tokens * head + logits)
+    last = inputs + (recomputed if tiles else tokens * (block + behind))
 
     offloaded = 0.0
     if trainer.offload_optimizer != "none":
@@ -149,8 +157,8 @@ def _favor(spec: PerformerSpec, config: Config) -> float:
     state = 4 * spec.heads * spec.features * (spec.head_dim + 1)
     plain = not (spec.window or spec.learned_decay or _packs(config))
     if not spec.causal and plain:
-        return state / config.data.length + 4 * spec.heads
-    one = state / min(SCAN_GROUP, config.data.length) + 2 * 4 * spec.heads
+        return state / config.slice_length + 4 * spec.heads
+    one = state / min(SCAN_GROUP, config.slice_length) + 2 * 4 * spec.heads
     total = one
     if spec.window:
         total += 4 * spec.dim + 3 * 4 * spec.heads  # the window's own output, and the weights of both
@@ -167,15 +175,40 @@ def _packs(config: Config) -> bool:
 def _mask(spec: PerformerSpec, config: Config) -> float:
     """Bytes a token of what is quadratic in exact attention, where padding, documents or a decay ask for a mask."""
     length, rows = config.data.length, config.batch_sequences
-    masked = config.data.packing != "concat" or _packs(config)
+    masked = config.data.packing != "concat" or _packs(config) or config.trainer.context_parallel > 1
     if spec.learned_decay:  # a mask that learns: torch keeps all weights
         return 4 * spec.heads * length + (4 * spec.heads + 8) * length * (1 if masked else 1 / rows)
     return (1 + 4) * length if masked else 0
 
 
-def _head(spec: PerformerSpec, width: int) -> float:
-    """Bytes a token of the last norm, the logits in fp32, their log-probabilities and the gradients of both."""
-    return width * 2 * spec.dim + 3 * 4 * spec.vocabulary + (2 * width * spec.vocabulary if width < 4 else 0)
+def _logits(spec: PerformerSpec, tokens: int, width: int) -> float:
+    """Bytes of the logits that exist at a time in fp32, of their gradients, and of the head's gradient."""
+    rows = min(tokens, MOST_ROWS, max(256, LOGITS // spec.vocabulary))
+    return rows * spec.vocabulary * (2 * 4 + (2 * width if width < 4 else 0)) + 2 * 4 * spec.vocabulary * spec.dim
+
+
+def _tiled(spec: PerformerSpec, config: Config, width: int, parameters: int) -> tuple[float, float, float]:
+    """With tiles of the sequence: bytes that are kept, bytes of one recomputation, and the head's bytes a token.
+
+    Where a tile goes through all layers, the states between the tiles are kept, and one tile of all layers is computed
+    again with two gradients of all weights. Elsewhere each block's input is kept, and the attention of one block is
+    computed again as a whole: its queries, keys, values and output, the gradients of these and the residual stream's.
+    """
+    rows, length, dim = config.batch_sequences, config.slice_length, spec.dim
+    one = rows * spec.tile * (_block(spec, config, width) + _backward(spec, width))
+    state = 4 * spec.heads * spec.features * (spec.head_dim + 1)
+    if spec.carries and config.trainer.context_parallel == 1 and not (_packs(config) or _pads(config)):
+        kept = rows * spec.depth * -(-length // spec.tile) * (state + 2 * 4 * spec.window * dim)
+        extra = rows * spec.tile * 4 * 4 * dim  # the output of each part, and of both
+        return kept, spec.depth * (one + extra) + 2 * 4 * parameters, 0
+    block = 11.0 * width * dim if width == 4 else width * 11 * dim + 4 * 8 * dim
+    block += _favor(spec, config) if spec.attention == "favor" else _mask(spec, config)
+    return rows * length * (spec.depth + 1) * width * dim, rows * length * block + one, 3 * width * dim
+
+
+def _pads(config: Config) -> bool:
+    """Whether rows may be padded."""
+    return config.data.packing != "concat"
 
 
 def _backward(spec: PerformerSpec, width: int) -> float:

@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 from longseq.attention.state import in_full_precision
 
 IGNORE = -100  # a target that is not scored
-_LOGITS = 2**24  # at a time, in fp32: 64 MiB
-_MOST_ROWS = 8192
+LOGITS = 2**24  # at a time, in fp32: 64 MiB
+MOST_ROWS = 8192
 
 
 class Head(nn.Linear):
@@ -64,7 +64,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, learns: bool) -> tuple[Tensor, Tensor]:
         rows, wanted = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-        size = max(1, min(_MOST_ROWS, max(256, _LOGITS // len(weight))))
+        size = max(1, min(MOST_ROWS, max(256, LOGITS // len(weight))))
         loss = torch.zeros((), dtype=torch.float64, device=x.device)
         correct = torch.zeros((), dtype=torch.int64, device=x.device)
         dx = torch.empty_like(rows) if learns and ctx.needs_input_grad[0] else None
@@ -83,7 +83,7 @@ class _Loss(torch.autograd.Function):
                 continue
             d_logits = logits.sub_(log_sum).exp_()
             d_logits.scatter_add_(1, ids, d_logits.new_full((1, 1), -1.0).expand(len(ids), 1))
-            d_logits = (d_logits * scored[:, None]).to(narrow)
+            d_logits = d_logits.mul_(scored[:, None]).to(narrow)
             d_weight += d_logits.mT @ rows[tile]
             if dx is not None:
                 dx[tile] = d_logits @ weight
@@ -99,7 +99,7 @@ class _Loss(torch.autograd.Function):
         like, dx, d_weight = ctx.saved_tensors
         if dx is not None:
             scaled = torch.empty_like(dx)
-            for start in range(0, len(dx), _MOST_ROWS):  # in fp32: rounded to bf16, the factor alone is off by 0.4 %
-                scaled[start : start + _MOST_ROWS] = dx[start : start + _MOST_ROWS].float() * grad
+            for start in range(0, len(dx), MOST_ROWS):  # in fp32: rounded to bf16, the factor alone is off by 0.4 %
+                scaled[start : start + MOST_ROWS] = dx[start : start + MOST_ROWS].float() * grad
             dx = scaled.view(ctx.shape)
         return dx, (d_weight * grad).to(like.dtype) if ctx.needs_input_grad[1] else None, None, None

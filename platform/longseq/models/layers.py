@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from longseq.attention import FavorAttention, RecurrentState
+from longseq.attention import FavorAttention, RecurrentState, SlicedDocuments
 from longseq.attention.carried import State
 from longseq.attention.tiles import pointwise
 from longseq.models.spec import PerformerSpec
@@ -39,7 +39,9 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(spec.dim, spec.ffn_dim), nn.GELU(), nn.Linear(spec.ffn_dim, spec.dim))
         self.dropout = nn.Dropout(spec.dropout)
 
-    def forward(self, x_BLE: Tensor, padding: Tensor | None, segments: Tensor | None, rotary: Tensor | None) -> Tensor:
+    def forward(
+        self, x_BLE: Tensor, padding: Tensor | None, segments: Tensor | SlicedDocuments | None, rotary: Tensor | None
+    ) -> Tensor:
         """x (B, L, E); padding (B, L) bool, True where a token is real; segments (B, L) integers; or None."""
         tile = self.tile if self.tile < x_BLE.shape[1] else 0
         norm = None if self.post_norm else self.attention_norm

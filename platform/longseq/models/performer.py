@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from longseq.attention import FavorAttention, RecurrentState, rotary_table
+from longseq.attention import ContextGroup, FavorAttention, RecurrentState, SlicedDocuments, rotary_table
 from longseq.attention.carried import State
 from longseq.attention.tiles import recurrence
 from longseq.errors import LongseqError
@@ -55,6 +56,7 @@ class PerformerLM(nn.Module):
             if spec.head == "transform"
             else Head(spec.dim, spec.vocabulary)
         )
+        self.context: ContextGroup | None = None
         self._initialise()
 
     def forward(
@@ -80,20 +82,26 @@ class PerformerLM(nn.Module):
         """
         if targets is not None and padding is None and segments is None and self._carries(tokens.shape[1]):
             return self._carried_loss(tokens, targets)
-        positions = _positions(tokens, padding, segments)
+        documents: Tensor | SlicedDocuments | None = segments
+        if self.context is None:
+            positions = _positions(tokens, padding, segments)
+        else:
+            sliced = None if segments is None else self.context.documents(segments)
+            documents, positions = sliced, _positions_of_slice(tokens, sliced, self.context)
         x = self._embed(tokens, positions, padding)  # (B, L, E)
         rotary = self._rotary(positions)
         recompute = self.spec.activation_checkpointing or 0 < self.spec.tile < tokens.shape[1]
-        if recompute and torch.is_grad_enabled() and not x.requires_grad:
+        recompute = recompute and torch.is_grad_enabled()
+        if recompute and not x.requires_grad:
             x.requires_grad_()  # a frozen embedding: reentrant checkpoints give gradients only if their input wants one
         for block in self.blocks:
             if recompute and self.training:
                 # Reentrant: ZeRO-3 gathers weights in module hooks, and the other kind checks saved shapes against
                 # weights that are partitioned again by then.
                 with save_on_cpu(pin_memory=x.is_cuda) if self.spec.activation_offload else nullcontext():
-                    x = checkpoint(block, x, padding, segments, rotary, use_reentrant=True)
+                    x = checkpoint(block, x, padding, documents, rotary, use_reentrant=True)
             else:
-                x = block(x, padding, segments, rotary)
+                x = block(x, padding, documents, rotary)
         return self.head(self.norm(x), targets)
 
     @torch.no_grad()
@@ -153,9 +161,9 @@ class PerformerLM(nn.Module):
 
     def _carries(self, length: int) -> bool:
         """Whether the loss of so long a row takes the way of :meth:`_carried_loss`."""
-        first = self.blocks[0].attention
-        calibrated = self.spec.kernel != "oprf" or not self.training or first.oprf_a is not None
-        return self.spec.carries and length > self.spec.tile and calibrated
+        layers = (module for module in self.modules() if isinstance(module, FavorAttention))
+        calibrated = self.spec.kernel != "oprf" or all(layer.oprf_a is not None for layer in layers)
+        return self.spec.carries and self.context is None and length > self.spec.tile and calibrated
 
     def _carried_loss(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         """Sum of the losses and number of correct targets. One tile goes through all layers before the next begins.
@@ -180,6 +188,27 @@ class PerformerLM(nn.Module):
         return recurrence(
             piece, tokens.shape[1], self.spec.tile, list(self.parameters()), device=tokens.device, random=random
         )
+
+    def set_context(self, context: ContextGroup | None) -> None:
+        """From now on the forward pass gets this rank's slices of sequences that the group's ranks hold together.
+
+        Slices are equally long on all of them; the last is padded behind, with ``padding``. Gradients are this rank's
+        part of a sum over the ranks. None: whole sequences again.
+        """
+        self.context = context
+        for module in self.modules():
+            if isinstance(module, FavorAttention):
+                module.context = context
+
+    @contextmanager
+    def whole_sequences(self) -> Iterator[None]:
+        """Inside, the forward pass gets whole sequences, and asks no other rank for anything."""
+        context = self.context
+        self.set_context(None)
+        try:
+            yield
+        finally:
+            self.set_context(context)
 
     def _embed(self, tokens: Tensor, positions: Tensor, padding: Tensor | None) -> Tensor:
         """What enters the first block, (B, L, E), of tokens (B, L) at positions (L,) or (B, L)."""
@@ -238,6 +267,17 @@ def _scaled(x: Tensor, masked: Tensor, padding: Tensor | None) -> Tensor:
     share = (masked & real).sum(1) / real.sum(1).clamp(min=1)
     scale = (1 - 0.15 * 0.8) / (1 - share).clamp(min=1e-6)
     return (x.masked_fill(masked[..., None], 0.0) * scale[:, None, None]).to(x.dtype)
+
+
+def _positions_of_slice(tokens: Tensor, documents: SlicedDocuments | None, context: ContextGroup) -> Tensor:
+    """The same for a slice of a sequence."""
+    if documents is None:
+        size = tokens.shape[1]
+        return torch.arange(context.rank * size, (context.rank + 1) * size, device=tokens.device)
+    positions = _positions(tokens, None, documents.segments)
+    segments = documents.segments
+    begun = (segments == segments[:, :1]).cumprod(1)  # still in the document that the slice begins in
+    return positions + begun * documents.before[context.rank][:, None]
 
 
 def _leading(padding: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longseq.attention import ContextGroup
+
 
 def all_sum(tensor: Tensor) -> Tensor:
     """Sum over all ranks, in place; the tensor itself where there is one process."""
@@ -19,6 +21,18 @@ def all_max(tensor: Tensor) -> Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor
+
+
+def context_group(parts: int) -> ContextGroup:
+    """This rank's group of ``parts`` neighbours. All ranks call it."""
+    mine = None
+    for first in range(0, dist.get_world_size(), parts):
+        ranks = list(range(first, first + parts))
+        group = dist.new_group(ranks)
+        if dist.get_rank() in ranks:
+            mine = group
+    assert isinstance(mine, dist.ProcessGroup)
+    return ContextGroup(mine)
 
 
 class ControlGroup:

@@ -166,7 +166,15 @@ def training_data(config: Config, checkpoint: Checkpoint | None) -> SequenceData
         workers=config.data.workers,
         start=checkpoint.position.samples if checkpoint else 0,
         valid_samples=config.data.valid_samples,
+        context_parallel=config.trainer.context_parallel,
     )
+
+
+def _processes(config: Config) -> str:
+    kind, parts = "GPU" if on_cuda(config) else "CPU", config.trainer.context_parallel
+    if parts == 1:
+        return f"{config.processes} {kind} process(es)"
+    return f"{config.replicas} group(s) of {parts} {kind} processes that share sequences"
 
 
 def _summary(task: LanguageModelling, config: Config, run: Run, start: int) -> None:
@@ -179,8 +187,7 @@ def _summary(task: LanguageModelling, config: Config, run: Run, start: int) -> N
     lines = [
         f"model    {spec.parameter_count:,} parameters: {spec.depth} blocks, {spec.heads} heads, width {spec.dim}, "
         f"MLP {spec.ffn_dim}; {attention}; {config.model.objective}",
-        f"step     {step}, "
-        f"on {config.processes} {'GPU' if on_cuda(config) else 'CPU'} process(es) × {trainer.accumulate} batch(es)",
+        f"step     {step}, on {_processes(config)} × {trainer.accumulate} batch(es)",
         f"sharding {_SHARDING[trainer.strategy].format(trainer.zero_stage)}, {trainer.precision}",
         f"memory   {estimate(config, spec.vocabulary, on_cuda=on_cuda(config)).line()}",
         f"run      {run.path}, step {start} of {trainer.max_steps}",

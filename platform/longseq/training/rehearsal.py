@@ -82,9 +82,10 @@ class _Watch(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, task: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         assert isinstance(task, LanguageModelling)
         length = self.config.data.length if trainer.global_step else self.first_length
-        shape = self.config.batch_sequences, length
+        parts = self.config.trainer.context_parallel
+        shape = self.config.batch_sequences, -(-length // parts)
         tokens = torch.randint(vocabulary(self.config).ordinary, shape, device=task.device)
-        scored = tokens.numel() * trainer.accumulate_grad_batches
+        scored = tokens.numel() * parts * trainer.accumulate_grad_batches
         batch.clear()  # what the model gets, and not only what we see
         batch.update(tokens=tokens, targets=tokens, step_targets=torch.tensor(scored, device=task.device))
         if batch_idx % trainer.accumulate_grad_batches == 0:

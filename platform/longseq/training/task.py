@@ -14,9 +14,10 @@ from torch import Tensor
 from longseq.config import Config
 from longseq.data import vocabulary
 from longseq.models.performer import PerformerLM
-from longseq.training.collectives import all_sum
+from longseq.training.collectives import all_sum, context_group
 from longseq.training.optim import build_optimizer, build_schedule, follow_config
 from longseq.training.strategy import on_cuda
+from longseq_data.slices import sliced
 from longseq_data.vocabulary import IGNORE
 
 Batch = dict[str, Tensor]
@@ -44,6 +45,11 @@ class LanguageModelling(pl.LightningModule):
         self.judge_loss: Callable[[Tensor, Tensor], tuple[float, bool]] | None = None
         self.validated: tuple[int, float] | None = None  # step and loss of the last validation
 
+    def setup(self, stage: str) -> None:
+        parts = self.config.trainer.context_parallel
+        if parts > 1 and self.model.context is None:
+            self.model.set_context(context_group(parts))
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         step = self.trainer.global_step
         self.model.set_step(step)
@@ -59,8 +65,8 @@ class LanguageModelling(pl.LightningModule):
         # All targets of the optimiser step, over ranks and accumulated batches, so the step's gradient is that of the
         # mean over its targets however they are spread. What is multiplied by here is divided by elsewhere: by
         # DeepSpeed, which averages over ranks and accumulated batches, and by Lightning, over the latter once more; DDP
-        # averages over ranks alone.
-        targets = all_sum(batch["step_targets"].clone()).clamp(min=1)
+        # averages over ranks alone. Ranks that hold slices of the same samples all count the targets of all of them.
+        targets = (all_sum(batch["step_targets"].clone()) // self.config.trainer.context_parallel).clamp(min=1)
         settings = self.config.trainer
         divisions = 2 if settings.strategy == "deepspeed" else 1
         return loss_sum * (self.trainer.world_size * settings.accumulate**divisions / targets)
@@ -96,6 +102,9 @@ class LanguageModelling(pl.LightningModule):
         if "samples" in batch:  # a number that no device needs
             batch = dict(batch)
             self.samples = int(batch.pop("samples"))
+        context = self.model.context
+        if context is not None:
+            batch = sliced(batch, context.rank, context.size, self.pad)
         real = batch["tokens"] != self.pad
         return batch if bool(real.all()) else {**batch, "padding": real}
 

@@ -1,4 +1,4 @@
-"""Sequences computed in tiles: whatever the tile, the same loss and the same gradients, and nothing as long as the row."""
+"""Sequences computed in tiles: the same loss and gradients whatever the tile, and memory that hardly grows."""
 
 from __future__ import annotations
 
@@ -82,3 +82,78 @@ def test_tiles_change_neither_loss_nor_gradients(options, tile, carry):
     found = outcome(replace(spec, sequence_tile=tile, carry=carry), *rows())
     torch.testing.assert_close(found, wanted, rtol=2e-4, atol=2e-5)
     assert all(gradient.abs().max() > 0 for gradient in found[2].values())
+
+
+@pytest.mark.parametrize("carry", [True, False], ids=["carried", "by layer"])
+def test_tiles_see_padding_and_documents(carry):
+    tokens, targets = rows()
+    padding = torch.ones_like(tokens, dtype=torch.bool)
+    padding[1, 200:] = False
+    segments = torch.arange(LENGTH).expand(2, -1) // 100
+    for hidden in ({"padding": padding}, {"segments": segments}):
+        wanted = outcome(SPEC, tokens, targets, **hidden)
+        found = outcome(replace(SPEC, sequence_tile=64, carry=carry), tokens, targets, **hidden)
+        torch.testing.assert_close(found, wanted, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("carry", [True, False], ids=["carried", "by layer"])
+def test_dropout_falls_alike_when_a_tile_is_computed_again(carry):
+    """Else the gradient would be that of another network, and a step along it would gain something else."""
+    model, (tokens, targets) = build(replace(SPEC, dropout=0.3, sequence_tile=64, carry=carry)).double(), rows()
+
+    def loss() -> Tensor:
+        torch.manual_seed(7)
+        return model(tokens, targets=targets)[0]
+
+    before = loss()
+    before.backward()
+    steps = [(p, p.grad) for p in model.parameters()]
+    square = sum(g.square().sum().item() for _, g in steps)
+    with torch.no_grad():
+        for p, g in steps:
+            p -= 1.0 / square * g
+        assert (before - loss()).item() == pytest.approx(1.0, rel=0.05)
+
+
+def test_what_a_carried_step_keeps_does_not_grow_with_the_row():
+    spec = replace(SPEC, sequence_tile=64, features=4)
+
+    def most(length: int, carry: bool) -> int:
+        model, (tokens, targets) = build(replace(spec, carry=carry)), rows(length, 1)
+
+        def step() -> tuple[Tensor, ...]:
+            model(tokens, targets=targets)[0].backward()
+            return ()
+
+        return peak(step, tokens.device)[0]
+
+    stream = 4 * SPEC.dim * 4096  # bytes of one L × E tensor
+    assert most(4096 + 256, True) - most(256, True) < stream / 2
+    assert most(4096 + 256, False) - most(256, False) > (SPEC.depth + 1) * stream
+
+
+def test_the_head_scores_as_cross_entropy_does(monkeypatch):
+    monkeypatch.setattr("longseq.models.head.LOGITS", 1)  # tiles of 256 rows
+    torch.manual_seed(0)
+    head, x = Head(8, VOCABULARY), torch.randn(2, 331, 8, requires_grad=True)
+    _, targets = rows()
+    loss, correct = head(x, targets)
+    (loss * 3).backward()
+    found = loss.detach(), x.grad.clone(), head.weight.grad.clone()
+    x.grad = head.weight.grad = None
+    logits = head(x)
+    wanted = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    (wanted * 3).backward()
+    torch.testing.assert_close(found, (wanted.detach(), x.grad, head.weight.grad), rtol=1e-5, atol=1e-5)
+    assert correct == ((logits.argmax(-1) == targets) & (targets != IGNORE)).sum()
+
+
+def test_the_loss_never_holds_all_logits():
+    head, x, targets = Head(4, 4096), torch.randn(1, 40_960, 4), torch.zeros(1, 40_960, dtype=torch.long)
+
+    def score() -> tuple[Tensor, ...]:
+        x.requires_grad_()
+        head(x, targets)[0].backward()
+        return ()
+
+    assert peak(score, x.device)[0] < 4 * 40_960 * 4096 / 2

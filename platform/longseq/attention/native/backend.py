@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from longseq.attention.bidirectional import Total
 from longseq.attention.feature_maps import EPSILON, LEAST_POWER, FeatureMap, Generalised, PositiveExponential
 from longseq.attention.native import build
 from longseq.attention.parts import Part
-from longseq.attention.state import in_full_precision
+from longseq.attention.scan import Rows, ScanGradients, Scanned
+from longseq.attention.state import AttentionState, in_full_precision
 
 _LOG2E = math.log2(math.e)
 
@@ -53,9 +55,11 @@ def scan(
     return _Scan.apply(q, k, v, decay, hidden, runs, feature_map, delay, learns)
 
 
-def bidirectional_attention(q: Tensor, k: Tensor, v: Tensor, feature_map: FeatureMap, hidden: Tensor | None) -> Tensor:
+def bidirectional_attention(
+    q: Tensor, k: Tensor, v: Tensor, feature_map: FeatureMap, hidden: Tensor | None, total: Total | None = None
+) -> Tensor:
     """See :func:`longseq.attention.bidirectional.bidirectional_attention`."""
-    return _TwoPasses.apply(q, k, v, hidden, feature_map)
+    return _TwoPasses.apply(q, k, v, hidden, feature_map, total)
 
 
 def window_attention(
@@ -113,6 +117,12 @@ class _Inputs(ctypes.Structure):
     )
 
 
+class _States(ctypes.Structure):
+    """``States`` of state.hpp."""
+
+    _fields_ = (("sums", ctypes.c_void_p), ("log_scale", ctypes.c_void_p))
+
+
 class _Call:
     """The arguments that all kernels share, and the tensors that must live as long as they do."""
 
@@ -138,11 +148,14 @@ class _Call:
         pointers = (_address(x) for x in (self.q, self.k, self.v, hidden, runs, decay))
         self.inputs = _Inputs(*pointers, len(q))
 
-    def run(self, name: str, *tensors: Tensor | None, band: _Band | None = None) -> None:
+    def run(self, name: str, *more: Tensor | ctypes.Structure | None) -> None:
         function = getattr(build.library(), name)
         function.restype = None
-        structures = (x for x in (self.map, self.shape, self.inputs, band) if x is not None)
-        function(*map(ctypes.byref, structures), *map(_pointer, tensors), ctypes.c_int(torch.get_num_threads()))
+        arguments = (
+            ctypes.byref(x) if isinstance(x, ctypes.Structure) else _pointer(x)
+            for x in (self.map, self.shape, self.inputs, *more)
+        )
+        function(*arguments, ctypes.c_int(torch.get_num_threads()))
 
     def floats(self, name: str) -> int:
         """What a row of N keeps."""
@@ -173,6 +186,68 @@ def _pointer(x: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(_address(x))
 
 
+def _states(sums: Tensor, log_scale: Tensor | None) -> _States:
+    """Both contiguous, and to be kept alive."""
+    return _States(_address(sums), _address(log_scale))
+
+
+def scan_forward(rows: Rows, initial: AttentionState | None, learns: bool) -> Scanned:
+    """See :func:`longseq.attention.scan.scan_forward`."""
+    call, v = _of(rows), rows.v
+    out = torch.empty_like(call.v)
+    lse, inverse_den = v.new_empty(*v.shape[:2], 1), v.new_empty(*v.shape[:2], 1)
+    kept = v.new_empty(len(v), call.floats("longseq_scan_kept")) if learns else None
+    log_scale = v.new_empty(len(v), 1, 1)
+    given = None if initial is None else (initial.sums.contiguous(), initial.log_scale.contiguous())
+    state = None if given is None else _states(*given)
+    call.run("longseq_scan_forward", state, out, lse, inverse_den, kept, log_scale)
+    return Scanned(out, lse, inverse_den, () if kept is None else (kept,), log_scale)
+
+
+def scan_backward(
+    rows: Rows,
+    out: Tensor,
+    inverse_den: Tensor,
+    kept: Sequence[Tensor | None],
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    later: Tensor | None,
+    wants_decay: bool,
+) -> ScanGradients:
+    """See :func:`longseq.attention.scan.scan_backward`."""
+    call, v = _of(rows), rows.v
+    dout = torch.zeros_like(out) if dout is None else dout.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    later = None if later is None else later.contiguous()
+    dq, dk, dv = (torch.empty_like(x) for x in (call.q, call.k, call.v))
+    d_decay = torch.zeros_like(rows.decay, dtype=torch.float64) if rows.decay is not None and wants_decay else None
+    d_initial = v.new_empty(len(v), rows.feature_map.features, v.shape[-1] + 1)
+    states = None if later is None else _states(later, None), _states(d_initial, None)
+    call.run("longseq_scan_backward", *states, out, inverse_den, *kept, dout, dlse, dq, dk, dv, d_decay)
+    return ScanGradients(dq, dk, dv, None if d_decay is None else d_decay.to(v), d_initial)
+
+
+def sum_up(
+    x: Tensor, values: Tensor, last: Tensor | None, log_weight: Tensor | None, feature_map: FeatureMap
+) -> AttentionState:
+    """See :func:`longseq.attention.bidirectional.sum_up`."""
+    hidden = None
+    if log_weight is not None:
+        hidden = log_weight[..., 0] == -torch.inf
+        log_weight = log_weight.contiguous()
+    call = _Call(x, x, values, feature_map, hidden=hidden)
+    last = None if last is None else last.contiguous()
+    state = AttentionState(x.new_empty(len(x), feature_map.features, values.shape[-1] + 1), x.new_empty(len(x), 1, 1))
+    call.run("longseq_sum_up", _states(state.sums, state.log_scale), last, log_weight)
+    return state
+
+
+def _of(rows: Rows) -> _Call:
+    return _Call(
+        rows.q, rows.k, rows.v, rows.feature_map, delay=rows.delay, hidden=rows.hidden, runs=rows.runs, decay=rows.decay
+    )
+
+
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -187,51 +262,58 @@ class _Scan(torch.autograd.Function):
         delay: int,
         learns: bool,
     ) -> Part:
-        call = _Call(q, k, v, feature_map, delay=delay, hidden=hidden, runs=runs, decay=decay)
-        out = torch.empty_like(call.v)
-        lse, inverse_den = v.new_empty(*v.shape[:2], 1), v.new_empty(*v.shape[:2], 1)
-        kept = v.new_empty(len(v), call.floats("longseq_scan_kept")) if learns else None
-        call.run("longseq_scan_forward", out, lse, inverse_den, kept)
+        done = scan_forward(Rows(q, k, v, decay, hidden, runs, feature_map, delay), None, learns)
         ctx.feature_map, ctx.delay = feature_map, delay
-        ctx.save_for_backward(q, k, v, decay, hidden, runs, out, inverse_den, kept)
+        ctx.save_for_backward(q, k, v, decay, hidden, runs, done.out, done.inverse_den, *done.kept)
         ctx.set_materialize_grads(False)
-        return out, lse
+        return done.out, done.lse
 
     @staticmethod
     @in_full_precision
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, decay, hidden, runs, out, inverse_den, kept = ctx.saved_tensors
-        call = _Call(q, k, v, ctx.feature_map, delay=ctx.delay, hidden=hidden, runs=runs, decay=decay)
-        dout = torch.zeros_like(out) if dout is None else dout.contiguous()
-        dlse = None if dlse is None else dlse.contiguous()
-        dq, dk, dv = (torch.empty_like(x) for x in (call.q, call.k, call.v))
-        wanted = decay is not None and ctx.needs_input_grad[3]
-        d_decay = torch.zeros_like(decay, dtype=torch.float64) if wanted else None
-        call.run("longseq_scan_backward", out, inverse_den, kept, dout, dlse, dq, dk, dv, d_decay)
-        return dq, dk, dv, None if d_decay is None else d_decay.to(v), None, None, None, None, None
+        q, k, v, decay, hidden, runs, out, inverse_den, *kept = ctx.saved_tensors
+        rows = Rows(q, k, v, decay, hidden, runs, ctx.feature_map, ctx.delay)
+        grads = scan_backward(rows, out, inverse_den, kept, dout, dlse, None, ctx.needs_input_grad[3])
+        return grads.q, grads.k, grads.v, grads.decay, None, None, None, None, None
 
 
 class _TwoPasses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, feature_map: FeatureMap) -> Tensor:
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        hidden: Tensor | None,
+        feature_map: FeatureMap,
+        total: Total | None,
+    ) -> Tensor:
         call = _Call(q, k, v, feature_map, hidden=hidden)
         out, inverse_den = v.new_empty(*q.shape[:2], v.shape[-1]), v.new_empty(*q.shape[:2], 1)
-        kept = v.new_empty(len(v), call.floats("longseq_bidirectional_kept"))
-        call.run("longseq_bidirectional_forward", out, inverse_den, kept)
-        ctx.feature_map = feature_map
-        ctx.save_for_backward(q, k, v, hidden, out, inverse_den, kept)
+        state = AttentionState(v.new_empty(len(v), feature_map.features, v.shape[-1] + 1), v.new_empty(len(v), 1, 1))
+        call.run("longseq_sum_up", _states(state.sums, state.log_scale), None, None)
+        if total is not None:
+            state = total(state)()
+        call.run("longseq_bidirectional_read", _states(state.sums, state.log_scale), out, inverse_den)
+        ctx.feature_map, ctx.total = feature_map, total
+        ctx.save_for_backward(q, k, v, hidden, out, inverse_den, state.sums, state.log_scale)
         return out
 
     @staticmethod
     @in_full_precision
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, hidden, out, inverse_den, kept = ctx.saved_tensors
+        q, k, v, hidden, out, inverse_den, sums, log_scale = ctx.saved_tensors
         call = _Call(q, k, v, ctx.feature_map, hidden=hidden)
         dq, dk, dv = (torch.empty_like(x) for x in (call.q, call.k, call.v))
-        call.run("longseq_bidirectional_backward", out, inverse_den, kept, dout.contiguous(), dq, dk, dv)
-        return dq, dk, dv, None, None
+        dout, d_sums = dout.contiguous(), torch.empty_like(sums)
+        states = _states(sums, log_scale), _states(d_sums, None)
+        call.run("longseq_bidirectional_queries_vjp", *states, out, inverse_den, dout, dq)
+        if ctx.total is not None:  # all have the same log-scale
+            d_sums = ctx.total(AttentionState(d_sums, torch.zeros_like(log_scale)))().sums
+        call.run("longseq_bidirectional_keys_vjp", _states(d_sums, log_scale), dk, dv)
+        return dq, dk, dv, None, None, None
 
 
 class _Window(torch.autograd.Function):
@@ -250,7 +332,7 @@ class _Window(torch.autograd.Function):
         call = _Call(q, k, v, None, hidden=hidden, runs=runs, decay=decay)
         out, lse = torch.empty_like(call.v), v.new_empty(*v.shape[:2], 1)
         ctx.band = _Band(window, causal)
-        call.run("longseq_window_forward", out, lse, band=ctx.band)
+        call.run("longseq_window_forward", ctx.band, out, lse)
         ctx.save_for_backward(q, k, v, decay, hidden, runs, out, lse)
         ctx.set_materialize_grads(False)
         return out, lse
@@ -266,5 +348,5 @@ class _Window(torch.autograd.Function):
         dq, dk, dv = torch.empty_like(call.q), torch.zeros_like(call.k), torch.zeros_like(call.v)
         wanted = decay is not None and ctx.needs_input_grad[3]
         d_decay = torch.zeros_like(decay, dtype=torch.float64) if wanted else None
-        call.run("longseq_window_backward", out, lse, dout, dlse, dq, dk, dv, d_decay, band=ctx.band)
+        call.run("longseq_window_backward", ctx.band, out, lse, dout, dlse, dq, dk, dv, d_decay)
         return dq, dk, dv, None if d_decay is None else d_decay.to(v), None, None, None, None

@@ -39,54 +39,68 @@ void each_row(const FeatureMap* map, const Shape* shape, const Inputs* in, int t
 
 }  // namespace
 
-// Floats that the forward passes keep for each row of N.
+// Floats that a scan keeps for each row of N.
 EXPORTED int64_t longseq_scan_kept(const FeatureMap* map, const Shape* shape) {
     return groups(*shape) * State::size(map->features, shape->value_dim);
 }
 
-EXPORTED int64_t longseq_bidirectional_kept(const FeatureMap* map, const Shape* shape) {
-    return State::size(map->features, shape->value_dim);
-}
-
-EXPORTED void longseq_scan_forward(const FeatureMap* map, const Shape* shape, const Inputs* in, float* out, float* lse,
-                                   float* inverse_den, float* kept, int threads) {
+// `initial` and `log_scale` (N,) may be null.
+EXPORTED void longseq_scan_forward(const FeatureMap* map, const Shape* shape, const Inputs* in, const States* initial,
+                                   float* out, float* lse, float* inverse_den, float* kept, float* log_scale,
+                                   int threads) {
     const int64_t size = longseq_scan_kept(map, shape);
     each_row<Scan>(map, shape, in, threads, [&](Scan& scan, int64_t n) {
         const int64_t at = n * shape->length;
-        scan.forward(in->row(n, *shape, *map), out + at * shape->value_dim, lse + at, inverse_den + at,
-                     kept ? kept + n * size : nullptr);
+        scan.forward(in->row(n, *shape, *map), n, initial, out + at * shape->value_dim, lse + at, inverse_den + at,
+                     kept ? kept + n * size : nullptr, log_scale ? log_scale + n : nullptr);
     });
 }
 
-EXPORTED void longseq_scan_backward(const FeatureMap* map, const Shape* shape, const Inputs* in, const float* out,
-                                    const float* inverse_den, const float* kept, const float* dout, const float* dlse,
-                                    float* dq, float* dk, float* dv, double* d_decay, int threads) {
+// `later` and `d_initial` may be null.
+EXPORTED void longseq_scan_backward(const FeatureMap* map, const Shape* shape, const Inputs* in, const States* later,
+                                    const States* d_initial, const float* out, const float* inverse_den,
+                                    const float* kept, const float* dout, const float* dlse, float* dq, float* dk,
+                                    float* dv, double* d_decay, int threads) {
     const int64_t size = longseq_scan_kept(map, shape);
     each_row<Scan>(map, shape, in, threads, [&](Scan& scan, int64_t n) {
         const int64_t at = n * shape->length, x = at * map->head_dim, v = at * shape->value_dim;
-        scan.backward(in->row(n, *shape, *map), out + v, inverse_den + at, kept + n * size, dout + v,
-                      dlse ? dlse + at : nullptr, dq + x, dk + x, dv + v, d_decay ? d_decay + n : nullptr);
+        scan.backward(in->row(n, *shape, *map), n, later, d_initial, out + v, inverse_den + at, kept + n * size,
+                      dout + v, dlse ? dlse + at : nullptr, dq + x, dk + x, dv + v, d_decay ? d_decay + n : nullptr);
     });
 }
 
-EXPORTED void longseq_bidirectional_forward(const FeatureMap* map, const Shape* shape, const Inputs* in, float* out,
-                                            float* inverse_den, float* kept, int threads) {
-    const int64_t size = longseq_bidirectional_kept(map, shape);
+EXPORTED void longseq_sum_up(const FeatureMap* map, const Shape* shape, const Inputs* in, const States* to,
+                             const float* last, const float* log_weight, int threads) {
+    each_row<TwoPasses>(map, shape, in, threads, [&](TwoPasses& passes, int64_t n) {
+        const int64_t at = n * shape->length;
+        passes.sum_up(in->row(n, *shape, *map), n, last ? last + at : nullptr, log_weight ? log_weight + at : nullptr,
+                      *to);
+    });
+}
+
+EXPORTED void longseq_bidirectional_read(const FeatureMap* map, const Shape* shape, const Inputs* in,
+                                         const States* state, float* out, float* inverse_den, int threads) {
     each_row<TwoPasses>(map, shape, in, threads, [&](TwoPasses& passes, int64_t n) {
         const int64_t at = n * shape->queries;
-        passes.forward(in->row(n, *shape, *map), out + at * shape->value_dim, inverse_den + at, kept + n * size);
+        passes.read(in->row(n, *shape, *map), n, *state, out + at * shape->value_dim, inverse_den + at);
     });
 }
 
-EXPORTED void longseq_bidirectional_backward(const FeatureMap* map, const Shape* shape, const Inputs* in,
-                                             const float* out, const float* inverse_den, const float* kept,
-                                             const float* dout, float* dq, float* dk, float* dv, int threads) {
-    const int64_t size = longseq_bidirectional_kept(map, shape);
+EXPORTED void longseq_bidirectional_queries_vjp(const FeatureMap* map, const Shape* shape, const Inputs* in,
+                                                const States* state, const States* d_state, const float* out,
+                                                const float* inverse_den, const float* dout, float* dq, int threads) {
     each_row<TwoPasses>(map, shape, in, threads, [&](TwoPasses& passes, int64_t n) {
-        const int64_t q = n * shape->queries, k = n * shape->length;
-        passes.backward(in->row(n, *shape, *map), out + q * shape->value_dim, inverse_den + q, kept + n * size,
-                        dout + q * shape->value_dim, dq + q * map->head_dim, dk + k * map->head_dim,
-                        dv + k * shape->value_dim);
+        const int64_t q = n * shape->queries, v = q * shape->value_dim;
+        passes.queries_vjp(in->row(n, *shape, *map), n, *state, *d_state, out + v, inverse_den + q, dout + v,
+                           dq + q * map->head_dim);
+    });
+}
+
+EXPORTED void longseq_bidirectional_keys_vjp(const FeatureMap* map, const Shape* shape, const Inputs* in,
+                                             const States* d_state, float* dk, float* dv, int threads) {
+    each_row<TwoPasses>(map, shape, in, threads, [&](TwoPasses& passes, int64_t n) {
+        const int64_t k = n * shape->length;
+        passes.keys_vjp(in->row(n, *shape, *map), n, *d_state, dk + k * map->head_dim, dv + k * shape->value_dim);
     });
 }
 

@@ -23,9 +23,11 @@ class Scan : Kernel {
   public:
     using Kernel::Kernel;
 
-    void forward(const Row& in, float* out, float* lse, float* inverse_den, float* kept);
-    void backward(const Row& in, const float* out, const float* inverse_den, const float* kept, const float* dout,
-                  const float* dlse, float* dq, float* dk, float* dv, double* d_decay);
+    void forward(const Row& in, int64_t n, const States* initial, float* out, float* lse, float* inverse_den,
+                 float* kept, float* log_scale);
+    void backward(const Row& in, int64_t n, const States* later, const States* d_initial, const float* out,
+                  const float* inverse_den, const float* kept, const float* dout, const float* dlse, float* dq,
+                  float* dk, float* dv, double* d_decay);
 
   private:
     float* scores = nullptr;  // A (CHUNK, CHUNK)
@@ -77,7 +79,8 @@ inline void Scan::scale(Chunk& chunk, float before) {
 
 inline void Scan::scale_runs(const Row& in, int64_t start, Chunk& chunk, float before) {
     const int64_t keys = start - shape.delay, length = shape.length;
-    const auto run_of = [&](int64_t at) { return at < 0 ? -1 : in.runs[at < length ? at : length - 1]; };
+    // before the first key: an empty state, or one of the first position's document
+    const auto run_of = [&](int64_t at) { return in.runs[at < 0 ? 0 : at < length ? at : length - 1]; };
     const int32_t held = run_of(keys - 1), last = run_of(keys + CHUNK - 1);  // the state's document before and after
     const bool goes_on = held == last;
     float top = goes_on ? before : NOTHING;
@@ -119,12 +122,15 @@ inline void Scan::absorb_keys(const Chunk& chunk, State from, State to) {
     absorb(chunk.left, chunk.fk, rows, chunk.entering, from, to);
 }
 
-// Writes out (L, e), lse (L,), inverse_den (L,), and kept (groups, State::size) unless it is null.
-inline void Scan::forward(const Row& in, float* out, float* lse, float* inverse_den, float* kept) {
+// Writes out (L, e), lse (L,), inverse_den (L,), and kept (groups, State::size) and the last log-scale unless they are
+// null. `initial` may be null.
+inline void Scan::forward(const Row& in, int64_t n, const States* initial, float* out, float* lse, float* inverse_den,
+                          float* kept, float* log_scale) {
     start_again();
     scores = space.take(CHUNK * CHUNK);
     Chunk chunk = new_chunk();
     State state = empty_state();
+    if (initial) import_from(*initial, n, state);
     const int64_t size = State::size(m, e);
     float den[CHUNK], inverses[CHUNK];
     for (int64_t number = 0; number < chunks(shape.length); ++number) {
@@ -152,11 +158,15 @@ inline void Scan::forward(const Row& in, float* out, float* lse, float* inverse_
         absorb_keys(chunk, state, state);
         *state.c = next(in, chunk);
     }
+    // the last chunk was counted as a whole one
+    if (log_scale)
+        *log_scale = 0.69314718f * (*state.c + in.decay * static_cast<float>(chunks(shape.length) * CHUNK - shape.length));
 }
 
-// Writes dq, dk, dv, and adds to d_decay unless it is null; dlse may be null.
-inline void Scan::backward(const Row& in, const float* out, const float* inverse_den, const float* kept,
-                           const float* dout, const float* dlse, float* dq, float* dk, float* dv, double* d_decay) {
+// Writes dq, dk, dv, and d_initial unless it is null, and adds to d_decay unless it is null; dlse and later may be null.
+inline void Scan::backward(const Row& in, int64_t row_number, const States* later_, const States* d_initial,
+                           const float* out, const float* inverse_den, const float* kept, const float* dout,
+                           const float* dlse, float* dq, float* dk, float* dv, double* d_decay) {
     start_again();
     scores = space.take(CHUNK * CHUNK);
     const int64_t size = State::size(m, e);
@@ -165,6 +175,7 @@ inline void Scan::backward(const Row& in, const float* out, const float* inverse
     State states[GROUP];  // before each chunk of the group
     for (int n = 0; n < GROUP; ++n) chunks_[n] = new_chunk(), states[n] = new_state();
     State later = empty_state();  // R
+    if (later_) import_from(*later_, row_number, later);
     const float* weight = padded_weight();
     float *g = space.take(CHUNK * row), *reading = space.take(CHUNK * row), *turned = space.take(row * CHUNK),
           *d_scores = space.take(CHUNK * CHUNK), *d_scores_t = space.take(CHUNK * CHUNK), *d_phi = space.take(m * CHUNK);
@@ -237,4 +248,5 @@ inline void Scan::backward(const Row& in, const float* out, const float* inverse
             absorb(chunk.left, chunk.fq, reading, reading_den, later, later);
         }
     }
+    if (d_initial) export_to(*d_initial, row_number, later);
 }

@@ -32,6 +32,12 @@ struct State {
     }
 };
 
+// A state as Python holds it, for each row of N: sums (N, m, e + 1), their last column z, and log-scales (N,) in natural
+// units; null where there is none. Mirrored by backend.py.
+struct States {
+    float *sums, *log_scale;
+};
+
 inline int64_t chunks(int64_t length) { return (length + CHUNK - 1) / CHUNK; }
 
 // Scratch memory of one thread, taken again for every row.
@@ -102,6 +108,26 @@ class Kernel {
     void start_again() {
         space.start_again();
         rows = space.take(CHUNK * (row > x_row ? row : x_row));
+    }
+
+    // `state` becomes that of row n; without a log-scale its own stays.
+    void import_from(const States& from, int64_t n, State state) const {
+        const float* sums = from.sums + n * m * (e + 1);
+        for (int r = 0; r < m; ++r) {
+            for (int c = 0; c < row; ++c) state.s[r * row + c] = c < e ? sums[r * (e + 1) + c] : 0.0f;
+            state.z[r] = sums[r * (e + 1) + e];
+        }
+        if (from.log_scale) *state.c = from.log_scale[n] * 1.44269504f;
+    }
+
+    // The inverse.
+    void export_to(const States& to, int64_t n, State state) const {
+        float* sums = to.sums + n * m * (e + 1);
+        for (int r = 0; r < m; ++r) {
+            for (int c = 0; c < e; ++c) sums[r * (e + 1) + c] = state.s[r * row + c];
+            sums[r * (e + 1) + e] = state.z[r];
+        }
+        if (to.log_scale) to.log_scale[n] = *state.c * 0.69314718f;
     }
 
     State new_state() { return State::at(space.take(State::size(m, e)), m, e); }

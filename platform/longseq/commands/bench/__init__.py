@@ -1,8 +1,9 @@
 """Measure this machine: speed and memory against the length, side by side with the exact Transformer and peers.
 
-Every benchmark prints a table. ``attention``, ``step`` and ``features`` keep every raw number as JSON and a picture in
-a folder (--out), ``data`` without the picture; pictures need matplotlib (pip install 'longseq[bench]'). ``quality`` and
-``recall`` keep a JSON file a model. Ctrl-C keeps what was measured until then, but for ``features`` and ``data``.
+Every benchmark prints a table. ``attention``, ``step``, ``context`` and ``features`` keep every raw number as JSON and
+a picture in a folder (--out), ``data`` and ``needle`` without the picture; pictures need matplotlib (pip install
+'longseq[bench]'). ``quality`` and ``recall`` keep a JSON file a model. Ctrl-C keeps what was measured until then, but
+for ``features``, ``data`` and ``needle``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from longseq.commands.bench import data, features, learning, lengths, training
+from longseq.commands.bench import context, data, features, learning, lengths, training
 from longseq.errors import LongseqError
 
 
@@ -59,6 +60,16 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "recall": Benchmark(
         "associative recall at distances beyond the window", learning.recall_arguments, learning.run_recall
+    ),
+    "needle": Benchmark(
+        "what only a long context can know: values asked for 100,000 tokens later",
+        context.needle_arguments,
+        context.run_needle,
+    ),
+    "context": Benchmark(
+        "a sequence in slices on several processes: time, memory, bytes sent, and a model for GPUs",
+        context.context_arguments,
+        context.run_context,
     ),
     "data": Benchmark(
         "how fast data come: streamed and prepared, beside decompression alone", data.data_arguments, data.run_data

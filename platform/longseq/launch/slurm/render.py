@@ -95,12 +95,14 @@ def layouts(config: Config, nodes: int, min_nodes: int, devices: int) -> Mapping
     Raises:
         ConfigError: if a step cannot be shared among ``min_nodes``.
     """
-    samples, trainer = config.samples_per_step, config.trainer
-    most = math.ceil(samples / (nodes * devices * trainer.accumulate))  # sequences of a process in a batch
+    samples, trainer, parts = config.samples_per_step, config.trainer, config.trainer.context_parallel
+    most = math.ceil(samples * parts / (nodes * devices * trainer.accumulate))  # sequences of a process in a batch
     found: dict[int, Layout] = {}
     for there in range(min_nodes, nodes + 1):
         for used in range(there, min_nodes - 1, -1):
-            ranks, accumulate = used * devices, trainer.accumulate
+            if used * devices % parts:
+                continue
+            ranks, accumulate = used * devices // parts, trainer.accumulate
             while samples / (ranks * accumulate) > most or (
                 config.data.packing != "bucket" and samples % (ranks * accumulate)
             ):

@@ -44,7 +44,8 @@ class Utilisation(pl.Callback):
             self.peak = float(all_sum(torch.tensor(rate, dtype=torch.float64, device=task.device)))
 
     def on_train_batch_start(self, trainer: pl.Trainer, task: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        self.length, self.tokens = batch["tokens"].shape[1], batch["tokens"].numel()
+        parts = self.config.trainer.context_parallel
+        self.length, self.tokens = batch["tokens"].shape[1] * parts, batch["tokens"].numel()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -1,0 +1,238 @@
+"""``longseq bench needle``: what only a long context can know.
+
+Values are planted at the beginning of a long stretch of real text, one token each, and asked for at its end, ``gap``
+tokens later: at the key k the model must name the value that was planted with k. Everything between is text, of which
+nothing may be let through: an average over a hundred thousand tokens would drown four.
+
+One small model learns the task at short lengths first and goes on at longer ones. Beside it, a model whose context is
+``short`` tokens: the same weights after the lengths up to that, trained on with as many optimiser steps on the last
+``short`` tokens of the same long sequences. It knows the task, and cannot see the values: it can only guess.
+"""
+
+from __future__ import annotations
+
+import copy
+import gzip
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from longseq.errors import LongseqError
+from longseq.models.head import IGNORE
+from longseq.models.performer import PerformerLM
+from longseq.models.spec import PerformerSpec
+from longseq_data.synthetic import SyntheticSpec, synthesize
+
+_BYTES = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeedleRequest:
+    """The task, the lengths it is learned at, and the model."""
+
+    length: int = 131_072
+    gap: int = 102_400  # from the last value to the first question, at least
+    short: int = 4_096
+    keys: int = 4
+    values: int = 16
+    steps: int = 400  # at most, at each length
+    enough: float = 0.95  # the running accuracy at which a length is learned
+    step_tokens: int = 16_384  # of a step at the shorter lengths: 16,384 / length sequences
+    tested: int = 32  # sequences, of held-out text
+    dim: int = 64
+    depth: int = 2
+    heads: int = 2
+    features: int = 64
+    kernel: str = "softmax"
+    tile: int = 8_192
+    lr: float = 3e-3
+    seed: int = 0
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """From a few dozen tokens on four times as long each, through ``short`` to ``length``."""
+        lengths = [self.short]
+        while lengths[0] >= 256:
+            lengths.insert(0, lengths[0] // 4)
+        while lengths[-1] * 4 < self.length:
+            lengths.append(lengths[-1] * 4)
+        return (*lengths, self.length)
+
+    @property
+    def vocabulary(self) -> int:
+        """Bytes of text, values with their keys, keys."""
+        return _BYTES + self.keys * self.values + self.keys
+
+    def gap_at(self, length: int) -> int:
+        """The same share of a shorter sequence."""
+        return self.gap * length // self.length
+
+
+@dataclass(frozen=True)
+class Needle:
+    """What one model has learned, on sequences of the full length."""
+
+    context: int  # tokens it sees of them
+    accuracy: float
+    questions: int
+    steps: int
+    seconds: float
+
+
+def read_texts(paths: Sequence[Path]) -> Tensor:
+    """The bytes of text files, or the residues of FASTA files (plain or gzipped), one after the other: (n,) uint8.
+
+    Without files, those of synthetic proteins.
+
+    Raises:
+        LongseqError: for a file that cannot be read.
+    """
+    if not paths:
+        made = SyntheticSpec(families=64, records=8000)
+        return _joined([sequence.encode() for _, sequence in synthesize(made)])
+    parts = []
+    for path in paths:
+        try:
+            data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        except (OSError, EOFError) as error:
+            raise LongseqError(f"cannot read {path}: {error}.") from None
+        if data.startswith(b">"):
+            data = b"\n".join(b"".join(record.splitlines()[1:]) for record in data.split(b">")[1:])
+        parts.append(data)
+    return _joined(parts)
+
+
+def _joined(parts: Sequence[bytes]) -> Tensor:
+    return torch.frombuffer(bytearray(b"\n".join(parts)), dtype=torch.uint8)
+
+
+def sequences(
+    request: NeedleRequest, text: Tensor, length: int, rows: int, rng: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Token ids and targets (rows, length); targets are −100 but at the questions, the last ``keys`` positions."""
+    keys, values = request.keys, request.values
+    starts = torch.randint(len(text) - length + 1, (rows,), generator=rng)
+    ids = torch.stack([text[start : start + length] for start in starts.tolist()]).long()
+    room = length - keys - request.gap_at(length)
+    places = torch.rand(rows, room, generator=rng).argsort(1)[:, :keys]
+    planted = torch.randint(values, (rows, keys), generator=rng)
+    ids.scatter_(1, places, _BYTES + torch.arange(keys) * values + planted)
+    asked = torch.rand(rows, keys, generator=rng).argsort(1)
+    ids[:, -keys:] = _BYTES + keys * values + asked
+    targets = torch.full_like(ids, IGNORE)
+    targets[:, -keys:] = planted.gather(1, asked)
+    return ids, targets
+
+
+def measure(request: NeedleRequest, text: Tensor, tell: Callable[[str], None]) -> list[Needle]:
+    """Train both models, and test them on text that neither has seen.
+
+    Raises:
+        LongseqError: for too little text.
+    """
+    held_out = max(len(text) // 10, request.length + 1)
+    if len(text) < 2 * held_out:
+        raise LongseqError(
+            f"too little text: {len(text):,} characters, and --length {request.length} needs {2 * held_out:,}; give "
+            "more files or a shorter length."
+        )
+    train, test = text[:-held_out], text[-held_out:]
+    torch.manual_seed(request.seed)
+    model = PerformerLM(
+        PerformerSpec(
+            vocabulary=request.vocabulary,
+            dim=request.dim,
+            depth=request.depth,
+            heads=request.heads,
+            ffn_dim=4 * request.dim,
+            causal=True,
+            kernel=request.kernel,
+            features=request.features,
+            seed=request.seed,
+            sequence_tile=request.tile,
+        )
+    )
+    optimizer = _optimizer(request, model)
+    began, steps, short, found = time.monotonic(), 0, None, []
+    for length in request.lengths:
+        if short is None and length > request.short:
+            short, steps_before, seconds_before = copy.deepcopy(model), steps, time.monotonic() - began
+        steps += _learn(request, model, optimizer, train, length, length, request.steps, tell)
+    seconds = time.monotonic() - began
+    if short is not None:
+        again = time.monotonic()
+        more = steps - steps_before
+        _learn(request, short, _optimizer(request, short), train, request.length, request.short, more, tell, stop=False)
+        found.append(_test(request, short, test, request.short, steps, seconds_before + time.monotonic() - again))
+    found.append(_test(request, model, test, request.length, steps, seconds))
+    return found
+
+
+def table(request: NeedleRequest, found: Sequence[Needle]) -> str:
+    """Accuracy of both, beside chance."""
+    lines = [
+        f"{request.keys} values planted in the first {request.length - request.gap - request.keys:,} of "
+        f"{request.length:,} tokens and asked for at the end; {request.depth} layers of width {request.dim}",
+        f"{'context':>10}{'accuracy':>11}{'questions':>11}{'steps':>8}{'seconds':>9}",
+        *(
+            f"{needle.context:>10,}{needle.accuracy:>11.1%}{needle.questions:>11,}{needle.steps:>8,}"
+            f"{needle.seconds:>9,.0f}"
+            for needle in found
+        ),
+        f"{'chance':>10}{1 / request.values:>11.1%}",
+    ]
+    return "\n".join(lines)
+
+
+def numbers(request: NeedleRequest, found: Sequence[Needle]) -> dict[str, object]:
+    """Everything, for the JSON file."""
+    return {"request": asdict(request), "models": [asdict(needle) for needle in found], "chance": 1 / request.values}
+
+
+def _learn(
+    request: NeedleRequest,
+    model: PerformerLM,
+    optimizer: torch.optim.Optimizer,
+    text: Tensor,
+    length: int,
+    context: int,
+    steps: int,
+    tell: Callable[[str], None],
+    *,
+    stop: bool = True,
+) -> int:
+    """Train on sequences of ``length``, of which the model sees the last ``context``; the steps that it took."""
+    rng = torch.Generator().manual_seed(request.seed + length)
+    rows, right, step = max(1, request.step_tokens // length), 0.0, 0
+    for step in range(1, steps + 1):
+        ids, targets = sequences(request, text, length, rows, rng)
+        loss, correct = model(ids[:, -context:], targets=targets[:, -context:])
+        optimizer.zero_grad()
+        (loss / (rows * request.keys)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        right = 0.9 * right + 0.1 * correct.item() / (rows * request.keys)
+        if step % 10 == 0:
+            tell(f"{length:,} tokens, {context:,} of them seen: step {step}, accuracy {right:.1%}")
+        if stop and right > request.enough:
+            break
+    return step
+
+
+def _optimizer(request: NeedleRequest, model: PerformerLM) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=request.lr, betas=(0.9, 0.98), weight_decay=0.0)
+
+
+@torch.no_grad()
+def _test(request: NeedleRequest, model: PerformerLM, text: Tensor, context: int, steps: int, seconds: float) -> Needle:
+    rng = torch.Generator().manual_seed(request.seed + 1)
+    hits = 0
+    for _ in range(request.tested):
+        ids, targets = sequences(request, text, request.length, 1, rng)
+        hits += int(model(ids[:, -context:], targets=targets[:, -context:])[1])
+    questions = request.tested * request.keys
+    return Needle(context, hits / questions, questions, steps, seconds)
