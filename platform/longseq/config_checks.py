@@ -91,8 +91,8 @@ def check(config: Config) -> None:
         )
     if config.model.mask_scaling and trainer.context_parallel > 1:
         raise ConfigError(
-            f"model.mask_scaling=true and trainer.context_parallel={trainer.context_parallel}: a slice does not know how "
-            "much of its sequence is masked; set trainer.context_parallel=1."
+            f"model.mask_scaling=true and trainer.context_parallel={trainer.context_parallel}: a slice does not know "
+            "how much of its sequence is masked; set trainer.context_parallel=1."
         )
     _check_documents(config)
     _check_tokens(config)
