@@ -236,6 +236,9 @@ def _interleaved(parts: list[Chunk]) -> Chunk:
 
 def _through_buffer(spec: StreamSpec, epoch: int, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
     """Every document takes the place of one drawn from a buffer of ``shuffle_buffer``, or leaves at once."""
+    if spec.shuffle_buffer == 1:
+        yield from chunks
+        return
     buffer = _Buffer(spec.shuffle_buffer, generator(spec.seed, "shuffle", epoch))
     for chunk in chunks:
         out = buffer.exchange(chunk)

@@ -94,6 +94,11 @@ def check(config: Config) -> None:
             f"data.length={data.length} is more than the model has positions for (model.max_positions="
             f"{config.model.max_positions}): take a shorter length."
         )
+    if config.model.mask_scaling and trainer.context_parallel > 1:
+        raise ConfigError(
+            f"model.mask_scaling=true and trainer.context_parallel={trainer.context_parallel}: a slice does not know "
+            "how much of its sequence is masked; set trainer.context_parallel=1."
+        )
     _check_documents(config)
     _check_tokens(config)
     _check_trainer(config)

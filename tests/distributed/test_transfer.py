@@ -40,7 +40,7 @@ config: tiny.yaml
 groups: {UNI: [model.objective=causal]}
 variants:
   Transformer: [attention.kind=exact]
-  Performer: {set: [attention.kernel=relu], from: Transformer, steps: 0.5}
+  Performer: {set: [attention.kind=favor, attention.kernel=relu], from: Transformer, steps: 0.5}
 splits: [test, ood]
 curve: true
 """
@@ -50,7 +50,8 @@ curve: true
     assert ended.code == 0, ended.err
     found = {path.stem: json.loads(path.read_text()) for path in (folder / "two" / "results").glob("*.json")}
     teacher, student = found["uni-transformer-seed0"], found["uni-performer-seed0"]
-    assert student["splits"]["test"]["loss"] < student["before"]["test"]["loss"]  # it recovers
+    # Other attention than the weights were trained with costs something, and training on wins it back.
+    assert teacher["splits"]["test"]["loss"] < student["before"]["test"]["loss"] > student["splits"]["test"]["loss"]
     assert teacher["splits"]["test"]["targets"] == student["splits"]["test"]["targets"] > 0
     assert list(map(int, student["curve"])) == list(range(1, 11))
     table = (folder / "two" / "table.md").read_text()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from longseq.cli import main
-from longseq.config_loading import load_config
+from longseq.config_loading import load_config, save_config
 from longseq.errors import ConfigError, LongseqError
 from longseq.experiments.plan import read_plan
 from longseq.experiments.running import Interrupted, Settings, arguments, perform, trials
@@ -20,7 +20,7 @@ config: small.yaml
 groups: {UNI: [model.objective=causal], BID: [model.objective=masked]}
 variants:
   Transformer: [attention.kind=exact]
-  Performer (ReLU): {set: [attention.kernel=relu], from: Transformer, steps: 0.5}
+  Performer (ReLU): {set: [attention.kind=favor, attention.kernel=relu], from: Transformer, steps: 0.5}
 splits: [test]
 curve: true
 paper: {UNI: {Transformer: {test: [30.80, 9.37]}}}
@@ -46,7 +46,7 @@ class Recorder:
             given = dict(word.split("=", 1) for word in words[2:])
             folder = Path(given["run.dir"]) / given["run.name"]
             (folder / "tensorboard").mkdir(parents=True)
-            (folder / "config.yaml").write_text("{}")
+            save_config(load_config("small.yaml", words[2:], resolved=True), folder / "config.yaml")
         else:
             folder = Path(words[1])
         if trained == self.stop_at:
@@ -112,7 +112,8 @@ def test_a_variant_begins_with_the_weights_of_the_run_that_it_is_from(plan, sett
     fits = [call for call in recorder.calls if call[0] == "fit"]
     origin = next(word for word in fits[1] if word.startswith("model.init_from="))
     assert origin.endswith("/out/runs/uni-transformer-seed0")
-    before = [call for call in recorder.calls if call[0] == "evaluate" and "attention.kernel=relu" in call]
+    before = [call for call in recorder.calls if call[0] == "evaluate" and "attention.kind=favor" in call]
+    assert all("attention.kernel=relu" in call for call in before)
     assert [Path(call[1]).name for call in before] == ["uni-transformer-seed0", "bid-transformer-seed0"]
 
 

@@ -67,7 +67,7 @@ def recurrence(
     Returns:
         The sums, the first one in float64 rounded to fp32 at the end.
     """
-    learned = [p for p in parameters if p.requires_grad]
+    learned = [p for p in parameters if p.requires_grad] if torch.is_grad_enabled() else []  # none: no state is kept
     return _Recurrence.apply(piece, tiles(length, tile), device, random, *learned)
 
 

@@ -103,9 +103,9 @@ def run(args: argparse.Namespace) -> int:
                     unkept.append(f"{error.filename or source.folder}: {error.strerror or error}")
     finally:  # what is done is shown, whatever happens to the rest
         if reports:
-            print(json.dumps(reports[0] if len(targets) == 1 and len(reports) == 1 else reports, indent=2)) if (
-                args.json
-            ) else print(_text(reports, args, unkept))
+            alone = len(targets) == 1 and not args.all_checkpoints
+            printed = json.dumps(reports[0] if alone else reports, indent=2)
+            print(printed if args.json else _text(reports, args, unkept))
     if unkept:
         raise LongseqError(f"{unkept[0]}: the results above could not be kept there; make room and evaluate again.")
     return 0

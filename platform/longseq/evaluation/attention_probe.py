@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from longseq.attention import FavorAttention, exact_attention
+from longseq.attention import FavorAttention, SlicedDocuments, exact_attention
 from longseq.models.layers import Block
 from longseq.models.performer import PerformerLM
 
@@ -107,8 +107,9 @@ def _mix(
     k: Tensor,
     v: Tensor,
     padding: Tensor | None,
-    segments: Tensor | None,
+    segments: Tensor | SlicedDocuments | None,
 ) -> Tensor:
+    assert not isinstance(segments, SlicedDocuments)  # whole sequences
     look(attention, q, k, v, segments)
     return FavorAttention.mix(attention, q, k, v, padding, segments)
 

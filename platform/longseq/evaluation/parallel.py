@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from longseq.allocator import keep_freed_memory
 from longseq.errors import LongseqError
 from longseq.evaluation.request import Request, batch_sequences, samples_of
 from longseq.evaluation.tally import Tally
@@ -56,8 +57,12 @@ def of_this_process(
     request: Request, rank: int, world: int, device: str | None, progress: Progress
 ) -> Iterator[tuple[int, int, Tally]]:
     """This process's share of everything."""
+    import torch
+
     from longseq.evaluation.scoring import score
 
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     for number in range(len(request.folders)):
         source = request.source(number)
         model = source.load(device)
@@ -87,7 +92,9 @@ def failure_path(place: Path, rank: int) -> Path:
 
 def _start(place: Path, rank: int, world: int, port: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "longseq.evaluation.worker", str(place)]
-    return subprocess.Popen(command, env=environment_of(rank, world, port), stdin=subprocess.DEVNULL)
+    # In a session of its own: a Ctrl-C is for the parent, which ends them.
+    environment = environment_of(rank, world, port)
+    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
 def _wait(files: Sequence[Path], processes: Sequence[subprocess.Popen[bytes]], place: Path) -> None:

@@ -10,7 +10,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from longseq.errors import EXIT_GO_ON, LongseqError
 from longseq.experiments.plan import Plan, Variant, slug
 from longseq.run import Run
 
+_LEARNED = ("qk_norm", "learned_share", "learned_decay")
 Command = Callable[[Sequence[str]], int]
 
 
@@ -93,10 +94,8 @@ def perform(plan: Plan, settings: Settings, command: Command, tell: Callable[[st
         found: dict[str, Any] = {"group": trial.group, "variant": trial.variant.name, "seed": trial.seed}
         found["splits"] = _scores(plan, settings, _folder(settings, trial), (), command)
         if trial.variant.origin:
-            # The weights as they came, under the attention that is to be trained.
-            changes = tuple(word for word in trial.variant.overrides if word.startswith("attention."))
             origin = _folder(settings, _origin(plan, trial))
-            found["before"] = _scores(plan, settings, origin, changes, command)
+            found["before"] = _scores(plan, settings, origin, _attention(_folder(settings, trial), origin), command)
         curves = read_curves(_folder(settings, trial) / "tensorboard")
         found["curve"] = {str(step): value for step, value in curves.get("valid/accuracy", {}).items()}
         aside = kept.with_suffix(".partial")
@@ -138,6 +137,15 @@ def _train(plan: Plan, settings: Settings, trial: Trial, command: Command) -> No
     going_on = (folder / "config.yaml").exists()
     code = command(["resume", str(folder)] if going_on else ["fit", *arguments(plan, settings, trial)])
     _check(code, trial.name)
+
+
+def _attention(run: Path, origin: Path) -> tuple[str, ...]:
+    """What makes of the attention of ``origin`` that of ``run``, but for what only training can add: for a look at the
+    weights before they were trained on."""
+    new, old = (asdict(Run.open(path).config().attention) for path in (run, origin))
+    return tuple(
+        f"attention.{name}={value}" for name, value in new.items() if value != old[name] and name not in _LEARNED
+    )
 
 
 def _scores(

@@ -43,16 +43,15 @@ def _ours(plan: Plan, found: Found) -> str:
 
 def _curves(plan: Plan, found: Found) -> str:
     """Validation accuracy in per cent against the step, a column a variant and group."""
-    curves: dict[str, dict[int, list[float]]] = {}
+    curves: dict[tuple[str, str], dict[int, list[float]]] = {}
     for r in found.values():
-        points = curves.setdefault(
-            f"{r['variant']}{f', {group}' if len(plan.groups) > 1 and (group := r['group']) else ''}", {}
-        )
+        points = curves.setdefault((r["variant"], r["group"]), {})
         for step, value in r["curve"].items():
             points.setdefault(int(step), []).append(100 * value)
-    order = [name for variant in plan.variants for name in curves if name == variant or name.startswith(f"{variant}, ")]
+    order = [(name, group) for group in plan.groups for name in plan.variants if (name, group) in curves]
+    heads = [f"{name}, {group}" if len(plan.groups) > 1 else name for name, group in order]
     steps = sorted({step for points in curves.values() for step in points})
-    rows = [["validation accuracy %, step", *order]]
+    rows = [["validation accuracy %, step", *heads]]
     rows += [[f"{step:,}", *(_mean(curves[name].get(step, [])) for name in order)] for step in steps]
     return _table(rows) if steps else ""
 

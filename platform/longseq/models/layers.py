@@ -40,11 +40,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(spec.dropout)
 
     def forward(
-        self,
-        x_BLE: Tensor,
-        padding: Tensor | None,
-        segments: Tensor | SlicedDocuments | None,
-        rotary: Tensor | None,
+        self, x_BLE: Tensor, padding: Tensor | None, segments: Tensor | SlicedDocuments | None, rotary: Tensor | None
     ) -> Tensor:
         """x (B, L, E); padding (B, L) bool, True where a token is real; segments (B, L) integers; or None."""
         tile = self.tile if self.tile < x_BLE.shape[1] else 0

@@ -86,12 +86,13 @@ class PerformerLM(nn.Module):
         if self.context is None:
             positions = _positions(tokens, padding, segments)
         else:
-            documents = sliced = None if segments is None else self.context.documents(segments)
-            positions = _positions_of_slice(tokens, sliced, self.context)
+            sliced = None if segments is None else self.context.documents(segments)
+            documents, positions = sliced, _positions_of_slice(tokens, sliced, self.context)
         x = self._embed(tokens, positions, padding)  # (B, L, E)
         rotary = self._rotary(positions)
         recompute = self.spec.activation_checkpointing or 0 < self.spec.tile < tokens.shape[1]
-        if recompute and torch.is_grad_enabled() and not x.requires_grad:
+        recompute = recompute and torch.is_grad_enabled()
+        if recompute and not x.requires_grad:
             x.requires_grad_()  # a frozen embedding: reentrant checkpoints give gradients only if their input wants one
         for block in self.blocks:
             if recompute and self.training:
@@ -259,6 +260,15 @@ def _positions(tokens: Tensor, padding: Tensor | None, segments: Tensor | None) 
     return positions
 
 
+def _scaled(x: Tensor, masked: Tensor, padding: Tensor | None) -> Tensor:
+    """ESM's "token dropout" (Rives et al. 2021; Lin et al. 2023, ESM-2): masked tokens embed as 0, and all others are
+    scaled as dropout at 12 %, the share of MASK in ESM's training, would scale them beside the share that there is."""
+    real = torch.ones_like(masked) if padding is None else padding
+    share = (masked & real).sum(1) / real.sum(1).clamp(min=1)
+    scale = (1 - 0.15 * 0.8) / (1 - share).clamp(min=1e-6)
+    return (x.masked_fill(masked[..., None], 0.0) * scale[:, None, None]).to(x.dtype)
+
+
 def _positions_of_slice(tokens: Tensor, documents: SlicedDocuments | None, context: ContextGroup) -> Tensor:
     """The same for a slice of a sequence."""
     if documents is None:
@@ -268,15 +278,6 @@ def _positions_of_slice(tokens: Tensor, documents: SlicedDocuments | None, conte
     segments = documents.segments
     begun = (segments == segments[:, :1]).cumprod(1)  # still in the document that the slice begins in
     return positions + begun * documents.before[context.rank][:, None]
-
-
-def _scaled(x: Tensor, masked: Tensor, padding: Tensor | None) -> Tensor:
-    """ESM's "token dropout" (Rives et al. 2021; Lin et al. 2023, ESM-2): masked tokens embed as 0, and all others are
-    scaled as dropout at 12 %, the share of MASK in ESM's training, would scale them beside the share that there is."""
-    real = torch.ones_like(masked) if padding is None else padding
-    share = (masked & real).sum(1) / real.sum(1).clamp(min=1)
-    scale = (1 - 0.15 * 0.8) / (1 - share).clamp(min=1e-6)
-    return (x.masked_fill(masked[..., None], 0.0) * scale[:, None, None]).to(x.dtype)
 
 
 def _leading(padding: Tensor) -> Tensor:
