@@ -38,10 +38,24 @@ def test_two_nodes_of_two_tasks_train_as_one_process_does(login: Login, here: Ca
     for tag in ("train/loss", "valid/loss"):
         assert largest_difference(curve(run, tag), curve(one, tag)) < 1e-4
 
+    said = login.type("submit", run, "--job=evaluate", "--site=site.yaml", "data.test=proteins.fasta").split()
+    assert login.cluster.wait_for(said[said.index("job") + 1], *ENDED) == "COMPLETED"
+    assert "perplexity" in (login.folder / said[said.index("log") + 1]).read_text()
+    assert len(list((run / "evaluations").glob("*.json"))) == 1
+
     state = json.loads(login.type("status", run, "--json"))
     assert (state["state"], state["step"], state["starts"]) == ("FINISHED", 20, 1)
     assert state["loss"] == pytest.approx(curve(run, "train/loss")[20], rel=1e-4)
     assert state["tokens_per_second"] > 0
+
+
+def test_a_corpus_is_prepared_by_a_job(login: Login) -> None:
+    (login.folder / "corpus.yaml").write_text("sources: [proteins.fasta]\noutput: corpus\nvalid_fraction: 0.1\n")
+    said = login.type("submit", "corpus.yaml", "--job=prepare", "--site=site.yaml", "test_fraction=0.1").split()
+    log = login.folder / said[said.index("log") + 1]
+    assert login.cluster.wait_for(said[said.index("job") + 1], *ENDED) == "COMPLETED", log.read_text()
+    assert (login.folder / "corpus/manifest.json").exists(), log.read_text()
+    assert "200" in login.type("data", "inspect", "corpus")
 
 
 def test_a_sweep_of_four_trains_four_runs(login: Login) -> None:

@@ -90,7 +90,7 @@ class _Job:
     """What is submitted at once."""
 
     script: str
-    place: Path  # where the script is kept, without its ending
+    place: Path  # where the script is kept, and the log of a job that trains nothing, without their ending
     runs: tuple[Run, ...] = ()
     array: bool = False
 
@@ -267,7 +267,9 @@ def _submit(args: argparse.Namespace, jobs: list[_Job], memory: str = "") -> int
     print(f"job     {', '.join(ids)}")
     runs = jobs[0].runs
     if not runs:
-        print(f"script  {as_typed(jobs[0].place.with_name(f'{jobs[0].place.name}-{ids[0]}.sbatch'))}")
+        kept = jobs[0].place.with_name(f"{jobs[0].place.name}-{ids[0]}")
+        print(f"script  {as_typed(kept.with_name(f'{kept.name}.sbatch'))}")
+        print(f"log     {as_typed(kept.with_name(f'{kept.name}.log'))}")
         return 0
     print(f"run     {as_typed(runs[0].path)}{f' to {runs[-1].path.name}' if len(runs) > 1 else ''}")
     print(f"memory  {memory}")

@@ -112,7 +112,7 @@ class _Watch(pl.Callback):
 
 
 def all_reduce_rate(device: torch.device) -> float:
-    """Bytes a second of an all-reduce of 64 MiB over all ranks; 0 for one process.
+    """Bytes a second of an all-reduce of 64 MiB over all ranks, the same on all of them; 0 for one process.
 
     Raises:
         LongseqError: if the sum is not that of all ranks.
@@ -129,4 +129,7 @@ def all_reduce_rate(device: torch.device) -> float:
         times.append(now(device) - began)
         if not bool((message == dist.get_world_size()).all()):
             raise LongseqError("an all-reduce gave a wrong sum: the network or a device is damaged.")
-    return _MESSAGE / min(times)
+    # What is decided by it is decided by all: the slowest rank's time.
+    slowest = torch.tensor(min(times), dtype=torch.float64, device=device)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return _MESSAGE / float(slowest)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -90,3 +95,50 @@ def test_a_rank_that_reaches_nobody_says_so():
     alone = Place.of_slurm({**TASK, "SLURM_JOB_ID": "47"})
     (said,) = said_by([alone], [Limits(seconds=1)])
     assert said.startswith("node2: rank 3 cannot reach rank 0 at 127.0.0.1:")
+
+
+THREE_NODES = """
+import sys, time
+import torch
+import torch.distributed as dist
+from longseq.launch.slurm.place import Limits, Place
+from longseq.launch.slurm.preflight import UnfitError, meet
+
+rank = int(sys.argv[1])
+real = time.time
+time.time = lambda: real() + 100 * (rank == 1)
+cases = Limits(), Limits(clock_seconds=1000, gb_a_second=1e6), Limits(clock_seconds=1000)
+for port, limits in zip(map(int, sys.argv[2:]), cases):
+    try:
+        meet(Place(rank, 0, 3, ("node1", "node2", "node3"), "127.0.0.1", port), torch.device("cpu"), limits)
+        print("fit", flush=True)
+    except UnfitError as error:
+        print(error, flush=True)
+    dist.destroy_process_group()
+"""
+
+
+def test_a_clock_that_is_off_and_a_slow_network_are_named_with_their_node():
+    ports = free_ports(3)
+    command = [sys.executable, "-c", THREE_NODES]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [
+        subprocess.Popen([*command, str(rank), *ports], env=environment, stdout=subprocess.PIPE, text=True)
+        for rank in range(3)
+    ]
+    said = [process.communicate(timeout=120)[0].splitlines() for process in ranks]
+    assert said[0] == said[1] == said[2]
+    off, slow, fit = said[0]
+    assert off.startswith("node2: its clock is +100 s away from node")
+    assert off.endswith("(preflight_clock_seconds=30).")
+    assert ": an all-reduce runs at " in slow
+    assert "(preflight_gb_a_second=1e+06). Each with node1 alone: node" in slow
+    assert fit == "fit"
+
+
+def free_ports(count: int) -> list[str]:
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [str(one.getsockname()[1]) for one in sockets]
