@@ -17,16 +17,15 @@ import numpy as np
 import numpy.typing as npt
 
 from .fasta import PRINTABLE, UNKNOWN_BYTE, Record, _line_of, parse_records
-from .gunzip import Gunzip, ahead
 from .proteins import read_proteins
 from .sources import open_binary, reading_error
 from .vocabulary import EOS, TABLE
 
-READ_SIZE = 1 << 19  # decompressed at once, and parsed while the next is
+READ_SIZE = 1 << 19  # parsed at once: what stays in a core's cache
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
-# A line break, and a header whose identifier stands at once after the '>'.
-HEADER = re.compile(rb"\n>([!-~][^\n]*)\n")
+# A line that is a header whose identifier stands at once after the '>'.
+HEADER = re.compile(rb">(?<![^\n]>)([!-~][^\n]*)\n")
 LINE_FEED = ord("\n")
 MARK = b">"  # between sequences: none of them holds one
 EOS_BYTE = bytes([EOS])
@@ -125,24 +124,21 @@ def _texts(handle: io.BufferedReader, source: str) -> Generator[tuple[bytes, int
     rest: list[bytes] = []
     line = 1
     pieces = _with_line_feeds(handle)
-    if isinstance(handle.raw, Gunzip):
-        pieces = ahead(pieces)
     problem: Exception | None = None
-    with closing(pieces):
-        while True:
-            try:
-                piece = next(pieces, None)
-            except Exception as error:  # gzip's, the network's, or those of a filesystem plugin
-                piece, problem = None, error
-            if piece is None:
-                break
-            border = piece.rfind(b"\n>")
-            if border < 0 and not (rest and rest[-1].endswith(b"\n") and piece.startswith(b">")):
-                rest.append(piece)
-                continue
-            text, rest = b"".join([*rest, piece[: border + 1]]), [piece[border + 1 :]]
-            yield text, line
-            line += _line_breaks(text)
+    while True:
+        try:
+            piece = next(pieces, None)
+        except Exception as error:  # gzip's, the network's, or those of a filesystem plugin
+            piece, problem = None, error
+        if piece is None:
+            break
+        border = piece.rfind(b"\n>")
+        if border < 0 and not (rest and rest[-1].endswith(b"\n") and piece.startswith(b">")):
+            rest.append(piece)
+            continue
+        text, rest = b"".join([*rest, memoryview(piece)[: border + 1]]), [piece[border + 1 :]]
+        yield text, line
+        line += _line_breaks(text)
     text = b"".join(rest)
     if problem is None:
         yield text, line
@@ -175,15 +171,16 @@ def plain_ids(text: bytes, deleted: bytes, with_headers: bool) -> tuple[list[byt
     """
     headers: list[bytes] = []
     if with_headers:
-        parts = HEADER.split(b"\n" + text)
+        parts = HEADER.split(text)
         headers = parts[1::2]
         sequences, count = MARK.join(parts[::2]), len(headers)
     else:
-        sequences, count = HEADER.subn(MARK, b"\n" + text)
+        sequences, count = HEADER.subn(MARK, text)
     ids = sequences.translate(MARKED_TABLE, deleted)
     if not ids.startswith(EOS_BYTE) or UNKNOWN_BYTE in ids or b"".join(headers).translate(None, WHITE):
         return None
-    items = ids[1:].split(EOS_BYTE)
+    items = ids.split(EOS_BYTE)
+    del items[0]  # before the first mark
     return (items, headers) if len(items) == count and b"" not in items else None
 
 
