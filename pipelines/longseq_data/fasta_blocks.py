@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import re
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import ClassVar, NamedTuple
 
@@ -107,11 +107,8 @@ def _blocks(source: str) -> Generator[tuple[bytes, int, Chunk], None, None]:
     """(text of whole records that begins with '>', its first line, nothing), or (nothing, 0, records) of what is no
     FASTA."""
     with open_binary(source, "FASTA") as handle:
-        head = handle.peek(4)[:4]
-        plain = head.removeprefix(BYTE_ORDER_MARK).startswith(b">")
+        plain = begins_with_record(handle)
         if plain:
-            if not head.startswith(b">"):
-                handle.read(len(BYTE_ORDER_MARK))
             with closing(_texts(handle, source)) as texts:
                 for text, line in texts:
                     yield text, line, []
@@ -123,7 +120,7 @@ def _blocks(source: str) -> Generator[tuple[bytes, int, Chunk], None, None]:
 def _texts(handle: io.BufferedReader, source: str) -> Generator[tuple[bytes, int], None, None]:
     rest: list[bytes] = []
     line = 1
-    pieces = _with_line_feeds(handle)
+    pieces = with_line_feeds(iter(lambda: handle.read1(READ_SIZE), b""))
     problem: Exception | None = None
     while True:
         try:
@@ -150,10 +147,19 @@ def _line_breaks(text: bytes) -> int:
     return int(np.count_nonzero(np.frombuffer(text, dtype=np.uint8) == LINE_FEED))  # faster than bytes.count
 
 
-def _with_line_feeds(handle: io.BufferedReader) -> Generator[bytes, None, None]:
-    """The text in pieces as they come, where CRLF and CR have become LF."""
+def begins_with_record(handle: io.BufferedReader) -> bool:
+    """Whether a file is plain FASTA; if so, a byte order mark before the first '>' is skipped."""
+    head = handle.peek(4)[:4]
+    plain = head.removeprefix(BYTE_ORDER_MARK).startswith(b">")
+    if plain and not head.startswith(b">"):
+        handle.read(len(BYTE_ORDER_MARK))
+    return plain
+
+
+def with_line_feeds(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The same text, where CRLF and CR have become LF."""
     held = b""  # a CR at the end of a piece may be the first half of a CRLF
-    while piece := handle.read1(READ_SIZE):
+    for piece in pieces:
         if held or b"\r" in piece:
             piece = held + piece
             held = b"\r" if piece.endswith(b"\r") else b""

@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 
 from .errors import DataError
 from .fasta import KNOWN, UNKNOWN_BYTE, UNKNOWN_TO_X, Record, _line_of, parse_records
-from .fasta_blocks import plain_ids
+from .fasta_blocks import begins_with_record, plain_ids, with_line_feeds
 from .proteins import read_proteins
 from .sources import open_binary, reading_error
 from .vocabulary import LETTERS, PROTEIN, TABLE, Vocabulary
@@ -26,7 +26,6 @@ PARSED = 1 << 19  # bytes of a block that are parsed at once
 LONGEST = 1 << 30  # bytes of one record; beyond, memory would end before the file does
 TAXID = re.compile(r"\b(?:TaxID|OX)=(-?\d+)")
 NO_TAXID = -1
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SPACES = b"\n "
 
 
@@ -92,11 +91,11 @@ def cut(
 
     lines = 0
     with open_binary(source, "FASTA", watch) as handle:
-        head = handle.peek(4)[:4].removeprefix(BYTE_ORDER_MARK)
-        if not head.startswith(b">"):
+        if not begins_with_record(handle):
             return
         try:
-            for text in _pieces(_with_line_feeds(handle), source, block_bytes):
+            pieces = with_line_feeds(iter(lambda: handle.read(READ_SIZE), b""))  # the same ones, however a source comes
+            for text in _pieces(pieces, source, block_bytes):
                 yield Block(source, stored.blocks, lines + 1, text, zlib.crc32(text))
                 stored.blocks += 1
                 lines += text.count(b"\n")
@@ -124,22 +123,6 @@ def checksum(source: str) -> Stored:
             raise reading_error(source, None, error) from error
     stored.sha256 = digest.hexdigest()
     return stored
-
-
-def _with_line_feeds(handle: io.BufferedReader) -> Iterator[bytes]:
-    """The text in pieces, where CRLF and CR have become LF."""
-    held = b""  # a CR at the end of a piece may be the first half of a CRLF
-    first = True
-    while piece := handle.read(READ_SIZE):
-        if first:
-            piece, first = piece.removeprefix(BYTE_ORDER_MARK), False
-        if held or b"\r" in piece:
-            piece = held + piece
-            held = b"\r" if piece.endswith(b"\r") else b""
-            piece = piece[: len(piece) - len(held)].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        yield piece
-    if held:
-        yield b"\n"
 
 
 def _pieces(texts: Iterable[bytes], source: str, block_bytes: int) -> Iterator[bytes]:
