@@ -89,20 +89,12 @@ def cut(
         if progress is not None:
             progress(len(piece))
 
-    lines = 0
     with open_binary(source, "FASTA", watch) as handle:
         if not begins_with_record(handle):
             return
-        try:
-            pieces = with_line_feeds(iter(lambda: handle.read(READ_SIZE), b""))  # the same ones, however a source comes
-            for text in _pieces(pieces, source, block_bytes):
-                yield Block(source, stored.blocks, lines + 1, text, zlib.crc32(text))
-                stored.blocks += 1
-                lines += text.count(b"\n")
-        except DataError:
-            raise
-        except Exception as error:  # gzip's, the network's, or those of a filesystem plugin
-            raise reading_error(source, lines, error) from error
+        for text, first_line in _texts(with_line_feeds(_even(handle)), source, block_bytes):
+            yield Block(source, stored.blocks, first_line, text, zlib.crc32(text))
+            stored.blocks += 1
     stored.sha256 = digest.hexdigest()
 
 
@@ -125,27 +117,49 @@ def checksum(source: str) -> Stored:
     return stored
 
 
-def _pieces(texts: Iterable[bytes], source: str, block_bytes: int) -> Iterator[bytes]:
-    """The same text, cut before a '>' that begins a line."""
+def _even(handle: io.BufferedReader) -> Iterator[bytes]:
+    """Pieces of READ_SIZE, so that blocks do not depend on how a source comes; the last one, also before an error, is
+    shorter."""
+    held = bytearray()
+    try:
+        while piece := handle.read1(READ_SIZE - len(held)):
+            held += piece
+            if len(held) == READ_SIZE:
+                yield bytes(held)
+                held.clear()
+    except Exception:
+        yield bytes(held)
+        raise
+    yield bytes(held)
+
+
+def _texts(pieces: Iterable[bytes], source: str, block_bytes: int) -> Iterator[tuple[bytes, int]]:
+    """(text that ends before a '>' that begins a line, the number of its first line)."""
     buffer = bytearray()
-    searched = 0
-    for text in texts:
-        buffer += text
-        if len(buffer) < block_bytes + searched:
-            continue
-        border = buffer.rfind(b"\n>", searched)
-        if border < 0:
-            if len(buffer) > LONGEST:
-                raise DataError(
-                    f"{source}: a record is longer than {LONGEST >> 20:,} MiB; check that the file is FASTA, or cut it."
-                )
-            searched = len(buffer) - 1
-            continue
-        yield bytes(buffer[: border + 1])
-        del buffer[: border + 1]
-        searched = 0
+    searched, line = 0, 1
+    try:
+        for piece in pieces:
+            buffer += piece
+            if len(buffer) < block_bytes + searched:
+                continue
+            border = buffer.rfind(b"\n>", searched)
+            if border < 0:
+                if len(buffer) > LONGEST:
+                    most = f"{LONGEST >> 20:,} MiB"
+                    raise DataError(f"{source}: a record is longer than {most}; check that it is FASTA, or cut it.")
+                searched = len(buffer) - 1
+                continue
+            text = bytes(buffer[: border + 1])
+            yield text, line
+            line += text.count(b"\n")
+            del buffer[: border + 1]
+            searched = 0
+    except DataError:
+        raise
+    except Exception as error:  # gzip's, the network's, or those of a filesystem plugin
+        raise reading_error(source, line - 1 + buffer.count(b"\n"), error) from error
     if buffer:
-        yield bytes(buffer)
+        yield bytes(buffer), line
 
 
 @dataclass
