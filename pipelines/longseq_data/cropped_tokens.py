@@ -15,11 +15,10 @@ import numpy.typing as npt
 from .corpus_cuts import residues_of
 from .fasta import Encoder
 from .fasta_blocks import EOS_BYTE
-from .joined_tokens import endless
 from .masking import mask_rows, masked_counts
 from .randomness import uniforms
 from .sharing import Arrays, MakeBatch, Share, filler
-from .shuffling import Chunk
+from .shuffling import Chunk, endless, shuffled_tokens
 from .vocabulary import BOS, IGNORE, PAD, PROTEIN
 
 if TYPE_CHECKING:
@@ -103,7 +102,7 @@ def _steps(spec: StreamSpec, skip: int, step: int) -> Iterator[Chunk]:
     """The records from number ``skip`` on, ``step`` at a time."""
     held: list[Chunk] = []
     count = 0
-    for chunk, _ in endless(spec, skip, lambda chunk: np.ones_like(chunk.sizes)):
+    for chunk, _ in endless(partial(shuffled_tokens, spec), skip, lambda chunk: np.ones_like(chunk.sizes)):
         held.append(chunk)
         count += len(chunk)
         if count < step:

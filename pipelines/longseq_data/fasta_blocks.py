@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import re
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import ClassVar, NamedTuple
 
@@ -17,16 +17,15 @@ import numpy as np
 import numpy.typing as npt
 
 from .fasta import PRINTABLE, UNKNOWN_BYTE, Record, _line_of, parse_records
-from .gunzip import Gunzip, ahead
 from .proteins import read_proteins
 from .sources import open_binary, reading_error
 from .vocabulary import EOS, TABLE
 
-READ_SIZE = 1 << 19  # decompressed at once, and parsed while the next is
+READ_SIZE = 1 << 19  # parsed at once: what stays in a core's cache
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
-# A line break, and a header whose identifier stands at once after the '>'.
-HEADER = re.compile(rb"\n>([!-~][^\n]*)\n")
+# A line that is a header whose identifier stands at once after the '>'.
+HEADER = re.compile(rb">(?<![^\n]>)([!-~][^\n]*)\n")
 LINE_FEED = ord("\n")
 MARK = b">"  # between sequences: none of them holds one
 EOS_BYTE = bytes([EOS])
@@ -108,11 +107,8 @@ def _blocks(source: str) -> Generator[tuple[bytes, int, Chunk], None, None]:
     """(text of whole records that begins with '>', its first line, nothing), or (nothing, 0, records) of what is no
     FASTA."""
     with open_binary(source, "FASTA") as handle:
-        head = handle.peek(4)[:4]
-        plain = head.removeprefix(BYTE_ORDER_MARK).startswith(b">")
+        plain = begins_with_record(handle)
         if plain:
-            if not head.startswith(b">"):
-                handle.read(len(BYTE_ORDER_MARK))
             with closing(_texts(handle, source)) as texts:
                 for text, line in texts:
                     yield text, line, []
@@ -124,25 +120,22 @@ def _blocks(source: str) -> Generator[tuple[bytes, int, Chunk], None, None]:
 def _texts(handle: io.BufferedReader, source: str) -> Generator[tuple[bytes, int], None, None]:
     rest: list[bytes] = []
     line = 1
-    pieces = _with_line_feeds(handle)
-    if isinstance(handle.raw, Gunzip):
-        pieces = ahead(pieces)
+    pieces = with_line_feeds(iter(lambda: handle.read1(READ_SIZE), b""))
     problem: Exception | None = None
-    with closing(pieces):
-        while True:
-            try:
-                piece = next(pieces, None)
-            except Exception as error:  # gzip's, the network's, or those of a filesystem plugin
-                piece, problem = None, error
-            if piece is None:
-                break
-            border = piece.rfind(b"\n>")
-            if border < 0 and not (rest and rest[-1].endswith(b"\n") and piece.startswith(b">")):
-                rest.append(piece)
-                continue
-            text, rest = b"".join([*rest, piece[: border + 1]]), [piece[border + 1 :]]
-            yield text, line
-            line += _line_breaks(text)
+    while True:
+        try:
+            piece = next(pieces, None)
+        except Exception as error:  # gzip's, the network's, or those of a filesystem plugin
+            piece, problem = None, error
+        if piece is None:
+            break
+        border = piece.rfind(b"\n>")
+        if border < 0 and not (rest and rest[-1].endswith(b"\n") and piece.startswith(b">")):
+            rest.append(piece)
+            continue
+        text, rest = b"".join([*rest, memoryview(piece)[: border + 1]]), [piece[border + 1 :]]
+        yield text, line
+        line += _line_breaks(text)
     text = b"".join(rest)
     if problem is None:
         yield text, line
@@ -154,10 +147,19 @@ def _line_breaks(text: bytes) -> int:
     return int(np.count_nonzero(np.frombuffer(text, dtype=np.uint8) == LINE_FEED))  # faster than bytes.count
 
 
-def _with_line_feeds(handle: io.BufferedReader) -> Generator[bytes, None, None]:
-    """The text in pieces as they come, where CRLF and CR have become LF."""
+def begins_with_record(handle: io.BufferedReader) -> bool:
+    """Whether a file is plain FASTA; if so, a byte order mark before the first '>' is skipped."""
+    head = handle.peek(4)[:4]
+    plain = head.removeprefix(BYTE_ORDER_MARK).startswith(b">")
+    if plain and not head.startswith(b">"):
+        handle.read(len(BYTE_ORDER_MARK))
+    return plain
+
+
+def with_line_feeds(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The same text, where CRLF and CR have become LF."""
     held = b""  # a CR at the end of a piece may be the first half of a CRLF
-    while piece := handle.read1(READ_SIZE):
+    for piece in pieces:
         if held or b"\r" in piece:
             piece = held + piece
             held = b"\r" if piece.endswith(b"\r") else b""
@@ -175,15 +177,16 @@ def plain_ids(text: bytes, deleted: bytes, with_headers: bool) -> tuple[list[byt
     """
     headers: list[bytes] = []
     if with_headers:
-        parts = HEADER.split(b"\n" + text)
+        parts = HEADER.split(text)
         headers = parts[1::2]
         sequences, count = MARK.join(parts[::2]), len(headers)
     else:
-        sequences, count = HEADER.subn(MARK, b"\n" + text)
+        sequences, count = HEADER.subn(MARK, text)
     ids = sequences.translate(MARKED_TABLE, deleted)
     if not ids.startswith(EOS_BYTE) or UNKNOWN_BYTE in ids or b"".join(headers).translate(None, WHITE):
         return None
-    items = ids[1:].split(EOS_BYTE)
+    items = ids.split(EOS_BYTE)
+    del items[0]  # before the first mark
     return (items, headers) if len(items) == count and b"" not in items else None
 
 

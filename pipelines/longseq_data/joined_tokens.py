@@ -6,7 +6,7 @@ joined as they were translated by the block, and only those of a letter outside 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,7 +18,7 @@ from .fasta import Encoder, Record
 from .fasta_blocks import EOS_BYTE, Protein
 from .masking import mask_rows, masked_counts
 from .sharing import Arrays, MakeBatch, Share
-from .shuffling import Chunk, shuffled_tokens
+from .shuffling import Chunk, endless, shuffled_tokens
 from .vocabulary import BOS, RESIDUES, TABLE, UNKNOWN, X
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def _stretches(spec: StreamSpec, skip: int, step: int, overlap: int) -> Iterator
     pieces = [] if skip else [bytes([BOS])]
     held = len(pieces)  # ids in pieces
     special: list[Special] = []  # places count from the start of the pieces
-    for chunk, rest in endless(spec, max(skip - 1, 0), lambda chunk: chunk.sizes + 1):
+    for chunk, rest in endless(partial(shuffled_tokens, spec), max(skip - 1, 0), lambda chunk: chunk.sizes + 1):
         joined, found = _joined(chunk)
         special += [Special(held - rest + place, record) for place, record in found]
         pieces.append(joined[rest:] if rest else joined)
@@ -135,29 +135,3 @@ def _joined(chunk: Chunk) -> tuple[bytes, list[Special]]:
                 special.append(Special(int(begins[i]), item))
                 items[i] = item.letters.translate(TABLE)
         return EOS_BYTE.join(items) + EOS_BYTE, special
-
-
-def endless(
-    spec: StreamSpec, skip: int, positions: Callable[[Chunk], npt.NDArray[np.int64]]
-) -> Iterator[tuple[Chunk, int]]:
-    """Shuffled epochs without end, from position ``skip`` on, in chunks; each record takes its number of positions.
-
-    Yields (chunk, positions of its first record that are still to be skipped).
-    """
-    epoch, epoch_size = 0, 0
-    while True:
-        if epoch_size:  # every epoch has the same size, so whole ones are skipped by arithmetic
-            epoch += skip // epoch_size
-            skip %= epoch_size
-        epoch_size = 0
-        for chunk in shuffled_tokens(spec, epoch):
-            ends = np.cumsum(positions(chunk))
-            size = int(ends[-1])
-            epoch_size += size
-            if skip >= size:
-                skip -= size
-                continue
-            first = int(np.searchsorted(ends, skip, "right"))
-            yield chunk[first:], skip - (int(ends[first - 1]) if first else 0)
-            skip = 0
-        epoch += 1

@@ -99,7 +99,8 @@ def read_manifest(folder: Path, partial: bool = False) -> Manifest:
         values["files"] = [DataFile(**file) for file in values["files"]]
         return Manifest(**values)
     except (FileNotFoundError, NotADirectoryError):
-        if folder.with_name(folder.name + ".partial").is_dir():
+        whole = folder.absolute()  # "." has no name
+        if (whole.parent / f"{whole.name}.partial").is_dir():
             raise DataError(f"{folder} is not finished; start `longseq data prepare` again, it goes on.") from None
         if folder.is_dir():
             raise DataError(f"{folder} is no prepared corpus, it has no {MANIFEST}; name one, or prepare it.") from None

@@ -108,7 +108,7 @@ def _files_difference(before: list[Identity], now: list[Identity]) -> str | None
 def locked(output: Path) -> Iterator[None]:
     """Hold the name ``output`` for one preparation on this machine; raises DataError if another one holds it."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    path = output.with_name(f".{output.name}.lock")
+    path = output.parent / f".{output.name}.lock"  # with_name refuses "/"
     with path.open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 
 from .errors import DataError
 from .fasta import KNOWN, UNKNOWN_BYTE, UNKNOWN_TO_X, Record, _line_of, parse_records
-from .fasta_blocks import plain_ids
+from .fasta_blocks import begins_with_record, plain_ids, with_line_feeds
 from .proteins import read_proteins
 from .sources import open_binary, reading_error
 from .vocabulary import LETTERS, PROTEIN, TABLE, Vocabulary
@@ -26,7 +26,6 @@ PARSED = 1 << 19  # bytes of a block that are parsed at once
 LONGEST = 1 << 30  # bytes of one record; beyond, memory would end before the file does
 TAXID = re.compile(r"\b(?:TaxID|OX)=(-?\d+)")
 NO_TAXID = -1
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SPACES = b"\n "
 
 
@@ -90,20 +89,12 @@ def cut(
         if progress is not None:
             progress(len(piece))
 
-    lines = 0
     with open_binary(source, "FASTA", watch) as handle:
-        head = handle.peek(4)[:4].removeprefix(BYTE_ORDER_MARK)
-        if not head.startswith(b">"):
+        if not begins_with_record(handle):
             return
-        try:
-            for text in _pieces(_with_line_feeds(handle), source, block_bytes):
-                yield Block(source, stored.blocks, lines + 1, text, zlib.crc32(text))
-                stored.blocks += 1
-                lines += text.count(b"\n")
-        except DataError:
-            raise
-        except Exception as error:  # gzip's, the network's, or those of a filesystem plugin
-            raise reading_error(source, lines, error) from error
+        for text, first_line in _texts(with_line_feeds(_even(handle)), source, block_bytes):
+            yield Block(source, stored.blocks, first_line, text, zlib.crc32(text))
+            stored.blocks += 1
     stored.sha256 = digest.hexdigest()
 
 
@@ -126,43 +117,49 @@ def checksum(source: str) -> Stored:
     return stored
 
 
-def _with_line_feeds(handle: io.BufferedReader) -> Iterator[bytes]:
-    """The text in pieces, where CRLF and CR have become LF."""
-    held = b""  # a CR at the end of a piece may be the first half of a CRLF
-    first = True
-    while piece := handle.read(READ_SIZE):
-        if first:
-            piece, first = piece.removeprefix(BYTE_ORDER_MARK), False
-        if held or b"\r" in piece:
-            piece = held + piece
-            held = b"\r" if piece.endswith(b"\r") else b""
-            piece = piece[: len(piece) - len(held)].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        yield piece
-    if held:
-        yield b"\n"
+def _even(handle: io.BufferedReader) -> Iterator[bytes]:
+    """Pieces of READ_SIZE, so that blocks do not depend on how a source comes; the last one, also before an error, is
+    shorter."""
+    held = bytearray()
+    try:
+        while piece := handle.read1(READ_SIZE - len(held)):
+            held += piece
+            if len(held) == READ_SIZE:
+                yield bytes(held)
+                held.clear()
+    except Exception:
+        yield bytes(held)
+        raise
+    yield bytes(held)
 
 
-def _pieces(texts: Iterable[bytes], source: str, block_bytes: int) -> Iterator[bytes]:
-    """The same text, cut before a '>' that begins a line."""
+def _texts(pieces: Iterable[bytes], source: str, block_bytes: int) -> Iterator[tuple[bytes, int]]:
+    """(text that ends before a '>' that begins a line, the number of its first line)."""
     buffer = bytearray()
-    searched = 0
-    for text in texts:
-        buffer += text
-        if len(buffer) < block_bytes + searched:
-            continue
-        border = buffer.rfind(b"\n>", searched)
-        if border < 0:
-            if len(buffer) > LONGEST:
-                raise DataError(
-                    f"{source}: a record is longer than {LONGEST >> 20:,} MiB; check that the file is FASTA, or cut it."
-                )
-            searched = len(buffer) - 1
-            continue
-        yield bytes(buffer[: border + 1])
-        del buffer[: border + 1]
-        searched = 0
+    searched, line = 0, 1
+    try:
+        for piece in pieces:
+            buffer += piece
+            if len(buffer) < block_bytes + searched:
+                continue
+            border = buffer.rfind(b"\n>", searched)
+            if border < 0:
+                if len(buffer) > LONGEST:
+                    most = f"{LONGEST >> 20:,} MiB"
+                    raise DataError(f"{source}: a record is longer than {most}; check that it is FASTA, or cut it.")
+                searched = len(buffer) - 1
+                continue
+            text = bytes(buffer[: border + 1])
+            yield text, line
+            line += text.count(b"\n")
+            del buffer[: border + 1]
+            searched = 0
+    except DataError:
+        raise
+    except Exception as error:  # gzip's, the network's, or those of a filesystem plugin
+        raise reading_error(source, line - 1 + buffer.count(b"\n"), error) from error
     if buffer:
-        yield bytes(buffer)
+        yield bytes(buffer), line
 
 
 @dataclass

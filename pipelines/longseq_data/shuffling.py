@@ -67,12 +67,45 @@ def documents_in_file_order(spec: StreamSpec) -> Iterator[Document]:
 
 def shuffled_documents(spec: StreamSpec, epoch: int) -> Iterator[Document]:
     """The documents of one epoch: files in a random order, several of them in turn, through a shuffle buffer."""
-    return _one_by_one(_shuffled(spec, epoch, _chunks))
+    return _one_by_one(shuffled_chunks(spec, epoch))
+
+
+def shuffled_chunks(spec: StreamSpec, epoch: int) -> Iterator[Chunk]:
+    """The same in chunks."""
+    return _shuffled(spec, epoch, _chunks)
 
 
 def shuffled_tokens(spec: StreamSpec, epoch: int) -> Iterator[Chunk]:
     """The same in chunks and in bulk, of FASTA: ids as ``bytes``, or a document where they do not say it all."""
     return _shuffled(spec, epoch, _token_chunks)
+
+
+def endless(
+    chunks: Callable[[int], Iterator[Chunk]], skip: int, positions: Callable[[Chunk], Integers]
+) -> Iterator[tuple[Chunk, int]]:
+    """Epochs without end, from position ``skip`` on, in chunks; each record takes its number of positions.
+
+    chunks: the records of one epoch.
+
+    Yields (chunk, positions of its first record that are still to be skipped).
+    """
+    epoch, epoch_size = 0, 0
+    while True:
+        if epoch_size:  # every epoch has the same size, so whole ones are skipped by arithmetic
+            epoch += skip // epoch_size
+            skip %= epoch_size
+        epoch_size = 0
+        for chunk in chunks(epoch):
+            ends = np.cumsum(positions(chunk))
+            size = int(ends[-1])
+            epoch_size += size
+            if skip >= size:
+                skip -= size
+                continue
+            first = int(np.searchsorted(ends, skip, "right"))
+            yield chunk[first:], skip - (int(ends[first - 1]) if first else 0)
+            skip = 0
+        epoch += 1
 
 
 def _shuffled(

@@ -167,6 +167,8 @@ def open_binary(
         def opened() -> io.BufferedReader:
             nonlocal watched
             raw = cast(io.RawIOBase, stack.enter_context(open_raw(source)))
+            if URL.match(source):
+                raw = _Filled(raw)
             if watch is not None:
                 raw = watched = _Watched(raw, watch, watched.seen if watched else 0)
             return io.BufferedReader(raw, READ_SIZE)
@@ -180,6 +182,30 @@ def open_binary(
             raise reading_error(source, None, error) from error
         _refuse_foreign(source, head, kind)
         yield buffered
+
+
+class _Filled(io.RawIOBase):
+    """A raw file of which every read but the last fills its buffer: a server may begin with a single byte."""
+
+    def __init__(self, raw: io.RawIOBase) -> None:
+        self._raw = raw
+        self._problem: Exception | None = None  # for the next read: this one has something to give
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        if self._problem is not None:
+            raise self._problem
+        view, count = memoryview(buffer), 0
+        try:
+            while count < len(view) and (more := self._raw.readinto(view[count:])):
+                count += more
+        except Exception as error:  # every filesystem plugin has exceptions of its own
+            if not count:
+                raise
+            self._problem = error
+        return count
 
 
 class _Watched(io.RawIOBase):

@@ -22,7 +22,7 @@ from .packing import Piece, Window, crop, cut, document
 from .randomness import uniforms
 from .reading import FASTA, Reading
 from .sharing import Arrays, MakeBatch, Share, collate, filler
-from .shuffling import documents_in_file_order, shuffled_documents
+from .shuffling import Chunk, documents_in_file_order, endless, shuffled_chunks, shuffled_documents
 from .vocabulary import IGNORE, Tokens, Vocabulary
 
 SAMPLE_BUFFER = 2048  # records of a split among which the sample of an evaluation is drawn
@@ -260,21 +260,14 @@ def _endless(spec: StreamSpec, skip: int, size: Callable[[Document], int]) -> It
 
     Yields (record, positions of it that are still to be skipped): the second is 0 but for the first record.
     """
-    epoch, epoch_size = 0, 0
-    while True:
-        if epoch_size:  # every epoch has the same size, so whole ones are skipped by arithmetic
-            epoch += skip // epoch_size
-            skip %= epoch_size
-        epoch_size = 0
-        for record in shuffled_documents(spec, epoch):
-            here = size(record)
-            epoch_size += here
-            if skip >= here:
-                skip -= here
-                continue
-            yield record, skip
-            skip = 0
-        epoch += 1
+
+    def positions(chunk: Chunk) -> npt.NDArray[np.int64]:
+        return np.array([size(record) for record in chunk.items.tolist()], dtype=np.int64)
+
+    for chunk, rest in endless(partial(shuffled_chunks, spec), skip, positions):
+        for record in chunk.items.tolist():
+            yield record, rest
+            rest = 0
 
 
 def _joined(spec: StreamSpec, skip: int) -> Iterator[Piece]:

@@ -195,7 +195,8 @@ def refusal(path: Path, split: str = "train") -> str:
 
 def test_what_is_no_whole_corpus_does_not_open(copy, tmp_path):
     assert "there is no such corpus" in refusal(tmp_path / "none")
-    assert "is no prepared corpus, it has no manifest.json" in refusal(tmp_path)
+    for folder in (tmp_path, Path(), Path("/")):
+        assert "is no prepared corpus, it has no manifest.json" in refusal(folder)
     assert "has no dev split, only train, valid, test, ood" in refusal(copy, "dev")
     partial = copy.rename(tmp_path / "big.partial")
     assert "is not finished; start `longseq data prepare` again" in refusal(partial)

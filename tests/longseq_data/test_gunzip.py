@@ -9,7 +9,7 @@ import zlib
 
 import pytest
 
-from longseq_data.gunzip import Gunzip, ahead
+from longseq_data.gunzip import Gunzip
 from longseq_data.sources import open_binary
 
 TEXT = "".join(random.Random(0).choices("ACDEFGHIKLMNPQRSTVWY\n", k=50_000)).encode() + b"A" * 70_000
@@ -71,17 +71,5 @@ def test_what_is_watched_is_seen_once_though_a_damaged_file_is_read_twice(tmp_pa
     path, seen = tmp_path / "damaged.gz", []
     path.write_bytes(stored)
     with open_binary(str(path), "text", lambda piece: seen.append(bytes(piece))) as handle, pytest.raises(zlib.error):
-        while handle.read1(1 << 12):
-            pass
+        list(iter(lambda: handle.read1(1 << 12), b""))
     assert b"".join(seen) == stored
-
-
-def test_what_is_read_ahead_comes_in_order_and_its_error_after_it():
-    def numbers():
-        yield from range(5)
-        raise EOFError
-
-    coming = ahead(numbers())
-    assert [next(coming) for _ in range(5)] == list(range(5))
-    with pytest.raises(EOFError):
-        next(coming)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import random
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -109,3 +111,14 @@ def test_leading_blank_lines_and_urls_are_read_as_any_file(http_address, write, 
     assert made([f"{http_address}/a.fasta"], tmp_path / "e") == local
     manifest = json.loads((tmp_path / "d" / "manifest.json").read_text())
     assert manifest["sources"][0]["sha256"] == hashlib.sha256((tmp_path / "b.fasta").read_bytes()).hexdigest()
+
+
+def test_a_file_that_is_cut_off_is_refused_with_its_last_whole_line(write):
+    text = "".join(f">p{i}\n{''.join(random.Random(i).choices(LETTERS, k=50))}\n" for i in range(900))
+    stored = gzip.compress(text.encode())
+    whole = gzip.decompress(stored).count(b"\n")
+    source = write("a.fasta.gz", stored[: len(stored) // 2])
+    with pytest.raises(DataError) as refused:
+        list(cut(source, 1 << 20, Stored()))
+    (line,) = re.findall(r"after line (\d+): the gzip data ends too early", str(refused.value))
+    assert 0.4 * whole < int(line) < 0.6 * whole

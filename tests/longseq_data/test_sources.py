@@ -4,6 +4,7 @@ import gzip
 import os
 import socket
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -181,3 +182,25 @@ def test_a_download_cut_short_is_no_end_of_file():
         threading.Thread(target=serve, args=(listener,), daemon=True).start()
         with pytest.raises(DataError, match=r"a\.fasta(, after line 5)?: cannot be read \(.*received 24 of 1000 bytes"):
             list(read_records(f"http://127.0.0.1:{listener.getsockname()[1]}/a.fasta"))
+
+
+def test_a_server_may_begin_with_a_single_byte():
+    stored = gzip.compress(FASTA.encode())
+
+    def serve(listener: socket.socket) -> None:
+        for _ in range(2):  # the question for the size, then the download
+            connection, _ = listener.accept()
+            request = connection.recv(65536)
+            connection.sendall(
+                f"HTTP/1.1 200 OK\r\nContent-Length: {len(stored)}\r\nConnection: close\r\n\r\n".encode()
+            )
+            if request.startswith(b"GET"):
+                connection.sendall(stored[:1])
+                time.sleep(0.1)
+                connection.sendall(stored[1:])
+            connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, args=(listener,), daemon=True).start()
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}/a.fasta.gz"
+        assert [record.identifier for record in read_records(address)] == ["a", "b"]
