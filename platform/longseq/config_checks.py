@@ -58,11 +58,6 @@ def check(config: Config) -> None:
             f"trainer.context_parallel={trainer.context_parallel} does not divide the {config.processes} processes "
             f"({_WHENCE[trainer.nodes > 1]}): take as many, or a divisor of them."
         )
-    if config.model.mask_scaling and trainer.context_parallel > 1:
-        raise ConfigError(
-            f"model.mask_scaling and trainer.context_parallel={trainer.context_parallel}: a slice does not know how "
-            "much of its sequence is masked. Leave one of them out."
-        )
     ranks = config.replicas * trainer.accumulate
     sharing = f"{config.processes} processes ({_WHENCE[trainer.nodes > 1]})"
     if trainer.context_parallel > 1:
