@@ -48,11 +48,6 @@ def test_a_run_goes_on_with_whole_sequences(fit: Fit, folder: Path, one_process:
     assert_same(run, one_process)
 
 
-def test_groups_that_do_not_fill_the_processes_are_refused(folder: Path) -> None:
-    ended = longseq("fit", "tiny.yaml", "trainer.devices=2", "trainer.context_parallel=3", folder=folder)
-    assert ended.sentence.startswith("trainer.context_parallel=3 does not divide the 2 processes (trainer.devices)")
-
-
 @pytest.mark.long
 def test_a_run_goes_on_with_slices(fit: Fit, folder: Path, one_process: Path, two_processes, stopped) -> None:
     run = stopped(two_processes(2), "wholes-to-halves", 10)

@@ -80,6 +80,15 @@ def test_a_step_is_shared_among_processes_and_accumulated_batches(folder):
     assert config.batch_sequences == 8
 
 
+def test_processes_of_a_group_share_their_sequences(folder):
+    step = ["data.length=510", "data.batch_tokens=8160", "trainer.devices=8", "trainer.context_parallel=4"]
+    config = load_config("small.yaml", [TRAIN, *step, "trainer.accumulate=2"])
+    assert config.samples_per_step == 16
+    assert config.replicas == 2
+    assert config.batch_sequences == 4
+    assert config.slice_length == 128
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -87,6 +96,10 @@ def test_a_step_is_shared_among_processes_and_accumulated_batches(folder):
         (["data.length=16", "data.batch_tokens=64", "trainer.devices=3"], ["64", "16", "4 sequences", "3 processes"]),
         (["data.length=7", "data.batch_tokens=70", "trainer.devices=4", "trainer.accumulate=3"], ["10 sequences"]),
         (["data.length=512", "data.batch_tokens=17"], ["17", "512"]),
+        (
+            ["data.length=16", "data.batch_tokens=48", "trainer.devices=4", "trainer.context_parallel=2"],
+            ["3 sequences", "2 groups of trainer.context_parallel=2 processes"],
+        ),
     ],
 )
 def test_a_step_that_cannot_be_shared_is_refused_with_numbers_that_work(folder, overrides, said):
@@ -97,7 +110,7 @@ def test_a_step_that_cannot_be_shared_is_refused_with_numbers_that_work(folder, 
     suggested = re.search(r"take (?:data\.batch_tokens=)?(\d+)\.$", sentence)
     assert suggested, sentence
     config = load_config("small.yaml", [TRAIN, *overrides, f"data.batch_tokens={suggested[1]}"])
-    ranks = config.trainer.devices * config.trainer.accumulate
+    ranks = config.trainer.devices // config.trainer.context_parallel * config.trainer.accumulate
     assert config.batch_sequences * ranks * config.data.length == int(suggested[1])
 
 
@@ -105,6 +118,15 @@ def test_a_step_that_cannot_be_shared_is_refused_with_numbers_that_work(folder, 
     ("overrides", "sentence"),
     [
         (["data.train=[]"], "data.train is empty"),
+        (
+            ["trainer.devices=6", "trainer.context_parallel=4"],
+            r"trainer.context_parallel=4 does not divide the 6 processes \(trainer.devices\)",
+        ),
+        (["trainer.context_parallel=2"], "trainer.context_parallel=2 does not divide the 1 processes"),
+        (
+            ["trainer.devices=2", "trainer.context_parallel=2", "trainer.noise_every=5", "data.batch_tokens=4096"],
+            "trainer.noise_every=5 and trainer.context_parallel=2: .*set trainer.noise_every=0",
+        ),
         (["data.valid_fraction=0.6", "data.test_fraction=0.4"], r"0.6 \+ 0.4 leaves nothing to train on"),
         (["data.valid_fraction=0"], "nothing is held out to validate on"),
         (["optim.betas=[0.9]"], "two numbers"),
@@ -190,3 +212,13 @@ def test_other_deepspeed_settings_pass_through():
     config.data.train = ["a.fasta"]
     config.deepspeed = {"zero_optimization": {"reduce_bucket_size": 1000}, "wall_clock_breakdown": True}
     config.check()
+
+
+@pytest.mark.parametrize(("length", "parts", "tile"), [(32_767, 1, 0), (32_768, 1, 4096), (2**20, 64, 0)])
+def test_long_slices_are_computed_in_tiles_unless_it_is_said(folder, length, parts, tile):
+    sizes = [f"data.length={length}", f"data.batch_tokens={length}", f"trainer.devices={parts}"]
+    long = [TRAIN, *sizes, f"trainer.context_parallel={parts}"]
+    assert load_config("small.yaml", long).performer_spec(29).tile == tile
+    assert load_config("small.yaml", [*long, "model.sequence_tile=0"]).performer_spec(29).tile == 0
+    wide = [*long, "model.sequence_tile=100", "attention.window=64"]
+    assert load_config("small.yaml", wide).performer_spec(29).tile == 128  # two windows

@@ -105,6 +105,15 @@ def test_shares_of_the_ranks_are_those_of_the_zero_stage(loaded):
     assert parts(2, 4).activations == parts(2, 2).activations / 2
 
 
+def test_a_slice_needs_its_share_of_the_activations(loaded):
+    def activations(parts):
+        step = ("data.length=2048", "data.batch_tokens=16384", "trainer.devices=4")
+        config = loaded(*SMALL, *step, f"trainer.context_parallel={parts}")
+        return estimate(config, 29, on_cuda=False).activations
+
+    assert activations(4) == pytest.approx(activations(1), rel=1e-6)  # as many tokens, of four times the sequences
+
+
 def test_what_is_offloaded_is_counted_elsewhere(loaded):
     plain = loaded(*SMALL, "trainer.zero_stage=2")
     offloaded = loaded(*SMALL, "trainer.zero_stage=2", "trainer.offload_optimizer=cpu")

@@ -204,14 +204,18 @@ class _Relay(torch.autograd.Function):
         wanted = work.wanted(dout, dlse, out, lse, rest.inverse_den[:, delay:])
         gradients = chain.context.gather(wanted)
 
-        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        # The two parts share the halo's positions.
+        shared = early + delay if early else 0
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        for total in (dq, dk, dv):
+            total[:, :shared] = 0
         d_decay = torch.zeros_like(decay, dtype=torch.float64) if wants else None
 
         def backward(rows: Rows, part: Scanned, start: int, *grads: Tensor | None) -> ScanGradients:
             back = engine.scan_backward(rows, part.out, part.inverse_den, part.kept, *grads, wants)
-            where = slice(start, start + rows.q.shape[1])
             for total, grad in ((dq, back.q), (dk, back.k), (dv, back.v)):
-                total[:, where] += grad
+                total[:, start:shared] += grad[:, : shared - start]
+                total[:, shared : start + grad.shape[1]] = grad[:, shared - start :]
             if d_decay is not None and back.decay is not None:
                 d_decay.add_(back.decay)
             return back

@@ -28,6 +28,7 @@ from longseq.models.spec import PerformerSpec
 from longseq_data.synthetic import SyntheticSpec, synthesize
 
 _BYTES = 256
+_MOST_ROWS, _WARMUP = 64, 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class NeedleRequest:
     values: int = 16
     steps: int = 400  # at most, at each length
     enough: float = 0.95  # the running accuracy at which a length is learned
-    step_tokens: int = 16_384  # of a step at the shorter lengths: 16,384 / length sequences
+    step_tokens: int = 16_384  # of a step at the shorter lengths, in 64 sequences at most
     tested: int = 32  # sequences, of held-out text
     dim: int = 64
     depth: int = 2
@@ -156,17 +157,16 @@ def measure(request: NeedleRequest, text: Tensor, tell: Callable[[str], None]) -
             sequence_tile=request.tile,
         )
     )
-    optimizer = _optimizer(request, model)
     began, steps, short, found = time.monotonic(), 0, None, []
     for length in request.lengths:
         if short is None and length > request.short:
             short, steps_before, seconds_before = copy.deepcopy(model), steps, time.monotonic() - began
-        steps += _learn(request, model, optimizer, train, length, length, request.steps, tell)
+        steps += _learn(request, model, train, length, length, request.steps, tell)
     seconds = time.monotonic() - began
     if short is not None:
         again = time.monotonic()
         more = steps - steps_before
-        _learn(request, short, _optimizer(request, short), train, request.length, request.short, more, tell, stop=False)
+        _learn(request, short, train, request.length, request.short, more, tell, stop=False)
         found.append(_test(request, short, test, request.short, steps, seconds_before + time.monotonic() - again))
     found.append(_test(request, model, test, request.length, steps, seconds))
     return found
@@ -196,7 +196,6 @@ def numbers(request: NeedleRequest, found: Sequence[Needle]) -> dict[str, object
 def _learn(
     request: NeedleRequest,
     model: PerformerLM,
-    optimizer: torch.optim.Optimizer,
     text: Tensor,
     length: int,
     context: int,
@@ -207,8 +206,11 @@ def _learn(
 ) -> int:
     """Train on sequences of ``length``, of which the model sees the last ``context``; the steps that it took."""
     rng = torch.Generator().manual_seed(request.seed + length)
-    rows, right, step = max(1, request.step_tokens // length), 0.0, 0
+    optimizer = torch.optim.AdamW(model.parameters(), lr=request.lr, weight_decay=0.0)
+    rows, right, step = min(_MOST_ROWS, max(1, request.step_tokens // length)), 0.0, 0
     for step in range(1, steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = request.lr * min(1.0, step / _WARMUP)
         ids, targets = sequences(request, text, length, rows, rng)
         loss, correct = model(ids[:, -context:], targets=targets[:, -context:])
         optimizer.zero_grad()
@@ -221,10 +223,6 @@ def _learn(
         if stop and right > request.enough:
             break
     return step
-
-
-def _optimizer(request: NeedleRequest, model: PerformerLM) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=request.lr, betas=(0.9, 0.98), weight_decay=0.0)
 
 
 @torch.no_grad()

@@ -201,6 +201,12 @@ def test_fewer_nodes_do_the_same_step_in_more_batches():
         assert layout.nodes * 4 * layout.accumulate * 2 == 32
 
 
+def test_fewer_nodes_keep_groups_whole():
+    config = a_config(32, context_parallel=8)
+    found = layouts(config, nodes=4, min_nodes=2, devices=4)  # 2 groups of two nodes, 16 sequences each
+    assert found == {4: Layout(4, 1), 3: Layout(2, 2), 2: Layout(2, 2)}
+
+
 def test_fewer_nodes_that_cannot_share_a_step_are_refused():
     with pytest.raises(ConfigError, match=r"--min-nodes=3: a step of 32 sequences .* 3 × 4 processes"):
         layouts(a_config(32), nodes=4, min_nodes=3, devices=4)

@@ -114,6 +114,7 @@ class _Inputs(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "hidden", "runs", "decay")),
         ("count", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("q_step", "k_step", "v_step")),
     )
 
 
@@ -138,7 +139,7 @@ class _Call:
         runs: Tensor | None = None,
         decay: Tensor | None = None,
     ) -> None:
-        self.q, self.k, self.v = q.contiguous(), k.contiguous(), v.contiguous()
+        self.q, self.k, self.v = _in_rows(q), _in_rows(k), _in_rows(v)
         self.map, of_map = _map(feature_map, q.shape[-1])
         hidden = None if hidden is None else hidden.to(torch.uint8).contiguous()
         runs = None if runs is None else runs.to(torch.int32).contiguous()
@@ -146,7 +147,7 @@ class _Call:
         self.alive = of_map, hidden, runs, decay
         self.shape = _Shape(k.shape[1], q.shape[1], delay, v.shape[-1])
         pointers = (_address(x) for x in (self.q, self.k, self.v, hidden, runs, decay))
-        self.inputs = _Inputs(*pointers, len(q))
+        self.inputs = _Inputs(*pointers, len(q), *(x.stride(0) for x in (self.q, self.k, self.v)))
 
     def run(self, name: str, *more: Tensor | ctypes.Structure | None) -> None:
         function = getattr(build.library(), name)
@@ -178,6 +179,11 @@ def _map(feature_map: FeatureMap | None, head_dim: int) -> tuple[_Map, tuple[Ten
     return _Map(not exponential, *weight.shape, _address(weight), _address(shift), constant, least), (weight, shift)
 
 
+def _in_rows(x: Tensor) -> Tensor:
+    """x (N, L, n) with each (L, n) in one piece."""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
+
+
 def _address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
@@ -194,7 +200,7 @@ def _states(sums: Tensor, log_scale: Tensor | None) -> _States:
 def scan_forward(rows: Rows, initial: AttentionState | None, learns: bool) -> Scanned:
     """See :func:`longseq.attention.scan.scan_forward`."""
     call, v = _of(rows), rows.v
-    out = torch.empty_like(call.v)
+    out = v.new_empty(v.shape)
     lse, inverse_den = v.new_empty(*v.shape[:2], 1), v.new_empty(*v.shape[:2], 1)
     kept = v.new_empty(len(v), call.floats("longseq_scan_kept")) if learns else None
     log_scale = v.new_empty(len(v), 1, 1)
@@ -219,7 +225,7 @@ def scan_backward(
     dout = torch.zeros_like(out) if dout is None else dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     later = None if later is None else later.contiguous()
-    dq, dk, dv = (torch.empty_like(x) for x in (call.q, call.k, call.v))
+    dq, dk, dv = (x.new_empty(x.shape) for x in (call.q, call.k, call.v))
     d_decay = torch.zeros_like(rows.decay, dtype=torch.float64) if rows.decay is not None and wants_decay else None
     d_initial = v.new_empty(len(v), rows.feature_map.features, v.shape[-1] + 1)
     states = None if later is None else _states(later, None), _states(d_initial, None)
@@ -306,7 +312,7 @@ class _TwoPasses(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, hidden, out, inverse_den, sums, log_scale = ctx.saved_tensors
         call = _Call(q, k, v, ctx.feature_map, hidden=hidden)
-        dq, dk, dv = (torch.empty_like(x) for x in (call.q, call.k, call.v))
+        dq, dk, dv = (x.new_empty(x.shape) for x in (call.q, call.k, call.v))
         dout, d_sums = dout.contiguous(), torch.empty_like(sums)
         states = _states(sums, log_scale), _states(d_sums, None)
         call.run("longseq_bidirectional_queries_vjp", *states, out, inverse_den, dout, dq)
@@ -330,7 +336,7 @@ class _Window(torch.autograd.Function):
         causal: bool,
     ) -> Part:
         call = _Call(q, k, v, None, hidden=hidden, runs=runs, decay=decay)
-        out, lse = torch.empty_like(call.v), v.new_empty(*v.shape[:2], 1)
+        out, lse = v.new_empty(v.shape), v.new_empty(*v.shape[:2], 1)
         ctx.band = _Band(window, causal)
         call.run("longseq_window_forward", ctx.band, out, lse)
         ctx.save_for_backward(q, k, v, decay, hidden, runs, out, lse)
@@ -345,7 +351,7 @@ class _Window(torch.autograd.Function):
         call = _Call(q, k, v, None, hidden=hidden, runs=runs, decay=decay)
         dout = torch.zeros_like(out) if dout is None else dout.contiguous()
         dlse = None if dlse is None else dlse.contiguous()
-        dq, dk, dv = torch.empty_like(call.q), torch.zeros_like(call.k), torch.zeros_like(call.v)
+        dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
         wanted = decay is not None and ctx.needs_input_grad[3]
         d_decay = torch.zeros_like(decay, dtype=torch.float64) if wanted else None
         call.run("longseq_window_backward", ctx.band, out, lse, dout, dlse, dq, dk, dv, d_decay)

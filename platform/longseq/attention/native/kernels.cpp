@@ -10,14 +10,15 @@ struct Inputs {
     const float *q, *k, *v;
     const uint8_t* hidden;
     const int32_t* runs;
-    const float* decay;  // (N,) gamma, natural units
-    int64_t count;       // N
+    const float* decay;              // (N,) gamma, natural units
+    int64_t count;                   // N
+    int64_t q_step, k_step, v_step;  // floats from a row of N to the next: they may be slices
 
     Row row(int64_t n, const Shape& shape, const FeatureMap& map) const {
         const int64_t at = n * shape.length;
-        return {q + n * shape.queries * map.head_dim,
-                k + at * map.head_dim,
-                v + at * shape.value_dim,
+        return {q + n * q_step,
+                k + n * k_step,
+                v + n * v_step,
                 hidden ? hidden + at : nullptr,
                 runs ? runs + at : nullptr,
                 decay ? decay[n] * 1.44269504f : 0.0f};
