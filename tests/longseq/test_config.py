@@ -212,3 +212,13 @@ def test_other_deepspeed_settings_pass_through():
     config.data.train = ["a.fasta"]
     config.deepspeed = {"zero_optimization": {"reduce_bucket_size": 1000}, "wall_clock_breakdown": True}
     config.check()
+
+
+@pytest.mark.parametrize(("length", "parts", "tile"), [(32_767, 1, 0), (32_768, 1, 4096), (2**20, 64, 0)])
+def test_long_slices_are_computed_in_tiles_unless_it_is_said(folder, length, parts, tile):
+    sizes = [f"data.length={length}", f"data.batch_tokens={length}", f"trainer.devices={parts}"]
+    long = [TRAIN, *sizes, f"trainer.context_parallel={parts}"]
+    assert load_config("small.yaml", long).performer_spec(29).tile == tile
+    assert load_config("small.yaml", [*long, "model.sequence_tile=0"]).performer_spec(29).tile == 0
+    wide = [*long, "model.sequence_tile=100", "attention.window=64"]
+    assert load_config("small.yaml", wide).performer_spec(29).tile == 128  # two windows

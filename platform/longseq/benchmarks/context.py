@@ -235,7 +235,7 @@ def figure(request: ContextRequest, cells: Sequence[Cell]) -> Figure:
     far.plot(devices, [row.weak_efficiency for row in rows], "s-", label=f"{request.gpu_slice:,} a GPU")
     for axes, title in ((strong, "strong scaling, measured (dotted: model)"), (weak, "weak scaling, measured")):
         axes.set(title=title, xlabel="processes", ylabel="seconds a step", xticks=request.processes, ylim=(0, None))
-    far.set(title="model: GPUs", xlabel="GPUs", ylabel="efficiency", xscale="log", ylim=(0, 1.05))
+    far.set(title=f"model: {request.preset} on GPUs", xlabel="GPUs", ylabel="efficiency", xscale="log", ylim=(0, 1.05))
     far.set_xticks(devices, [str(n) for n in devices])
     far.minorticks_off()
     for axes in (strong, weak, far):

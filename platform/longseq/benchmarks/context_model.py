@@ -18,8 +18,8 @@ of them, since layers run forward once more.
 
 Constants are measured here (F from P = 1 at the longest length that was measured, α and β from all-gathers among this
 machine's processes) or given. The defaults for GPUs are an NVIDIA H100's: 400 TFLOP/s, which is 40 % of the 989 of
-dense bf16 products; inside a node NVLink with 450 GB/s each way and 10 µs, beyond 8 devices InfiniBand with 50 GB/s a
-device (400 Gb/s) and 20 µs, what NCCL takes to start a message included.
+dense bf16 products; inside a node NVLink with 450 GB/s each way and 3 µs a message, beyond 8 devices InfiniBand with
+50 GB/s a device (400 Gb/s) and 6 µs.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Cluster:
         return self.inside if processes <= NODE else self.between
 
 
-H100 = Cluster(400e12, Link(450e9, 10e-6), Link(50e9, 20e-6))
+H100 = Cluster(400e12, Link(450e9, 3e-6), Link(50e9, 6e-6))
 
 
 @dataclass(frozen=True)

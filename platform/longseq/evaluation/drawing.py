@@ -155,7 +155,7 @@ def approximation_errors(
         axes.errorbar(x, mean, yerr=bars, color=colour, marker="o", capsize=3, linewidth=1.5, label=label)
     axes.set_xticks(range(len(layers)), [str(n) for n in range(len(layers))])
     axes.set_xlim(-0.5, len(layers) - 0.5)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * max(max(draws) for layers in errors.values() for draws in layers))
     axes.set(xlabel="layer", ylabel="‖own − softmax‖ / ‖softmax‖ of the output")
     if not estimates:
         axes.set_title("this kernel does not estimate softmax: a distance, not an error", fontsize="small", color=GREY)
@@ -168,7 +168,8 @@ def _figure(rows: int, columns: int, width: float, height: float, title: str) ->
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=120)
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.08)  # inches: wide letters stay on the page
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize="medium")
     return figure, figure.subplots(rows, columns, squeeze=False)

@@ -41,6 +41,7 @@ def test_equal_halves_have_no_noise(task, batch):
         ("trainer.accumulate=4", "has 1 sequence"),
         ("trainer.zero_stage=3", "trainer.zero_stage=3"),
         ("trainer.activation_checkpointing=true", "trainer.activation_checkpointing=true"),
+        ("model.sequence_tile=32", "model.sequence_tile=32"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(folder, override, words):
