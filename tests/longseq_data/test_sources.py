@@ -5,6 +5,8 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -168,39 +170,32 @@ def test_kinds_of_urls_that_cannot_be_opened():
         list(read_records("nonsense://a/b"))
 
 
-def test_a_download_cut_short_is_no_end_of_file():
+@contextmanager
+def server_of(size: int, *parts: bytes) -> Iterator[str]:
+    """The address of a file of ``size`` bytes, of which a server sends these parts, one after another."""
+
     def serve(listener: socket.socket) -> None:
         for _ in range(2):  # the question for the size, then the download
             connection, _ = listener.accept()
             request = connection.recv(65536)
-            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\nConnection: close\r\n\r\n")
-            if request.startswith(b"GET"):
-                connection.sendall(b">a\nACDEF\n>b\nACDEF\n>c\nACD")  # 24 bytes
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % size)
+            for part in parts if request.startswith(b"GET") else ():
+                connection.sendall(part)
+                time.sleep(0.1)
             connection.close()
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=serve, args=(listener,), daemon=True).start()
-        with pytest.raises(DataError, match=r"a\.fasta(, after line 5)?: cannot be read \(.*received 24 of 1000 bytes"):
-            list(read_records(f"http://127.0.0.1:{listener.getsockname()[1]}/a.fasta"))
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/a.fasta"
+
+
+def test_a_download_cut_short_is_no_end_of_file():
+    wanted = r"a\.fasta(, after line 5)?: cannot be read \(.*received 24 of 1000 bytes"
+    with server_of(1000, b">a\nACDEF\n>b\nACDEF\n>c\nACD") as address, pytest.raises(DataError, match=wanted):
+        list(read_records(address))
 
 
 def test_a_server_may_begin_with_a_single_byte():
     stored = gzip.compress(FASTA.encode())
-
-    def serve(listener: socket.socket) -> None:
-        for _ in range(2):  # the question for the size, then the download
-            connection, _ = listener.accept()
-            request = connection.recv(65536)
-            connection.sendall(
-                f"HTTP/1.1 200 OK\r\nContent-Length: {len(stored)}\r\nConnection: close\r\n\r\n".encode()
-            )
-            if request.startswith(b"GET"):
-                connection.sendall(stored[:1])
-                time.sleep(0.1)
-                connection.sendall(stored[1:])
-            connection.close()
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        threading.Thread(target=serve, args=(listener,), daemon=True).start()
-        address = f"http://127.0.0.1:{listener.getsockname()[1]}/a.fasta.gz"
+    with server_of(len(stored), stored[:1], stored[1:]) as address:
         assert [record.identifier for record in read_records(address)] == ["a", "b"]
