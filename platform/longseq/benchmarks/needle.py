@@ -29,6 +29,7 @@ from longseq_data.synthetic import SyntheticSpec, synthesize
 
 _BYTES = 256
 _MOST_ROWS, _WARMUP = 64, 20
+_SLOWER = 3  # the learning rate at longer lengths, where a step is a single sequence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,8 @@ class NeedleRequest:
     keys: int = 4
     values: int = 16
     steps: int = 400  # at most, at each length
-    enough: float = 0.95  # the running accuracy at which a length is learned
+    enough: float = 0.97  # the running accuracy at which a length is learned, after ``least`` steps
+    least: int = 60  # what is learned with a margin carries over to the next length
     step_tokens: int = 16_384  # of a step at the shorter lengths, in 64 sequences at most
     tested: int = 32  # sequences, of held-out text
     dim: int = 64
@@ -55,12 +57,12 @@ class NeedleRequest:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """From a few dozen tokens on four times as long each, through ``short`` to ``length``."""
+        """From a few dozen tokens on four times as long each to ``short``, and from there on twice as long."""
         lengths = [self.short]
         while lengths[0] >= 256:
             lengths.insert(0, lengths[0] // 4)
-        while lengths[-1] * 4 < self.length:
-            lengths.append(lengths[-1] * 4)
+        while lengths[-1] * 2 < self.length:
+            lengths.append(lengths[-1] * 2)
         return (*lengths, self.length)
 
     @property
@@ -210,7 +212,7 @@ def _learn(
     rows, right, step = min(_MOST_ROWS, max(1, request.step_tokens // length)), 0.0, 0
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = request.lr * min(1.0, step / _WARMUP)
+            group["lr"] = request.lr * min(1.0, step / _WARMUP) / (1 if length <= request.short else _SLOWER)
         ids, targets = sequences(request, text, length, rows, rng)
         loss, correct = model(ids[:, -context:], targets=targets[:, -context:])
         optimizer.zero_grad()
@@ -220,7 +222,7 @@ def _learn(
         right = 0.9 * right + 0.1 * correct.item() / (rows * request.keys)
         if step % 10 == 0:
             tell(f"{length:,} tokens, {context:,} of them seen: step {step}, accuracy {right:.1%}")
-        if stop and right > request.enough:
+        if stop and step >= request.least and right > request.enough:
             break
     return step
 

@@ -29,7 +29,7 @@ def test_values_lie_before_the_gap_and_questions_behind_it():
 
 
 def test_lengths_rise_through_the_short_context_to_the_whole():
-    assert needle.NeedleRequest().lengths[-3:] == (16_384, 65_536, 131_072)
+    assert needle.NeedleRequest().lengths[-3:] == (32_768, 65_536, 131_072)
     assert 4096 in needle.NeedleRequest().lengths
     assert all(a < b for a, b in zip(REQUEST.lengths, REQUEST.lengths[1:], strict=False))
 
