@@ -6,6 +6,8 @@ import signal
 import pytest
 import torch
 
+import longseq.allocator
+
 # Without a GPU Triton's kernels are interpreted, which it decides when it is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -13,6 +15,10 @@ if not torch.cuda.is_available():
 # A background job of a shell ignores Ctrl-C, and what it starts inherits that: the tests of Ctrl-C would wait for ever.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Commands that tests call in this process must not make its heap keep what tests free: it would outgrow the machine's
+# memory, of which each process that is forked afterwards has to be promised as much.
+longseq.allocator._mallopt = lambda parameter, value: True
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

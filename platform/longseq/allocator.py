@@ -25,6 +25,9 @@ def keep_freed_memory() -> bool:
     chosen = any(name.startswith("MALLOC_") or name in ("GLIBC_TUNABLES", "LD_PRELOAD") for name in os.environ)
     if chosen or platform.libc_ver()[0] != "glibc":
         return False
-    mallopt = ctypes.CDLL(None).mallopt
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, _TOP_PAD_BYTES))
-    return all(mallopt(parameter, value) == 1 for parameter, value in settings)
+    return all(_mallopt(parameter, value) for parameter, value in settings)
+
+
+def _mallopt(parameter: int, value: int) -> bool:
+    return bool(ctypes.CDLL(None).mallopt(parameter, value) == 1)

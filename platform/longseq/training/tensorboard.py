@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from longseq.run import Run
 
@@ -19,6 +21,7 @@ class RunLogger(TensorBoardLogger):
         # A resumed run hides the points after its checkpoint, of step ``start``, that the interrupted one still wrote.
         super().__init__(run.path, name="", version="tensorboard", purge_step=start + 1)
         self._run = run
+        threading.excepthook = _excepthook
 
     @property
     @rank_zero_experiment
@@ -30,6 +33,19 @@ class RunLogger(TensorBoardLogger):
         """
         self._run.check_start()
         return super().experiment
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """One point in each curve. An ``OSError`` of an earlier point comes out here, as what it is: Lightning's own
+        method calls every failure an unsupported value."""
+        for name, value in metrics.items():
+            self.experiment.add_scalar(name, value, step)
+
+
+def _excepthook(failed: threading.ExceptHookArgs, /) -> None:
+    """No traceback of TensorBoard's writing thread: its error is raised again where the next point is written."""
+    if not type(failed.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(failed)
 
 
 def writer(trainer: pl.Trainer) -> Any:
