@@ -56,6 +56,12 @@ class ModelConfig:
     # What tells families of Transformers apart; `longseq import` sets them.
     position: str = key("rotary", "positions: rotary, or a learned vector for each", choices=("rotary", "learned"))
     max_positions: int = key(0, "how many learned positions there are; 0 with rotary ones", at_least=0)
+    rotary_base: float = key(
+        10_000.0,
+        "the slowest pair of a head turns by position / base, nearly: content is matched across distances up to about "
+        "the base, so take it well above data.length",
+        at_least=1,
+    )
     norm: str = key("pre", "a norm before each branch, or after each sum (BERT's)", choices=("pre", "post"))
     norm_eps: float = key(1e-5, "added to the variance in each norm", at_least=0)
     embedding_norm: bool = key(False, "a norm behind the embedding (BERT's)")
@@ -324,6 +330,7 @@ class Config:
                 seed=self.run.seed,
                 position=model.position,
                 max_positions=model.max_positions,
+                rotary_base=model.rotary_base,
                 norm=model.norm,
                 norm_eps=model.norm_eps,
                 embedding_norm=model.embedding_norm,

@@ -50,7 +50,8 @@ class NeedleRequest:
     depth: int = 2
     heads: int = 2
     features: int = 64
-    kernel: str = "softmax"
+    kernel: str = "relu"
+    rotary_base: float = 1e9
     tile: int = 8_192
     lr: float = 3e-3
     seed: int = 0
@@ -154,6 +155,7 @@ def measure(request: NeedleRequest, text: Tensor, tell: Callable[[str], None]) -
             ffn_dim=4 * request.dim,
             causal=True,
             kernel=request.kernel,
+            rotary_base=request.rotary_base,
             features=request.features,
             seed=request.seed,
             sequence_tile=request.tile,

@@ -92,6 +92,7 @@ FIXED = (
         "model.init_from",
         "model.position",
         "model.max_positions",
+        "model.rotary_base",
         "model.norm",
         "model.norm_eps",
         "model.embedding_norm",

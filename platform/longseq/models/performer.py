@@ -230,7 +230,7 @@ class PerformerLM(nn.Module):
         """Of positions (L,), the same in all rows, or (B, L); None where positions are learned."""
         if self.positions is not None:
             return None
-        table = rotary_table(positions, self.spec.head_dim)
+        table = rotary_table(positions, self.spec.head_dim, self.spec.rotary_base)
         return table if positions.ndim == 1 else table.unsqueeze(2)  # a dimension for the heads
 
     def _initialise(self) -> None:

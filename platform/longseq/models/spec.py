@@ -41,6 +41,7 @@ class PerformerSpec:
     # What tells the families of Transformers apart whose weights can be imported: see longseq.models.importing.
     position: str = "rotary"  # or "learned": a vector a position, max_positions of them
     max_positions: int = 0
+    rotary_base: float = 10_000.0
     norm: str = "pre"  # or "post": x = norm(x + branch(x)), and no norm before the head
     norm_eps: float = 1e-5
     embedding_norm: bool = False  # a norm behind the embedding

@@ -24,7 +24,7 @@ attentions = pytest.mark.parametrize(
         {"window": 300},
         {"window": 7, "features": 0},
         {"learned_decay": True},
-        {"kernel": "relu"},
+        {"kernel": "relu", "rotary_base": 1e9},
         {"kernel": "oprf", "window": 7},
         {"attention": "exact", "qk_norm": True},
         {"attention": "exact", "learned_decay": True},

@@ -285,14 +285,15 @@ def test_projections_are_no_part_of_the_weights():
 # rotary positions
 
 
-def test_rotation_is_a_multiplication_by_complex_units():
+@pytest.mark.parametrize("base", [10_000.0, 1e7])
+def test_rotation_is_a_multiplication_by_complex_units(base):
     x = torch.randn(1, 2, 9, 6, generator=torch.Generator().manual_seed(0))
     positions = torch.tensor([0, 1, 2, 3, 5, 8, 13, 100, 2**20])
     a, b = x.double().chunk(2, dim=-1)
-    frequencies = 10_000.0 ** (-torch.arange(3, dtype=torch.float64) / 3)
+    frequencies = base ** (-torch.arange(3, dtype=torch.float64) / 3)
     turned = torch.complex(a, b) * torch.polar(torch.ones(9, 3, dtype=torch.float64), positions[:, None] * frequencies)
     expected = torch.cat((turned.real, turned.imag), dim=-1)
-    rotated = rotate(x, rotary_table(positions, 6))
+    rotated = rotate(x, rotary_table(positions, 6, base))
     torch.testing.assert_close(rotated.double(), expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(rotated.norm(dim=-1), x.norm(dim=-1))
 
