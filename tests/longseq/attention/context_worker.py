@@ -126,7 +126,10 @@ MODELS: dict[str, dict] = {
     "causal": {"causal": True},
     "causal, everything": {
         "causal": True, "packed": True, "window": 9, "learned_share": True, "learned_decay": True, "qk_norm": True,
+        "sequence_tile": 20,
     },
+    "learned positions, as many as tokens": {"causal": False, "position": "learned", "max_positions": 301},
+    "oprf": {"causal": True, "kernel": "oprf"},  # whose constant comes from the moments of all slices
     "masked": {"causal": False},
     "masked, everything": {
         "causal": False, "packed": True, "window": 9, "learned_share": True, "learned_decay": True, "qk_norm": True,
