@@ -81,9 +81,9 @@ class Cell:
     gathers: float  # of states, a layer and step
     gathered: float  # bytes of one, a layer and rank
     halo: float  # bytes a layer, rank and step of keys and values at the borders
-    loss: float
-    latency: float
-    bandwidth: float
+    loss: float  # nats a token, of the last round
+    latency: float  # seconds of a message; 0 for one process
+    bandwidth: float  # bytes a second between processes; 0 for one
 
     @property
     def median(self) -> float:
@@ -117,7 +117,7 @@ def calibrated(cells: Sequence[Cell], spec: PerformerSpec, batch: int) -> Cluste
     longest = max(alone, key=lambda cell: cell.length)
     flops = batch * longest.length * step_flops(spec, longest.length, longest.length) / longest.median
     widest = max(cells, key=lambda cell: (cell.processes, cell.length))
-    link = Link(widest.bandwidth or 1e9, widest.latency)
+    link = Link(widest.bandwidth, widest.latency)
     return Cluster(flops, link, link)
 
 
@@ -277,17 +277,17 @@ def _cell(request: ContextRequest, length: int, processes: int) -> Cell:
     found = json.loads(ended[0][0].splitlines()[-1])
     ranks = found["ranks"]
     return Cell(
-        length,
-        processes,
-        [max(times) for times in zip(*(rank["seconds"] for rank in ranks), strict=True)],
-        sum(rank["cpu"] for rank in ranks),
-        max(rank["memory"] for rank in ranks),
-        max(rank["gathers"] for rank in ranks),
-        max(rank["gathered"] for rank in ranks),
-        max(rank["halo"] for rank in ranks),
-        sum(rank["loss"] for rank in ranks) / length / request.batch,
-        found["latency"],
-        found["bandwidth"],
+        length=length,
+        processes=processes,
+        seconds=[max(times) for times in zip(*(rank["seconds"] for rank in ranks), strict=True)],
+        cpu=sum(rank["cpu"] for rank in ranks),
+        memory=max(rank["memory"] for rank in ranks),
+        gathers=max(rank["gathers"] for rank in ranks),
+        gathered=max(rank["gathered"] for rank in ranks),
+        halo=max(rank["halo"] for rank in ranks),
+        loss=sum(rank["loss"] for rank in ranks) / length / request.batch,
+        latency=found["latency"],
+        bandwidth=found["bandwidth"],
     )
 
 
@@ -295,5 +295,7 @@ def _constants(name: str, cluster: Cluster) -> str:
     def link(of: Link) -> str:
         return f"{of.bandwidth / 1e9:,.2f} GB/s and {of.latency * 1e6:,.0f} µs a message"
 
+    if not cluster.inside.bandwidth:
+        return f"{name}: {cluster.flops / 1e9:,.1f} GFLOP/s a process; no link, as no two processes were measured"
     between = "" if cluster.between == cluster.inside else f"; {link(cluster.between)} beyond {NODE} devices"
     return f"{name}: {cluster.flops / 1e9:,.1f} GFLOP/s a process; {link(cluster.inside)}{between}"

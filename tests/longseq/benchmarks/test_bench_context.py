@@ -79,6 +79,11 @@ def test_table_picture_and_numbers_have_every_cell():
     assert len(context.figure(REQUEST, CELLS).axes) == 3
 
 
+def test_without_a_second_process_no_link_is_made_up():
+    alone = replace(cell(512, 1, 1.0), latency=0.0, bandwidth=0.0)
+    assert "no link" in context.table(replace(REQUEST, processes=(1,)), [alone])
+
+
 def test_lengths_that_do_not_divide_are_refused():
     with pytest.raises(Exception, match="3 processes do not share"):
         context.measure(replace(REQUEST, processes=(3,)), print)
