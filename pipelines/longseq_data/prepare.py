@@ -40,6 +40,7 @@ from .vocabulary import PROTEIN
 Progress = Callable[[str, int, "int | None"], object]
 
 MIB = 1 << 20
+BLOCKS = 32  # of small inputs at most, so that workers share them evenly
 SMALLEST_BLOCK, LARGEST_BLOCK = MIB, 64 * MIB
 MAP_MEMORY = 16  # a block takes up to so many times its size, text and rows and columns together
 REDUCE_MEMORY = 6
@@ -88,10 +89,9 @@ def _sweep(parts: Path) -> None:
 
 
 def _block_bytes(config: PrepareConfig, sources: list[str]) -> int:
-    """Small inputs are cut as well, so that workers share them."""
     known = sum(Path(source).stat().st_size for source in sources if Path(source).is_file())
     most = min(LARGEST_BLOCK, config.memory_mb * MIB // (MAP_MEMORY * config.processes))
-    return max(SMALLEST_BLOCK, min(most, known // 8) if known else most)
+    return max(SMALLEST_BLOCK, min(most, known // BLOCKS) if known else most)
 
 
 class _Preparation:

@@ -60,7 +60,7 @@ class DataRequest:
 
     folder: Path
     files: tuple[str, ...] = ()
-    megabytes: int = 64
+    megabytes: int = 320
     rounds: int = 3
     seconds: float = 2.0  # of reading from a corpus, at least: it has no end
     contenders: tuple[str, ...] = tuple(CONTENDERS)

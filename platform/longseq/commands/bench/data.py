@@ -12,7 +12,7 @@ from longseq.errors import LongseqError
 
 def data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--files", nargs="+", default=[], metavar="FILE", help="FASTA to read instead of synthetic")
-    parser.add_argument("--megabytes", type=arguments.positive, default=64, metavar="N", help="of synthetic FASTA")
+    parser.add_argument("--megabytes", type=arguments.positive, default=320, metavar="N", help="of synthetic FASTA")
     parser.add_argument(
         "--rounds", type=arguments.positive, default=3, metavar="N", help="times each contender is timed"
     )
