@@ -10,9 +10,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from longseq.commands.options import add_model, add_overrides, at_least, ready
+from longseq.commands.options import add_model, add_overrides, at_least, ready, require_folder
 from longseq.errors import LongseqError
 from longseq.opening import find
+from longseq_data.files import aside
 
 _SUFFIXES = (".parquet", ".npz")
 
@@ -45,10 +46,10 @@ def run(args: argparse.Namespace) -> int:
     look(source, args.file)
 
     from longseq.evaluation.embedding import embed
-    from longseq.evaluation.keeping import aside
     from longseq.evaluation.vectors import write_npz, write_parquet
 
     write = write_parquet if args.out.suffix == ".parquet" else write_npz
+    require_folder(args.out)
     with aside(args.out) as partial:
         ready()
         vectors = embed(source.load(), source.vocabulary, records(source, args.file), args.layer)

@@ -16,6 +16,7 @@ from longseq.commands.options import add_model, add_overrides, ready
 from longseq.data import resolve_sources
 from longseq.errors import LongseqError
 from longseq.opening import find
+from longseq_data.files import aside
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     resolve_sources(source.config)
 
     from longseq.evaluation.figures import figures
-    from longseq.evaluation.keeping import aside, show_pictures
+    from longseq.evaluation.keeping import show_pictures
 
     ready()
     folder = args.out or source.run.path / "figures"

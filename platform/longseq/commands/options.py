@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from longseq.errors import LongseqError
 from longseq.opening import TARGET_HELP
+from longseq_data.files import aside
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -60,11 +62,20 @@ def output(path: Path | None) -> Iterator[TextIO]:
         yield sys.stdout
         sys.stdout.flush()
         return
-    from longseq.evaluation.keeping import aside
-
+    require_folder(path)
     with aside(path) as partial, partial.open("w", encoding="utf-8") as file:
         yield file
     print(f"longseq: written to {path}", file=sys.stderr)
+
+
+def require_folder(path: Path) -> None:
+    """Refuse a file in a folder that there is not, before anything is computed for it.
+
+    Raises:
+        LongseqError: naming the folder.
+    """
+    if not path.parent.is_dir():
+        raise LongseqError(f"{path}: the folder {path.parent} does not exist; make it, or choose another.")
 
 
 def ready() -> None:

@@ -19,6 +19,7 @@ from longseq.curves import read_curves
 from longseq.errors import EXIT_GO_ON, LongseqError
 from longseq.experiments.plan import Plan, Variant, slug
 from longseq.run import Run
+from longseq_data.files import write_text
 
 _LEARNED = ("qk_norm", "learned_share", "learned_decay")
 Command = Callable[[Sequence[str]], int]
@@ -98,9 +99,7 @@ def perform(plan: Plan, settings: Settings, command: Command, tell: Callable[[st
             found["before"] = _scores(plan, settings, origin, _attention(_folder(settings, trial), origin), command)
         curves = read_curves(_folder(settings, trial) / "tensorboard")
         found["curve"] = {str(step): value for step, value in curves.get("valid/accuracy", {}).items()}
-        aside = kept.with_suffix(".partial")
-        aside.write_text(json.dumps(found, indent=1) + "\n")
-        aside.replace(kept)
+        write_text(kept, json.dumps(found, indent=1) + "\n")
     return results(plan, settings)
 
 

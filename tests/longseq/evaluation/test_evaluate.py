@@ -127,7 +127,7 @@ def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(tmp_path, monkey
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(keeping.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         keeping.keep_json({"a": 2}, tmp_path / "kept.json")
     assert json.loads((tmp_path / "kept.json").read_text()) == {"a": 1}
