@@ -10,7 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from longseq.commands.options import add_model, add_overrides, at_least, ready, require_folder
+from longseq.commands.numbers import natural
+from longseq.commands.options import add_model, add_overrides, ready, require_folder
 from longseq.errors import LongseqError
 from longseq.opening import find
 from longseq_data.files import aside
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--per-residue", action="store_true", help="a vector for every residue as well")
     parser.add_argument(
         "--layer",
-        type=at_least(0),
+        type=natural,
         metavar="K",
         help="0: the embedding, K: after block K; default: after the final norm, what the head reads",
     )

@@ -17,6 +17,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from longseq.commands.numbers import natural, positive
 from longseq.commands.training import FIXED, check_data, refuse_changes, say
 from longseq.config import Config
 from longseq.data import SPLITS, corpus_of, resolve_sources, split_spec
@@ -61,19 +62,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="may be repeated; default: test, and ood where there is one; none with --data",
     )
     parser.add_argument("--data", action="append", metavar="FILE", help="score any FASTA or text; may be repeated")
-    parser.add_argument(
-        "--sequences", type=_at_least_one, metavar="N", help="score a sample of N sequences of each split"
-    )
+    parser.add_argument("--sequences", type=positive, metavar="N", help="score a sample of N sequences of each split")
     parser.add_argument("--all-checkpoints", action="store_true", help="every whole checkpoint of each run, over steps")
     parser.add_argument("--ema", action="store_true", help="score the running mean of the weights (trainer.ema_decay)")
-    parser.add_argument("--top-k", type=_at_least_one, default=5, metavar="K", help="of top-k accuracy; default 5")
+    parser.add_argument("--top-k", type=positive, default=5, metavar="K", help="of top-k accuracy; default 5")
     parser.add_argument(
-        "--bootstrap", type=_natural, default=1000, metavar="N", help="resamplings of intervals; default 1000, 0: none"
+        "--bootstrap", type=natural, default=1000, metavar="N", help="resamplings of intervals; default 1000, 0: none"
     )
-    parser.add_argument("--seed", type=_natural, default=0, metavar="N", help="of the bootstrap; default 0")
+    parser.add_argument("--seed", type=natural, default=0, metavar="N", help="of the bootstrap; default 0")
     parser.add_argument(
         "--devices",
-        type=_at_least_one,
+        type=positive,
         metavar="N",
         help="processes that share the work, a GPU each where there are any; the results are the same (default 1, or "
         "trainer.devices=N)",
@@ -115,7 +114,7 @@ def _devices(args: argparse.Namespace, overrides: list[str]) -> int:
     words = [word.removeprefix(_DEVICES) for word in overrides if word.startswith(_DEVICES)]
     if words and args.devices is None:
         try:
-            return _at_least_one(words[-1])
+            return positive(words[-1])
         except argparse.ArgumentTypeError as error:
             raise ConfigError(f"trainer.devices: {error}.") from None
     return args.devices or 1
@@ -297,18 +296,6 @@ def _text(reports: list[dict], args: argparse.Namespace, unkept: list[str]) -> s
         where = kept[0] if len(kept) == 1 else ", ".join(str(path) for path in dict.fromkeys(k.parent for k in kept))
         text.append(f"kept in {where}")
     return "\n\n".join(text)
-
-
-def _at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
-    return int(text)
 
 
 class _Progress:

@@ -15,7 +15,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, TextIO
 
-from longseq.commands.options import add_model, add_overrides, at_least, output, ready, real, share
+from longseq.commands.numbers import natural, positive, real, share
+from longseq.commands.options import add_model, add_overrides, output, ready
 from longseq.errors import LongseqError
 from longseq.opening import Source, find
 from longseq_data.fasta import read_records
@@ -32,22 +33,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_overrides(parser)
     parser.add_argument("--prompt", default="", metavar="TEXT", help="what every sequence begins with")
-    parser.add_argument(
-        "--length", type=at_least(1), default=512, metavar="N", help="tokens to draw at most; default 512"
-    )
-    parser.add_argument("--number", type=at_least(1), default=1, metavar="N", help="sequences; default 1")
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="default 0")
+    parser.add_argument("--length", type=positive, default=512, metavar="N", help="tokens to draw at most; default 512")
+    parser.add_argument("--number", type=positive, default=1, metavar="N", help="sequences; default 1")
+    parser.add_argument("--seed", type=natural, default=0, metavar="N", help="default 0")
     parser.add_argument(
         "--temperature", type=real, metavar="T", help="default 1, with --infill 0; 0: the most probable token"
     )
-    parser.add_argument("--top-k", type=at_least(0), default=0, metavar="K", help="only the K most probable; 0: all")
+    parser.add_argument("--top-k", type=natural, default=0, metavar="K", help="only the K most probable; 0: all")
     parser.add_argument(
         "--top-p", type=share, default=1.0, metavar="P", help="only the most probable ones that make up P; 1: all"
     )
     parser.add_argument("--infill", metavar="FASTA", help="with a masked model: fill in the positions written as '?'")
     parser.add_argument(
         "--rounds",
-        type=at_least(0),
+        type=natural,
         default=0,
         metavar="N",
         help="passes of --infill, the surest positions first; 1: all at once; default 0: a pass a position",

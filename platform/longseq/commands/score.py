@@ -16,7 +16,8 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from longseq.commands.options import add_model, add_overrides, at_least, output, ready
+from longseq.commands.numbers import natural
+from longseq.commands.options import add_model, add_overrides, output, ready
 from longseq.errors import LongseqError
 from longseq.opening import Source, find
 
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variant", action="append", default=[], metavar="A24G", help="may be repeated")
     parser.add_argument("--variants", type=Path, metavar="FILE", help="one variant a line")
     parser.add_argument(
-        "--passes", type=at_least(0), default=0, metavar="N", help="of a masked model; default 0: one a position, exact"
+        "--passes", type=natural, default=0, metavar="N", help="of a masked model; default 0: one a position, exact"
     )
     parser.add_argument("--json", action="store_true", help="JSON instead of a table with tabs")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: standard output")
