@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from longseq.commands.key_help import help_on_flat_keys
 from longseq.commands.numbers import positive
 from longseq.commands.training import FIXED, check_disk, check_origin, refuse_changes
 from longseq.config import Config
@@ -30,7 +31,7 @@ from longseq.launch.slurm.render import (
     sweep_script,
     train_script,
 )
-from longseq.launch.slurm.site import Site, load_site, site_keys
+from longseq.launch.slurm.site import Site, load_site
 from longseq.launch.slurm.state import live_jobs, record_job
 from longseq.run import Run, as_typed
 
@@ -72,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="show the script, and make nothing")
     parser.add_argument("--test-only", action="store_true", help="ask sbatch when and where it would start; no more")
-    parser.epilog = "keys of a site's profile (see slurm/sites/example.yaml):\n" + site_keys()
+    parser.epilog = "keys of a site's profile (see slurm/sites/example.yaml):\n" + help_on_flat_keys(Site)
 
 
 def run(args: argparse.Namespace) -> int:
