@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import Any
 
 from longseq.config_loading import described_keys
@@ -23,10 +23,9 @@ def help_on_keys() -> str:
 
 def help_on_flat_keys(schema: type) -> str:
     """Every key of a file without sections, whose fields ``longseq.flat_config`` reads."""
-    lines = []
+    lines, defaults = [], schema()
     for item in fields(schema):
-        default = item.default if item.default is not MISSING else item.default_factory()  # type: ignore[misc]
-        lines += _entry(item.name, str(item.type), default, item.metadata)
+        lines += _entry(item.name, str(item.type), getattr(defaults, item.name), item.metadata)
     return "\n".join(lines)
 
 
