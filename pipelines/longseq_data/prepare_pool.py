@@ -7,6 +7,7 @@ import multiprocessing.process
 import os
 import queue
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -36,12 +37,17 @@ class Workers:
 
     def __exit__(self, *_: object) -> None:
         if self._pool is not None:
+            tasks = self._pool._call_queue  # type: ignore[attr-defined]
             self._pool.shutdown(wait=False, cancel_futures=True)
             children = set(multiprocessing.active_children()) - self._others
             for child in children:
                 child.terminate()
             for child in children:  # what they leave behind can then be removed
                 child.join(ENDING)
+            # Before Python 3.11.5 the thread that was handing over a task, to processes that are gone, would wait for
+            # ever, and the end of this process for it (https://github.com/python/cpython/issues/94777).
+            if sys.version_info < (3, 11, 5):
+                tasks._reader.close()
 
     def share(
         self, work: Callable[[Item], Result], items: Iterable[Item], most: int | None = None

@@ -13,7 +13,7 @@ from longseq import config_checks
 from longseq.durations import duration_seconds
 from longseq.errors import ConfigError
 from longseq.models.presets import PRESETS
-from longseq.models.spec import KERNELS, PerformerSpec
+from longseq.models.spec import KERNELS, ROTARY_BASE, PerformerSpec
 from longseq_data.formats import FORMATS
 
 
@@ -57,7 +57,7 @@ class ModelConfig:
     position: str = key("rotary", "positions: rotary, or a learned vector for each", choices=("rotary", "learned"))
     max_positions: int = key(0, "how many learned positions there are; 0 with rotary ones", at_least=0)
     rotary_base: float = key(
-        10_000.0,
+        ROTARY_BASE,
         "the slowest pair of a head turns by position / base, nearly: content is matched across distances up to about "
         "the base, so take it well above data.length",
         at_least=1,

@@ -55,8 +55,8 @@ def check(config: Config) -> None:
         raise ConfigError(f"optim.betas={list(config.optim.betas)}: two numbers from [0, 1), e.g. [0.9, 0.98].")
     if config.processes % trainer.context_parallel:
         raise ConfigError(
-            f"trainer.context_parallel={trainer.context_parallel} does not divide the {config.processes} processes "
-            f"({_WHENCE[trainer.nodes > 1]}): take as many, or a divisor of them."
+            f"trainer.context_parallel={trainer.context_parallel} does not divide the number of processes, "
+            f"{config.processes} ({_WHENCE[trainer.nodes > 1]}): take a divisor of it, or a multiple as processes."
         )
     ranks = config.replicas * trainer.accumulate
     sharing = f"{config.processes} processes ({_WHENCE[trainer.nodes > 1]})"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,8 +43,9 @@ class Source:
 
     @property
     def spec(self) -> PerformerSpec:
-        """The model's architecture."""
-        return self.config.performer_spec(self.vocabulary.size)
+        """The model's architecture, for whole sequences in one process."""
+        whole = replace(self.config, trainer=replace(self.config.trainer, context_parallel=1))
+        return whole.performer_spec(self.vocabulary.size)
 
     @property
     def name(self) -> str:

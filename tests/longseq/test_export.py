@@ -66,7 +66,7 @@ def trained(folder):
             "AutoModelForCausalLM",
             ("attention.window=8", "attention.learned_share=true", "attention.redraw_every=4"),
         ),
-        ("masked", "AutoModelForMaskedLM", ("attention.kernel=relu", "attention.qk_norm=true")),
+        ("masked", "AutoModelForMaskedLM", ("attention.kernel=relu", "attention.qk_norm=true", "model.rotary_base=50")),
         ("masked", "AutoModelForMaskedLM", ("attention.kind=exact", "model.head=transform", "model.norm=post")),
     ],
 )

@@ -24,6 +24,7 @@ SPEC = (
     "model.ffn_dim=48",
     "model.norm=post",
     "model.objective=masked",
+    "model.rotary_base=500",
 )
 DATA = "data.train=proteins.fasta"
 
@@ -41,6 +42,7 @@ def test_sizes_and_family_come_from_the_model_and_attention_from_the_configurati
     config = load_config("small.yaml", [DATA, "model.init_from=model", "attention.kind=favor"])
     spec = config.performer_spec(29)
     assert (spec.dim, spec.depth, spec.heads, spec.norm, spec.causal) == (32, 1, 4, "post", False)
+    assert spec.rotary_base == 500
     assert (spec.attention, spec.features) == ("favor", 24)
     torch.manual_seed(1)
     model = PerformerLM(spec)
@@ -66,13 +68,12 @@ def test_a_run_goes_on_when_the_folder_it_began_with_is_gone(exported, folder):
 
 
 def test_what_differs_from_the_model_is_said_at_the_start(exported, capsys):
-    config = load_config(
-        "small.yaml", [DATA, "model.init_from=model", "attention.kind=favor", "model.objective=causal"]
-    )
-    check_origin(config)
+    changed = ("attention.kind=favor", "model.objective=causal", "model.rotary_base=1e6")
+    check_origin(load_config("small.yaml", [DATA, "model.init_from=model", *changed]))
     said = capsys.readouterr().err
     assert "objective masked → causal" in said
     assert "attention exact → favor softmax" in said
+    assert "rotary_base 500.0 → 1000000.0" in said
 
 
 def test_a_model_that_does_not_fit_is_refused_in_one_sentence(exported, folder):

@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from longseq.attention import backends
 from longseq.attention.backends import Backend
 from longseq.attention.feature_maps import FeatureMap, feature_map
+from longseq.attention.functional import per_row
 from longseq.attention.parts import Part, combine
 from longseq.attention.scan import Rows
 from longseq.attention.state import AttentionState, in_full_precision
@@ -53,7 +54,7 @@ def carried_attention(
     """What causal :func:`longseq.attention.favor_attention` gives for one tile of a sequence, with gradients.
 
     Args:
-        q, k, v: (batch, heads, T, head_dim or value_dim), T above ``window`` but for the last tile.
+        q, k, v: (batch, heads, T, head_dim or value_dim), T at least ``window`` but for the last tile.
         state: as the tile before returned it; () before the first.
         kernel: one with features of one sign.
         features, window, far_share, decay, seed, layer, draw, projection, oprf_a, backend: as of ``favor_attention``.
@@ -62,7 +63,7 @@ def carried_attention(
         (batch, heads, T, value_dim) in the dtype of v, and the state behind the tile.
 
     Raises:
-        ValueError: for a kernel with features of both signs.
+        ValueError: for a kernel with features of both signs, or a tile after one that was shorter than the window.
     """
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     phi = None
@@ -86,11 +87,13 @@ def carried_attention(
     batch, heads, length = q.shape[:3]
     with torch.autocast(q.device.type, enabled=False):
         q, k, v_ = (t.flatten(0, 1).to(dtype) for t in (q, k, v))
-        rates = None if decay is None else decay.to(dtype).repeat(batch).view(-1, 1, 1)
-        share = None if far_share is None else far_share.to(dtype).repeat(batch).view(-1, 1, 1)
+        rates = per_row(decay, batch, dtype)
+        share = per_row(far_share, batch, dtype)
         here, halo = q, 0
         if window and state:
             halo = state[-1].shape[1]
+            if halo < window:
+                raise ValueError(f"a tile of {halo} positions is shorter than window={window}: only the last may be")
             k, v_ = torch.cat((state[-2], k), dim=1), torch.cat((state[-1], v_), dim=1)
             here = F.pad(q, (0, 0, halo, 0))  # a scan has a query for every key
         engine = backends.choose(backend, phi, (here, k, v_))
@@ -128,7 +131,7 @@ class _Scan(torch.autograd.Function):
         learns: bool,
     ) -> tuple[Tensor, ...]:
         before = None if sums is None or log_scale is None else AttentionState(sums, log_scale)
-        entering = k.shape[1] - delay
+        entering = max(0, k.shape[1] - delay)  # keys that leave the window inside the tile
         initial, log_weight, gone = before, None, before
         if decay is not None:
             distances = torch.arange(entering, 0, -1, device=k.device)[:, None]

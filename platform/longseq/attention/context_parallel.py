@@ -22,8 +22,9 @@ its R, so neither costs anything extra; M_r and G_r cost one pass over the keys 
 has its log-scale beside it, G_r too, whose terms weigh e^{−lse_i}: (sums, c) merge after both are brought to the larger
 c. A message is thus B · H · (m · (e + 1) + 1) numbers, forward and backward, whatever the length.
 
-- While a message travels, the first positions of the slice (:func:`_early`) attend to the slice alone; what P_r adds to
-  them is combined with that afterwards, by their log-denominators. In the backward pass likewise.
+- While a message travels, the first positions of the slice (``_Work.early``) attend to the slice alone; what P_r adds
+  to them is combined with that afterwards, by their log-denominators. In the backward pass likewise. The states of the
+  keys of these positions and of the rest are ``first`` and ``second``; ``inner`` is the one that the rest begins with.
 - An exact window of w: keys enter the state w positions late, so the slice of keys that a rank sums up lies w before
   its queries. The w keys and values before the slice come from the left neighbour (from several, where w is longer than
   a slice): :mod:`longseq.attention.context_halo`.
@@ -48,15 +49,16 @@ from torch.autograd.function import once_differentiable
 from longseq.attention.context_group import ContextGroup, SlicedDocuments
 from longseq.attention.context_halo import Neighbourhood
 from longseq.attention.feature_maps import FeatureMap
-from longseq.attention.parts import Part, combine
-from longseq.attention.scan import Rows, ScanGradients, Scanned
+from longseq.attention.parts import Part, combine, combine_vjp
+from longseq.attention.scan import CHUNK, Rows, Scanned
 from longseq.attention.state import NOTHING, AttentionState, in_full_precision
 
 if TYPE_CHECKING:
     from longseq.attention.backends import Backend
 
-# The share of a slice that is computed while its state travels, in whole chunks.
-_EARLY, _CHUNK = 32, 64
+# While states travel, a 32nd of a slice is computed, in whole chunks. No more than that: these queries read P_r in a
+# scan of their own, which one process does without.
+_EARLY = 32
 
 
 def relay(
@@ -130,6 +132,8 @@ class _Chain:
     def _on_the_way(
         self, states: list[AttentionState], of: int, source: int, to: int, decay: Tensor | None
     ) -> AttentionState:
+        """The state of slice ``of``, faded from the end of slice ``source`` to the beginning of slice ``to``; nothing
+        of it where a document ends between the two."""
         state, between = states[self._turned(of)], (to - source - 1) * self.length
         if decay is not None:
             state = state.faded(-decay * between)
@@ -195,8 +199,8 @@ class _Relay(torch.autograd.Function):
             out, lse, inverse_den, log_scale = saved[:4]
             parts.append(Scanned(out, lse, inverse_den, saved[4 : 4 + kept], log_scale))
             saved = saved[4 + kept :]
-        chain, engine, wants = ctx.chain, ctx.engine, ctx.needs_input_grad[3]
-        work = _Work(Rows(q, k, v, decay, hidden, runs, ctx.feature_map, chain.delay), engine, chain)
+        chain = ctx.chain
+        work = _Work(Rows(q, k, v, decay, hidden, runs, ctx.feature_map, chain.delay), ctx.engine, chain)
         early, delay, rest = work.early, chain.delay, parts[-1]
         out, lse = _together(parts, delay)
         dout = torch.zeros_like(out) if dout is None else dout
@@ -204,44 +208,64 @@ class _Relay(torch.autograd.Function):
         wanted = work.wanted(dout, dlse, out, lse, rest.inverse_den[:, delay:])
         gradients = chain.context.gather(wanted)
 
-        # The two parts share the halo's positions.
-        shared = early + delay if early else 0
-        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        for total in (dq, dk, dv):
-            total[:, :shared] = 0
-        d_decay = torch.zeros_like(decay, dtype=torch.float64) if wants else None
-
-        def backward(rows: Rows, part: Scanned, start: int, *grads: Tensor | None) -> ScanGradients:
-            back = engine.scan_backward(rows, part.out, part.inverse_den, part.kept, *grads, wants)
-            for total, grad in ((dq, back.q), (dk, back.k), (dv, back.v)):
-                total[:, start:shared] += grad[:, : shared - start]
-                total[:, shared : start + grad.shape[1]] = grad[:, shared - start :]
-            if d_decay is not None and back.decay is not None:
-                d_decay.add_(back.decay)
-            return back
-
+        sums = _Gradients(work, ctx.needs_input_grad[3])
         if early:
-            d_began, d_lse = dout[:, :early], dlse[:, :early]
+            whole, d_whole = (out[:, :early], lse[:, :early]), (dout[:, :early], dlse[:, :early])
             for part, keys in zip(parts[:2], (True, False), strict=True):
-                weight = torch.exp(part.lse[:, delay:] - lse[:, :early])
-                shift = (d_began * (part.out[:, delay:] - out[:, :early])).sum(-1, keepdim=True)
-                grads = _behind(weight * d_began, delay), _behind(weight * (d_lse + shift), delay)
-                backward(work.rows(0, early, keys=keys), part, 0, *grads, None)
+                d_part = combine_vjp((part.out[:, delay:], part.lse[:, delay:]), whole, *d_whole)
+                sums.add(work.rows(0, early, keys=keys), part, 0, d_part, None)
         after = chain.after(gradients(), decay)
-        grads = _behind(dout[:, early:], delay), _behind(dlse[:, early:], delay)
-        back = backward(work.rows(early, chain.length), rest, early, *grads, _at(after, rest.log_scale))
+        d_rest = dout[:, early:], dlse[:, early:]
+        d_inner = sums.add(work.rows(early, chain.length), rest, early, d_rest, _at(after, rest.log_scale))
         if early:
             scale = torch.where(inner.log_scale > 0.5 * NOTHING, -inner.log_scale, NOTHING)
-            behind = _only(AttentionState(back.initial, scale), work.same(early - 1, early))
-            backward(work.rows(0, early), parts[0], 0, None, None, _at(behind, parts[0].log_scale))
-        if d_decay is not None:
+            behind = _only(AttentionState(d_inner, scale), work.same(early - 1, early))
+            sums.add(work.rows(0, early), parts[0], 0, None, _at(behind, parts[0].log_scale))
+        if sums.decay is not None:
             # The scans count positions from their own first one: what flows between them has a longer way.
-            inside = _flow(second, after) - (inner.sums.double() * back.initial).sum((1, 2), keepdim=True)
+            inside = _flow(second, after) - (inner.sums.double() * d_inner).sum((1, 2), keepdim=True)
             through = _only(work.faded(inner, chain.length - early), work.same(early, chain.length - 1))
             inside += _flow(through, after)  # R counts it, but it ends in no query of this rank
             outside = _flow(own, after) - _flow(before, wanted)
-            d_decay += early * inside + chain.place * chain.length * outside
-        return dq, dk, dv, None if d_decay is None else d_decay.to(v), *[None] * 6
+            sums.decay += early * inside + chain.place * chain.length * outside
+        return sums.q, sums.k, sums.v, None if sums.decay is None else sums.decay.to(v), *[None] * 6
+
+
+class _Gradients:
+    """The gradients of a slice's rows, summed over the scans that it was computed by."""
+
+    def __init__(self, work: _Work, wants_decay: bool):
+        rows = work.all
+        self.work = work
+        self.q, self.k, self.v = (torch.empty_like(x) for x in (rows.q, rows.k, rows.v))
+        self.shared = work.early + work.chain.delay if work.early else 0  # the positions of several scans
+        for total in (self.q, self.k, self.v):
+            total[:, : self.shared] = 0
+        self.decay: Tensor | None = None
+        if rows.decay is not None and wants_decay:
+            self.decay = torch.zeros_like(rows.decay, dtype=torch.float64)
+
+    def add(self, rows: Rows, part: Scanned, start: int, grads: Part | None, later: Tensor | None) -> Tensor:
+        """Go back through the scan of the rows from ``start`` on.
+
+        Args:
+            grads: of the part's out (N, n, e) and lse (N, n, 1), without the unused queries; None: zeros.
+            later: R, as of :func:`longseq.attention.scan.scan_backward`.
+
+        Returns:
+            The gradient of the state that it began with, (N, m, e + 1).
+        """
+        dout, dlse = (None, None) if grads is None else (_behind(x, self.work.chain.delay) for x in grads)
+        wants_decay = self.decay is not None
+        back = self.work.engine.scan_backward(
+            rows, part.out, part.inverse_den, part.kept, dout, dlse, later, wants_decay
+        )
+        for total, grad in ((self.q, back.q), (self.k, back.k), (self.v, back.v)):
+            total[:, start : self.shared] += grad[:, : self.shared - start]
+            total[:, self.shared : start + grad.shape[1]] = grad[:, self.shared - start :]
+        if self.decay is not None and back.decay is not None:
+            self.decay += back.decay
+        return back.initial
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,9 +280,9 @@ class _Work:
     def early(self) -> int:
         """How many positions are computed while states travel; parts of signed features do not combine."""
         length = self.chain.length
-        if length < 4 * _CHUNK or not self.all.feature_map.positive:
+        if length < 4 * CHUNK or not self.all.feature_map.positive:
             return 0
-        return max(1, length // _EARLY // _CHUNK) * _CHUNK
+        return max(1, length // _EARLY // CHUNK) * CHUNK
 
     def rows(self, start: int, stop: int, *, keys: bool = True) -> Rows:
         """The queries that the keys of [start, stop) become visible to one by one, with these keys or without any."""

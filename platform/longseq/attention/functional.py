@@ -113,8 +113,8 @@ def favor_attention(
     hidden = None if key_padding is None else ~key_padding.repeat_interleave(heads, dim=0)
     runs = None if segments is None else _runs(segments).repeat_interleave(heads, dim=0)
     with torch.autocast(q.device.type, enabled=False):
-        rates = None if decay is None else decay.to(dtype).repeat(batch).view(-1, 1, 1)
-        share = None if far_share is None else far_share.to(dtype).repeat(batch).view(-1, 1, 1)
+        rates = per_row(decay, batch, dtype)
+        share = per_row(far_share, batch, dtype)
         q, k, v_ = (t.flatten(0, 1).to(dtype) for t in (q, k, v))
         rows = q, k, v_
         engine = backends.choose(backend, phi, rows)
@@ -245,6 +245,11 @@ def exact_attention(
         bias = -decay.to(q.dtype).view(1, -1, 1, 1) * distance
         mask = bias.masked_fill(~mask, -torch.inf)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).masked_fill(blind, 0.0)
+
+
+def per_row(per_head: Tensor | None, batch: int, dtype: torch.dtype) -> Tensor | None:
+    """A number a head, (heads,), for each of N = batch · heads rows: (N, 1, 1)."""
+    return None if per_head is None else per_head.to(dtype).repeat(batch).view(-1, 1, 1)
 
 
 def _runs(segments: Tensor) -> Tensor:

@@ -25,3 +25,9 @@ def combine(parts: Sequence[Part]) -> Part:
     for (part, _), weight in zip(parts[1:], weights[1:], strict=False):
         out = torch.addcmul(out, part, weight)
     return out, total
+
+
+def combine_vjp(part: Part, whole: Part, dout: Tensor, dlse: Tensor) -> Part:
+    """Gradients (N, L, e) and (N, L, 1) of one part, from those of the ``whole`` that :func:`combine` made."""
+    weight = torch.exp(part[1] - whole[1])
+    return weight * dout, weight * (dlse + (dout * (part[0] - whole[0])).sum(-1, keepdim=True))

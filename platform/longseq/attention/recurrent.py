@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from longseq.attention.feature_maps import FeatureMap, feature_map
-from longseq.attention.functional import exact_attention, favor_attention
+from longseq.attention.functional import exact_attention, favor_attention, per_row
 from longseq.attention.state import AttentionState, inverse, with_ones
 
 # Keys whose features exist at a time while a prompt is read.
@@ -171,7 +171,7 @@ def prefill(
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     with torch.autocast(q.device.type, enabled=False):
         keys, values, hidden = _rows(k, v, key_padding, dtype)
-        rates = _per_row(decay, k, dtype)
+        rates = per_row(decay, len(k), dtype)
         far = recent = None
         if window:
             recent = _last(keys, values, hidden, window, rates, rolling=True)
@@ -188,7 +188,7 @@ def prefill(
                 device=q.device,
                 dtype=dtype,
             )
-            far = Far(_sum_up(keys, values, hidden, phi, window, rates), phi, _per_row(far_share, k, dtype))
+            far = Far(_sum_up(keys, values, hidden, phi, window, rates), phi, per_row(far_share, len(k), dtype))
     return out, RecurrentState(far, recent, rates, (*k.shape[:2], k.shape[3], v.shape[3]), dtype)
 
 
@@ -207,7 +207,7 @@ def prefill_exact(
     out = exact_attention(q, k, v, causal=True, key_padding=key_padding, decay=decay)
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     keys, values, hidden = _rows(k, v, key_padding, dtype)
-    rates = _per_row(decay, k, dtype)
+    rates = per_row(decay, len(k), dtype)
     recent = _last(keys, values, hidden, k.shape[2], rates, rolling=False)
     return out, RecurrentState(None, recent, rates, (*k.shape[:2], k.shape[3], v.shape[3]), dtype)
 
@@ -324,11 +324,6 @@ def _rows(k: Tensor, v: Tensor, key_padding: Tensor | None, dtype: torch.dtype) 
     hidden = ~key_padding.repeat_interleave(len(k) // len(key_padding), dim=0)[..., None]
     # Whatever stands in padding, NaN even, must not get past this line.
     return k.masked_fill(hidden, 0.0), with_ones(v.masked_fill(hidden, 0.0)), hidden
-
-
-def _per_row(per_head: Tensor | None, k: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """A number a head, (heads,), for each row: (N, 1, 1)."""
-    return None if per_head is None else per_head.to(dtype).repeat(k.shape[0]).view(-1, 1, 1)
 
 
 def _refuse_bidirectional(causal: bool) -> None:

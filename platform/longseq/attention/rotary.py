@@ -12,9 +12,8 @@ def rotary_table(positions: Tensor, head_dim: int, base: float = 10_000.0) -> Te
     """Cosines and sines of the rotary angles of integer positions (..., L): (2, ..., L, D/2) fp32.
 
     Pair i of D/2 turns by position · base^(−2i/D). Queries match keys by content only in pairs that hardly turn between
-    them, which at the usual base there are none of beyond some 10,000 positions: long contexts need a larger one (Xiong
-    et al. 2023, arXiv 2309.16039). The angles are computed in float64: in fp32 they are off by 0.02 at a million
-    positions.
+    them. At the usual base no pair does beyond some 10,000 positions: long contexts need a larger one (Xiong et al.
+    2023, arXiv 2309.16039). The angles are computed in float64: in fp32 they are off by 0.02 at a million positions.
     """
     half = head_dim // 2
     frequencies = base ** (-torch.arange(half, device=positions.device, dtype=torch.float64) / half)

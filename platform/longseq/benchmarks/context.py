@@ -14,7 +14,6 @@ from longseq.benchmarks.context_model import (
     NODE,
     Cluster,
     Link,
-    gathers,
     predict,
     state_bytes,
     step_flops,
@@ -28,6 +27,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DEVICES = (8, 16, 32, 64, 128, 256, 512)
+_ASSUMPTIONS = (
+    "model: compute / P + one more pass over keys and queries for their states + 2 gathers a layer (3 where slices are",
+    "       longer than a tile) of one state to P − 1 others + a ring all-reduce of fp32 gradients; nothing overlaps,",
+    "       the slowest link counts, matrix products alone count (benchmarks/context_model.py)",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +81,9 @@ class Cell:
     gathers: float  # of states, a layer and step
     gathered: float  # bytes of one, a layer and rank
     halo: float  # bytes a layer, rank and step of keys and values at the borders
-    loss: float
-    latency: float
-    bandwidth: float
+    loss: float  # nats a token, of the last round
+    latency: float  # seconds of a message; 0 for one process
+    bandwidth: float  # bytes a second between processes; 0 for one
 
     @property
     def median(self) -> float:
@@ -111,9 +115,9 @@ def calibrated(cells: Sequence[Cell], spec: PerformerSpec, batch: int) -> Cluste
     if not alone:
         raise LongseqError("--processes: measure 1 process too, which the model takes its FLOP/s from.")
     longest = max(alone, key=lambda cell: cell.length)
-    flops = batch * longest.length * step_flops(spec, longest.length) / longest.median
+    flops = batch * longest.length * step_flops(spec, longest.length, longest.length) / longest.median
     widest = max(cells, key=lambda cell: (cell.processes, cell.length))
-    link = Link(widest.bandwidth or 1e9, widest.latency)
+    link = Link(widest.bandwidth, widest.latency)
     return Cluster(flops, link, link)
 
 
@@ -140,7 +144,7 @@ def table(request: ContextRequest, cells: Sequence[Cell]) -> str:
             f"{f'{alone.median / cell.median:.2f}×' if alone else '–':>9}{cell.memory / 2**30:>7.2f} GiB"
             f"{cell.gathers:>9.0f}{cell.gathered:>12,.0f}{cell.halo:>12,.0f}"
         )
-    lines += ["", _constants("this machine", here), _constants("GPUs (given)", request.gpu), *_assumptions(spec), ""]
+    lines += ["", _constants("this machine", here), _constants("GPUs (given)", request.gpu), *_ASSUMPTIONS, ""]
     lines += [
         f"extrapolated: {request.gpu_length:,} tokens in slices (strong), {request.gpu_slice:,} tokens a device (weak)",
         f"{'devices':>8}{'seconds':>11}{'tokens/s':>15}{'efficiency':>12}{'states':>9}{'gradient':>10}"
@@ -265,24 +269,25 @@ def _cell(request: ContextRequest, length: int, processes: int) -> Cell:
     finally:
         for process in running:
             process.kill()
-    for process, (_, errors) in zip(running, ended, strict=True):
+    # One that was killed first (its code is negative): the others can only say that they have lost it.
+    for process, (_, errors) in sorted(zip(running, ended, strict=True), key=lambda pair: pair[0].returncode):
         if process.returncode:
             last = errors.strip().splitlines()[-1:] or [f"exit code {process.returncode}, out of memory perhaps"]
             raise LongseqError(f"a process for {length:,} tokens on {processes} failed: {last[0]}.")
     found = json.loads(ended[0][0].splitlines()[-1])
     ranks = found["ranks"]
     return Cell(
-        length,
-        processes,
-        [max(times) for times in zip(*(rank["seconds"] for rank in ranks), strict=True)],
-        sum(rank["cpu"] for rank in ranks),
-        max(rank["memory"] for rank in ranks),
-        max(rank["gathers"] for rank in ranks),
-        max(rank["gathered"] for rank in ranks),
-        max(rank["halo"] for rank in ranks),
-        sum(rank["loss"] for rank in ranks) / length / request.batch,
-        found["latency"],
-        found["bandwidth"],
+        length=length,
+        processes=processes,
+        seconds=[max(times) for times in zip(*(rank["seconds"] for rank in ranks), strict=True)],
+        cpu=sum(rank["cpu"] for rank in ranks),
+        memory=max(rank["memory"] for rank in ranks),
+        gathers=max(rank["gathers"] for rank in ranks),
+        gathered=max(rank["gathered"] for rank in ranks),
+        halo=max(rank["halo"] for rank in ranks),
+        loss=sum(rank["loss"] for rank in ranks) / length / request.batch,
+        latency=found["latency"],
+        bandwidth=found["bandwidth"],
     )
 
 
@@ -290,13 +295,7 @@ def _constants(name: str, cluster: Cluster) -> str:
     def link(of: Link) -> str:
         return f"{of.bandwidth / 1e9:,.2f} GB/s and {of.latency * 1e6:,.0f} µs a message"
 
+    if not cluster.inside.bandwidth:
+        return f"{name}: {cluster.flops / 1e9:,.1f} GFLOP/s a process; no link, as no two processes were measured"
     between = "" if cluster.between == cluster.inside else f"; {link(cluster.between)} beyond {NODE} devices"
     return f"{name}: {cluster.flops / 1e9:,.1f} GFLOP/s a process; {link(cluster.inside)}{between}"
-
-
-def _assumptions(spec: PerformerSpec) -> list[str]:
-    return [
-        "model: compute / P + one more pass over keys and queries for their states + "
-        f"{gathers(spec)} gathers a layer of one state to P − 1 others + a ring all-reduce of fp32 gradients;",
-        "       nothing overlaps, the slowest link counts, matrix products alone count (benchmarks/context_model.py)",
-    ]

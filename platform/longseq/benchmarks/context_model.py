@@ -9,7 +9,7 @@ heads with m features and value size e, and W weights:
     gradient  2 (P − 1) · α + 2 (P − 1) / P · 4 W / β     ring all-reduce of fp32 gradients, once a step
     step      compute + passes + states + gradient
 
-g is 2, M forward and G backward, or 3 where layers are computed again, and M with them.
+g is 2, M forward and G backward, or 3 where layers are computed again, and M with them: in slices longer than a tile.
 
 Assumptions: nothing overlaps with anything (in fact most of the states' travel does), a ring of neighbours for both
 collectives, the slowest link counts for all, every device has the same F whatever its share, and the optimiser's own
@@ -77,31 +77,28 @@ def state_bytes(spec: PerformerSpec, batch: int = 1) -> int:
     return batch * spec.heads * (spec.features * (spec.head_dim + 1) + 1) * 4
 
 
-def gathers(spec: PerformerSpec) -> int:
-    """Of states, a layer and step."""
-    return 3 if _again(spec) else 2
+def gathers(spec: PerformerSpec, positions: int) -> int:
+    """Of states, a layer and step, with so many positions of each sequence on a device."""
+    return 3 if spec.recomputes(positions) else 2
 
 
-def step_flops(spec: PerformerSpec, length: int) -> float:
-    """A token's, what is computed again included."""
-    return training_flops(spec, length) * (4 / 3 if _again(spec) else 1)
+def step_flops(spec: PerformerSpec, length: int, positions: int) -> float:
+    """A token's of a sequence of ``length``, what is computed again included."""
+    return training_flops(spec, length) * (4 / 3 if spec.recomputes(positions) else 1)
 
 
 def predict(spec: PerformerSpec, cluster: Cluster, length: int, processes: int, batch: int = 1) -> Step:
     """A step of ``batch`` sequences of ``length`` tokens, sliced over ``processes`` devices."""
-    link, tokens = cluster.link(processes), batch * length / processes
-    compute = tokens * step_flops(spec, length) / cluster.flops
+    positions = length // processes
+    link, tokens = cluster.link(processes), batch * positions
+    compute = tokens * step_flops(spec, length, positions) / cluster.flops
     if processes == 1:
         return Step(compute, 0.0, 0.0, 0.0)
     product = 2 * spec.features * (2 * spec.head_dim + 1)
-    others = processes - 1
+    others, messages = processes - 1, gathers(spec, positions)
     return Step(
         compute,
-        tokens * spec.depth * spec.heads * gathers(spec) * product / cluster.flops,
-        gathers(spec) * spec.depth * others * link.seconds(state_bytes(spec, batch)),
+        tokens * spec.depth * spec.heads * messages * product / cluster.flops,
+        messages * spec.depth * others * link.seconds(state_bytes(spec, batch)),
         2 * others * link.seconds(4 * spec.parameter_count / processes),
     )
-
-
-def _again(spec: PerformerSpec) -> bool:
-    return bool(spec.tile) or spec.activation_checkpointing

@@ -14,6 +14,7 @@ from statistics import median
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from longseq.allocator import keep_freed_memory
 from longseq.benchmarks.context_model import state_bytes
@@ -45,24 +46,14 @@ def main() -> None:
     clock: list[float] = []
     cpu: list[float] = []
     sent: dict[str, int] = {}
-    whole = tokens, targets
     for number in range(request["warmups"] + request["rounds"]):
         # A short step is enough for the optimiser's state, the kernels and the memory that is kept.
         short = _SHORT if number < request["warmups"] else size
-        tokens, targets = (x[:, :short] for x in whole)
+        batch = tokens[:, :short], targets[:, :short]
         dist.barrier()
         traffic = {} if context is None else dict(vars(context.traffic))
         began, began_cpu = time.perf_counter(), time.process_time()
-        loss, _ = model(tokens, targets=targets)
-        (loss / request["length"]).backward()
-        if world > 1:
-            gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-            dist.all_reduce(gradient)
-            parts = gradient.split([p.numel() for p in model.parameters()])
-            for p, part in zip(model.parameters(), parts, strict=True):
-                p.grad = part.view_as(p)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        loss = _train_step(model, optimizer, *batch, request["length"])
         dist.barrier()
         if number >= request["warmups"]:
             clock.append(time.perf_counter() - began)
@@ -73,7 +64,7 @@ def main() -> None:
         "seconds": clock,
         "cpu": median(cpu),
         "memory": _most_memory(),
-        "loss": loss.item(),
+        "loss": loss,
         "gathers": sent.get("gathers", 0) / spec.depth,
         "gathered": sent.get("gathered", 0) / max(1, sent.get("gathers", 0)),
         "halo": sent.get("halo", 0) / spec.depth,
@@ -84,6 +75,23 @@ def main() -> None:
     if rank == 0:
         print(json.dumps({"ranks": everyone, "latency": latency, "bandwidth": bandwidth}))
     dist.destroy_process_group()
+
+
+def _train_step(
+    model: PerformerLM, optimizer: torch.optim.Optimizer, tokens: Tensor, targets: Tensor, length: int
+) -> float:
+    """One step on this rank's slice of sequences of ``length``; the sum of its losses."""
+    loss, _ = model(tokens, targets=targets)
+    (loss / length).backward()
+    if dist.get_world_size() > 1:
+        parameters = list(model.parameters())
+        gradient = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+        dist.all_reduce(gradient)
+        for p, part in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
+            p.grad = part.view_as(p)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item()
 
 
 def _link(spec: PerformerSpec, batch: int) -> tuple[float, float]:

@@ -205,6 +205,7 @@ def check_origin(config: Config) -> None:
         for name, old, new in (
             ("objective", source.config.model.objective, config.model.objective),
             ("attention", _attention(source.config), _attention(config)),
+            ("rotary_base", source.config.model.rotary_base, config.model.rotary_base),
         )
         if old != new
     ]

@@ -90,8 +90,7 @@ class PerformerLM(nn.Module):
             documents, positions = sliced, _positions_of_slice(tokens, sliced, self.context)
         x = self._embed(tokens, positions, padding)  # (B, L, E)
         rotary = self._rotary(positions)
-        recompute = self.spec.activation_checkpointing or 0 < self.spec.tile < tokens.shape[1]
-        recompute = recompute and torch.is_grad_enabled()
+        recompute = self.spec.recomputes(tokens.shape[1]) and torch.is_grad_enabled()
         if recompute and not x.requires_grad:
             x.requires_grad_()  # a frozen embedding: reentrant checkpoints give gradients only if their input wants one
         for block in self.blocks:
@@ -216,6 +215,8 @@ class PerformerLM(nn.Module):
         if self.spec.mask_scaling:
             x = _scaled(x, tokens == self.spec.vocabulary - 1, padding)
         if self.positions is not None:
+            if padding is not None:  # it may reach beyond the last position, where slices are padded to equal lengths
+                positions = positions.where(padding, 0)
             if positions.numel() and int(positions.max()) >= self.spec.max_positions:
                 raise LongseqError(
                     f"a sequence of {int(positions.max()) + 1:,} tokens or more, but the model has learned "

@@ -13,6 +13,8 @@ KERNELS = (
 PAIRED_KERNELS = ("hyperbolic", "trigonometric")
 SIGNED_KERNELS = ("trigonometric", "gelu", "cos", "tanh", "identity")
 
+ROTARY_BASE = 10_000.0  # Su et al. 2021, arXiv 2104.09864
+
 
 @dataclass(frozen=True)
 class PerformerSpec:
@@ -41,7 +43,7 @@ class PerformerSpec:
     # What tells the families of Transformers apart whose weights can be imported: see longseq.models.importing.
     position: str = "rotary"  # or "learned": a vector a position, max_positions of them
     max_positions: int = 0
-    rotary_base: float = 10_000.0
+    rotary_base: float = ROTARY_BASE
     norm: str = "pre"  # or "post": x = norm(x + branch(x)), and no norm before the head
     norm_eps: float = 1e-5
     embedding_norm: bool = False  # a norm behind the embedding
@@ -67,6 +69,11 @@ class PerformerSpec:
             raise ValueError(
                 f"model.position={self.position} and model.max_positions={self.max_positions}: learned positions need "
                 "their number, e.g. 1024, and rotary ones have none (0)"
+            )
+        if self.position == "learned" and self.rotary_base != ROTARY_BASE:
+            raise ValueError(
+                f"model.rotary_base={self.rotary_base:g} and model.position=learned: learned positions do not "
+                "rotate; leave it out"
             )
         if self.attention == "exact":
             return
@@ -101,6 +108,10 @@ class PerformerSpec:
         """Whether a tile can go through all layers before the next, with a state of fixed size a layer between them."""
         favor = self.attention == "favor" and self.kernel not in SIGNED_KERNELS
         return bool(self.sequence_tile) and self.carry and self.causal and favor and not self.mask_scaling
+
+    def recomputes(self, positions: int) -> bool:
+        """Whether the backward pass computes layers again, of so many positions of a row in one process."""
+        return self.activation_checkpointing or 0 < self.tile < positions
 
     def draw_at(self, step: int) -> int:
         """Which draw of the projections optimiser step ``step`` uses."""

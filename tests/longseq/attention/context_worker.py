@@ -47,6 +47,13 @@ CASES: dict[str, dict] = {
     "everything": {"length": 1301, "causal": True, "window": 9, "packed": 400, "decays": True, "shares": True},
     "everything, bidirectional": {"length": 301, "window": 9, "packed": 60, "decays": True, "shares": True},
     "everything, padded": {"length": 1301, "causal": True, "window": 9, "padded": True, "decays": True},
+    # Slices of 2, 2, 1 and no tokens, and of 1, 1, 1 and none: what is missing is padding.
+    "an empty slice": {"length": 5, "causal": True, "decays": True},
+    "an empty slice, bidirectional": {"length": 5},
+    "an empty slice, packed": {"length": 5, "causal": True, "packed": 2},
+    "fewer positions than slices": {"length": 3, "causal": True, "window": 2, "packed": 2, "decays": True},
+    "fewer positions than slices, bidirectional": {"length": 3, "window": 2, "packed": 2, "decays": True},
+    "fewer positions than slices, exact": {"length": 3, "packed": 2, "exact": True},
     "exact": {"length": 37, "causal": True, "exact": True},
     "exact, everything": {"length": 37, "padded": True, "packed": 10, "decays": True, "exact": True},
     **{
@@ -119,7 +126,10 @@ MODELS: dict[str, dict] = {
     "causal": {"causal": True},
     "causal, everything": {
         "causal": True, "packed": True, "window": 9, "learned_share": True, "learned_decay": True, "qk_norm": True,
+        "sequence_tile": 20,
     },
+    "learned positions, as many as tokens": {"causal": False, "position": "learned", "max_positions": 301},
+    "oprf": {"causal": True, "kernel": "oprf"},  # whose constant comes from the moments of all slices
     "masked": {"causal": False},
     "masked, everything": {
         "causal": False, "packed": True, "window": 9, "learned_share": True, "learned_decay": True, "qk_norm": True,

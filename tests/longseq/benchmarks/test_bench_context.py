@@ -31,7 +31,7 @@ def test_two_processes_send_what_the_formula_says_and_have_the_loss_of_one():
     spec = request.spec
     assert [(c.length, c.processes) for c in found] == [(512, 2)]
     assert found[0].gathered == state_bytes(spec) == spec.heads * (spec.features * (spec.head_dim + 1) + 1) * 4
-    assert found[0].gathers == gathers(spec) == 3
+    assert found[0].gathers == gathers(spec, 256) == 3
     assert found[0].seconds[0] > 0 < found[0].cpu
     assert found[0].memory > 2**26
     torch.manual_seed(0)
@@ -51,8 +51,15 @@ def test_the_model_has_the_time_of_one_process_and_a_link_that_costs():
     assert predict(REQUEST.spec, here, 1024, 2).seconds > ideal.seconds
 
 
+def test_slices_no_longer_than_a_tile_are_computed_once():
+    """As the model does, which knows tiles only where a slice has several."""
+    several, one = (predict(REQUEST.spec, H100, length, 2) for length in (512, 256))  # tiles of 128
+    assert several.compute == pytest.approx(2 * 4 / 3 * one.compute)
+    assert several.states == pytest.approx(3 / 2 * one.states)
+
+
 def test_what_crosses_the_link_does_not_depend_on_the_length():
-    short, long = (predict(REQUEST.spec, H100, length, 64) for length in (2**12, 2**20))
+    short, long = (predict(REQUEST.spec, H100, length, 64) for length in (2**14, 2**20))
     assert short.states == long.states > 0
     assert short.gradient == long.gradient > 0
 
@@ -70,6 +77,11 @@ def test_table_picture_and_numbers_have_every_cell():
     assert len(context.numbers(REQUEST, CELLS)["cells"]) == 4
     pytest.importorskip("matplotlib")
     assert len(context.figure(REQUEST, CELLS).axes) == 3
+
+
+def test_without_a_second_process_no_link_is_made_up():
+    alone = replace(cell(512, 1, 1.0), latency=0.0, bandwidth=0.0)
+    assert "no link" in context.table(replace(REQUEST, processes=(1,)), [alone])
 
 
 def test_lengths_that_do_not_divide_are_refused():

@@ -22,6 +22,14 @@ from longseq.opening import find
 from longseq_data.vocabulary import BOS, EOS, LETTERS
 
 
+def test_a_run_of_slices_is_evaluated_as_whole_sequences_in_tiles(trained):
+    """A slice of 16,384 tokens needs none."""
+    run = trained(
+        "sliced", "data.length=32768", "data.batch_tokens=32768", "trainer.devices=2", "trainer.context_parallel=2"
+    )
+    assert find(run).spec.tile == 4096
+
+
 @pytest.mark.parametrize("objective", ["causal", "masked"])
 def test_processes_that_share_the_batches_count_the_same_to_the_last_bit(trained, objective):
     source = find(trained("one", f"model.objective={objective}"))

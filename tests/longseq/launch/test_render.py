@@ -207,6 +207,11 @@ def test_fewer_nodes_keep_groups_whole():
     assert found == {4: Layout(4, 1), 3: Layout(2, 2), 2: Layout(2, 2)}
 
 
+def test_nodes_that_are_no_whole_group_are_refused():
+    with pytest.raises(ConfigError, match=r"1 × 4 processes are no groups of .*context_parallel=8: take --min-nodes=2"):
+        layouts(a_config(32, context_parallel=8), nodes=4, min_nodes=1, devices=4)
+
+
 def test_fewer_nodes_that_cannot_share_a_step_are_refused():
     with pytest.raises(ConfigError, match=r"--min-nodes=3: a step of 32 sequences .* 3 × 4 processes"):
         layouts(a_config(32), nodes=4, min_nodes=3, devices=4)

@@ -113,6 +113,11 @@ def layouts(config: Config, nodes: int, min_nodes: int, devices: int) -> Mapping
                 found[there] = Layout(used, accumulate)
                 break
         if there not in found:
+            if all(used * devices % parts for used in range(min_nodes, there + 1)):
+                raise ConfigError(
+                    f"--min-nodes={min_nodes}: {there} × {devices} processes are no groups of trainer.context_parallel="
+                    f"{parts}: take --min-nodes={parts // math.gcd(parts, devices)}."
+                )
             raise ConfigError(
                 f"--min-nodes={min_nodes}: a step of {samples} sequences (data.batch_tokens / data.length) cannot be "
                 f"shared evenly among {there} × {devices} processes: take --min-nodes={nodes}, or another batch_tokens."

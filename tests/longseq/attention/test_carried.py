@@ -1,0 +1,43 @@
+"""A sequence in tiles, each with the state that the one before has left, against the sequence as a whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from longseq.attention import favor_attention
+from longseq.attention.carried import State, carried_attention
+
+LENGTH, HEADS = 53, 2
+
+
+def tiled(q: Tensor, k: Tensor, v: Tensor, tile: int, **options: object) -> Tensor:
+    state: State = ()
+    parts = []
+    for start in range(0, LENGTH, tile):
+        out, state = carried_attention(*(x[:, :, start : start + tile] for x in (q, k, v)), state, **options)
+        parts.append(out)
+    return torch.cat(parts, dim=2)
+
+
+@pytest.mark.parametrize(("tile", "window"), [(20, 0), (9, 9), (26, 7), (52, 7), (LENGTH, 60)])
+def test_tiles_give_the_outputs_and_gradients_of_the_whole(tile: int, window: int) -> None:
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, HEADS, LENGTH, 8, generator=rng, dtype=torch.float64, requires_grad=True) for _ in "qkv")
+    decay = torch.tensor([0.02, 0.3], dtype=torch.float64, requires_grad=True)
+    share = torch.tensor([-0.5, 0.2], dtype=torch.float64, requires_grad=True)
+    options = {"features": 12, "window": window, "decay": decay, "far_share": share}
+    learned = [q, k, v, decay, *([share] if 0 < window < LENGTH else [])]
+    wanted = favor_attention(q, k, v, causal=True, **options)
+    found = tiled(q, k, v, tile, **options)
+    torch.testing.assert_close(found, wanted)
+    weights = torch.randn(wanted.shape, generator=rng, dtype=torch.float64)
+    grads = [torch.autograd.grad((out * weights).sum(), learned) for out in (found, wanted)]
+    torch.testing.assert_close(*grads)
+
+
+def test_a_tile_that_does_not_fill_the_window_must_be_the_last() -> None:
+    q, k, v = (torch.randn(1, HEADS, LENGTH, 8) for _ in "qkv")
+    with pytest.raises(ValueError, match=r"a tile of 10 positions is shorter than window=11"):
+        tiled(q, k, v, 10, window=11)
