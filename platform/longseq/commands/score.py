@@ -15,10 +15,15 @@ import math
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from longseq.commands.options import add_model, add_overrides, at_least, output, ready
 from longseq.errors import LongseqError
 from longseq.opening import Source, find
+
+if TYPE_CHECKING:
+    from longseq.evaluation.records import Record
+    from longseq.evaluation.variants import Variant
 
 Row = dict[str, object]
 
@@ -86,11 +91,9 @@ def _variants(source: Source, args: argparse.Namespace) -> Iterator[Row]:
     return _effects(source, wild, variants)
 
 
-def _effects(source: Source, wild: object, variants: list) -> Iterator[Row]:
+def _effects(source: Source, wild: Record, variants: list[Variant]) -> Iterator[Row]:
     from longseq.evaluation.likelihood import effects
-    from longseq.evaluation.records import Record
 
-    assert isinstance(wild, Record)
     ready()
     for variant, effect in effects(source.load(), source.vocabulary, wild, variants, source.causal):
         yield {"id": wild.identifier, "variant": variant.name, "changes": len(variant.changes), "effect": effect}

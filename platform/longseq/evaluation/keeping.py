@@ -26,13 +26,25 @@ def keep_json(report: object, path: Path) -> None:
 def aside(path: Path) -> Iterator[Path]:
     """A name of its own beside ``path``, to write to. What was written gets its name when it is whole and on the disk.
 
+    A link keeps pointing to its file, which is the one that is replaced.
+
     Raises:
-        LongseqError: where the folder is missing, before anything is computed for the file.
-        OSError: where the disk is full, say; nothing is left then.
+        LongseqError: where the folder is missing, or the name is that of a folder, a pipe or a device; before anything
+            is computed for the file.
+        OSError: where the folder cannot be written to, or the disk is full; nothing is left then.
     """
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "a pipe or a device"
+        raise LongseqError(f"{path}: {what}, and a file is to be written there; choose another name.")
+    if path.is_symlink():
+        path = path.resolve()
     if not path.parent.is_dir():
         raise LongseqError(f"{path}: the folder {path.parent} does not exist; make it, or choose another.")
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.stem[:60]}-", suffix=f"{path.suffix}.partial", dir=path.parent)
+    prefix, suffix = f".{path.stem[:60]}-", f"{path.suffix}.partial"
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=path.parent)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be written ({error.strerror})", str(path)) from None
     os.close(descriptor)
     partial = Path(name)
     try:

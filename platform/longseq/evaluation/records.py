@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -60,12 +60,12 @@ def look(source: Source, file: str) -> None:
     sys.stderr.flush()
 
 
-def batches(items: Iterable[Item], length: object, limit: int = BATCH_TOKENS) -> Iterator[list[Item]]:
+def batches(items: Iterable[Item], length: Callable[[Item], int], limit: int = BATCH_TOKENS) -> Iterator[list[Item]]:
     """Items in their order, as many at a time as fit into ``limit`` tokens when padded to the longest."""
     held: list[Item] = []
     longest = 0
     for item in items:
-        size = length(item)  # type: ignore[operator]
+        size = length(item)
         if held and (len(held) + 1) * max(longest, size) > limit:
             yield held
             held, longest = [], 0

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from longseq.errors import RunError
 from longseq.exported import PREFIX
+from longseq.models.weight_files import read_weights
 
 _LEARNED = ("log_temperature", "log_share", "log_decay")  # of attention: qk_norm, learned_share, learned_decay
 
@@ -49,12 +50,10 @@ def load_weights(model: nn.Module, path: Path, *, may_learn_more: bool = False) 
         The names of these.
 
     Raises:
-        RunError: if the file holds the weights of another architecture.
+        RunError: if the file is damaged, or holds the weights of another architecture.
     """
-    from safetensors.torch import load_file
-
     state = {
-        name.removeprefix(PREFIX): t.float() if t.is_floating_point() else t for name, t in load_file(path).items()
+        name.removeprefix(PREFIX): t.float() if t.is_floating_point() else t for name, t in read_weights(path).items()
     }
     own = model.state_dict()
     fresh = [name for name in own if may_learn_more and name not in state and name.endswith(_LEARNED)]

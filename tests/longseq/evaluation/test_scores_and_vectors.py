@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -106,6 +108,26 @@ def test_a_variant_that_does_not_fit_is_refused(trained, refused, wild, folder, 
     (folder / "variants.txt").write_text(f"C7G\n{variant}\n")
     said = refused("score", trained(), wild, "--variants", "variants.txt")
     assert f"variants.txt, line 2: {sentence}" in said
+
+
+def test_a_file_without_any_variant_is_refused(trained, refused, wild, folder):
+    (folder / "variants.txt").write_text("# none yet\n\n")
+    assert "variants.txt: names no variant" in refused("score", trained(), wild, "--variants", "variants.txt")
+
+
+def test_results_take_the_place_of_files_alone(trained, longseq, refused, wild, folder):
+    """Not of a folder, nor of a pipe or /dev/null; and a link goes on pointing to its file."""
+    run = trained()
+    (folder / "results.npz").mkdir()
+    os.mkfifo(folder / "pipe")
+    assert "results.npz: a folder" in refused("score", run, wild, "--out", "results.npz")
+    assert "results.npz: a folder" in refused("embed", run, wild, "--out", "results.npz")
+    assert "pipe: a pipe or a device" in refused("score", run, wild, "--out", "pipe")
+    assert stat.S_ISFIFO((folder / "pipe").stat().st_mode)
+    (folder / "link.tsv").symlink_to("file.tsv")
+    longseq("score", run, wild, "--out", "link.tsv")
+    assert (folder / "link.tsv").is_symlink()
+    assert (folder / "file.tsv").read_text().startswith("id\tlength")
 
 
 def test_variants_need_one_wild_type(trained, refused):
