@@ -22,7 +22,7 @@ from typing import Any
 
 from longseq.config import Config
 from longseq.config_loading import config_of
-from longseq.errors import LongseqError, RunError
+from longseq.errors import LongseqError, RunError, place_of_errors
 from longseq_data.vocabulary import Vocabulary
 
 MODEL_TYPE = "longseq"
@@ -159,10 +159,11 @@ def writing(out: Path) -> Iterator[Path]:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
-        yield aside
-        if out.exists():
-            raise LongseqError(f"{out}: has come into being meanwhile, and is not overwritten: choose another name.")
-        aside.rename(out)
+        with place_of_errors(out):
+            yield aside
+            if out.exists():
+                raise LongseqError(f"{out}: has come into being meanwhile, and is not overwritten: take another name.")
+            aside.rename(out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

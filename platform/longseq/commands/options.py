@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,10 +70,12 @@ def output(path: Path | None) -> Iterator[TextIO]:
 
 
 def ready() -> None:
-    """Settings of a process that computes on its own."""
+    """Settings of a process that computes on its own. At SIGTERM it removes what it has half written, and ends."""
     import torch
 
     from longseq.allocator import keep_freed_memory
 
     if not torch.cuda.is_available():
         keep_freed_memory()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from longseq.curves import read_curves
-from longseq.errors import LongseqError
+from longseq.errors import LongseqError, place_of_errors
 
 
 def keep_json(report: object, path: Path) -> None:
@@ -48,11 +48,12 @@ def aside(path: Path) -> Iterator[Path]:
     os.close(descriptor)
     partial = Path(name)
     try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.chmod(0o666 & ~_umask())
-        partial.replace(path)
+        with place_of_errors(path):
+            yield partial
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.chmod(0o666 & ~_umask())
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -34,9 +34,18 @@ def full_state_dict(model: nn.Module, sharded: bool, keep: bool) -> dict[str, Te
 
 
 def save_weights(state: dict[str, Tensor], path: Path) -> None:
+    """Into a safetensors file.
+
+    Raises:
+        RunError: if it cannot be written, on a full disk say.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    except SafetensorError as error:
+        raise RunError(f"{path}: cannot be written ({error}): make room, or choose another place.") from None
 
 
 def load_weights(model: nn.Module, path: Path, *, may_learn_more: bool = False) -> list[str]:

@@ -15,13 +15,16 @@ from Bio import SeqIO
 from safetensors.torch import load_file, save_file
 
 from command_line import curve
+from longseq import exported
 from longseq.cli import main
+from longseq.errors import RunError
 from longseq.evaluation import keeping
 from longseq.evaluation.request import samples_of
 from longseq.evaluation.scoring import score
 from longseq.evaluation.tally import Tally
 from longseq.models.performer import PerformerLM
 from longseq.opening import find
+from longseq.training.weights import save_weights
 from longseq_data.vocabulary import BOS, EOS, LETTERS
 
 
@@ -133,6 +136,16 @@ def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(tmp_path, monkey
         keeping.keep_json({"a": 2}, tmp_path / "kept.json")
     assert json.loads((tmp_path / "kept.json").read_text()) == {"a": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["kept.json"]
+
+
+def test_a_full_disk_is_said_with_the_file_that_did_not_fit(tmp_path):
+    for writing in (keeping.aside, exported.writing):
+        with pytest.raises(OSError, match="No space") as raised, writing(tmp_path / "out"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        assert raised.value.filename == str(tmp_path / "out")
+    with pytest.raises(RunError, match="weights: cannot be written"):
+        save_weights({"a": torch.zeros(2)}, tmp_path / "nowhere" / "weights")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_no_model_is_refused(trained, refused, folder):
