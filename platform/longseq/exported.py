@@ -172,7 +172,7 @@ def _model_type(folder: Path) -> str | None:
     """Of a folder's config.json; None where there is none.
 
     Raises:
-        RunError: if it is no JSON.
+        RunError: if it is no JSON, or not a mapping.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -181,4 +181,4 @@ def _model_type(folder: Path) -> str | None:
         content = json.loads(path.read_text())
         return str(content.get("model_type", "unknown"))
     except (ValueError, AttributeError):
-        raise RunError(f"{path}: not valid JSON, so it was damaged.") from None
+        raise RunError(f"{path}: not the JSON description of a model, so it was damaged.") from None

@@ -88,6 +88,8 @@ def _refuse_what_has_no_effect(args: argparse.Namespace) -> None:
         if getattr(args, name) not in (None, "", False):
             why = "fills in the records of a file, which it has no effect on" if args.infill else "is missing"
             raise LongseqError(f"sample: --{name}, and --infill {why}: leave --{name} out.")
+    if args.timing and args.length == 1:
+        raise LongseqError("sample: --timing takes the time between tokens, and --length is 1: take more.")
 
 
 def _settings(args: argparse.Namespace, temperature: float) -> Settings:

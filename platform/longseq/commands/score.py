@@ -43,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     source = find(args.target, args.overrides, ema=args.ema)
+    if args.passes and (source.causal or args.variant or args.variants):
+        what = "effects of variants take" if args.variant or args.variants else "a causal model takes"
+        raise LongseqError(f"score: --passes, and {what} one pass each in any case: leave it out.")
     from longseq.evaluation.records import look
 
     look(source, args.file)

@@ -79,8 +79,12 @@ def prompt_tokens(text: str, vocabulary: Vocabulary, what: str) -> list[int]:
     """A prompt as ids.
 
     Raises:
-        LongseqError: for a letter that is no residue; naming it and its position.
+        LongseqError: for a letter that is no residue, naming it and its position; and for what is no text.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise LongseqError(f"{what}: not UTF-8 from position {error.start + 1} on; write it in UTF-8.") from None
     if vocabulary.name == "protein":
         ids = list(text.encode("ascii", "replace").translate(TABLE))
         if UNKNOWN in ids:

@@ -129,7 +129,7 @@ def _claim(plan: Plan, settings: Settings) -> None:
     """Refuse a folder that holds results of other settings; new variants and groups may come to it."""
     (settings.out / "results").mkdir(parents=True, exist_ok=True)
     path = settings.out / "settings.json"
-    mine = {
+    mine: dict[str, Any] = {
         "experiment": plan.name,
         "config": str(settings.config),
         "overrides": sorted([*plan.overrides, *settings.overrides]),

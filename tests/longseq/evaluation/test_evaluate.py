@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import subprocess
 from pathlib import Path
 from threading import Thread
 
@@ -17,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from command_line import curve
 from longseq import exported
 from longseq.cli import main
-from longseq.errors import RunError
-from longseq.evaluation import keeping
-from longseq.evaluation.request import samples_of
+from longseq.errors import LongseqError, RunError
+from longseq.evaluation import keeping, parallel
+from longseq.evaluation.request import Request, samples_of
 from longseq.evaluation.scoring import score
 from longseq.evaluation.tally import Tally
 from longseq.models.performer import PerformerLM
@@ -37,6 +38,21 @@ def test_processes_that_share_the_batches_count_the_same_to_the_last_bit(trained
         parts = [score(model, samples, batch_sequences=4, rank=rank, world=world) for rank in range(world)]
         merged = Tally.merged(parts)
         assert all(np.array_equal(getattr(merged, name), getattr(whole, name)) for name in vars(whole))
+
+
+def test_a_process_that_is_killed_ends_the_others_and_the_evaluation(tmp_path, monkeypatch):
+    started = []
+
+    def start(place: Path, rank: int, world: int, port: int) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen(["sh", "-c", "kill -9 $$" if rank == 1 else "exec sleep 60"]))
+        return started[-1]
+
+    monkeypatch.setattr(parallel, "_start", start)
+    monkeypatch.setattr(parallel.tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(LongseqError, match="process 1 of 3 was killed by signal 9"):
+        list(parallel.scored(Request(("a",), (), ("test",)), 3, lambda *_: None))
+    assert [process.returncode for process in started] == [-9, -9, -9]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_scores_are_those_of_each_record_by_itself(trained, longseq, folder):
