@@ -11,10 +11,9 @@ import sys
 from pathlib import Path
 
 from longseq.commands.numbers import natural
-from longseq.commands.options import add_model, add_overrides, ready, require_folder
+from longseq.commands.options import add_model, add_overrides, output_file, ready
 from longseq.errors import LongseqError
 from longseq.opening import find
-from longseq_data.files import aside
 
 _SUFFIXES = (".parquet", ".npz")
 
@@ -50,8 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from longseq.evaluation.vectors import write_npz, write_parquet
 
     write = write_parquet if args.out.suffix == ".parquet" else write_npz
-    require_folder(args.out)
-    with aside(args.out) as partial:
+    with output_file(args.out) as partial:
         ready()
         vectors = embed(source.load(), source.vocabulary, records(source, args.file), args.layer)
         written = write(vectors, partial, spec.dim, args.per_residue)

@@ -23,7 +23,7 @@ from longseq.config import Config
 from longseq.data import SPLITS, corpus_of, resolve_sources, split_spec
 from longseq.errors import ConfigError, LongseqError
 from longseq.evaluation.request import Request, samples_of
-from longseq.opening import TARGET_HELP, Source, checkpoints_of, find, of_checkpoint
+from longseq.opening import TARGET_HELP, Source, checkpoints_of, find, of_checkpoint, run_of
 from longseq_data.errors import DataError
 from longseq_data.sharing import Samples
 from longseq_data.streaming import StreamSpec
@@ -125,10 +125,8 @@ def _groups(targets: list[Path], args: argparse.Namespace) -> list[list[Source]]
     groups: dict[Path, list[Source]] = {}
     for target in targets:
         if args.all_checkpoints:
-            run = find(target, args.overrides).run
-            if run is None:
-                raise LongseqError(f"{target}: an exported folder, which has one model: leave --all-checkpoints out.")
-            sources = [of_checkpoint(each, args.overrides, ema=args.ema) for each in checkpoints_of(run)]
+            checkpoints = checkpoints_of(run_of(target))
+            sources = [of_checkpoint(each, args.overrides, ema=args.ema) for each in checkpoints]
         else:
             sources = [find(target, args.overrides, ema=args.ema)]
         for source in sources:
@@ -143,9 +141,9 @@ def _parts(source: Source, args: argparse.Namespace) -> tuple[str, ...]:
     config = deepcopy(source.config)
     files = [word if "://" in word else str(Path(word).expanduser().absolute()) for word in args.data or ()]
     splits = args.split or []
-    if source.run is None and not files:
+    if source.run is None and (splits or not files):
         raise LongseqError(
-            f"{source.folder}: an exported folder, which knows no test split: say what to score with --data FILE."
+            f"{source.folder}: an exported folder, which knows no splits: say what to score with --data FILE alone."
         )
     if source.run is not None:
         if not files or splits:

@@ -12,11 +12,10 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from longseq.commands.options import add_model, add_overrides, ready
+from longseq.commands.options import add_model, add_overrides, output_file, ready
 from longseq.data import resolve_sources
 from longseq.errors import LongseqError
 from longseq.opening import find
-from longseq_data.files import aside
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     pictures = {}
     for name, figure in figures(source):
         path = folder / f"{name}.png"
-        with aside(path) as partial:
+        with output_file(path) as partial:
             figure.savefig(partial, format="png")
         pictures[f"figures/{name}"] = path
         print(path)

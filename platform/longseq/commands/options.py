@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from longseq.errors import LongseqError
+from longseq.errors import LongseqError, place_of_errors
 from longseq.opening import TARGET_HELP
 from longseq_data.files import aside
 
@@ -32,27 +34,44 @@ def output(path: Path | None) -> Iterator[TextIO]:
         yield sys.stdout
         sys.stdout.flush()
         return
-    require_folder(path)
-    with aside(path) as partial, partial.open("w", encoding="utf-8") as file:
+    with output_file(path) as partial, partial.open("w", encoding="utf-8") as file:
         yield file
     print(f"longseq: written to {path}", file=sys.stderr)
 
 
-def require_folder(path: Path) -> None:
-    """Refuse a file in a folder that there is not, before anything is computed for it.
+@contextmanager
+def output_file(path: Path) -> Iterator[Path]:
+    """A name of its own to write to; what was written gets the name ``path`` when it is whole and on the disk.
+
+    A link keeps pointing to its file, which is the one that is replaced.
 
     Raises:
-        LongseqError: naming the folder.
+        LongseqError: where the folder is missing, or the name is that of a folder, a pipe or a device; before anything
+            is computed for the file.
+        OSError: where the folder cannot be written to, or the disk is full; nothing is left then.
     """
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "a pipe or a device"
+        raise LongseqError(f"{path}: {what}, and a file is to be written there; choose another name.")
+    if path.is_symlink():
+        path = path.resolve()
     if not path.parent.is_dir():
         raise LongseqError(f"{path}: the folder {path.parent} does not exist; make it, or choose another.")
+    with place_of_errors(path), aside(path) as partial:
+        try:
+            partial.touch()
+        except OSError as error:
+            raise OSError(error.errno, f"cannot be written ({error.strerror})", str(path)) from None
+        yield partial
 
 
 def ready() -> None:
-    """Settings of a process that computes on its own."""
+    """Settings of a process that computes on its own. At SIGTERM it removes what it has half written, and ends."""
     import torch
 
     from longseq.allocator import keep_freed_memory
 
     if not torch.cuda.is_available():
         keep_freed_memory()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
