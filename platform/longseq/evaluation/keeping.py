@@ -22,6 +22,9 @@ def keep_json(report: object, path: Path) -> None:
         partial.write_text(json.dumps(report, indent=2) + "\n")
 
 
+_DEVICES = (Path("/dev"), Path("/dev/fd"))
+
+
 @contextmanager
 def aside(path: Path) -> Iterator[Path]:
     """A name of its own beside ``path``, to write to. What was written gets its name when it is whole and on the disk.
@@ -33,7 +36,8 @@ def aside(path: Path) -> Iterator[Path]:
             is computed for the file.
         OSError: where the folder cannot be written to, or the disk is full; nothing is left then.
     """
-    if path.exists() and not path.is_file():
+    device = path.absolute().parent in _DEVICES  # /dev/stdout is a link to what may be a file
+    if device or (path.exists() and not path.is_file()):
         what = "a folder" if path.is_dir() else "a pipe or a device"
         raise LongseqError(f"{path}: {what}, and a file is to be written there; choose another name.")
     if path.is_symlink():
