@@ -15,6 +15,8 @@ from longseq.errors import LongseqError, place_of_errors
 from longseq.opening import TARGET_HELP
 from longseq_data.files import aside
 
+_DEVICES = (Path("/dev"), Path("/dev/fd"))
+
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """The arguments that say which weights are meant."""
@@ -50,7 +52,8 @@ def output_file(path: Path) -> Iterator[Path]:
             is computed for the file.
         OSError: where the folder cannot be written to, or the disk is full; nothing is left then.
     """
-    if path.exists() and not path.is_file():
+    device = path.absolute().parent in _DEVICES  # /dev/stdout is a link to what may be a file
+    if device or (path.exists() and not path.is_file()):
         what = "a folder" if path.is_dir() else "a pipe or a device"
         raise LongseqError(f"{path}: {what}, and a file is to be written there; choose another name.")
     if path.is_symlink():

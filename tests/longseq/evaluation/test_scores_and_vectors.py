@@ -155,6 +155,7 @@ def test_results_take_the_place_of_files_alone(trained, longseq, refused, wild, 
     assert "results.npz: a folder" in refused("score", run, wild, "--out", "results.npz")
     assert "results.npz: a folder" in refused("embed", run, wild, "--out", "results.npz")
     assert "pipe: a pipe or a device" in refused("score", run, wild, "--out", "pipe")
+    assert "stdout: a pipe or a device" in refused("score", run, wild, "--out", "/dev/stdout")
     assert stat.S_ISFIFO((folder / "pipe").stat().st_mode)
     (folder / "link.tsv").symlink_to("file.tsv")
     longseq("score", run, wild, "--out", "link.tsv")
