@@ -63,6 +63,8 @@ def values_of(size: int) -> int:
 def read_images(folder: str, size: int) -> Generator[ImageDocument, None, None]:
     """The pictures directly in a folder, by name. Nothing is decoded here."""
     parent = Path(folder)
+    if parent.is_file():
+        raise DataError(f"{folder}: a file, and pictures are read by folders; give the folder that it is in.")
     try:
         names = sorted(path.name for path in parent.iterdir())
     except OSError as error:

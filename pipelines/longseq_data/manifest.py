@@ -116,14 +116,6 @@ def _split_info(values: dict) -> SplitInfo:
     return SplitInfo(lengths=Lengths(**values.pop("lengths")), files=files, **values)
 
 
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while piece := handle.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def count_lengths(lengths: npt.NDArray[np.int64]) -> dict[int, int]:
     """{length: records}; lengths above EXACT_LENGTHS are rounded to three digits."""
     unit = 10 ** np.maximum(np.floor(np.log10(np.maximum(lengths, 1))).astype(np.int64) - 2, 0)

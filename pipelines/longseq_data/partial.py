@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from email.message import Message
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from .errors import DataError
+from .files import sync_folder, write_text
 
 READ = 1 << 20  # bytes at a time
 
@@ -85,7 +86,8 @@ class Part:
         if conditions != self.conditions:
             self.conditions = conditions
             with _no_room(self):
-                _write_atomically(self._state, {**asdict(self.promise), "conditions": conditions})
+                content = {**asdict(self.promise), "conditions": conditions}
+                write_text(self._state, json.dumps(content, indent=1) + "\n")
 
     def append(self, chunk: bytes) -> None:
         view = memoryview(chunk)
@@ -111,7 +113,8 @@ class Part:
             os.fsync(self._file.fileno())
         self.path.replace(self.final)
         self._state.unlink(missing_ok=True)
-        _sync_folder(self.final.parent)
+        with suppress(OSError):  # some network filesystems cannot
+            sync_folder(self.final.parent)
 
     def kept(self) -> str:
         return f"{self.size:,} of {self.promise.size:,} bytes are kept in {self.path}"
@@ -206,18 +209,3 @@ def _part_of(final: Path) -> Path:
 
 def _state_of(final: Path) -> Path:
     return final.with_name(f"{final.name}.part.json")
-
-
-def _write_atomically(path: Path, content: Mapping[str, object]) -> None:
-    aside = path.with_name(f"{path.name}.new")
-    aside.write_text(json.dumps(content, indent=1) + "\n")
-    aside.replace(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    with suppress(OSError):  # some network filesystems cannot
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -24,15 +24,16 @@ from pathlib import Path
 import numpy as np
 
 from .errors import DataError
+from .files import sha256_of, write_text
 from .held_out import read_held_out
-from .manifest import Manifest, Source, sha256_of
+from .manifest import Manifest, Source
 from .prepare_config import PrepareConfig
 from .prepare_map import Counts, MapTask, map_block, map_whole, read_notes
 from .prepare_plan import PARTS, Plan, begin, locked, taken
 from .prepare_pool import Workers, in_threads
 from .prepare_publish import finish, publish
 from .prepare_reader import Block, Stored, cut
-from .prepare_reduce import ReduceTask, reduce_shard, shard_count, write_text
+from .prepare_reduce import ReduceTask, reduce_shard, shard_count
 from .sources import expand_sources
 from .vocabulary import PROTEIN
 

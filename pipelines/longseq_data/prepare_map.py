@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from .files import aside
 from .held_out import HeldOut, hashes
 from .prepare_config import PrepareConfig
 from .prepare_reader import Block, ProteinReader, Row, Stored, checksum
@@ -209,16 +209,8 @@ def _write(path: Path, batch: pa.RecordBatch, notes: dict[str, Any]) -> None:
     import pyarrow as pa
 
     batch = batch.replace_schema_metadata({"notes": json.dumps(notes)})
-    aside = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        with aside.open("wb") as handle:
-            with pa.ipc.new_file(handle, batch.schema) as writer:
-                writer.write_batch(batch)
-            handle.flush()
-            os.fsync(handle.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)  # a full disk has no room for what is of no use
+    with aside(path) as partial, partial.open("wb") as handle, pa.ipc.new_file(handle, batch.schema) as writer:
+        writer.write_batch(batch)
 
 
 def read_notes(path: Path) -> tuple[Counts, int, int]:

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .errors import DataError
-from .manifest import MANIFEST, Manifest, read_manifest, sha256_of
+from .files import sha256_of, write_text
+from .manifest import MANIFEST, Manifest, read_manifest
 from .prepare_config import PrepareConfig
-from .prepare_reduce import write_text
 from .sources import URL
 
 PARTS = "parts"  # of NAME.partial: what is gone once the corpus is whole

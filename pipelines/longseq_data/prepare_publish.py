@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 from collections import Counter
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from .files import aside, sha256_of, sync_folder, write_text
 from .manifest import (
     MANIFEST,
     DataFile,
@@ -23,11 +23,10 @@ from .manifest import (
     describe_lengths,
     fingerprint,
     read_manifest,
-    sha256_of,
 )
 from .prepare_map import SPLITS, Counts
 from .prepare_plan import PARTS, Plan
-from .prepare_reduce import Part, ReduceTask, read_parts, schema, split_digest, write_text
+from .prepare_reduce import Part, ReduceTask, read_parts, schema, split_digest
 from .vocabulary import Vocabulary
 
 OFFSETS = "offsets.npy"
@@ -85,14 +84,16 @@ def finish(
 def publish(folder: Path, output: Path) -> Manifest:
     """Give a finished folder its name; a corpus that has it gives way."""
     shutil.rmtree(folder / PARTS, ignore_errors=True)
+    for rest in folder.rglob("*.partial"):  # of processes that were killed
+        rest.unlink()
     for path in [*folder.rglob("*/"), folder]:
-        _sync(path)
+        sync_folder(path)
     old = output.with_name(f".{output.name}.old")
     if output.exists():
         shutil.rmtree(old, ignore_errors=True)
         output.rename(old)
     folder.rename(output)
-    _sync(output.parent)
+    sync_folder(output.parent)
     shutil.rmtree(old, ignore_errors=True)
     return read_manifest(output)
 
@@ -122,21 +123,14 @@ def _data_file(folder: Path, name: str) -> DataFile:
 
 def _write_offsets(path: Path, files: list[Path], records: int) -> None:
     """Where each record begins in the flat stream of tokens, and where the last one ends: (records + 1,) int64."""
-    aside = path.with_suffix(".partial")
-    try:
-        with aside.open("wb") as handle:
-            description = {"descr": "<i8", "fortran_order": False, "shape": (records + 1,)}
-            np.lib.format.write_array_header_1_0(handle, description)
-            handle.write(np.zeros(1, dtype="<i8").tobytes())
-            end = 0
-            for offsets in _token_offsets(files):
-                handle.write((offsets[1:] + (end - offsets[0])).astype("<i8").tobytes())
-                end += int(offsets[-1] - offsets[0])
-            handle.flush()
-            os.fsync(handle.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with aside(path) as partial, partial.open("wb") as handle:
+        description = {"descr": "<i8", "fortran_order": False, "shape": (records + 1,)}
+        np.lib.format.write_array_header_1_0(handle, description)
+        handle.write(np.zeros(1, dtype="<i8").tobytes())
+        end = 0
+        for offsets in _token_offsets(files):
+            handle.write((offsets[1:] + (end - offsets[0])).astype("<i8").tobytes())
+            end += int(offsets[-1] - offsets[0])
 
 
 def _token_offsets(files: list[Path]) -> Iterator[npt.NDArray[np.int64]]:
@@ -164,12 +158,3 @@ def _describe(folder: Path, files: list[str], mark: str, task: ReduceTask) -> No
         "_split": folder.name,
     }
     write_text(folder / "state.json", json.dumps(state, indent=2))
-
-
-def _sync(folder: Path) -> None:
-    """A rename is on disk when its folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

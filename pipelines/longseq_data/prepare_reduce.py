@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING, TypedDict
 import numpy as np
 import numpy.typing as npt
 
+from .files import write_text
 from .manifest import count_lengths
 from .prepare_map import SPLITS, ordered
 from .vocabulary import Vocabulary
@@ -91,19 +92,6 @@ def reduce_shard(task: ReduceTask, shard: int) -> None:
 
 def read_parts(task: ReduceTask, shard: int) -> dict[str, Part]:
     return json.loads(task.notes(shard).read_text())
-
-
-def write_text(path: Path, text: str) -> None:
-    """Under its name when on disk."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with aside.open("w") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _borders(task: ReduceTask, shard: int) -> Iterator[tuple[int, int]]:

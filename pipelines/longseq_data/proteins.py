@@ -36,12 +36,6 @@ def read_proteins(source: str) -> Generator[Record, None, None]:
         yield from READERS[_format_of(handle, source)](handle, source)
 
 
-def protein_format(source: str) -> Format:
-    """The format of one path or URL, by its first bytes. Raises DataError where it is none that can be read."""
-    with open_text(source) as handle:
-        return _format_of(handle, source)
-
-
 def _format_of(handle: TextIO, source: str) -> Format:
     # open_text has filled the buffer, so nothing is read here
     head = handle.buffer.peek(1024).removeprefix(codecs.BOM_UTF8).lstrip()  # type: ignore[attr-defined]

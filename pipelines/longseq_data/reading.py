@@ -9,7 +9,7 @@ from functools import cached_property
 from .documents import ByteDocument, Document, DocumentEncoder, Text
 from .errors import DataError
 from .fasta import Encoder, Record
-from .formats import Leaf, leaves
+from .formats import Leaf, format_of, leaves
 from .vocabulary import BYTES, PIXELS, PROTEIN, Vocabulary
 
 TOKENS = ("protein", "bytes", "pixels")  # and a tokenizer's file
@@ -121,7 +121,7 @@ def agree(sources: Sequence[str], format: str, tokens: str) -> str:
 
     Raises DataError where they do not go together.
     """
-    kinds = {leaves_format: source for source in reversed(sources) for leaves_format in _formats(source, format)}
+    kinds = {format_of(source, format): source for source in reversed(sources)}
     if tokens == "auto":
         own = {READ_AS[kind][0]: source for kind, source in kinds.items()}
         if len(own) > 1:
@@ -155,12 +155,6 @@ def _filled(leaf: Leaf, documents: Iterable[Document]) -> Generator[Document, No
             yield document
     if empty:
         raise DataError(f"{leaf.source}: nothing but white space in it; give text, or remove it from the list.")
-
-
-def _formats(source: str, format: str) -> list[str]:
-    from .formats import format_of
-
-    return [format_of(source, format)]
 
 
 def _protein(text: Text, counted: str) -> Record:

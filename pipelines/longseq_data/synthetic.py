@@ -13,11 +13,8 @@ every distribution is derived from them here, so the text does not depend on how
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import math
-import os
-import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import DataError
+from .files import aside
 from .randomness import generator
 from .substitution import AMINO_ACIDS, Floats, Residues, draw_background, substitute
 
@@ -271,21 +269,13 @@ def write_fasta(
             raise DataError(f"{path} is no regular file (a device or a pipe, perhaps): give the name of a file.")
         if path.exists() and not overwrite:
             raise DataError(f"{path} exists already: choose another name, or overwrite it (--overwrite).")
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("wb") as raw:
-                if path.suffix == ".gz":  # no time and no name in its header: the same corpus is the same file
-                    with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0, compresslevel=6) as packed:
-                        report = _write_records(spec, packed, progress)
-                else:
-                    report = _write_records(spec, raw, progress)
-                raw.flush()
-                os.fsync(raw.fileno())
-            partial.replace(path)
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
+        with aside(path) as partial, partial.open("wb") as raw:
+            if path.suffix == ".gz":  # no time and no name in its header: the same corpus is the same file
+                with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0, compresslevel=6) as packed:
+                    report = _write_records(spec, packed, progress)
+            else:
+                report = _write_records(spec, raw, progress)
     except OSError as error:
         raise DataError(
             f"{path} cannot be written ({error.strerror or error}): free some space, or choose a folder that you can "

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from .documents import Text, TokenDocument, words_before
 from .errors import DataError
+from .files import write_text
 from .sources import one_line
 from .vocabulary import Vocabulary
 
@@ -162,12 +163,13 @@ def train_tokenizer(texts: Iterable[str], model: str, size: int, show_progress: 
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
-    """Write the JSON file: aside first, so that it is whole or not there."""
-    partial_path = path.with_name(f".{path.name}.partial")
+    """Write the JSON file, whole or not at all.
+
+    Raises DataError where that cannot be done.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial_path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-        partial_path.replace(path)
+        write_text(path, tokenizer.to_str(pretty=True))
     except OSError as error:
         raise DataError(
             f"{path} cannot be written ({error.strerror or error}): choose a folder that you can write to."

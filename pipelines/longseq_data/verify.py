@@ -12,7 +12,8 @@ import numpy as np
 
 from .corpus import Corpus
 from .errors import DataError
-from .manifest import MANIFEST, DataFile, Manifest, fingerprint, read_manifest, sha256_of
+from .files import sha256_of
+from .manifest import MANIFEST, DataFile, Manifest, fingerprint, read_manifest
 from .prepare_map import digest
 from .prepare_reduce import CELL_BITS, WORD, RowDigest, split_digest
 from .randomness import generator

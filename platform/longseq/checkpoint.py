@@ -22,6 +22,7 @@ from functools import cached_property
 from pathlib import Path
 
 from longseq.errors import RunError
+from longseq_data.files import sha256_of, sync_folder
 
 _MANIFEST = "manifest.json"
 FORMAT = 2
@@ -78,7 +79,7 @@ class Checkpoint:
                 return f"{path}: missing, so this checkpoint cannot be used."
             if path.stat().st_size != expected["size"]:
                 return f"{path}: {path.stat().st_size} bytes instead of {expected['size']}, so it was cut or changed."
-            if _sha256(path) != expected["sha256"]:
+            if sha256_of(path) != expected["sha256"]:
                 return f"{path}: its content does not match its checksum, so it was damaged."
         return None
 
@@ -143,14 +144,14 @@ def publish(
         file.flush()
         os.fsync(file.fileno())
     for folder in {partial, *((partial / name).parent for name in files)}:
-        _fsync_directory(folder)
+        sync_folder(folder)
     final = directory / checkpoint_name(position.step)
     last_check()
     if final.exists():  # a damaged one, which the resume went behind
         shutil.rmtree(final)
     partial.rename(final)
     _point_last_at(final)
-    _fsync_directory(directory)
+    sync_folder(directory)
     return Checkpoint(final)
 
 
@@ -190,19 +191,3 @@ def _point_last_at(final: Path) -> None:
     aside.unlink(missing_ok=True)
     aside.symlink_to(final.name)
     aside.replace(final.with_name("last"))
-
-
-def _fsync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

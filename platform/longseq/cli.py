@@ -54,10 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             module.add_arguments(child)
             child.set_defaults(run=module.run)
     args, rest = parser.parse_known_args(argv)
-    # argparse takes key=value arguments in one block only; those after an option come back here.
+    # argparse takes the arguments of a list in one block only; those after an option come back here.
+    words = [word for word in rest if not word.startswith("-") and "=" not in word and hasattr(args, "words")]
+    rest = [word for word in rest if word not in words]
     misplaced = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(args, "overrides")]
     if misplaced:
         parser.error(f"unrecognized arguments: {' '.join(misplaced)}")
+    if words:
+        args.words = [*args.words, *words]
     if rest:
         args.overrides = [*args.overrides, *rest]
     try:

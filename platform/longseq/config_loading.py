@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from longseq.config import Config
 from longseq.errors import ConfigError
+from longseq_data.files import write_text
 
 _FREE_FORM = ("deepspeed",)  # sections passed through unchecked
 
@@ -77,9 +78,7 @@ def _merged(layers: Sequence[_Layer], path: str) -> Config:
 
 def save_config(config: Config, path: Path) -> None:
     """Write every key with its value, atomically."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    aside.replace(path)
+    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def described_keys() -> Iterator[tuple[str, str, Mapping[str, Any]]]:

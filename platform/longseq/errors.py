@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 from longseq_data.errors import DataError
 
 
@@ -23,6 +27,17 @@ class SupersededError(LongseqError):
     """A newer start has the run."""
 
     exit_code = 77
+
+
+@contextmanager
+def place_of_errors(path: Path) -> Iterator[None]:
+    """An OSError that does not say where it came from (a full disk does not) says ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
 # What the command line turns into one line on stderr. Anything else is a bug and keeps its traceback.

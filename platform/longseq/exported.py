@@ -22,7 +22,7 @@ from typing import Any
 
 from longseq.config import Config
 from longseq.config_loading import config_of
-from longseq.errors import LongseqError, RunError
+from longseq.errors import LongseqError, RunError, place_of_errors
 from longseq_data.vocabulary import Vocabulary
 
 MODEL_TYPE = "longseq"
@@ -159,10 +159,11 @@ def writing(out: Path) -> Iterator[Path]:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
-        yield aside
-        if out.exists():
-            raise LongseqError(f"{out}: has come into being meanwhile, and is not overwritten: choose another name.")
-        aside.rename(out)
+        with place_of_errors(out):
+            yield aside
+            if out.exists():
+                raise LongseqError(f"{out}: has come into being meanwhile, and is not overwritten: take another name.")
+            aside.rename(out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -171,7 +172,7 @@ def _model_type(folder: Path) -> str | None:
     """Of a folder's config.json; None where there is none.
 
     Raises:
-        RunError: if it is no JSON.
+        RunError: if it is no JSON, or not a mapping.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -180,4 +181,4 @@ def _model_type(folder: Path) -> str | None:
         content = json.loads(path.read_text())
         return str(content.get("model_type", "unknown"))
     except (ValueError, AttributeError):
-        raise RunError(f"{path}: not valid JSON, so it was damaged.") from None
+        raise RunError(f"{path}: not the JSON description of a model, so it was damaged.") from None

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from longseq import exported
+from longseq.errors import RunError
 from longseq.opening import Source
 
 _HEAD = """---
@@ -78,7 +79,10 @@ def _data(source: Source) -> Iterator[str]:
     path = source.run.data_path if source.run else None
     if path is None or not path.is_file():
         return
-    known = json.loads(path.read_text())
+    try:
+        known = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise RunError(f"{path}: damaged; remove it, and the card names the data without fingerprints.") from None
     for split in ("train", "valid"):
         for name, identity in zip(getattr(source.config.data, split), known.get(split, []), strict=False):
             own = name if "://" in name or name.startswith("hub:") else Path(name).name
@@ -86,15 +90,18 @@ def _data(source: Source) -> Iterator[str]:
 
 
 def _scores(source: Source) -> Iterator[tuple[str, ...]]:
-    """Rows of what `longseq evaluate` found for this very checkpoint, with the run's own settings."""
+    """A row for each split and file that `longseq evaluate` scored wholly, with this very checkpoint as it is."""
     if not source.run or not source.run.evaluations_dir.is_dir():
         return
     weights = "last" if source.weights.name == "model.safetensors" else "ema"
+    found: dict[str, tuple[str, ...]] = {}
     for path in sorted(source.run.evaluations_dir.glob("*.json")):
         with suppress(ValueError, KeyError, TypeError, AttributeError):  # of another version, or somebody's own file
             report = json.loads(path.read_text())
             ours = report["step"] == source.step and report["weights"] == weights and not report["overrides"]
-            rows = report["splits"].items() if ours else ()
+            whole = report.get("sequences_limit") is None
+            rows = report["splits"].items() if ours and whole else ()
             for split, r in rows:
                 quality = f"{r['loss']:.4f}", f"{r['perplexity']:.2f}", f"{r['accuracy']:.1%}"
-                yield (split, f"{r['sequences']:,}", *quality)
+                found[split] = (split, f"{r['sequences']:,}", *quality)
+    yield from found.values()

@@ -7,6 +7,7 @@ whatever ZeRO stage they were trained under. Nothing is unpickled.
 from __future__ import annotations
 
 import json
+import operator
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -154,6 +155,20 @@ def of_export(export: exported.Exported, overrides: Sequence[str] = (), *, ema: 
     return Source(export.folder, export.weights, config, tokens, export.step, None)
 
 
+def run_of(target: Path) -> Run:
+    """The run that a path means: the run itself, or that of a checkpoint.
+
+    Raises:
+        LongseqError: for anything else.
+    """
+    if is_exported(target):
+        raise LongseqError(f"{target}: an exported folder has one model and no other checkpoints; give the run.")
+    if (target / "manifest.json").is_file():
+        return Run.open(target.resolve().parent.parent)
+    _refuse_others(target)
+    return Run.open(target)
+
+
 def checkpoints_of(run: Run) -> list[Checkpoint]:
     """Every whole checkpoint of a run, oldest first; damaged ones are named on stderr.
 
@@ -197,7 +212,10 @@ def _refuse_other_tokens(weights: Path, tokens: Vocabulary) -> None:
         RunError: naming both.
     """
     shapes = tensor_shapes(weights)
-    rows = shapes.get("embedding.weight", shapes.get(f"{exported.PREFIX}embedding.weight", (tokens.size,)))[0]
+    shape = shapes.get("embedding.weight") or shapes.get(f"{exported.PREFIX}embedding.weight")
+    if not shape:
+        raise RunError(f"{weights}: holds no embedding, so it is no model of longseq, or damaged.")
+    rows = shape[0]
     if rows != tokens.size:
         raise RunError(
             f"{weights}: a model of {rows:,} tokens, but the configuration's data.tokenizer ({tokens.name}) has "
@@ -214,7 +232,9 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     try:
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+        return {
+            name: tuple(map(operator.index, entry["shape"])) for name, entry in header.items() if name != "__metadata__"
+        }
     except OSError as error:
         raise RunError(f"{path}: cannot be read: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError):

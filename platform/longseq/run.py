@@ -19,6 +19,7 @@ from longseq.checkpoint import Checkpoint
 from longseq.config import Config
 from longseq.config_loading import load_config, save_config
 from longseq.errors import RunError
+from longseq_data.files import write_text
 
 TOKENIZER = "tokenizer.json"
 
@@ -183,15 +184,11 @@ class Run:
         self.check_start()
         path = self.path / "environment.json"
         starts = json.loads(path.read_text()) if path.exists() else []
-        aside = path.with_name(".environment.json.partial")
-        aside.write_text(json.dumps([*starts, facts], indent=2) + "\n")
-        aside.replace(path)
+        write_text(path, json.dumps([*starts, facts], indent=2) + "\n")
 
     def record_data(self, identities: dict[str, list[str | None]]) -> None:
         """Note which data the run is trained on: of each split's sources, in their order, what tells them apart."""
-        aside = self.data_path.with_name(".data.json.partial")
-        aside.write_text(json.dumps(identities, indent=1) + "\n")
-        aside.replace(self.data_path)
+        write_text(self.data_path, json.dumps(identities, indent=1) + "\n")
 
     def check_data(self, config: Config, identities: dict[str, list[str | None]]) -> None:
         """Hold data against those that the run was started with.

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +17,17 @@ from positions import position
 FASTA = "".join(f">r{i}\n{'MKVLAACDEFGHIKLMNPQ'[i % 7 :]}\n" for i in range(40))
 # Small enough to be refused in no time, and to be trained in no time if a refusal is missing.
 SMALL = "model: {preset: tiny}\ndata: {length: 16, batch_tokens: 64}\ntrainer: {max_steps: 8, accelerator: cpu}\n"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small tensors cost more to share among threads than to compute."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -135,7 +135,7 @@ def test_data_tokenizer_trains_on_any_texts_and_writes_one_file(files, capsys, m
     ("arguments", "sentence"),
     [
         (["t.json", "book.txt", "--size", "260"], "256 bytes and 4 special tokens leave no room; take 261 or more"),
-        (["t.json", "proteins.fasta"], "cannot be read as data.tokenizer=bytes"),
+        (["t.json", "proteins.fasta"], "taken for fasta, and a tokenizer learns from text"),
         (["t.json", "none.txt"], "none.txt does not exist"),
         (["t.model", "book.txt"], "a tokenizer's file ends in .json"),
         (["old.json", "book.txt"], "old.json exists already"),

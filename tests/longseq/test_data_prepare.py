@@ -16,7 +16,7 @@ import pytest
 
 from command_line import Command, alive, longseq
 from corpora import contents, expected, found, write_files
-from longseq.commands.data.prepare import _help_on_keys
+from longseq.commands.key_help import help_on_flat_keys
 from longseq.errors import ConfigError
 from longseq.flat_config import load_flat
 from longseq_data.corpus import Corpus
@@ -291,7 +291,7 @@ def test_help_says_what_every_key_means():
         [sys.executable, "-m", "longseq.cli", "data", "prepare", "--help"], capture_output=True, text=True, timeout=60
     )
     words = " ".join(done.stdout.split())
-    assert " ".join(_help_on_keys().split()) in words
+    assert " ".join(help_on_flat_keys(PrepareConfig).split()) in words
     for name in PrepareConfig.__dataclass_fields__:
         assert f" {name}: " in words
 

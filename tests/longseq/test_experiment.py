@@ -136,6 +136,28 @@ def test_a_folder_of_other_settings_is_refused(plan, settings):
         perform(plan, settings("data.train=other.fasta"), Recorder(), print)
 
 
+def test_a_variant_that_was_changed_is_not_taken_for_the_one_before(folder, plan, settings):
+    """Its results would be shown under the new one's name; variants that are added are no matter."""
+    perform(plan, settings(), Recorder(), print)
+    more = PLAN.replace("splits:", "  Performer (window): [attention.window=4]\nsplits:")
+    (folder / "two.yaml").write_text(more)
+    recorder = Recorder()
+    perform(read_plan(folder / "two.yaml"), settings(), recorder, print)
+    assert recorder.trained() == ["fit"] * 2
+    (folder / "two.yaml").write_text(more.replace("window=4", "window=8"))
+    with pytest.raises(LongseqError, match=r"uni-performer-window=.*window=4.*choose another --out"):
+        perform(read_plan(folder / "two.yaml"), settings(), Recorder(), print)
+
+
+@pytest.mark.parametrize("name", ["settings.json", "results/uni-transformer-seed0.json"])
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_damaged_result_is_named(plan, settings, name, content):
+    perform(plan, settings(), Recorder(), print)
+    (settings().out / name).write_text(content)
+    with pytest.raises(LongseqError, match=f"{Path(name).name}: damaged"):
+        perform(plan, settings(), Recorder(), print)
+
+
 def test_a_run_that_fails_ends_the_experiment_and_says_so(plan, settings):
     with pytest.raises(LongseqError, match="uni-transformer-seed0: ended with exit code 1"):
         perform(plan, settings(), lambda words: 1, print)
@@ -149,6 +171,12 @@ def test_a_run_that_fails_ends_the_experiment_and_says_so(plan, settings):
         ("[attention.kind=exact]", "attention.kind=exact", "a list of section.key=value"),
         ("config: small.yaml", "about: x", "needs config"),
         ("steps: 0.5", "steps: 20", "a share of the steps"),
+        ("config: small.yaml", "config: [small.yaml]", "config: a file is needed"),
+        ("groups: {", "groups: [a]\nset: {", "groups: a mapping is needed"),
+        ("splits: [test]", "splits: [tset]", "splits: a list of some of train, valid, test, ood, not"),
+        ("[30.80, 9.37]", "[30.80]", "accuracy in per cent, perplexity"),
+        ("Performer (ReLU):", "transformer:", "would be one run, uni-transformer"),
+        ("config: small.yaml", "bench: step", "bench: a list of words"),
     ],
 )
 def test_a_wrong_experiment_is_refused_in_one_sentence(folder, old, new, sentence):

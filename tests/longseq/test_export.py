@@ -189,12 +189,16 @@ def test_the_model_card_says_what_was_trained_on_for_how_long_and_what_it_scores
     scores = {"sequences": 3, "loss": 2.5, "perplexity": 12.18, "accuracy": 0.231}
     report = {"step": 8, "weights": "last", "overrides": [], "splits": {"test": scores}}
     (run.evaluations_dir / "a.json").write_text(json.dumps(report))
+    (run.evaluations_dir / "again.json").write_text(json.dumps({**report, "splits": {"test": scores, "ood": scores}}))
+    few = {"test": {**scores, "sequences": 2, "loss": 1.0}}
+    (run.evaluations_dir / "few.json").write_text(json.dumps({**report, "sequences_limit": 2, "splits": few}))
     (run.evaluations_dir / "b.json").write_text(json.dumps({**report, "step": 4, "splits": {"valid": scores}}))
     main(["export", str(run.path), "out"])
     card = (folder / "out" / "README.md").read_text()
     assert "steps: 8" in card
     assert json.loads(run.data_path.read_text())["train"][0] in card
     assert "| test | 3 | 2.5000 | 12.18 | 23.1% |" in card
+    assert card.count("| test |") == card.count("| ood |") == 1
     assert "valid |" not in card
     assert str(folder) not in card + (folder / "out" / "config.json").read_text()  # nothing of this machine
 

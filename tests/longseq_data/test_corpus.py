@@ -19,7 +19,8 @@ from corpora import flat_and_stream, tables, write_files
 from longseq_data import prepare_reduce
 from longseq_data.corpus import Corpus
 from longseq_data.errors import DataError
-from longseq_data.manifest import read_manifest, sha256_of
+from longseq_data.files import sha256_of
+from longseq_data.manifest import read_manifest
 from longseq_data.prepare import prepare
 from longseq_data.prepare_config import PrepareConfig
 from longseq_data.splits import split_of

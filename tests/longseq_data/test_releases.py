@@ -22,7 +22,6 @@ QUICK = Patience(timeout=0.4, tries=2, first_wait=0.01, longest_wait=0.02)
 CONTENT = random.Random(1).randbytes(100_003)
 OTHER = random.Random(2).randbytes(100_103)
 UNIREF = "current_release/uniref/uniref50"
-KNOWLEDGEBASE = "current_release/knowledgebase/complete"
 
 
 @pytest.fixture

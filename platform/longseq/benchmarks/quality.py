@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from longseq.benchmarks.variants import VARIANTS
 from longseq.errors import LongseqError
 from longseq.models.performer import PerformerLM
 from longseq.models.spec import PerformerSpec
+from longseq_data.files import write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,9 +106,7 @@ def measure(
             kept = _path(folder, request, text, variant, seed)
             if not kept.exists():
                 trial = _train(request, text, variant, seed, tell)
-                aside = kept.with_suffix(f".{os.getpid()}.tmp")
-                aside.write_text(json.dumps({"request": asdict(request), "text": text.fingerprint} | asdict(trial)))
-                aside.replace(kept)
+                write_text(kept, json.dumps({"request": asdict(request), "text": text.fingerprint} | asdict(trial)))
             tell(f"{variant}, seed {seed}: {_read(kept).valid:.4f} nats a character")
     return trials(request, text, folder)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from torch import Tensor
 from longseq.benchmarks.variants import VARIANTS
 from longseq.models.performer import PerformerLM
 from longseq.models.spec import PerformerSpec
+from longseq_data.files import write_text
 
 _FILLER = 0
 _IGNORED = -100
@@ -95,9 +95,7 @@ def measure(
         path = folder / f"{asked}-{variant}-{seed}.json"
         if not path.exists():
             results = [asdict(result) for result in _train(request, variant, seed, tell)]
-            aside = path.with_suffix(f".{os.getpid()}.tmp")
-            aside.write_text(json.dumps({"request": asdict(request), "results": results}))
-            aside.replace(path)
+            write_text(path, json.dumps({"request": asdict(request), "results": results}))
         found += [Recall(**result) for result in json.loads(path.read_text())["results"]]
     return found
 

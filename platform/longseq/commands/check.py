@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from longseq.commands.training import check_data, check_disk, check_origin, help_on_keys
+from longseq.commands.key_help import help_on_keys
+from longseq.commands.training import check_data, check_disk, check_origin
 from longseq.config import Config
 from longseq.config_loading import load_config
 from longseq.data import SPLITS, resolve_sources, vocabulary

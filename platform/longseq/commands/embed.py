@@ -10,7 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from longseq.commands.options import add_model, add_overrides, at_least, ready
+from longseq.commands.numbers import natural
+from longseq.commands.options import add_model, add_overrides, output_file, ready
 from longseq.errors import LongseqError
 from longseq.opening import find
 
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--per-residue", action="store_true", help="a vector for every residue as well")
     parser.add_argument(
         "--layer",
-        type=at_least(0),
+        type=natural,
         metavar="K",
         help="0: the embedding, K: after block K; default: after the final norm, what the head reads",
     )
@@ -45,11 +46,10 @@ def run(args: argparse.Namespace) -> int:
     look(source, args.file)
 
     from longseq.evaluation.embedding import embed
-    from longseq.evaluation.keeping import aside
     from longseq.evaluation.vectors import write_npz, write_parquet
 
     write = write_parquet if args.out.suffix == ".parquet" else write_npz
-    with aside(args.out) as partial:
+    with output_file(args.out) as partial:
         ready()
         vectors = embed(source.load(), source.vocabulary, records(source, args.file), args.layer)
         written = write(vectors, partial, spec.dim, args.per_residue)

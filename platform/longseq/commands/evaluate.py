@@ -17,12 +17,13 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from longseq.commands.numbers import natural, positive
 from longseq.commands.training import FIXED, check_data, refuse_changes, say
 from longseq.config import Config
 from longseq.data import SPLITS, corpus_of, resolve_sources, split_spec
 from longseq.errors import ConfigError, LongseqError
 from longseq.evaluation.request import Request, samples_of
-from longseq.opening import TARGET_HELP, Source, checkpoints_of, find, of_checkpoint
+from longseq.opening import TARGET_HELP, Source, checkpoints_of, find, of_checkpoint, run_of
 from longseq_data.errors import DataError
 from longseq_data.sharing import Samples
 from longseq_data.streaming import StreamSpec
@@ -61,19 +62,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="may be repeated; default: test, and ood where there is one; none with --data",
     )
     parser.add_argument("--data", action="append", metavar="FILE", help="score any FASTA or text; may be repeated")
-    parser.add_argument(
-        "--sequences", type=_at_least_one, metavar="N", help="score a sample of N sequences of each split"
-    )
+    parser.add_argument("--sequences", type=positive, metavar="N", help="score a sample of N sequences of each split")
     parser.add_argument("--all-checkpoints", action="store_true", help="every whole checkpoint of each run, over steps")
     parser.add_argument("--ema", action="store_true", help="score the running mean of the weights (trainer.ema_decay)")
-    parser.add_argument("--top-k", type=_at_least_one, default=5, metavar="K", help="of top-k accuracy; default 5")
+    parser.add_argument("--top-k", type=positive, default=5, metavar="K", help="of top-k accuracy; default 5")
     parser.add_argument(
-        "--bootstrap", type=_natural, default=1000, metavar="N", help="resamplings of intervals; default 1000, 0: none"
+        "--bootstrap", type=natural, default=1000, metavar="N", help="resamplings of intervals; default 1000, 0: none"
     )
-    parser.add_argument("--seed", type=_natural, default=0, metavar="N", help="of the bootstrap; default 0")
+    parser.add_argument("--seed", type=natural, default=0, metavar="N", help="of the bootstrap; default 0")
     parser.add_argument(
         "--devices",
-        type=_at_least_one,
+        type=positive,
         metavar="N",
         help="processes that share the work, a GPU each where there are any; the results are the same (default 1, or "
         "trainer.devices=N)",
@@ -115,7 +114,7 @@ def _devices(args: argparse.Namespace, overrides: list[str]) -> int:
     words = [word.removeprefix(_DEVICES) for word in overrides if word.startswith(_DEVICES)]
     if words and args.devices is None:
         try:
-            return _at_least_one(words[-1])
+            return positive(words[-1])
         except argparse.ArgumentTypeError as error:
             raise ConfigError(f"trainer.devices: {error}.") from None
     return args.devices or 1
@@ -126,10 +125,8 @@ def _groups(targets: list[Path], args: argparse.Namespace) -> list[list[Source]]
     groups: dict[Path, list[Source]] = {}
     for target in targets:
         if args.all_checkpoints:
-            run = find(target, args.overrides).run
-            if run is None:
-                raise LongseqError(f"{target}: an exported folder, which has one model: leave --all-checkpoints out.")
-            sources = [of_checkpoint(each, args.overrides, ema=args.ema) for each in checkpoints_of(run)]
+            checkpoints = checkpoints_of(run_of(target))
+            sources = [of_checkpoint(each, args.overrides, ema=args.ema) for each in checkpoints]
         else:
             sources = [find(target, args.overrides, ema=args.ema)]
         for source in sources:
@@ -144,9 +141,9 @@ def _parts(source: Source, args: argparse.Namespace) -> tuple[str, ...]:
     config = deepcopy(source.config)
     files = [word if "://" in word else str(Path(word).expanduser().absolute()) for word in args.data or ()]
     splits = args.split or []
-    if source.run is None and not files:
+    if source.run is None and (splits or not files):
         raise LongseqError(
-            f"{source.folder}: an exported folder, which knows no test split: say what to score with --data FILE."
+            f"{source.folder}: an exported folder, which knows no splits: say what to score with --data FILE alone."
         )
     if source.run is not None:
         if not files or splits:
@@ -297,18 +294,6 @@ def _text(reports: list[dict], args: argparse.Namespace, unkept: list[str]) -> s
         where = kept[0] if len(kept) == 1 else ", ".join(str(path) for path in dict.fromkeys(k.parent for k in kept))
         text.append(f"kept in {where}")
     return "\n\n".join(text)
-
-
-def _at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
-    return int(text)
 
 
 class _Progress:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from longseq.commands.bench import arguments
+from longseq.commands.numbers import naturals, positive
 from longseq.errors import EXIT_GO_ON, LongseqError
 from longseq.experiments.plan import Plan, read_plan
 from longseq.experiments.running import Interrupted, Settings, facts, perform, results, trials
@@ -24,18 +24,18 @@ from longseq.experiments.tables import report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("experiment", type=Path, help="a YAML file, e.g. configs/experiments/table2.yaml")
+    parser.add_argument(
+        "experiment", type=Path, metavar="FILE", help="a YAML file, e.g. configs/experiments/table2.yaml"
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", default=[], help="for every run, as of `longseq fit`"
     )
-    parser.add_argument(
-        "--seeds", type=arguments.seeds, default=(0,), metavar="N,…", help="run.seed of each; default: 0"
-    )
-    parser.add_argument("--steps", type=arguments.positive, metavar="N", help="trainer.max_steps of every run")
+    parser.add_argument("--seeds", type=naturals, default=(0,), metavar="N,…", help="run.seed of each; default: 0")
+    parser.add_argument("--steps", type=positive, metavar="N", help="trainer.max_steps of every run")
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="what all runs have in common, e.g. configs/protein/paper.yaml"
     )
-    parser.add_argument("--sequences", type=arguments.positive, metavar="N", help="score a sample of N of each split")
+    parser.add_argument("--sequences", type=positive, metavar="N", help="score a sample of N of each split")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where runs, results and table go; default: experiments/NAME"
     )

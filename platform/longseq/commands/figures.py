@@ -12,7 +12,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from longseq.commands.options import add_model, add_overrides, ready
+from longseq.commands.options import add_model, add_overrides, output_file, ready
 from longseq.data import resolve_sources
 from longseq.errors import LongseqError
 from longseq.opening import find
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     resolve_sources(source.config)
 
     from longseq.evaluation.figures import figures
-    from longseq.evaluation.keeping import aside, show_pictures
+    from longseq.evaluation.keeping import show_pictures
 
     ready()
     folder = args.out or source.run.path / "figures"
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     pictures = {}
     for name, figure in figures(source):
         path = folder / f"{name}.png"
-        with aside(path) as partial:
+        with output_file(path) as partial:
             figure.savefig(partial, format="png")
         pictures[f"figures/{name}"] = path
         print(path)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from longseq.commands.training import check_data, check_disk, check_origin, help_on_keys, train
+from longseq.commands.key_help import help_on_keys
+from longseq.commands.training import check_data, check_disk, check_origin, train
 from longseq.config_loading import load_config
 from longseq.data import identities, resolve_sources
 from longseq.run import Run

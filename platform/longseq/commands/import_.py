@@ -4,7 +4,7 @@ OUT becomes a folder like that of `longseq export`. With attention.kind=exact, a
 the original does. The transfer to a Performer goes on from it:
 
   longseq import esm2_t6_8M_UR50D esm8m
-  longseq evaluate esm8m data.test=proteins.fasta.gz attention.kind=favor
+  longseq evaluate esm8m --data proteins.fasta.gz attention.kind=favor
   longseq fit configs/protein/transfer.yaml model.init_from=esm8m data.train=proteins.fasta.gz
 """
 

@@ -9,6 +9,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from longseq.commands.numbers import natural
 from longseq.errors import RunError
 from longseq.launch.local import rank_log
 from longseq.launch.slurm.queue import SlurmError, queue
@@ -22,8 +23,8 @@ _ASK_SECONDS = 5.0  # between questions to SLURM, which has other things to do
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", metavar="RUN", help="a run folder")
     parser.add_argument("-f", "--follow", action="store_true", help="go on with what is written from now on")
-    parser.add_argument("--rank", type=int, default=0, metavar="R", help="the process whose log it is; default: 0")
-    parser.add_argument("-n", "--lines", type=int, metavar="N", help="the last N lines only")
+    parser.add_argument("--rank", type=natural, default=0, metavar="R", help="the process whose log it is; default: 0")
+    parser.add_argument("-n", "--lines", type=natural, metavar="N", help="the last N lines only")
 
 
 def run(args: argparse.Namespace) -> int:

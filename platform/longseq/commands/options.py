@@ -1,15 +1,21 @@
-"""Types of options that several verbs take, and a place for what they write."""
+"""Options that several verbs take, and a place for what they write."""
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from longseq.errors import LongseqError, place_of_errors
 from longseq.opening import TARGET_HELP
+from longseq_data.files import aside
+
+_DEVICES = (Path("/dev"), Path("/dev/fd"))
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -23,36 +29,6 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", default=[], help="e.g. trainer.accelerator=cpu")
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """An option's whole number."""
-
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
-        return int(text)
-
-    return number
-
-
-def share(text: str) -> float:
-    """An option's number in (0, 1]."""
-    value = real(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and at most 1")
-    return value
-
-
-def real(text: str) -> float:
-    """An option's number from 0 on."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
-    return value
-
-
 @contextmanager
 def output(path: Path | None) -> Iterator[TextIO]:
     """Where results go: standard output, or a file that has its name once it is whole."""
@@ -60,18 +36,45 @@ def output(path: Path | None) -> Iterator[TextIO]:
         yield sys.stdout
         sys.stdout.flush()
         return
-    from longseq.evaluation.keeping import aside
-
-    with aside(path) as partial, partial.open("w", encoding="utf-8") as file:
+    with output_file(path) as partial, partial.open("w", encoding="utf-8") as file:
         yield file
     print(f"longseq: written to {path}", file=sys.stderr)
 
 
+@contextmanager
+def output_file(path: Path) -> Iterator[Path]:
+    """A name of its own to write to; what was written gets the name ``path`` when it is whole and on the disk.
+
+    A link keeps pointing to its file, which is the one that is replaced.
+
+    Raises:
+        LongseqError: where the folder is missing, or the name is that of a folder, a pipe or a device; before anything
+            is computed for the file.
+        OSError: where the folder cannot be written to, or the disk is full; nothing is left then.
+    """
+    device = path.absolute().parent in _DEVICES  # /dev/stdout is a link to what may be a file
+    if device or (path.exists() and not path.is_file()):
+        what = "a folder" if path.is_dir() else "a pipe or a device"
+        raise LongseqError(f"{path}: {what}, and a file is to be written there; choose another name.")
+    if path.is_symlink():
+        path = path.resolve()
+    if not path.parent.is_dir():
+        raise LongseqError(f"{path}: the folder {path.parent} does not exist; make it, or choose another.")
+    with place_of_errors(path), aside(path) as partial:
+        try:
+            partial.touch()
+        except OSError as error:
+            raise OSError(error.errno, f"cannot be written ({error.strerror})", str(path)) from None
+        yield partial
+
+
 def ready() -> None:
-    """Settings of a process that computes on its own."""
+    """Settings of a process that computes on its own. At SIGTERM it removes what it has half written, and ends."""
     import torch
 
     from longseq.allocator import keep_freed_memory
 
     if not torch.cuda.is_available():
         keep_freed_memory()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

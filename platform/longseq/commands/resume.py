@@ -10,7 +10,8 @@ import argparse
 import sys
 
 from longseq.checkpoint import Checkpoint
-from longseq.commands.training import FIXED, check_data, check_disk, help_on_keys, refuse_changes, train
+from longseq.commands.key_help import help_on_keys
+from longseq.commands.training import FIXED, check_data, check_disk, refuse_changes, train
 from longseq.config import Config
 from longseq.config_loading import save_config
 from longseq.data import identities, resolve_sources

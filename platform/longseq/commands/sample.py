@@ -15,7 +15,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, TextIO
 
-from longseq.commands.options import add_model, add_overrides, at_least, output, ready, real, share
+from longseq.commands.numbers import natural, positive, real, share
+from longseq.commands.options import add_model, add_overrides, output, ready
 from longseq.errors import LongseqError
 from longseq.opening import Source, find
 from longseq_data.fasta import read_records
@@ -32,23 +33,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_overrides(parser)
     parser.add_argument("--prompt", default="", metavar="TEXT", help="what every sequence begins with")
-    parser.add_argument(
-        "--length", type=at_least(1), default=512, metavar="N", help="tokens to draw at most; default 512"
-    )
-    parser.add_argument("--number", type=at_least(1), default=1, metavar="N", help="sequences; default 1")
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="default 0")
+    parser.add_argument("--length", type=positive, metavar="N", help="tokens to draw at most; default 512")
+    parser.add_argument("--number", type=positive, metavar="N", help="sequences; default 1")
+    parser.add_argument("--seed", type=natural, default=0, metavar="N", help="default 0")
     parser.add_argument(
         "--temperature", type=real, metavar="T", help="default 1, with --infill 0; 0: the most probable token"
     )
-    parser.add_argument("--top-k", type=at_least(0), default=0, metavar="K", help="only the K most probable; 0: all")
+    parser.add_argument("--top-k", type=natural, default=0, metavar="K", help="only the K most probable; 0: all")
     parser.add_argument(
         "--top-p", type=share, default=1.0, metavar="P", help="only the most probable ones that make up P; 1: all"
     )
     parser.add_argument("--infill", metavar="FASTA", help="with a masked model: fill in the positions written as '?'")
     parser.add_argument(
         "--rounds",
-        type=at_least(0),
-        default=0,
+        type=natural,
         metavar="N",
         help="passes of --infill, the surest positions first; 1: all at once; default 0: a pass a position",
     )
@@ -59,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    _refuse_what_has_no_effect(args)
     source = find(args.target, args.overrides, ema=args.ema)
     if source.vocabulary.name == "pixels":
         raise LongseqError(f"{source.folder}: a model of pixels; sample writes proteins and text.")
@@ -76,19 +75,29 @@ def run(args: argparse.Namespace) -> int:
     clock: list[float] | None = [] if args.timing else None
     settings = _settings(args, temperature=1.0)
     with output(args.out) as out:
-        drawn = draw(model, source.vocabulary, source.begins, prompt, args.number, settings, clock)
+        drawn = draw(model, source.vocabulary, source.begins, prompt, args.number or 1, settings, clock)
         for each in drawn:
             _write(out, source, each, args)
     if clock:
-        print(_times(clock, args.length), file=sys.stderr)
+        print(_times(clock, settings.length), file=sys.stderr)
     return 0
+
+
+def _refuse_what_has_no_effect(args: argparse.Namespace) -> None:
+    other = ("prompt", "length", "number", "timing") if args.infill else ("rounds",)
+    for name in other:
+        if getattr(args, name) not in (None, "", False):
+            why = "fills in the records of a file, which it has no effect on" if args.infill else "is missing"
+            raise LongseqError(f"sample: --{name}, and --infill {why}: leave --{name} out.")
+    if args.timing and args.length == 1:
+        raise LongseqError("sample: --timing takes the time between tokens, and --length is 1: take more.")
 
 
 def _settings(args: argparse.Namespace, temperature: float) -> Settings:
     from longseq.evaluation.sampling import Settings
 
     return Settings(
-        length=args.length,
+        length=args.length or 512,
         temperature=temperature if args.temperature is None else args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
@@ -142,7 +151,7 @@ def _infill(source: Source, args: argparse.Namespace) -> int:
     with output(args.out) as out:
         settings = _settings(args, temperature=0.0)
         for number, (identifier, tokens) in enumerate(records):
-            filled = fill(model, source.vocabulary, source.begins, tokens, args.rounds, settings, number)
+            filled = fill(model, source.vocabulary, source.begins, tokens, args.rounds or 0, settings, number)
             facts = f"filled={tokens.count(MASK)} seed={args.seed} run={source.name} step={source.step}"
             header = f"{identifier} {facts} log_likelihood={filled.log_likelihood:.4f}"
             _fasta(out, header, plain_text(filled.tokens, source.vocabulary))

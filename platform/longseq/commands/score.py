@@ -15,10 +15,16 @@ import math
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from longseq.commands.options import add_model, add_overrides, at_least, output, ready
+from longseq.commands.numbers import natural
+from longseq.commands.options import add_model, add_overrides, output, ready
 from longseq.errors import LongseqError
 from longseq.opening import Source, find
+
+if TYPE_CHECKING:
+    from longseq.evaluation.records import Record
+    from longseq.evaluation.variants import Variant
 
 Row = dict[str, object]
 
@@ -30,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variant", action="append", default=[], metavar="A24G", help="may be repeated")
     parser.add_argument("--variants", type=Path, metavar="FILE", help="one variant a line")
     parser.add_argument(
-        "--passes", type=at_least(0), default=0, metavar="N", help="of a masked model; default 0: one a position, exact"
+        "--passes", type=natural, default=0, metavar="N", help="of a masked model; default 0: one a position, exact"
     )
     parser.add_argument("--json", action="store_true", help="JSON instead of a table with tabs")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: standard output")
@@ -38,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     source = find(args.target, args.overrides, ema=args.ema)
+    if args.passes and (source.causal or args.variant or args.variants):
+        what = "effects of variants take" if args.variant or args.variants else "a causal model takes"
+        raise LongseqError(f"score: --passes, and {what} one pass each in any case: leave it out.")
     from longseq.evaluation.records import look
 
     look(source, args.file)
@@ -86,11 +95,9 @@ def _variants(source: Source, args: argparse.Namespace) -> Iterator[Row]:
     return _effects(source, wild, variants)
 
 
-def _effects(source: Source, wild: object, variants: list) -> Iterator[Row]:
+def _effects(source: Source, wild: Record, variants: list[Variant]) -> Iterator[Row]:
     from longseq.evaluation.likelihood import effects
-    from longseq.evaluation.records import Record
 
-    assert isinstance(wild, Record)
     ready()
     for variant, effect in effects(source.load(), source.vocabulary, wild, variants, source.causal):
         yield {"id": wild.identifier, "variant": variant.name, "changes": len(variant.changes), "effect": effect}

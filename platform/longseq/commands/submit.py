@@ -12,6 +12,8 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from longseq.commands.key_help import help_on_flat_keys
+from longseq.commands.numbers import positive
 from longseq.commands.training import FIXED, check_disk, check_origin, refuse_changes
 from longseq.config import Config
 from longseq.config_loading import load_config, save_config
@@ -29,7 +31,7 @@ from longseq.launch.slurm.render import (
     sweep_script,
     train_script,
 )
-from longseq.launch.slurm.site import Site, load_site, site_keys
+from longseq.launch.slurm.site import Site, load_site
 from longseq.launch.slurm.state import live_jobs, record_job
 from longseq.run import Run, as_typed
 
@@ -37,18 +39,18 @@ from longseq.run import Run, as_typed
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="CONFIG|RUN", type=Path, help="a YAML file, or the folder of a run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", default=[], help="e.g. trainer.max_steps=20000")
-    parser.add_argument("--nodes", type=_at_least_one, metavar="N", help="machines; default: trainer.nodes")
+    parser.add_argument("--nodes", type=positive, metavar="N", help="machines; default: trainer.nodes")
     parser.add_argument(
         "--gpus-per-node",
         "--tasks-per-node",
         dest="devices",
-        type=_at_least_one,
+        type=positive,
         metavar="G",
         help="training processes of a node, one a GPU; with trainer.accelerator=cpu without one; default: the site's, "
         "else trainer.devices",
     )
     parser.add_argument(
-        "--min-nodes", type=_at_least_one, metavar="N", help="also start with fewer nodes, when no more are there"
+        "--min-nodes", type=positive, metavar="N", help="also start with fewer nodes, when no more are there"
     )
     parser.add_argument("--site", metavar="FILE", help="the cluster's profile; default: $LONGSEQ_SITE")
     parser.add_argument("--time", metavar="T", help="limit of one start, e.g. 24h; default: the site's")
@@ -59,9 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE|'key=value ...'",
         help="a sweep, a run for each line of FILE or each --array: overrides, separated by spaces",
     )
-    parser.add_argument("--at-once", type=_at_least_one, metavar="N", help="jobs of an array that run at a time")
+    parser.add_argument("--at-once", type=positive, metavar="N", help="jobs of an array that run at a time")
     parser.add_argument(
-        "--chain", type=_at_least_one, metavar="N", help="N jobs one after another, where jobs may not come back"
+        "--chain", type=positive, metavar="N", help="N jobs one after another, where jobs may not come back"
     )
     parser.add_argument(
         "--job",
@@ -71,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="show the script, and make nothing")
     parser.add_argument("--test-only", action="store_true", help="ask sbatch when and where it would start; no more")
-    parser.epilog = "keys of a site's profile (see slurm/sites/example.yaml):\n" + site_keys()
+    parser.epilog = "keys of a site's profile (see slurm/sites/example.yaml):\n" + help_on_flat_keys(Site)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -296,9 +298,3 @@ def _members(arguments: list[str]) -> list[list[str]]:
     if any(word.startswith(("run.name=", "run.dir=")) for member in members for word in member):
         raise ConfigError("--array: run.name and run.dir are one for all; each run gets a number behind its name.")
     return members
-
-
-def _at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)

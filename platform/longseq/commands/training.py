@@ -6,7 +6,6 @@ import os
 import platform
 import shutil
 import sys
-import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +13,6 @@ from pathlib import Path
 
 from longseq.checkpoint import Checkpoint, expected_bytes, remove_partials
 from longseq.config import Config
-from longseq.config_loading import described_keys
 from longseq.curves import read_curves
 from longseq.data import SPLITS, corpus_of, reading, vocabulary
 from longseq.errors import EXIT_GO_ON, ConfigError, LongseqError, RunError
@@ -243,18 +241,3 @@ def check_disk(config: Config, folder: Path) -> None:
             f"being written) need about {needed / 2**20:,.0f} MiB: make room, keep fewer, or set run.dir to another "
             "disk."
         )
-
-
-def help_on_keys() -> str:
-    """Every configuration key with its type, default and meaning, for ``--help``."""
-    lines, section_before = ["configuration keys (type, default, meaning):"], ""
-    for section, name, about in described_keys():
-        if section != section_before:
-            lines.append("")
-            section_before = section
-        default = "null" if about["default"] is None else about["default"]
-        choices = f" [{' | '.join(about['choices'])}]" if about["choices"] else ""
-        head = f"  {section}.{name}: {about['type'].removesuffix(' | None')} = {default}"
-        text = textwrap.wrap(f"{about['meaning']}{choices}", 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
-        lines += [head, *text]
-    return "\n".join([*lines, "", "  deepspeed.*", "      passed through to DeepSpeed's own configuration"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +24,7 @@ Matrix = npt.NDArray[np.floating]
 
 SCORED = 512  # sequences of a split, where no evaluation is kept
 _DRAWS = 4
+_DRAWN = {"from", "to", "targets", "accuracy", "perplexity"}  # of each bucket of lengths
 # Kernels whose expectation is the softmax's.
 _ESTIMATES = ("softmax", "hyperbolic", "oprf", "trigonometric", "smreg")
 
@@ -116,18 +117,11 @@ def _by_length(source: Source, model: PerformerLM) -> dict[str, list[dict]]:
 def _kept(source: Source) -> dict[str, list[dict]]:
     assert source.run is not None
     for path in sorted(source.run.evaluations_dir.glob(f"{source.folder.stem}-*.json")):
-        report = _read(path)
-        own = report.get("weights") == "last" and not report.get("overrides") and not report.get("sequences_limit")
-        splits = report.get("splits", {})
-        found = {name: splits[name]["by_length"] for name in ("test", "ood") if "by_length" in splits.get(name, {})}
-        if own and found:
-            return found
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # damaged, or somebody's own file
+            report = json.loads(path.read_text())
+            own = report["weights"] == "last" and not report["overrides"] and not report["sequences_limit"]
+            splits = {name: report["splits"][name]["by_length"] for name in ("test", "ood") if name in report["splits"]}
+            known = all(row.keys() >= _DRAWN for rows in splits.values() for row in rows)
+            if own and splits and known:
+                return splits
     return {}
-
-
-def _read(path: Path) -> dict:
-    try:
-        report = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return report if isinstance(report, dict) else {}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from longseq.evaluation.predictions import log_probabilities
 from longseq.evaluation.sampling import Settings, choose
 from longseq.models.performer import PerformerLM
 from longseq_data.randomness import uniforms
@@ -50,7 +51,7 @@ def fill(
     for at in range(passes):
         keep = -(-len(masked) // (passes - at))
         logits = model(row.to(device))[0, torch.from_numpy(masked).to(device)]
-        log_probability = logits.float().log_softmax(-1).cpu()  # (masked, V)
+        log_probability = log_probabilities(logits)  # (masked, V)
         drawn = uniforms(settings.seed, "infill", (np.int64(number) << 32) + masked)
         chosen = choose(log_probability, drawn, never, settings)
         sure = log_probability[np.arange(len(masked)), chosen].double().numpy()

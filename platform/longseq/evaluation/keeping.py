@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -12,37 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from longseq.curves import read_curves
-from longseq.errors import LongseqError
+from longseq_data.files import write_text
 
 
 def keep_json(report: object, path: Path) -> None:
     """Write a file whole or not at all. Raises OSError where that cannot be done."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with aside(path) as partial:
-        partial.write_text(json.dumps(report, indent=2) + "\n")
-
-
-@contextmanager
-def aside(path: Path) -> Iterator[Path]:
-    """A name of its own beside ``path``, to write to. What was written gets its name when it is whole and on the disk.
-
-    Raises:
-        LongseqError: where the folder is missing, before anything is computed for the file.
-        OSError: where the disk is full, say; nothing is left then.
-    """
-    if not path.parent.is_dir():
-        raise LongseqError(f"{path}: the folder {path.parent} does not exist; make it, or choose another.")
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.stem[:60]}-", suffix=f"{path.suffix}.partial", dir=path.parent)
-    os.close(descriptor)
-    partial = Path(name)
-    try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.chmod(0o666 & ~_umask())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, json.dumps(report, indent=2) + "\n")
 
 
 def add_points(folder: Path, points: Mapping[str, float], step: int) -> None:
@@ -106,9 +81,3 @@ def _locked(folder: Path) -> Iterator[None]:
     with (folder / ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

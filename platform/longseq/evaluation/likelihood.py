@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longseq.evaluation.predictions import log_probabilities
 from longseq.evaluation.records import BATCH_TOKENS, Record, batches
 from longseq.evaluation.variants import Variant
 from longseq.models.performer import PerformerLM
@@ -91,7 +92,7 @@ def _log_probability(model: PerformerLM, tokens: Tensor, vocabulary: Vocabulary)
     device = next(model.parameters()).device
     real = tokens != vocabulary.pad
     padding = None if bool(real.all()) else real.to(device)
-    return model(tokens.to(device), padding).float().log_softmax(-1).cpu()
+    return log_probabilities(model(tokens.to(device), padding))
 
 
 def _padded(rows: Sequence[Tokens], pad: int) -> Tensor:

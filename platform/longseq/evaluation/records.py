@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -60,12 +60,12 @@ def look(source: Source, file: str) -> None:
     sys.stderr.flush()
 
 
-def batches(items: Iterable[Item], length: object, limit: int = BATCH_TOKENS) -> Iterator[list[Item]]:
+def batches(items: Iterable[Item], length: Callable[[Item], int], limit: int = BATCH_TOKENS) -> Iterator[list[Item]]:
     """Items in their order, as many at a time as fit into ``limit`` tokens when padded to the longest."""
     held: list[Item] = []
     longest = 0
     for item in items:
-        size = length(item)  # type: ignore[operator]
+        size = length(item)
         if held and (len(held) + 1) * max(longest, size) > limit:
             yield held
             held, longest = [], 0
@@ -79,8 +79,12 @@ def prompt_tokens(text: str, vocabulary: Vocabulary, what: str) -> list[int]:
     """A prompt as ids.
 
     Raises:
-        LongseqError: for a letter that is no residue; naming it and its position.
+        LongseqError: for a letter that is no residue, naming it and its position; and for what is no text.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise LongseqError(f"{what}: not UTF-8 from position {error.start + 1} on; write it in UTF-8.") from None
     if vocabulary.name == "protein":
         ids = list(text.encode("ascii", "replace").translate(TABLE))
         if UNKNOWN in ids:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from longseq.evaluation.predictions import log_probabilities
 from longseq.models.performer import DecodingState, PerformerLM
 from longseq_data.randomness import uniforms
 from longseq_data.vocabulary import Vocabulary
@@ -103,7 +104,7 @@ def _block(
     # The stream of a sequence is its own: its number decides where in the counters it begins.
     streams = (np.arange(first, first + BLOCK, dtype=np.int64)) << 32
     for at in range(settings.length):
-        log_probability = logits.float().log_softmax(-1).cpu()  # (BLOCK, V)
+        log_probability = log_probabilities(logits)  # (BLOCK, V)
         chosen = choose(log_probability, uniforms(settings.seed, "sample", streams + at), never, settings)
         sums += np.where(ended, 0.0, log_probability[np.arange(BLOCK), chosen].double().numpy())
         tokens.append(chosen)
@@ -140,7 +141,8 @@ def choose(
     scores = log_probability.double().masked_fill(never, -torch.inf)
     if settings.temperature == 0:
         return scores.argmax(-1).numpy()
-    probability = (scores / settings.temperature).softmax(-1)
+    # The largest is 0 before the division, which else overflows at temperatures near 0.
+    probability = ((scores - scores.amax(-1, keepdim=True)) / settings.temperature).softmax(-1)
     if settings.top_k or settings.top_p < 1:
         ordered, order = torch.sort(probability, dim=-1, descending=True, stable=True)
         if settings.top_k:

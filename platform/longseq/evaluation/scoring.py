@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longseq.evaluation.predictions import refuse_what_is_not_finite
 from longseq.evaluation.tally import BINS, Tally
 from longseq.models.performer import PerformerLM
 from longseq_data.errors import DataError
@@ -45,6 +46,7 @@ def score(
 
     Raises:
         DataError: if the data are bad.
+        LongseqError: if a prediction is no finite number.
     """
     device = next(model.parameters()).device
     vocabulary = spec.vocabulary
@@ -84,6 +86,7 @@ def _count(logits: Tensor, batch: Mapping[str, Tensor], vocabulary: Vocabulary, 
     scored = targets != IGNORE
     log_probability = logits.log_softmax(-1)
     of_target = log_probability.gather(-1, targets.clamp_min(0)[..., None])  # (B, L, 1)
+    refuse_what_is_not_finite(of_target[scored])
     best, predicted = log_probability.max(-1)
     correct = (predicted == targets) & scored
     near = ((log_probability > of_target).sum(-1) < top_k) & scored

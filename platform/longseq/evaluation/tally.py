@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from longseq_data.files import aside
+
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
@@ -57,11 +59,9 @@ class Tally:
         return Tally(**values)
 
     def save(self, path: Path) -> None:
-        """Aside first: a file of this name is whole."""
-        aside = path.with_name(f".{path.name}.partial")
-        with aside.open("wb") as file:
+        """A file of this name is whole."""
+        with aside(path) as partial, partial.open("wb") as file:
             np.savez(file, **{item.name: getattr(self, item.name) for item in fields(Tally)})
-        aside.replace(path)
 
     @staticmethod
     def load(path: Path) -> Tally:

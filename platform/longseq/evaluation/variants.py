@@ -33,10 +33,13 @@ def read_variants(words: Iterable[str], file: Path | None, wild: Record) -> list
     """Variants given one by one, then those of a file: one a line, its first word; blank lines and # are skipped.
 
     Raises:
-        LongseqError: for a file that cannot be read, and a variant that does not fit the wild type; naming the line,
-            the position and the residue.
+        LongseqError: for a file that cannot be read or names no variant, and a variant that does not fit the wild
+            type; naming the line, the position and the residue.
     """
-    return [parse(word, wild, place) for word, place in (*((word, "--variant") for word in words), *_lines(file))]
+    listed = list(_lines(file))
+    if file is not None and not listed:
+        raise LongseqError(f"{file}: names no variant; write one a line, as A24G.")
+    return [parse(word, wild, place) for word, place in (*((word, "--variant") for word in words), *listed)]
 
 
 def parse(text: str, wild: Record, place: str) -> Variant:

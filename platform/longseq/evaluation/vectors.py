@@ -14,7 +14,6 @@ import numpy.typing as npt
 
 from longseq.evaluation.embedding import Embedded
 
-SUFFIXES = (".parquet", ".npz")
 _ROWS = 256  # of a row group
 _VALUES = 1 << 22  # of a row group, about
 

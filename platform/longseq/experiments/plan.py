@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from longseq.config_loading import read_yaml
+from longseq.data import SPLITS
 from longseq.errors import ConfigError
 
 _KEYS = ("about", "config", "set", "groups", "variants", "splits", "curve", "paper", "differs", "bench")
@@ -72,16 +73,21 @@ def read_plan(path: Path) -> Plan:
         if key not in _KEYS:
             raise ConfigError(f"{path}:{lines.get(key, 1)}: unknown key {key!r}; an experiment has {', '.join(_KEYS)}.")
     if "bench" in content:
-        words = tuple(map(str, content["bench"]))
+        words = content["bench"]
+        if not isinstance(words, list) or not words:
+            raise ConfigError(f"{path}: bench: a list of words, as [step, --causal], not {words!r}.")
+        words = tuple(map(str, words))
         return Plan(path, content.get("about", ""), paper=content.get("paper"), differs=_text(content), bench=words)
-    for key in ("config", "groups", "variants"):
-        if not content.get(key):
-            raise ConfigError(f"{path}: an experiment needs {key}; `longseq experiment --help` says what stands in it.")
+    _check(path, content)
     variants = {name: _variant(path, name, value) for name, value in content["variants"].items()}
     for number, variant in enumerate(variants.values()):
         before = list(variants)[:number]
         if variant.origin and variant.origin not in before:
             raise ConfigError(f"{path}: {variant.name} is from {variant.origin}, which is no variant above it.")
+    runs: dict[str, str] = {}
+    for name in (f"{group}, {variant}" for group in content["groups"] for variant in variants):
+        if runs.setdefault(slug(name), name) != name:
+            raise ConfigError(f"{path}: {runs[slug(name)]} and {name} would be one run, {slug(name)}: rename one.")
     return Plan(
         path=path,
         about=content.get("about", ""),
@@ -89,7 +95,7 @@ def read_plan(path: Path) -> Plan:
         overrides=_overrides(path, "set", content.get("set", [])),
         groups={name: _overrides(path, name, value) for name, value in content["groups"].items()},
         variants=variants,
-        splits=tuple(content.get("splits", ("test",))),
+        splits=tuple(content.get("splits", ["test"])),
         curve=bool(content.get("curve", False)),
         paper=content.get("paper") or {},
         differs=_text(content),
@@ -103,6 +109,30 @@ def slug(*names: str) -> str:
 
 def _text(content: dict[Any, Any]) -> str:
     return " ".join(str(content.get("differs", "")).split())
+
+
+def _check(path: Path, content: dict[Any, Any]) -> None:
+    """Hold what would else fail after a training to be what it should."""
+    for key, kind, what in (("config", str, "a file"), ("groups", dict, "a mapping"), ("variants", dict, "a mapping")):
+        if not content.get(key):
+            raise ConfigError(f"{path}: an experiment needs {key}; the files in configs/experiments are examples.")
+        if not isinstance(content[key], kind):
+            raise ConfigError(f"{path}: {key}: {what} is needed, not {content[key]!r}.")
+    splits = content.get("splits", ["test"])
+    if not isinstance(splits, list) or not splits or not set(map(str, splits)) <= set(SPLITS):
+        raise ConfigError(f"{path}: splits: a list of some of {', '.join(SPLITS)}, not {splits!r}.")
+    paper = content.get("paper") or {}
+    if not isinstance(paper, str) and not _is_table(paper):
+        raise ConfigError(f"{path}: paper: by group, variant and split [accuracy in per cent, perplexity], or a text.")
+
+
+def _is_table(paper: Any) -> bool:
+    """Whether it is {group: {variant: {split: [number, number]}}}."""
+    try:
+        cells = [cell for rows in paper.values() for row in rows.values() for cell in row.values()]
+        return all(len(cell) == 2 and all(isinstance(number, int | float) for number in cell) for cell in cells)
+    except (AttributeError, TypeError):
+        return False
 
 
 def _variant(path: Path, name: str, value: Any) -> Variant:

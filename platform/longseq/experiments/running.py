@@ -19,8 +19,10 @@ from longseq.curves import read_curves
 from longseq.errors import EXIT_GO_ON, LongseqError
 from longseq.experiments.plan import Plan, Variant, slug
 from longseq.run import Run
+from longseq_data.files import write_text
 
 _LEARNED = ("qk_norm", "learned_share", "learned_decay")
+_RESULT = ("group", "variant", "seed", "splits", "curve")
 Command = Callable[[Sequence[str]], int]
 
 
@@ -98,36 +100,51 @@ def perform(plan: Plan, settings: Settings, command: Command, tell: Callable[[st
             found["before"] = _scores(plan, settings, origin, _attention(_folder(settings, trial), origin), command)
         curves = read_curves(_folder(settings, trial) / "tensorboard")
         found["curve"] = {str(step): value for step, value in curves.get("valid/accuracy", {}).items()}
-        aside = kept.with_suffix(".partial")
-        aside.write_text(json.dumps(found, indent=1) + "\n")
-        aside.replace(kept)
+        _write(found, kept)
     return results(plan, settings)
 
 
 def results(plan: Plan, settings: Settings) -> dict[str, dict[str, Any]]:
     """What the folder holds of this experiment, of whatever seeds, by the run's name."""
-    found = {path.stem: json.loads(path.read_text()) for path in sorted((settings.out / "results").glob("*.json"))}
+    found = {path.stem: _read(path, _RESULT) for path in sorted((settings.out / "results").glob("*.json"))}
     return {name: r for name, r in found.items() if r["variant"] in plan.variants and r["group"] in plan.groups}
 
 
+def _read(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+        _ = [content[key] for key in keys]
+        return content
+    except (ValueError, LookupError, TypeError):
+        raise LongseqError(f"{path}: damaged: remove it, and the same command makes it again.") from None
+
+
+def _write(content: dict[str, Any], path: Path) -> None:
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
 def _claim(plan: Plan, settings: Settings) -> None:
-    """Refuse a folder that holds results of other settings."""
+    """Refuse a folder that holds results of other settings; new variants and groups may come to it."""
     (settings.out / "results").mkdir(parents=True, exist_ok=True)
     path = settings.out / "settings.json"
-    mine = {
+    mine: dict[str, Any] = {
         "experiment": plan.name,
         "config": str(settings.config),
         "overrides": sorted([*plan.overrides, *settings.overrides]),
         "sequences": settings.sequences,
     }
-    if not path.exists():
-        path.write_text(json.dumps(mine, indent=1) + "\n")
-    before = json.loads(path.read_text())
-    for name, value in mine.items():
-        if before.get(name) != value:
-            raise LongseqError(
-                f"{settings.out}: holds results of {name}={before.get(name)}, not {value}: choose another --out."
-            )
+    before = _read(path, list(mine)) if path.exists() else mine
+    runs = {
+        slug(group, variant.name): [*words, *variant.overrides, f"from={variant.origin}", f"steps={variant.steps}"]
+        for group, words in plan.groups.items()
+        for variant in plan.variants.values()
+    }
+    known = before.get("runs", {})
+    differing = [(name, before[name], value) for name, value in mine.items() if before[name] != value]
+    differing += [(name, known[name], value) for name, value in runs.items() if known.get(name, value) != value]
+    for name, old, new in differing:
+        raise LongseqError(f"{settings.out}: holds results of {name}={old}, not {new}: choose another --out.")
+    _write({**mine, "runs": {**known, **runs}}, path)
 
 
 def _train(plan: Plan, settings: Settings, trial: Trial, command: Command) -> None:

@@ -70,21 +70,32 @@ class ForeignVocabulary:
 
 def _ids(folder: Path, config: dict[str, Any]) -> dict[str, int]:
     """Token to id, of vocab.txt or tokenizer.json, or of the configuration (ESM keeps it there at times)."""
-    text, tokenizer = folder / "vocab.txt", folder / "tokenizer.json"
-    try:
-        if text.is_file():
-            return {name: id_ for id_, name in enumerate(text.read_text(encoding="utf-8").split())}
-        if tokenizer.is_file():
-            content = json.loads(tokenizer.read_text(encoding="utf-8"))
-            ids = content["model"]["vocab"]
-            added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
-            return {**(ids if isinstance(ids, dict) else {name: i for i, (name, _) in enumerate(ids)}), **added}
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise RunError(f"{folder}: its vocabulary cannot be read: {error}.") from None
+    for name, read in (("vocab.txt", _lines), ("tokenizer.json", _tokenizer)):
+        path = folder / name
+        if path.is_file():
+            try:
+                ids = read(path.read_text(encoding="utf-8"))
+            except (ValueError, LookupError, TypeError, AttributeError, OSError):
+                ids = {}
+            if not ids or not all(isinstance(id_, int) and id_ >= 0 for id_ in ids.values()):
+                raise RunError(f"{path}: no vocabulary, or damaged: copy it again.")
+            return ids
     listed = config.get("vocab_list")
     if isinstance(listed, list):
         return {str(name): id_ for id_, name in enumerate(listed)}
     raise RunError(f"{folder}: has neither vocab.txt nor tokenizer.json, so nothing says what its tokens are.")
+
+
+def _lines(text: str) -> dict[str, int]:
+    """A token a line; one of them may be white space."""
+    return {name.strip(): id_ for id_, name in enumerate(text.split("\n"))}
+
+
+def _tokenizer(text: str) -> dict[str, int]:
+    content = json.loads(text)
+    ids = content["model"]["vocab"]
+    added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+    return {**(ids if isinstance(ids, dict) else {name: id_ for id_, (name, _) in enumerate(ids)}), **added}
 
 
 def _first(ids: dict[str, int], names: tuple[str, ...], folder: Path, role: str) -> int:

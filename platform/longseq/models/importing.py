@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from longseq.config_loading import config_of
 from longseq.errors import LongseqError, RunError
 from longseq.models.foreign_vocabulary import ForeignVocabulary
 from longseq.models.performer import PerformerLM
+from longseq.models.weight_files import check_finite, read_weights
 
 # Of other tasks, or computed from the sizes.
 _NOT_NEEDED = (
@@ -94,7 +95,7 @@ def import_transformer(folder: Path) -> Imported:
     path = folder / "config.json"
     try:
         given = json.loads(path.read_text())
-        kind = given["model_type"]
+        kind = str(given["model_type"])
     except OSError as error:
         what = "no such folder" if not folder.exists() else f"config.json cannot be read ({error.strerror})"
         raise RunError(f"{folder}: {what}; give a Hugging Face model folder of ESM-2 or BERT.") from None
@@ -134,14 +135,14 @@ def _esm(given: dict[str, Any], w: _Weights) -> tuple[dict[str, Any], dict[str, 
     _require(w.folder, given, "hidden_act", "gelu", absent="gelu")
     _require(w.folder, given, "is_folding_model", False, absent=False)
     _require(w.folder, given, "is_decoder", False, absent=False)
-    sections = _sections(given)
+    sections = _sections(w.folder, given)
     model, state = sections["model"], dict[str, Tensor]()
     before = bool(given.get("emb_layer_norm_before"))
     model |= {"norm": "pre", "embedding_norm": before, "mask_scaling": bool(given.get("token_dropout"))}
     state["embedding.weight"] = w("esm.embeddings.word_embeddings.weight")
     if given.get("position_embedding_type", "absolute") == "absolute":
         # They count from the padding's index on.
-        rows = w("esm.embeddings.position_embeddings.weight")[int(given["pad_token_id"]) + 1 :]
+        rows = w("esm.embeddings.position_embeddings.weight")[_whole(w.folder, given, "pad_token_id", 0) + 1 :]
         state["positions.weight"] = rows
         model |= {"position": "learned", "max_positions": len(rows)}
     else:
@@ -167,7 +168,7 @@ def _bert(given: dict[str, Any], w: _Weights) -> tuple[dict[str, Any], dict[str,
     _require(w.folder, given, "hidden_act", "gelu", absent="gelu")
     _require(w.folder, given, "position_embedding_type", "absolute", absent="absolute")
     _require(w.folder, given, "is_decoder", False, absent=False)
-    sections = _sections(given)
+    sections = _sections(w.folder, given)
     model, state = sections["model"], dict[str, Tensor]()
     embeddings = "bert.embeddings"
     state["embedding.weight"] = w(f"{embeddings}.word_embeddings.weight")
@@ -200,13 +201,13 @@ def _mlp(w: _Weights, theirs: str, ours: str) -> dict[str, Tensor]:
     )
 
 
-def _sections(given: dict[str, Any]) -> dict[str, Any]:
+def _sections(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
     """What both families have in common."""
     model = {
-        "dim": given["hidden_size"],
-        "depth": given["num_hidden_layers"],
-        "heads": given["num_attention_heads"],
-        "ffn_dim": given["intermediate_size"],
+        "dim": _whole(folder, given, "hidden_size", 1),
+        "depth": _whole(folder, given, "num_hidden_layers", 1),
+        "heads": _whole(folder, given, "num_attention_heads", 1),
+        "ffn_dim": _whole(folder, given, "intermediate_size", 1),
         "objective": "masked",
         "norm_eps": given.get("layer_norm_eps", 1e-12),
         "attention_bias": True,
@@ -214,6 +215,13 @@ def _sections(given: dict[str, Any]) -> dict[str, Any]:
     }
     # No redraw while nothing is trained; exact attention is what the weights were made for.
     return {"model": model, "attention": {"kind": "exact"}}
+
+
+def _whole(folder: Path, given: dict[str, Any], name: str, least: int) -> int:
+    value = given[name]
+    if not isinstance(value, int) or value < least:
+        raise RunError(f"{folder}: {name}={value} in config.json, which is no whole number from {least} on.")
+    return value
 
 
 def _require(folder: Path, given: dict[str, Any], name: str, wanted: object, *, absent: object) -> None:
@@ -236,31 +244,39 @@ def _take_rows(state: dict[str, Tensor], vocabulary: ForeignVocabulary, folder: 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
     """All weights of a folder, of safetensors files or of PyTorch's (without unpickling code)."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    single, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
-    try:
-        index = folder / "model.safetensors.index.json"
-        if single.is_file():
-            tensors = load_file(single)
-        elif index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            tensors = {name: tensor for part in names for name, tensor in load_file(folder / part).items()}
-        elif pickled.is_file():
-            tensors = torch.load(pickled, map_location="cpu", weights_only=True)
-        else:
-            raise RunError(f"{folder}: holds no weights (model.safetensors or pytorch_model.bin).")
-    except (
-        SafetensorError,
-        OSError,
-        KeyError,
-        ValueError,
-        EOFError,
-        RuntimeError,
-        pickle.UnpicklingError,
-    ) as error:
-        raise RunError(f"{folder}: the weights cannot be read: {str(error).splitlines()[0]}.") from None
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    pickled = folder / "pytorch_model.bin"
+    if single.is_file():
+        tensors = read_weights(single)
+    elif index.is_file():
+        tensors = {name: tensor for part in _parts(index) for name, tensor in read_weights(folder / part).items()}
+    elif pickled.is_file():
+        tensors = _unpickled(pickled)
+    else:
+        raise RunError(f"{folder}: holds no weights (model.safetensors or pytorch_model.bin).")
     # Names of older releases.
     renamed = {name.replace(".gamma", ".weight").replace(".beta", ".bias"): t for name, t in tensors.items()}
     return {name: tensor for name, tensor in renamed.items() if tensor.is_floating_point()}
+
+
+def _parts(index: Path) -> Iterable[str]:
+    """The files that the weights are spread over."""
+    try:
+        return sorted({str(part) for part in json.loads(index.read_text())["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise RunError(f"{index}: names no files of weights, so it was damaged: copy it again.") from None
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    kinds = (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, RuntimeError)
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (*kinds, pickle.UnpicklingError):
+        tensors = None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise RunError(
+            f"{path}: holds no plain weights by name, or was damaged; nothing else is unpickled. Copy it again, or "
+            "give the model's safetensors."
+        )
+    check_finite(tensors, path)
+    return tensors

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from longseq.errors import RunError
 from longseq.exported import PREFIX
+from longseq.models.weight_files import read_weights
 
 _LEARNED = ("log_temperature", "log_share", "log_decay")  # of attention: qk_norm, learned_share, learned_decay
 
@@ -33,9 +34,18 @@ def full_state_dict(model: nn.Module, sharded: bool, keep: bool) -> dict[str, Te
 
 
 def save_weights(state: dict[str, Tensor], path: Path) -> None:
+    """Into a safetensors file.
+
+    Raises:
+        RunError: if it cannot be written, on a full disk say.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    except SafetensorError as error:
+        raise RunError(f"{path}: cannot be written ({error}): make room, or choose another place.") from None
 
 
 def load_weights(model: nn.Module, path: Path, *, may_learn_more: bool = False) -> list[str]:
@@ -49,12 +59,10 @@ def load_weights(model: nn.Module, path: Path, *, may_learn_more: bool = False) 
         The names of these.
 
     Raises:
-        RunError: if the file holds the weights of another architecture.
+        RunError: if the file is damaged, or holds the weights of another architecture.
     """
-    from safetensors.torch import load_file
-
     state = {
-        name.removeprefix(PREFIX): t.float() if t.is_floating_point() else t for name, t in load_file(path).items()
+        name.removeprefix(PREFIX): t.float() if t.is_floating_point() else t for name, t in read_weights(path).items()
     }
     own = model.state_dict()
     fresh = [name for name in own if may_learn_more and name not in state and name.endswith(_LEARNED)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,15 +11,9 @@ from torch import Tensor
 from longseq.attention import FavorAttention, favor_attention, rotary_table
 from longseq.attention.feature_maps import oprf_parameter
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DIM, HEADS, LENGTH = 24, 3, 70
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(**options: object) -> FavorAttention:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,21 +13,14 @@ from longseq.attention import KERNELS, RecurrentState, decode, exact_attention, 
 from longseq.attention.feature_maps import feature_map
 from longseq.attention.state import AttentionState
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BATCH, HEADS, HEAD_DIM, VALUE_DIM, FEATURES = 2, 3, 8, 5, 16
 SIGNED = [kernel for kernel in KERNELS if not feature_map(kernel, FEATURES, HEAD_DIM).positive]
 POSITIVE = [kernel for kernel in KERNELS if kernel not in SIGNED]
 DECAY, SHARE = torch.tensor([0.0, 0.02, 1.5]), torch.tensor([-3.0, 0.0, 2.0])
 
 windows = pytest.mark.parametrize("window", [0, 1, 7, 64])
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small cost more to share among threads than to compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def inputs(length: int, std: float = 1.0, dtype: torch.dtype = torch.float32, batch: int = BATCH) -> list[Tensor]:

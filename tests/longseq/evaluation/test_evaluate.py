@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import subprocess
 from pathlib import Path
 from threading import Thread
 
@@ -12,13 +13,20 @@ import numpy as np
 import pytest
 import torch
 from Bio import SeqIO
+from safetensors.torch import load_file, save_file
 
 from command_line import curve
-from longseq.evaluation import keeping
-from longseq.evaluation.request import samples_of
+from longseq import exported
+from longseq.cli import main
+from longseq.commands.options import output_file
+from longseq.errors import LongseqError, RunError
+from longseq.evaluation import keeping, parallel
+from longseq.evaluation.request import Request, samples_of
 from longseq.evaluation.scoring import score
 from longseq.evaluation.tally import Tally
+from longseq.models.performer import PerformerLM
 from longseq.opening import find
+from longseq.training.weights import save_weights
 from longseq_data.vocabulary import BOS, EOS, LETTERS
 
 
@@ -39,6 +47,21 @@ def test_processes_that_share_the_batches_count_the_same_to_the_last_bit(trained
         parts = [score(model, samples, batch_sequences=4, rank=rank, world=world) for rank in range(world)]
         merged = Tally.merged(parts)
         assert all(np.array_equal(getattr(merged, name), getattr(whole, name)) for name in vars(whole))
+
+
+def test_a_process_that_is_killed_ends_the_others_and_the_evaluation(tmp_path, monkeypatch):
+    started = []
+
+    def start(place: Path, rank: int, world: int, port: int) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen(["sh", "-c", "kill -9 $$" if rank == 1 else "exec sleep 60"]))
+        return started[-1]
+
+    monkeypatch.setattr(parallel, "_start", start)
+    monkeypatch.setattr(parallel.tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(LongseqError, match="process 1 of 3 was killed by signal 9"):
+        list(parallel.scored(Request(("a",), (), ("test",)), 3, lambda *_: None))
+    assert [process.returncode for process in started] == [-9, -9, -9]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_scores_are_those_of_each_record_by_itself(trained, longseq, folder):
@@ -95,8 +118,6 @@ def test_a_file_is_scored_without_the_training_data(trained, longseq, folder):
 
 
 def test_results_are_printed_where_they_cannot_be_kept(trained, capsys, monkeypatch):
-    from longseq.cli import main
-
     run = trained()
 
     def full(report: object, path: Path) -> None:
@@ -135,11 +156,21 @@ def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(tmp_path, monkey
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(keeping.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         keeping.keep_json({"a": 2}, tmp_path / "kept.json")
     assert json.loads((tmp_path / "kept.json").read_text()) == {"a": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["kept.json"]
+
+
+def test_a_full_disk_is_said_with_the_file_that_did_not_fit(tmp_path):
+    for writing in (output_file, exported.writing):
+        with pytest.raises(OSError, match="No space") as raised, writing(tmp_path / "out"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        assert raised.value.filename == str(tmp_path / "out")
+    with pytest.raises(RunError, match="weights: cannot be written"):
+        save_weights({"a": torch.zeros(2)}, tmp_path / "nowhere" / "weights")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_no_model_is_refused(trained, refused, folder):
@@ -149,6 +180,60 @@ def test_what_is_no_model_is_refused(trained, refused, folder):
     (folder / "global_step5").mkdir()
     (folder / "global_step5" / "mp_rank_00_model_states.pt").touch()
     assert "DeepSpeed's own" in refused("evaluate", folder / "global_step5")
+
+
+def test_an_exported_folder_has_no_splits(trained, longseq, refused):
+    longseq("export", trained(), "out")
+    for words in (["--split", "test", "--data", "test.fasta"], ["--split", "test"], []):
+        assert "knows no splits" in refused("evaluate", "out", *words)
+    assert "has one model" in refused("evaluate", "out", "--all-checkpoints", "--data", "test.fasta")
+
+
+@pytest.mark.parametrize("damage", ["cut", "longer", "nan", "no embedding"])
+def test_damaged_weights_are_refused_by_every_verb(trained, longseq, refused, damage):
+    """A folder without checksums, as it is copied from one machine to another."""
+    sentences = {"nan": "blocks.1.mlp.0.weight holds NaN", "no embedding": "holds no embedding"}
+    longseq("export", trained(), "out")
+    weights = Path("out/model.safetensors")
+    content = weights.read_bytes()
+    if damage == "nan":
+        tensors = load_file(weights)
+        tensors["model.blocks.1.mlp.0.weight"][3, 5] = math.nan
+        save_file(tensors, weights)
+    else:
+        names = content.replace(b'"model.embedding.weight"', b'"model.embeddinG.weight"')
+        weights.write_bytes({"cut": content[:-7], "longer": content + b"more", "no embedding": names}[damage])
+    for words in (["evaluate", "out", "--data", "test.fasta"], ["score", "out", "test.fasta"], ["sample", "out"]):
+        said = refused(*words)
+        assert "model.safetensors: " in said
+        assert sentences.get(damage, "damaged") in said
+
+
+def test_predictions_that_are_no_numbers_are_refused(trained, refused, monkeypatch):
+    run = trained()
+    forward = PerformerLM.forward
+    monkeypatch.setattr(PerformerLM, "forward", lambda self, *inputs: forward(self, *inputs) * math.nan)
+    for words in (["evaluate", run], ["score", run, "test.fasta"]):
+        assert "predicts what is no number" in refused(*words)
+
+
+def test_a_damaged_checkpoint_among_all_is_named_once(trained, capsys):
+    run = trained(steps=(10, 20))
+    with (run / "checkpoints" / "step-00000020.ckpt" / "model.safetensors").open("r+b") as file:
+        file.write(b"damage")
+    assert main(["evaluate", str(run), "--all-checkpoints"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err.count("longseq: warning:") == 1
+    assert "left out" in shown.err
+    assert "step 10" in shown.out
+    assert "step 20" not in shown.out
+
+
+def test_models_and_keys_may_stand_behind_options(trained, longseq):
+    one, other = trained("one"), trained("other")
+    found = json.loads(longseq("evaluate", one, "--json", other, "--sequences", "3", "data.ood=proteins.fasta"))
+    assert [report["name"] for report in found] == ["one", "other"]
+    assert list(found[0]["splits"]) == ["test", "ood"]
 
 
 def test_a_checkpoint_of_an_older_format_is_refused(trained, refused):

@@ -48,6 +48,8 @@ def test_every_picture_is_a_file_and_a_tensorboard_image(trained, longseq, folde
 
     run = trained("one", "trainer.valid_every=0")
     longseq("evaluate", run, "--bootstrap", 0)
+    for number, content in enumerate(("{", '{"weights": "last", "splits": []}', "[1]")):  # somebody's own files
+        (run / "evaluations" / f"step-00000020-{number}.json").write_text(content)
     for _ in range(2):  # the second time in the place of the first
         shown = longseq("figures", run).split()
     names = {"accuracy_by_length", "embedding_similarity", "attention_layer00", "attention_layer01"}

@@ -65,6 +65,13 @@ def test_temperature_0_takes_the_most_probable_token(trained):
     assert forced[2:].argmax(-1).tolist() == list(each.tokens[2:])
 
 
+def test_the_smallest_temperatures_take_the_most_probable_token():
+    likely = torch.tensor([[-3.0, -0.2, -4.0]]).log_softmax(-1)
+    for temperature in (1e-300, 1e-320):
+        settings = Settings(length=1, temperature=temperature)
+        assert choose(likely, np.array([0.7]), torch.zeros(3, dtype=torch.bool), settings).tolist() == [1]
+
+
 def test_top_k_and_top_p_leave_the_tokens_that_they_say():
     """By frequencies: every draw among the allowed tokens, in the proportions of their probabilities."""
     probability = torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15])
@@ -150,8 +157,12 @@ def test_what_cannot_be_sampled_is_refused(trained, refused, folder):
     assert "model.objective=masked" in refused("sample", masked)
     (folder / "holes.fasta").write_text(">a b\nMK?L\n")
     assert "model.objective=causal" in refused("sample", causal, "--infill", "holes.fasta")
+    assert "not UTF-8 from position 3" in refused("sample", causal, "--prompt", "MK\udcff")
     (folder / "odd.fasta").write_text(">a b\nmk?\nL*L\n")
     assert "odd.fasta, line 3: '*' in record 'a'" in refused("sample", masked, "--infill", "odd.fasta")
     (folder / "whole.fasta").write_text(">a\nMKV\n")
     assert "no '?' in any record" in refused("sample", masked, "--infill", "whole.fasta")
     assert "does not exist" in refused("sample", causal, "--out", "nowhere/out.fasta")
+    for words in (["--prompt", "MKV"], ["--length", "9"], ["--number", "2"], ["--timing"]):
+        assert f"leave {words[0]} out" in refused("sample", masked, "--infill", "holes.fasta", *words)
+    assert "--infill is missing" in refused("sample", causal, "--rounds", "2")

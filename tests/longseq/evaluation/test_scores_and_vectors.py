@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from longseq.opening import find
+from longseq_data.tokenization import load_tokenizer, save_tokenizer, train_tokenizer
 from longseq_data.vocabulary import BOS, EOS, LETTERS, MASK
 
 WILD = "MKVLAACDEFGHIKLMNPQ"
@@ -106,6 +109,58 @@ def test_a_variant_that_does_not_fit_is_refused(trained, refused, wild, folder, 
     (folder / "variants.txt").write_text(f"C7G\n{variant}\n")
     said = refused("score", trained(), wild, "--variants", "variants.txt")
     assert f"variants.txt, line 2: {sentence}" in said
+
+
+def test_models_of_a_tokenizer_score_embed_and_write_its_tokens(trained, longseq, folder):
+    """A special token's name in a text is text."""
+    text = "The quick brown fox jumps over the lazy dog; <eos> is no end here. Größe ☃ " * 20
+    (folder / "book.txt").write_text(text)
+    tokenizer = train_tokenizer([text], "bpe", 300)
+    save_tokenizer(tokenizer, folder / "words.json")
+    run = trained("words", "data.train=book.txt", "data.test=book.txt", "data.tokenizer=words.json")
+    (folder / "short.txt").write_text("fox <eos> ☃")
+    source = find(run)
+    tokens = [source.begins, *tokenizer_ids("fox <eos> ☃", folder), source.vocabulary.eos]
+    rows = log_probabilities(source.load(), tokens[:-1])
+    expected = sum(float(row[token]) for row, token in zip(rows, tokens[1:], strict=True))
+    (scored,) = table(longseq("score", run, "short.txt"))
+    assert int(scored["length"]) == len(tokens) - 2
+    assert float(scored["log_likelihood"]) == pytest.approx(expected, abs=1e-4)
+    longseq("embed", run, "short.txt", "--per-residue", "--out", "v.npz")
+    assert np.load("v.npz")["residues"].shape == (len(tokens) - 2, 32)
+    _, written = longseq("sample", run, "--prompt", "fox <eos> ☃", "--length", 5).split("\n", 1)
+    assert written.startswith("fox <eos> ☃")
+
+
+def tokenizer_ids(text, folder):
+    return load_tokenizer(str(folder / "words.json")).encode(text, add_special_tokens=False).ids
+
+
+def test_a_file_without_any_variant_is_refused(trained, refused, wild, folder):
+    (folder / "variants.txt").write_text("# none yet\n\n")
+    assert "variants.txt: names no variant" in refused("score", trained(), wild, "--variants", "variants.txt")
+
+
+def test_passes_without_effect_are_refused(trained, refused, wild):
+    causal, masked = trained(), trained("masked", "model.objective=masked")
+    assert "--passes" in refused("score", causal, wild, "--passes", "3")
+    assert "--passes" in refused("score", masked, wild, "--passes", "3", "--variant", "M1A")
+
+
+def test_results_take_the_place_of_files_alone(trained, longseq, refused, wild, folder):
+    """Not of a folder, nor of a pipe or /dev/null; and a link goes on pointing to its file."""
+    run = trained()
+    (folder / "results.npz").mkdir()
+    os.mkfifo(folder / "pipe")
+    assert "results.npz: a folder" in refused("score", run, wild, "--out", "results.npz")
+    assert "results.npz: a folder" in refused("embed", run, wild, "--out", "results.npz")
+    assert "pipe: a pipe or a device" in refused("score", run, wild, "--out", "pipe")
+    assert "stdout: a pipe or a device" in refused("score", run, wild, "--out", "/dev/stdout")
+    assert stat.S_ISFIFO((folder / "pipe").stat().st_mode)
+    (folder / "link.tsv").symlink_to("file.tsv")
+    longseq("score", run, wild, "--out", "link.tsv")
+    assert (folder / "link.tsv").is_symlink()
+    assert (folder / "file.tsv").read_text().startswith("id\tlength")
 
 
 def test_variants_need_one_wild_type(trained, refused):

@@ -8,11 +8,13 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
 
 from longseq.errors import EXIT_UNFIT
+from longseq.launch.slurm import preflight
 from longseq.launch.slurm.place import Limits, Place, host_names
 from longseq.launch.slurm.preflight import UnfitError, meet
 
@@ -72,7 +74,7 @@ def said_by(parts: list[Place], limits: list[Limits]) -> list[str]:
         except UnfitError as error:
             said[index] = str(error)
 
-    threads = [threading.Thread(target=one, args=(index,)) for index in range(len(parts))]
+    threads = [threading.Thread(target=one, name=str(index), args=(index,)) for index in range(len(parts))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -85,7 +87,17 @@ def test_ranks_that_do_not_come_are_named_with_their_node():
     assert said == ["node2: no sign of rank 2, 3 after 2 s (preflight_seconds)."] * 2
 
 
-def test_all_ranks_hear_of_an_unfit_node():
+class SlowToHear(preflight.TCPStore):
+    """On a busy node, what is asked for is read late."""
+
+    def get(self, key: str) -> bytes:
+        if threading.current_thread().name != "0":
+            time.sleep(0.5)
+        return super().get(key)
+
+
+def test_all_ranks_hear_of_an_unfit_node(monkeypatch):
+    monkeypatch.setattr(preflight, "TCPStore", SlowToHear)
     said = said_by(places(4, "43"), [Limits(), Limits(), Limits(), Limits(disk_gib=1e9)])
     assert len(set(said)) == 1
     assert said[0].startswith("node2: only ")

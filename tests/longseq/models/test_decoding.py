@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -11,6 +10,8 @@ from torch import Tensor
 
 from longseq.models.performer import DecodingState, PerformerLM
 from longseq.models.spec import PerformerSpec
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SPEC = PerformerSpec(vocabulary=11, dim=24, depth=3, heads=3, ffn_dim=20, causal=True, features=16)
 LENGTH = 201
@@ -39,14 +40,6 @@ attentions = pytest.mark.parametrize(
     ],
     ids=lambda options: "-".join(f"{key}={value}" for key, value in options.items()) or "softmax",
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(**options: object) -> PerformerLM:

@@ -11,6 +11,7 @@ import torch
 
 from longseq.cli import main
 from longseq.errors import LongseqError
+from longseq.models.foreign_vocabulary import ForeignVocabulary
 from longseq.opening import find
 from longseq_data.vocabulary import LETTERS, TOKENS
 
@@ -162,6 +163,7 @@ def test_what_cannot_be_imported_is_said_in_one_sentence(tmp_path, capsys):
     assert "has no weight esm.encoder.layer.2" in refusal(num_hidden_layers=3)
     assert "would be left out" in refusal(num_hidden_layers=1)
     assert "config.json wants" in refusal(intermediate_size=48)
+    assert "num_hidden_layers=two in config.json" in refusal(num_hidden_layers="two")
     (folder / "vocab.txt").write_text("\n".join(ESM_TOKENS[:10]))
     assert "no token for MASK" in refusal()
     (folder / "vocab.txt").write_text("\n".join([*ESM_TOKENS[:10], "<mask>"]))
@@ -169,7 +171,40 @@ def test_what_cannot_be_imported_is_said_in_one_sentence(tmp_path, capsys):
     (folder / "vocab.txt").unlink()
     assert "neither vocab.txt nor tokenizer.json" in refusal()
     (folder / "model.safetensors").write_bytes(b"damaged")
-    assert "the weights cannot be read" in refusal()
+    assert "no safetensors file, or damaged" in refusal()
     assert main(["import", str(tmp_path / "nowhere"), str(tmp_path / "ours")]) == 1
     assert "no such folder" in capsys.readouterr().err
     assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("pytorch_model.bin", b""),
+        ("pytorch_model.bin", b"hello"),
+        ("pytorch_model.bin", [torch.zeros(2)]),
+        ("pytorch_model.bin", {"model": {"a": torch.zeros(2)}}),
+        ("pytorch_model.bin", {"a": Path("/")}),  # would have code run
+        ("model.safetensors.index.json", b"[]"),
+        ("model.safetensors.index.json", b'{"weight_map": ["a"]}'),
+        ("tokenizer.json", b"[]"),
+        ("tokenizer.json", b'{"model": {"vocab": {"A": -1}}}'),
+    ],
+)
+def test_damaged_files_of_another_model_are_said_in_one_sentence(tmp_path, capsys, name, content):
+    _, _, folder = small(tmp_path)
+    (folder / ("vocab.txt" if name == "tokenizer.json" else "model.safetensors")).unlink()
+    if isinstance(content, bytes):
+        (folder / name).write_bytes(content)
+    else:
+        torch.save(content, folder / name)
+    assert main(["import", str(folder), str(tmp_path / "ours")]) == 1
+    said = capsys.readouterr().err
+    assert f"{name}: " in said
+    assert "damaged" in said
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_vocabularys_lines_are_counted_though_one_is_white_space(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", " ", "\u2028", "[CLS]", "[SEP]", "[MASK]", *LETTERS, ""]))
+    assert ForeignVocabulary.read(tmp_path, {}).rows == (*range(6, 6 + len(LETTERS)), 3, 4, 0, 5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -16,6 +15,8 @@ from longseq.models.performer import PerformerLM
 from longseq.models.presets import PRESETS
 from longseq.models.spec import PerformerSpec
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCABULARY = 11
 SPEC = PerformerSpec(vocabulary=VOCABULARY, dim=24, depth=2, heads=3, ffn_dim=20, causal=True, features=16)
 LENGTH = 131  # one chunk of the causal scan and a bit
@@ -26,15 +27,6 @@ attentions = pytest.mark.parametrize(
     ids=["exact", "softmax", "relu"],
 )
 normed = pytest.mark.parametrize("qk_norm", [False, True], ids=["plain", "qk_norm"])
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small cost more to share among threads than to compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(spec: PerformerSpec, enlarge: float = 15) -> PerformerLM:

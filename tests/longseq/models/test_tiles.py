@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -14,6 +13,8 @@ from longseq.benchmarks.memory import peak
 from longseq.models.head import IGNORE, Head
 from longseq.models.performer import PerformerLM
 from longseq.models.spec import PerformerSpec
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOCABULARY = 11
 SPEC = PerformerSpec(vocabulary=VOCABULARY, dim=24, depth=2, heads=3, ffn_dim=20, causal=True, features=16)
@@ -34,14 +35,6 @@ kinds = pytest.mark.parametrize(
     ],
     ids=lambda options: "-".join(f"{value}" for value in options.values()),
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(spec: PerformerSpec) -> PerformerLM:

@@ -1,9 +1,8 @@
 """Measure this machine: speed and memory against the length, side by side with the exact Transformer and peers.
 
-Every benchmark prints a table. ``attention``, ``step``, ``context`` and ``features`` keep every raw number as JSON and
-a picture in a folder (--out), ``data`` and ``needle`` without the picture; pictures need matplotlib (pip install
-'longseq[bench]'). ``quality`` and ``recall`` keep a JSON file a model. Ctrl-C keeps what was measured until then, but
-for ``features``, ``data`` and ``needle``.
+Every benchmark prints a table, and keeps every raw number as JSON in a folder (--out): attention, step, context and
+features beside a picture, which needs matplotlib (pip install 'longseq[bench]'); quality and recall in a file a model.
+Ctrl-C keeps what was measured until then, but for overhead, features, needle and data.
 """
 
 from __future__ import annotations
@@ -26,6 +25,14 @@ class Benchmark:
     run: Callable[[argparse.Namespace], int]
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        none = action.default is None or action.default is False or action.default in ("", [])
+        return action.help if none else super()._get_help_string(action)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     benchmarks = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
     for name, benchmark in BENCHMARKS.items():
@@ -33,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             name,
             help=benchmark.about,
             description=f"{benchmark.about[0].upper()}{benchmark.about[1:]}.",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_Formatter,
         )
         benchmark.add_arguments(child)
         child.add_argument("--out", type=Path, default=Path("bench", name), metavar="DIR", help="folder of the results")

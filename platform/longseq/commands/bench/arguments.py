@@ -5,6 +5,22 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping
 
+from longseq.commands.numbers import above_zero, at_least, natural, naturals, positive
+
+__all__ = [
+    "above_zero",
+    "lengths",
+    "names",
+    "natural",
+    "naturals",
+    "positive",
+    "rounds",
+    "set_threads",
+    "threads_argument",
+]
+
+rounds = at_least(3)  # fewer have no median and spread
+
 
 def lengths(text: str) -> tuple[int, ...]:
     return tuple(sorted({positive(part) for part in text.split(",")}))
@@ -19,38 +35,6 @@ def names(known: Mapping[str, str]) -> Callable[[str], tuple[str, ...]]:
         return tuple(name for name in known if name in asked)
 
     return names
-
-
-def positive(text: str) -> int:
-    return _whole(text, 1)
-
-
-def natural(text: str) -> int:
-    return _whole(text, 0)
-
-
-def rounds(text: str) -> int:
-    return _whole(text, 3)
-
-
-def seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not seconds > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
-    return seconds
-
-
-def _whole(text: str, least: int) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
-    return int(text)
-
-
-def seeds(text: str) -> tuple[int, ...]:
-    return tuple(natural(part) for part in text.split(","))
 
 
 def threads_argument(parser: argparse.ArgumentParser) -> None:

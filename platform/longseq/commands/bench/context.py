@@ -27,11 +27,13 @@ def context_arguments(parser: argparse.ArgumentParser) -> None:
     warmups = "steps before them that are not"
     parser.add_argument("--warmups", type=arguments.natural, default=1, metavar="N", help=warmups)
     gpu = parser.add_argument_group("GPUs to extrapolate to; an H100 by default, see benchmarks/context_model.py")
-    gpu.add_argument("--gpu-flops", type=arguments.seconds, default=400e12, metavar="F", help="FLOP/s that it reaches")
-    gpu.add_argument("--bandwidth", type=arguments.seconds, default=450e9, metavar="B", help="bytes/s inside a node")
-    gpu.add_argument("--latency", type=arguments.seconds, default=3e-6, metavar="S", help="seconds a message there")
-    gpu.add_argument("--bandwidth-between", type=arguments.seconds, default=50e9, metavar="B", help="between nodes")
-    gpu.add_argument("--latency-between", type=arguments.seconds, default=6e-6, metavar="S", help="between nodes")
+    gpu.add_argument(
+        "--gpu-flops", type=arguments.above_zero, default=400e12, metavar="F", help="FLOP/s that it reaches"
+    )
+    gpu.add_argument("--bandwidth", type=arguments.above_zero, default=450e9, metavar="B", help="bytes/s inside a node")
+    gpu.add_argument("--latency", type=arguments.above_zero, default=3e-6, metavar="S", help="seconds a message there")
+    gpu.add_argument("--bandwidth-between", type=arguments.above_zero, default=50e9, metavar="B", help="between nodes")
+    gpu.add_argument("--latency-between", type=arguments.above_zero, default=6e-6, metavar="S", help="between nodes")
     gpu.add_argument("--gpu-length", type=arguments.positive, default=2**20, metavar="L", help="tokens, strong scaling")
     gpu.add_argument("--gpu-slice", type=arguments.positive, default=2**17, metavar="L", help="tokens a GPU, weak")
 

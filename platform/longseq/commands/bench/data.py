@@ -17,7 +17,11 @@ def data_arguments(parser: argparse.ArgumentParser) -> None:
         "--rounds", type=arguments.positive, default=3, metavar="N", help="times each contender is timed"
     )
     parser.add_argument(
-        "--seconds", type=float, default=2.0, metavar="S", help="of reading from a corpus, each time: it has no end"
+        "--seconds",
+        type=arguments.above_zero,
+        default=2.0,
+        metavar="S",
+        help="of reading from a corpus, each time: it has no end",
     )
     parser.add_argument("--contenders", default="", metavar="NAME,…", help="some of them; empty: all")
 

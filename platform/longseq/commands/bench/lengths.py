@@ -99,7 +99,7 @@ def _length_arguments(
         "--rounds", type=arguments.rounds, default=5, metavar="N", help="times each is timed, 3 or more"
     )
     limit = "stop a contender before a length at which it would take longer, all its rounds together"
-    parser.add_argument("--seconds", type=arguments.seconds, default=seconds, metavar="S", help=limit)
+    parser.add_argument("--seconds", type=arguments.above_zero, default=seconds, metavar="S", help=limit)
 
 
 def _shared(args: argparse.Namespace) -> dict[str, Any]:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", nargs="+", help="the folder of a corpus; or FASTA files: paths, globs or URLs")
+    parser.add_argument(
+        "what", nargs="+", help="the folder of a corpus; or FASTA, UniProt .dat or XML: paths, globs, URLs"
+    )
     parser.add_argument("--records", type=int, default=3, help="records to show (default: %(default)s)")
 
 

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-import textwrap
-from dataclasses import MISSING, fields
 from pathlib import Path
 
+from longseq.commands.key_help import help_on_flat_keys
 from longseq_data.prepare_config import PrepareConfig
 
 
@@ -21,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--restart", action="store_true", help="forget what an interrupted preparation has done, and start over"
     )
-    parser.epilog = _help_on_keys()
+    parser.epilog = f"configuration keys (type, default, meaning):\n\n{help_on_flat_keys(PrepareConfig)}"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,15 +48,3 @@ def run(args: argparse.Namespace) -> int:
         print(line)
     print(f"\nCheck it:  longseq data verify {output}" if new else "\nIt was there already: nothing has changed.")
     return 0
-
-
-def _help_on_keys() -> str:
-    lines = ["configuration keys (type, default, meaning):", ""]
-    for item in fields(PrepareConfig):
-        default = item.default if item.default is not MISSING else []
-        choices = f" [{' | '.join(item.metadata['choices'])}]" if item.metadata["choices"] else ""
-        shown = "null" if default is None else default
-        lines.append(f"  {item.name}: {str(item.type).removesuffix(' | None')} = {shown}")
-        text = f"{item.metadata['meaning']}{choices}"
-        lines += textwrap.wrap(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    return "\n".join(lines)

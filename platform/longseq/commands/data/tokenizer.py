@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longseq.errors import ConfigError
-from longseq_data.formats import FORMATS
+from longseq_data.formats import FORMATS, format_of
 
 if TYPE_CHECKING:
     from longseq_data.reading import Reading
@@ -50,12 +50,17 @@ def run(args: argparse.Namespace) -> int:
     if args.file.exists() and not args.overwrite:
         raise ConfigError(f"{args.file} exists already: choose another name, or replace it with --overwrite.")
 
-    from longseq_data.reading import Reading, agree
+    from longseq_data.reading import Reading
     from longseq_data.sources import expand_sources
     from longseq_data.tokenization import save_tokenizer, train_tokenizer
 
     sources = expand_sources(args.sources, args.format)
-    agree(sources, args.format, "bytes")
+    for source in sources:
+        kind = format_of(source, args.format)
+        if kind not in _TEXTS:
+            raise ConfigError(
+                f"{source}: taken for {kind}, and a tokenizer learns from text; if it is text, say --format text."
+            )
     read = _Texts(Reading(args.format, "bytes", args.column), sources, args.megabytes * 10**6)
     tokenizer = train_tokenizer(read, args.model, args.size, show_progress=sys.stderr.isatty())
     save_tokenizer(tokenizer, args.file)

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -23,6 +23,7 @@ from longseq.launch.slurm.place import Limits, Place
 from longseq.training.rehearsal import all_reduce_rate
 
 _POLL_SECONDS = 0.1
+_HEARING_SECONDS = 30.0
 
 
 class UnfitError(LongseqError):
@@ -103,8 +104,20 @@ def _all_there(place: Place, problem: str, limits: Limits) -> Store:
             f"({str(error).splitlines()[0]})."
         ) from None
     if verdict:
+        _all_heard(store, place)
         raise UnfitError(verdict)
     return store
+
+
+def _all_heard(store: Store, place: Place) -> None:
+    """Rank 0 holds the store, and waits a while for those who are there to read the verdict in it."""
+    with suppress(RuntimeError):
+        store.set(f"heard/{place.rank}", "")
+        if place.rank == 0:
+            there = [f"heard/{rank}" for rank in range(place.world) if store.check([f"hello/{rank}"])]
+            deadline = time.monotonic() + _HEARING_SECONDS
+            while not store.check(there) and time.monotonic() < deadline:
+                time.sleep(_POLL_SECONDS)
 
 
 def _verdict(store: Store, place: Place, limits: Limits) -> str:

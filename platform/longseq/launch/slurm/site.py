@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from longseq.config import key
@@ -117,15 +117,3 @@ def load_site(name: str | None) -> Site:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return site
-
-
-def site_keys() -> str:
-    """Every key with its type, default and meaning, for ``--help``."""
-    lines = []
-    for item in fields(Site):
-        default = getattr(Site(), item.name)
-        choices = f" [{' | '.join(item.metadata['choices'])}]" if item.metadata["choices"] else ""
-        kind = str(item.type).removesuffix(" | None")
-        lines.append(f"  {item.name}: {kind} = {'null' if default is None else default}")
-        lines.append(f"      {item.metadata['meaning']}{choices}")
-    return "\n".join(lines)

@@ -1,0 +1,51 @@
+"""Files that are whole or not there: written under another name, and renamed when they are on the disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """A name of its own beside ``path`` to write to, which becomes ``path`` when the block ends well.
+
+    No two writers share it, and it ends in ``.partial``. After a failure, a full disk say, nothing is left.
+    """
+    partial = path.with_name(f".{path.name[:60]}.{secrets.token_hex(4)}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        with suppress(OSError):  # the failure itself says more
+            partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with aside(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def sync_folder(folder: Path) -> None:
+    """Put names on the disk: a rename is there when its folder is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """The checksum of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
