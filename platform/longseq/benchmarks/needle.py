@@ -50,7 +50,7 @@ class NeedleRequest:
     depth: int = 2
     heads: int = 2
     features: int = 64
-    kernel: str = "relu"
+    kernel: str = "softmax"
     rotary_base: float = 1e9
     tile: int = 8_192
     lr: float = 3e-3

@@ -34,6 +34,16 @@ def test_lengths_rise_through_the_short_context_to_the_whole():
     assert all(a < b for a, b in zip(REQUEST.lengths, REQUEST.lengths[1:], strict=False))
 
 
+@pytest.mark.long
+def test_only_the_long_context_knows():
+    text = torch.randint(200, (60_000,), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    request = needle.NeedleRequest(length=2048, gap=1600, short=256)
+    short, long = needle.measure(request, text, print)
+    assert (short.context, long.context) == (256, 2048)
+    assert long.accuracy > 0.9
+    assert short.accuracy < 0.2  # one in sixteen by chance
+
+
 def test_fasta_is_read_without_its_headers(tmp_path):
     path = tmp_path / "a.fasta.gz"
     path.write_bytes(gzip.compress(b">one\nACD\nEF\n>two\nGH\n"))

@@ -92,6 +92,8 @@ def needle_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gap", type=arguments.positive, default=102_400, metavar="L", help=gap)
     parser.add_argument("--short", type=arguments.positive, default=4096, metavar="L", help="the short model's context")
     parser.add_argument("--keys", type=arguments.positive, default=4, metavar="N", help="values that are planted")
+    base = "as model.rotary_base: at the usual 10,000 nothing is found far away"
+    parser.add_argument("--rotary-base", type=arguments.above_zero, default=1e9, metavar="B", help=base)
     parser.add_argument("--steps", type=arguments.positive, default=400, metavar="N", help="at most, at each length")
     parser.add_argument("--seed", type=arguments.natural, default=0, metavar="N", help="of weights and sequences")
     arguments.threads_argument(parser)
@@ -108,7 +110,13 @@ def run_needle(args: argparse.Namespace) -> int:
     from longseq.benchmarks import needle
 
     request = needle.NeedleRequest(
-        length=args.length, gap=args.gap, short=args.short, keys=args.keys, steps=args.steps, seed=args.seed
+        length=args.length,
+        gap=args.gap,
+        short=args.short,
+        keys=args.keys,
+        rotary_base=args.rotary_base,
+        steps=args.steps,
+        seed=args.seed,
     )
     if request.gap > request.length - 16 * request.keys or request.short > request.length - request.gap:
         raise LongseqError(
