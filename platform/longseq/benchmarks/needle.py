@@ -132,8 +132,12 @@ def sequences(
     return ids, targets
 
 
-def measure(request: NeedleRequest, text: Tensor, tell: Callable[[str], None]) -> list[Needle]:
+def measure(
+    request: NeedleRequest, text: Tensor, tell: Callable[[str], None], say: Callable[[str], None]
+) -> list[Needle]:
     """Train both models, and test them on text that neither has seen.
+
+    ``tell`` hears of every ten steps, ``say`` of every length that was learned.
 
     Raises:
         LongseqError: for too little text.
@@ -165,7 +169,9 @@ def measure(request: NeedleRequest, text: Tensor, tell: Callable[[str], None]) -
     for length in request.lengths:
         if short is None and length > request.short:
             short, steps_before, seconds_before = copy.deepcopy(model), steps, time.monotonic() - began
-        steps += _learn(request, model, train, length, length, request.steps, tell)
+        taken, right = _learn(request, model, train, length, length, request.steps, tell)
+        steps += taken
+        say(f"{length:,} tokens: {right:.1%} right after {taken} steps")
     seconds = time.monotonic() - began
     if short is not None:
         again = time.monotonic()
@@ -207,8 +213,8 @@ def _learn(
     tell: Callable[[str], None],
     *,
     stop: bool = True,
-) -> int:
-    """Train on sequences of ``length``, of which the model sees the last ``context``; the steps that it took."""
+) -> tuple[int, float]:
+    """Train on sequences of ``length``, of which the model sees the last ``context``; steps, running accuracy."""
     rng = torch.Generator().manual_seed(request.seed + length)
     optimizer = torch.optim.AdamW(model.parameters(), lr=request.lr, weight_decay=0.0)
     rows, right, step = min(_MOST_ROWS, max(1, request.step_tokens // length)), 0.0, 0
@@ -226,7 +232,7 @@ def _learn(
             tell(f"{length:,} tokens, {context:,} of them seen: step {step}, accuracy {right:.1%}")
         if stop and step >= request.least and right > request.enough:
             break
-    return step
+    return step, right
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ def test_lengths_rise_through_the_short_context_to_the_whole():
 def test_only_the_long_context_knows():
     text = torch.randint(200, (60_000,), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     request = needle.NeedleRequest(length=2048, gap=1600, short=256)
-    short, long = needle.measure(request, text, print)
+    short, long = needle.measure(request, text, print, print)
     assert (short.context, long.context) == (256, 2048)
     assert long.accuracy > 0.9
     assert short.accuracy < 0.2  # one in sixteen by chance
@@ -53,4 +53,4 @@ def test_fasta_is_read_without_its_headers(tmp_path):
 
 def test_too_little_text_is_refused():
     with pytest.raises(Exception, match="too little text: 600 characters"):
-        needle.measure(REQUEST, TEXT[:600], print)
+        needle.measure(REQUEST, TEXT[:600], print, print)

@@ -125,7 +125,7 @@ def run_needle(args: argparse.Namespace) -> int:
         )
     progress = Progress()
     try:
-        found = needle.measure(request, needle.read_texts(args.text), progress.now)
+        found = needle.measure(request, needle.read_texts(args.text), progress.now, progress.line)
     finally:
         progress.close()
     print(needle.table(request, found))
