@@ -211,8 +211,8 @@ def test_damaged_weights_are_refused_by_every_verb(trained, longseq, refused, da
 
 def test_predictions_that_are_no_numbers_are_refused(trained, refused, monkeypatch):
     run = trained()
-    forward = PerformerLM.forward
-    monkeypatch.setattr(PerformerLM, "forward", lambda self, *inputs: forward(self, *inputs) * math.nan)
+    hidden = PerformerLM.hidden
+    monkeypatch.setattr(PerformerLM, "hidden", lambda self, *inputs: hidden(self, *inputs) * math.nan)
     for words in (["evaluate", run], ["score", run, "test.fasta"]):
         assert "predicts what is no number" in refused(*words)
 
