@@ -157,7 +157,8 @@ class Joined:
         return self._at(samples, starts, np.full_like(starts, self.size))
 
     def evaluation(self, sampled: bool) -> Iterator[Plan]:
-        # A pass begins with BOS, as it has nothing else before the first residue. With reset each document has one.
+        # A pass begins with EOS, which stands before all other records too; see streaming.evaluation_windows. With
+        # reset each document has its BOS.
         first = 0 if self.reset else -1
         tokens = self.stream.total - first
         windows = -(-(tokens - self.causal) // self.length)
@@ -183,7 +184,7 @@ class Joined:
         for i, (start, size) in enumerate(zip(plan.starts.tolist(), plan.sizes.tolist(), strict=True)):
             begun = int(start < 0)
             if begun:
-                out[i, 0] = self.corpus.vocabulary.bos
+                out[i, 0] = self.corpus.vocabulary.eos
             here = np.s_[i : i + 1, begun:size]
             self.stream.fill(np.array([start + begun]), out[here], None if segments is None else segments[here])
 

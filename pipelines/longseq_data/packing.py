@@ -21,11 +21,13 @@ class Piece(NamedTuple):
     """Tokens [start, stop) of the row [BOS] residues [EOS] that a document of n residues makes.
 
     Token 0 is BOS, token i + 1 is residue i, token n + 1 is EOS. Residues are bytes, words or pixels elsewhere.
+    ``joined``: token 0 is EOS instead, the end of a document that is not there.
     """
 
     record: Document
     start: int
     stop: int
+    joined: bool = False
 
     def span(self) -> tuple[int, int]:
         """The residues [first, last) among its tokens."""
@@ -38,7 +40,7 @@ class Piece(NamedTuple):
 
     def parts(self, encoder: DocumentEncoder) -> Iterator[Tokens]:
         if self.start == 0:
-            yield encoder.bos
+            yield encoder.eos if self.joined else encoder.bos
         first, last = self.span()
         if last > first:
             yield encoder.encode(self.record, first, last)

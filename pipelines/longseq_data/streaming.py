@@ -216,8 +216,11 @@ def evaluation_windows(spec: StreamSpec, max_samples: int | None = None) -> Iter
     pieces: Iterable[Piece]
     if spec.packing == "concat":
         pieces = map(document, records)
-        if not spec.reset:  # BOS at the very beginning, EOS between the records
-            pieces = (piece._replace(start=min(number, 1)) for number, piece in enumerate(pieces))
+        if not spec.reset:
+            # EOS before every record, the first one too. That is what training shows before a record, the end of the
+            # one before; BOS is one token of the whole training here, and of a prepared corpus none. What samples and
+            # scores single records begins with EOS as well, so the same text has the same probability everywhere.
+            pieces = (piece._replace(start=min(number, 1), joined=True) for number, piece in enumerate(pieces))
         windows = cut(pieces, size, overlap)
     elif spec.crop == "first":
         windows = (crop(document(record), size, 0.0) for record in records)

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from longseq.config import Config
-from longseq.errors import ConfigError
+from longseq.errors import USER_ERRORS, ConfigError
 from longseq_data.files import write_text
 
 _FREE_FORM = ("deepspeed",)  # sections passed through unchecked
@@ -39,7 +39,10 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, resolved: bo
     if origin and not resolved:
         from longseq.exported import inherited  # which opens runs, whose configurations are loaded here
 
-        layers.insert(0, _Layer(inherited(origin), origin))
+        try:
+            layers.insert(0, _Layer(inherited(origin), origin))
+        except USER_ERRORS as error:
+            raise ConfigError(f"model.init_from: {error}") from None
     config = _merged(layers, str(path))
     try:
         config.check()

@@ -77,8 +77,13 @@ def test_what_differs_from_the_model_is_said_at_the_start(exported, capsys):
 
 
 def test_a_model_that_does_not_fit_is_refused_in_one_sentence(exported, folder):
-    with pytest.raises(RunError, match="nowhere: no such run folder"):
+    with pytest.raises(ConfigError, match=r"model\.init_from: nowhere: no such run folder"):
         load_config("small.yaml", [DATA, "model.init_from=nowhere"])
+    config = load_config("small.yaml", [DATA, "model.init_from=model"])
+    shutil.move("model", "away")  # between a configuration's making and its start
+    with pytest.raises(ConfigError, match=r"model\.init_from: model: no such run folder"):
+        check_origin(config)
+    shutil.move("away", "model")
     (folder / "book.txt").write_text("some text\n" * 50)
     config = load_config("small.yaml", ["data.train=book.txt", "model.init_from=model", "data.tokenizer=bytes"])
     with pytest.raises(ConfigError, match=r"a model of 29 protein tokens, but the data are read as 260 bytes tokens"):

@@ -144,7 +144,8 @@ def test_causal_evaluation_scores_every_residue_and_eos_once(packing, length, ma
         assert np.array_equal(sample.tokens[1:], sample.targets[:-1])
     if packing == "concat":
         assert {len(sample.tokens) for sample in samples[:-1]} == {length}
-        assert sum(BOS in sample.tokens for sample in samples) == 1
+        assert samples[0].tokens[0] == EOS  # before the first record what training shows before any
+        assert not any(BOS in sample.tokens for sample in samples)
 
 
 @pytest.mark.parametrize("length", [2, 7, 11, 100])

@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 import sys
+import time
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 from longseq.commands.numbers import natural, positive
 from longseq.commands.training import FIXED, check_data, refuse_changes, say
 from longseq.config import Config
-from longseq.data import SPLITS, corpus_of, resolve_sources, split_spec
+from longseq.data import SPLITS, corpus_of, reading, resolve_sources, split_spec
 from longseq.errors import ConfigError, LongseqError
 from longseq.evaluation.request import Request, samples_of
 from longseq.opening import TARGET_HELP, Source, checkpoints_of, find, of_checkpoint, run_of
@@ -42,6 +43,7 @@ _FIXED = tuple(
 # Enough targets to know the frequencies of 29 tokens to 0.1 %, in a few seconds of reading. Tokenizers are slower.
 _BASELINE_TARGETS = 20_000_000
 _BASELINE_TARGETS_TOKENIZED = 2_000_000
+_SILENCE = 30.0  # seconds between two lines of a log
 _OVERRIDE = re.compile(r"[a-z]+\.[a-z_.]+=")
 _DEVICES = "trainer.devices="
 _CURVES = ("loss", "perplexity", "bits", "accuracy", "ece", "bits_per_byte", "word_perplexity", "bits_per_dimension")
@@ -89,12 +91,15 @@ def run(args: argparse.Namespace) -> int:
     devices = _devices(args, overrides)
     args.overrides = [word for word in overrides if not word.startswith(_DEVICES)]
     groups = _groups(targets, args)
-    prepared = [(group, _parts(group[0], args)) for group in groups]  # a bad file is said before anything is scored
+    looked: list[object] = []
+    # A bad file is said before anything is scored.
+    prepared = [(group, _parts(group[0], args, looked)) for group in groups]
 
+    progress = _Progress()
     reports, unkept = [], []
     try:
         for group, parts in prepared:
-            for source, report in _evaluated(group, parts, devices, args):
+            for source, report in _evaluated(group, parts, devices, args, progress):
                 reports.append(report)
                 try:
                     _keep(source, report, parts, args)
@@ -136,8 +141,8 @@ def _groups(targets: list[Path], args: argparse.Namespace) -> list[list[Source]]
     return list(groups.values())
 
 
-def _parts(source: Source, args: argparse.Namespace) -> tuple[str, ...]:
-    """Names of splits, and files, all of which have been looked at."""
+def _parts(source: Source, args: argparse.Namespace, looked: list[object]) -> tuple[str, ...]:
+    """Names of splits, and files, all of which have been looked at: ``looked``, those of the models before it too."""
     config = deepcopy(source.config)
     files = [word if "://" in word else str(Path(word).expanduser().absolute()) for word in args.data or ()]
     splits = args.split or []
@@ -157,20 +162,29 @@ def _parts(source: Source, args: argparse.Namespace) -> tuple[str, ...]:
     for part in parts:
         samples = samples_of(source, part)
         if part not in SPLITS:
-            _look(part, samples)
+            _look(part, samples, looked)
     if splits:
-        check_data(config)
+        data = config.data
+        files = [getattr(data, split) for split in SPLITS]
+        what = (reading(config), files, data.strict, data.valid_fraction, data.test_fraction)
+        if what not in looked:
+            check_data(config)
+            looked.append(what)
     return parts
 
 
-def _look(name: str, samples: Samples) -> None:
+def _look(name: str, samples: Samples, looked: list[object]) -> None:
     """The beginning of a file, as before a training."""
-    if isinstance(samples, StreamSpec):
+    if not isinstance(samples, StreamSpec):
+        return
+    what = (name, samples.reading, samples.sources, samples.strict)
+    if what not in looked:
         say(name, survey(samples.reading, samples.sources, strict=samples.strict))
+        looked.append(what)
 
 
 def _evaluated(
-    group: list[Source], parts: tuple[str, ...], devices: int, args: argparse.Namespace
+    group: list[Source], parts: tuple[str, ...], devices: int, args: argparse.Namespace, progress: _Progress
 ) -> Iterator[tuple[Source, dict]]:
     """A report for each model of a run, as soon as it is done."""
     # Heavy imports only now: what can be refused has been refused.
@@ -185,10 +199,13 @@ def _evaluated(
         top_k=args.top_k,
     )
     train = _training_counts(group[0])
-    progress = _Progress(group, parts)
+
+    def show(number: int, part: int, sequences: int) -> None:
+        progress(f"scoring {_label(parts[part], parts)}, step {group[number].step}", sequences)
+
     results: dict[str, dict] = {}
     try:
-        for number, part, tally in scored(request, devices, progress):
+        for number, part, tally in scored(request, devices, show):
             results[_label(parts[part], parts)] = _results(group[number], parts[part], tally, train, args)
             if len(results) == len(parts):
                 progress.clear()
@@ -297,16 +314,21 @@ def _text(reports: list[dict], args: argparse.Namespace, unkept: list[str]) -> s
 
 
 class _Progress:
-    """A bar on a terminal, nothing elsewhere. The number of sequences is not known before the end."""
+    """A bar on a terminal, a line now and then in a log. The number of sequences is not known before the end."""
 
-    def __init__(self, group: list[Source], parts: tuple[str, ...]):
+    def __init__(self) -> None:
         from tqdm import tqdm
 
-        self.group, self.parts = group, parts
         self.bar = tqdm(unit=" sequences", disable=not sys.stderr.isatty(), leave=False)
+        self._spoke = time.monotonic()
 
-    def __call__(self, number: int, part: int, sequences: int) -> None:
-        self.bar.set_description(f"scoring {_label(self.parts[part], self.parts)}, step {self.group[number].step}")
+    def __call__(self, what: str, sequences: int) -> None:
+        if self.bar.disable:
+            if time.monotonic() - self._spoke > _SILENCE:
+                print(f"{what}: {sequences:,} sequences", file=sys.stderr, flush=True)
+                self._spoke = time.monotonic()
+            return
+        self.bar.set_description(what)
         self.bar.n = sequences
         self.bar.refresh()
 

@@ -15,7 +15,7 @@ from longseq.checkpoint import Checkpoint, expected_bytes, remove_partials
 from longseq.config import Config
 from longseq.curves import read_curves
 from longseq.data import SPLITS, corpus_of, reading, vocabulary
-from longseq.errors import EXIT_GO_ON, ConfigError, LongseqError, RunError
+from longseq.errors import EXIT_GO_ON, USER_ERRORS, ConfigError, LongseqError, RunError
 from longseq.launch import local
 from longseq.opening import find
 from longseq.run import Run, as_typed
@@ -192,7 +192,10 @@ def check_origin(config: Config) -> None:
     """
     if not config.model.init_from:
         return
-    source = find(Path(config.model.init_from))
+    try:
+        source = find(Path(config.model.init_from))
+    except USER_ERRORS as error:
+        raise ConfigError(f"model.init_from: {error}") from None
     own, theirs = vocabulary(config), source.vocabulary
     # A run's own copy of a tokenizer has another path: its ids are what counts.
     if replace(own, name="") != replace(theirs, name="") or own.name.endswith(".json") != theirs.name.endswith(".json"):

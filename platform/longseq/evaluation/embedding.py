@@ -45,7 +45,7 @@ def embed(
             for into, record in zip(tokens, group, strict=True):
                 into[: len(record.row)] = torch.from_numpy(record.row.astype(np.int64))
             real = tokens != vocabulary.pad
-            model(tokens.to(device), None if bool(real.all()) else real.to(device))
+            model.hidden(tokens.to(device), None if bool(real.all()) else real.to(device))
             vectors = caught.pop().float().cpu().numpy()  # (B, L, E)
             for row, record in zip(vectors, group, strict=True):
                 yield Embedded(record.identifier, row[1 : 1 + record.length])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from longseq.evaluation.predictions import log_probabilities
+from longseq.evaluation.predictions import in_pieces, refuse_what_is_not_finite
 from longseq.evaluation.sampling import Settings, choose
 from longseq.models.performer import PerformerLM
 from longseq_data.randomness import uniforms
@@ -50,11 +50,14 @@ def fill(
     total = 0.0
     for at in range(passes):
         keep = -(-len(masked) // (passes - at))
-        logits = model(row.to(device))[0, torch.from_numpy(masked).to(device)]
-        log_probability = log_probabilities(logits)  # (masked, V)
+        hidden = model.hidden(row.to(device))[0, torch.from_numpy(masked).to(device)]  # (masked, E)
         drawn = uniforms(settings.seed, "infill", (np.int64(number) << 32) + masked)
-        chosen = choose(log_probability, drawn, never, settings)
-        sure = log_probability[np.arange(len(masked)), chosen].double().numpy()
+        chosen, sure = np.empty(len(masked), np.int64), np.empty(len(masked))
+        for piece, log_probability in in_pieces(model, hidden):
+            found = log_probability.cpu()
+            refuse_what_is_not_finite(found)
+            chosen[piece] = choose(found, drawn[piece], never, settings)
+            sure[piece] = found[np.arange(len(found)), chosen[piece]].double().numpy()
         best = np.argsort(-sure, kind="stable")[:keep]
         row[0, torch.from_numpy(masked[best])] = torch.from_numpy(chosen[best])
         total += float(sure[best].sum())

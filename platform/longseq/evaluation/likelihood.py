@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longseq.evaluation.predictions import log_probabilities
+from longseq.evaluation.predictions import of_tokens
 from longseq.evaluation.records import BATCH_TOKENS, Record, batches
 from longseq.evaluation.variants import Variant
 from longseq.models.performer import PerformerLM
@@ -24,10 +24,9 @@ from longseq_data.vocabulary import Tokens, Vocabulary
 def causal(model: PerformerLM, vocabulary: Vocabulary, rows: Sequence[Tokens]) -> list[float]:
     """Σ log p of each row's tokens after the first, its EOS included. Nats."""
     tokens = _padded(rows, vocabulary.pad)
-    log_probability = _log_probability(model, tokens[:, :-1], vocabulary)
     targets = tokens[:, 1:]
-    found = log_probability.gather(-1, targets[..., None])[..., 0].double().masked_fill(targets == vocabulary.pad, 0.0)
-    return found.numpy().sum(1).tolist()
+    found = of_tokens(model, _hidden(model, tokens[:, :-1], vocabulary), targets).double()
+    return found.masked_fill(targets == vocabulary.pad, 0.0).numpy().sum(1).tolist()
 
 
 @torch.inference_mode()
@@ -48,9 +47,9 @@ def pseudo(model: PerformerLM, vocabulary: Vocabulary, row: Tokens, passes: int)
         hidden = torch.zeros(len(turns), len(row), dtype=torch.bool)
         hidden[:, 1:-1] = (places - 1) % passes == turns[:, None]
         tokens = base.expand(len(turns), -1).masked_fill(hidden, vocabulary.mask)
-        log_probability = _log_probability(model, tokens, vocabulary)
-        found = log_probability.gather(-1, base.expand(len(turns), -1)[..., None])[..., 0].double()
-        total += float(found[hidden].numpy().sum())
+        states = _hidden(model, tokens, vocabulary)
+        states = states[hidden.to(states.device)]
+        total += float(of_tokens(model, states, base.expand(len(turns), -1)[hidden]).double().numpy().sum())
     return total
 
 
@@ -82,17 +81,19 @@ def _masked_effects(
         tokens = np.stack([wild.row.astype(np.int64) for _ in group])
         for row, variant in zip(tokens, group, strict=True):
             row[[position for position, _, _ in variant.changes]] = vocabulary.mask
-        log_probability = _log_probability(model, torch.from_numpy(tokens), vocabulary).double()
-        for row, variant in zip(log_probability, group, strict=True):
-            yield variant, sum(float(row[at, new] - row[at, old]) for at, old, new in variant.changes)
+        states = _hidden(model, torch.from_numpy(tokens), vocabulary)
+        for row, variant in zip(states, group, strict=True):
+            places, old, new = torch.tensor(variant.changes, device=row.device).T
+            found = of_tokens(model, row[places], torch.stack([old, new], dim=-1)).double()
+            yield variant, sum((found[:, 1] - found[:, 0]).tolist())
 
 
-def _log_probability(model: PerformerLM, tokens: Tensor, vocabulary: Vocabulary) -> Tensor:
-    """(B, L, V), on the CPU."""
+def _hidden(model: PerformerLM, tokens: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """What the model's head reads, (B, L, E), on the model's device."""
     device = next(model.parameters()).device
     real = tokens != vocabulary.pad
     padding = None if bool(real.all()) else real.to(device)
-    return log_probabilities(model(tokens.to(device), padding))
+    return model.hidden(tokens.to(device), padding)
 
 
 def _padded(rows: Sequence[Tokens], pad: int) -> Tensor:

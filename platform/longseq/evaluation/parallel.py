@@ -6,11 +6,13 @@ the order of the sequences. No process waits for another, so none can hang.
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from longseq.allocator import keep_freed_memory
@@ -20,6 +22,8 @@ from longseq.evaluation.tally import Tally
 from longseq.launch.local import environment_of, free_port
 
 Progress = Callable[[int, int, int], None]  # checkpoint, part and sequences so far, about
+
+_LOOK = 1.0  # seconds between two reports of a process
 
 
 def scored(request: Request, devices: int, progress: Progress) -> Iterator[tuple[int, int, Tally]]:
@@ -40,7 +44,7 @@ def scored(request: Request, devices: int, progress: Progress) -> Iterator[tuple
             for number in range(len(request.folders)):
                 for part in range(len(request.parts)):
                     files = [tally_path(place, number, part, rank) for rank in range(devices)]
-                    _wait(files, processes, place)
+                    _wait(files, processes, place, progress)
                     yield number, part, Tally.merged([Tally.load(file) for file in files])
                     for file in files:
                         file.unlink()
@@ -90,6 +94,33 @@ def failure_path(place: Path, rank: int) -> Path:
     return place / f"failure-{rank}.txt"
 
 
+class Reports:
+    """Where a process is, in a file for the one that waits; renewed at most once a second."""
+
+    def __init__(self, place: Path, rank: int):
+        self.path, self._last = _report_path(place, rank), -math.inf
+
+    def __call__(self, number: int, part: int, sequences: int) -> None:
+        if time.monotonic() - self._last < _LOOK:
+            return
+        self._last = time.monotonic()
+        partial = self.path.with_suffix(".partial")
+        with suppress(OSError):  # for people: no reason to stop
+            partial.write_text(f"{number} {part} {sequences}")
+            partial.replace(self.path)
+
+
+def reported(place: Path, world: int) -> tuple[int, int, int] | None:
+    """As far as all processes are that have said so: checkpoint, part and sequences; None: none has."""
+    paths = [_report_path(place, rank) for rank in range(world)]
+    found = [tuple(map(int, path.read_text().split())) for path in paths if path.exists()]
+    return min(found) if found else None  # type: ignore[return-value]
+
+
+def _report_path(place: Path, rank: int) -> Path:
+    return place / f"progress-{rank}.txt"
+
+
 def _start(place: Path, rank: int, world: int, port: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "longseq.evaluation.worker", str(place)]
     # In a session of its own: a Ctrl-C is for the parent, which ends them.
@@ -97,8 +128,14 @@ def _start(place: Path, rank: int, world: int, port: int) -> subprocess.Popen[by
     return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
-def _wait(files: Sequence[Path], processes: Sequence[subprocess.Popen[bytes]], place: Path) -> None:
+def _wait(files: Sequence[Path], processes: Sequence[subprocess.Popen[bytes]], place: Path, progress: Progress) -> None:
+    looked = time.monotonic()
     while not all(file.exists() for file in files):
+        if time.monotonic() - looked > _LOOK:
+            looked = time.monotonic()
+            done = reported(place, len(processes))
+            if done:
+                progress(*done)
         for rank, process in enumerate(processes):
             code = process.poll()
             if code is None or files[rank].exists():

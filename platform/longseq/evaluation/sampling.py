@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from longseq.evaluation.predictions import log_probabilities
+from longseq.evaluation.predictions import log_probabilities, of_tokens
 from longseq.models.performer import DecodingState, PerformerLM
 from longseq_data.randomness import uniforms
 from longseq_data.vocabulary import Vocabulary
@@ -71,12 +71,12 @@ def draw(
     """
     device = next(model.parameters()).device
     read = torch.tensor([[begins, *prompt]], device=device)
-    logits, state = model.prefill(read)
-    before = _log_likelihood(logits[0, :-1], read[0, 1:])
+    hidden, state = model.read(read)
+    before = float(of_tokens(model, hidden[0, :-1], read[0, 1:]).double().sum())
     never = torch.zeros(vocabulary.size, dtype=torch.bool)
     never[[vocabulary.bos, vocabulary.pad, vocabulary.mask]] = True
     never[vocabulary.eos] = not settings.stop
-    last = logits[:, -1].expand(BLOCK, -1)
+    last = model.head(hidden[:, -1]).expand(BLOCK, -1)
     block = state.select(torch.zeros(BLOCK, dtype=torch.long, device=device))
     for first in range(0, number, BLOCK):
         rows = min(BLOCK, number - first)
@@ -157,7 +157,3 @@ def choose(
     # Rounding may carry the last token past the end, to one of probability 0.
     top = (probability > 0).long().mul(torch.arange(probability.shape[-1])).amax(-1)
     return torch.minimum(chosen, top).numpy()
-
-
-def _log_likelihood(logits: Tensor, tokens: Tensor) -> float:
-    return float(logits.float().log_softmax(-1).gather(-1, tokens[:, None]).double().sum())

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longseq.evaluation.predictions import refuse_what_is_not_finite
+from longseq.evaluation.predictions import in_pieces, refuse_what_is_not_finite
 from longseq.evaluation.tally import BINS, Tally
 from longseq.models.performer import PerformerLM
 from longseq_data.errors import DataError
@@ -60,8 +60,8 @@ def score(
         # Exact attention needs no L × L mask without any padding.
         padding = None if bool(real.all()) else real.to(device)
         segments = batch["segments"].to(device) if "segments" in batch else None
-        logits = model(batch["tokens"].to(device), padding, segments).float()  # (B, L, V)
-        parts.append(_count(logits, batch, vocabulary, number * batch_sequences, top_k))
+        hidden = model.hidden(batch["tokens"].to(device), padding, segments)  # (B, L, E)
+        parts.append(_count(model, hidden, batch, vocabulary, number * batch_sequences, top_k))
         if len(parts) > _HELD:
             parts = [Tally.merged(parts)]
         progress((number + 1) * batch_sequences)
@@ -81,18 +81,24 @@ def refuse_nothing(spec: Samples, tally: Tally) -> None:
         )
 
 
-def _count(logits: Tensor, batch: Mapping[str, Tensor], vocabulary: Vocabulary, first: int, top_k: int) -> Tally:
-    targets = batch["targets"].to(logits.device)
+def _count(
+    model: PerformerLM, hidden: Tensor, batch: Mapping[str, Tensor], vocabulary: Vocabulary, first: int, top_k: int
+) -> Tally:
+    targets = batch["targets"].to(hidden.device)
     scored = targets != IGNORE
-    log_probability = logits.log_softmax(-1)
-    of_target = log_probability.gather(-1, targets.clamp_min(0)[..., None])  # (B, L, 1)
+    of_target, best = (torch.empty(targets.shape, device=hidden.device) for _ in range(2))
+    predicted, above = (torch.empty_like(targets, dtype=torch.int64) for _ in range(2))
+    for piece, log_probability in in_pieces(model, hidden.flatten(0, 1)):
+        own = log_probability.gather(-1, targets.view(-1)[piece].clamp_min(0)[:, None])  # (n, 1)
+        of_target.view(-1)[piece] = own[:, 0]
+        best.view(-1)[piece], predicted.view(-1)[piece] = log_probability.max(-1)
+        above.view(-1)[piece] = (log_probability > own).sum(-1)
     refuse_what_is_not_finite(of_target[scored])
-    best, predicted = log_probability.max(-1)
     correct = (predicted == targets) & scored
-    near = ((log_probability > of_target).sum(-1) < top_k) & scored
+    near = (above < top_k) & scored
 
     mask = scored.cpu().numpy()
-    losses = np.where(mask, -of_target[..., 0].cpu().numpy().astype(np.float64), 0.0)
+    losses = np.where(mask, -of_target.cpu().numpy().astype(np.float64), 0.0)
     confidence = np.where(mask, best.exp().cpu().numpy().astype(np.float64), 0.0)
     right, wanted, found = correct.cpu().numpy(), targets.cpu().numpy(), predicted.cpu().numpy()
     bins = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from longseq.errors import EXIT_ERROR, USER_ERRORS
-from longseq.evaluation.parallel import failure_path, of_this_process, tally_path
+from longseq.evaluation.parallel import Reports, failure_path, of_this_process, tally_path
 from longseq.evaluation.request import Request
 
 
@@ -18,7 +18,7 @@ def main() -> int:
     _end_with_parent()
     request = Request.read(place / "request.json")
     try:
-        for number, part, tally in of_this_process(request, rank, world, _device(request, rank), lambda *_: None):
+        for number, part, tally in of_this_process(request, rank, world, _device(request, rank), Reports(place, rank)):
             tally.save(tally_path(place, number, part, rank))
     except USER_ERRORS as error:
         failure_path(place, rank).write_text(str(error))

@@ -16,6 +16,11 @@ LOGITS = 2**24  # at a time, in fp32: 64 MiB
 MOST_ROWS = 8192
 
 
+def rows_at_once(vocabulary: int) -> int:
+    """Positions whose logits may exist together."""
+    return max(1, min(MOST_ROWS, max(256, LOGITS // vocabulary)))
+
+
 class Head(nn.Linear):
     """(..., E) to logits (..., vocabulary); with targets, to the sum of their losses and how many are most probable."""
 
@@ -64,7 +69,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, learns: bool) -> tuple[Tensor, Tensor]:
         rows, wanted = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-        size = max(1, min(MOST_ROWS, max(256, LOGITS // len(weight))))
+        size = rows_at_once(len(weight))
         loss = torch.zeros((), dtype=torch.float64, device=x.device)
         correct = torch.zeros((), dtype=torch.int64, device=x.device)
         dx = torch.empty_like(rows) if learns and ctx.needs_input_grad[0] else None

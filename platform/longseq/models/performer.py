@@ -82,6 +82,13 @@ class PerformerLM(nn.Module):
         """
         if targets is not None and padding is None and segments is None and self._carries(tokens.shape[1]):
             return self._carried_loss(tokens, targets)
+        return self.head(self.hidden(tokens, padding, segments), targets)
+
+    def hidden(self, tokens: Tensor, padding: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+        """What the head reads of each position, (B, L, E); see :meth:`forward`.
+
+        For those who want something else than the loss, but not the logits of all positions at once.
+        """
         documents: Tensor | SlicedDocuments | None = segments
         if self.context is None:
             positions = _positions(tokens, padding, segments)
@@ -101,7 +108,7 @@ class PerformerLM(nn.Module):
                     x = checkpoint(block, x, padding, documents, rotary, use_reentrant=True)
             else:
                 x = block(x, padding, documents, rotary)
-        return self.head(self.norm(x), targets)
+        return self.norm(x)
 
     @torch.no_grad()
     def prefill(
@@ -110,17 +117,29 @@ class PerformerLM(nn.Module):
         """Read a prompt, to go on with :meth:`decode`. For a causal model in evaluation mode; no gradients.
 
         Args:
-            tokens: (B, L) token ids; L may be 0.
-            padding: (B, L) bool, True where a token is real. Pad in front: what is padded behind stays between the
-                prompt and its continuation, and counts as distance.
+            tokens, padding: as of :meth:`read`.
             last_only: logits of the last position alone; all of a long prompt's may not fit into memory.
 
         Returns:
-            Logits (B, L, vocabulary), as of the forward pass, or (B, 1, vocabulary); and the state. With
-            ``attention="favor"`` its size does not depend on L.
+            Logits (B, L, vocabulary), as of the forward pass, or (B, 1, vocabulary); and the state.
 
         Raises:
             ValueError: if the model is not causal.
+        """
+        x, state = self.read(tokens, padding)
+        return self.head(x[:, -1:] if last_only else x), state
+
+    @torch.no_grad()
+    def read(self, tokens: Tensor, padding: Tensor | None = None) -> tuple[Tensor, DecodingState]:
+        """As :meth:`prefill`, without the head.
+
+        Args:
+            tokens: (B, L) token ids; L may be 0.
+            padding: (B, L) bool, True where a token is real. Pad in front: what is padded behind stays between the
+                prompt and its continuation, and counts as distance.
+
+        Returns:
+            What the head reads, (B, L, E); and the state. With ``attention="favor"`` its size does not depend on L.
         """
         positions = _positions(tokens, padding, None)
         x = self._embed(tokens, positions, padding)  # (B, L, E)
@@ -130,12 +149,10 @@ class PerformerLM(nn.Module):
             assert isinstance(block, Block)
             x, state = block.prefill(x, padding, rotary)
             layers.append(state)
-        if last_only:
-            x = x[:, -1:]
         following = tokens.new_full((len(tokens),), tokens.shape[1])
         if padding is not None:
             following = following - _leading(padding)
-        return self.head(self.norm(x)), DecodingState(tuple(layers), following)
+        return self.norm(x), DecodingState(tuple(layers), following)
 
     @torch.no_grad()
     def decode(self, token: Tensor, state: DecodingState) -> tuple[Tensor, DecodingState]:

@@ -30,6 +30,7 @@ from longseq.training.task import LanguageModelling
 
 RESULTS = "check.json"
 _MESSAGE = 64 << 20  # bytes of the all-reduce: large enough for bandwidth to count, and not latency
+_DOCUMENT = 350  # tokens of each document, where they are packed: a protein's
 
 
 @dataclass
@@ -87,9 +88,18 @@ class _Watch(pl.Callback):
         tokens = torch.randint(vocabulary(self.config).ordinary, shape, device=task.device)
         scored = tokens.numel() * parts * trainer.accumulate_grad_batches
         batch.clear()  # what the model gets, and not only what we see
+        if self.config.data.reset:
+            batch["segments"] = self._documents(shape, task)
         batch.update(tokens=tokens, targets=tokens, step_targets=torch.tensor(scored, device=task.device))
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self.began = now(task.device)
+
+    def _documents(self, shape: tuple[int, int], task: LanguageModelling) -> torch.Tensor:
+        """Which document each token of this rank's slice belongs to, in rows packed with documents of one length."""
+        context = task.model.context
+        first = context.rank * shape[1] if context else 0
+        places = torch.arange(first, first + shape[1], device=task.device)
+        return (places // _DOCUMENT).expand(shape).contiguous()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from command_line import curve
 from longseq import exported
 from longseq.cli import main
+from longseq.commands import evaluate
 from longseq.commands.options import output_file
 from longseq.errors import LongseqError, RunError
 from longseq.evaluation import keeping, parallel
@@ -211,8 +212,8 @@ def test_damaged_weights_are_refused_by_every_verb(trained, longseq, refused, da
 
 def test_predictions_that_are_no_numbers_are_refused(trained, refused, monkeypatch):
     run = trained()
-    forward = PerformerLM.forward
-    monkeypatch.setattr(PerformerLM, "forward", lambda self, *inputs: forward(self, *inputs) * math.nan)
+    hidden = PerformerLM.hidden
+    monkeypatch.setattr(PerformerLM, "hidden", lambda self, *inputs: hidden(self, *inputs) * math.nan)
     for words in (["evaluate", run], ["score", run, "test.fasta"]):
         assert "predicts what is no number" in refused(*words)
 
@@ -227,6 +228,41 @@ def test_a_damaged_checkpoint_among_all_is_named_once(trained, capsys):
     assert "left out" in shown.err
     assert "step 10" in shown.out
     assert "step 20" not in shown.out
+
+
+def test_a_log_has_a_line_now_and_then(trained, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "_SILENCE", -1.0)
+    assert main(["evaluate", str(trained()), "--data", "proteins.fasta"]) == 0
+    assert "scoring proteins.fasta, step 20: 64 sequences" in capsys.readouterr().err.splitlines()
+    monkeypatch.setattr(evaluate, "_SILENCE", 30.0)
+    assert main(["evaluate", str(trained("two")), "--sequences", "3"]) == 0
+    assert "scoring" not in capsys.readouterr().err
+
+
+def test_processes_that_share_the_work_say_how_far_all_of_them_are(tmp_path, monkeypatch):
+    def start(place: Path, rank: int, world: int, port: int) -> subprocess.Popen[bytes]:
+        parallel.Reports(place, rank)(0, 1, 100 - rank)
+        assert parallel.reported(place, rank + 1) == (0, 1, 100 - rank)
+        return subprocess.Popen(["sleep", "60"])
+
+    def shown(*done: int) -> None:
+        raise LongseqError(f"seen {done}")
+
+    monkeypatch.setattr(parallel, "_start", start)
+    monkeypatch.setattr(parallel, "_LOOK", 0.0)
+    with pytest.raises(LongseqError, match=r"seen \(0, 1, 98\)"):
+        list(parallel.scored(Request(("a",), (), ("valid", "test")), 3, shown))
+
+
+def test_data_that_several_models_share_are_said_once(trained, capsys):
+    one, other = trained("one"), trained("other", "model.objective=masked")
+    assert main(["evaluate", str(one), str(other), "--sequences", "3"]) == 0
+    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == ["data.train", "data.test"]
+    third = trained("third", "data.test=proteins.fasta")
+    assert main(["evaluate", str(one), str(third), "--sequences", "3"]) == 0
+    assert capsys.readouterr().err.count("data.test:") == 2
+    assert main(["evaluate", str(one), str(third), "--data", "test.fasta", "--sequences", "3"]) == 0
+    assert capsys.readouterr().err.count("records") == 1
 
 
 def test_models_and_keys_may_stand_behind_options(trained, longseq):

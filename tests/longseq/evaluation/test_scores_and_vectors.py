@@ -62,6 +62,16 @@ def test_causal_scores_are_exact_log_likelihoods_of_residues_and_end(trained, lo
         assert row["perplexity"] == pytest.approx(np.exp(-row["log_likelihood"] / (len(sequence) + 1)))
 
 
+@pytest.mark.parametrize("overrides", [["crop"], ["concat"], ["concat", "data.reset=true"]])
+def test_evaluate_and_score_give_a_record_the_same_likelihood(trained, longseq, wild, overrides):
+    packing, *reset = overrides
+    run = trained("one", f"data.packing={packing}", *reset)
+    (row,) = json.loads(longseq("score", run, wild, "--json"))
+    found = json.loads(longseq("evaluate", run, "--data", wild, "--json"))["splits"]["wild.fasta"]
+    assert found["targets"] == len(WILD) + 1
+    assert found["loss"] * found["targets"] == pytest.approx(-row["log_likelihood"], rel=1e-6)
+
+
 def test_masked_scores_hide_each_residue_in_turn(trained, longseq, wild):
     run = trained("masked", "model.objective=masked")
     model, tokens = find(run).load(), ids(WILD)

@@ -35,7 +35,7 @@ def model_of(vocabulary: Vocabulary) -> PerformerLM:
 
 def nats(model: PerformerLM, ids: list[list[int]], vocabulary: Vocabulary, length: int) -> float:
     """−log p of every token of each book and of its end, read ``length`` at a time."""
-    stream = torch.tensor([vocabulary.bos, *(token for book in ids for token in (*book, vocabulary.eos))])
+    stream = torch.tensor([vocabulary.eos, *(token for book in ids for token in (*book, vocabulary.eos))])
     total = 0.0
     with torch.no_grad():
         for first in range(0, len(stream) - 1, length):

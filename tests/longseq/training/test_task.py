@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from longseq.config_loading import load_config
 from longseq.data import resolve_sources, split_spec
 from longseq.evaluation.scoring import score
+from longseq.training.rehearsal import _Watch
 from longseq.training.task import LanguageModelling
 from longseq_data.batches import EvaluationBatches
 from longseq_data.parcels import pack, unpack
@@ -98,3 +100,17 @@ def test_the_loss_of_all_documents_is_that_of_whole_ones_however_they_are_packed
         losses.append((scores.loss.sum(), int(scores.targets.sum()), scores.extent[:2].tolist()))
     assert losses[0][1:] == losses[1][1:]
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-6)
+
+
+def test_a_rehearsal_packs_documents_where_the_training_does(make):
+    """They cost memory of their own."""
+    for overrides, documents in (((), None), (("data.reset=true",), 3)):
+        config, task = make("data.length=800", "data.batch_tokens=1600", *overrides)
+        batch = {"samples": torch.tensor(7)}
+        trainer = SimpleNamespace(global_step=0, accumulate_grad_batches=1)
+        _Watch(None, config, None, config.data.length).on_train_batch_start(trainer, task, batch, 0)
+        assert batch["tokens"].shape == (2, 800)
+        assert ("segments" in batch) == (documents is not None)
+        if documents:
+            assert [len(row.unique()) for row in batch["segments"]] == [documents] * 2
+        assert task._score(batch, task.valid_sums).isfinite()
