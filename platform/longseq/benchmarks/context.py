@@ -46,6 +46,7 @@ class ContextRequest:
     window: int = 0
     batch: int = 1
     tile: int = 4096
+    dtype: str = "float32"  # of weights and activations
     threads: int = 1  # of each process
     rounds: int = 1
     warmups: int = 0
@@ -128,7 +129,7 @@ def table(request: ContextRequest, cells: Sequence[Cell]) -> str:
     lines = [
         f"longseq bench context: {request.preset} ({spec.depth} layers, width {spec.dim}, {spec.heads} heads, "
         f"{spec.features} features{f', window {spec.window}' if spec.window else ''}), batch {request.batch}, tiles of "
-        f"{request.tile:,}; {request.threads} thread(s) a process",
+        f"{request.tile:,}; {request.dtype}, {request.threads} thread(s) a process",
         f"one gather: {state_bytes(spec, request.batch):,} bytes a layer and rank = B·H·(m·(e+1)+1)·4",
         "",
         f"{'length':>10}{'P':>4}{'seconds':>10}{'model':>10}{'ratio':>7}{'ms/token':>10}{'CPU ms':>9}{'speedup':>9}"
@@ -254,7 +255,7 @@ def _cell(request: ContextRequest, length: int, processes: int) -> Cell:
         {
             "spec": asdict(request.spec),
             "length": length,
-            **{name: getattr(request, name) for name in ("batch", "threads", "rounds", "warmups")},
+            **{name: getattr(request, name) for name in ("batch", "dtype", "threads", "rounds", "warmups")},
         }
     )
     port = free_port()

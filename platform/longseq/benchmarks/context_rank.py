@@ -34,7 +34,7 @@ def main() -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     spec = PerformerSpec(**request["spec"])
     torch.manual_seed(0)
-    model = PerformerLM(spec)
+    model = PerformerLM(spec).to(getattr(torch, request["dtype"]))
     context = context_group(world) if world > 1 else None
     model.set_context(context)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
@@ -86,7 +86,8 @@ def _train_step(
     if dist.get_world_size() > 1:
         parameters = list(model.parameters())
         gradient = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-        dist.all_reduce(gradient)
+        dist.all_reduce(summed := gradient.float())
+        gradient.copy_(summed)
         for p, part in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
             p.grad = part.view_as(p)
     optimizer.step()

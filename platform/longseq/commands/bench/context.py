@@ -22,6 +22,8 @@ def context_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocabulary", type=arguments.positive, default=256, metavar="N", help="tokens there are")
     parser.add_argument("--batch", type=arguments.positive, default=1, metavar="N", help="sequences at a time")
     parser.add_argument("--tile", type=arguments.natural, default=4096, metavar="T", help="as model.sequence_tile")
+    about = "of weights and activations"
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help=about)
     parser.add_argument("--threads", type=arguments.positive, default=1, metavar="N", help="of each process")
     parser.add_argument("--rounds", type=arguments.positive, default=1, metavar="N", help="steps that are timed")
     warmups = "steps before them that are not"
@@ -54,6 +56,7 @@ def run_context(args: argparse.Namespace) -> int:
         window=args.window,
         batch=args.batch,
         tile=args.tile,
+        dtype=args.dtype,
         threads=args.threads,
         rounds=args.rounds,
         warmups=args.warmups,
