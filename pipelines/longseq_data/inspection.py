@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from .corpus import Corpus
 from .manifest import Lengths, Manifest, count_lengths, describe_lengths, histogram_lines, read_manifest
 from .prepare_reader import ProteinReader, Row, Stored, cut
+from .proteins import read_proteins
+from .uniprot import Header, parse_header
 from .vocabulary import TOKENS
 
 BLOCK_BYTES = 4 << 20
@@ -27,6 +32,7 @@ class RawCounts:
     unknown: Counter[str] = field(default_factory=Counter)  # letters outside the alphabet
     lengths: Lengths = field(default_factory=Lengths)
     first: list[Row] = field(default_factory=list)
+    headers: list[Header] = field(default_factory=list)  # of the first
 
 
 def count(sources: Sequence[str], show: int, progress: Callable[[int], object] | None = None) -> RawCounts:
@@ -44,6 +50,7 @@ def count(sources: Sequence[str], show: int, progress: Callable[[int], object] |
         by_length.update(count_lengths(lengths))
         shortest, longest = min(shortest, int(lengths.min())), max(longest, int(lengths.max()))
         counts.first += rows[: show - len(counts.first)]
+    counts.headers = list(_headers(sources, len(counts.first)))
     counts.unknown = reader.unknown
     counts.lengths = describe_lengths(dict(by_length), shortest, longest)
     return counts
@@ -58,11 +65,26 @@ def _rows(reader: ProteinReader, source: str, progress: Callable[[int], object] 
             yield [row]
 
 
+def _headers(sources: Sequence[str], number: int) -> Iterator[Header]:
+    """Those of the first records."""
+    for source in sources:
+        with closing(read_proteins(source)) as records:
+            for record in itertools.islice(records, number):
+                yield parse_header(record.description)
+                number -= 1
+        if not number:
+            return
+
+
 def raw_lines(sources: Sequence[str], counts: RawCounts) -> Iterator[str]:
     yield f"{len(sources)} file{'s' * (len(sources) > 1)}: {counts.records:,} records, {counts.tokens:,} residues"
     yield from _unknown_lines(dict(counts.unknown))
     yield from length_lines(counts.lengths, counts.tokens, counts.records)
-    yield from record_lines((row.identifier, np.frombuffer(row.tokens, np.uint8), row.taxid) for row in counts.first)
+    for row, header in zip(counts.first, counts.headers, strict=True):
+        members = f"{header.members:,} member{'s' * (header.members != 1)}" if header.members is not None else ""
+        known = ", ".join(filter(None, (header.taxon, members)))
+        taxon = f"{row.taxid if row.taxid >= 0 else 'unknown'}{f' ({known})' if known else ''}"
+        yield _record_line(row.identifier, taxon, np.frombuffer(row.tokens, np.uint8))
 
 
 def corpus_lines(folder: Path, show: int) -> Iterator[str]:
@@ -109,9 +131,13 @@ def length_lines(lengths: Lengths, tokens: int, records: int) -> Iterator[str]:
 def record_lines(records: Iterator[tuple]) -> Iterator[str]:
     """(id, tokens, TaxID) of each record on a line, the tokens as letters."""
     for identifier, tokens, taxid in records:
-        letters = "".join(TOKENS[token] for token in tokens[:SHOWN].tolist())
-        more = "…" if len(tokens) > SHOWN else ""
-        yield f"  {identifier}  TaxID {taxid if taxid >= 0 else 'unknown'}  {len(tokens):,}  {letters}{more}"
+        yield _record_line(identifier, str(taxid if taxid >= 0 else "unknown"), tokens)
+
+
+def _record_line(identifier: str, taxon: str, tokens: npt.NDArray[np.uint8]) -> str:
+    letters = "".join(TOKENS[token] for token in tokens[:SHOWN].tolist())
+    more = "…" if len(tokens) > SHOWN else ""
+    return f"  {identifier}  TaxID {taxon}  {len(tokens):,}  {letters}{more}"
 
 
 def _unknown_lines(unknown: dict[str, int]) -> Iterator[str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -19,12 +18,12 @@ from .fasta import KNOWN, UNKNOWN_BYTE, UNKNOWN_TO_X, Record, _line_of, parse_re
 from .fasta_blocks import begins_with_record, plain_ids, with_line_feeds
 from .proteins import read_proteins
 from .sources import open_binary, reading_error
+from .uniprot import taxid_of
 from .vocabulary import LETTERS, PROTEIN, TABLE, Vocabulary
 
 READ_SIZE = 1 << 20
 PARSED = 1 << 19  # bytes of a block that are parsed at once
 LONGEST = 1 << 30  # bytes of one record; beyond, memory would end before the file does
-TAXID = re.compile(r"\b(?:TaxID|OX)=(-?\d+)")
 NO_TAXID = -1
 SPACES = b"\n "
 
@@ -223,10 +222,6 @@ class ProteinReader:
 
 
 def taxid(header: str) -> int:
-    """The TaxID in a header of UniRef (TaxID=) or UniProtKB (OX=); NO_TAXID without one."""
-    place = header.find(" TaxID=")
-    if place < 0 or "OX=" in header[:place] or "TaxID=" in header[:place]:
-        found = TAXID.search(header)  # slower than a look at where UniRef has it
-    else:
-        found = TAXID.match(header, place + 1) or TAXID.search(header)
-    return int(found[1]) if found else NO_TAXID
+    """The TaxID that ``parse_header`` reads; NO_TAXID without one."""
+    found = taxid_of(header)
+    return NO_TAXID if found is None else found

@@ -13,6 +13,10 @@ from dataclasses import dataclass
 CLUSTER = re.compile(r"(UniRef[0-9]+)_.")
 INTEGER = re.compile(r"-?[0-9]{1,18}")  # 18 digits fit an int64
 
+# The usual ends of headers: parse_header reads the same TaxID from these, several times as slowly.
+UNIREF = re.compile(r"UniRef[0-9]+_[^\s|]+ (?:.* )?TaxID=(-?[0-9]{1,18}) RepID=\S*")
+UNIPROTKB = re.compile(r"[^\s|]+\|[^\s|]+\|[^\s|]+ .* OX=(-?[0-9]{1,18})( GN=\S*)? PE=[0-9] SV=[0-9]+")
+
 UNIREF_KEYS = ("n", "Tax", "TaxID", "RepID")
 UNIPROTKB_KEYS = ("OS", "OX", "GN", "PE", "SV")
 
@@ -62,9 +66,23 @@ def parse_header(line: str) -> Header:
     parts = first.split("|")
     if len(parts) == 3 and all(parts):
         return _uniprotkb(parts, rest)
-    if " OS=" in f" {rest}" and not CLUSTER.match(first):
+    fields = f" {rest}"
+    if not CLUSTER.match(first) and (" OS=" in fields or (" OX=" in fields and " TaxID=" not in fields)):
         return _uniprotkb([first], rest)
     return _uniref(first, rest)
+
+
+def taxid_of(line: str) -> int | None:
+    """``parse_header(line).taxid``, for the millions of headers of a file."""
+    if "TaxID=" not in line and "OX=" not in line:
+        return None
+    if usual := UNIREF.fullmatch(line):
+        return int(usual[1])
+    usual = UNIPROTKB.fullmatch(line)
+    # a gene's name that stands elsewhere, or in several words, is another matter
+    if usual and (usual[2] or "GN=" not in line):
+        return int(usual[1])
+    return parse_header(line).taxid
 
 
 def _uniref(first: str, rest: str) -> Header:
@@ -92,6 +110,8 @@ def _uniprotkb(parts: list[str], rest: str) -> Header:
     rest, gene = _take(rest, "GN", " OS=")
     rest, taxid = _take(rest, "OX", " OS=")
     rest, taxon = _take(rest, "OS")
+    if taxon is None and taxid is None:  # a file of one's own
+        rest, taxid = _take(rest, "TaxID")
     return Header(
         parts[1] if len(parts) == 3 else parts[0],
         rest.strip(),

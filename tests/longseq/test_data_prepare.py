@@ -98,6 +98,16 @@ def test_files_are_counted_without_being_prepared(place, files):
     residues = sum(len(letters) for split in rows.values() for letters, _ in split.values())
     assert seen.out.startswith(f"3 files: 6,000 records, {residues:,} residues\n")
     assert seen.out.count("TaxID") == 1
+    (place / "one.fasta").write_text(
+        ">UniRef50_A a TaxID=5 n=1,204 x n=1204 Tax=Homo sapiens TaxID=9606 RepID=A_B\nAC\n"
+    )
+    (place / "two.fasta").write_text(">sp|A|B OX=5 a OS=Human virus PE=1 SV=1\nAC\n>c\nD\n>d\nE\n")
+    seen = longseq("data", "inspect", "one.fasta", "two.fasta", folder=place)
+    assert seen.out.splitlines()[-3:] == [
+        "  UniRef50_A  TaxID 9606 (Homo sapiens, 1,204 members)  2  AC",
+        "  sp|A|B  TaxID unknown (Human virus)  2  AC",
+        "  c  TaxID unknown  1  D",
+    ]
     (place / "bad.fasta").write_text(">a\nAC\n>b\n")
     bad = longseq("data", "inspect", "bad.fasta", folder=place)
     assert bad.code == 1

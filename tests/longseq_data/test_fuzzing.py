@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import os
+import re
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ from longseq_data.vocabulary import TABLE
 SECONDS = 30.0  # one file may take; a hundred bytes that take longer hang
 PROTEINS = b">a first\nACDEFGHIKL\nMNPQ\n>b TaxID=9606\nwyx*\n\n>c\nBOUXZ-J\n" * 3
 ROWS = [{"text": "Es war einmal", "id": "one"}, {"text": "drei\nZeilen\n"}, {"text": "ü€😀 " * 9}, {"text": "x"}]
+PLACE = re.compile(r", (?:after )?line (\d+): ")
+FOREIGN = re.compile(r" is (empty|a binary file|[^,:]+, not )|: (damaged XML|XML of another kind|the XML |the gzip data )")
 SPECIAL = [b">", b"\n", b"\r", b"\r\n", b"\n>", b"\0", b"\xff", b"\xef\xbb\xbf", b"*", b";", b" ", b"\t", b"{", b'"']
 
 
@@ -86,8 +89,11 @@ def no_hang() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def read_or_refused(path: Path, content: bytes, read: Callable[[], object]) -> bool:
-    """Whether a file with this content is read; if not, it is refused in one sentence that names it."""
+def read_or_refused(path: Path, content: bytes, read: Callable[[], object], placed: bool = False) -> bool:
+    """Whether a file with this content is read; if not, it is refused in one sentence that names it.
+
+    placed: and the line, unless the file as a whole is something else.
+    """
     path.write_bytes(content)
     with no_hang():
         try:
@@ -98,6 +104,10 @@ def read_or_refused(path: Path, content: bytes, read: Callable[[], object]) -> b
             assert sentence.isprintable(), ascii(sentence)
             assert len(sentence) < 500 + len(str(path)), sentence
             assert sentence.endswith((".", "?")), sentence
+            if placed and not FOREIGN.match(sentence, len(str(path))):
+                line = PLACE.match(sentence, len(str(path)))
+                assert line, sentence
+                assert int(line[1]) <= 1 + len(content.splitlines()), sentence
             return False
     return True
 
@@ -111,12 +121,12 @@ def read_fasta(path: Path) -> None:
             assert tokens.max() < 25
 
 
-def fuzz_reading(path: Path, content: bytes) -> None:
+def fuzz_reading(path: Path, content: bytes, placed: bool = False) -> None:
     """By lines, by blocks and in bulk, which must give the same records and the same sentence.
 
     Where gzip data break off inside a header, blocks look at the record before it, and lines do not.
     """
-    read_or_refused(path, content, lambda: read_fasta(path))
+    read_or_refused(path, content, lambda: read_fasta(path), placed)
     by_line, by_block = (
         all_said(records) for records in (read_proteins(str(path)), chain.from_iterable(read_chunks(str(path))))
     )
@@ -174,7 +184,7 @@ def read_texts(path: Path, format: str) -> None:
 
 def fuzz_fasta(folder: Path, changes: list) -> None:
     path = folder / "a.fasta"
-    fuzz_reading(path, changed(PROTEINS, changes))
+    fuzz_reading(path, changed(PROTEINS, changes), placed=True)
 
 
 def fuzz_gzip(folder: Path, changes: list) -> None:
@@ -186,7 +196,7 @@ def fuzz_gzip(folder: Path, changes: list) -> None:
 
 def fuzz_jsonl(folder: Path, changes: list) -> None:
     path = folder / "a.jsonl"
-    read_or_refused(path, changed(JSONL, changes), lambda: read_texts(path, "jsonl"))
+    read_or_refused(path, changed(JSONL, changes), lambda: read_texts(path, "jsonl"), placed=True)
 
 
 def fuzz_parquet(folder: Path, changes: list) -> None:

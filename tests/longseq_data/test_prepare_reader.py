@@ -16,6 +16,7 @@ from corpora import LETTERS, config, made
 from longseq_data.errors import DataError
 from longseq_data.prepare import prepare
 from longseq_data.prepare_reader import ProteinReader, Stored, cut
+from longseq_data.uniprot import parse_header
 
 
 def test_refused_letters_are_said_with_their_line(write, tmp_path):
@@ -25,9 +26,22 @@ def test_refused_letters_are_said_with_their_line(write, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
+def test_a_description_that_looks_like_a_taxid_is_none(write):
+    headers = {
+        "UniRef50_A binds OX=5 n=1 Tax=Homo sapiens TaxID=9606 RepID=A_HUMAN": 9606,
+        "UniRef50_B TaxID=5 like n=1 Tax=Homo sapiens TaxID=9606 RepID=B_HUMAN": 9606,
+        "sp|C|C_HUMAN OX=5 TaxID=6 binding OS=Homo sapiens OX=9606 GN=C PE=1 SV=1": 9606,
+        "sp|D|D_HUMAN OX=5 binding OS=Homo sapiens PE=1 SV=1": -1,
+    }
+    source = write("a.fasta", "".join(f">{header}\nACD\n" for header in headers))
+    assert [parse_header(header).taxid or -1 for header in headers] == list(headers.values())
+    for rows in (ProteinReader().whole(source), *map(ProteinReader().block, cut(source, 1 << 20, Stored()))):
+        assert [row.taxid for row in rows] == list(headers.values())
+
+
 ODD_LINES = st.sampled_from(
     [
-        *(">a", ">b c", ">", "> x", ">é n=1", ">c TaxID=7 OX=8", ">d OX=-3"),
+        *(">a", ">b c", ">", "> x", ">é n=1", ">c TaxID=7 OX=8", ">d OX=-3", ">sp|e|E OX=5 OS=x OX=6 PE=1 SV=2"),
         *("ACD", "acd", "A C", "AJ*", "*", "", " ", ";c", "A>B", "ACDEFGHIK" * 9),
         *("\tAC", "AC\t", "A\x1cC", "\x0bAC", "AC\xa0", "A\x00", "é"),
     ]

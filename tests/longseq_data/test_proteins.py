@@ -7,13 +7,16 @@ import random
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from xml.sax.saxutils import escape
 
 import pytest
 
+from corpora import config, found
 from longseq_data import uniprot_xml
 from longseq_data.errors import DataError
 from longseq_data.fasta import Encoder, read_records
+from longseq_data.prepare import prepare
 from longseq_data.proteins import read_proteins
 from longseq_data.uniprot import parse_header
 
@@ -183,6 +186,26 @@ def test_every_format_gives_the_records_of_the_fasta_file(name: str, zipped: boo
     assert [(r.identifier, r.description, r.sequence) for r in found] == [
         (r.identifier, r.description, r.sequence) for r in expected
     ]
+
+
+@pytest.mark.parametrize("zipped", [False, True], ids=["plain", "gzipped"])
+def test_every_format_is_prepared_as_the_fasta_file_is(zipped: bool, write: Write, tmp_path: Path):
+    corpora = {}
+    for name, text in WRITERS.items():
+        content = text(PROTEINS).encode()
+        source = write(f"{name}.txt", gzip.compress(content) if zipped else content)
+        settings = {"valid_fraction": 0.2, "test_fraction": 0.2, "ood_taxids": [9606], "exclude_taxids": [11706]}
+        manifest, _ = prepare(config([source], tmp_path / name, **settings))
+        corpora[name] = (manifest.fingerprint, found(tmp_path / name))
+    rows = {key: row for split in corpora["fasta"][1].values() for key, row in split.items()}
+    assert rows == {
+        f"{'sp' if p.reviewed else 'tr'}|{p.accession}|{p.entry}": (p.sequence, p.taxid)
+        for p in PROTEINS
+        if p.taxid != 11706
+    }
+    assert {taxid for _, taxid in corpora["fasta"][1]["ood"].values()} == {9606}
+    assert corpora["dat"] == corpora["fasta"]
+    assert corpora["xml"] == corpora["fasta"]
 
 
 @pytest.mark.parametrize(("name", "biopython"), [("dat", "swiss"), ("xml", "uniprot-xml")])

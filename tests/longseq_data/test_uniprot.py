@@ -4,11 +4,11 @@ import gzip
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longseq_data.fasta import read_records
-from longseq_data.uniprot import Header, parse_header
+from longseq_data.uniprot import Header, parse_header, taxid_of
 
 SHARED_PROTEINS = Path(__file__).parents[3] / "shared" / "data" / "proteins"
 
@@ -109,6 +109,9 @@ SHARED_PROTEINS = Path(__file__).parents[3] / "shared" / "data" / "proteins"
             id="fields look-alike in the name, no OX, GN, PE",
         ),
         pytest.param("gi|5524211|gb|AAD44166.1| cytochrome b", Header("gi|5524211|gb|AAD44166.1|", "cytochrome b")),
+        pytest.param("p1 of OX=5 OX=9606", Header("p1", "of OX=5", taxid=9606), id="one's own file, OX"),
+        pytest.param("p1 of OX=5 TaxID=9606", Header("p1", "of OX=5", taxid=9606), id="one's own file, TaxID"),
+        pytest.param("a|b|c x TaxID=7", Header("b", "x", "a", "c", taxid=7), id="one's own file, bars"),
         pytest.param("", Header(""), id="empty"),
         pytest.param("> ", Header(""), id="nothing but the mark"),
     ],
@@ -163,6 +166,33 @@ def test_a_uniprotkb_line_reads_back_as_it_was_written(header: Header):
 def test_any_text_is_a_header(line: str):
     header = parse_header(line)
     assert parse_header(header.line()).taxid == header.taxid
+
+
+PIECES = [
+    "x",
+    "GN=a",
+    "OX=5",
+    "OX=9606",
+    "PE=1",
+    "SV=2",
+    "OS=Homo sapiens",
+    "Tax=y z",
+    "TaxID=-1",
+    "TaxID=7",
+    "RepID=Q",
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from(["UniRef50_X", "UniRef50_X|b|c", "sp|A|B", "x", ""]),
+    st.lists(st.sampled_from([*PIECES, "GN=a b", "OX=", "TaxID=N/A", "n=1", "é"]), max_size=5),
+    st.sampled_from(["", "OX=9606 PE=1 SV=2", "OX=9606 GN=b PE=1 SV=2", "TaxID=9606 RepID=P_Q"]),
+    st.sampled_from([" ", " ", "\t"]),
+)
+def test_the_fast_road_to_a_taxid_is_that_of_the_whole_header(first: str, pieces: list[str], end: str, space: str):
+    line = " ".join([first, space.join(pieces), end])
+    assert taxid_of(line) == parse_header(line).taxid
 
 
 @pytest.mark.parametrize("first", ["UniRef50_X", "sp|A|B", "x"])
