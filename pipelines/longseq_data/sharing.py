@@ -60,6 +60,11 @@ class Samples(Protocol):
     @property
     def sources(self) -> tuple[str, ...]: ...
 
+    @property
+    def epoch_samples(self) -> int | None:
+        """Training samples of one pass over the split; None where only a whole pass would tell."""
+        ...
+
     def training(self, start: int, share: Share, warn: bool = False) -> Iterator[MakeBatch]:
         """The micro-batches of a rank without end, from the step that begins with sample ``start`` on."""
         ...

@@ -109,6 +109,11 @@ class StreamSpec:
             segments = segments[:-1]
         return Sample(tokens[:-1], targets, segments, extent)
 
+    @property
+    def epoch_samples(self) -> None:
+        """See sharing.Samples: how many there are shows when all files have been read."""
+        return None
+
     def measuring(self) -> StreamSpec:
         """The same with ``measured`` where the losses add up to the probability of text or images."""
         return replace(self, measured=self.vocabulary.name != "protein" and self.objective == "causal")

@@ -32,7 +32,8 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 model = {auto}.from_pretrained(folder)
 ```
 
-In longseq itself: `longseq evaluate`, `sample`, `embed`, or `longseq fit CONFIG model.init_from=FOLDER`.
+In longseq itself: `longseq evaluate FOLDER --data FILES`, `sample`, `embed`, or
+`longseq fit CONFIG model.init_from=FOLDER`.
 """
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from command_line import Command, checkpoint, checkpoints, curve, largest_difference, longseq, weights_checksum
-from longseq.data import identities, resolve_sources
+from longseq.config_loading import load_config
+from longseq.data import identities, resolve_sources, split_spec
 from longseq.run import Run
 
 pytestmark = pytest.mark.distributed
@@ -55,11 +56,13 @@ def killed(corpus: Path, folder: Path) -> Path:
     assert checkpoints(run) == [5, 10]
     ended = longseq("resume", "runs/corpus-killed", "data.workers=1", folder=folder)
     assert ended.code == 0, ended.err
+    assert f"  epoch {curve(run, 'train/epoch')[LAST]:.2f}  " in ended.err
     return run
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(uninterrupted: Path, killed: Path) -> None:
-    assert curve(killed, "train/loss") == curve(uninterrupted, "train/loss")
+    for tag in ("train/loss", "train/epoch"):
+        assert curve(killed, tag) == curve(uninterrupted, tag)
     assert weights_checksum(killed, LAST) == weights_checksum(uninterrupted, LAST)
     assert samples(killed, LAST) == samples(uninterrupted, LAST)
 
@@ -69,6 +72,13 @@ def test_the_samples_of_a_bucketed_step_vary_and_are_counted(killed: Path) -> No
     counts = {(samples(killed, b) - samples(killed, a)) / (b - a) for a, b in pairwise(steps)}
     assert len(counts) > 1
     assert min(counts) >= 3000 // 64 - 1
+
+
+def test_the_epoch_is_the_share_of_the_corpus_that_was_seen(uninterrupted: Path) -> None:
+    epochs = curve(uninterrupted, "train/epoch")
+    records = split_spec(load_config(uninterrupted / "config.yaml"), "train").epoch_samples
+    for step in checkpoints(uninterrupted):
+        assert epochs[step] == pytest.approx(samples(uninterrupted, step) / records)
 
 
 @pytest.mark.parametrize("packing", ["concat", "bucket"])

@@ -33,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=naturals, default=(0,), metavar="N,…", help="run.seed of each; default: 0")
     parser.add_argument("--steps", type=positive, metavar="N", help="trainer.max_steps of every run")
     parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="what all runs have in common, e.g. configs/protein/paper.yaml"
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="what all runs have in common, e.g. configs/protein/trembl_paper.yaml",
     )
     parser.add_argument("--sequences", type=positive, metavar="N", help="score a sample of N of each split")
     parser.add_argument(

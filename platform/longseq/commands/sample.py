@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         for each in drawn:
             _write(out, source, each, args)
     if clock:
-        print(_times(clock, settings.length), file=sys.stderr)
+        print(speed(clock, settings.length), file=sys.stderr)
     return 0
 
 
@@ -124,8 +124,11 @@ def _fasta(out: TextIO, header: str, sequence: str) -> None:
         print(sequence[start : start + _LINE], file=out)
 
 
-def _times(clock: list[float], length: int) -> str:
-    """The time a token at the beginning and at the end of the first block; the prompt is not in it."""
+def speed(clock: list[float], length: int) -> str:
+    """The line of --timing: the time a token at the beginning and at the end of the first block, without the prompt.
+
+    clock: seconds, after each token of every block of ``length`` tokens.
+    """
     part = max(1, min(1000, length // 2))
     steps = [(later - earlier) * 1e3 for earlier, later in pairwise(clock[:length])] or [math.nan]
     first, last = median(steps[:part]), median(steps[-part:])

@@ -24,8 +24,8 @@ def rows_at_once(vocabulary: int) -> int:
 class Head(nn.Linear):
     """(..., E) to logits (..., vocabulary); with targets, to the sum of their losses and how many are most probable."""
 
-    def __init__(self, dim: int, vocabulary: int):
-        super().__init__(dim, vocabulary, bias=False)
+    def __init__(self, dim: int, vocabulary: int, bias: bool = False):
+        super().__init__(dim, vocabulary, bias)
 
     def forward(  # type: ignore[override]
         self, x: Tensor, targets: Tensor | None = None
@@ -38,28 +38,23 @@ class Head(nn.Linear):
             Logits; or Σ cross entropy (nats, fp32) and the number of targets that have the largest logit (int64).
         """
         if targets is None:
-            return F.linear(x, self.weight)
+            return F.linear(x, self.weight, self.bias)
         learns = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        return _Loss.apply(x, self.weight, targets, learns)
+        return _Loss.apply(x, self.weight, self.bias, targets, learns)
 
 
 class TransformHead(nn.Module):
-    """BERT's head: linear, GELU and norm, then logits with a bias, of all positions at once."""
+    """BERT's head: linear, GELU and norm, then logits with a bias."""
 
-    def __init__(self, dim: int, vocabulary: int, eps: float):
+    def __init__(self, dim: int, vocabulary: int, eps: float = 1e-5):
         super().__init__()
         self.dense = nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim, eps=eps)
-        self.logits = nn.Linear(dim, vocabulary)
+        self.logits = Head(dim, vocabulary, bias=True)
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """As of :class:`Head`."""
-        logits = self.logits(self.norm(F.gelu(self.dense(x))))
-        if targets is None:
-            return logits
-        logits = logits.float()
-        loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE, reduction="sum")
-        return loss, (logits.detach().argmax(-1) == targets).sum()
+        return self.logits(self.norm(F.gelu(self.dense(x))), targets)
 
 
 class _Loss(torch.autograd.Function):
@@ -67,16 +62,19 @@ class _Loss(torch.autograd.Function):
     in the forward pass: it is that of the sum, and the backward pass only multiplies."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, learns: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, learns: bool
+    ) -> tuple[Tensor, Tensor]:
         rows, wanted = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
         size = rows_at_once(len(weight))
         loss = torch.zeros((), dtype=torch.float64, device=x.device)
         correct = torch.zeros((), dtype=torch.int64, device=x.device)
         dx = torch.empty_like(rows) if learns and ctx.needs_input_grad[0] else None
         d_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if learns else None
+        d_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.promote_types(bias.dtype, torch.float32))
         for start in range(0, len(rows), size):
             tile = slice(start, start + size)
-            logits = F.linear(rows[tile], weight)
+            logits = F.linear(rows[tile], weight, bias)
             narrow = logits.dtype  # what autocast has made of it
             logits = logits.float()
             scored = wanted[tile] != IGNORE
@@ -88,12 +86,15 @@ class _Loss(torch.autograd.Function):
                 continue
             d_logits = logits.sub_(log_sum).exp_()
             d_logits.scatter_add_(1, ids, d_logits.new_full((1, 1), -1.0).expand(len(ids), 1))
-            d_logits = d_logits.mul_(scored[:, None]).to(narrow)
+            d_logits = d_logits.mul_(scored[:, None])
+            if d_bias is not None:
+                d_bias += d_logits.sum(0)
+            d_logits = d_logits.to(narrow)
             d_weight += d_logits.mT @ rows[tile]
             if dx is not None:
                 dx[tile] = d_logits @ weight
         ctx.shape = x.shape
-        ctx.save_for_backward(weight[:0], dx, d_weight)
+        ctx.save_for_backward(weight[:0], dx, d_weight, d_bias)
         ctx.mark_non_differentiable(correct)
         return loss.float(), correct
 
@@ -101,10 +102,12 @@ class _Loss(torch.autograd.Function):
     @in_full_precision
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        like, dx, d_weight = ctx.saved_tensors
+        like, dx, d_weight, d_bias = ctx.saved_tensors
         if dx is not None:
             scaled = torch.empty_like(dx)
             for start in range(0, len(dx), MOST_ROWS):  # in fp32: rounded to bf16, the factor alone is off by 0.4 %
                 scaled[start : start + MOST_ROWS] = dx[start : start + MOST_ROWS].float() * grad
             dx = scaled.view(ctx.shape)
-        return dx, (d_weight * grad).to(like.dtype) if ctx.needs_input_grad[1] else None, None, None
+        d_weight = (d_weight * grad).to(like.dtype) if ctx.needs_input_grad[1] else None
+        d_bias = (d_bias * grad).to(like.dtype) if ctx.needs_input_grad[2] else None
+        return dx, d_weight, d_bias, None, None

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import replace
+from itertools import accumulate
 
 import numpy as np
 import pytest
 import torch
 from Bio import SeqIO
 
+from longseq.cli import main
+from longseq.commands.sample import speed
 from longseq.evaluation.infilling import fill
 from longseq.evaluation.sampling import Settings, choose, draw
 from longseq.opening import find
@@ -112,6 +116,28 @@ def test_sample_writes_fasta_with_seed_run_step_and_likelihood(trained, longseq,
             assert float(facts["log_likelihood"]) == pytest.approx(float(score), abs=1e-3)
     longseq("sample", run, "--number", 9, "--seed", 5, "--prompt", "mkv", "--length", 100, "--out", "out.fasta")
     assert (folder / "out.fasta").read_text() == text
+
+
+def test_timing_compares_the_beginning_and_the_end_of_the_first_block():
+    steps = [*[0.002] * 999, 9.0, *[0.5] * 500, *[0.0015] * 1000]  # the median leaves one slow token out
+    clock = list(accumulate(steps, initial=7.0))
+    another = [clock[-1] + 50 * at for at in range(1, 2502)]
+    assert speed(clock + another, len(clock)) == (
+        "longseq: 2,501 tokens of 8 sequences at once: median 2.000 ms for the first 1,000, 1.500 ms for the last "
+        "1,000 (-25.0%)"
+    )
+    few = list(accumulate([0.004, 0.004, 0.001, 0.005, 0.005], initial=0.0))
+    assert "median 4.000 ms for the first 3, 5.000 ms for the last 3 (+25.0%)" in speed(few, 6)
+
+
+def test_timing_draws_every_token_and_says_how_long_they_took(trained, capsys):
+    words = ["sample", str(trained()), "--length", "40", "--number", "9"]
+    assert main(words) == 0
+    assert "ended=eos" in capsys.readouterr().out
+    assert main([*words, "--timing"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.count("tokens=40 ") == 9
+    assert re.search(r"40 tokens of 8 sequences at once: median [\d.]+ ms for the first 20, [\d.]+ ms", shown.err)
 
 
 def test_text_models_write_text(trained, longseq, folder):

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longseq.config import Config
+from longseq.data import split_spec
 from longseq.run import Run
 from longseq.training.callbacks.gradients import GradientNorm, not_finite
 from longseq.training.callbacks.steps import due, ends_step
@@ -25,7 +26,8 @@ from longseq.training.tensorboard import log_scalars
 class Curves(pl.Callback):
     """Every ``log_every`` steps: loss, perplexity, bits, accuracy, learning rate, gradient norm and tokens a second.
 
-    All are means over the steps since the last point and over all ranks, weighted by target.
+    All are means over the steps since the last point and over all ranks, weighted by target. Beside them stands the
+    epoch, the passes over the corpus so far, where the data are a prepared corpus.
     """
 
     def __init__(self, run: Run, config: Config, gradient_norm: GradientNorm):
@@ -34,6 +36,7 @@ class Curves(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         self.since = time.monotonic()
+        self.epoch_samples = split_spec(self.config, "train").epoch_samples
         self.bar = _Bar(trainer.global_step, self.config) if trainer.is_global_zero else None
 
     def on_train_batch_end(
@@ -94,6 +97,8 @@ class Curves(pl.Callback):
             curves["gradient_norm"] = norm
         curves["tokens_per_second"] = sums[3].item() / (now - self.since)
         curves["padded_tokens_per_second"] = sums[4].item() / (now - self.since)
+        if self.epoch_samples:
+            curves["epoch"] = task.samples / self.epoch_samples
         self.since = now
         self.shown = curves
         log_scalars(trainer, "train", curves, step)
@@ -119,7 +124,11 @@ def _line(curves: dict[str, float]) -> str:
     text = f"loss {curves['loss']:.4f}  perplexity {curves['perplexity']:.2f}  accuracy {curves['accuracy']:.1%}"
     if "tokens_per_second" in curves:
         text += f"  {curves['tokens_per_second']:,.0f} tokens/s"
-    return text
+    return text + _epoch(curves)
+
+
+def _epoch(curves: dict[str, float]) -> str:
+    return f"  epoch {curves['epoch']:.2f}" if "epoch" in curves else ""
 
 
 class _Bar:
@@ -139,7 +148,7 @@ class _Bar:
                 self.bar.update(step - self.bar.n)
                 if curves and logged:
                     rate = f"{curves['tokens_per_second']:,.0f} tokens/s"
-                    self.bar.set_postfix_str(f"loss {curves['loss']:.4f}, {rate}")
+                    self.bar.set_postfix_str(f"loss {curves['loss']:.4f}, {rate}{_epoch(curves)}")
         elif curves and logged:
             left = (time.monotonic() - self.began) / max(1, step - self.first) * (self.max_steps - step)
             self.say(f"step {step}/{self.max_steps}  {_line(curves)}  {tqdm.format_interval(left)} left")
