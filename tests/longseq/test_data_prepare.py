@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import shutil
@@ -22,6 +21,7 @@ from longseq.flat_config import load_flat
 from longseq_data.corpus import Corpus
 from longseq_data.errors import DataError
 from longseq_data.prepare_config import PrepareConfig
+from real_files import folder_of
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWY"
 
@@ -306,16 +306,16 @@ def test_help_says_what_every_key_means():
         assert f" {name}: " in words
 
 
-# the proteins of REFERENCE, where they are at hand
+# real proteins, where there are any
 
-SHARED = Path(os.environ.get("LONGSEQ_PROTEINS", Path(__file__).resolve().parents[3] / "shared" / "data" / "proteins"))
+REAL = folder_of("proteins")
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="no shared protein files beside the repository")
+@pytest.mark.skipif(not REAL.is_dir(), reason="no real proteins here: set LONGSEQ_PROTEINS")
 def test_real_proteins_with_viruses_held_out_are_counted_as_biopython_counts(tmp_path):
-    (tmp_path / "prepare.yaml").write_text(f"sources: {SHARED}/*.fasta.gz\noutput: out\nood_taxids: 10239\n")
+    (tmp_path / "prepare.yaml").write_text(f"sources: {REAL}/*.fasta.gz\noutput: out\nood_taxids: 10239\n")
     done = longseq("data", "prepare", "prepare.yaml", folder=tmp_path)
     assert done.code == 0, done.err
-    names = sorted(map(str, SHARED.glob("*.fasta.gz")))
+    names = sorted(map(str, REAL.glob("*.fasta.gz")))
     assert found(tmp_path / "out") == expected(names, held_out=lambda identifier, taxid: taxid == 10239)
     shutil.rmtree(tmp_path / "out")

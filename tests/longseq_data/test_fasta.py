@@ -13,8 +13,9 @@ from longseq_data.errors import DataError
 from longseq_data.fasta import Encoder, Record, read_records, scan
 from longseq_data.splits import split_of
 from longseq_data.vocabulary import LETTERS, X, decode
+from real_files import folder_of
 
-SHARED_PROTEINS = Path(__file__).resolve().parents[3] / "shared" / "data" / "proteins"
+REAL = folder_of("proteins")
 
 MANY = b"".join(b">r%d\nACDEFGHIKLMNPQRSTVWY\n" % i for i in range(40_000))
 NOISE = bytes(random.Random(1).choices(b"ACDEFGHIKLMNPQRSTVWY", k=400_000))
@@ -213,11 +214,11 @@ def test_scan_of_single_records_over_the_budget_is_complete(write):
     assert (report.records, report.residues, report.complete) == (3, 21, True)
 
 
-@pytest.mark.skipif(not SHARED_PROTEINS.is_dir(), reason="no shared protein files beside the repository")
+@pytest.mark.skipif(not REAL.is_dir(), reason="no real proteins here: set LONGSEQ_PROTEINS")
 def test_real_proteomes_are_counted_as_biopython_counts_them():
     from Bio import SeqIO
 
-    sources = sorted(str(path) for path in SHARED_PROTEINS.glob("*.fasta.gz"))
+    sources = sorted(str(path) for path in REAL.glob("*.fasta.gz"))
     records = residues = 0
     for source in sources:
         with gzip.open(source, "rt") as handle:

@@ -36,7 +36,10 @@ SECONDS = 30.0  # one file may take; a hundred bytes that take longer hang
 PROTEINS = b">a first\nACDEFGHIKL\nMNPQ\n>b TaxID=9606\nwyx*\n\n>c\nBOUXZ-J\n" * 3
 ROWS = [{"text": "Es war einmal", "id": "one"}, {"text": "drei\nZeilen\n"}, {"text": "ü€😀 " * 9}, {"text": "x"}]
 PLACE = re.compile(r", (?:after )?line (\d+): ")
-FOREIGN = re.compile(r" is (empty|a binary file|[^,:]+, not )|: (damaged XML|XML of another kind|the XML |the gzip data )")
+# what the file as a whole is
+FOREIGN = re.compile(
+    r" is (empty|a binary file|[^,:]+, not )|: (damaged XML|XML of another kind|the XML |the gzip data |nothing but)"
+)
 SPECIAL = [b">", b"\n", b"\r", b"\r\n", b"\n>", b"\0", b"\xff", b"\xef\xbb\xbf", b"*", b";", b" ", b"\t", b"{", b'"']
 
 

@@ -6,7 +6,6 @@ import gzip
 import json
 import random
 import tracemalloc
-from pathlib import Path
 
 import pytest
 
@@ -15,6 +14,7 @@ from longseq_data.errors import DataError
 from longseq_data.formats import Leaf
 from longseq_data.reading import Reading
 from longseq_data.text import parts, read_jsonl, read_lines, read_text
+from real_files import folder_of
 
 BOOK = "".join(f"Line {i} of the book, naïve and 日本語.\n" + "\n" * (i % 3 == 0) for i in range(200)).encode()
 
@@ -172,11 +172,11 @@ def test_proteins_may_stand_in_a_table(write):
         documents(reading, write("b.jsonl", jsonl({"sequence": "MKÄ"})), "jsonl")
 
 
-def test_the_shared_books_are_their_bytes():
-    folder = Path(__file__).parents[2] / "shared" / "data" / "text"
-    if not folder.is_dir():
-        pytest.skip("no shared text files beside the repository")
-    for path in folder.glob("*.txt"):
+@pytest.mark.skipif(not folder_of("text").is_dir(), reason="no real texts here: set LONGSEQ_TEXT")
+def test_real_books_are_their_bytes():
+    paths = sorted(folder_of("text").glob("*.txt"))
+    assert paths
+    for path in paths:
         assert b"".join(text.data for text in read_text(str(path), 50_000)) == path.read_bytes().removeprefix(
             b"\xef\xbb\xbf"
         )
