@@ -140,7 +140,7 @@ def test_the_head_scores_as_cross_entropy_does(kind, monkeypatch):
     logits = head(x)
     wanted = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
     torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(gradients(loss), gradients(wanted), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(gradients(loss), gradients(wanted), rtol=1e-5, atol=1e-5)
     assert correct == ((logits.argmax(-1) == targets) & (targets != IGNORE)).sum()
 
 
