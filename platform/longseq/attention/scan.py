@@ -34,7 +34,7 @@ between its chunks are built again by addition: rebuilding them by subtraction w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,7 @@ def scan(
     hidden: Tensor | None = None,
     runs: Tensor | None = None,
     decay: Tensor | None = None,
+    by: Scanner | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of query i over the keys j ≤ i − delay, by features.
 
@@ -74,12 +75,22 @@ def scan(
         hidden: (N, L) bool, True where a key is padding and must not be seen, or None.
         runs: (N, L) integers ≥ 0 that never decrease; a query sees keys of its own number only. None: one document.
         decay: (N, 1, 1) γ ≥ 0; every weight is multiplied by e^{−γ(i−j)}. None: no decay.
+        by: a backend's forward and backward passes. None: those below.
 
     Returns:
         out (N, L, e) and lse (N, L, 1), the log of the denominator. A query that sees no key gets zeros and −1e30.
     """
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, decay))
-    return _Scan.apply(q, k, v, decay, hidden, runs, feature_map, delay, learns)
+    by = by or Scanner(scan_forward, scan_backward)
+    return _Scan.apply(q, k, v, decay, hidden, runs, feature_map, delay, learns, by)
+
+
+@dataclass(frozen=True)
+class Scanner:
+    """Who computes a scan and its gradients."""
+
+    forward: Callable[[Rows, AttentionState | None, bool], Scanned]  # as scan_forward
+    backward: Callable[..., ScanGradients]  # as scan_backward
 
 
 class _Scan(torch.autograd.Function):
@@ -95,9 +106,10 @@ class _Scan(torch.autograd.Function):
         feature_map: FeatureMap,
         delay: int,
         learns: bool,
+        by: Scanner,
     ) -> tuple[Tensor, Tensor]:
-        done = scan_forward(Rows(q, k, v, decay, hidden, runs, feature_map, delay), None, learns)
-        ctx.feature_map, ctx.delay = feature_map, delay
+        done = by.forward(Rows(q, k, v, decay, hidden, runs, feature_map, delay), None, learns)
+        ctx.feature_map, ctx.delay, ctx.by = feature_map, delay, by
         ctx.save_for_backward(q, k, v, decay, hidden, runs, done.out, done.inverse_den, *done.kept)
         ctx.set_materialize_grads(False)
         return done.out, done.lse
@@ -108,8 +120,8 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, decay, hidden, runs, out, inverse_den, *kept = ctx.saved_tensors
         rows = Rows(q, k, v, decay, hidden, runs, ctx.feature_map, ctx.delay)
-        grads = scan_backward(rows, out, inverse_den, kept, dout, dlse, None, ctx.needs_input_grad[3])
-        return grads.q, grads.k, grads.v, grads.decay, None, None, None, None, None
+        grads = ctx.by.backward(rows, out, inverse_den, kept, dout, dlse, None, ctx.needs_input_grad[3])
+        return grads.q, grads.k, grads.v, grads.decay, None, None, None, None, None, None
 
 
 @dataclass(frozen=True)

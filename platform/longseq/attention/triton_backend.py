@@ -22,7 +22,8 @@ from longseq.attention import triton_kernels as kernels
 from longseq.attention.bidirectional import Total
 from longseq.attention.feature_maps import FeatureMap, Generalised, PositiveExponential
 from longseq.attention.parts import Part
-from longseq.attention.scan import Rows, ScanGradients, Scanned
+from longseq.attention.scan import Rows, ScanGradients, Scanned, Scanner
+from longseq.attention.scan import scan as scan_by
 from longseq.attention.state import NOTHING, AttentionState
 from longseq.attention.triton_frames import CHUNK, Frames, at_positions
 from longseq.attention.triton_launch import on, padded, pointer
@@ -47,7 +48,8 @@ def scan(
     decay: Tensor | None = None,
 ) -> Part:
     """See :func:`longseq.attention.scan.scan`."""
-    return _Scan.apply(q, k, v, decay, hidden, runs, feature_map, delay)
+    by = Scanner(scan_forward, scan_backward)
+    return scan_by(q, k, v, feature_map, delay=delay, hidden=hidden, runs=runs, decay=decay, by=by)
 
 
 def bidirectional_attention(
@@ -268,34 +270,6 @@ def sum_up(
         if last is not None:
             ends = ends.masked_fill(weights == 0, 0.0)
         return _joined(*_total(launch.sums(x, values, weights, ends, gauge, span=SPAN)), top[..., None])
-
-
-class _Scan(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        decay: Tensor | None,
-        hidden: Tensor | None,
-        runs: Tensor | None,
-        feature_map: FeatureMap,
-        delay: int,
-    ) -> tuple[Tensor, Tensor]:
-        done = scan_forward(Rows(q, k, v, decay, hidden, runs, feature_map, delay), None, True)
-        ctx.feature_map, ctx.delay = feature_map, delay
-        ctx.save_for_backward(q, k, v, decay, hidden, runs, done.out, done.inverse_den, *done.kept)
-        ctx.set_materialize_grads(False)
-        return done.out, done.lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, decay, hidden, runs, out, inverse_den, *kept = ctx.saved_tensors
-        rows = Rows(q, k, v, decay, hidden, runs, ctx.feature_map, ctx.delay)
-        grads = scan_backward(rows, out, inverse_den, kept, dout, dlse, None, ctx.needs_input_grad[3])
-        return grads.q, grads.k, grads.v, grads.decay, None, None, None, None
 
 
 class _TwoPasses(torch.autograd.Function):

@@ -21,7 +21,8 @@ from longseq.attention.bidirectional import Total
 from longseq.attention.feature_maps import EPSILON, LEAST_POWER, FeatureMap, Generalised, PositiveExponential
 from longseq.attention.native import build
 from longseq.attention.parts import Part
-from longseq.attention.scan import Rows, ScanGradients, Scanned
+from longseq.attention.scan import Rows, ScanGradients, Scanned, Scanner
+from longseq.attention.scan import scan as scan_by
 from longseq.attention.state import AttentionState, in_full_precision
 
 _LOG2E = math.log2(math.e)
@@ -51,8 +52,8 @@ def scan(
     decay: Tensor | None = None,
 ) -> Part:
     """See :func:`longseq.attention.scan.scan`."""
-    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, decay))
-    return _Scan.apply(q, k, v, decay, hidden, runs, feature_map, delay, learns)
+    by = Scanner(scan_forward, scan_backward)
+    return scan_by(q, k, v, feature_map, delay=delay, hidden=hidden, runs=runs, decay=decay, by=by)
 
 
 def bidirectional_attention(
@@ -252,36 +253,6 @@ def _of(rows: Rows) -> _Call:
     return _Call(
         rows.q, rows.k, rows.v, rows.feature_map, delay=rows.delay, hidden=rows.hidden, runs=rows.runs, decay=rows.decay
     )
-
-
-class _Scan(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        decay: Tensor | None,
-        hidden: Tensor | None,
-        runs: Tensor | None,
-        feature_map: FeatureMap,
-        delay: int,
-        learns: bool,
-    ) -> Part:
-        done = scan_forward(Rows(q, k, v, decay, hidden, runs, feature_map, delay), None, learns)
-        ctx.feature_map, ctx.delay = feature_map, delay
-        ctx.save_for_backward(q, k, v, decay, hidden, runs, done.out, done.inverse_den, *done.kept)
-        ctx.set_materialize_grads(False)
-        return done.out, done.lse
-
-    @staticmethod
-    @in_full_precision
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, decay, hidden, runs, out, inverse_den, *kept = ctx.saved_tensors
-        rows = Rows(q, k, v, decay, hidden, runs, ctx.feature_map, ctx.delay)
-        grads = scan_backward(rows, out, inverse_den, kept, dout, dlse, None, ctx.needs_input_grad[3])
-        return grads.q, grads.k, grads.v, grads.decay, None, None, None, None, None
 
 
 class _TwoPasses(torch.autograd.Function):
