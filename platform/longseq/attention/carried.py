@@ -9,8 +9,7 @@ which are disjoint, so :func:`longseq.attention.parts.combine` adds them up. The
 :mod:`longseq.attention.scan`. Behind the tile its keys have entered, S ← e^{c−γT−c'} S + Σ_j e^{b_j−c'} φ(k_j) ṽ_jᵀ.
 Backward it begins with the gradient R of that S. Log-scales carry no gradient: S e^c does not depend on what c is.
 
-A state is seen from the first key of the next tile's scan. The scan counts its positions from its own first key, so of
-the decay's gradient it lacks what the way out of the tile is long: −T · Σ R S.
+A state is seen from the first key of the next tile's scan.
 """
 
 from __future__ import annotations
@@ -143,7 +142,7 @@ class _Scan(torch.autograd.Function):
         state = state if gone is None else state.merge(gone)
         behind = state.sums * torch.exp(state.log_scale - done.log_scale)
         ctx.phi, ctx.delay, ctx.engine = phi, delay, engine
-        ctx.save_for_backward(q, k, v, decay, behind, done.out, done.inverse_den, *done.kept)
+        ctx.save_for_backward(q, k, v, decay, done.out, done.inverse_den, *done.kept)
         ctx.mark_non_differentiable(done.log_scale)
         ctx.set_materialize_grads(False)
         return done.out, done.lse, behind, done.log_scale
@@ -154,12 +153,9 @@ class _Scan(torch.autograd.Function):
     def backward(
         ctx: Any, dout: Tensor | None, dlse: Tensor | None, later: Tensor | None, _: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        q, k, v, decay, behind, out, inverse_den, *kept = ctx.saved_tensors
+        q, k, v, decay, out, inverse_den, *kept = ctx.saved_tensors
         rows, wants = Rows(q, k, v, decay, None, None, ctx.phi, ctx.delay), ctx.needs_input_grad[3]
         grads = ctx.engine.scan_backward(rows, out, inverse_den, kept, dout, dlse, later, wants)
-        d_decay = grads.decay
-        if d_decay is not None and later is not None:
-            way = (k.shape[1] - ctx.delay) * (later.double() * behind.double()).sum((1, 2), keepdim=True)
-            d_decay = (d_decay.double() - way).to(d_decay)
+        d_decay = None if grads.decay is None else grads.decay.to(v)
         d_sums = grads.initial if ctx.needs_input_grad[4] else None
         return grads.q, grads.k, grads.v, d_decay, d_sums, *[None] * 5

@@ -129,6 +129,14 @@ class _Chain:
         later = [self._on_the_way(wanted, at, self.place, at, decay) for at in range(self.place + 1, len(wanted))]
         return functools.reduce(AttentionState.merge, later, _nothing_like(wanted[0]))
 
+    def slices_between(self, own: AttentionState, wanted: list[AttentionState], decay: Tensor | None) -> Tensor:
+        """How many whole slices lie between this rank's keys and later ones' queries, given G of all: the sum, weighted
+        by the gradients of their log-weights, (N, 1, 1) float64."""
+        total = torch.zeros_like(own.log_scale, dtype=torch.float64)
+        for at in range(self.place + 2, len(wanted)):
+            total += (at - self.place - 1) * _flow(own, self._on_the_way(wanted, at, self.place, at, decay))
+        return total
+
     def _on_the_way(
         self, states: list[AttentionState], of: int, source: int, to: int, decay: Tensor | None
     ) -> AttentionState:
@@ -182,7 +190,7 @@ class _Relay(torch.autograd.Function):
         ctx.kept = [len(part.kept) for part in parts]
         ctx.save_for_backward(
             q, k, v, decay, hidden, runs,
-            *(t for state in (own, second, before, inner) for t in (state.sums, state.log_scale)),
+            *(t for state in (own, before, inner) for t in (state.sums, state.log_scale)),
             *(t for part in parts for t in (part.out, part.lse, part.inverse_den, part.log_scale, *part.kept)),
         )  # fmt: skip
         ctx.set_materialize_grads(False)
@@ -193,8 +201,8 @@ class _Relay(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, decay, hidden, runs, *saved = ctx.saved_tensors
-        own, second, before, inner = (AttentionState(*saved[at : at + 2]) for at in range(0, 8, 2))
-        parts, saved = [], saved[8:]
+        own, before, inner = (AttentionState(*saved[at : at + 2]) for at in range(0, 6, 2))
+        parts, saved = [], saved[6:]
         for kept in ctx.kept:
             out, lse, inverse_den, log_scale = saved[:4]
             parts.append(Scanned(out, lse, inverse_den, saved[4 : 4 + kept], log_scale))
@@ -206,7 +214,7 @@ class _Relay(torch.autograd.Function):
         dout = torch.zeros_like(out) if dout is None else dout
         dlse = torch.zeros_like(lse) if dlse is None else dlse
         wanted = work.wanted(dout, dlse, out, lse, rest.inverse_den[:, delay:])
-        gradients = chain.context.gather(wanted)
+        everyone_wants = chain.context.gather(wanted)
 
         sums = _Gradients(work, ctx.needs_input_grad[3])
         if early:
@@ -214,20 +222,24 @@ class _Relay(torch.autograd.Function):
             for part, keys in zip(parts[:2], (True, False), strict=True):
                 d_part = combine_vjp((part.out[:, delay:], part.lse[:, delay:]), whole, *d_whole)
                 sums.add(work.rows(0, early, keys=keys), part, 0, d_part, None)
-        after = chain.after(gradients(), decay)
+        gradients = everyone_wants()
+        after = chain.after(gradients, decay)
         d_rest = dout[:, early:], dlse[:, early:]
         d_inner = sums.add(work.rows(early, chain.length), rest, early, d_rest, _at(after, rest.log_scale))
+        of_inner = AttentionState(d_inner, torch.where(inner.log_scale > 0.5 * NOTHING, -inner.log_scale, NOTHING))
         if early:
-            scale = torch.where(inner.log_scale > 0.5 * NOTHING, -inner.log_scale, NOTHING)
-            behind = _only(AttentionState(d_inner, scale), work.same(early - 1, early))
+            behind = _only(of_inner, work.same(early - 1, early))
             sums.add(work.rows(0, early), parts[0], 0, None, _at(behind, parts[0].log_scale))
         if sums.decay is not None:
-            # The scans count positions from their own first one: what flows between them has a longer way.
-            inside = _flow(second, after) - (inner.sums.double() * d_inner).sum((1, 2), keepdim=True)
-            through = _only(work.faded(inner, chain.length - early), work.same(early, chain.length - 1))
-            inside += _flow(through, after)  # R counts it, but it ends in no query of this rank
-            outside = _flow(own, after) - _flow(before, wanted)
-            sums.decay += early * inside + chain.place * chain.length * outside
+            # A scan counts from its first key to its queries, and from its keys to behind the last one. What came
+            # before the slice skips the early positions on its way to the rest, and reaches other ranks by itself.
+            entered = before
+            if early:
+                entered = _only(work.faded(before, early), work.same(0, early - 1))
+                entered = _only(entered, work.same(early - 1, early))
+            through = _only(work.faded(entered, chain.length - early), work.same(early, chain.length - 1))
+            sums.decay += chain.length * _flow(through, after) - early * _flow(entered, of_inner)
+            sums.decay -= chain.length * chain.slices_between(own, gradients, decay)
         return sums.q, sums.k, sums.v, None if sums.decay is None else sums.decay.to(v), *[None] * 6
 
 

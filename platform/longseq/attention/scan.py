@@ -24,8 +24,15 @@ and R = Σ over later queries of φ(q_i) g_iᵀ e^{c'−M_i}, c' the log-scale a
     dṽ_j    = Σ_i A_ij g_i     + e^{b_j−c'} Rᵀφ(k_j)
 
 Two more things act on the log-scales alone. A decay e^{−γ(i−j)} adds γ·j to b_j, j counted from the chunk's start so
-that the numbers stay small, and takes γ·C from c between chunks. A document boundary empties the state: queries of
-another document than the state's last key do not read it, and it keeps only the last document's keys.
+that the numbers stay small, and takes γ·C from c between chunks. Its gradient is counted the same way, each chunk from
+its own start: with B_j = φ(k_j)ᵀdφ(k_j) the gradient of the log-weight of key j, and Σ S ⊙ R that of all weights that
+pass through a state,
+
+    dγ = Σ_chunks [Σ_j (j − delay) B_j − Σ_i i·dlse_i] − C Σ_{states between chunks} Σ S ⊙ R
+
+(positions counted from the sequence's start would cost a digit for each tenfold of its length). A document boundary
+empties the state: queries of another document than the state's last key do not read it, and it keeps only the last
+document's keys.
 
 Features exist for one group of chunks at a time. The state before each group is kept for the backward pass, those
 between its chunks are built again by addition: rebuilding them by subtraction would drift.
@@ -121,7 +128,8 @@ class _Scan(torch.autograd.Function):
         q, k, v, decay, hidden, runs, out, inverse_den, *kept = ctx.saved_tensors
         rows = Rows(q, k, v, decay, hidden, runs, ctx.feature_map, ctx.delay)
         grads = ctx.by.backward(rows, out, inverse_den, kept, dout, dlse, None, ctx.needs_input_grad[3])
-        return grads.q, grads.k, grads.v, grads.decay, None, None, None, None, None, None
+        d_decay = None if grads.decay is None else grads.decay.to(v)
+        return grads.q, grads.k, grads.v, d_decay, None, None, None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -140,7 +148,7 @@ class ScanGradients:
     q: Tensor
     k: Tensor
     v: Tensor
-    decay: Tensor | None  # (N, 1, 1)
+    decay: Tensor | None  # (N, 1, 1) float64; the way of ``later`` ends behind the last key
     initial: Tensor  # with respect to the sums of the initial state, (N, m, e + 1)
 
 
@@ -210,6 +218,7 @@ def scan_backward(
     dk[:, no_keys], dv[:, no_keys] = 0.0, 0.0
     d_decay = torch.zeros_like(decay, dtype=torch.float64) if decay is not None and wants_decay else None
     states_kept = [x for x in kept if x is not None]
+    length, flows_on = q.shape[1], later is not None
     later = torch.zeros_like(states_kept[0]) if later is None else later.clone()  # R
     states, laters = (later.new_empty(GROUP, *later.shape) for _ in range(2))  # before and behind each chunk
     for number, (start, stop) in reversed(list(enumerate(rows.groups()))):
@@ -229,6 +238,9 @@ def scan_backward(
         for index in range(1, size):
             torch.mul(states[index - 1], scales.left[index - 1], out=states[index])
             states[index].baddbmm_(fk[index - 1].mT, entering[index - 1])
+        if d_decay is not None and flows_on and stop == length:
+            behind = states[size - 1] * scales.left[size - 1] + fk[size - 1].mT @ entering[size - 1]
+            d_decay += ((length - 1) // CHUNK * CHUNK - (length - delay)) * _flow(behind, later)
         laters[size - 1] = later
         for index in reversed(range(size)):
             sums = later if index == 0 else laters[index - 1]
@@ -241,13 +253,16 @@ def scan_backward(
         dfk = _add_products(_products(entering, laters[:size].mT), d_attention.mT, fq)
 
         if d_decay is not None:
-            d_decay += _moment(rows.join((dfk * fk).sum(-1, keepdim=True)), start - delay)
+            d_decay += _moment((dfk * fk).sum(-1, keepdim=True), -delay)
             if dlse is not None:
-                d_decay -= _moment(dlse[:, start:stop], start)
+                d_decay -= _moment(rows.cut(dlse, start, stop), 0)
+            for index in range(size):
+                if start or index:
+                    d_decay -= CHUNK * _flow(states[index], laters[index - 1] if index else later)
         _put(dq, start, stop, feature_map.queries_vjp(group.q, fq, dfq))
         _put(dk, start - delay, stop - delay, feature_map.keys_vjp(group.k, fk, dfk))
         _put(dv, start - delay, stop - delay, d_values[..., :-1])
-    return ScanGradients(dq, dk, dv, None if d_decay is None else d_decay.to(v), later)
+    return ScanGradients(dq, dk, dv, d_decay, later)
 
 
 @dataclass(frozen=True)
@@ -392,7 +407,12 @@ def _put(target: Tensor, start: int, stop: int, x: Tensor) -> None:
         target[:, max(start, 0) : stop] = x.transpose(0, 1).flatten(1, 2)[:, max(-start, 0) :]
 
 
-def _moment(grad: Tensor, start: int) -> Tensor:
-    """Σ position · gradient of the log-weight, (N, 1, 1) float64: d(−γ(i − j)) taken apart into keys and queries."""
-    positions = torch.arange(start, start + grad.shape[1], device=grad.device, dtype=torch.float64)[None, :, None]
-    return (grad.double() * positions).sum(1, keepdim=True)
+def _moment(grad: Tensor, first: int) -> Tensor:
+    """Σ position · gradient of the log-weight (G, N, C, 1), ``first`` at each chunk's start: (N, 1, 1) float64."""
+    positions = torch.arange(first, first + grad.shape[2], device=grad.device, dtype=torch.float64)[:, None]
+    return (grad.double() * positions).sum((0, 2))[..., None]
+
+
+def _flow(sums: Tensor, later: Tensor) -> Tensor:
+    """Σ of the gradients of the log-weights that pass through a state (N, m, e + 1), given R: (N, 1, 1) float64."""
+    return (sums * later).sum((1, 2), keepdim=True, dtype=torch.float64)

@@ -109,10 +109,10 @@ class _Launch:
     def wide_tiles(self) -> dict[str, Any]:
         return {**self.tiles, "E": padded(self.value_dim)}
 
-    def slices(self, chunks: Tensor) -> Iterator[slice]:
-        """Slices of N, given a tensor (N, chunks), whose states fit into memory together."""
+    def slices(self, chunks: Tensor, states: int = 1) -> Iterator[slice]:
+        """Slices of N, given a tensor (N, chunks), of which that many states a chunk fit into memory together."""
         rows, number = chunks.shape
-        step = max(1, STATE_BYTES // (number * self.features * (self.value_dim + 1) * 4))
+        step = max(1, STATE_BYTES // (states * number * self.features * (self.value_dim + 1) * 4))
         return (slice(first, first + step) for first in range(0, rows, step))
 
     def measure(self, x: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -170,7 +170,7 @@ def scan_forward(rows: Rows, initial: AttentionState | None, learns: bool) -> Sc
         numbers = pointer(runs, q)
         for n in launch.slices(frames.before):
             part = frames[n]
-            state = _states(launch, k[n], v[n], k_gauge[n], part, delay, None if begin is None else begin[n])
+            state, _ = _states(launch, k[n], v[n], k_gauge[n], part, delay, None if begin is None else begin[n])
             kernels.attend[_chunks(q), len(part.before)](
                 q[n], k[n], v[n], q_gauge[n], q_scale[n], k_gauge[n], part.key_scale, numbers[n], part.before,
                 pointer(part.run_before, q), launch.map.weight, launch.map.shift, *state, out[n], lse[n],
@@ -216,9 +216,10 @@ def scan_backward(
     new = torch.zeros_like if delay else torch.empty_like
     dq, dk, dv, d_scale = torch.empty_like(q), new(k), new(v), torch.empty_like(u)
     d_initial = v.new_empty(len(v), launch.features, launch.value_dim + 1)
+    d_decay = torch.zeros(len(v), dtype=torch.float64, device=v.device)
     numbers = pointer(runs, q)
     with on(q.device):
-        for n in launch.slices(frames.before):
+        for n in launch.slices(frames.before, states=1 + wants_decay):
             part, enter = frames[n], entering[n]
             inputs = (q[n], k[n], v[n], dout[n], q_gauge[n], k_gauge[n], part.key_scale, numbers[n], row_scale[n])
             tiles = {"LOCAL": True, "RUNS": runs is not None, **launch.wide_tiles}
@@ -234,22 +235,26 @@ def scan_backward(
                 *inputs, inverse_den[n], u[n], enter, enter, launch.map.weight, launch.map.shift, *state,
                 dk[n], d_scale[n], length, delay, *launch.sizes, launch.head_dim**-0.5, KEYS=True, **tiles,
             )  # fmt: skip
-            del state  # two would be twice the memory
-            state = _states(launch, k[n], v[n], k_gauge[n], part, delay, None if begin is None else begin[n])
+            later_states = state if wants_decay else ()
+            del state  # two are twice the memory
+            state, end = _states(launch, k[n], v[n], k_gauge[n], part, delay, None if begin is None else begin[n])
             kernels.features_vjp[_chunks(q), len(enter)](
                 *inputs, inverse_den[n], u[n], alpha[n], beta[n], launch.map.weight, launch.map.shift, *state,
                 dq[n], d_scale[n], length, delay, *launch.sizes, launch.head_dim**-0.5, KEYS=False, **tiles,
             )  # fmt: skip
-            del state
-    d_decay = None
-    if wants_decay:
-        # d(−γ(i − j)) taken apart into keys and queries, as in the PyTorch version.
-        positions = torch.arange(d_scale.shape[1], device=q.device, dtype=torch.float64)
-        d_decay = d_scale.double() @ (positions - delay)
+            for sums, wanted in zip(state, later_states, strict=False):
+                d_decay[n] -= CHUNK * _flow(sums[:, 1:], wanted[:, :-1])
+            if wants_decay and behind is not None:
+                way = length - delay - (length - 1) // CHUNK * CHUNK
+                for sums, wanted in zip(end, _split(behind), strict=True):
+                    d_decay[n] -= way * _flow(sums, wanted)
+            del state, later_states
+    if wants_decay:  # counted from every chunk's start, as in the PyTorch version
+        places = torch.arange(d_scale.shape[1], device=q.device, dtype=torch.float64) % CHUNK
+        d_decay += d_scale.double() @ (places - delay)
         if dlse is not None:
-            d_decay -= dlse[..., 0].double() @ positions[:length]
-        d_decay = d_decay[:, None, None].to(v)
-    return ScanGradients(dq, dk, dv, d_decay, d_initial)
+            d_decay -= dlse[..., 0].double() @ places[:length]
+    return ScanGradients(dq, dk, dv, d_decay[:, None, None] if wants_decay else None, d_initial)
 
 
 def sum_up(
@@ -350,11 +355,16 @@ def _contiguous(rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
 
 def _states(
     launch: _Launch, k: Tensor, v: Tensor, gauge: Tensor, frames: Frames, delay: int, initial: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The state before each chunk: (N, chunks, m, e) and (N, chunks, m)."""
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The state before each chunk, (N, chunks, m, e) and (N, chunks, m), and the one behind the last."""
     entering = frames.entering()
     sums = launch.sums(k, v, entering, entering, gauge, span=CHUNK, offset=delay)
-    return launch.run_through(sums, frames.left(), initial, reverse=False)[0]
+    return launch.run_through(sums, frames.left(), initial, reverse=False)
+
+
+def _flow(sums: Tensor, later: Tensor) -> Tensor:
+    """Σ sums · later of each row of N, in float64."""
+    return (sums * later).flatten(1).sum(1, dtype=torch.float64)
 
 
 def _total(parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -245,5 +245,5 @@ class _Window(torch.autograd.Function):
                 q, k, v, dout, *optional, lse, shared, dq, d_decay, *ctx.sizes, **ctx.tiles
             )
             keys_vjp_near[blocks, len(q)](q, k, v, dout, *optional, lse, shared, dk, dv, *ctx.sizes, **ctx.tiles)
-        d_decay = d_decay.sum(1)[:, None, None] if ctx.tiles["DECAY"] else None
+        d_decay = d_decay.sum(1, dtype=torch.float64).to(q)[:, None, None] if ctx.tiles["DECAY"] else None
         return dq, dk, dv, d_decay, None, None, None, None

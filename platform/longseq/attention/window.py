@@ -136,7 +136,8 @@ class _Window(torch.autograd.Function):
         dout = torch.zeros_like(out) if dout is None else dout
         scale = q.shape[-1] ** -0.5
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        d_decay = None if decay is None or not ctx.needs_input_grad[3] else torch.zeros_like(decay)
+        wanted = decay is not None and ctx.needs_input_grad[3]
+        d_decay = torch.zeros_like(decay, dtype=torch.float64) if wanted else None
         for queries, keys in band.blocks():
             k_near, v_near = band.inputs(keys)
             scores, distance = band.scores(queries, keys, k_near)
@@ -147,7 +148,7 @@ class _Window(torch.autograd.Function):
                 shift += dlse[:, queries]
             d_scores = torch.baddbmm(shift, dout[:, queries], v_near.mT).mul_(weights)
             if d_decay is not None:
-                d_decay -= (d_scores * distance).sum((1, 2), keepdim=True)
+                d_decay -= (d_scores * distance).sum((1, 2), keepdim=True, dtype=torch.float64)
             dq[:, queries] = torch.bmm(d_scores, k_near).mul_(scale)
             dk[:, keys].baddbmm_(d_scores.mT, q[:, queries], alpha=scale)
-        return dq, dk, dv, d_decay, None, None, None, None
+        return dq, dk, dv, None if d_decay is None else d_decay.to(v), None, None, None, None

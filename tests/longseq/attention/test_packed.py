@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.longseq.attention.cases import BATCH, FEATURES, HEADS, POSITIVE, SIGNED, assert_equals_reference, inputs
+from torch import Tensor
 
 from longseq.attention import exact_attention, favor_attention
+from longseq.attention.native import build
 
 directions = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 
@@ -134,3 +136,31 @@ def test_signed_kernels_keep_to_documents_when_causal(kernel):
     segments = torch.tensor([[4] * 60 + [9] * 73, [0] * 1 + [1] * 132])
     q, k, v = inputs(133, 0.1, common=0.5)
     assert_equals_reference(q, k, v, tolerance=1e-4, kernel=kernel, causal=True, segments=segments)
+
+
+LONG = 16_384
+ROWS_OF_LONG = {
+    "one document": {},
+    "documents of 32": {"segments": (torch.arange(LONG) // 32)[None]},
+    "a window, documents of 64": {"segments": (torch.arange(LONG) // 64)[None], "window": 16},
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize("rows", ROWS_OF_LONG)
+def test_the_gradient_of_a_decay_keeps_its_digits_in_long_rows(rows, backend):
+    if backend == "native" and build.unavailable():
+        pytest.skip("there is no compiler here")
+    rng = torch.Generator().manual_seed(0)
+    qkv_and_direction = [torch.randn(1, 2, LONG, 16, generator=rng, dtype=torch.float64) for _ in range(4)]
+
+    def gradient(dtype: torch.dtype, backend: str) -> Tensor:
+        *qkv, direction = (x.to(dtype) for x in qkv_and_direction)
+        decay = torch.tensor([0.02, 0.002], dtype=dtype, requires_grad=True)
+        options = {"causal": True, "features": 32, "decay": decay, **ROWS_OF_LONG[rows]}
+        out = favor_attention(*qkv, backend=backend, **options)
+        return torch.autograd.grad(out, decay, direction)[0].double()
+
+    exact = gradient(torch.float64, "torch")
+    error = (gradient(torch.float32, backend) - exact).abs() / exact.abs()
+    assert error.max() < 1e-4  # counted from the row's start it was 1e-3

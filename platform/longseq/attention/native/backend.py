@@ -231,7 +231,7 @@ def scan_backward(
     d_initial = v.new_empty(len(v), rows.feature_map.features, v.shape[-1] + 1)
     states = None if later is None else _states(later, None), _states(d_initial, None)
     call.run("longseq_scan_backward", *states, out, inverse_den, *kept, dout, dlse, dq, dk, dv, d_decay)
-    return ScanGradients(dq, dk, dv, None if d_decay is None else d_decay.to(v), d_initial)
+    return ScanGradients(dq, dk, dv, d_decay, d_initial)
 
 
 def sum_up(

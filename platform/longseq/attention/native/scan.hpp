@@ -164,6 +164,7 @@ inline void Scan::forward(const Row& in, int64_t n, const States* initial, float
 }
 
 // Writes dq, dk, dv, and d_initial unless it is null, and adds to d_decay unless it is null; dlse and later may be null.
+// The decay's gradient is counted from every chunk's start, see scan.py.
 inline void Scan::backward(const Row& in, int64_t row_number, const States* later_, const States* d_initial,
                            const float* out, const float* inverse_den, const float* kept, const float* dout,
                            const float* dlse, float* dq, float* dk, float* dv, double* d_decay) {
@@ -232,8 +233,8 @@ inline void Scan::backward(const Row& in, int64_t row_number, const States* late
             map.vjp(chunk.kt, chunk.fk, d_phi, weight, rows, x_row, of_scale);
             put(rows, keys_end, keys, d, dk);
             for (int j = 0; d_decay && j < CHUNK; ++j) {
-                if (keys + j >= 0 && keys + j < keys_end) *d_decay += of_scale[j] * static_cast<double>(keys + j);
-                if (dlse && start + j < shape.length) *d_decay -= dlse[start + j] * static_cast<double>(start + j);
+                if (keys + j >= 0 && keys + j < keys_end) *d_decay += of_scale[j] * static_cast<double>(j - shape.delay);
+                if (dlse && start + j < shape.length) *d_decay -= dlse[start + j] * static_cast<double>(j);
             }
 
             // dphi(q) = S (carried [g, g_den])^T + dA phi(k)
@@ -245,7 +246,15 @@ inline void Scan::backward(const Row& in, int64_t row_number, const States* late
             map.vjp(chunk.qt, chunk.fq, d_phi, weight, rows, x_row, nullptr);
             put(rows, shape.length, start, d, dq);
 
+            if (d_decay && later_ && start + CHUNK >= shape.length) {  // R of the queries behind the last one
+                State end = new_state();
+                for (int j = 0; j < CHUNK; ++j)
+                    if (keys + j >= keys_end) chunk.entering[j] = 0;
+                absorb_keys(chunk, states[n], end);
+                *d_decay += flow(end, later) * static_cast<double>(start - (shape.length - shape.delay));
+            }
             absorb(chunk.left, chunk.fq, reading, reading_den, later, later);
+            if (d_decay && start) *d_decay -= flow(states[n], later) * CHUNK;
         }
     }
     if (d_initial) export_to(*d_initial, row_number, later);

@@ -202,6 +202,17 @@ class Kernel {
         product(m, CHUNK, e, {state.s, row, 1}, xt, CHUNK, to, CHUNK, true);
     }
 
+    // The sum of s * later over the whole state, z included.
+    double flow(State state, State later) const {
+        double total = 0;
+        for (int r = 0; r < m; ++r) {
+            Vec part{};
+            for (int c = 0; c < row; c += VL) part += load(state.s + r * row + c) * load(later.s + r * row + c);
+            total += static_cast<double>(sum(part)) + static_cast<double>(state.z[r]) * later.z[r];
+        }
+        return total;
+    }
+
     // 1 / den, 0 where a query sees no key at all.
     static float inverse(float den) {
         static const float least = std::pow(std::numeric_limits<float>::min(), 0.75f);

@@ -19,6 +19,7 @@ constexpr int VL = 4;
 
 typedef float Vec __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(VL * 4), aligned(4), may_alias));  // wraps around where int may not
 
 constexpr int CHUNK = 64;                 // positions handled at a time; a multiple of every VL
 constexpr int CHUNK_VECS = CHUNK / VL;
@@ -61,8 +62,8 @@ inline Vec exp2v(Vec x) {
     p = p * fraction + 2.40226507e-1f;
     p = p * fraction + 6.93147181e-1f;
     p = p * fraction + 1.0f;
-    const IntVec exponent = (reinterpret_cast<const IntVec&>(shifted) - reinterpret_cast<const IntVec&>(magic)) << 23;
-    const IntVec bits = (reinterpret_cast<const IntVec&>(p) + exponent) & ~tiny;
+    const Bits exponent = (reinterpret_cast<const Bits&>(shifted) - reinterpret_cast<const Bits&>(magic)) << 23;
+    const Bits bits = (reinterpret_cast<const Bits&>(p) + exponent) & ~reinterpret_cast<const Bits&>(tiny);
     return reinterpret_cast<const Vec&>(bits) + nan;
 }
 
