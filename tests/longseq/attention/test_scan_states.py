@@ -75,6 +75,8 @@ def test_a_scan_cut_in_two_is_the_whole(name: str, delay: int, kinds: str) -> No
         total[:, : CUT + delay] += mine
         total[:, CUT:] += theirs
         assert_close(total, all_)
+    if wants:
+        assert_close(front.decay + back.decay, grads.decay)
 
 
 @pytest.mark.parametrize("name", ENGINES[1:])
