@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -214,63 +210,3 @@ def test_kernels_for_other_processors_give_the_same(instructions, tmp_path, monk
     assert_same(found, results(lambda q, k, v, **x: scan.scan(q, k, v, exact_phi, delay=37, **x), double(given)))
     found = results(lambda **x: native.window_attention(**x, window=65, causal=False), given)
     assert_same(found, results(lambda **x: window.window_attention(**x, window=65, causal=False), double(given)))
-
-
-PROGRAM = """
-import torch
-from longseq.attention import favor_attention
-from longseq.attention.native import build
-q = torch.ones(1, 1, 4, 8)
-print(float(favor_attention(q, q, q, causal=True).sum()), build.unavailable())
-"""
-
-
-def start(tmp_path: Path, **environment: str) -> subprocess.Popen[str]:
-    """A fresh Python with an empty cache of compiled kernels."""
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), **environment}
-    return subprocess.Popen([sys.executable, "-c", PROGRAM], env=environment, stdout=subprocess.PIPE, text=True)
-
-
-def said(process: subprocess.Popen[str]) -> str:
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0
-    return out.strip()
-
-
-def script(path: Path, lines: str) -> str:
-    path.write_text(f"#!/bin/sh\n{lines}\n")
-    path.chmod(0o755)
-    return str(path)
-
-
-@pytest.mark.parametrize(
-    ("lines", "reason"),
-    [
-        (None, "was not found"),
-        ("echo clang version 19", "is not GCC"),
-        ('case "$*" in *version*) echo Free Software Foundation;; *) echo error: full >&2; exit 1;; esac', "full"),
-        ("exit 1", "failed"),
-    ],
-)  # fmt: skip
-def test_without_a_working_compiler_attention_goes_on_in_pytorch(lines, reason, tmp_path):
-    compiler = script(tmp_path / "g++", lines) if lines else str(tmp_path / "missing")
-    printed = said(start(tmp_path, CXX=compiler))
-    assert printed.startswith("32.0 ")
-    assert reason in printed
-
-
-@needs_compiler
-def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path):
-    (tmp_path / "cache").write_text("no folder")
-    assert said(start(tmp_path)) == "32.0 None"
-
-
-@needs_compiler
-def test_processes_that_start_at_once_compile_into_one_cache_and_later_ones_not_at_all(tmp_path):
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    logged = script(tmp_path / "logged-g++", f'echo "$@" >> {tmp_path}/log; exec {compiler} "$@"')
-    assert [said(p) for p in [start(tmp_path, CXX=logged) for _ in range(2)]] == ["32.0 None"] * 2
-    assert [path.suffix for path in (tmp_path / "cache" / "longseq").iterdir()] == [".so"]
-    before = (tmp_path / "log").read_text()
-    assert said(start(tmp_path, CXX=logged)) == "32.0 None"
-    assert "-c" not in (tmp_path / "log").read_text()[len(before) :].split()
