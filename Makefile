@@ -2,6 +2,7 @@
 # make test         everything that this machine can run
 # make test-long    proofs that take minutes: 100,000 damaged files, 2 GB of FASTA, runs killed at random, every change of
 #                   world and stage
+# make test-sanitized   the native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make check        lint, format and types
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ CORPUS := data/synthetic.fasta.gz
 RUN := quickstart-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-long check clean
+.PHONY: help install quickstart test test-long test-sanitized check clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -47,6 +48,12 @@ test: $(VENV)/.tests
 
 test-long: $(VENV)/.tests
 	$(BIN)/python -m pytest -m long
+
+# The sanitizers' libraries must be in the process before Python starts.
+test-sanitized: $(VENV)/.tests
+	CXX=$(CURDIR)/tests/sanitized/g++ ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+		$(BIN)/python -m pytest tests/longseq/attention/test_native.py
 
 check: $(VENV)/.tests
 	$(BIN)/ruff check .
