@@ -63,7 +63,7 @@ def outcome(work: Callable[[], int], run: Run) -> tuple[int, str | None]:
         return EXIT_ERROR, sentence
     except RuntimeError as error:
         if _peer_lost(error):
-            return PEER_LOST, f"lost its connection to another process ({str(error).splitlines()[0]})"
+            return PEER_LOST, f"lost its connection to another process ({_first_sentence(error)})"
         if type(error).__name__ != "OutOfMemoryError":
             raise
         sentence = (
@@ -106,6 +106,11 @@ def _rehearse(run: Run) -> int:
 def _peer_lost(error: RuntimeError) -> bool:
     """Whether a collective failed because another process went away."""
     return "gloo/transport" in str(error) or "Connection closed by" in str(error) or "ncclRemoteError" in str(error)
+
+
+def _first_sentence(error: RuntimeError) -> str:
+    """Without the advice that gloo gives behind it."""
+    return str(error).strip().partition("\n")[0].partition(". ")[0]
 
 
 def _end_with_parent(pipe: int) -> None:
