@@ -59,7 +59,9 @@ def meet(
         if problem:
             raise UnfitError(f"{place.node_of(0)}: {problem}")
         # Else whoever needs a group of one process would listen on a port, which another one may have.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=HashStore(), rank=0, world_size=1)
+        alone = HashStore()
+        choose_interface(place, alone)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=alone, rank=0, world_size=1)
         return None, f"1 process on {place.node_of(0)}; {gib(room)} free in {tempfile.gettempdir()}"
     store = _all_there(place, problem, limits, port_file)
     choose_interface(place, store)
