@@ -232,6 +232,12 @@ def _evaluation(args: argparse.Namespace, site: Site) -> _Job:
     config = run.config(tuple(args.overrides))
     devices = 1
     request = Request(1, devices, gpus=config.trainer.accelerator != "cpu" and bool(site.gpus_per_node))
+    if config.trainer.accelerator == "auto" and not request.gpus:
+        print(
+            "longseq: warning: trainer.accelerator=auto, but the job asks for no GPU (gpus_per_node of the site's "
+            "profile): it scores on CPUs.",
+            file=sys.stderr,
+        )
     if not (args.dry_run or args.test_only):
         run.slurm_dir.mkdir(exist_ok=True)
     return _Job(evaluate_script(run.path, args.overrides, site, request), run.slurm_dir / "evaluate")
