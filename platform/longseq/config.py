@@ -240,7 +240,7 @@ class TrainerConfig:
     )
     length_warmup_start: int = key(64, "tokens a sequence at the first of these steps", at_least=2)
     time_limit: str | None = key(
-        None, "save and stop at the first step after this much time, e.g. 2h30m, 1d, 2:30:00 or seconds; exit code 75"
+        None, "save and stop at the first step after this much time, e.g. 2h30m, 90s, 1d or 2:30:00; exit code 75"
     )
     on_bad_step: str = key(
         "stop",

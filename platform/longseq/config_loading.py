@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -34,7 +35,10 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, resolved: bo
         ConfigError: one sentence that names the file and line or the argument, the key, the nearest valid key and
             its meaning.
     """
-    layers = [*_layers(Path(path), ()), *map(_override_layer, overrides)]
+    files = list(_layers(Path(path), ()))
+    if resolved:
+        _name_seconds(files)
+    layers = [*files, *map(_override_layer, overrides)]
     origin = next((name for layer in reversed(layers) if (name := layer.init_from())), None)
     if origin and not resolved:
         from longseq.exported import inherited  # which opens runs, whose configurations are loaded here
@@ -49,6 +53,14 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, resolved: bo
     except ConfigError as error:
         raise ConfigError(f"{path}{' and its overrides' if overrides else ''}: {error}") from None
     return config
+
+
+def _name_seconds(files: Sequence[_Layer]) -> None:
+    """Runs of before may hold a time limit without a unit: it meant seconds."""
+    for layer in files:
+        trainer = layer.values.get("trainer") or {}
+        if re.fullmatch(r"\d+(\.\d+)?", limit := str(trainer.get("time_limit"))):
+            trainer["time_limit"] = f"{limit}s"
 
 
 def config_of(sections: dict[str, Any], where: str, overrides: Sequence[str] = ()) -> Config:
@@ -196,7 +208,19 @@ def read_yaml(path: Path) -> tuple[dict[Any, Any], dict[str, int]]:
         raise ConfigError(f"{path}{line}: not valid YAML: {yaml_problem(error)}.") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a configuration is a mapping of sections, this is a {type(values).__name__}.")
-    return values, dict(_lines(node))
+    return _clocks_as_written(node, values), dict(_lines(node))
+
+
+def _clocks_as_written(node: yaml.Node | None, value: Any) -> Any:
+    """YAML 1.1 takes 2:30:00 for a number to the base of 60. Nobody means that: it stays the text that it is."""
+    if isinstance(node, yaml.ScalarNode) and isinstance(value, (int, float)) and ":" in node.value:
+        return node.value
+    if isinstance(node, yaml.MappingNode) and isinstance(value, dict):
+        nodes = {name.value: content for name, content in node.value}
+        return {name: _clocks_as_written(nodes.get(str(name)), content) for name, content in value.items()}
+    if isinstance(node, yaml.SequenceNode) and isinstance(value, list):
+        return [_clocks_as_written(*pair) for pair in zip(node.value, value, strict=True)]
+    return value
 
 
 def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:

@@ -2,8 +2,11 @@
 
     starts/00003.start   made by one process alone, with what is starting: a start has this number from then on
     starts/00003.step    where it is: "step last-step loss tokens-per-second seconds-since-1970"
-    starts/00003.end     how it ended, in a job: "finished", "saved", "error WHY" or "preflight WHY"
-    starts/00003.crash   after which step it crashed, in a job: "never" before the first
+    starts/00003.end     how it ended, in a job: "finished", "saved", "error WHY", "preflight WHY", "crashed WHY" or
+                         "lost WHY", where WHY begins with the nodes to blame
+    starts/00003.port    on which port rank 0 listens, in a job on several processes
+    starts/00003.silent  which rank does not answer, in a job, as long as one does not
+    starts/00003.crash   after which step it crashed, in a job, "never" before the first, and the nodes to blame
 
 A lost node's processes can live on beside the job's next start, and a slow network file system lets a lock of theirs
 be forgotten. They look for a newer number before whatever they write, and every other second.

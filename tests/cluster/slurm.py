@@ -117,7 +117,7 @@ class Cluster:
         """Switch a node on again, or start its slurmd again."""
         if node not in self.supervisors:
             self._boot(node)
-        self._tell(node, f"slurmd -D -N {node} -f {self.folder}/slurm.conf >>{self.folder}/log/{node}.err 2>&1")
+        self.tell(node, f"slurmd -D -N {node} -f {self.folder}/slurm.conf >>{self.folder}/log/{node}.err 2>&1")
 
     def cut(self, node: str) -> None:
         """Pull its network cable."""
@@ -137,7 +137,7 @@ class Cluster:
                 if Path(f"/proc/{pid}/comm").read_text().strip() == "slurmctld":
                     os.kill(pid, signal.SIGKILL)
         time.sleep(0.5)
-        self._tell("login", f"slurmctld -D -f {self.folder}/slurm.conf >>{self.folder}/log/slurmctld.err 2>&1")
+        self.tell("login", f"slurmctld -D -f {self.folder}/slurm.conf >>{self.folder}/log/slurmctld.err 2>&1")
 
     # --- starting
 
@@ -155,21 +155,21 @@ class Cluster:
             addresses = "".join(f"{self._address(node)} {node}\n" for node in self.nodes)
             (self.folder / "hosts").write_text(f"127.0.0.1 localhost\n{_LOGIN} login\n{addresses}")
             (self.folder / "resolv.conf").touch()  # no server: look-ups of other names must fail at once
-            self._tell(
+            self.tell(
                 "login",
                 f"hostname login && ip link set lo up && ip link add br0 type bridge && "
                 f"ip addr add {_LOGIN}/24 dev br0 && ip link set br0 up && mount --bind {folder}/hosts /etc/hosts && "
                 f"mount --bind {folder}/resolv.conf /etc/resolv.conf && touch {folder}/run/network",
             )
             self._until(lambda: (self.folder / "run/network").exists(), "the network of the login node")
-        self._tell(
+        self.tell(
             "login",
             f"munged --force -F -S {folder}/run/munge.sock --key-file={folder}/munge.key "
             f"--log-file={folder}/log/munged.log --pid-file={folder}/run/munged.pid --seed-file={folder}/run/seed "
             f">{folder}/log/munged.err 2>&1",
         )
         self._until(lambda: (self.folder / "run/munge.sock").exists(), "munged")
-        self._tell("login", f"slurmctld -D -i -f {folder}/slurm.conf >{folder}/log/slurmctld.err 2>&1")
+        self.tell("login", f"slurmctld -D -i -f {folder}/slurm.conf >{folder}/log/slurmctld.err 2>&1")
         for node in self.nodes:
             self.start_node(node)
         self.wait_until_idle()
@@ -213,14 +213,14 @@ class Cluster:
         subprocess.run([*net, "set", f"v{node}", "master", "br0", "up"], check=True)
         ready = self.folder / "run" / f"{node}.ready"
         ready.unlink(missing_ok=True)
-        self._tell(
+        self.tell(
             node,
             f"hostname {node} && mount -t tmpfs tmpfs /dev/shm && ip link set lo up && "
             f"ip addr add {self._address(node)}/24 dev eth0 && ip link set eth0 up && touch {ready}",
         )
         self._until(ready.exists, f"network of {node}")
 
-    def _tell(self, name: str, line: str) -> None:
+    def tell(self, name: str, line: str) -> None:
         pipe = self.supervisors[name].stdin
         assert pipe is not None
         pipe.write(f"{line}\n".encode())

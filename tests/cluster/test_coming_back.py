@@ -57,7 +57,8 @@ def test_a_run_comes_back_from_signal_requeue_a_killed_rank_and_a_new_controller
     whole(run, uninterrupted)
     log = login.log(run)
     assert "restart 3, on node" in log
-    assert [starts.read_end(run / "starts", number) for number in (1, 3, 4)] == ["saved", None, "finished"]
+    ends = [starts.read_end(run / "starts", number) for number in (1, 3, 4)]
+    assert ends == ["saved", "lost node2: task 1: Killed", "finished"]
     assert (run / "starts/00003.crash").exists()
 
 

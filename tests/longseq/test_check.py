@@ -40,6 +40,13 @@ def test_a_static_check_starts_no_process(check):
     assert "activations" in lines["memory"][1]
 
 
+def test_the_processes_of_all_nodes_are_counted(check):
+    code, lines = check(TRAIN, "trainer.nodes=2", "trainer.devices=2")
+    assert code == 0
+    assert " on 4 process(es) on 2 nodes × 1 batch(es)" in lines["config"][1]
+    assert lines["step"][0] == "skipped"
+
+
 def test_a_wrong_configuration_ends_the_check(check):
     code, lines = check(TRAIN, "trainer.devices=3")
     assert code == 1

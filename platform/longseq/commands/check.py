@@ -46,6 +46,10 @@ def run(args: argparse.Namespace) -> int:
         if not args.static:
             report.line("skipped", "step", "mend what failed first")
         return EXIT_ERROR if report.failed else 0
+    if config.trainer.nodes > 1:
+        words = f"trainer.nodes={config.trainer.nodes}: `longseq submit` starts processes on other machines; try this"
+        report.line("skipped", "step", f"{words} one's share with trainer.nodes=1 and a smaller data.batch_tokens")
+        return 0
     report.of("step", lambda: _rehearse(config, memory, report))
     return EXIT_ERROR if report.failed else 0
 
@@ -77,9 +81,10 @@ def _config(args: argparse.Namespace) -> tuple[Config, str]:
     config = load_config(args.config, args.overrides)
     check_deepspeed(config)
     data, trainer = config.data, config.trainer
+    nodes = f" on {trainer.nodes} nodes" if trainer.nodes > 1 else ""
     return config, (
-        f"{args.config}: {data.batch_tokens:,} tokens a step on {trainer.devices} process(es) × {trainer.accumulate} "
-        f"batch(es) of {config.batch_sequences} × {config.slice_length}"
+        f"{args.config}: {data.batch_tokens:,} tokens a step on {config.processes} process(es){nodes} × "
+        f"{trainer.accumulate} batch(es) of {config.batch_sequences} × {config.slice_length}"
     )
 
 

@@ -6,12 +6,14 @@ Ctrl-C saves at the next step and leaves with exit code 75; `longseq resume` goe
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from longseq.commands.key_help import help_on_keys
 from longseq.commands.training import check_data, check_disk, check_origin, train
 from longseq.config_loading import load_config
 from longseq.data import identities, resolve_sources
+from longseq.launch.slurm.place import refuse_several_tasks
 from longseq.run import Run
 from longseq.training.deepspeed_settings import check_deepspeed
 
@@ -23,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    refuse_several_tasks(os.environ, "fit")
     config = load_config(args.config, args.overrides)
     resolve_sources(config)
     Run.new(config, default_name=args.config.stem)  # a taken name is said before the data are read

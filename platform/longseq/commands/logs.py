@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import os
 import sys
 import time
@@ -17,6 +18,7 @@ from longseq.launch.slurm.state import jobs_of, live_jobs, stopped
 from longseq.run import Run
 
 _POLL_SECONDS = 0.5
+_BLOCK = 1 << 16
 _ASK_SECONDS = 5.0  # between questions to SLURM, which has other things to do
 
 
@@ -39,9 +41,9 @@ def run(args: argparse.Namespace) -> int:
     while True:
         newer = _log(run, args.rank)
         if newer != path:  # the chain's next job
-            _show(path, shown)  # its last words
+            _show(path, shown, final=True)  # its last words
             path, shown = newer, 0
-        shown = _show(path, shown)
+        shown = _show(path, shown, final=ended or not args.follow)
         if ended or not args.follow:
             return 0
         if time.monotonic() - asked > _ASK_SECONDS:
@@ -57,15 +59,20 @@ def _log(run: Run, rank: int) -> Path | None:
     return logs[-1] if logs else None
 
 
-def _show(path: Path | None, begin: int) -> int:
-    """Print a file from a byte on; gives where it ended."""
+def _show(path: Path | None, begin: int, *, final: bool) -> int:
+    """Print a file from a byte on; gives where it ended. ``final``: also what is no whole character at its end."""
     if path is None:
         return 0
+    # A character may lie on both sides of a block's end, or be half written: it is left for the next look.
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     with suppress(FileNotFoundError), path.open("rb") as file:
         file.seek(begin)
-        while block := file.read(1 << 16):
-            sys.stdout.write(block.decode(errors="replace"))
+        while block := file.read(_BLOCK):
+            sys.stdout.write(decoder.decode(block))
             begin += len(block)
+        begin -= len(decoder.getstate()[0])
+        if final:
+            sys.stdout.write(decoder.decode(b"", final=True))
         sys.stdout.flush()
     return begin
 
@@ -75,7 +82,7 @@ def _tail_begins(path: Path, lines: int) -> int:
     with path.open("rb") as file:
         position, found = file.seek(0, os.SEEK_END), -1  # the last line's own end is none between two
         while position > 0 and found < lines:
-            step = min(1 << 16, position)
+            step = min(_BLOCK, position)
             position -= step
             file.seek(position)
             block = file.read(step)

@@ -7,6 +7,7 @@ trainer.devices, zero_stage, accumulate and strategy may be others than before: 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from longseq.checkpoint import Checkpoint
@@ -16,6 +17,7 @@ from longseq.config import Config
 from longseq.config_loading import save_config
 from longseq.data import identities, resolve_sources
 from longseq.errors import LongseqError, RunError
+from longseq.launch.slurm.place import refuse_several_tasks
 from longseq.run import Run
 from longseq.training.deepspeed_settings import check_deepspeed
 
@@ -27,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    refuse_several_tasks(os.environ, "resume")
     run = Run.open(args.run_folder)
     before, config = run.config(), run.config(tuple(args.overrides))
     resolve_sources(config)

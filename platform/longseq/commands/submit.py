@@ -107,6 +107,9 @@ def _training(args: argparse.Namespace, site: Site) -> int:
     described = Run.open(args.target).config() if resuming else load_config(args.target, args.overrides)
     nodes = args.nodes or described.trainer.nodes
     devices = args.devices or site.gpus_per_node or described.trainer.devices
+    given = [*args.overrides, f"trainer.nodes={nodes}", f"trainer.devices={devices}"]
+    if resuming:
+        described = Run.open(args.target).config(tuple(given))
     request = Request(
         nodes=nodes,
         devices=devices,
@@ -117,7 +120,6 @@ def _training(args: argparse.Namespace, site: Site) -> int:
         at_once=args.at_once,
     )
     _check_request(request, site)
-    given = [*args.overrides, f"trainer.nodes={nodes}", f"trainer.devices={devices}"]
     if resuming:
         return _go_on(args, site, request, given)
 
@@ -197,6 +199,12 @@ def _go_on(args: argparse.Namespace, site: Site, request: Request, given: list[s
 
 
 def _check(config: Config, site: Site, request: Request) -> None:
+    if config.trainer.accelerator == "auto" and not request.gpus:
+        raise ConfigError(
+            "trainer.accelerator=auto, but the job asks for no GPU and would train on CPUs: give --gpus-per-node=G (or "
+            "gpus_per_node in the site's profile), or trainer.accelerator=cpu. Where nodes have GPUs that nobody asks "
+            "for, trainer.accelerator=cuda."
+        )
     resolve_sources(config)
     check_origin(config)
     if site.gpu_memory_gib and request.gpus:
@@ -224,6 +232,12 @@ def _evaluation(args: argparse.Namespace, site: Site) -> _Job:
     config = run.config(tuple(args.overrides))
     devices = 1
     request = Request(1, devices, gpus=config.trainer.accelerator != "cpu" and bool(site.gpus_per_node))
+    if config.trainer.accelerator == "auto" and not request.gpus:
+        print(
+            "longseq: warning: trainer.accelerator=auto, but the job asks for no GPU (gpus_per_node of the site's "
+            "profile): it scores on CPUs.",
+            file=sys.stderr,
+        )
     if not (args.dry_run or args.test_only):
         run.slurm_dir.mkdir(exist_ok=True)
     return _Job(evaluate_script(run.path, args.overrides, site, request), run.slurm_dir / "evaluate")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -36,11 +38,14 @@ def context_group(parts: int) -> ContextGroup:
 
 
 class ControlGroup:
-    """A gloo group for decisions the ranks take together, so that asking never waits for a GPU."""
+    """A gloo group for decisions the ranks take together, so that asking never waits for a GPU. All ranks make it.
+
+    There is one however many are made: each costs a rank a connection to every other rank.
+    """
 
     def __init__(self) -> None:
         several = dist.is_initialized() and dist.get_world_size() > 1
-        self._group = dist.new_group(backend="gloo") if several else None
+        self._group = _gloo(dist.group.WORLD) if several else None
 
     def any(self, *flags: bool) -> list[bool]:
         """Each flag: true on every rank if it is true on one."""
@@ -61,3 +66,13 @@ class ControlGroup:
     def barrier(self) -> None:
         if self._group is not None:
             dist.barrier(self._group)
+
+
+@cache
+def _gloo(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The processes of ``world`` over gloo: itself, where it is that."""
+    if dist.get_backend(world) == "gloo":
+        return world
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    return group

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -45,8 +46,12 @@ _SHARDING = {"deepspeed": "DeepSpeed ZeRO-{}", "ddp": "none (DDP)", "single": "n
 _PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
-def fit(run: Run, config: Config, checkpoint: Checkpoint | None, stop: StopFlag) -> bool:
+def fit(
+    run: Run, config: Config, checkpoint: Checkpoint | None, stop: StopFlag, extra: Sequence[pl.Callback] = ()
+) -> bool:
     """Train until the last step or an agreed stop. Every rank calls it.
+
+    extra: callbacks of who has started this process.
 
     Returns:
         True when the last step was reached, False when stopped (and saved) before it.
@@ -57,6 +62,7 @@ def fit(run: Run, config: Config, checkpoint: Checkpoint | None, stop: StopFlag)
     if config.model.init_from and not checkpoint:
         begin_with(task.model, config)
     trainer = build_trainer(run, config, stop, checkpoint)
+    trainer.callbacks = [*extra, *trainer.callbacks]  # type: ignore[attr-defined]
     if trainer.is_global_zero:
         if checkpoint:
             task.train_sums.restore(*checkpoint.position.unlogged, device=trainer.strategy.root_device)

@@ -6,15 +6,17 @@ import argparse
 import logging
 import multiprocessing
 import os
+import resource
 import sys
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from longseq import starts
 from longseq.allocator import keep_freed_memory
-from longseq.errors import EXIT_ERROR, EXIT_GO_ON, EXIT_SUPERSEDED, USER_ERRORS, SupersededError
+from longseq.errors import EXIT_ERROR, EXIT_GO_ON, USER_ERRORS
 from longseq.launch.local import PEER_LOST, report_path
 from longseq.run import Run
 
@@ -37,19 +39,22 @@ def main() -> int:
     else:
         starts.watch(run.starts_dir, run.start, report.write_text)
         code, sentence = outcome(lambda: _train(run, args.checkpoint), run)
-    if sentence:
+    if sentence and code == PEER_LOST:
+        print(f"longseq: warning: rank {os.environ['RANK']} {sentence}.", file=sys.stderr, flush=True)
+    elif sentence:
         report.write_text(sentence)
     return code
 
 
 def outcome(work: Callable[[], int], run: Run) -> tuple[int, str | None]:
-    """The exit code of ``work``, and the sentence that says why where it failed in a way that people can mend."""
+    """The exit code of ``work``, and the sentence that says why where it failed in a way that people can mend.
+
+    With ``PEER_LOST`` it is no more than a symptom: another process has the cause.
+    """
     try:
         return work(), None
-    except SupersededError as error:
-        return EXIT_SUPERSEDED, str(error)
     except USER_ERRORS as error:
-        return EXIT_ERROR, str(error)
+        return getattr(error, "exit_code", EXIT_ERROR), str(error)
     except OSError as error:  # a full disk, mostly: say so without a traceback
         sentence = (
             f"{error.filename or run.path}: {error.strerror or error}. Mend that, then go on with "
@@ -58,7 +63,7 @@ def outcome(work: Callable[[], int], run: Run) -> tuple[int, str | None]:
         return EXIT_ERROR, sentence
     except RuntimeError as error:
         if _peer_lost(error):
-            return PEER_LOST, None
+            return PEER_LOST, f"lost its connection to another process ({_first_sentence(error)})"
         if type(error).__name__ != "OutOfMemoryError":
             raise
         sentence = (
@@ -69,6 +74,7 @@ def outcome(work: Callable[[], int], run: Run) -> tuple[int, str | None]:
 
 
 def _train(run: Run, checkpoint_path: Path | None) -> int:
+    raise_open_files()
     from longseq.training.callbacks.stopping import StopFlag
 
     stop = StopFlag()
@@ -89,6 +95,7 @@ def _train(run: Run, checkpoint_path: Path | None) -> int:
 
 
 def _rehearse(run: Run) -> int:
+    raise_open_files()
     from longseq.training.rehearsal import rehearse
 
     quiet()
@@ -99,6 +106,11 @@ def _rehearse(run: Run) -> int:
 def _peer_lost(error: RuntimeError) -> bool:
     """Whether a collective failed because another process went away."""
     return "gloo/transport" in str(error) or "Connection closed by" in str(error) or "ncclRemoteError" in str(error)
+
+
+def _first_sentence(error: RuntimeError) -> str:
+    """Without the advice that gloo gives behind it."""
+    return str(error).strip().partition("\n")[0].partition(". ")[0]
 
 
 def _end_with_parent(pipe: int) -> None:
@@ -117,6 +129,13 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", category=category)
     for name in ("lightning.pytorch", "lightning.fabric", "DeepSpeed", "deepspeed", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def raise_open_files() -> None:
+    """As many open files as this process may have: gloo takes one for each other rank, several times."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # some systems refuse what they name
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def leave(code: int) -> None:

@@ -38,14 +38,16 @@ class Job:
         self._tool("scontrol", f'echo "$*" >>"{self.log}"')
         self._tool("squeue", "echo ${STATE:-RUNNING}")
 
-    def start(self, does: str, nodes: int = 2, **environment: str) -> Ended:
+    def start(self, does: str, nodes: int = 2, log: Path | None = None, **environment: str) -> Ended:
         self._tool("srun", f'run="{self.run}"; starts="$run/starts"; start=$(ls "$starts" | grep start | tail -1)\n'
                            f'start=$starts/${{start%.start}}; echo "$*" >"{self.tools}/arguments"\n{does}')  # fmt: skip
         before = self.log.read_text() if self.log.exists() else ""
         slurm = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(self.restart), "SLURM_JOB_NODELIST": "n[1-2]"}
         slurm["SLURM_JOB_NUM_NODES"] = str(nodes)
+        slurm["SLURM_JOB_PARTITION"] = "main"
+        script = self.script if log is None else f"exec >>'{log}' 2>&1\n{self.script}"
         done = subprocess.run(
-            ["bash", "-c", self.script],
+            ["bash", "-c", script],
             env={**os.environ, "PATH": f"{self.tools}:/usr/bin:/bin", **slurm, **environment},
             capture_output=True,
             text=True,
@@ -145,6 +147,81 @@ def test_a_job_comes_back_max_restarts_times(tmp_path):
     assert "has come back 2 times" in ended.said
     (job.run / "STOPPED").unlink()
     assert job.start(save, SLURM_JOB_ID="8").requeued  # another job begins to count
+
+
+def test_a_return_with_a_new_checkpoint_does_not_count(tmp_path):
+    """Time limits and preemption, for weeks; a crash that repeats itself without one ends it."""
+    job = Job(tmp_path, max_restarts=1)
+    checkpoints = job.run / "checkpoints"
+    for step in range(1, 6):
+        save = f'mkdir -p "{checkpoints}/step-{step:08d}.ckpt"; echo saved >"$start.end"'
+        assert job.start(save).requeued
+    assert job.start('echo "6 9 2.5 100 0" >"$start.step"; exit 137').requeued
+    assert job.start('echo "7 9 2.5 100 0" >"$start.step"; exit 137').requeued
+    ended = job.start("touch WAS_STARTED")
+    assert ended.code == 70
+    assert "has come back 1 times, the site profile's max_restarts, without a new checkpoint (step 5)" in ended.said
+
+
+def test_processes_that_did_not_meet_are_tried_again(job):
+    ended = job.start('echo "lost n2: no sign of rank 1 after 20 s." >"$start.end"; exit 69')
+    assert (ended.code, ended.requeued) == (75, True)
+    assert (job.run / "starts/00001.crash").read_text() == "never n2\n"
+    assert not (job.run / "STOPPED").exists()
+
+
+def sinfo(job: Job, *nodes: str) -> None:
+    """A partition of these nodes, of which none is left out yet."""
+    job._tool("sinfo", f"printf '%s\\n' {' '.join(nodes)}")
+    (job.tools / "scontrol").write_text(f"""#!/bin/bash
+case $1,$2 in
+show,hostnames) tr , '\\n' <<<"$3" ;;
+show,job) echo "JobId=7 ReqNodeList=(null) ExcNodeList=(null) NumNodes=2" ;;
+*) echo "$*" >>"{job.log}" ;;
+esac
+""")
+
+
+KILLED = """echo 'srun: error: n2: task 1: Killed' >&2
+echo 'srun: launch/slurm: _step_signal: Terminating StepId=7.0' >&2
+echo 'srun: error: n1: task 0: Killed' >&2
+echo "{} 20 2.5 100 0" >"$start.step"; exit 137"""
+
+
+def test_a_node_that_is_to_blame_twice_in_a_row_is_left_out(job, tmp_path):
+    sinfo(job, "n1", "n2", "n3")
+    log = tmp_path / "job.log"
+    assert job.start(KILLED.format(0), log=log).requeued
+    assert (job.run / "starts/00001.end").read_text() == "lost n2: task 1: Killed\n"
+    assert "ExcNodeList" not in job.log.read_text()
+    assert job.start(KILLED.format(0), log=log).requeued
+    assert "update JobId=7 ExcNodeList=n2" in job.log.read_text()
+    # On another node it is the training's own fault.
+    assert job.start(KILLED.replace("n2", "n3").format(0), log=log).code == 70
+    assert "has crashed 3 times after step 0" in (job.run / "STOPPED").read_text()
+    assert "The last time: n3: task 1: Killed" in (job.run / "STOPPED").read_text()
+
+
+def test_where_no_node_is_left_the_one_to_blame_is_named(job, tmp_path):
+    sinfo(job, "n1", "n2")
+    job.start(KILLED.format(4), log=tmp_path / "job.log")
+    assert job.start(KILLED.format(4), log=tmp_path / "job.log").code == 70
+    assert "ExcNodeList" not in job.log.read_text()
+    stopped = (job.run / "STOPPED").read_text()
+    assert "crashed twice after step 4" in stopped
+    assert "Twice because of n2: have it looked at, and leave it out (exclude in the site's profile)." in stopped
+
+
+def test_a_reason_that_names_all_nodes_blames_none(job):
+    lost = 'echo "lost n1, n2: they met, but a collective did not end." >"$start.end"; exit 69'
+    assert job.start(lost).requeued
+    assert (job.run / "starts/00001.crash").read_text() == "never \n"
+
+
+def test_tasks_get_the_environment_of_the_script(job):
+    """`sbatch --export=NONE` has srun give its tasks nothing of it."""
+    job.start("exit 1", SLURM_EXPORT_ENV="NONE")
+    assert " --export=ALL " in job.arguments
 
 
 def test_a_job_of_a_chain_leaves_the_rest_to_the_next(tmp_path):

@@ -9,14 +9,19 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
-from longseq.errors import EXIT_UNFIT
+from longseq.errors import EXIT_UNFIT, LongseqError
 from longseq.launch.slurm import preflight
-from longseq.launch.slurm.place import Limits, Place, host_names
+from longseq.launch.slurm.interfaces import choose_interface, interface_of, own_address
+from longseq.launch.slurm.place import Limits, Place, host_names, refuse_several_tasks
 from longseq.launch.slurm.preflight import UnfitError, meet
+from longseq.run import Run
+from longseq.training.worker import outcome
 
 CPU = torch.device("cpu")
 TASK = {
@@ -64,13 +69,13 @@ def places(count: int, job: str) -> list[Place]:
     return [Place.of_slurm({**TASK, "SLURM_PROCID": str(rank), "SLURM_JOB_ID": job}) for rank in range(count)]
 
 
-def said_by(parts: list[Place], limits: list[Limits]) -> list[str]:
+def said_by(parts: list[Place], limits: list[Limits], port_file: Path | None = None) -> list[str]:
     """What several ranks are told that meet in threads of this process; a preflight that fails forms no group."""
     said = [""] * len(parts)
 
     def one(index: int) -> None:
         try:
-            meet(parts[index], CPU, limits[index])
+            meet(parts[index], CPU, limits[index], port_file)
         except UnfitError as error:
             said[index] = str(error)
 
@@ -107,6 +112,108 @@ def test_a_rank_that_reaches_nobody_says_so():
     alone = Place.of_slurm({**TASK, "SLURM_JOB_ID": "47"})
     (said,) = said_by([alone], [Limits(seconds=1)])
     assert said.startswith("node2: rank 3 cannot reach rank 0 at 127.0.0.1:")
+
+
+def test_an_unfit_node_has_an_exit_code_of_its_own(tmp_path):
+    def unfit() -> int:
+        raise UnfitError("node7: no room.")
+
+    assert outcome(unfit, Run(tmp_path)) == (EXIT_UNFIT, "node7: no room.")
+
+
+def test_ranks_find_rank_0_where_others_have_its_port(tmp_path):
+    parts = places(4, "53")
+    with contextlib.ExitStack() as held:
+        for port in list(parts[0].ports())[:3]:
+            other = held.enter_context(socket.socket())
+            other.bind(("0.0.0.0", port))
+            other.listen()
+        limits = [Limits(), Limits(), Limits(), Limits(disk_gib=1e9)]  # so that no group is formed
+        said = said_by(parts, limits, tmp_path / "00001.port")
+    assert len(set(said)) == 1
+    assert said[0].startswith("node2: only ")
+    assert int((tmp_path / "00001.port").read_text()) == list(parts[0].ports())[3]
+
+
+def test_a_rank_0_that_never_listens_is_named(tmp_path):
+    (said,) = said_by(places(4, "59")[3:], [Limits(seconds=1)], tmp_path / "00001.port")
+    assert said == "node1: rank 0 has not begun to listen after 1 s (preflight_seconds)."
+
+
+def test_the_interface_is_the_one_with_the_address():
+    for number, name in socket.if_nameindex():
+        assert number
+        address = address_of(name)
+        if address:
+            assert interface_of(address) == ("lo" if address.startswith("127.") else name)
+    assert own_address("127.0.0.1") == "127.0.0.1"
+    assert interface_of("127.0.1.1") == "lo"
+    assert interface_of("203.0.113.7") == interface_of("") == ""
+
+
+def address_of(name: str) -> str:
+    """By another tool."""
+    done = subprocess.run(["ip", "-4", "-o", "address", "show", "dev", name], capture_output=True, text=True)
+    return done.stdout.split()[3].partition("/")[0] if done.stdout else ""
+
+
+def test_a_users_interface_stays(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    choose_interface(places(4, "61")[0], HashStore())
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
+
+
+@pytest.mark.parametrize(("tasks", "refused"), [(None, False), ("1", False), ("2", True)])
+def test_a_training_is_not_started_once_a_task(tasks, refused):
+    environment = TASK if tasks is None else {**TASK, "SLURM_STEP_NUM_TASKS": tasks}
+    with pytest.raises(LongseqError, match="task 3 of 2 that srun") if refused else contextlib.nullcontext():
+        refuse_several_tasks(environment, "fit")
+
+
+def test_several_tasks_are_refused_before_anything_is_made(folder):
+    environment = {**os.environ, "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}
+    for words in (["fit", "small.yaml", "data.train=a.fasta"], ["resume", "runs/x"]):
+        command = [sys.executable, "-m", "longseq.cli", *words]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert f"longseq {words[0]}: task 1 of 2" in done.stderr
+    assert not (folder / "runs").exists()
+
+
+OPEN_FILES = """
+import resource
+from longseq.training.worker import raise_open_files
+_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, most))
+raise_open_files()
+assert resource.getrlimit(resource.RLIMIT_NOFILE) == (most, most)
+"""
+
+
+def test_a_process_may_open_as_many_files_as_it_may():
+    subprocess.run([sys.executable, "-c", OPEN_FILES], check=True)
+
+
+ONE_GROUP = """
+import sys
+import torch.distributed as dist
+from longseq.training.collectives import ControlGroup
+
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{sys.argv[2]}", rank=rank, world_size=2)
+first, second = ControlGroup(), ControlGroup()
+assert first._group is second._group is dist.group.WORLD
+assert second.any(rank == 1, False) == [True, False]
+assert first.gather(str(rank)) == ["0", "1"]
+assert len(dist.distributed_c10d._world.pg_map) == 1
+"""
+
+
+def test_there_is_one_control_group():
+    command, environment = [sys.executable, "-c", ONE_GROUP], os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
+    (port,) = free_ports(1)
+    ranks = [subprocess.Popen([*command, str(rank), port], env=environment) for rank in range(2)]
+    assert [process.wait(60) for process in ranks] == [0, 0]
 
 
 THREE_NODES = """

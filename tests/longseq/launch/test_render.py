@@ -231,6 +231,10 @@ def test_the_profiles_that_ship_are_read_and_the_example_shows_every_default():
         ("partion: gpu", "site.yaml:1: unknown key 'partion'. Did you mean partition"),
         ("gpus_per_node: many", "gpus_per_node=many is not a whole number"),
         ("time: soon", "time=soon: write a time as"),
+        (
+            "time: 1440",
+            "time=1440: a number alone may mean minutes, as SLURM reads it, or seconds: write 1440m or",
+        ),
         ("time: 2m", "less than a minute is left to train in"),
         ("container: pyxis", "container=pyxis and container_image=None: give both"),
         ("container: dockr", "choose from none, pyxis, apptainer"),
@@ -246,7 +250,7 @@ def test_a_profile_that_cannot_work_is_refused_with_its_place(tmp_path, line, se
 
 
 def test_times_are_written_as_they_are_meant(tmp_path):
-    for written in ("24:00:00", "24h", "1-00:00:00", "86400"):
+    for written in ("24:00:00", "24h", "1-00:00:00", "1440:00", "1-0", "0-24:00"):
         (tmp_path / "site.yaml").write_text(f"time: {written}\n")
         text = train_script(RUN, a_config(), load_site(str(tmp_path / "site.yaml")), Request(1, 1, False))
         assert "#SBATCH --time=1-00:00:00\n" in text

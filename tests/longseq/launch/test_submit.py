@@ -15,6 +15,7 @@ from longseq import starts
 from longseq.config_loading import load_config
 from longseq.errors import LongseqError
 from longseq.launch import local
+from longseq.launch.slurm.queue import Queued
 from longseq.launch.slurm.state import record_job, state_of
 from longseq.run import Run
 from longseq.starts import Progress
@@ -163,3 +164,54 @@ def test_a_run_of_several_nodes_is_not_started_on_this_machine_alone(place):
     run = Run.create(load_config(place / "small.yaml", given), "x")
     with pytest.raises(LongseqError, match=r"trainer\.nodes=2: .* set trainer\.nodes=1 trainer\.devices=2, or fewer"):
         local.train(run, 1, None)
+
+
+def test_a_job_that_asks_for_no_gpu_is_refused_where_it_would_train_on_cpus_unsaid(place):
+    auto = (place / "small.yaml").read_text().replace(", accelerator: cpu", "")
+    (place / "auto.yaml").write_text(auto)
+    refused = longseq(place, "submit", "auto.yaml", "--nodes=2", "--dry-run")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "trainer.accelerator=auto, but the job asks for no GPU" in refused.stderr
+    for words in (["--gpus-per-node=2"], ["trainer.accelerator=cpu"], ["trainer.accelerator=cuda"]):
+        shown = longseq(place, "submit", "auto.yaml", "--nodes=2", "--dry-run", *words)
+        assert shown.returncode == 0, shown.stderr
+        assert ("--gpus-per-node=2" in shown.stdout) == (words == ["--gpus-per-node=2"])
+    # A GPU that was asked for and is not seen is no reason to train on a CPU.
+    assert "trainer.accelerator=cuda" in longseq(place, "submit", "auto.yaml", "--gpus-per-node=2", "--dry-run").stdout
+
+
+def test_a_time_without_its_unit_is_refused(place):
+    refused = longseq(place, "submit", "small.yaml", "--time=1440", "--dry-run")
+    assert refused.returncode == 1
+    assert "time=1440: a number alone may mean minutes, as SLURM reads it" in refused.stderr
+    assert "#SBATCH --time=1-00:00:00\n" in longseq(place, "submit", "small.yaml", "--time=1-0", "--dry-run").stdout
+
+
+@pytest.mark.parametrize(
+    ("end", "why"),
+    [
+        ("lost node2: task 1: Killed", "node2: task 1: Killed"),
+        ("crashed rank 0 on node1: ValueError: a bug", "rank 0 on node1: ValueError: a bug"),
+        ("preflight node1: no room.", "node1: no room."),
+        ("", "NonZeroExitCode"),
+    ],
+)
+def test_a_failed_run_shows_its_reason(place, end, why):
+    run = a_run(place)
+    record_job(run, "7", "longseq submit")
+    start = starts.take(run.starts_dir, "slurm job 7, restart 0, on n1, from no checkpoint")
+    if end:
+        starts.note_end(run.starts_dir, start, end)
+    ended = Queued("7", "FAILED", "NonZeroExitCode", "0:00", "n1", "N/A")
+    state = state_of(run, {"7": ended})
+    assert (state.word, state.why) == ("FAILED", why)
+
+
+def test_a_running_job_shows_the_rank_that_does_not_answer(place):
+    run = a_run(place)
+    record_job(run, "7", "longseq submit")
+    start = starts.take(run.starts_dir, "slurm job 7, restart 0, on n1, from no checkpoint")
+    running = {"7": Queued("7", "RUNNING", "None", "1:00", "n1", "N/A")}
+    assert state_of(run, running).why == ""
+    starts.path_of(run.starts_dir, start, "silent").write_text("n1: rank 1 has not answered for 30 s\n")
+    assert state_of(run, running).why == "n1: rank 1 has not answered for 30 s"

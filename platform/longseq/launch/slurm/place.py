@@ -1,4 +1,4 @@
-"""Where a task stands among all tasks of a job, as SLURM tells it, and what their start must find. No torch here."""
+"""Where a task stands among all tasks of a job, as SLURM tells it, and what their start goes by. No torch here."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
+from longseq.errors import LongseqError
+
+_FIRST_PORT, _PORTS = 20_000, 12_000  # below the ports that systems give away
+
 
 @dataclass(frozen=True)
 class Limits:
-    """What a start must find."""
+    """What a start must find, and how long it waits for a rank that does not answer."""
 
     seconds: float = 300.0  # until all processes have met
     disk_gib: float = 1.0
     clock_seconds: float = 30.0
     gb_a_second: float = 0.0
+    hang_seconds: float = 600.0
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +41,7 @@ class Place:
     world: int
     nodes: tuple[str, ...]  # of the step, by the scheduler's names
     address: str
-    port: int
+    port: int  # that rank 0 tries first
 
     @staticmethod
     def of_slurm(environment: Mapping[str, str]) -> Place:
@@ -50,12 +55,37 @@ class Place:
             nodes=nodes,
             # Of the batch script's node, which is that of rank 0; by number, where names do not resolve.
             address=environment.get("SLURM_LAUNCH_NODE_IPADDR") or nodes[0],
-            port=20_000 + (job * 101 + restart * 7) % 12_000,  # below the ports that systems give away
+            port=_FIRST_PORT + (job * 101 + restart * 7) % _PORTS,
         )
+
+    @property
+    def node(self) -> str:
+        """The scheduler's name of this process's node."""
+        return self.node_of(self.rank)
 
     def node_of(self, rank: int) -> str:
         """The scheduler's name of a rank's node; every node has equally many."""
         return self.nodes[rank * len(self.nodes) // self.world]
+
+    def ports(self, count: int = 16) -> Iterator[int]:
+        """What rank 0 tries, where others of this machine listen on the first."""
+        for attempt in range(count):
+            yield self.port if not attempt else _FIRST_PORT + (self.port + attempt * 1_009) % _PORTS
+
+
+def refuse_several_tasks(environment: Mapping[str, str], verb: str) -> None:
+    """`srun -n2 longseq fit` would start the same training twice.
+
+    Raises:
+        LongseqError: where this process is one of several tasks of a step.
+    """
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")  # of srun; a job's own script has none
+    if tasks != "1":
+        raise LongseqError(
+            f"longseq {verb}: task {environment.get('SLURM_PROCID')} of {tasks} that srun has started, and each would "
+            f"train for itself. `longseq submit` starts a training on several nodes; on one node, "
+            f"`srun --ntasks=1 longseq {verb} ... trainer.devices=N` starts its own processes."
+        )
 
 
 def host_names(text: str) -> Iterator[str]:

@@ -9,20 +9,23 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
 from longseq.errors import EXIT_UNFIT, LongseqError
 from longseq.launch.memory import gib
+from longseq.launch.slurm.interfaces import choose_interface, own_address
 from longseq.launch.slurm.place import Limits, Place
+from longseq.training.collectives import ControlGroup
 from longseq.training.rehearsal import all_reduce_rate
 
-_POLL_SECONDS = 0.1
+_POLL_SECONDS, _LISTING_SECONDS = 0.1, 0.5
 _HEARING_SECONDS = 30.0
 
 
@@ -32,24 +35,38 @@ class UnfitError(LongseqError):
     exit_code = EXIT_UNFIT
 
 
-def meet(place: Place, device: torch.device, limits: Limits) -> tuple[Store | None, str]:
+class NotMetError(UnfitError):
+    """Processes that did not find each other: another start may."""
+
+
+def meet(
+    place: Place, device: torch.device, limits: Limits, port_file: Path | None = None
+) -> tuple[TCPStore | None, str]:
     """Every process calls it: they meet, say what they see, and try a sum. Afterwards the process group is there.
+
+    port_file: where rank 0 says on which port it listens; None: on the place's own, or not at all.
 
     Returns:
         what the processes can leave each other messages in (None for one process), and a line for people.
 
     Raises:
-        UnfitError: naming the nodes that are missing, or unfit, and why.
+        NotMetError: naming the nodes that are missing, or cannot talk to the others.
+        UnfitError: naming the nodes that are unfit, and why.
     """
     room = shutil.disk_usage(tempfile.gettempdir()).free
     problem = _problem(device, room, limits)
     if place.world == 1:
         if problem:
             raise UnfitError(f"{place.node_of(0)}: {problem}")
+        # Else whoever needs a group of one process would listen on a port, which another one may have.
+        alone = HashStore()
+        choose_interface(place, alone)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=alone, rank=0, world_size=1)
         return None, f"1 process on {place.node_of(0)}; {gib(room)} free in {tempfile.gettempdir()}"
-    store = _all_there(place, problem, limits)
+    store = _all_there(place, problem, limits, port_file)
+    choose_interface(place, store)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    with _time_out(limits.seconds, place):
+    with _time_out(limits.seconds, place), _said_by(place):
         dist.init_process_group(
             backend,
             store=PrefixStore("training", store),
@@ -57,6 +74,7 @@ def meet(place: Place, device: torch.device, limits: Limits) -> tuple[Store | No
             world_size=place.world,
             timeout=timedelta(minutes=30),
         )
+        ControlGroup().barrier()
         clocks = _check_clocks(place, limits)
         rate = all_reduce_rate(device)
         if rate / 1e9 < limits.gb_a_second:
@@ -84,32 +102,67 @@ def _problem(device: torch.device, room: int, limits: Limits) -> str:
     return "" if right else f"GPU {local} gives wrong products."
 
 
-def _all_there(place: Place, problem: str, limits: Limits) -> Store:
+def _all_there(place: Place, problem: str, limits: Limits, port_file: Path | None) -> TCPStore:
+    port = place.port
     try:
-        store = TCPStore(
-            place.address,
-            place.port,
-            is_master=place.rank == 0,
-            timeout=timedelta(seconds=limits.seconds),
-            wait_for_workers=False,
-        )
-        store.set(f"hello/{place.rank}", json.dumps([socket.gethostname(), problem]))
         if place.rank == 0:
-            store.set("verdict", _verdict(store, place, limits))
+            store = _listen(place, limits, port_file)
+        else:
+            port = _port(place, limits, port_file)
+            store = TCPStore(place.address, port, timeout=timedelta(seconds=limits.seconds), wait_for_workers=False)
+        hello = [socket.gethostname(), problem, own_address(place.address)]
+        store.set(f"hello/{place.rank}", json.dumps(hello))
+        if place.rank == 0:
+            store.set("verdict", json.dumps(_verdict(store, place, limits)))
         store.set_timeout(timedelta(seconds=limits.seconds + 60))
-        verdict = store.get("verdict").decode()
+        kind, verdict = json.loads(store.get("verdict"))
     except RuntimeError as error:
-        raise UnfitError(
-            f"{place.node_of(place.rank)}: rank {place.rank} cannot reach rank 0 at {place.address}:{place.port} "
+        raise NotMetError(
+            f"{place.node}: rank {place.rank} cannot reach rank 0 at {place.address}:{port} "
             f"({str(error).splitlines()[0]})."
         ) from None
     if verdict:
         _all_heard(store, place)
-        raise UnfitError(verdict)
+        raise (NotMetError if kind == "missing" else UnfitError)(verdict)
     return store
 
 
-def _all_heard(store: Store, place: Place) -> None:
+def _listen(place: Place, limits: Limits, port_file: Path | None) -> TCPStore:
+    """Rank 0's store. A port that another process has makes it take the next, where it can tell the others."""
+    for port in place.ports() if port_file else (place.port,):
+        try:
+            store = TCPStore(
+                place.address, port, is_master=True, timeout=timedelta(seconds=limits.seconds), wait_for_workers=False
+            )
+        except RuntimeError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            reason = error
+            continue
+        if port_file:
+            aside = port_file.with_name(f".{port_file.name}.partial")
+            aside.write_text(f"{port}\n")
+            aside.rename(port_file)
+        return store
+    raise reason
+
+
+def _port(place: Place, limits: Limits, port_file: Path | None) -> int:
+    """Where rank 0 listens."""
+    if port_file is None:
+        return place.port
+    deadline = time.monotonic() + limits.seconds
+    # A listing asks the server of a network file system anew; a look for one name may not.
+    while port_file.name not in os.listdir(port_file.parent):  # noqa: PTH208
+        if time.monotonic() > deadline:
+            raise NotMetError(
+                f"{place.node_of(0)}: rank 0 has not begun to listen after {limits.seconds:g} s (preflight_seconds)."
+            )
+        time.sleep(_LISTING_SECONDS)
+    return int(port_file.read_text())
+
+
+def _all_heard(store: TCPStore, place: Place) -> None:
     """Rank 0 holds the store, and waits a while for those who are there to read the verdict in it."""
     with suppress(RuntimeError):
         store.set(f"heard/{place.rank}", "")
@@ -120,21 +173,21 @@ def _all_heard(store: Store, place: Place) -> None:
                 time.sleep(_POLL_SECONDS)
 
 
-def _verdict(store: Store, place: Place, limits: Limits) -> str:
-    """Rank 0 waits for all others, and says who is missing or unfit; empty if nobody is."""
+def _verdict(store: TCPStore, place: Place, limits: Limits) -> tuple[str, str]:
+    """Rank 0 waits for all others, and says who is "missing" or "unfit": a sentence, empty if nobody is."""
     deadline, missing = time.monotonic() + limits.seconds, set(range(place.world))
     while missing and time.monotonic() < deadline:
         missing -= {rank for rank in missing if store.check([f"hello/{rank}"])}
         time.sleep(_POLL_SECONDS if missing else 0)
     if missing:
         nodes = ", ".join(dict.fromkeys(place.node_of(rank) for rank in sorted(missing)))
-        return (
+        return "missing", (
             f"{nodes}: no sign of rank {', '.join(map(str, sorted(missing)))} after {limits.seconds:g} s "
             "(preflight_seconds)."
         )
     found = {rank: json.loads(store.get(f"hello/{rank}"))[1] for rank in range(place.world)}
     problems = {f"{place.node_of(rank)}: {problem}": None for rank, problem in found.items() if problem}
-    return " ".join(problems)
+    return "unfit", " ".join(problems)
 
 
 def _check_clocks(place: Place, limits: Limits) -> float:
@@ -179,6 +232,22 @@ def _slowest(place: Place, device: torch.device, rate: float, limits: Limits) ->
     )
 
 
+@contextmanager
+def _said_by(place: Place) -> Iterator[None]:
+    """What a library's error does not say: where, and what to look at."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise NotMetError(
+            f"{', '.join(place.nodes)}: they met, but rank {place.rank} on {place.node} cannot talk to all others "
+            f"({str(error).splitlines()[0]}). {_LOOK_AT_INTERFACES}"
+        ) from error
+
+
+_LOOK_AT_INTERFACES = (
+    "Is the network between the nodes, and the interface that NCCL or gloo takes (NCCL_SOCKET_IFNAME, "
+    "GLOO_SOCKET_IFNAME in environment of the site's profile), the right one?"
+)
 on_time_out: Callable[[str], None] = print  # what a process that hangs says, before it is ended
 
 
@@ -187,10 +256,9 @@ def _time_out(seconds: float, place: Place) -> Iterator[None]:
     """End the process where a collective hangs: nothing else would."""
 
     def end() -> None:
-        names: Sequence[str] = place.nodes
         on_time_out(
-            f"{', '.join(names)}: they met, but a collective did not end within {seconds:g} s: is the network between "
-            "them, and the interface that NCCL or gloo takes (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME), the right one?"
+            f"{', '.join(place.nodes)}: they met, but a collective did not end within {seconds:g} s. "
+            f"{_LOOK_AT_INTERFACES}"
         )
         os._exit(EXIT_UNFIT)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from longseq.config import Config
 from longseq.errors import ConfigError
+from longseq.launch.local import PEER_LOST
 from longseq.launch.slurm.site import Site
 from longseq.launch.slurm.templates import Shell, directive, fill, quoted
 
@@ -170,12 +171,16 @@ def _training(config: Config, site: Site, request: Request, runs: Sequence[Path]
     least = request.nodes if request.min_nodes is None else request.min_nodes
     limits = {"seconds": site.preflight_seconds, "disk-gib": site.preflight_disk_gib}
     limits |= {"clock-seconds": site.preflight_clock_seconds, "gb-a-second": site.preflight_gb_a_second}
+    limits |= {"hang-seconds": site.hang_seconds}
     return {
         "layouts": list(layouts(config, request.nodes, least, request.devices).items()),
         "devices": request.devices,
         "max_restarts": site.max_restarts,
         "pause_seconds": site.pause_seconds,
         "requeue": site.requeue and request.comes_back,
+        "peer_lost": PEER_LOST,
+        # A GPU that was asked for and cannot be seen is no reason to train on a CPU.
+        "accelerator": Shell(" trainer.accelerator=cuda" if request.gpus else ""),
         "preflight": _words(f"--{name}={value:g}" for name, value in limits.items()),
         **_environment(site),
         **_command(site, request, runs),

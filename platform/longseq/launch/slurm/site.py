@@ -46,7 +46,7 @@ class Site:
     scratch: str | None = key(None, "fast local folder of every node, for temporary files")
     signal_seconds: int = key(180, "how long before the time limit a run saves and comes back", at_least=10)
     requeue: bool = key(True, "the job comes back by itself after time limits, preemption, crashes and lost nodes")
-    max_restarts: int = key(100, "how often a job comes back at most", at_least=0)
+    max_restarts: int = key(100, "how often a job comes back at most without a new checkpoint", at_least=0)
     pause_seconds: int = key(
         30, "longer each time, before a job comes back that failed before its first step", at_least=0
     )
@@ -54,6 +54,9 @@ class Site:
     preflight_disk_gib: float = key(1.0, "free space that a node's temporary folder must have", at_least=0)
     preflight_clock_seconds: float = key(30.0, "by how much clocks of nodes may differ", at_least=0)
     preflight_gb_a_second: float = key(0.0, "least bandwidth of an all-reduce over all processes; 0: any", at_least=0)
+    hang_seconds: int = key(
+        600, "how long a process may not answer, or all stand still, before the start ends and names it", at_least=10
+    )
     sbatch: list[str] = key([], "further directives, e.g. --mail-type=FAIL")
     srun: list[str] = key([], "further arguments of srun, e.g. --mpi=none")
 

@@ -66,6 +66,13 @@ def stopped(run: Run) -> str | None:
         return None
 
 
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
 def state_of(run: Run, queued: Mapping[str, Queued] | None) -> State:
     """How a run stands; ``queued`` is None where SLURM cannot be asked."""
     numbers, jobs = starts.numbers(run.starts_dir), jobs_of(run)
@@ -76,6 +83,8 @@ def state_of(run: Run, queued: Mapping[str, Queued] | None) -> State:
     newest = jobs[-1] if jobs else ""
     if running:
         waits = running.reason if running.state != "RUNNING" and running.reason != "None" else ""
+        if running.state == "RUNNING" and numbers:
+            waits = _read(starts.path_of(run.starts_dir, numbers[-1], "silent"))  # a rank that does not answer
         left = running.left if running.state == "RUNNING" else ""
         return State(run, running.job, running.state, waits, progress, len(numbers), left, running.nodes)
     if (run.path / "FINISHED").exists():
@@ -88,8 +97,8 @@ def state_of(run: Run, queued: Mapping[str, Queued] | None) -> State:
         ended = (queued or {}).get(newest)
         word, why = (ended.state if ended and ended.state != "COMPLETED" else "ENDED"), ""
         said = starts.read_end(run.starts_dir, numbers[-1]) if numbers else None
-        if said and said.startswith(("preflight ", "error ")):
-            why = said.partition(" ")[2]
-        elif said == "saved":
-            why = "saved"
+        verdict, _, reason = (said or "").partition(" ")
+        why = reason if verdict in ("preflight", "error", "crashed", "lost") else verdict if verdict == "saved" else ""
+        if not why and word != "ENDED":  # of SLURM's own, such as NonZeroExitCode: the script may not have come far
+            why = ended.reason if ended and ended.reason != "None" else ""
     return State(run, newest, word, why, progress, len(numbers), "", "")

@@ -12,6 +12,7 @@ import os
 import shutil
 import socket
 import sys
+import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -20,14 +21,16 @@ from longseq import starts
 from longseq.checkpoint import Checkpoint, remove_partials
 from longseq.config import Config
 from longseq.errors import EXIT_CRASHED, EXIT_ERROR, EXIT_GO_ON, EXIT_UNFIT
-from longseq.launch.local import rank_log
+from longseq.launch.local import PEER_LOST, rank_log
 from longseq.launch.slurm.place import Limits, Place
 from longseq.run import Run
 from longseq.training.callbacks.stopping import StopFlag
-from longseq.training.worker import leave, outcome, quiet
+from longseq.training.worker import leave, outcome, quiet, raise_open_files
 
 _FINISHED = "finished"
+_MOST_LETTERS = 400  # of an error that is shown beside a job
 _LONG = timedelta(hours=2)  # for the sums of a large checkpoint
+_CAUSE_SECONDS = 2.0  # for SLURM to say which process has died, before the others end that only lost it
 
 
 def main() -> int:
@@ -45,10 +48,27 @@ def main() -> int:
     _environment(place)
 
     starts.watch(run.starts_dir, run.start, _say)
-    code, sentence = outcome(lambda: _train(run, tuple(args.overrides), place, Limits.of(args), stop), run)
-    if sentence:
-        _say(sentence)
-    verdicts = {EXIT_ERROR: f"error {sentence}", EXIT_UNFIT: f"preflight {sentence}"}
+    try:
+        code, sentence = outcome(lambda: _train(run, tuple(args.overrides), place, Limits.of(args), stop), run)
+    except Exception as error:
+        traceback.print_exc()
+        code, sentence = EXIT_CRASHED, _why(error)
+    else:
+        if code == PEER_LOST:
+            _say(f"rank {place.rank} {sentence}.", "warning")
+        elif sentence:
+            _say(sentence)
+    # The sentence begins with the nodes, where they are to blame: the job's script goes by it.
+    verdicts = {
+        EXIT_ERROR: f"error {sentence}",
+        EXIT_UNFIT: f"preflight {sentence}",
+        EXIT_CRASHED: f"crashed rank {place.rank} on {place.node}: {sentence}",
+        PEER_LOST: f"crashed rank {place.rank} on {place.node} {sentence}",
+    }
+    if code == EXIT_CRASHED and "CUDA error" in str(sentence):
+        verdicts[code] = f"lost {place.node}: rank {place.rank}: {sentence}"
+    if code == PEER_LOST:
+        time.sleep(_CAUSE_SECONDS)
     if code in verdicts:
         starts.note_end(run.starts_dir, run.start, verdicts[code])
     if place.rank == 0 and code in (0, EXIT_GO_ON):
@@ -60,22 +80,37 @@ def _train(run: Run, overrides: tuple[str, ...], place: Place, limits: Limits, s
     import torch
 
     from longseq.launch.slurm import preflight
+    from longseq.launch.slurm.watchdog import Watchdog
     from longseq.training.fit import fit
     from longseq.training.strategy import on_cuda
 
     quiet()
+    raise_open_files()
     config = run.config(overrides)
     stop.time_limit = config.time_limit_seconds
-    preflight.on_time_out = lambda text: starts.note_end(run.starts_dir, run.start, f"preflight {text}")
+
+    def lost(sentence: str) -> None:
+        _say(sentence)
+        starts.note_end(run.starts_dir, run.start, f"lost {sentence}")
+
+    preflight.on_time_out = lost
     device = torch.device("cuda", place.local_rank) if on_cuda(config) else torch.device("cpu")
     if device.type == "cuda" and torch.cuda.device_count() == 1:
         device = torch.device("cuda", 0)  # the scheduler shows each task its own
-    store, line = preflight.meet(place, device, limits)
+    try:
+        store, line = preflight.meet(place, device, limits, starts.path_of(run.starts_dir, run.start, "port"))
+    except preflight.NotMetError as error:
+        starts.note_end(run.starts_dir, run.start, f"lost {error}")
+        raise
     if place.rank == 0:
         print(f"preflight {line}", file=sys.stderr, flush=True)
     # One looks at the checkpoints, whose sums take their time, and tells the others.
     chosen = _begin(run, config) if place.rank == 0 else ""
+    watching = []
     if store is not None:
+        os.environ["MASTER_PORT"] = str(store.port)
+        silent = starts.path_of(run.starts_dir, run.start, "silent")
+        watching.append(Watchdog(place, store.port, limits.hang_seconds, silent, lost))
         if place.rank == 0:
             store.set("checkpoint", chosen)
         store.set_timeout(_LONG)
@@ -83,7 +118,12 @@ def _train(run: Run, overrides: tuple[str, ...], place: Place, limits: Limits, s
     if chosen == _FINISHED:
         return 0
     checkpoint = Checkpoint(run.checkpoints_dir / chosen) if chosen else None
-    return 0 if fit(run, config, checkpoint, stop) else EXIT_GO_ON
+    return 0 if fit(run, config, checkpoint, stop, watching) else EXIT_GO_ON
+
+
+def _why(error: Exception) -> str:
+    """What a traceback ends with, on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:_MOST_LETTERS]
 
 
 def _begin(run: Run, config: Config) -> str:
@@ -130,8 +170,6 @@ def _environment(place: Place) -> None:
     each = place.world // len(place.nodes)
     threads = os.environ.get("SLURM_CPUS_PER_TASK") or max(1, len(os.sched_getaffinity(0)) // each)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    if len(place.nodes) == 1:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if "TMPDIR" in os.environ:
         Path(os.environ["TMPDIR"]).mkdir(parents=True, exist_ok=True)
     os.environ |= {

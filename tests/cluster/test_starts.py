@@ -1,0 +1,163 @@
+"""Starts on clusters as they are: addresses, ports and environments that mislead, nodes that hang or are sick."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from longseq import starts
+from longseq.durations import duration_seconds
+
+from .conftest import ENDED, Login
+
+pytestmark = pytest.mark.distributed
+
+LONG = ("data.batch_tokens=12288", "trainer.max_steps=60", "trainer.valid_every=0", "trainer.checkpoint_every=30")
+
+
+@pytest.fixture
+def debian(login: Login) -> Iterator[None]:
+    """/etc/hosts of every node as Debian and Ubuntu write it."""
+    cluster = login.cluster
+    for node in cluster.nodes if cluster.netns else ():
+        hosts = cluster.folder / f"hosts-{node}"
+        hosts.write_text(f"127.0.0.1 localhost\n127.0.1.1 {node}\n10.77.0.1 login\n")
+        cluster.tell(node, f"mount --bind {hosts} /etc/hosts && touch {hosts}.bound")
+    for node in cluster.nodes if cluster.netns else ():
+        _until(lambda path=cluster.folder / f"hosts-{node}.bound": path.exists(), "a bound /etc/hosts")
+    yield
+    for node in cluster.nodes if cluster.netns else ():
+        cluster.tell(node, "umount /etc/hosts")
+
+
+def test_a_misleading_address_a_taken_port_and_no_environment_do_not_keep_a_run_from_starting(
+    login: Login, debian: None
+) -> None:
+    """127.0.1.1 in /etc/hosts, MASTER_PORT in use on every node, and sbatch --export=NONE."""
+    cluster = login.cluster
+    job = int(cluster.run("sbatch", "--parsable", "--hold", "--wrap=true"))
+    cluster.run("scancel", job)
+    port = 20_000 + (job + 1) * 101 % 12_000
+    taken = login.folder / "taken.py"
+    taken.write_text(
+        "import pathlib, socket, sys, time\n"
+        f"taken = socket.socket()\ntaken.bind(('0.0.0.0', {port}))\ntaken.listen()\n"
+        "pathlib.Path(sys.argv[1]).touch()\ntime.sleep(120)\n"
+    )
+    for node in cluster.nodes if cluster.netns else cluster.nodes[:1]:
+        ready = cluster.folder / f"taken-{node}"
+        cluster.tell(node, f"python3 '{taken}' {ready}")
+        _until(ready.exists, "a taken port")
+    site = (login.folder / "site.yaml").read_text()
+    path = cluster.environment.get("PYTHONPATH", "")
+    site = site.replace("'1'}", f"'1', MARK: 'it is here', PYTHONPATH: '{path}'}}\nsbatch: ['--export=NONE']")
+    (login.folder / "none.yaml").write_text(site)
+    job_id, run = login.submit("misled", "--nodes=3", "--site=none.yaml", *LONG)
+    assert int(job_id) == job + 1
+    login.wait_for_step(run, 1)
+    (task,) = login.tasks(cluster.nodes[1]) if cluster.netns else login.tasks(cluster.nodes[0])[:1]
+    environment = Path(f"/proc/{task}/environ").read_bytes().split(b"\0")
+    assert b"MARK=it is here" in environment
+    assert b"PYTHONSAFEPATH=1" in environment
+    assert cluster.wait_for(job_id, *ENDED) == "COMPLETED", login.log(run)
+    assert starts.numbers(run / "starts") == [1]
+    assert int((run / "starts/00001.port").read_text()) != port
+
+
+def test_a_rank_that_hangs_is_named_and_the_run_goes_on(login: Login) -> None:
+    cluster = login.cluster
+    (login.folder / "hang.yaml").write_text((login.folder / "site.yaml").read_text() + "hang_seconds: 10\n")
+    job, run = login.submit("hangs", "--nodes=2", "--site=hang.yaml", *LONG)
+    login.wait_for_step(run, 5)
+    node = [node for node in cluster.nodes if login.tasks(node)][-1]
+    for pid in login.tasks(node):
+        os.kill(pid, signal.SIGSTOP)
+    _until(lambda: (run / "starts/00001.end").exists(), "the end of the start", 40)
+    said = starts.read_end(run / "starts", 1)
+    assert said is not None
+    assert re.match(rf"lost {node}: rank 1 has not answered for 1\d s \(hang_seconds=10 of", said), said
+    assert cluster.wait_for(job, *ENDED) == "COMPLETED", login.log(run)
+    assert starts.numbers(run / "starts") == [1, 2]
+
+
+def test_a_sick_node_is_left_out(login: Login) -> None:
+    """The rank on one node is killed at every start; another node is idle."""
+    cluster = login.cluster
+    if not cluster.netns:
+        pytest.skip("nodes share their processes without namespaces")
+    job, run = login.submit("sick", "--nodes=2", *LONG)
+    login.wait_for_step(run, 0)
+    sick = [node for node in cluster.nodes if login.tasks(node)][-1]
+    login.kill_task(sick)
+    login.wait_for_step(run, 0, start=2)
+    login.kill_task(sick)
+    login.wait_for_step(run, 0, start=3)
+    assert not login.tasks(sick)
+    assert [starts.read_end(run / "starts", number) for number in (1, 2)] == [f"lost {sick}: task 1: Killed"] * 2
+    assert f"without {sick} from now on" in login.log(run)
+    assert cluster.wait_for(job, *ENDED) == "COMPLETED", login.log(run)
+    assert f"ExcNodeList={sick}" in cluster.run("scontrol", "show", "job", job)
+
+
+def test_a_node_that_is_unfit_ends_the_job_with_69(login: Login) -> None:
+    site = (login.folder / "site.yaml").read_text().replace("disk_gib: 0.01", "disk_gib: 100000")
+    (login.folder / "unfit.yaml").write_text(site)
+    job, run = login.submit("unfit", "--nodes=2", "--site=unfit.yaml", *LONG)
+    assert login.cluster.wait_for(job, *ENDED) == "FAILED"
+    assert "ExitCode=69:0" in login.cluster.run("scontrol", "show", "job", job)
+    assert not (run / "STOPPED").exists()
+    state = json.loads(login.type("status", run, "--json"))
+    assert state["state"] == "FAILED"
+    assert "preflight_disk_gib=100000" in state["why"]
+
+
+def test_times_are_read_as_slurm_reads_them(login: Login) -> None:
+    """SLURM counts in whole minutes, rounded up."""
+    cluster = login.cluster
+    for written in ("90:30", "2:30:00", "1-12", "1-12:30", "1-12:30:15", "00:30", "0-2", "2:5"):
+        job = cluster.run("sbatch", "--parsable", "--hold", f"--time={written}", "--wrap=true").strip()
+        shown = re.search(r"TimeLimit=(\S+)", cluster.run("scontrol", "show", "job", job))
+        cluster.run("scancel", job)
+        assert shown is not None
+        seconds = duration_seconds(shown[1])
+        assert -(-duration_seconds(written) // 60) * 60 == seconds, (written, shown[1])
+
+
+@pytest.mark.long
+def test_a_node_that_is_slow_once_costs_a_start_and_not_the_run(login: Login) -> None:
+    cluster = login.cluster
+    (login.folder / "slow.yaml").write_text((login.folder / "site.yaml").read_text() + "preflight_seconds: 10\n")
+    job, run = login.submit("slow", "--nodes=2", "--site=slow.yaml", *LONG)
+    login.wait_for_step(run, 5)
+    cluster.run("scontrol", "requeue", job)
+    _until(lambda: (run / "starts/00002.start").exists(), "the second start", 40)
+    last: list[int] = []
+    while not last:
+        last = [pid for node in cluster.nodes for pid in login.tasks(node) if _rank(pid) == b"1"]
+    os.kill(last[0], signal.SIGSTOP)
+    assert cluster.wait_for(job, *ENDED) == "COMPLETED", login.log(run)
+    said = starts.read_end(run / "starts", 2)
+    assert said is not None
+    assert "no sign of rank 1 after 10 s (preflight_seconds)." in said
+
+
+def _rank(pid: int) -> bytes:
+    with suppress(OSError):
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return next((v.partition(b"=")[2] for v in variables if v.startswith(b"SLURM_PROCID=")), b"")
+    return b""
+
+
+def _until(condition: object, what: str, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, f"no sign of {what}"
+        time.sleep(0.05)

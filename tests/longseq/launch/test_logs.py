@@ -1,0 +1,56 @@
+"""`longseq logs` shows what was written, whatever lies at the end of a block of bytes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from longseq.cli import main
+from longseq.config_loading import load_config
+from longseq.run import Run
+
+LETTERS = {"é": 2, "→": 3, "𝛚": 4}
+
+
+@pytest.fixture
+def run(folder: Path) -> Run:
+    run = Run.create(load_config(folder / "small.yaml", ["data.train=a.fasta", "run.name=one"]), "x")
+    run.slurm_dir.mkdir()
+    return run
+
+
+@pytest.mark.parametrize("letter", LETTERS)
+@pytest.mark.parametrize("before", [0, 1, 2, 3])
+def test_a_letter_on_both_sides_of_a_block_is_whole(run, capsys, letter, before):
+    text = "a" * (65536 - before) + letter + "b" * 65530 + letter * 3 + "\n"
+    (run.slurm_dir / "job-1.log").write_text(text, encoding="utf-8")
+    assert main(["logs", str(run.path)]) == 0
+    assert capsys.readouterr().out == text
+
+
+def test_bytes_that_are_no_text_are_shown_as_such(run, capsys):
+    (run.slurm_dir / "job-1.log").write_bytes(b"a\xffb\xe2\x86")
+    assert main(["logs", str(run.path)]) == 0
+    assert capsys.readouterr().out == "a\ufffdb\ufffd"
+
+
+def test_a_letter_that_is_half_written_is_waited_for(run):
+    log = run.slurm_dir / "job-1.log"
+    log.write_bytes("x →".encode()[:-1])
+    command = [sys.executable, "-m", "longseq.cli", "logs", "-f", str(run.path)]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    follower = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
+    assert follower.stdout is not None
+    assert os.read(follower.stdout.fileno(), 100) == b"x "
+    with log.open("ab") as file:
+        file.write("→".encode()[-1:] + b"\n")
+    time.sleep(0.1)
+    (run.path / "FINISHED").write_text("1\n")
+    rest, _ = follower.communicate(timeout=30)
+    assert rest == "→\n".encode()
+    assert follower.returncode == 0
