@@ -217,3 +217,28 @@ def test_damaged_rows_of_a_hub_dataset_are_one_sentence(hub):
     with pytest.raises(DataError, match=r"after row \d+: cannot be read") as caught:
         list(read_hub(hub, "text", 100, strict=False))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "kind", ["large_string", "string_view", "binary", "large_binary", "binary_view", "dictionary", "json"]
+)
+def test_text_of_every_arrow_type_reads_as_strings_do(tmp_path: Path, kind: str) -> None:
+    rows = ["zwölf", "", None, "ein\nBuch"] * 3  # Polars writes views, pandas' categories are dictionaries
+    text = pa.array(rows)
+    if kind == "dictionary":
+        text = text.dictionary_encode()
+    elif kind == "json":
+        text = pa.ExtensionArray.from_storage(pa.json_(pa.utf8()), text)
+    else:
+        text = text.cast(pa.type_for_alias(kind) if kind in ("binary", "large_binary") else getattr(pa, kind)())
+    path = tmp_path / "table.parquet"
+    pq.write_table(pa.table({"text": text, "id": pa.array([f"i{i}" for i in range(12)], pa.string_view())}), path)
+    found = [(each.identifier, each.data) for each in read_parquet(str(path), "text", 100, strict=True)]
+    assert found == [(f"i{i}", row.encode()) for i, row in enumerate(rows) if row]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "table.parquet"
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
+    with pytest.raises(DataError, match=r"table.parquet: 2 columns are named 'text'"):
+        list(read_parquet(str(path), "text", 100, strict=True))
