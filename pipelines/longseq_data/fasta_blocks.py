@@ -98,6 +98,7 @@ def read_tokens(source: str, choose: Choose | None = None) -> Generator[Tokens, 
             yield tokens
             continue
         for chunk in [records] if records else _parsed(text, source, line):
+            chunk = [record for record in chunk if record.length]  # see fasta.HOLLOW
             wanted = itertools.repeat(True) if choose is None else choose([r.identifier.encode() for r in chunk])
             some = [record if yes else None for record, yes in zip(chunk, wanted, strict=False)]
             yield Tokens(some, [record.length if record else 0 for record in some], plain=False)

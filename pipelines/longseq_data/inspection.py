@@ -13,7 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .corpus import Corpus
+from .fasta import NUCLEOTIDES_SENTENCE, PEPTIDE
 from .manifest import Lengths, Manifest, count_lengths, describe_lengths, histogram_lines, read_manifest
+from .prepare_map import NUCLEOTIDE_IDS
 from .prepare_reader import ProteinReader, Row, Stored, cut
 from .proteins import read_proteins
 from .uniprot import Header, parse_header
@@ -30,6 +32,7 @@ class RawCounts:
     records: int = 0
     tokens: int = 0
     unknown: Counter[str] = field(default_factory=Counter)  # letters outside the alphabet
+    proteins: bool = False  # whether any record has a letter that nucleotides do not have
     lengths: Lengths = field(default_factory=Lengths)
     first: list[Row] = field(default_factory=list)
     headers: list[Header] = field(default_factory=list)  # of the first
@@ -47,6 +50,7 @@ def count(sources: Sequence[str], show: int, progress: Callable[[int], object] |
         lengths = np.array([len(row.tokens) for row in rows], dtype=np.int64)
         counts.records += len(rows)
         counts.tokens += int(lengths.sum())
+        counts.proteins = counts.proteins or any(row.tokens.translate(None, NUCLEOTIDE_IDS) for row in rows)
         by_length.update(count_lengths(lengths))
         shortest, longest = min(shortest, int(lengths.min())), max(longest, int(lengths.max()))
         counts.first += rows[: show - len(counts.first)]
@@ -78,6 +82,8 @@ def _headers(sources: Sequence[str], number: int) -> Iterator[Header]:
 
 def raw_lines(sources: Sequence[str], counts: RawCounts) -> Iterator[str]:
     yield f"{len(sources)} file{'s' * (len(sources) > 1)}: {counts.records:,} records, {counts.tokens:,} residues"
+    if counts.tokens >= PEPTIDE and not counts.proteins:
+        yield f"  warning    {NUCLEOTIDES_SENTENCE}"
     yield from _unknown_lines(dict(counts.unknown))
     yield from length_lines(counts.lengths, counts.tokens, counts.records)
     for row, header in zip(counts.first, counts.headers, strict=True):
@@ -105,6 +111,8 @@ def report_lines(name: str, manifest: Manifest) -> Iterator[str]:
     tokens = sum(split.tokens for split in manifest.splits.values())
     yield f"{name}: {records:,} records, {tokens:,} {unit}, fingerprint {manifest.fingerprint[:16]}"
     yield f"  read       {report['records']:,} records, {report['tokens']:,} {unit}, {files} file{'s' * (files > 1)}"
+    if report.get("nucleotides"):
+        yield f"  warning    {NUCLEOTIDES_SENTENCE}"
     dropped = {"duplicates": report["duplicates"], **report["filtered"]}  # type: ignore[dict-item]
     for reason, number in dropped.items():
         if number:

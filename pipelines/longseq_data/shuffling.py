@@ -59,10 +59,13 @@ class Chunk:
         self.items[where], self.sizes[where] = chunk.items, chunk.sizes
 
 
-def documents_in_file_order(spec: StreamSpec) -> Iterator[Document]:
-    """The documents of the split. Raises DataError for bad data, and where there is none."""
+def documents_in_file_order(spec: StreamSpec, hollow: bool = False) -> Iterator[Document]:
+    """The documents of the split. Raises DataError for bad data, and where there is none.
+
+    hollow: proteins without residues too, which no training and no evaluation looks at.
+    """
     files = spec.reading.leaves(spec.sources)
-    return _one_by_one(_of_split(spec, chain.from_iterable(_chunks(spec, leaf) for leaf in files)))
+    return _one_by_one(_of_split(spec, chain.from_iterable(_chunks(spec, leaf, hollow) for leaf in files)))
 
 
 def shuffled_documents(spec: StreamSpec, epoch: int) -> Iterator[Document]:
@@ -123,7 +126,7 @@ def _one_by_one(chunks: Iterator[Chunk]) -> Iterator[Document]:
         yield from chunk.items.tolist()
 
 
-def _chunks(spec: StreamSpec, leaf: Leaf) -> Generator[Chunk, None, None]:
+def _chunks(spec: StreamSpec, leaf: Leaf, hollow: bool = False) -> Generator[Chunk, None, None]:
     choose = _choice(spec)
     if leaf.format == "fasta":
         read: Generator[Sequence[Document], None, None] = read_chunks(leaf.source)
@@ -132,6 +135,9 @@ def _chunks(spec: StreamSpec, leaf: Leaf) -> Generator[Chunk, None, None]:
     with closing(read):
         for documents in read:
             sizes = [document.held for document in documents]
+            if 0 in sizes and not hollow:
+                documents = [document for document in documents if document.length]
+                sizes = [document.held for document in documents]
             if choose is None:
                 yield Chunk.of(documents, sizes)
             else:

@@ -65,6 +65,7 @@ def _look(
             document.encode(0, None)
         if isinstance(document, Record):
             encoder.encode(document)
+            report.look_at(document)
         # a folder's pictures are named without being read; those of tables are read with their rows
         seen += document.held if leaf.format != "images" else 0
         report.records += 1

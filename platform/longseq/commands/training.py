@@ -21,7 +21,8 @@ from longseq.opening import find
 from longseq.run import Run, as_typed
 from longseq_data.corpus import Corpus
 from longseq_data.errors import DataError
-from longseq_data.fasta import ScanReport
+from longseq_data.fasta import NUCLEOTIDES_SENTENCE, ScanReport
+from longseq_data.manifest import read_manifest
 from longseq_data.survey import UNITS, survey
 
 
@@ -136,6 +137,8 @@ def check_data(config: Config) -> None:
             corpus = Corpus.open(prepared, split)
             unit = UNITS.get(corpus.vocabulary.name, "tokens")
             print(f"data.{split}: {len(corpus):,} records, {corpus.tokens:,} {unit} of {prepared}", file=sys.stderr)
+            if read_manifest(Path(prepared)).report.get("nucleotides"):
+                print(f"longseq: warning: data.{split}: {NUCLEOTIDES_SENTENCE}", file=sys.stderr)
             continue
         if not sources:
             continue
@@ -158,6 +161,8 @@ def say(name: str, report: ScanReport) -> None:
     """What a look at some data found, and which letters were read as X, on stderr."""
     extent = "" if report.complete else " at the beginning of the files"
     print(f"{name}: {report.records:,} records, {report.residues:,} {report.unit}{extent}", file=sys.stderr)
+    if report.warning:
+        print(f"longseq: warning: {name}: {report.warning}", file=sys.stderr)
     if report.unknown:
         letters = ", ".join(f"{letter!r} × {count:,}" for letter, count in report.unknown.most_common(5))
         first = report.first_unknown
