@@ -16,7 +16,7 @@ import numpy as np
 from .documents import DocumentEncoder
 from .errors import DataError
 from .sources import open_text, reading_error
-from .splits import Split, split_of
+from .splits import Identifiers, Split
 from .vocabulary import LETTERS, PROTEIN, TABLE, UNKNOWN, Tokens, X
 
 UNKNOWN_BYTE = bytes([UNKNOWN])
@@ -142,8 +142,8 @@ def _lines(handle: Iterable[str], source: str, headers: deque[int], first_line: 
 def _unusual(title: str, sequence: str, source: str, line: int) -> str:
     """The sequence without tabs and the final '*' (a stop codon).
 
-    Raises DataError where it is empty and its header does not say so, holds a header or a comment, or is not printable. Whole files may end each
-    sequence in '*' or have gaps, so what is legal takes no Python loop over the letters.
+    Raises DataError where it is empty and its header does not say so, holds a header or a comment, or is not printable.
+    Whole files may end each sequence in '*' or have gaps, so what is legal takes no Python loop over the letters.
     """
     sequence = sequence.replace("\t", "").removesuffix("*")
     if not sequence and HOLLOW not in title.split():
@@ -249,11 +249,16 @@ class ScanReport:
     records: int = 0
     residues: int = 0  # or bytes of text, or pictures' colour values: see ``unit``
     unit: str = "residues"
-    splits: Counter[Split] = field(default_factory=Counter)  # records of each
+    identifiers: Identifiers = field(default_factory=Identifiers)
     unknown: Counter[str] = field(default_factory=Counter)  # letters outside the alphabet, mapped to X
     first_unknown: tuple[str, int, str] | None = None  # source, line, letter
     complete: bool = True  # False: the budget ended before the data did
     proteins: bool = False  # whether any record has a letter that nucleotides do not have
+
+    @property
+    def splits(self) -> Counter[Split]:
+        """Records of each split."""
+        return self.identifiers.splits
 
     def look_at(self, record: Record) -> None:
         """Note what the letters of a protein tell."""
@@ -292,7 +297,7 @@ def scan(
                 report.complete = False
                 break
             report.records += 1
-            report.splits[split_of(record.identifier, valid_fraction, test_fraction)] += 1
+            report.identifiers.add(record.identifier, valid_fraction, test_fraction)
             report.residues += len(encoder.encode(record))
             report.look_at(record)
             total += len(record.description) + len(record.sequence)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from .errors import DataError
 from .fasta_blocks import read_chunks, read_tokens
 from .formats import Leaf
 from .randomness import generator
-from .splits import in_split
+from .splits import Identifiers, in_split
 
 if TYPE_CHECKING:
     from .streaming import StreamSpec
@@ -201,17 +201,20 @@ def _empty_split(spec: StreamSpec, seen: int) -> str:
     named = ", ".join(spec.sources[:3]) or "no file at all"
     if len(spec.sources) > 3:
         named += f" and {len(spec.sources) - 3} more ({len(spec.sources)} in all)"
-    change = {
-        "train": "lower data.valid_fraction or data.test_fraction",
-        "valid": "raise data.valid_fraction, switch validation off (trainer.valid_every=0)",
-        "test": "raise data.test_fraction",
-        None: "name files",
-    }[spec.split]
-    return (
-        f"The {spec.split or 'whole'} split of {named} is empty: none of {seen} records falls into it with "
-        f"data.valid_fraction={spec.valid_fraction} and data.test_fraction={spec.test_fraction}; {change}, or give "
-        f"more records."
+    if spec.split is None:
+        return f"The whole split of {named} is empty: none of {seen} records falls into it; give more records."
+    found = Identifiers()
+    whole = replace(spec, split=None)
+    for chunk in chain.from_iterable(_chunks(whole, leaf) for leaf in spec.reading.leaves(spec.sources)):
+        for document in chunk.items.tolist():
+            found.add(document.identifier, spec.valid_fraction, spec.test_fraction)
+    otherwise = (
+        "name files in data.valid and data.test" if spec.split == "train" else f"name files in data.{spec.split}"
     )
+    shares = spec.valid_fraction, spec.test_fraction
+    fixed = spec.split == "test"  # which a trained model is scored on
+    reason = found.lost(spec.split, *shares, otherwise=otherwise, fixed=fixed)  # type: ignore[arg-type]
+    return f"The {spec.split} split of {named} is empty: {reason}."
 
 
 class _Turns:

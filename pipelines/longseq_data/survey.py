@@ -10,7 +10,6 @@ from .formats import Leaf
 from .images import ImageDocument
 from .proteins import read_proteins
 from .reading import Reading
-from .splits import split_of
 
 UNITS = {"protein": "residues", "pixels": "colour values"}
 HUB_BYTES = 4 * MIB  # of each dataset, as they come over the network
@@ -70,7 +69,7 @@ def _look(
         seen += document.held if leaf.format != "images" else 0
         report.records += 1
         report.residues += document.length
-        report.splits[split_of(document.identifier, **shares)] += 1
+        report.identifiers.add(document.identifier, **shares)
 
 
 def _documents(reading: Reading, leaf: Leaf, strict: bool) -> Iterator[Document]:

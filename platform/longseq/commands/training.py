@@ -154,6 +154,12 @@ def check_data(config: Config) -> None:
         )
         if shares and report.complete:
             _refuse_empty_splits(config, report)
+        if shares and report.identifiers.repeated:
+            print(
+                f"longseq: warning: data.train: {report.records:,} records have {len(report.identifiers.places):,} "
+                "different identifiers, which decide their splits: the splits may be uneven, or empty.",
+                file=sys.stderr,
+            )
         say(f"data.{split}", report)
 
 
@@ -176,17 +182,19 @@ def say(name: str, report: ScanReport) -> None:
 
 def _refuse_empty_splits(config: Config, report: ScanReport) -> None:
     """A split that turns out empty at the first validation would cost the steps before it."""
-    data, held_out = config.data, f"the hash of the identifiers puts none of the {report.records:,} records"
-    if not report.splits["train"]:
+    data, found = config.data, report.identifiers
+    shares = 0.0 if data.valid else data.valid_fraction, 0.0 if data.test else data.test_fraction
+    validates = bool(config.trainer.valid_every) and not data.valid
+    if not found.splits["train"]:
         raise DataError(
-            f"data.train: {held_out} into training: lower data.valid_fraction={data.valid_fraction} and "
-            f"data.test_fraction={data.test_fraction}."
+            f"data.train: {found.lost('train', *shares, otherwise='name files in data.valid and data.test')}."
         )
-    if config.trainer.valid_every and not data.valid and not report.splits["valid"]:
-        raise DataError(
-            f"data.train: {held_out} into validation: raise data.valid_fraction={data.valid_fraction}, name files in "
-            "data.valid, or set trainer.valid_every=0."
-        )
+    if validates and not found.splits["valid"]:
+        otherwise = "name files in data.valid, or validate never (trainer.valid_every=0)"
+        raise DataError(f"data.train: {found.lost('valid', *shares, otherwise=otherwise)}.")
+    if shares[1] and not found.splits["test"]:
+        otherwise = "name files in data.test, when training or later with `longseq evaluate RUN data.test=FILE`"
+        print(f"longseq: warning: data.train: {found.lost('test', *shares, otherwise=otherwise)}.", file=sys.stderr)
 
 
 def check_origin(config: Config) -> None:
