@@ -208,12 +208,10 @@ def _empty_split(spec: StreamSpec, seen: int) -> str:
     for chunk in chain.from_iterable(_chunks(whole, leaf) for leaf in spec.reading.leaves(spec.sources)):
         for document in chunk.items.tolist():
             found.add(document.identifier, spec.valid_fraction, spec.test_fraction)
-    otherwise = (
-        "name files in data.valid and data.test" if spec.split == "train" else f"name files in data.{spec.split}"
-    )
+    others = "data.valid and data.test" if spec.split == "train" else f"data.{spec.split}"
     shares = spec.valid_fraction, spec.test_fraction
     fixed = spec.split == "test"  # which a trained model is scored on
-    reason = found.lost(spec.split, *shares, otherwise=otherwise, fixed=fixed)  # type: ignore[arg-type]
+    reason = found.lost(spec.split, *shares, otherwise=f"name files in {others}", fixed=fixed)  # type: ignore[arg-type]
     return f"The {spec.split} split of {named} is empty: {reason}."
 
 

@@ -22,6 +22,7 @@ from longseq.run import Run, as_typed
 from longseq_data.corpus import Corpus
 from longseq_data.errors import DataError
 from longseq_data.fasta import NUCLEOTIDES_SENTENCE, ScanReport
+from longseq_data.identity import identity_of
 from longseq_data.manifest import read_manifest
 from longseq_data.survey import UNITS, survey
 
@@ -103,7 +104,7 @@ FIXED = (
 )
 
 
-_FILES = ("data.train", "data.valid", "data.test", "data.tokenizer")
+_FILES = ("data.train", "data.valid", "data.test")
 
 
 def refuse_changes(before: Config, after: Config, run: Run, keys: Sequence[str]) -> None:
@@ -116,9 +117,11 @@ def refuse_changes(before: Config, after: Config, run: Run, keys: Sequence[str])
         section, _, name = key.partition(".")
         old, new = getattr(getattr(before, section), name), getattr(getattr(after, section), name)
         if old != new:
-            moved = f" (if only the files have moved, correct {run.config_path})" if key in _FILES else ""
+            if key in _FILES and run.only_moved(name, old, new, [identity_of(source) for source in new]):
+                continue
+            moved = ", whose content is another" if key in _FILES else ""
             raise RunError(
-                f"{key}={new}: the run {run.path} was started with {old}, and keeps it{moved}. Start another run with "
+                f"{key}={new}: the run {run.path} was started with {old}{moved}, and keeps it. Start another run with "
                 "`longseq fit` for another experiment."
             )
 
