@@ -13,11 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from .corpus import Corpus
-from .fasta import NUCLEOTIDES_SENTENCE, PEPTIDE
+from .documents import Document, DocumentEncoder
+from .fasta import NUCLEOTIDES_SENTENCE, PEPTIDE, Encoder
 from .manifest import Lengths, Manifest, count_lengths, describe_lengths, histogram_lines, read_manifest
 from .prepare_map import NUCLEOTIDE_IDS
 from .prepare_reader import ProteinReader, Row, Stored, cut
 from .proteins import read_proteins
+from .reading import Reading
+from .sources import in_line
 from .uniprot import Header, parse_header
 from .vocabulary import TOKENS
 
@@ -91,6 +94,49 @@ def raw_lines(sources: Sequence[str], counts: RawCounts) -> Iterator[str]:
         known = ", ".join(filter(None, (header.taxon, members)))
         taxon = f"{row.taxid if row.taxid >= 0 else 'unknown'}{f' ({known})' if known else ''}"
         yield _record_line(row.identifier, taxon, np.frombuffer(row.tokens, np.uint8))
+
+
+def document_lines(read: Reading, sources: Sequence[str], show: int) -> Iterator[str]:
+    """What texts, tables and pictures hold as their tokens, read once, with the first ``show`` documents.
+
+    Raises DataError as training on them would.
+    """
+    encoder = read.encoder(strict=False)
+    by_length: Counter[int] = Counter()
+    first: list[str] = []
+    leaves = read.leaves(sources)
+    for leaf in leaves:
+        documents = read_proteins(leaf.source) if leaf.format == "fasta" else read.documents(leaf, strict=False)
+        with closing(documents):
+            for document in documents:
+                by_length[document.length] += 1
+                if len(first) < show:
+                    first.append(_document_line(document, encoder))
+    records, tokens = by_length.total(), sum(length * number for length, number in by_length.items())
+    unit = {"bytes": "bytes of text", "protein": "residues", "pixels": "colour values"}.get(read.tokens, "tokens")
+    yield f"{len(leaves)} file{'s' * (len(leaves) > 1)}: {records:,} records, {tokens:,} {unit}"
+    if isinstance(encoder, Encoder):
+        yield from _unknown_lines(dict(encoder.unknown))
+    yield from length_lines(describe_lengths(dict(by_length), min(by_length), max(by_length)), tokens, records)
+    yield from first
+
+
+def _document_line(document: Document, encoder: DocumentEncoder) -> str:
+    """A document's name, length and beginning."""
+    start = encoder.encode(document, 0, min(document.length, 4 * SHOWN))
+    name = encoder.vocabulary.name
+    if name == "protein":
+        shown = "".join(TOKENS[token] for token in start.tolist())
+    elif name == "pixels":
+        shown = " ".join(map(str, start.tolist()))
+    elif name == "bytes":
+        shown = bytes(start.astype(np.uint8)).decode("utf-8", "replace")
+    else:
+        from .tokenization import load_tokenizer
+
+        shown = load_tokenizer(name).decode(start.tolist())
+    shown = in_line(shown)
+    return f"  {in_line(document.identifier)}  {document.length:,}  {shown[:SHOWN]}{'…' if len(shown) > SHOWN else ''}"
 
 
 def corpus_lines(folder: Path, show: int) -> Iterator[str]:
