@@ -6,6 +6,7 @@ Biopython parses; what is added here is the line number of every problem.
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ NUCLEOTIDES_SENTENCE = (
     "every residue is A, C, G, T, U or N, so these are probably nucleotides, read as the amino acids of the same "
     "letters; translate them into proteins first."
 )
+
+PIR = re.compile(rb">(P1|F1|DL|DC|RL|RC|N1|N3|XX);")  # how a record of that format begins
 
 MIB = 1 << 20
 

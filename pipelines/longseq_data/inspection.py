@@ -168,6 +168,9 @@ def report_lines(name: str, manifest: Manifest) -> Iterator[str]:
         yield f"  held out   families {', '.join(report['held_out_families'])}"  # type: ignore[arg-type]
     if (report["held_out_names"] or manifest.settings.get("ood_taxids")) and "ood" not in manifest.splits:
         yield "  held out   nothing: no record is on the list, or of the TaxIDs; there is no ood split"
+    for name in ("valid", "test"):
+        if manifest.settings.get(f"{name}_fraction") and name not in manifest.splits:
+            yield f"  no {name:<8} the records are too few for {name}_fraction={manifest.settings[f'{name}_fraction']}"
     for split, info in manifest.splits.items():
         share = 100 * info.records / records
         yield f"  {split:<10} {info.records:,} records ({share:.1f} %), {info.tokens:,} {unit}"

@@ -184,7 +184,7 @@ class _Preparation:
 
 
 def _refuse_lost_splits(config: PrepareConfig, task: ReduceTask) -> None:
-    """Raise DataError where a corpus would have nothing to train on, or no validation split though one is asked for."""
+    """Raise DataError where there would be nothing to train on, or equal identifiers leave nothing to validate on."""
     there = {name for shard in range(task.shards) for name in read_parts(task, shard)}
     shares = config.valid_fraction, config.test_fraction
     wanted: tuple[tuple[Split, float], ...] = (("train", 1.0), ("valid", shares[0]))
@@ -197,6 +197,8 @@ def _refuse_lost_splits(config: PrepareConfig, task: ReduceTask) -> None:
             if task.arrow(shard, name).exists():
                 for identifier in identifiers(task.arrow(shard, name)):
                     found.add(identifier, *shares)
+    if lost == "valid" and not found.repeated:  # too few records, which the report says
+        return
     otherwise = "set valid_fraction=0" if lost == "valid" else "set valid_fraction=0 and test_fraction=0"
     raise DataError(
         f"{config.output}: {found.lost(lost, *shares, prefix='', otherwise=otherwise)}; then start over with --restart."

@@ -201,8 +201,19 @@ def _empty_split(spec: StreamSpec, seen: int) -> str:
     named = ", ".join(spec.sources[:3]) or "no file at all"
     if len(spec.sources) > 3:
         named += f" and {len(spec.sources) - 3} more ({len(spec.sources)} in all)"
-    if spec.split is None:
-        return f"The whole split of {named} is empty: none of {seen} records falls into it; give more records."
+    change = {
+        "train": "lower data.valid_fraction or data.test_fraction",
+        "valid": "raise data.valid_fraction, switch validation off (trainer.valid_every=0)",
+        "test": "raise data.test_fraction",
+        None: "name files",
+    }[spec.split]
+    said = (
+        f"The {spec.split or 'whole'} split of {named} is empty: none of {seen} records falls into it with "
+        f"data.valid_fraction={spec.valid_fraction} and data.test_fraction={spec.test_fraction}; {change}, or give "
+        f"more records."
+    )
+    if spec.split is None or not seen:
+        return said
     found = Identifiers()
     whole = replace(spec, split=None)
     for chunk in chain.from_iterable(_chunks(whole, leaf) for leaf in spec.reading.leaves(spec.sources)):
@@ -212,7 +223,7 @@ def _empty_split(spec: StreamSpec, seen: int) -> str:
     shares = spec.valid_fraction, spec.test_fraction
     fixed = spec.split == "test"  # which a trained model is scored on
     reason = found.lost(spec.split, *shares, otherwise=f"name files in {others}", fixed=fixed)  # type: ignore[arg-type]
-    return f"The {spec.split} split of {named} is empty: {reason}."
+    return f"{said} In detail: {reason}." if found.repeated or found.records == 1 else said
 
 
 class _Turns:

@@ -197,7 +197,7 @@ def _refuse_empty_splits(config: Config, report: ScanReport) -> None:
         raise DataError(f"data.train: {found.lost('valid', *shares, otherwise=otherwise)}.")
     if shares[1] and not found.splits["test"]:
         otherwise = "name files in data.test, when training or later with `longseq evaluate RUN data.test=FILE`"
-        print(f"longseq: warning: data.train: {found.lost('test', *shares, otherwise=otherwise)}.", file=sys.stderr)
+        print(f"longseq: note: data.train: {found.lost('test', *shares, otherwise=otherwise)}.", file=sys.stderr)
 
 
 def check_origin(config: Config) -> None:
