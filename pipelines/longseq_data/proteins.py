@@ -45,8 +45,8 @@ def _format_of(handle: TextIO, source: str) -> Format:
         return "dat"
     if PIR.match(head):
         raise DataError(
-            f"{source}, line 1: PIR format, whose second line is a description and no sequence; convert it, for example "
-            "with Biopython: SeqIO.convert('OLD', 'pir', 'NEW', 'fasta')."
+            f"{source}, line 1: PIR format, whose second line is a description and no sequence; convert it, for "
+            "example with Biopython: SeqIO.convert('OLD', 'pir', 'NEW', 'fasta')."
         )
     if head[:1] in (b">", b";", b""):  # the FASTA reader has a sentence for the last two
         return "fasta"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow
 
+REACHED = 3  # seconds for the Hub to answer
 BATCH_ROWS = 16  # decoded at a time; rows may be books
 
 Row = dict[str, Any]
@@ -206,6 +208,8 @@ def _hub_rows(source: str, column: str) -> Generator[Row, None, None]:
 
 def _open_hub(source: str) -> datasets.IterableDataset:
     address = HubAddress.parse(source)
+    if not address.path.startswith(("/", ".", "~")) and not Path(address.path).is_dir():
+        _reach_hub(source)
     try:
         import datasets
 
@@ -219,6 +223,27 @@ def _open_hub(source: str) -> datasets.IterableDataset:
             f"{source}: cannot be opened ({one_line(error)[:300]}); check the name, configuration and split, and the "
             "connection to the Hugging Face Hub."
         ) from error
+
+
+def _reach_hub(source: str) -> None:
+    """Raise DataError where the Hub does not answer: `datasets` would try for half a minute, and once a file."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    problem: Exception | None = None
+    for wait in (0.0, 1.0):
+        time.sleep(wait)
+        try:
+            get_session().head(constants.ENDPOINT, timeout=REACHED)
+            return
+        except Exception as error:  # of its HTTP library, which differs between releases
+            problem = error
+    assert problem is not None
+    raise DataError(
+        f"{source}: cannot be opened: the Hugging Face Hub ({constants.ENDPOINT}) does not answer ({one_line(problem)[:200]}; tried "
+        "twice); check the connection, HF_ENDPOINT and HTTPS_PROXY, or name files of this machine."
+    ) from problem
 
 
 def _hub_name(source: str) -> str:

@@ -15,8 +15,8 @@ import pytest
 from corpora import config, found
 from longseq_data import uniprot_xml
 from longseq_data.errors import DataError
-from longseq_data.fasta_blocks import read_chunks
 from longseq_data.fasta import Encoder, read_records
+from longseq_data.fasta_blocks import read_chunks
 from longseq_data.prepare import prepare
 from longseq_data.proteins import read_proteins
 from longseq_data.uniprot import parse_header

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -242,3 +244,23 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
     with pytest.raises(DataError, match=r"table.parquet: 2 columns are named 'text'"):
         list(read_parquet(str(path), "text", 100, strict=True))
+
+
+def test_a_hub_that_does_not_answer_is_said_after_two_tries(tmp_path: Path) -> None:
+    program = (
+        "from longseq_data.errors import DataError\nfrom longseq_data.tables import read_hub\n"
+        "try: list(read_hub('hub:nobody/none#train', 'text', 64, False))\nexcept DataError as error: print(error)"
+    )
+    with socket.socket() as closed:  # bound and not listening: connections are refused
+        closed.bind(("127.0.0.1", 0))
+        place = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        settings = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+        settings |= {"HF_ENDPOINT": place, "HF_HUB_OFFLINE": "0"}
+        ended = subprocess.run(
+            [sys.executable, "-c", program], env=settings, capture_output=True, text=True, check=True, timeout=60
+        )
+    assert ended.stdout.startswith(
+        f"hub:nobody/none#train: cannot be opened: the Hugging Face Hub ({place}) does not answer ("
+    )
+    assert "tried twice" in ended.stdout
+    assert "Retry" not in ended.stderr
