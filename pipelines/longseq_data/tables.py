@@ -241,8 +241,9 @@ def _reach_hub(source: str) -> None:
             problem = error
     assert problem is not None
     raise DataError(
-        f"{source}: cannot be opened: the Hugging Face Hub ({constants.ENDPOINT}) does not answer ({one_line(problem)[:200]}; tried "
-        "twice); check the connection, HF_ENDPOINT and HTTPS_PROXY, or name files of this machine."
+        f"{source}: cannot be opened: the Hugging Face Hub ({constants.ENDPOINT}) does not answer "
+        f"({one_line(problem)[:200]}; tried twice); check the connection, HF_ENDPOINT and HTTPS_PROXY, or name "
+        "files of this machine."
     ) from problem
 
 
