@@ -6,6 +6,7 @@ Biopython parses; what is added here is the line number of every problem.
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,13 +17,24 @@ import numpy as np
 from .documents import DocumentEncoder
 from .errors import DataError
 from .sources import open_text, reading_error
-from .splits import Split, split_of
+from .splits import Identifiers, Split
 from .vocabulary import LETTERS, PROTEIN, TABLE, UNKNOWN, Tokens, X
 
 UNKNOWN_BYTE = bytes([UNKNOWN])
 UNKNOWN_TO_X = bytes.maketrans(UNKNOWN_BYTE, bytes([X]))
 KNOWN = bytes(byte for byte in range(256) if TABLE[byte] != UNKNOWN)
 PRINTABLE = bytes(range(32, 127))
+
+HOLLOW = "tokens=0"  # how `longseq sample` marks a sequence that ended before its first residue
+
+NUCLEOTIDES = b"ACGTUNacgtun"
+PEPTIDE = 10  # residues; fewer may be of these letters by chance
+NUCLEOTIDES_SENTENCE = (
+    "every residue is A, C, G, T, U or N, so these are probably nucleotides, read as the amino acids of the same "
+    "letters; translate them into proteins first."
+)
+
+PIR = re.compile(rb">(P1|F1|DL|DC|RL|RC|N1|N3|XX);")  # how a record of that format begins
 
 MIB = 1 << 20
 
@@ -73,10 +85,16 @@ def read_records(source: str) -> Generator[Record, None, None]:
     """Stream the records of one path or URL, plain or gzipped.
 
     Raises DataError, one sentence with file and line, for what cannot be read, is no FASTA, or holds a record without
-    an identifier or without residues. Letters outside the alphabet pass: Encoder deals with them.
+    an identifier or without residues, unless its header says tokens=0: a model may draw nothing at all. Letters outside
+    the alphabet pass: Encoder deals with them.
     """
     with open_text(source) as handle:
         yield from parse_records(handle, source)
+
+
+def nucleotides(letters: bytes) -> bool:
+    """Whether a sequence has no letter but those of nucleotides. Gaps and X say nothing."""
+    return not letters.translate(None, NUCLEOTIDES + b"-.*Xx")
 
 
 def parse_records(handle: Iterable[str], source: str, first_line: int = 1) -> Iterator[Record]:
@@ -127,11 +145,11 @@ def _lines(handle: Iterable[str], source: str, headers: deque[int], first_line: 
 def _unusual(title: str, sequence: str, source: str, line: int) -> str:
     """The sequence without tabs and the final '*' (a stop codon).
 
-    Raises DataError where it is empty, holds a header or a comment, or is not printable. Whole files may end each
-    sequence in '*' or have gaps, so what is legal takes no Python loop over the letters.
+    Raises DataError where it is empty and its header does not say so, holds a header or a comment, or is not printable.
+    Whole files may end each sequence in '*' or have gaps, so what is legal takes no Python loop over the letters.
     """
     sequence = sequence.replace("\t", "").removesuffix("*")
-    if not sequence:
+    if not sequence and HOLLOW not in title.split():
         raise DataError(
             f"{source}, line {line}: record '{title[:60]}' has no residues; remove it, or restore its sequence."
         )
@@ -234,10 +252,26 @@ class ScanReport:
     records: int = 0
     residues: int = 0  # or bytes of text, or pictures' colour values: see ``unit``
     unit: str = "residues"
-    splits: Counter[Split] = field(default_factory=Counter)  # records of each
+    identifiers: Identifiers = field(default_factory=Identifiers)
     unknown: Counter[str] = field(default_factory=Counter)  # letters outside the alphabet, mapped to X
     first_unknown: tuple[str, int, str] | None = None  # source, line, letter
     complete: bool = True  # False: the budget ended before the data did
+    proteins: bool = False  # whether any record has a letter that nucleotides do not have
+
+    @property
+    def splits(self) -> Counter[Split]:
+        """Records of each split."""
+        return self.identifiers.splits
+
+    def look_at(self, record: Record) -> None:
+        """Note what the letters of a protein tell."""
+        self.proteins = self.proteins or not nucleotides(record.part(0, None))
+
+    @property
+    def warning(self) -> str | None:
+        """What these data probably are instead of proteins, as a sentence."""
+        suspect = self.unit == "residues" and self.residues >= PEPTIDE and not self.proteins
+        return NUCLEOTIDES_SENTENCE if suspect else None
 
 
 def scan(
@@ -266,8 +300,9 @@ def scan(
                 report.complete = False
                 break
             report.records += 1
-            report.splits[split_of(record.identifier, valid_fraction, test_fraction)] += 1
+            report.identifiers.add(record.identifier, valid_fraction, test_fraction)
             report.residues += len(encoder.encode(record))
+            report.look_at(record)
             total += len(record.description) + len(record.sequence)
     report.unknown, report.first_unknown = encoder.unknown, encoder.first_unknown
     return report

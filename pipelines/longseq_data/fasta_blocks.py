@@ -16,7 +16,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .fasta import PRINTABLE, UNKNOWN_BYTE, Record, _line_of, parse_records
+from .fasta import PIR, PRINTABLE, UNKNOWN_BYTE, Record, _line_of, parse_records
 from .proteins import read_proteins
 from .sources import open_binary, reading_error
 from .vocabulary import EOS, TABLE
@@ -98,6 +98,7 @@ def read_tokens(source: str, choose: Choose | None = None) -> Generator[Tokens, 
             yield tokens
             continue
         for chunk in [records] if records else _parsed(text, source, line):
+            chunk = [record for record in chunk if record.length]  # see fasta.HOLLOW
             wanted = itertools.repeat(True) if choose is None else choose([r.identifier.encode() for r in chunk])
             some = [record if yes else None for record, yes in zip(chunk, wanted, strict=False)]
             yield Tokens(some, [record.length if record else 0 for record in some], plain=False)
@@ -149,8 +150,9 @@ def _line_breaks(text: bytes) -> int:
 
 def begins_with_record(handle: io.BufferedReader) -> bool:
     """Whether a file is plain FASTA; if so, a byte order mark before the first '>' is skipped."""
-    head = handle.peek(4)[:4]
-    plain = head.removeprefix(BYTE_ORDER_MARK).startswith(b">")
+    head = handle.peek(8)[:8]
+    first = head.removeprefix(BYTE_ORDER_MARK)
+    plain = first.startswith(b">") and not PIR.match(first)
     if plain and not head.startswith(b">"):
         handle.read(len(BYTE_ORDER_MARK))
     return plain

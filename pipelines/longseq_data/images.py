@@ -85,7 +85,10 @@ def pixels(content: bytes | str, size: int, place: str) -> Tokens:
 
     try:
         with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
-            rgb = image.convert("RGB")
+            if image.mode.startswith("I;16"):  # which Pillow would cut off at 255
+                rgb = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+            else:
+                rgb = image.convert("RGB")
         if rgb.size != (size, size):
             rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.BOX)
     except Exception as error:  # every decoder has exceptions of its own

@@ -13,9 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from .corpus import Corpus
+from .documents import Document, DocumentEncoder
+from .fasta import NUCLEOTIDES_SENTENCE, PEPTIDE, Encoder
 from .manifest import Lengths, Manifest, count_lengths, describe_lengths, histogram_lines, read_manifest
+from .prepare_map import NUCLEOTIDE_IDS
 from .prepare_reader import ProteinReader, Row, Stored, cut
 from .proteins import read_proteins
+from .reading import Reading
+from .sources import in_line
 from .uniprot import Header, parse_header
 from .vocabulary import TOKENS
 
@@ -30,6 +35,7 @@ class RawCounts:
     records: int = 0
     tokens: int = 0
     unknown: Counter[str] = field(default_factory=Counter)  # letters outside the alphabet
+    proteins: bool = False  # whether any record has a letter that nucleotides do not have
     lengths: Lengths = field(default_factory=Lengths)
     first: list[Row] = field(default_factory=list)
     headers: list[Header] = field(default_factory=list)  # of the first
@@ -47,6 +53,7 @@ def count(sources: Sequence[str], show: int, progress: Callable[[int], object] |
         lengths = np.array([len(row.tokens) for row in rows], dtype=np.int64)
         counts.records += len(rows)
         counts.tokens += int(lengths.sum())
+        counts.proteins = counts.proteins or any(row.tokens.translate(None, NUCLEOTIDE_IDS) for row in rows)
         by_length.update(count_lengths(lengths))
         shortest, longest = min(shortest, int(lengths.min())), max(longest, int(lengths.max()))
         counts.first += rows[: show - len(counts.first)]
@@ -78,6 +85,8 @@ def _headers(sources: Sequence[str], number: int) -> Iterator[Header]:
 
 def raw_lines(sources: Sequence[str], counts: RawCounts) -> Iterator[str]:
     yield f"{len(sources)} file{'s' * (len(sources) > 1)}: {counts.records:,} records, {counts.tokens:,} residues"
+    if counts.tokens >= PEPTIDE and not counts.proteins:
+        yield f"  warning    {NUCLEOTIDES_SENTENCE}"
     yield from _unknown_lines(dict(counts.unknown))
     yield from length_lines(counts.lengths, counts.tokens, counts.records)
     for row, header in zip(counts.first, counts.headers, strict=True):
@@ -85,6 +94,49 @@ def raw_lines(sources: Sequence[str], counts: RawCounts) -> Iterator[str]:
         known = ", ".join(filter(None, (header.taxon, members)))
         taxon = f"{row.taxid if row.taxid >= 0 else 'unknown'}{f' ({known})' if known else ''}"
         yield _record_line(row.identifier, taxon, np.frombuffer(row.tokens, np.uint8))
+
+
+def document_lines(read: Reading, sources: Sequence[str], show: int) -> Iterator[str]:
+    """What texts, tables and pictures hold as their tokens, read once, with the first ``show`` documents.
+
+    Raises DataError as training on them would.
+    """
+    encoder = read.encoder(strict=False)
+    by_length: Counter[int] = Counter()
+    first: list[str] = []
+    leaves = read.leaves(sources)
+    for leaf in leaves:
+        documents = read_proteins(leaf.source) if leaf.format == "fasta" else read.documents(leaf, strict=False)
+        with closing(documents):
+            for document in documents:
+                by_length[document.length] += 1
+                if len(first) < show:
+                    first.append(_document_line(document, encoder))
+    records, tokens = by_length.total(), sum(length * number for length, number in by_length.items())
+    unit = {"bytes": "bytes of text", "protein": "residues", "pixels": "colour values"}.get(read.tokens, "tokens")
+    yield f"{len(leaves)} file{'s' * (len(leaves) > 1)}: {records:,} records, {tokens:,} {unit}"
+    if isinstance(encoder, Encoder):
+        yield from _unknown_lines(dict(encoder.unknown))
+    yield from length_lines(describe_lengths(dict(by_length), min(by_length), max(by_length)), tokens, records)
+    yield from first
+
+
+def _document_line(document: Document, encoder: DocumentEncoder) -> str:
+    """A document's name, length and beginning."""
+    start = encoder.encode(document, 0, min(document.length, 4 * SHOWN))
+    name = encoder.vocabulary.name
+    if name == "protein":
+        shown = "".join(TOKENS[token] for token in start.tolist())
+    elif name == "pixels":
+        shown = " ".join(map(str, start.tolist()))
+    elif name == "bytes":
+        shown = bytes(start.astype(np.uint8)).decode("utf-8", "replace")
+    else:
+        from .tokenization import load_tokenizer
+
+        shown = load_tokenizer(name).decode(start.tolist())
+    shown = in_line(shown)
+    return f"  {in_line(document.identifier)}  {document.length:,}  {shown[:SHOWN]}{'…' if len(shown) > SHOWN else ''}"
 
 
 def corpus_lines(folder: Path, show: int) -> Iterator[str]:
@@ -105,6 +157,8 @@ def report_lines(name: str, manifest: Manifest) -> Iterator[str]:
     tokens = sum(split.tokens for split in manifest.splits.values())
     yield f"{name}: {records:,} records, {tokens:,} {unit}, fingerprint {manifest.fingerprint[:16]}"
     yield f"  read       {report['records']:,} records, {report['tokens']:,} {unit}, {files} file{'s' * (files > 1)}"
+    if report.get("nucleotides"):
+        yield f"  warning    {NUCLEOTIDES_SENTENCE}"
     dropped = {"duplicates": report["duplicates"], **report["filtered"]}  # type: ignore[dict-item]
     for reason, number in dropped.items():
         if number:
@@ -114,6 +168,9 @@ def report_lines(name: str, manifest: Manifest) -> Iterator[str]:
         yield f"  held out   families {', '.join(report['held_out_families'])}"  # type: ignore[arg-type]
     if (report["held_out_names"] or manifest.settings.get("ood_taxids")) and "ood" not in manifest.splits:
         yield "  held out   nothing: no record is on the list, or of the TaxIDs; there is no ood split"
+    for name in ("valid", "test"):
+        if manifest.settings.get(f"{name}_fraction") and name not in manifest.splits:
+            yield f"  no {name:<8} the records are too few for {name}_fraction={manifest.settings[f'{name}_fraction']}"
     for split, info in manifest.splits.items():
         share = 100 * info.records / records
         yield f"  {split:<10} {info.records:,} records ({share:.1f} %), {info.tokens:,} {unit}"

@@ -148,4 +148,5 @@ def histogram_lines(histogram: dict[str, int], width: int = 40) -> Iterable[str]
     for power in range(min(powers), max(powers) + 1):
         count = histogram.get(str(power), 0)
         bar = "█" * round(width * count / most) or ("▏" if count else "")
-        yield f"{1 << power:>11,} to {(2 << power) - 1:<11,} {count:>13,} {bar}".rstrip()
+        first, last = (1 << power, (2 << power) - 1) if power >= 0 else (0, 0)
+        yield f"{first:>11,} to {last:<11,} {count:>13,} {bar}".rstrip()

@@ -33,8 +33,9 @@ from .prepare_plan import PARTS, Plan, begin, locked, taken
 from .prepare_pool import Workers, in_threads
 from .prepare_publish import finish, publish
 from .prepare_reader import Block, Stored, cut
-from .prepare_reduce import ReduceTask, reduce_shard, shard_count
+from .prepare_reduce import ReduceTask, identifiers, read_parts, reduce_shard, shard_count
 from .sources import expand_sources
+from .splits import Identifiers, Split
 from .vocabulary import PROTEIN
 
 # called with (stage, done, of how many): bytes of the sources, then shards. None: their size is not known
@@ -129,6 +130,7 @@ class _Preparation:
             ranges=max(1, math.ceil(size / shards / room)),
         )
         self._reduce(task)
+        _refuse_lost_splits(self.config, task)
         sources = [
             Source(source.name, each.size, each.sha256) for source, each in zip(self.plan.sources, stored, strict=True)
         ]
@@ -179,6 +181,28 @@ class _Preparation:
         for _ in self.workers.share(partial(reduce_shard, task), todo, len(todo)):
             done += 1
             self.progress("shards", done, task.shards)
+
+
+def _refuse_lost_splits(config: PrepareConfig, task: ReduceTask) -> None:
+    """Raise DataError where there would be nothing to train on, or equal identifiers leave nothing to validate on."""
+    there = {name for shard in range(task.shards) for name in read_parts(task, shard)}
+    shares = config.valid_fraction, config.test_fraction
+    wanted: tuple[tuple[Split, float], ...] = (("train", 1.0), ("valid", shares[0]))
+    lost: Split | None = next((name for name, share in wanted if share and name not in there), None)
+    if lost is None or not there - {"ood"}:
+        return
+    found = Identifiers()
+    for name in sorted(there - {"ood"}):
+        for shard in range(task.shards):
+            if task.arrow(shard, name).exists():
+                for identifier in identifiers(task.arrow(shard, name)):
+                    found.add(identifier, *shares)
+    if lost == "valid" and not found.repeated:  # too few records, which the report says
+        return
+    otherwise = "set valid_fraction=0" if lost == "valid" else "set valid_fraction=0 and test_fraction=0"
+    raise DataError(
+        f"{config.output}: {found.lost(lost, *shares, prefix='', otherwise=otherwise)}; then start over with --restart."
+    )
 
 
 # (number of the source, its name, block; None: the source is to be read whole)

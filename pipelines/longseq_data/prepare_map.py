@@ -17,17 +17,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from .fasta import NUCLEOTIDES
 from .files import aside
 from .held_out import HeldOut, hashes
 from .prepare_config import PrepareConfig
 from .prepare_reader import Block, ProteinReader, Row, Stored, checksum
-from .vocabulary import X
+from .vocabulary import TABLE, X
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 SPLITS = ("train", "valid", "test", "ood")
 OOD = SPLITS.index("ood")
+NUCLEOTIDE_IDS = NUCLEOTIDES.translate(TABLE) + bytes([X])  # and X, which gaps are read as
 
 
 @dataclass
@@ -41,6 +43,7 @@ class Counts:
     filtered: Counter[str] = field(default_factory=Counter)  # reason -> records
     unknown: Counter[str] = field(default_factory=Counter)  # letter -> times read as X
     held_out: Counter[str] = field(default_factory=Counter)  # "list" or "taxid" -> records, duplicates too
+    proteins: bool = False  # whether any record has a letter that nucleotides do not have
 
     def add(self, other: Counts) -> None:
         self.records += other.records
@@ -50,6 +53,7 @@ class Counts:
         self.filtered += other.filtered
         self.unknown += other.unknown
         self.held_out += other.held_out
+        self.proteins = self.proteins or other.proteins
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,7 @@ def store(task: MapTask, path: Path, rows: Iterable[Row], unknown: Counter[str],
     for row in rows:
         counts.records += 1
         counts.tokens += len(row.tokens)
+        counts.proteins = counts.proteins or bool(row.tokens.translate(None, NUCLEOTIDE_IDS))
         reason = keep(row)
         if reason is None:
             names.append(row.identifier)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from .fasta import PEPTIDE
 from .files import aside, sha256_of, sync_folder, write_text
 from .manifest import (
     MANIFEST,
@@ -74,6 +75,7 @@ def finish(
             "held_out_families": families,
             "held_out_names": listed,
             "held_out": dict(sorted(counts.held_out.items())),
+            **({} if counts.proteins or counts.tokens < PEPTIDE else {"nucleotides": True}),
         },
         versions={"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
     )

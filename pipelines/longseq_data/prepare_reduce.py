@@ -94,6 +94,15 @@ def read_parts(task: ReduceTask, shard: int) -> dict[str, Part]:
     return json.loads(task.notes(shard).read_text())
 
 
+def identifiers(path: Path) -> Iterator[str]:
+    """Those of a finished file."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as handle, pa.ipc.open_stream(handle) as reader:
+        for batch in reader:
+            yield from batch.column("id").to_pylist()
+
+
 def _borders(task: ReduceTask, shard: int) -> Iterator[tuple[int, int]]:
     """First and last key of each range of a shard."""
     total = task.shards * task.ranges

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Literal, TextIO
 
 from .errors import DataError
-from .fasta import Record, parse_records
+from .fasta import PIR, Record, parse_records
 from .sources import open_text
 from .uniprot_flat import read_flat
 from .uniprot_xml import read_xml
@@ -43,6 +43,11 @@ def _format_of(handle: TextIO, source: str) -> Format:
         return "xml"
     if ENTRY.match(head):
         return "dat"
+    if PIR.match(head):
+        raise DataError(
+            f"{source}, line 1: PIR format, whose second line is a description and no sequence; convert it, for "
+            "example with Biopython: SeqIO.convert('OLD', 'pir', 'NEW', 'fasta')."
+        )
     if head[:1] in (b">", b";", b""):  # the FASTA reader has a sentence for the last two
         return "fasta"
     raise DataError(

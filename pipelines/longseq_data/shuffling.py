@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from .errors import DataError
 from .fasta_blocks import read_chunks, read_tokens
 from .formats import Leaf
 from .randomness import generator
-from .splits import in_split
+from .splits import Identifiers, in_split
 
 if TYPE_CHECKING:
     from .streaming import StreamSpec
@@ -59,10 +59,13 @@ class Chunk:
         self.items[where], self.sizes[where] = chunk.items, chunk.sizes
 
 
-def documents_in_file_order(spec: StreamSpec) -> Iterator[Document]:
-    """The documents of the split. Raises DataError for bad data, and where there is none."""
+def documents_in_file_order(spec: StreamSpec, hollow: bool = False) -> Iterator[Document]:
+    """The documents of the split. Raises DataError for bad data, and where there is none.
+
+    hollow: proteins without residues too, which no training and no evaluation looks at.
+    """
     files = spec.reading.leaves(spec.sources)
-    return _one_by_one(_of_split(spec, chain.from_iterable(_chunks(spec, leaf) for leaf in files)))
+    return _one_by_one(_of_split(spec, chain.from_iterable(_chunks(spec, leaf, hollow) for leaf in files)))
 
 
 def shuffled_documents(spec: StreamSpec, epoch: int) -> Iterator[Document]:
@@ -123,7 +126,7 @@ def _one_by_one(chunks: Iterator[Chunk]) -> Iterator[Document]:
         yield from chunk.items.tolist()
 
 
-def _chunks(spec: StreamSpec, leaf: Leaf) -> Generator[Chunk, None, None]:
+def _chunks(spec: StreamSpec, leaf: Leaf, hollow: bool = False) -> Generator[Chunk, None, None]:
     choose = _choice(spec)
     if leaf.format == "fasta":
         read: Generator[Sequence[Document], None, None] = read_chunks(leaf.source)
@@ -132,6 +135,9 @@ def _chunks(spec: StreamSpec, leaf: Leaf) -> Generator[Chunk, None, None]:
     with closing(read):
         for documents in read:
             sizes = [document.held for document in documents]
+            if 0 in sizes and not hollow:
+                documents = [document for document in documents if document.length]
+                sizes = [document.held for document in documents]
             if choose is None:
                 yield Chunk.of(documents, sizes)
             else:
@@ -201,11 +207,23 @@ def _empty_split(spec: StreamSpec, seen: int) -> str:
         "test": "raise data.test_fraction",
         None: "name files",
     }[spec.split]
-    return (
+    said = (
         f"The {spec.split or 'whole'} split of {named} is empty: none of {seen} records falls into it with "
         f"data.valid_fraction={spec.valid_fraction} and data.test_fraction={spec.test_fraction}; {change}, or give "
         f"more records."
     )
+    if spec.split is None or not seen:
+        return said
+    found = Identifiers()
+    whole = replace(spec, split=None)
+    for chunk in chain.from_iterable(_chunks(whole, leaf) for leaf in spec.reading.leaves(spec.sources)):
+        for document in chunk.items.tolist():
+            found.add(document.identifier, spec.valid_fraction, spec.test_fraction)
+    others = "data.valid and data.test" if spec.split == "train" else f"data.{spec.split}"
+    shares = spec.valid_fraction, spec.test_fraction
+    fixed = spec.split == "test"  # which a trained model is scored on
+    reason = found.lost(spec.split, *shares, otherwise=f"name files in {others}", fixed=fixed)  # type: ignore[arg-type]
+    return f"{said} In detail: {reason}." if found.repeated or found.records == 1 else said
 
 
 class _Turns:

@@ -29,6 +29,13 @@ FOREIGN = {
     b"\xfd7zXZ\x00": "xz-compressed",
     b"\x28\xb5\x2f\xfd": "Zstandard-compressed",
     b"PK\x03\x04": "a zip archive",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"Rar!": "a RAR archive",
+    b"\x04\x22\x4d\x18": "LZ4-compressed",
+    b"\x1f\x9d": "compress-compressed (.Z)",
+    MAGIC: "gzip-compressed three times",
+    b"PAR1": "a Parquet file",
+    b"%PDF-": "a PDF",
     b"\xff\xfe": "UTF-16 text",
     b"\xfe\xff": "UTF-16 text",
 }
@@ -177,6 +184,8 @@ def open_binary(
             buffered = opened()
             if buffered.peek(2)[:2] == MAGIC:
                 buffered = io.BufferedReader(Gunzip(buffered, again=opened), READ_SIZE)
+            if buffered.peek(2)[:2] == MAGIC:  # compressed twice, as by a server and by hand
+                buffered = io.BufferedReader(Gunzip(buffered), READ_SIZE)
             head = buffered.peek(1024)[:1024]
         except Exception as error:  # every filesystem plugin has exceptions of its own
             raise reading_error(source, None, error) from error
@@ -260,6 +269,8 @@ def _refuse_foreign(source: str, head: bytes, kind: str) -> None:
             plain = "plain (ASCII)" if kind == "FASTA" else "plain (UTF-8)"
             wanted = "plain text" if kind == "text" else kind
             raise DataError(f"{source} is {name}, not {wanted}; convert it to {plain} or gzipped {kind}.")
+    if head[257:262] == b"ustar":
+        raise DataError(f"{source} is a tar archive, not {kind}; unpack it, and name the files in it.")
     if b"\0" in head:
         raise DataError(f"{source} is a binary file, not {kind}; give plain or gzipped {kind}.")
 

@@ -10,7 +10,6 @@ from .formats import Leaf
 from .images import ImageDocument
 from .proteins import read_proteins
 from .reading import Reading
-from .splits import split_of
 
 UNITS = {"protein": "residues", "pixels": "colour values"}
 HUB_BYTES = 4 * MIB  # of each dataset, as they come over the network
@@ -65,11 +64,12 @@ def _look(
             document.encode(0, None)
         if isinstance(document, Record):
             encoder.encode(document)
+            report.look_at(document)
         # a folder's pictures are named without being read; those of tables are read with their rows
         seen += document.held if leaf.format != "images" else 0
         report.records += 1
         report.residues += document.length
-        report.splits[split_of(document.identifier, **shares)] += 1
+        report.identifiers.add(document.identifier, **shares)
 
 
 def _documents(reading: Reading, leaf: Leaf, strict: bool) -> Iterator[Document]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow
 
+REACHED = 3  # seconds for the Hub to answer
 BATCH_ROWS = 16  # decoded at a time; rows may be books
 
 Row = dict[str, Any]
@@ -124,23 +126,40 @@ def _no_parquet(source: str, error: Exception) -> DataError:
     )
 
 
+# Arrow's names of what holds text, whoever wrote the file: Polars writes views, pandas' categories are dictionaries.
+_TEXT = ("string", "large_string", "string_view")
+_BINARY = ("binary", "large_binary", "binary_view")
+
+
+def _stored(kind: pyarrow.DataType) -> pyarrow.DataType:
+    """The type of a column's values, without what is wrapped around it."""
+    import pyarrow as pa
+
+    while True:
+        if isinstance(kind, pa.BaseExtensionType):
+            kind = kind.storage_type
+        elif pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        else:
+            return kind
+
+
 def _refuse_column(source: str, schema: pyarrow.Schema, column: str, image: bool) -> None:
-    import pyarrow.types as types
+    import pyarrow as pa
 
     if column not in schema.names:
         raise missing_column(source, column, schema.names)
-    kind = schema.field(column).type
-    if types.is_dictionary(kind):
-        kind = kind.value_type
-    binary = types.is_binary(kind) or types.is_large_binary(kind)
-    text = binary or types.is_string(kind) or types.is_large_string(kind)
+    if schema.names.count(column) > 1:
+        raise DataError(f"{source}: {schema.names.count(column)} columns are named '{column}'; rename all but one.")
+    kind = _stored(schema.field(column).type)
+    binary = str(kind) in _BINARY or pa.types.is_fixed_size_binary(kind)
     if image:
-        if not (binary or types.is_struct(kind)):
+        if not (binary or pa.types.is_struct(kind)):
             raise DataError(
                 f"{source}: column '{column}' is {kind} and holds no images; name the column of the images in "
                 "data.column."
             )
-    elif not text:
+    elif not binary and str(kind) not in _TEXT:
         raise DataError(
             f"{source}: column '{column}' is {kind} and holds no text; name the column with the text in data.column."
         )
@@ -154,8 +173,13 @@ def _as_bytes(batch: pyarrow.RecordBatch, column: str, image: bool) -> pyarrow.R
         return batch
     index = batch.schema.get_field_index(column)
     values = batch.column(index)
-    if pa.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
+    while True:
+        if isinstance(values, pa.ExtensionArray):
+            values = values.storage
+        elif pa.types.is_dictionary(values.type):
+            values = values.dictionary_decode()
+        else:
+            break
     return batch.set_column(index, column, values.cast(pa.large_binary()))
 
 
@@ -184,6 +208,8 @@ def _hub_rows(source: str, column: str) -> Generator[Row, None, None]:
 
 def _open_hub(source: str) -> datasets.IterableDataset:
     address = HubAddress.parse(source)
+    if not address.path.startswith(("/", ".", "~")) and not Path(address.path).is_dir():
+        _reach_hub(source)
     try:
         import datasets
 
@@ -197,6 +223,28 @@ def _open_hub(source: str) -> datasets.IterableDataset:
             f"{source}: cannot be opened ({one_line(error)[:300]}); check the name, configuration and split, and the "
             "connection to the Hugging Face Hub."
         ) from error
+
+
+def _reach_hub(source: str) -> None:
+    """Raise DataError where the Hub does not answer: `datasets` would try for half a minute, and once a file."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    problem: Exception | None = None
+    for wait in (0.0, 1.0):
+        time.sleep(wait)
+        try:
+            get_session().head(constants.ENDPOINT, timeout=REACHED)
+            return
+        except Exception as error:  # of its HTTP library, which differs between releases
+            problem = error
+    assert problem is not None
+    raise DataError(
+        f"{source}: cannot be opened: the Hugging Face Hub ({constants.ENDPOINT}) does not answer "
+        f"({one_line(problem)[:200]}; tried twice); check the connection, HF_ENDPOINT and HTTPS_PROXY, or name "
+        "files of this machine."
+    ) from problem
 
 
 def _hub_name(source: str) -> str:

@@ -190,6 +190,18 @@ class Run:
         """Note which data the run is trained on: of each split's sources, in their order, what tells them apart."""
         write_text(self.data_path, json.dumps(identities, indent=1) + "\n")
 
+    def only_moved(self, split: str, old: list[str], new: list[str], identities: list[str | None]) -> bool:
+        """Whether a split's sources of other names hold what the run was started with; False where nobody noted it.
+
+        Names of files stay, as those of texts and images decide their splits; folders may be others.
+        """
+        try:
+            before = json.loads(self.data_path.read_text())[split]
+        except (OSError, ValueError, KeyError):
+            return False
+        names = [[Path(source).name for source in sources] for sources in (old, new)]
+        return names[0] == names[1] and len(before) == len(new) and None not in before and before == identities
+
     def check_data(self, config: Config, identities: dict[str, list[str | None]]) -> None:
         """Hold data against those that the run was started with.
 

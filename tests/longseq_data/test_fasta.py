@@ -5,13 +5,20 @@ import logging
 import random
 import time
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from longseq_data.errors import DataError
 from longseq_data.fasta import Encoder, Record, read_records, scan
+from longseq_data.inspection import count, raw_lines
+from longseq_data.reading import Reading
+from longseq_data.sharing import Share
 from longseq_data.splits import split_of
+from longseq_data.streaming import StreamSpec
+from longseq_data.survey import survey
 from longseq_data.vocabulary import LETTERS, X, decode
 from real_files import folder_of
 
@@ -227,3 +234,38 @@ def test_real_proteomes_are_counted_as_biopython_counts_them():
                 residues += len(record.seq)
     report = scan(sources, strict=False)
     assert (report.records, report.residues, report.complete) == (records, residues, True)
+
+
+def test_a_record_that_says_it_is_empty_is_read_and_not_trained_on(write) -> None:
+    whole = "".join(f">r{i}\n{'MKVLAACDEFGHIKW'[i % 7 :]}\n" for i in range(30))
+    drawn = whole.replace(">r9\n", ">s1 seed=0 tokens=0 ended=eos\n>r9\n") + ">s2 tokens=0 ended=eos\n"
+    hollow, plain = write("hollow.fasta", drawn), write("plain.fasta", whole)
+    assert [record.identifier for record in read_records(hollow) if not record.length] == ["s1", "s2"]
+    for packing, reset in (("crop", False), ("concat", False), ("concat", True)):
+        specs = [
+            StreamSpec((source,), "train", 0.1, 0.1, 8, packing, "masked", 0, reset=reset) for source in (hollow, plain)
+        ]
+        share = Share(4, 1, 0, 1)
+        batches = [[make() for make in islice(spec.training(0, share), 20)] for spec in specs]
+        for one, other in zip(*batches, strict=True):
+            assert one.keys() == other.keys()
+            assert all(np.array_equal(one[name], other[name]) for name in one)
+        passes = [[make()["tokens"].tolist() for make in spec.evaluation(share)] for spec in specs]
+        assert passes[0] == passes[1]
+
+
+@pytest.mark.parametrize(
+    ("sequences", "suspect"),
+    [
+        (["ACGTNACGTN", "acguacgu--"], True),
+        (["GATTACA"], False),  # as short a peptide there may be
+        (["ACGTACGTAC", "ACGTACGTACM"], False),
+        (["ACGTRYACGTACGT"], False),
+    ],
+)
+def test_nucleotides_are_told_from_proteins(write, sequences: list[str], suspect: bool) -> None:
+    source = write("a.fasta", "".join(f">r{i}\n{letters}\n" for i, letters in enumerate(sequences)))
+    report = survey(Reading(), [source], strict=False)
+    assert (report.warning is not None) == suspect
+    counts = count([source], show=0)
+    assert any("probably nucleotides" in line for line in raw_lines([source], counts)) == suspect

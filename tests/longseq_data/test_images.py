@@ -155,3 +155,10 @@ def test_a_bad_image_in_a_table_is_named_by_its_row(tmp_path):
     with pytest.raises(DataError, match=r"a\.parquet, row 2: 'image' holds no image"):
         list(evaluation_samples(spec_of(str(tmp_path / "a.parquet"))))
     assert Path(tmp_path / "a.parquet").exists()
+
+
+def test_sixteen_bits_become_their_upper_eight(tmp_path: Path) -> None:
+    grey = np.array([[0, 255, 256], [32768, 40000, 65535], [1000, 2000, 3000]], dtype=np.uint16)
+    Image.fromarray(grey).save(tmp_path / "deep.png")
+    found = pixels(str(tmp_path / "deep.png"), 3, "deep.png").reshape(3, 3, 3)
+    assert (found == (grey >> 8)[:, :, None]).all()

@@ -199,3 +199,29 @@ def test_a_server_may_begin_with_a_single_byte():
     stored = gzip.compress(FASTA.encode())
     with server_of(len(stored), stored[:1], stored[1:]) as address:
         assert [record.identifier for record in read_records(address)] == ["a", "b"]
+
+
+def test_gzip_within_gzip_is_read_through_and_its_end_is_known(write) -> None:
+    text = "".join(f">r{i}\n{'ACDEFGHIKL' * (i % 9 + 1)}\n" for i in range(20_000))
+    twice = gzip.compress(gzip.compress(text.encode()))
+    plain = [(record.identifier, record.sequence) for record in read_records(write("a.fasta", text))]
+    assert [(record.identifier, record.sequence) for record in read_records(write("a.fasta.gz.gz", twice))] == plain
+    cut = gzip.compress(gzip.compress(text.encode())[:-9])
+    with pytest.raises(DataError, match="the gzip data ends too early"):
+        list(read_records(write("cut.fasta.gz", cut)))
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        (gzip.compress(gzip.compress(gzip.compress(b">a\nMK\n"))), "gzip-compressed three times"),
+        (gzip.compress(b"BZh91AY&SY"), "bzip2-compressed"),
+        (b"7z\xbc\xaf\x27\x1c\x00\x04", "a 7z archive"),
+        (b"PAR1\x15\x00", "a Parquet file"),
+        (b"\x1f\x9d\x90", "compress-compressed"),
+        (b"a.fasta".ljust(257, b"\0") + b"ustar\x0000", "a tar archive"),
+    ],
+)
+def test_what_cannot_be_read_is_named(write, content: bytes, name: str) -> None:
+    with pytest.raises(DataError, match=f"a.fasta is {name}"):
+        list(read_records(write("a.fasta", content)))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -217,3 +219,48 @@ def test_damaged_rows_of_a_hub_dataset_are_one_sentence(hub):
     with pytest.raises(DataError, match=r"after row \d+: cannot be read") as caught:
         list(read_hub(hub, "text", 100, strict=False))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "kind", ["large_string", "string_view", "binary", "large_binary", "binary_view", "dictionary", "json"]
+)
+def test_text_of_every_arrow_type_reads_as_strings_do(tmp_path: Path, kind: str) -> None:
+    rows = ["zwölf", "", None, "ein\nBuch"] * 3  # Polars writes views, pandas' categories are dictionaries
+    text = pa.array(rows)
+    if kind == "dictionary":
+        text = text.dictionary_encode()
+    elif kind == "json":
+        text = pa.ExtensionArray.from_storage(pa.json_(pa.utf8()), text)
+    else:
+        text = text.cast(pa.type_for_alias(kind) if kind in ("binary", "large_binary") else getattr(pa, kind)())
+    path = tmp_path / "table.parquet"
+    pq.write_table(pa.table({"text": text, "id": pa.array([f"i{i}" for i in range(12)], pa.string_view())}), path)
+    found = [(each.identifier, each.data) for each in read_parquet(str(path), "text", 100, strict=True)]
+    assert found == [(f"i{i}", row.encode()) for i, row in enumerate(rows) if row]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "table.parquet"
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
+    with pytest.raises(DataError, match=r"table.parquet: 2 columns are named 'text'"):
+        list(read_parquet(str(path), "text", 100, strict=True))
+
+
+def test_a_hub_that_does_not_answer_is_said_after_two_tries(tmp_path: Path) -> None:
+    program = (
+        "from longseq_data.errors import DataError\nfrom longseq_data.tables import read_hub\n"
+        "try: list(read_hub('hub:nobody/none#train', 'text', 64, False))\nexcept DataError as error: print(error)"
+    )
+    with socket.socket() as closed:  # bound and not listening: connections are refused
+        closed.bind(("127.0.0.1", 0))
+        place = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        settings = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+        settings |= {"HF_ENDPOINT": place, "HF_HUB_OFFLINE": "0"}
+        ended = subprocess.run(
+            [sys.executable, "-c", program], env=settings, capture_output=True, text=True, check=True, timeout=60
+        )
+    assert ended.stdout.startswith(
+        f"hub:nobody/none#train: cannot be opened: the Hugging Face Hub ({place}) does not answer ("
+    )
+    assert "tried twice" in ended.stdout
+    assert "Retry" not in ended.stderr

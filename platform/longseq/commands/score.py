@@ -69,7 +69,7 @@ def _sequences(source: Source, args: argparse.Namespace) -> Iterator[Row]:
             scores = [pseudo(model, vocabulary, record.row, args.passes) for record in group]
         for record, score in zip(group, scores, strict=True):
             targets = record.length + source.causal  # with the end
-            mean = score / targets
+            mean = score / targets if targets else math.nan  # of a masked model that has nothing to predict
             yield {
                 "id": record.identifier,
                 "length": record.length,

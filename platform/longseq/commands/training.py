@@ -21,7 +21,9 @@ from longseq.opening import find
 from longseq.run import Run, as_typed
 from longseq_data.corpus import Corpus
 from longseq_data.errors import DataError
-from longseq_data.fasta import ScanReport
+from longseq_data.fasta import NUCLEOTIDES_SENTENCE, ScanReport
+from longseq_data.identity import identity_of
+from longseq_data.manifest import read_manifest
 from longseq_data.survey import UNITS, survey
 
 
@@ -102,7 +104,7 @@ FIXED = (
 )
 
 
-_FILES = ("data.train", "data.valid", "data.test", "data.tokenizer")
+_FILES = ("data.train", "data.valid", "data.test")
 
 
 def refuse_changes(before: Config, after: Config, run: Run, keys: Sequence[str]) -> None:
@@ -115,9 +117,11 @@ def refuse_changes(before: Config, after: Config, run: Run, keys: Sequence[str])
         section, _, name = key.partition(".")
         old, new = getattr(getattr(before, section), name), getattr(getattr(after, section), name)
         if old != new:
-            moved = f" (if only the files have moved, correct {run.config_path})" if key in _FILES else ""
+            if key in _FILES and run.only_moved(name, old, new, [identity_of(source) for source in new]):
+                continue
+            moved = ", whose content is another" if key in _FILES else ""
             raise RunError(
-                f"{key}={new}: the run {run.path} was started with {old}, and keeps it{moved}. Start another run with "
+                f"{key}={new}: the run {run.path} was started with {old}{moved}, and keeps it. Start another run with "
                 "`longseq fit` for another experiment."
             )
 
@@ -136,6 +140,8 @@ def check_data(config: Config) -> None:
             corpus = Corpus.open(prepared, split)
             unit = UNITS.get(corpus.vocabulary.name, "tokens")
             print(f"data.{split}: {len(corpus):,} records, {corpus.tokens:,} {unit} of {prepared}", file=sys.stderr)
+            if read_manifest(Path(prepared)).report.get("nucleotides"):
+                print(f"longseq: warning: data.{split}: {NUCLEOTIDES_SENTENCE}", file=sys.stderr)
             continue
         if not sources:
             continue
@@ -151,6 +157,12 @@ def check_data(config: Config) -> None:
         )
         if shares and report.complete:
             _refuse_empty_splits(config, report)
+        if shares and report.identifiers.repeated:
+            print(
+                f"longseq: warning: data.train: {report.records:,} records have {len(report.identifiers.places):,} "
+                "different identifiers, which decide their splits: the splits may be uneven, or empty.",
+                file=sys.stderr,
+            )
         say(f"data.{split}", report)
 
 
@@ -158,6 +170,8 @@ def say(name: str, report: ScanReport) -> None:
     """What a look at some data found, and which letters were read as X, on stderr."""
     extent = "" if report.complete else " at the beginning of the files"
     print(f"{name}: {report.records:,} records, {report.residues:,} {report.unit}{extent}", file=sys.stderr)
+    if report.warning:
+        print(f"longseq: warning: {name}: {report.warning}", file=sys.stderr)
     if report.unknown:
         letters = ", ".join(f"{letter!r} × {count:,}" for letter, count in report.unknown.most_common(5))
         first = report.first_unknown
@@ -171,17 +185,19 @@ def say(name: str, report: ScanReport) -> None:
 
 def _refuse_empty_splits(config: Config, report: ScanReport) -> None:
     """A split that turns out empty at the first validation would cost the steps before it."""
-    data, held_out = config.data, f"the hash of the identifiers puts none of the {report.records:,} records"
-    if not report.splits["train"]:
+    data, found = config.data, report.identifiers
+    shares = 0.0 if data.valid else data.valid_fraction, 0.0 if data.test else data.test_fraction
+    validates = bool(config.trainer.valid_every) and not data.valid
+    if not found.splits["train"]:
         raise DataError(
-            f"data.train: {held_out} into training: lower data.valid_fraction={data.valid_fraction} and "
-            f"data.test_fraction={data.test_fraction}."
+            f"data.train: {found.lost('train', *shares, otherwise='name files in data.valid and data.test')}."
         )
-    if config.trainer.valid_every and not data.valid and not report.splits["valid"]:
-        raise DataError(
-            f"data.train: {held_out} into validation: raise data.valid_fraction={data.valid_fraction}, name files in "
-            "data.valid, or set trainer.valid_every=0."
-        )
+    if validates and not found.splits["valid"]:
+        otherwise = "name files in data.valid, or validate never (trainer.valid_every=0)"
+        raise DataError(f"data.train: {found.lost('valid', *shares, otherwise=otherwise)}.")
+    if shares[1] and not found.splits["test"]:
+        otherwise = "name files in data.test, when training or later with `longseq evaluate RUN data.test=FILE`"
+        print(f"longseq: note: data.train: {found.lost('test', *shares, otherwise=otherwise)}.", file=sys.stderr)
 
 
 def check_origin(config: Config) -> None:

@@ -21,7 +21,9 @@ class Embedded(NamedTuple):
 
     @property
     def mean(self) -> npt.NDArray[np.float32]:
-        """(E,), summed in float64."""
+        """(E,), summed in float64; NaN of a record without residues."""
+        if not len(self.residues):
+            return np.full(self.residues.shape[1], np.nan, dtype=np.float32)
         return self.residues.mean(0, dtype=np.float64).astype(np.float32)
 
 

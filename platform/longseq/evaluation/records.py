@@ -44,7 +44,7 @@ def records(source: Source, file: str) -> Iterator[Record]:
     """
     samples = _samples(source, file)
     encoder, vocabulary = samples.encoder(), source.vocabulary
-    for each in documents_in_file_order(samples):
+    for each in documents_in_file_order(samples, hollow=True):
         tokens = Window((document(each),)).tokens(encoder)
         body = tokens[1 : 1 + each.length]
         ends = np.array([vocabulary.eos], dtype=tokens.dtype)

@@ -1,4 +1,4 @@
-"""Look at a prepared corpus, or at sequence files that may become one: counts, lengths, the first records."""
+"""Look at a prepared corpus, or at files to train on: counts, lengths, the first records."""
 
 from __future__ import annotations
 
@@ -8,22 +8,40 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "what", nargs="+", help="the folder of a corpus; or FASTA, UniProt .dat or XML: paths, globs, URLs"
+        "what",
+        nargs="+",
+        metavar="CORPUS|FILE",
+        help="the folder of a corpus; or files as data.train takes them: FASTA, UniProt .dat or XML, text, JSON Lines, "
+        "Parquet, images: paths, globs, folders, URLs",
     )
+    parser.add_argument("--column", help="field of a table with the text or image; default: text, or image")
+    parser.add_argument("--tokenizer", default="auto", help="what the tokens are, as data.tokenizer; default: auto")
     parser.add_argument("--records", type=int, default=3, help="records to show (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     from longseq.commands.data.progress import Bar
     from longseq_data import inspection
+    from longseq_data.corpus import is_corpus
+    from longseq_data.formats import folder_format
+    from longseq_data.reading import Reading, agree
     from longseq_data.sources import expand_sources
 
+    def folder_of_fasta(name: str) -> bool:
+        folder = Path(name).expanduser()
+        return folder.is_dir() and folder_format(str(folder), "auto") == "fasta"
+
     show = max(0, args.records)
-    if len(args.what) == 1 and Path(args.what[0]).expanduser().is_dir():
+    if len(args.what) == 1 and (is_corpus(args.what[0]) or folder_of_fasta(args.what[0])):
         for line in inspection.corpus_lines(Path(args.what[0]).expanduser(), show):
             print(line)
         return 0
-    sources = expand_sources(args.what)
+    sources = expand_sources(args.what, "auto")
+    read = Reading("auto", agree(sources, "auto", args.tokenizer), args.column)
+    if any(leaf.format != "fasta" for leaf in read.leaves(sources)):
+        for line in inspection.document_lines(read, sources, show):
+            print(line)
+        return 0
     sizes = [Path(source).stat().st_size for source in sources if Path(source).is_file()]
     total = sum(sizes) if len(sizes) == len(sources) else None
     done = 0

@@ -1,0 +1,142 @@
+"""No file loses its training or its validation split without a sentence that says why, and what would do."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from longseq.commands.data.inspect import add_arguments
+from longseq.commands.data.inspect import run as inspect
+from longseq.commands.training import FIXED, check_data, refuse_changes
+from longseq.config_loading import load_config
+from longseq.data import identities, resolve_sources, split_spec
+from longseq.errors import RunError
+from longseq.run import Run
+from longseq_data.errors import DataError
+from longseq_data.prepare import prepare
+from longseq_data.prepare_config import PrepareConfig
+from longseq_data.shuffling import documents_in_file_order
+from longseq_data.streaming import StreamSpec
+
+
+def checked(*overrides: str) -> object:
+    config = load_config("small.yaml", list(overrides))
+    resolve_sources(config)
+    check_data(config)
+    return config
+
+
+def splits_of(config) -> dict[str, list[str]]:
+    found = {}
+    for split in ("train", "valid", "test"):
+        spec = split_spec(config, split)
+        assert isinstance(spec, StreamSpec)
+        found[split] = [document.identifier for document in documents_in_file_order(spec)]
+    return found
+
+
+@pytest.mark.parametrize("header", [">seq {}", "> protein {}"])
+def test_records_of_one_identifier_are_refused_and_the_advice_works(folder: Path, header: str) -> None:
+    (folder / "same.fasta").write_text("".join(f"{header.format(i)}\nMKVLAACDEF\n" for i in range(80)))
+    name = header.split()[0].lstrip(">") or header.split()[1]
+    with pytest.raises(DataError, match=f"all of them have the identifier '{name}'") as caught:
+        checked("data.train=same.fasta")
+    program = re.search(r"awk '(.*)' OLD > NEW", str(caught.value))
+    assert program
+    assert program[1] == '/^>/{print ">r" ++n " " substr($0, 2); next} 1'
+    lines = (folder / "same.fasta").read_text().splitlines()
+    heads = iter(range(1, 81))
+    new = [f">r{next(heads)} {line[1:]}" if line.startswith(">") else line for line in lines]  # as awk does
+    (folder / "new.fasta").write_text("\n".join(new) + "\n")
+    assert all(splits_of(checked("data.train=new.fasta")).values())
+
+
+@pytest.mark.parametrize("header", [">seq {}", "> protein {}"])
+def test_prepare_refuses_records_of_one_identifier(folder: Path, header: str) -> None:
+    (folder / "same.fasta").write_text("".join(f"{header.format(i)}\n{'MKVLAACDEF' * (i + 1)}\n" for i in range(80)))
+    with pytest.raises(DataError, match=r"80 records into .* all of them have the identifier"):
+        prepare(PrepareConfig(sources=["same.fasta"], output="corpus", workers=1))
+    assert not (folder / "corpus").exists()
+
+
+@pytest.mark.parametrize("records", [2, 3, 8])
+def test_the_fraction_that_is_advised_fills_the_split(folder: Path, records: int) -> None:
+    (folder / "few.fasta").write_text("".join(f">r{i}\nMKVLAACDEF\n" for i in range(records)))
+    with pytest.raises(DataError, match="into validation") as caught:
+        checked("data.train=few.fasta")
+    advised = re.search(r"set (data.valid_fraction=[\d.]+)(?: and (data.test_fraction=[\d.]+))?", str(caught.value))
+    assert advised
+    config = checked("data.train=few.fasta", *filter(None, advised.groups()))
+    for split in ("train", "valid"):
+        assert list(documents_in_file_order(split_spec(config, split)))  # type: ignore[arg-type]
+
+
+def test_one_record_is_not_asked_to_be_split(folder: Path) -> None:
+    (folder / "one.fasta").write_text(">r0\nMKVLAACDEF\n")
+    with pytest.raises(DataError, match=r"one record .'r0'. cannot be both trained on and held out"):
+        checked("data.train=one.fasta")
+
+
+def test_a_single_text_is_held_out_of_in_smaller_parts(folder: Path, capsys) -> None:
+    text = "".join(f"line {i} of a book that has a good many lines\n" for i in range(20_000))
+    (folder / "book.txt").write_text(text)
+    config = checked("data.train=book.txt")
+    assert f"read in parts of data.part_bytes={config.data.part_bytes}" in capsys.readouterr().err
+    parts = {}
+    for split in ("train", "valid", "test"):
+        documents = list(documents_in_file_order(split_spec(config, split)))
+        assert documents
+        parts[split] = sum(document.length for document in documents)
+        parts |= {document.identifier: document.data for document in documents}
+    pieces = sorted((key for key in parts if key.startswith("book")), key=lambda key: int(key.partition("#")[2] or 0))
+    assert b"".join(parts[key] for key in pieces) == text.encode()
+    assert 0 < parts["valid"] < 0.1 * len(text)
+    assert 0 < parts["test"] < 0.1 * len(text)
+
+
+def test_texts_that_fill_their_splits_keep_their_parts(folder: Path) -> None:
+    for i in range(60):
+        (folder / f"t{i}.txt").write_text(f"text number {i}\n")
+    assert checked("data.train=t*.txt").data.part_bytes == 1_048_576
+
+
+def test_a_moved_file_is_accepted_and_a_changed_one_is_not(folder: Path) -> None:
+    config = checked("data.train=proteins.fasta")
+    run = Run.create(config, "one")
+    run.record_data(identities(config))
+    for name in ("same", "other"):
+        (folder / name).mkdir()
+        shutil.copy("proteins.fasta", folder / name)
+    with (folder / "other" / "proteins.fasta").open("r+b") as file:
+        file.seek(50)
+        file.write(b"W")
+    before = run.config()
+    after = run.config(("data.train=same/proteins.fasta",))
+    resolve_sources(after)
+    refuse_changes(before, after, run, FIXED)
+    run.check_data(after, identities(after))
+    changed = run.config(("data.train=other/proteins.fasta",))
+    resolve_sources(changed)
+    with pytest.raises(RunError, match=r"data.train=.*other/proteins.fasta.*, whose content is another"):
+        refuse_changes(before, changed, run, FIXED)
+
+
+def test_inspect_looks_at_text_and_tables(folder: Path, capsys) -> None:
+    import argparse
+
+    (folder / "book.txt").write_text("Call me\nIshmael.\n")
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": "x" * i, "id": i}) + "\n" for i in (3, 5)))
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    for name, head, first in (
+        ("book.txt", "1 file: 1 records, 17 bytes of text", "  book.txt  17  Call me Ishmael."),
+        ("rows.jsonl", "1 file: 2 records, 8 bytes of text", "  3  3  xxx"),
+    ):
+        assert inspect(parser.parse_args([name])) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == head
+        assert first in lines
