@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longseq.attention import backends
+from longseq.attention.arguments import checked
 from longseq.attention.backends import Backend
 from longseq.attention.feature_maps import FeatureMap, feature_map
 from longseq.attention.first_order import Saved, first_order
@@ -65,6 +66,7 @@ def carried_attention(
     Raises:
         ValueError: for a kernel with features of both signs, or a tile after one that was shorter than the window.
     """
+    checked(q, k, v, True, window, features, far_share=far_share, decay=decay)
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     phi = None
     if features or not window:
