@@ -12,6 +12,7 @@ from longseq.attention.context_group import ContextGroup, GatherSequence, Sliced
 from longseq.attention.context_halo import neighbourhood
 from longseq.attention.context_parallel import relay
 from longseq.attention.feature_maps import KERNELS, FeatureMap, feature_map
+from longseq.attention.isolation import isolated
 from longseq.attention.parts import Part, combine
 
 
@@ -132,11 +133,15 @@ def favor_attention(
             else:
                 out = _by_slices(engine, rows, phi, causal, window, hidden, runs, rates, share, context, documents)
             return out.view(batch, heads, length, v.shape[-1]).to(v.dtype)
-        if plain:
-            assert phi is not None
-            out = engine.bidirectional(*rows, phi, hidden)
-        else:
-            out = _by_parts(engine, rows, phi, causal, min(window, length), hidden, runs, rates, share)
+        reach = 0 if phi else min(window, length)
+
+        def attend(rows: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+            if plain:
+                assert phi is not None
+                return engine.bidirectional(*rows, phi, hidden)
+            return _by_parts(engine, rows, phi, causal, min(window, length), hidden, runs, rates, share)
+
+        out = isolated(attend, rows, hidden, runs, causal, reach)
     return out.view(batch, heads, length, v.shape[-1]).to(v.dtype)
 
 

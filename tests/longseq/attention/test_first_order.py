@@ -54,6 +54,14 @@ def plain(backend: str) -> Function:
     return lambda context, *qkv: favor_attention(*qkv, features=12, backend=backend)
 
 
+def isolated(context: ContextGroup, *qkv: Tensor) -> Tensor:
+    where = torch.zeros(BATCH, HEADS, LENGTH, 1, dtype=torch.bool)
+    where[:, 1, LENGTH - 3 :] = True
+    q, k, v = qkv
+    out = favor_attention(q, k, v.masked_fill(where, torch.nan), causal=True, features=12)
+    return out[:, :, : LENGTH - 3]
+
+
 def carried(context: ContextGroup, *qkv: Tensor) -> Tensor:
     state: tuple[Tensor, ...] = ()
     parts = []
@@ -111,6 +119,8 @@ EXAMPLES: dict[str, list[Function]] = {
     "attention/native/backend.py:_Window": [attention("native", causal=True, window=5), attention("native", window=5)],
     "attention/triton_backend.py:_TwoPasses": [plain("triton")],
     "attention/triton_window.py:_Window": [attention("triton", causal=True, window=5)],
+    "attention/isolation.py:_Entry": [isolated],
+    "attention/isolation.py:_Exit": [isolated],
     "attention/carried.py:_Scan": [carried],
     "attention/context_parallel.py:_Relay": [sliced(), sliced(window=5)],
     "attention/context_halo.py:_Halo": [halo],
