@@ -65,7 +65,7 @@ def test_a_module_refuses_them_when_it_is_made(name: str, number: object, error:
 
 def test_a_module_takes_numpys_integers_and_refuses_integer_inputs() -> None:
     layer = FavorAttention(16, 2, seed=torch.tensor(3), causal=True)
-    with pytest.raises(TypeError, match="^x must be a tensor"):
+    with pytest.raises(TypeError, match=r"^x must be a tensor"):
         layer(torch.ones(1, 4, 16, dtype=torch.int64))
 
 
