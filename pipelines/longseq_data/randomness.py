@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
+from typing import SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +20,24 @@ def generator(seed: int, *what: str | int) -> np.random.Generator:
     Draw with ``.random()`` where the order must survive a NumPy upgrade: the other methods may change their algorithm
     between releases (NEP 19), while the doubles are the bits of Philox, scaled.
     """
-    text = json.dumps([int(seed), *(part if isinstance(part, str) else int(part) for part in what)])
-    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+    digest = hashed(16, seed, *what)
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "big")))
+
+
+def hashed(size: int, seed: SupportsIndex, *what: SupportsIndex | str) -> bytes:
+    """``size`` bytes, a function of the values alone: an integer of NumPy or PyTorch gives what Python's gives.
+
+    Raises TypeError for a number that is not an integer: 3.7 would be 3, and True 1, without a word.
+    """
+
+    text = json.dumps([_index(seed), *(part if isinstance(part, str) else _index(part) for part in what)])
+    return hashlib.blake2b(text.encode(), digest_size=size).digest()
+
+
+def _index(number: SupportsIndex) -> int:
+    if isinstance(number, (bool, np.bool_)):
+        raise TypeError(f"random numbers are a function of integers and texts, not of {number!r}")
+    return operator.index(number)
 
 
 def uniforms(seed: int, what: str, counters: npt.ArrayLike) -> npt.NDArray[np.float64]:
@@ -30,7 +47,7 @@ def uniforms(seed: int, what: str, counters: npt.ArrayLike) -> npt.NDArray[np.fl
 
 def words(seed: int, what: str, counters: npt.ArrayLike) -> npt.NDArray[np.uint64]:
     """64 random bits for each counter: number k of the stream whose state is a hash of (seed, what)."""
-    digest = hashlib.blake2b(json.dumps([int(seed), "uniforms", what]).encode(), digest_size=8).digest()
+    digest = hashed(8, seed, "uniforms", what)
     return stream_words(np.uint64(int.from_bytes(digest, "big")), counters)
 
 

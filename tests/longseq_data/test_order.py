@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longseq_data.order import TABLE_LIMIT, Permutation, endless_order, permutation, samples_of_rank
+from longseq_data.randomness import generator, uniforms
 
 SIZES = [1, 2, 3, 4, 5, 7, 31, 32, 33, 127, 1009]
 SIZES += [TABLE_LIMIT - 1, TABLE_LIMIT, TABLE_LIMIT + 1, 1031, 2047, 2048, 2049, 4095, 4096, 4097, 65537, 99_991]
@@ -152,3 +153,23 @@ def test_what_lies_outside_is_refused():
                 permutation(n, 0, 0)(index)
     with pytest.raises(ValueError, match="start at 0"):
         endless_order([3, -1], 10, 0)
+
+
+@pytest.mark.parametrize("convert", [np.int64, np.uint16, np.array])
+def test_random_numbers_depend_on_the_values_of_integers_and_not_on_their_types(convert):
+    seed, what, n = convert(3), convert(7), convert(5000)
+    assert (generator(seed, "crop", what).random(5) == generator(3, "crop", 7).random(5)).all()
+    assert (uniforms(seed, "crop", np.arange(4)) == uniforms(3, "crop", np.arange(4))).all()
+    assert (Permutation(int(n), seed, what)(range(9)) == Permutation(5000, 3, 7)(range(9))).all()
+
+
+@pytest.mark.parametrize("seed", [3.0, 3.7, True, "3", None])
+def test_a_seed_that_is_no_integer_is_refused_and_not_rounded(seed):
+    permutation(5000, 1, 0), permutation(5000, 3, 0)
+    for draw in (
+        lambda: generator(seed, "crop"),
+        lambda: uniforms(seed, "crop", [0]),
+        lambda: permutation(5000, seed, 0),
+    ):
+        with pytest.raises(TypeError):
+            draw()

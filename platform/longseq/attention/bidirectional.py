@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from longseq.attention.feature_maps import FeatureMap
-from longseq.attention.state import AttentionState, in_full_precision, inverse, with_ones
+from longseq.attention.first_order import Saved, first_order
+from longseq.attention.state import AttentionState, inverse, with_ones
 
 # Nothing here grows with the square of a chunk: long enough for efficient products, short enough for the cache.
 CHUNK = 128
@@ -134,10 +134,9 @@ class _TwoPasses(torch.autograd.Function):
         return out
 
     @staticmethod
-    @in_full_precision
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, hidden, out, inverse_den, sums, log_scale = ctx.saved_tensors
+    @first_order
+    def backward(ctx: Any, saved: Saved, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, hidden, out, inverse_den, sums, log_scale = saved
         feature_map: FeatureMap = ctx.feature_map
         keys = _Keys(k, v, hidden, feature_map)
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

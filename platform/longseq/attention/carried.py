@@ -19,15 +19,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from longseq.attention import backends
+from longseq.attention.arguments import checked
 from longseq.attention.backends import Backend
 from longseq.attention.feature_maps import FeatureMap, feature_map
+from longseq.attention.first_order import Saved, first_order
 from longseq.attention.functional import per_row
 from longseq.attention.parts import Part, combine
 from longseq.attention.scan import Rows
-from longseq.attention.state import AttentionState, in_full_precision
+from longseq.attention.state import AttentionState
 
 State = tuple[Tensor, ...]  # S (N, m, e + 1) and c (N, 1, 1), unless features = 0; with a window the last w k and v
 
@@ -64,6 +65,7 @@ def carried_attention(
     Raises:
         ValueError: for a kernel with features of both signs, or a tile after one that was shorter than the window.
     """
+    checked(q, k, v, True, window, features, far_share=far_share, decay=decay)
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     phi = None
     if features or not window:
@@ -148,12 +150,11 @@ class _Scan(torch.autograd.Function):
         return done.out, done.lse, behind, done.log_scale
 
     @staticmethod
-    @in_full_precision
-    @once_differentiable
+    @first_order
     def backward(
-        ctx: Any, dout: Tensor | None, dlse: Tensor | None, later: Tensor | None, _: Tensor | None
+        ctx: Any, saved: Saved, dout: Tensor | None, dlse: Tensor | None, later: Tensor | None, _: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        q, k, v, decay, out, inverse_den, *kept = ctx.saved_tensors
+        q, k, v, decay, out, inverse_den, *kept = saved
         rows, wants = Rows(q, k, v, decay, None, None, ctx.phi, ctx.delay), ctx.needs_input_grad[3]
         grads = ctx.engine.scan_backward(rows, out, inverse_den, kept, dout, dlse, later, wants)
         d_decay = None if grads.decay is None else grads.decay.to(v)

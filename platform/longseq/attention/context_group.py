@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from longseq.attention.first_order import Saved, first_order
 from longseq.attention.state import AttentionState
 
 # PyTorch 2.13 has renamed it.
@@ -121,8 +121,8 @@ class GatherSequence(torch.autograd.Function):
         return torch.cat(list(context.gather_rows(x)), dim=2)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    @first_order
+    def backward(ctx: Any, saved: Saved, grad: Tensor) -> tuple[Tensor, None]:
         grad = grad.contiguous().clone()
         dist.all_reduce(grad, group=ctx.context.group)
         ctx.context.traffic.other += grad.nbytes

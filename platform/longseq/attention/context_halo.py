@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from longseq.attention.context_group import ContextGroup, SlicedDocuments
+from longseq.attention.first_order import Saved, first_order
 from longseq.attention.parts import Part
 
 
@@ -100,8 +100,8 @@ class _Halo(torch.autograd.Function):
         return whole[0], whole[1], whole[2]
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dk: Tensor, dv: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    @first_order
+    def backward(ctx: Any, saved: Saved, dk: Tensor, dv: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         mine = slice(ctx.left, dk.shape[1] - ctx.right)
         own = [x[:, mine].clone() for x in (dk, dv)]
         hops = _hops(ctx.context, own[0].shape[1], ctx.left, ctx.right)

@@ -44,14 +44,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from longseq.attention.context_group import ContextGroup, SlicedDocuments
 from longseq.attention.context_halo import Neighbourhood
 from longseq.attention.feature_maps import FeatureMap
+from longseq.attention.first_order import Saved, first_order
 from longseq.attention.parts import Part, combine, combine_vjp
 from longseq.attention.scan import CHUNK, Rows, Scanned
-from longseq.attention.state import NOTHING, AttentionState, in_full_precision
+from longseq.attention.state import NOTHING, AttentionState
 
 if TYPE_CHECKING:
     from longseq.attention.backends import Backend
@@ -197,16 +197,15 @@ class _Relay(torch.autograd.Function):
         return _together(parts, chain.delay)
 
     @staticmethod
-    @in_full_precision
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, decay, hidden, runs, *saved = ctx.saved_tensors
-        own, before, inner = (AttentionState(*saved[at : at + 2]) for at in range(0, 6, 2))
-        parts, saved = [], saved[6:]
+    @first_order
+    def backward(ctx: Any, saved: Saved, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, decay, hidden, runs, *states = saved
+        own, before, inner = (AttentionState(*states[at : at + 2]) for at in range(0, 6, 2))
+        parts, left = [], states[6:]
         for kept in ctx.kept:
-            out, lse, inverse_den, log_scale = saved[:4]
-            parts.append(Scanned(out, lse, inverse_den, saved[4 : 4 + kept], log_scale))
-            saved = saved[4 + kept :]
+            out, lse, inverse_den, log_scale = left[:4]
+            parts.append(Scanned(out, lse, inverse_den, left[4 : 4 + kept], log_scale))
+            left = left[4 + kept :]
         chain = ctx.chain
         work = _Work(Rows(q, k, v, decay, hidden, runs, ctx.feature_map, chain.delay), ctx.engine, chain)
         early, delay, rest = work.early, chain.delay, parts[-1]

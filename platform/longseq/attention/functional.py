@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from longseq.attention import backends
+from longseq.attention.arguments import checked
 from longseq.attention.context_group import ContextGroup, GatherSequence, SlicedDocuments
 from longseq.attention.context_halo import neighbourhood
 from longseq.attention.context_parallel import relay
 from longseq.attention.feature_maps import KERNELS, FeatureMap, feature_map
+from longseq.attention.isolation import isolated
 from longseq.attention.parts import Part, combine
 
 
@@ -84,7 +84,9 @@ def favor_attention(
     """
     documents = segments if isinstance(segments, SlicedDocuments) else None
     given = segments.segments if isinstance(segments, SlicedDocuments) else segments
-    segments = _check(q, k, v, causal, window, key_padding, given, cu_seqlens, far_share, decay)
+    segments = checked(
+        q, k, v, causal, window, features, key_padding, given, cu_seqlens, far_share=far_share, decay=decay
+    )
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     if kernel not in KERNELS:
         raise ValueError(f"unknown kernel {kernel!r}; the kernels are {', '.join(KERNELS)}")
@@ -110,6 +112,7 @@ def favor_attention(
             "adds two denominators, which needs features of one sign"
         )
     batch, heads, length = q.shape[:3]
+    nothing = _nothing(q, k, v, far_share, decay) if not (q.shape[:3].numel() and k.shape[2] and v.shape[3]) else None
     hidden = None if key_padding is None else ~key_padding.repeat_interleave(heads, dim=0)
     runs = None if segments is None else _runs(segments).repeat_interleave(heads, dim=0)
     with torch.autocast(q.device.type, enabled=False):
@@ -118,6 +121,8 @@ def favor_attention(
         q, k, v_ = (t.flatten(0, 1).to(dtype) for t in (q, k, v))
         rows = q, k, v_
         engine = backends.choose(backend, phi, rows)
+        if nothing is not None:
+            return nothing
         plain = phi is not None and not causal and not window and runs is None and rates is None
         if context is not None:
             if segments is not None and documents is None:
@@ -128,14 +133,22 @@ def favor_attention(
             else:
                 out = _by_slices(engine, rows, phi, causal, window, hidden, runs, rates, share, context, documents)
             return out.view(batch, heads, length, v.shape[-1]).to(v.dtype)
-        if not length or not k.shape[1]:
-            return v.new_zeros(batch, heads, length, v.shape[-1])
-        if plain:
-            assert phi is not None
-            out = engine.bidirectional(*rows, phi, hidden)
-        else:
-            out = _by_parts(engine, rows, phi, causal, min(window, length), hidden, runs, rates, share)
+        reach = 0 if phi else min(window, length)
+
+        def attend(rows: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+            if plain:
+                assert phi is not None
+                return engine.bidirectional(*rows, phi, hidden)
+            return _by_parts(engine, rows, phi, causal, min(window, length), hidden, runs, rates, share)
+
+        out = isolated(attend, rows, hidden, runs, causal, reach)
     return out.view(batch, heads, length, v.shape[-1]).to(v.dtype)
+
+
+def _nothing(q: Tensor, k: Tensor, v: Tensor, *per_head: Tensor | None) -> Tensor:
+    """Zeros that hang on the inputs, whose gradients are zeros, as those of PyTorch's attention are."""
+    none = sum((x[..., :0].sum() for x in (q, k, v, *per_head) if x is not None), q.new_zeros(()))
+    return v.new_zeros(*q.shape[:3], v.shape[-1]) + none.to(v.dtype)
 
 
 def _by_parts(
@@ -215,7 +228,7 @@ def exact_attention(
     With a ``context`` every rank gathers all keys and values, and holds a mask of its queries by all keys.
     """
     segments = segments.segments if isinstance(segments, SlicedDocuments) else segments
-    segments = _check(q, k, v, causal, 0, key_padding, segments, None, None, decay)
+    segments = checked(q, k, v, causal, key_padding=key_padding, segments=segments, decay=decay)
     if key_padding is None and segments is None and decay is None and context is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     first = 0
@@ -256,57 +269,3 @@ def _runs(segments: Tensor) -> Tensor:
     """The number of each position's document, counted along the row: (batch, length), never decreasing."""
     border = segments[:, 1:] != segments[:, :-1]
     return F.pad(border.cumsum(1), (1, 0))
-
-
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    window: int,
-    key_padding: Tensor | None,
-    segments: Tensor | None,
-    cu_seqlens: Tensor | None,
-    far_share: Tensor | None,
-    decay: Tensor | None,
-) -> Tensor | None:
-    """Refuse what does not fit together; the documents as segments, however they were given."""
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if not (q.ndim == k.ndim == v.ndim == 4):
-        raise ValueError(f"q, k and v must be (batch, heads, length, dim), got {shapes}")
-    if q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3] or q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"batch, heads, key length or head_dim differ: {shapes}")
-    if window < 0:
-        raise ValueError(f"window must be 0 (none) or a number of positions, got {window}")
-    positions_matter = causal or window or segments is not None or cu_seqlens is not None or decay is not None
-    if positions_matter and q.shape[2] != k.shape[2]:
-        raise ValueError(f"causal, windowed, packed or decaying attention needs as many queries as keys: {shapes}")
-    batch, heads, length = k.shape[:3]
-    if key_padding is not None and (key_padding.dtype != torch.bool or key_padding.shape != (batch, length)):
-        raise ValueError(
-            f"key_padding must be bool of shape {(batch, length)}, True where a key is real; "
-            f"got {key_padding.dtype} {tuple(key_padding.shape)}"
-        )
-    for name, value in (("far_share", far_share), ("decay", decay)):
-        if value is not None and value.shape != (heads,):
-            raise ValueError(f"{name} must have one number a head, shape {(heads,)}; got {tuple(value.shape)}")
-    if cu_seqlens is not None:
-        if segments is not None:
-            raise ValueError("give segments or cu_seqlens, not both")
-        segments = _segments(cu_seqlens, batch, length)
-    if segments is not None and (segments.shape != (batch, length) or segments.is_floating_point()):
-        raise ValueError(
-            f"segments must be integers of shape {(batch, length)}; got {segments.dtype} {tuple(segments.shape)}"
-        )
-    return segments
-
-
-def _segments(cu_seqlens: Tensor, batch: int, length: int) -> Tensor:
-    borders = cu_seqlens.tolist() if cu_seqlens.ndim == 1 and not cu_seqlens.is_floating_point() else []
-    if batch != 1 or borders[:1] != [0] or borders[-1] != length or any(a > b for a, b in itertools.pairwise(borders)):
-        raise ValueError(
-            f"cu_seqlens must be integers that rise from 0 to the length {length} over a batch of one; "
-            f"got {borders[:8]}{' …' if len(borders) > 8 else ''} for a batch of {batch}"
-        )
-    sizes = torch.as_tensor(borders, device=cu_seqlens.device).diff()
-    return torch.repeat_interleave(torch.arange(len(sizes), device=cu_seqlens.device), sizes)[None]

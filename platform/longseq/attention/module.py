@@ -13,6 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longseq.attention.arguments import floating, integer
+from longseq.attention.backends import BACKENDS
 from longseq.attention.carried import State, carried_attention
 from longseq.attention.context_group import ContextGroup, SlicedDocuments
 from longseq.attention.feature_maps import KERNELS, oprf_a_from_moments, oprf_moments
@@ -71,6 +73,11 @@ class FavorAttention(nn.Module):
         backend: str = "auto",
     ):
         super().__init__()
+        dim, heads = integer("dim", dim, least=1), integer("heads", heads, least=1)
+        window, features = integer("window", window), integer("features", features, least=0 if window else 1)
+        seed, layer = integer("seed", seed), integer("layer", layer)
+        if backend not in BACKENDS:
+            raise ValueError(f"unknown backend {backend!r}; the backends are {', '.join(BACKENDS)}")
         if dim % heads:
             raise ValueError(f"dim={dim} is not divisible by heads={heads}")
         if kind not in KINDS:
@@ -174,6 +181,7 @@ class FavorAttention(nn.Module):
 
     def project(self, x: Tensor, rotary: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, H, L, D) of x (B, L, E), normalised and rotated."""
+        floating(x=x)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
         if self.log_temperature is not None:
             scale = torch.exp(0.5 * self.log_temperature) * self.head_dim**0.25

@@ -5,17 +5,64 @@ Nothing here is kept as state: every rank, every recompute and every resumed run
 
 from __future__ import annotations
 
-import hashlib
-from functools import lru_cache
-from typing import Literal, get_args
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, SupportsIndex, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from longseq.attention.arguments import hashed, integer
+
 Rows = Literal["chi", "sqrt_d"]
+Draw = Callable[..., Tensor]
 
 
-@lru_cache(maxsize=512)
+class CachedDraw(Protocol):
+    def __call__(
+        self,
+        features: SupportsIndex,
+        head_dim: SupportsIndex,
+        *,
+        seed: SupportsIndex = 0,
+        layer: SupportsIndex = 0,
+        draw: SupportsIndex = 0,
+        orthogonal: bool = True,
+        rows: Rows = "chi",
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor: ...
+
+    def cache_clear(self) -> None: ...
+
+
+_BLOCKS = 16  # rotated at a time, so that they stay in a core's cache
+
+
+def _cached(draw: Draw) -> CachedDraw:
+    """``draw`` with a cache behind the check of its integers: 3.0 equals 3, and would find what 3 has left there."""
+
+    def by_index(function: Draw) -> Draw:
+        @functools.wraps(draw)
+        def checked(features: SupportsIndex, head_dim: SupportsIndex, **options: Any) -> Tensor:
+            for name in options.keys() & {"seed", "layer", "draw"}:
+                options[name] = integer(name, options[name])
+            sizes = integer("features", features, least=1), integer("head_dim", head_dim, least=1)
+            if torch.compiler.is_compiling():
+                # Traced, NumPy's sums would become PyTorch's, in another order.
+                return torch.compiler.disable(function)(*sizes, **options)
+            return function(*sizes, **options)
+
+        return checked
+
+    cached = functools.lru_cache(maxsize=512)(draw)
+    door: Any = by_index(cached)
+    door.__wrapped__, door.cache_clear = by_index(draw), cached.cache_clear
+    return door
+
+
+@_cached
 def projection_matrix(
     features: int,
     head_dim: int,
@@ -41,28 +88,33 @@ def projection_matrix(
         orthogonal: block-orthogonal rows instead of independent ones.
         rows: lengths of the rows: "chi" (independent χ(head_dim) variables, which makes rows Gaussian) or "sqrt_d"
             (all √head_dim, the regularised softmax kernel).
-        device, dtype: where the matrix is wanted. It is computed in float64 on the CPU first, so that it is the same
-            on all devices of a machine; other processors may round the rotation differently in the last bits.
+        device, dtype: where the matrix is wanted. It is computed in float64 on the CPU first, by operations of one
+            order, so that it is the same on all devices, for any number of threads.
 
     Returns:
         (features, head_dim). The tensor is cached and shared: treat it as read-only.
 
     Raises:
-        ValueError: if ``features`` or ``head_dim`` is not positive, or for an unknown ``rows``.
+        TypeError: for a number that is not an integer; NumPy's and a tensor of one integer are.
+        ValueError: if ``features`` or ``head_dim`` is not positive, another number negative or above 2^63 − 1, or for
+            an unknown ``rows``.
     """
-    if features < 1 or head_dim < 1:
-        raise ValueError(f"a projection needs positive sizes, got features={features} and head_dim={head_dim}")
     if rows not in get_args(Rows):
         raise ValueError(f"unknown rows {rows!r}; the row lengths are {', '.join(get_args(Rows))}")
     # A matrix first needed during validation must not become an inference tensor: training would choke on it later.
     with torch.inference_mode(False), torch.no_grad():
-        rng = torch.Generator("cpu").manual_seed(_seed_of("projection", seed, layer, draw))
+        rng = torch.Generator("cpu").manual_seed(hashed(8, "projection", seed, layer, draw) >> 1)
         if orthogonal:
-            blocks = [_random_rotation(head_dim, rng) for _ in range(-(-features // head_dim))]
+            shape = head_dim, head_dim
+            blocks = [
+                torch.randn(shape, generator=rng, device="cpu", dtype=torch.float64)
+                for _ in range(-(-features // head_dim))
+            ]
             lengths = torch.randn(features, head_dim, generator=rng, device="cpu", dtype=torch.float64).norm(
                 dim=1, keepdim=True
             )
-            matrix = torch.cat(blocks)[:features] * lengths
+            rotations = [_rotations(blocks[at : at + _BLOCKS]) for at in range(0, len(blocks), _BLOCKS)]
+            matrix = torch.cat(rotations).flatten(0, 1)[:features] * lengths
         else:
             matrix = torch.randn(features, head_dim, generator=rng, device="cpu", dtype=torch.float64)
         if rows == "sqrt_d":
@@ -70,13 +122,16 @@ def projection_matrix(
         return matrix.to(device=device, dtype=dtype)
 
 
-def _random_rotation(size: int, rng: torch.Generator) -> Tensor:
-    q, r = torch.linalg.qr(torch.randn(size, size, generator=rng, device="cpu", dtype=torch.float64))
-    # Without the signs of R's diagonal, Q is not uniform over rotations (Mezzadri 2007, section 5).
-    return q * r.diagonal().sign()
+def _rotations(blocks: list[Tensor]) -> Tensor:
+    """The Q of each Gaussian block's QR with a positive diagonal of R, Haar-distributed (Mezzadri 2007, section 5).
 
-
-def _seed_of(*what: int | str) -> int:
-    """63 bits from a hash of ``what``: neighbouring seeds, layers and draws give unrelated streams."""
-    digest = hashlib.blake2b(repr(what).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    By Gram-Schmidt's modified method, twice: LAPACK's answer depends on the number of threads in the last bits. NumPy's
+    sums and products of elements have one order.
+    """
+    q = torch.stack(blocks).numpy()
+    for _ in range(2):  # the second time for the rounding of the first
+        for at in range(q.shape[2]):
+            column, later = q[:, :, at : at + 1], q[:, :, at + 1 :]
+            column /= np.sqrt((column * column).sum(1, keepdims=True))
+            later -= column * (column * later).sum(1, keepdims=True)
+    return torch.from_numpy(q)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longseq.attention.arguments import floating
 from longseq.attention.feature_maps import FeatureMap, feature_map
 from longseq.attention.functional import exact_attention, favor_attention, per_row
 from longseq.attention.state import AttentionState, inverse, with_ones
@@ -227,8 +228,14 @@ def decode(q: Tensor, k: Tensor, v: Tensor, state: RecurrentState) -> tuple[Tens
     Raises:
         ValueError: for shapes that are not those of the prompt.
     """
+    floating(q=q, k=k, v=v)
     batch, heads, head_dim, value_dim = state.shape
-    if q.shape != (batch, heads, q.shape[2], head_dim) or k.shape != q.shape or v.shape != (*q.shape[:3], value_dim):
+    if (
+        q.ndim != 4
+        or q.shape != (batch, heads, q.shape[2], head_dim)
+        or k.shape != q.shape
+        or v.shape != (*q.shape[:3], value_dim)
+    ):
         raise ValueError(
             f"the state continues with q and k of shape {(batch, heads, 'positions', head_dim)} and v with {value_dim} "
             f"at the end; got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
@@ -318,10 +325,11 @@ def _last(k: Tensor, values: Tensor, hidden: Tensor | None, size: int, decay: Te
 
 def _rows(k: Tensor, v: Tensor, key_padding: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys (N, L, d), [v, 1] (N, L, e + 1) and which of them are hidden (N, L, 1)."""
+    heads = k.shape[1]
     k, v = (t.flatten(0, 1).to(dtype) for t in (k, v))
     if key_padding is None:
         return k, with_ones(v), None
-    hidden = ~key_padding.repeat_interleave(len(k) // len(key_padding), dim=0)[..., None]
+    hidden = ~key_padding.repeat_interleave(heads, dim=0)[..., None]
     # Whatever stands in padding, NaN even, must not get past this line.
     return k.masked_fill(hidden, 0.0), with_ones(v.masked_fill(hidden, 0.0)), hidden
 

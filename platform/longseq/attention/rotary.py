@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longseq.attention.first_order import Saved, first_order
+
 
 def rotary_table(positions: Tensor, head_dim: int, base: float = 10_000.0) -> Tensor:
     """Cosines and sines of the rotary angles of integer positions (..., L): (2, ..., L, D/2) fp32.
@@ -43,8 +45,9 @@ class _Rotation(torch.autograd.Function):
         return _turn(x, cos, sin, 1.0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
+    @first_order
+    def backward(ctx: Any, saved: Saved, grad: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = saved
         return _turn(grad, cos, sin, -1.0), None, None
 
 

@@ -47,10 +47,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from longseq.attention.feature_maps import FeatureMap
-from longseq.attention.state import NOTHING, AttentionState, in_full_precision, inverse, with_ones
+from longseq.attention.first_order import Saved, first_order
+from longseq.attention.state import NOTHING, AttentionState, inverse, with_ones
 
 _LOG2E = math.log2(math.e)
 # Shorter chunks have less of the square that grows with them, longer ones fewer passes over the (m, e) state.
@@ -122,10 +122,9 @@ class _Scan(torch.autograd.Function):
         return done.out, done.lse
 
     @staticmethod
-    @in_full_precision
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, decay, hidden, runs, out, inverse_den, *kept = ctx.saved_tensors
+    @first_order
+    def backward(ctx: Any, saved: Saved, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, decay, hidden, runs, out, inverse_den, *kept = saved
         rows = Rows(q, k, v, decay, hidden, runs, ctx.feature_map, ctx.delay)
         grads = ctx.by.backward(rows, out, inverse_den, kept, dout, dlse, None, ctx.needs_input_grad[3])
         d_decay = None if grads.decay is None else grads.decay.to(v)

@@ -6,9 +6,7 @@ log-scale; that one merge serves chunks on one device, packed documents, decodin
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,14 +68,3 @@ def inverse(den: Tensor, positive: bool) -> Tensor:
     """
     least = torch.finfo(den.dtype).tiny ** 0.75 if positive else 1e-6
     return torch.where(den.abs() < least, 0.0, den.reciprocal())
-
-
-def in_full_precision(backward: Any) -> Any:
-    """Keep autocast out of a backward pass that is called inside of it: torch restores it for the forward pass only."""
-
-    @functools.wraps(backward)
-    def without_autocast(ctx: Any, *grads: Any) -> Any:
-        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
-            return backward(ctx, *grads)
-
-    return without_autocast

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from longseq.attention.first_order import Saved, first_order
 
 Parameters = Sequence[Tensor]
 State = tuple[Tensor, ...]
@@ -96,9 +97,8 @@ class _Pointwise(torch.autograd.Function):
         return whole
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
+    @first_order
+    def backward(ctx: Any, inputs: Saved, *grads: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[4 : 4 + len(inputs)]
         d_inputs = [torch.empty_like(x) if want else None for x, want in zip(inputs, wanted, strict=True)]
         sums = _Sums(ctx.parameters)
@@ -122,28 +122,34 @@ class _Recurrence(torch.autograd.Function):
     def forward(
         ctx: Any, piece: Piece, cuts: list[tuple[int, int]], device: torch.device, random: bool, *parameters: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.piece, ctx.cuts, ctx.parameters, ctx.states = piece, cuts, parameters, []
+        ctx.piece, ctx.cuts, ctx.parameters, ctx.sizes = piece, cuts, parameters, []
         ctx.replay = _Replay(device, random)
         state: State = ()
+        states: list[Tensor] = []
         totals: list[Tensor] = []
         for start, stop in cuts:
             ctx.replay.note()
             if parameters:
-                ctx.states.append(state)
+                states += state
+                ctx.sizes.append(len(state))
             sums, state = piece(start, stop, state)
             sums = (sums[0].double(), *sums[1:])
             totals = [total + part for total, part in zip(totals, sums, strict=True)] if totals else list(sums)
+        ctx.save_for_backward(*states)
         ctx.mark_non_differentiable(*totals[1:])
         return totals[0].float(), *totals[1:]
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    @first_order
+    def backward(ctx: Any, saved: Saved, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         sums = _Sums(ctx.parameters)
         later: list[Tensor | None] = []  # gradients of the state behind the tile
+        states = list(saved)
         for number in reversed(range(len(ctx.cuts))):
+            size = ctx.sizes[number]
+            state, states = states[len(states) - size :], states[: len(states) - size]
             with ctx.replay.again(number):
-                before = [x.detach().requires_grad_(x.is_floating_point()) for x in ctx.states.pop()]
+                before = [x.detach().requires_grad_(x.is_floating_point()) for x in state]
                 parts, behind = ctx.piece(*ctx.cuts[number], tuple(before))
             outputs, d_outputs = [parts[0]], [grad.to(parts[0].dtype)]
             for x, d_x in zip(behind, later, strict=False):  # nothing is later than the last tile

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from longseq.attention import triton_kernels as kernels
 from longseq.attention.bidirectional import Total
 from longseq.attention.feature_maps import FeatureMap, Generalised, PositiveExponential
+from longseq.attention.first_order import Saved, first_order
 from longseq.attention.parts import Part
 from longseq.attention.scan import Rows, ScanGradients, Scanned, Scanner
 from longseq.attention.scan import scan as scan_by
@@ -311,9 +311,9 @@ class _TwoPasses(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, q_gauge, k_gauge, key_scale, entering, out, inverse_den, *state = ctx.saved_tensors
+    @first_order
+    def backward(ctx: Any, saved: Saved, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, q_gauge, k_gauge, key_scale, entering, out, inverse_den, *state = saved
         launch, dout = ctx.launch, dout.contiguous()
         u = inverse_den * at_positions(-(dout * out).sum(-1), q.shape[1], 0, fill=0.0)
         dq, dk, dv, d_scale = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(entering)

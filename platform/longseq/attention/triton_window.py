@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from longseq.attention.first_order import Saved, first_order
 from longseq.attention.parts import Part
 from longseq.attention.triton_kernels import INFINITY, NOTHING, load_rows, product, put_rows, rows_product
 from longseq.attention.triton_launch import on, padded, pointer
@@ -229,9 +229,9 @@ class _Window(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, hidden, runs, decay, out, lse = ctx.saved_tensors
+    @first_order
+    def backward(ctx: Any, saved: Saved, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, hidden, runs, decay, out, lse = saved
         dout = torch.zeros_like(out) if dout is None else dout.contiguous()
         shared = -(dout * out).sum(-1, keepdim=True)
         if dlse is not None:

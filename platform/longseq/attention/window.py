@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from longseq.attention.state import NOTHING, in_full_precision
+from longseq.attention.first_order import Saved, first_order
+from longseq.attention.state import NOTHING
 
 # Longer blocks compute more scores that the window hides, shorter ones make smaller products.
 BLOCK = 128
@@ -128,10 +128,9 @@ class _Window(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @in_full_precision
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, decay, hidden, runs, out, lse = ctx.saved_tensors
+    @first_order
+    def backward(ctx: Any, saved: Saved, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, decay, hidden, runs, out, lse = saved
         band = _Band(q, k, v, decay, hidden, runs, ctx.window, ctx.causal)
         dout = torch.zeros_like(out) if dout is None else dout
         scale = q.shape[-1] ** -0.5

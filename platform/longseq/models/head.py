@@ -7,9 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from longseq.attention.state import in_full_precision
+from longseq.attention.first_order import Saved, first_order, origin
 
 IGNORE = -100  # a target that is not scored
 LOGITS = 2**24  # at a time, in fp32: 64 MiB
@@ -94,15 +93,14 @@ class _Loss(torch.autograd.Function):
             if dx is not None:
                 dx[tile] = d_logits @ weight
         ctx.shape = x.shape
-        ctx.save_for_backward(weight[:0], dx, d_weight, d_bias)
+        ctx.save_for_backward(origin(weight), origin(x), None if bias is None else origin(bias), dx, d_weight, d_bias)
         ctx.mark_non_differentiable(correct)
         return loss.float(), correct
 
     @staticmethod
-    @in_full_precision
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        like, dx, d_weight, d_bias = ctx.saved_tensors
+    @first_order
+    def backward(ctx: Any, saved: Saved, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        like, _, _, dx, d_weight, d_bias = saved
         if dx is not None:
             scaled = torch.empty_like(dx)
             for start in range(0, len(dx), MOST_ROWS):  # in fp32: rounded to bf16, the factor alone is off by 0.4 %

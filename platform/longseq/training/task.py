@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from longseq.attention.arguments import hashed
 from longseq.config import Config
 from longseq.data import vocabulary
 from longseq.models.performer import PerformerLM
@@ -54,7 +54,7 @@ class LanguageModelling(pl.LightningModule):
         step = self.trainer.global_step
         self.model.set_step(step)
         if self.config.model.dropout:
-            torch.manual_seed(_hash("dropout", self.config.run.seed, step, batch_idx, self.global_rank))
+            torch.manual_seed(hashed(7, "dropout", self.config.run.seed, step, batch_idx, self.global_rank))
         counted = self.train_sums.total
         loss_sum = self._score(batch, self.train_sums)
         if self.judge_loss is not None:
@@ -138,7 +138,3 @@ class Sums:
     def restore(self, loss_sum: float, correct: float, targets: float, device: torch.device) -> None:
         """Begin with what was counted, and not yet shown, when a checkpoint was written. Tokens time speed, so 0."""
         self.total = torch.tensor([loss_sum, correct, targets, 0.0, 0.0], dtype=torch.float64, device=device)
-
-
-def _hash(*what: int | str) -> int:
-    return int.from_bytes(hashlib.blake2b(repr(what).encode(), digest_size=7).digest(), "big")

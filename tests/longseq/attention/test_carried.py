@@ -27,7 +27,7 @@ def test_tiles_give_the_outputs_and_gradients_of_the_whole(tile: int, window: in
     q, k, v = (torch.randn(2, HEADS, LENGTH, 8, generator=rng, dtype=torch.float64, requires_grad=True) for _ in "qkv")
     decay = torch.tensor([0.02, 0.3], dtype=torch.float64, requires_grad=True)
     share = torch.tensor([-0.5, 0.2], dtype=torch.float64, requires_grad=True)
-    options = {"features": 12, "window": window, "decay": decay, "far_share": share}
+    options = {"features": 12, "window": window, "decay": decay, "far_share": share if window else None}
     learned = [q, k, v, decay, *([share] if 0 < window < LENGTH else [])]
     wanted = favor_attention(q, k, v, causal=True, **options)
     found = tiled(q, k, v, tile, **options)

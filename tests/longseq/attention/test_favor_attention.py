@@ -221,7 +221,7 @@ def test_memory_of_the_sums_does_not_lose_small_terms():
         ({"kernel": "sotfmax"}, "unknown kernel 'sotfmax'"),
         ({"key_padding": torch.ones(BATCH, 5)}, "key_padding must be bool"),
         ({"key_padding": torch.ones(BATCH, 4, dtype=torch.bool)}, r"of shape \(2, 5\)"),
-        ({"features": 0}, "positive sizes"),
+        ({"features": 0}, "features must be an integer from 1"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(change, sentence):

@@ -5,10 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
+import torch._dynamo
 
+from longseq.attention.arguments import hashed
 from longseq.attention.projections import projection_matrix
+
+F32, F64 = torch.float32, torch.float64
 
 
 def test_a_matrix_is_a_function_of_seed_layer_and_draw_alone():
@@ -110,8 +115,8 @@ def test_the_values_of_a_seed_are_those_that_runs_were_started_with(orthogonal, 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"features": 0}, "positive sizes, got features=0 and head_dim=4"),
-        ({"head_dim": -1}, "positive sizes"),
+        ({"features": 0}, "features must be an integer from 1 to 2.63 - 1, got 0"),
+        ({"head_dim": -1}, "head_dim must be an integer from 1"),
         ({"rows": "unit"}, "unknown rows 'unit'; the row lengths are chi, sqrt_d"),
     ],
 )
@@ -127,3 +132,71 @@ def test_a_matrix_made_during_validation_can_be_trained_with():
     x = torch.randn(3, 4, requires_grad=True)
     (x @ matrix.T).square().sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("name", ["seed", "layer", "draw"])
+@pytest.mark.parametrize("three", [np.int64(3), np.uint8(3), torch.tensor(3), torch.tensor([3])[0], np.array(3)])
+@pytest.mark.parametrize("first", ["int", "other"])
+def test_a_number_counts_by_its_value_and_not_by_its_type(name, three, first):
+    expected = projection_matrix.__wrapped__(4, 4, **{name: 3})
+    projection_matrix.cache_clear()
+    both = [3, three] if first == "int" else [three, 3]
+    for number in both:
+        assert torch.equal(projection_matrix(4, 4, **{name: number}), expected)
+    assert torch.equal(projection_matrix.__wrapped__(4, 4, **{name: three}), expected)
+    assert not torch.equal(projection_matrix(4, 4, **{name: 1}), expected)
+
+
+@pytest.mark.parametrize("name", ["features", "head_dim", "seed", "layer", "draw"])
+@pytest.mark.parametrize(
+    "number", [3.0, True, False, np.float32(3), np.True_, torch.tensor(3.0), torch.tensor(True), "3", None, 3j]
+)
+def test_what_is_no_integer_is_refused_by_name_also_behind_an_equal_one(name, number):
+    sizes = {"features": 4, "head_dim": 4}
+    for equal in (1, 3):
+        projection_matrix(**{**sizes, name: equal})
+    with pytest.raises(TypeError, match=f"^{name} must be an integer, got "):
+        projection_matrix(**{**sizes, name: number})
+
+
+@pytest.mark.parametrize("name", ["seed", "layer", "draw"])
+@pytest.mark.parametrize("number", [-1, 2**63, np.int64(-3)])
+def test_negative_and_huge_numbers_are_refused_by_name(name, number):
+    with pytest.raises(ValueError, match=f"^{name} must be an integer from 0 to 2.63 - 1, got {number}"):
+        projection_matrix(4, 4, **{name: number})
+
+
+def test_a_matrix_is_the_same_for_any_number_of_threads():
+    before, found = torch.get_num_threads(), []
+    sizes = list(itertools.product((64, 96, 130, 256), (0, 1)))
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            found.append(
+                [projection_matrix.__wrapped__(300, d, seed=s, dtype=dtype) for d, s in sizes for dtype in (F32, F64)]
+            )
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize(("features", "head_dim"), [(256, 64), (7, 4), (3, 1), (130, 96), (300, 128), (20, 2)])
+def test_rotations_are_those_of_qr_with_a_positive_diagonal(features, head_dim):
+    rng = torch.Generator().manual_seed(hashed(8, "projection", 5, 6, 7) >> 1)
+    blocks = []
+    for _ in range(-(-features // head_dim)):
+        q, r = torch.linalg.qr(torch.randn(head_dim, head_dim, generator=rng, dtype=F64))
+        blocks.append(q * r.diagonal().sign())
+    lengths = torch.randn(features, head_dim, generator=rng, dtype=F64).norm(dim=1, keepdim=True)
+    expected = torch.cat(blocks)[:features] * lengths
+    matrix = projection_matrix(features, head_dim, seed=5, layer=6, draw=7, dtype=F64)
+    torch.testing.assert_close(matrix, expected, rtol=1e-11, atol=1e-11)  # those that runs were started with
+
+
+def test_a_matrix_first_drawn_inside_a_compiled_function_is_the_same():
+    expected = [projection_matrix.__wrapped__(96, 64, draw=draw, dtype=F64) for draw in range(3)]
+    projection_matrix.cache_clear()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda draw: projection_matrix(96, 64, draw=draw, dtype=F64) * 1, backend="eager")
+    assert all(torch.equal(compiled(draw), matrix) for draw, matrix in enumerate(expected))

@@ -100,7 +100,10 @@ def test_every_signed_kernel_decodes(kernel):
 @pytest.mark.parametrize("prompt", [0, 1, 6, 7, 8, 63, 64, 65, 130])
 def test_the_prompt_may_end_anywhere(window, prompt):
     """Before the window is full, when it just is, after; and not at a chunk's end."""
-    qkv, options = inputs(150), {"window": window, "features": FEATURES, "decay": DECAY, "far_share": SHARE}
+    qkv, options = (
+        inputs(150),
+        {"window": window, "features": FEATURES, "decay": DECAY, "far_share": SHARE if window else None},
+    )
     out = in_two_parts(qkv, prompt, **options)
     torch.testing.assert_close(out, favor_attention(*qkv, causal=True, **options), rtol=1e-5, atol=1e-5)
 
@@ -109,6 +112,8 @@ def test_the_prompt_may_end_anywhere(window, prompt):
 @pytest.mark.parametrize("options", [{"decay": DECAY}, {"far_share": SHARE}, {"oprf_a": -0.1, "kernel": "oprf"}])
 def test_options_are_those_of_the_batch(window, options):
     qkv, options = inputs(200, std=1.5), {"window": window, "features": FEATURES, "seed": 5, "draw": 3, **options}
+    if not window:
+        options.pop("far_share", None)
     out = in_two_parts(qkv, 61, **options)
     torch.testing.assert_close(out, favor_attention(*qkv, causal=True, **options), rtol=1e-5, atol=1e-5)
 
@@ -117,7 +122,7 @@ def test_options_are_those_of_the_batch(window, options):
 def test_in_float64_the_two_agree_to_rounding(window):
     """So what fp32 shows above is rounding and nothing else."""
     qkv = inputs(600, std=2, dtype=torch.float64)
-    options = {"window": window, "features": FEATURES, "decay": DECAY, "far_share": SHARE}
+    options = {"window": window, "features": FEATURES, "decay": DECAY, "far_share": SHARE if window else None}
     out = in_two_parts(qkv, 333, **options)
     torch.testing.assert_close(out, favor_attention(*qkv, causal=True, **options), rtol=1e-11, atol=1e-12)
 
@@ -204,7 +209,7 @@ def test_bf16_inputs_are_decoded_in_fp32(window):
 @pytest.mark.parametrize("magnitude", [1e-4, 10.0, 100.0, 1e4])
 def test_inputs_of_any_magnitude_give_a_weighted_mean(window, magnitude):
     qkv = inputs(150, std=magnitude)
-    out = in_two_parts(qkv, 61, window=window, features=FEATURES, far_share=SHARE)
+    out = in_two_parts(qkv, 61, window=window, features=FEATURES, far_share=SHARE if window else None)
     assert out.isfinite().all()
     assert out.abs().max() <= qkv[2].abs().max() * 1.001
 
@@ -257,7 +262,8 @@ def test_sequences_are_selected_reordered_and_repeated(window):
     if window is None:
         _, state = prefill_exact(*positions(qkv, 0, 61), decay=DECAY)
     else:
-        _, state = prefill(*positions(qkv, 0, 61), window=window, features=FEATURES, decay=DECAY, far_share=SHARE)
+        share = SHARE if window else None
+        _, state = prefill(*positions(qkv, 0, 61), window=window, features=FEATURES, decay=DECAY, far_share=share)
     expected, _ = decode(*positions(qkv, 61), state)
     out, _ = decode(*(t[order] for t in positions(qkv, 61)), state.select(order))
     torch.testing.assert_close(out, expected[order], rtol=1e-6, atol=1e-6)

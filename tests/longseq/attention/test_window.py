@@ -167,8 +167,9 @@ def test_signed_kernels_refuse_a_window(kernel):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"window": -1}, "window must be 0"),
-        ({"far_share": torch.zeros(HEADS + 1)}, "far_share must have one number a head"),
+        ({"window": -1}, "window must be an integer from 0"),
+        ({"far_share": torch.zeros(HEADS)}, "far_share weighs the keys beyond a window"),
+        ({"far_share": torch.zeros(HEADS + 1), "window": 3}, "far_share must have one number a head"),
         ({"decay": torch.zeros(1)}, "decay must have one number a head"),
         ({"backend": "cuda"}, "unknown backend 'cuda'"),
     ],

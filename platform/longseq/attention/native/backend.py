@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from longseq.attention.bidirectional import Total
 from longseq.attention.feature_maps import EPSILON, LEAST_POWER, FeatureMap, Generalised, PositiveExponential
+from longseq.attention.first_order import Saved, first_order
 from longseq.attention.native import build
 from longseq.attention.parts import Part
 from longseq.attention.scan import Rows, ScanGradients, Scanned, Scanner
 from longseq.attention.scan import scan as scan_by
-from longseq.attention.state import AttentionState, in_full_precision
+from longseq.attention.state import AttentionState
 
 _LOG2E = math.log2(math.e)
 
@@ -278,10 +278,9 @@ class _TwoPasses(torch.autograd.Function):
         return out
 
     @staticmethod
-    @in_full_precision
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, hidden, out, inverse_den, sums, log_scale = ctx.saved_tensors
+    @first_order
+    def backward(ctx: Any, saved: Saved, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, hidden, out, inverse_den, sums, log_scale = saved
         call = _Call(q, k, v, ctx.feature_map, hidden=hidden)
         dq, dk, dv = (x.new_empty(x.shape) for x in (call.q, call.k, call.v))
         dout, d_sums = dout.contiguous(), torch.empty_like(sums)
@@ -315,10 +314,9 @@ class _Window(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @in_full_precision
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, decay, hidden, runs, out, lse = ctx.saved_tensors
+    @first_order
+    def backward(ctx: Any, saved: Saved, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, decay, hidden, runs, out, lse = saved
         call = _Call(q, k, v, None, hidden=hidden, runs=runs, decay=decay)
         dout = torch.zeros_like(out) if dout is None else dout.contiguous()
         dlse = None if dlse is None else dlse.contiguous()

@@ -1,0 +1,261 @@
+"""Every autograd function of the product: saved tensors are unpacked once, and a second derivative is refused.
+
+The functions are found in the source, so that a new one without an example fails here.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.functional import hessian
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+import longseq
+from longseq.attention import ContextGroup, FavorAttention, favor_attention, rotary_table
+from longseq.attention.carried import carried_attention
+from longseq.attention.context_group import GatherSequence
+from longseq.attention.context_halo import neighbourhood
+from longseq.attention.rotary import rotate
+from longseq.attention.tiles import pointwise, recurrence
+from longseq.models.head import Head
+
+BATCH, HEADS, LENGTH, DIM = 1, 2, 70, 8
+Function = Callable[..., Tensor]
+
+
+@pytest.fixture(scope="module")
+def context(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ContextGroup]:
+    store = tmp_path_factory.mktemp("store") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield ContextGroup(dist.group.WORLD)
+    dist.destroy_process_group()
+
+
+def attention(backend: str, **options: object) -> Function:
+    def function(context: ContextGroup, *qkv: Tensor) -> Tensor:
+        share = torch.zeros(HEADS) if options.get("window") else None
+        return favor_attention(*qkv, features=12, backend=backend, decay=decay(qkv), far_share=share, **options)
+
+    return function
+
+
+def decay(qkv: tuple[Tensor, ...]) -> Tensor:
+    return qkv[0].mean((0, 2, 3)).exp() * 0.01  # so that its gradient is seen, too
+
+
+def plain(backend: str) -> Function:
+    return lambda context, *qkv: favor_attention(*qkv, features=12, backend=backend)
+
+
+def isolated(context: ContextGroup, *qkv: Tensor) -> Tensor:
+    where = torch.zeros(BATCH, HEADS, LENGTH, 1, dtype=torch.bool)
+    where[:, 1, LENGTH - 3 :] = True
+    q, k, v = qkv
+    out = favor_attention(q, k, v.masked_fill(where, torch.nan), causal=True, features=12)
+    return out[:, :, : LENGTH - 3]
+
+
+def carried(context: ContextGroup, *qkv: Tensor) -> Tensor:
+    state: tuple[Tensor, ...] = ()
+    parts = []
+    for tile in ((0, 40), (40, LENGTH)):
+        inputs = (x[:, :, slice(*tile)] for x in qkv)
+        out, state = carried_attention(*inputs, state, features=12, window=5, decay=decay(qkv))
+        parts.append(out)
+    return torch.cat(parts, dim=2)
+
+
+def halo(context: ContextGroup, *qkv: Tensor) -> Tensor:
+    near = neighbourhood(context, *(x.flatten(0, 1) for x in qkv[:2]), None, None, None, 3, 2)
+    return near.k.square() * near.v
+
+
+def pointwise_(context: ContextGroup, *qkv: Tensor) -> Tensor:
+    layer = FavorAttention(DIM, HEADS, causal=True, features=12)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(layer.qkv.weight)
+    torch.nn.init.normal_(layer.out.weight)
+    learned = pointwise(lambda x, y: (x * x.exp() * y,), 16, qkv[:2], [])[0]
+    return layer(learned.flatten(0, 1), tile=16)
+
+
+def recurrence_(context: ContextGroup, *qkv: Tensor) -> Tensor:
+    def piece(start: int, stop: int, state: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        q, k, v = (x[:, :, start:stop] for x in qkv)
+        out, state = carried_attention(q, k, v, state, features=12)
+        return (out.square().sum(),), state
+
+    return recurrence(piece, LENGTH, 16, list(qkv), device=qkv[0].device)[0]
+
+
+def loss(context: ContextGroup, *qkv: Tensor) -> Tensor:
+    head = Head(DIM, 11, bias=True)
+    for number, x in enumerate(head.parameters()):
+        torch.nn.init.normal_(x, generator=torch.Generator().manual_seed(number))
+    return head(qkv[0] * qkv[1], torch.arange(BATCH * HEADS * LENGTH).view(BATCH, HEADS, LENGTH) % 11)[0]
+
+
+def sliced(**options: object) -> Function:
+    def function(context: ContextGroup, *qkv: Tensor) -> Tensor:
+        return favor_attention(*qkv, features=12, context=context, causal=True, decay=decay(qkv), **options)
+
+    return function
+
+
+# Of each function those ways to call it that run through it, with the names it is told by in refusals. Linear ones are
+# followed by a square: their own second derivative is the zero that autograd gives.
+EXAMPLES: dict[str, list[Function]] = {
+    "attention/scan.py:_Scan": [attention("torch", causal=True), attention("native", causal=True)],
+    "attention/window.py:_Window": [attention("torch", causal=True, window=5), attention("torch", window=5)],
+    "attention/bidirectional.py:_TwoPasses": [plain("torch")],
+    "attention/native/backend.py:_TwoPasses": [plain("native")],
+    "attention/native/backend.py:_Window": [attention("native", causal=True, window=5), attention("native", window=5)],
+    "attention/triton_backend.py:_TwoPasses": [plain("triton")],
+    "attention/triton_window.py:_Window": [attention("triton", causal=True, window=5)],
+    "attention/isolation.py:_Entry": [isolated],
+    "attention/isolation.py:_Exit": [isolated],
+    "attention/carried.py:_Scan": [carried],
+    "attention/context_parallel.py:_Relay": [sliced(), sliced(window=5)],
+    "attention/context_halo.py:_Halo": [halo],
+    "attention/context_group.py:GatherSequence": [
+        lambda context, *qkv: GatherSequence.apply(qkv[0], context).square() * qkv[1]
+    ],
+    "attention/rotary.py:_Rotation": [
+        lambda context, *qkv: rotate(qkv[0], rotary_table(torch.arange(LENGTH), DIM)).square() * qkv[1]
+    ],
+    "attention/tiles.py:_Pointwise": [pointwise_],
+    "attention/tiles.py:_Recurrence": [recurrence_],
+    "models/head.py:_Loss": [loss],
+}
+LINEAR = ("GatherSequence", "_Halo", "_Rotation")
+REFUSAL = "_Final"  # the node that refuses
+WAYS = [pytest.param(name, way, id=f"{name}-{n}") for name, ways in EXAMPLES.items() for n, way in enumerate(ways)]
+every_way = pytest.mark.parametrize(("name", "way"), WAYS)
+
+
+@pytest.fixture(autouse=True)
+def possible(request: pytest.FixtureRequest) -> None:
+    if "triton" in str(getattr(request.node, "callspec", None) and request.node.callspec.params.get("name")):
+        pytest.importorskip("triton")
+        from longseq.attention import triton_launch
+
+        if not torch.cuda.is_available() and not triton_launch.INTERPRETED:
+            pytest.skip("no GPU, and triton was imported uninterpreted")
+
+
+def test_every_autograd_function_has_an_example() -> None:
+    root = Path(longseq.__file__).parent
+    found = set()
+    for file in root.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ClassDef) and any(ast.unparse(base).endswith("Function") for base in node.bases):
+                found.add(f"{file.relative_to(root).as_posix()}:{node.name}")
+    assert found - {f"attention/first_order.py:{REFUSAL}"} == set(EXAMPLES)
+
+
+def inputs() -> list[Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    return [torch.randn(BATCH, HEADS, LENGTH, DIM, generator=rng).requires_grad_() for _ in "qkv"]
+
+
+def gradients(out: Tensor, wanted: list[Tensor], **options: bool) -> list[Tensor | None]:
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    return list(torch.autograd.grad((out * weights).sum(), wanted, allow_unused=True, **options))
+
+
+def assert_equal(found: list[Tensor | None], expected: list[Tensor | None]) -> None:
+    assert any(x is not None and x.any() for x in expected)
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None or torch.equal(one, torch.zeros_like(one))) if other is None else torch.equal(one, other)
+
+
+def runs_through(out: Tensor, name: str) -> bool:
+    kind, seen, open_ = name.split(":")[1] + "Backward", set(), [out.grad_fn]
+    while open_:
+        node = open_.pop()
+        if node is not None and node not in seen:
+            if type(node).__name__ == kind:
+                return True
+            seen.add(node)
+            open_ += [following for following, _ in node.next_functions]
+    return False
+
+
+@every_way
+def test_each_saved_tensor_is_unpacked_once(name: str, way: Function, context: ContextGroup) -> None:
+    x = inputs()
+    out = way(context, *x)
+    assert runs_through(out, name)
+    expected = gradients(out, x)
+    packed: list[Tensor | None] = []
+
+    def pack(tensor: Tensor) -> int:
+        packed.append(tensor.detach().clone())
+        return len(packed) - 1
+
+    def unpack(number: int) -> Tensor:
+        tensor, packed[number] = packed[number], None
+        assert tensor is not None, "unpacked twice"
+        return tensor
+
+    with saved_tensors_hooks(pack, unpack):
+        out = way(context, *x)
+    assert_equal(gradients(out, x), expected)
+
+
+@every_way
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_around_it_gives_the_same_gradients(
+    name: str, way: Function, reentrant: bool, context: ContextGroup
+) -> None:
+    if reentrant and name.endswith("_Recurrence"):
+        pytest.skip("its inputs are its closure's, which a reentrant checkpoint does not differentiate")
+    x = inputs()
+    expected = gradients(way(context, *x), x)
+    out = checkpoint(lambda *x: way(context, *x), *x, use_reentrant=reentrant)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    (out * weights).sum().backward()
+    assert_equal([one.grad for one in x], expected)
+
+
+@every_way
+def test_second_derivatives_are_refused_and_first_ones_are_right(
+    name: str, way: Function, context: ContextGroup
+) -> None:
+    x = inputs()
+    weights = [torch.ones((), requires_grad=True) for _ in x]
+    expected = gradients(way(context, *x), x)
+    # A gradient penalty: the incoming gradient is a constant, but the function has seen ``weights``.
+    found = gradients(way(context, *(a * w for a, w in zip(x, weights, strict=True))), x, create_graph=True)
+    assert_equal([None if a is None else a.detach() for a in found], expected)
+    sentence = "first derivatives only: a gradient taken with create_graph=True cannot be differentiated again"
+    if name.endswith(LINEAR):
+        found = found[:1]
+    for penalty in (a.square().sum() for a in found if a is not None and a.any()):
+        with pytest.raises(RuntimeError, match=sentence):
+            torch.autograd.grad(penalty, weights, retain_graph=True, allow_unused=True)
+    # The incoming gradient depends on the inputs.
+    first = torch.autograd.grad(way(context, *x).square().sum(), x[0], create_graph=True)[0]
+    with pytest.raises(RuntimeError, match=sentence):
+        first.square().sum().backward()
+    with pytest.raises(RuntimeError, match=sentence):
+        hessian(lambda q: way(context, q, *(a.detach() for a in x[1:])).square().sum(), x[0].detach())
+    if not name.endswith(LINEAR):
+        with pytest.raises(RuntimeError, match=sentence):
+            hessian(lambda q: way(context, q, *(a.detach() for a in x[1:])).sum(), x[0].detach())
+
+
+@every_way
+def test_a_graph_that_is_retained_gives_the_same_gradients_twice(
+    name: str, way: Function, context: ContextGroup
+) -> None:
+    x = inputs()
+    out = way(context, *x)
+    assert_equal(gradients(out, x, retain_graph=True), gradients(out, x))
