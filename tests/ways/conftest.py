@@ -4,12 +4,15 @@ import logging
 import signal
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from longseq.cli import main
+from longseq.errors import LongseqError
 from longseq.launch import local
+from longseq.run import Run
 from longseq.training import worker
 from ways import sources
 from ways.sources import Source
@@ -38,32 +41,42 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_process: None) -> 
 
 @pytest.fixture
 def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A training of one process runs in this one: what it starts with takes ten times as long as a few tiny steps.
+    """A training of one process runs in this one: its imports take ten times as long as a few tiny steps.
 
-    It is the worker's own program without its signals' end; the processes themselves are those of tests/distributed.
+    It is what the worker does in a process of its own; those are started by tests/distributed.
     """
     import torch
 
-    def train(run, devices: int, checkpoint: Path | None, *, rehearse: bool = False) -> int:
+    def train(run: Run, devices: int, checkpoint: Path | None, *, rehearse: bool = False) -> int:
         assert devices == 1
         assert not rehearse
-        code, sentence = worker.outcome(lambda: worker._train(run, checkpoint), run)
+        with _unchanged(), warnings.catch_warnings():
+            code, sentence = worker.outcome(lambda: worker._train(run, checkpoint), run)
         if sentence:
-            raise local.LongseqError(sentence)
+            raise LongseqError(sentence)
         return code
 
     monkeypatch.setattr(local, "train", train)
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, local.STOP_SIGNAL)
-    handlers, threads = {number: signal.getsignal(number) for number in numbers}, torch.get_num_threads()
-    levels = {name: logging.getLogger(name).level for name in ("lightning.pytorch", "lightning.fabric")}
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        yield
+    yield
     torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
+
+
+@contextmanager
+def _unchanged() -> Iterator[None]:
+    """A worker takes signals and quiets libraries for the rest of its process."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, local.STOP_SIGNAL)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What a model says of documents, by a plain loop: a document, or a window of it, at a time, without padding or packing."""
+"""What a model says of documents, by a plain loop: one document, or window of it, at a time, not padded or packed."""
 
 from __future__ import annotations
 

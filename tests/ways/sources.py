@@ -23,7 +23,7 @@ LETTERS = "ACDEFGHIKLMNPQRSTVWYBOUXZ"
 SIDE = 5  # of an image: 75 values, so more than three sequences
 SIZES = {"one": [1], "two": [2, 60], "many": [1, 2, 60, 23, 24, 25, 7, 90, 3, 48, 22, 1]}
 TRAIN = [1, 2, 100, 23, 24, 25, *range(3, 40)]
-WORDS = "the sea is deep and the night was öde ∑ long ago when a whale sang to us of cold water".split()
+TEXT = "the sea is deep and the night was öde ∑ long ago when a whale sang to us of cold water"
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Special:
 
 @dataclass(frozen=True)
 class Source:
-    """Keys that name the data; and of the test split its file, documents and the units that their bits are counted in."""
+    """Keys that name the data, and what a plain reader finds there."""
 
     keys: tuple[str, ...]
     special: Special
@@ -114,7 +114,7 @@ def _texts(folder: Path, sizes: dict[str, list[int]]) -> dict[str, list[str]]:
     for split, lengths in sizes.items():
         lines = []
         for size in lengths:
-            text = " ".join(rng.choices(WORDS, k=size)).encode()[:size].decode(errors="ignore").strip()
+            text = " ".join(rng.choices(TEXT.split(), k=size)).encode()[:size].decode(errors="ignore").strip()
             lines.append(text + "x" * (size - len(text.encode())))
         (folder / f"{split}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         texts[split] = lines
@@ -131,7 +131,7 @@ def _tokenizer(folder: Path, sizes: dict[str, list[int]]) -> Source:
     import tokenizers
 
     texts = _texts(folder, sizes)
-    save_tokenizer(train_tokenizer([" ".join(WORDS)] * 3, "bpe", 320), folder / "tokenizer.json")
+    save_tokenizer(train_tokenizer([TEXT] * 3, "bpe", 320), folder / "tokenizer.json")
     plain = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     documents = {
         split: [plain.encode(text, add_special_tokens=False).ids for text in lines] for split, lines in texts.items()
