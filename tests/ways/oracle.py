@@ -97,12 +97,12 @@ def _cuts(size: int, causal: bool) -> Iterator[tuple[int, int]]:
 
 
 @torch.no_grad()
-def log_likelihood(model: nn.Module, way: Way, source: Source, document: list[int]) -> float:
+def log_likelihood(model: nn.Module, way: Way, source: Source, document: list[int], ended: bool = True) -> float:
     """What ``longseq score`` must find, nats: of the tokens and the end; masked: of each token hidden alone."""
     row = [begins(way, source), *document, source.special.eos]
     if way["objective"] == "causal":
         said = model(torch.tensor([row[:-1]]))[0].double().log_softmax(-1)
-        return sum(float(said[i, token]) for i, token in enumerate(row[1:]))
+        return sum(float(said[i, token]) for i, token in enumerate(row[1:] if ended else row[1:-1]))
     total = 0.0
     for place in range(1, len(row) - 1):
         hidden = [source.special.mask if i == place else token for i, token in enumerate(row)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from command_line import checkpoint, checkpoints, curve, weights_checksum
+from longseq.evaluation.sampling import Settings, draw
 from longseq.opening import find
 from longseq_data.fasta import read_records
 from ways import axes, oracle
@@ -158,11 +160,15 @@ def sampled(way: Way, source: Source, longseq: Callable[..., str], refused: Call
     assert text == longseq(*words)
     assert text != longseq(*words[:-1], 5)
     assert text.count("sample-") == 3
-    if source.special.bos == 25:
-        residues = "".join(line for line in text.splitlines() if not line.startswith(">"))
-        assert set(residues) <= set(LETTERS)
-    else:
-        assert not any(name in text for name in ("<bos>", "<pad>", "<mask>"))
+    opened, settings = find(Path("runs/two")), Settings(12, seed=4)
+    model = opened.load("cpu")
+    drawn = list(draw(model, opened.vocabulary, oracle.begins(way, source), [], 3, settings))
+    said = [float(word) for word in re.findall(r"log_likelihood=(\S+)", text)]
+    for each, shown in zip(drawn, said, strict=True):
+        assert all(token < source.special.ordinary for token in each.tokens)
+        assert each.ended == (len(each.tokens) < 12)
+        expected = oracle.log_likelihood(model, way, source, list(each.tokens), ended=each.ended)
+        assert shown == pytest.approx(expected, rel=2e-5, abs=1e-4)  # of which four digits are shown
 
 
 def no_file_of_pixels(way: Way, longseq: Callable[..., str], refused: Callable[..., str]) -> None:
