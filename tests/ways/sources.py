@@ -22,7 +22,8 @@ LENGTH = 24  # data.length of every way
 LETTERS = "ACDEFGHIKLMNPQRSTVWYBOUXZ"
 SIDE = 5  # of an image: 75 values, so more than three sequences
 SIZES = {"one": [1], "two": [2, 60], "many": [1, 2, 60, 23, 24, 25, 7, 90, 3, 48, 22, 1]}
-TRAIN = [1, 2, 100, 23, 24, 25, *range(3, 40)]
+# More sequences than `longseq evaluate` reads at once, 4,096 tokens: a batch that is full is made another way.
+TRAIN = [1, 2, 100, 23, 24, 25, *range(3, 40)] * 5
 TEXT = "the sea is deep and the night was öde ∑ long ago when a whale sang to us of cold water"
 
 
@@ -157,8 +158,8 @@ def _pixels(folder: Path, sizes: dict[str, list[int]]) -> Source:
     for split, lengths in sizes.items():
         (folder / split).mkdir()
         documents[split] = []
-        for number in range(len(lengths)):
-            values = np.minimum(rng.integers(0, 40, (SIDE, SIDE, 3)) + 5 * number, 255).astype(np.uint8)
+        for number in range(min(len(lengths), 50)):  # of several sequences each
+            values = np.minimum(rng.integers(0, 40, (SIDE, SIDE, 3)) + 5 * (number % 40), 255).astype(np.uint8)
             Image.fromarray(values).save(folder / split / f"{number:03}.png")
             documents[split].append(values.ravel().tolist())
     units = sum(map(len, documents["test"]))
