@@ -110,8 +110,10 @@ class Crops:
         # a BOS take the token before the record along, which BOS then covers; before the first record there is none.
         begins = self.corpus.offsets[plan.records] + first - begun
         edge = np.flatnonzero(begins < 0)
-        begins[edge] = 0
-        self.corpus.gather(begins, last - first + begun, out, IGNORE)
+        sizes = last - first + begun
+        begins[edge] += 1
+        sizes[edge] -= 1
+        self.corpus.gather(begins, sizes, out, IGNORE)
         for row in edge.tolist():
             out[row, 1 : last[row] + 1] = self.corpus.read(0, int(last[row]))
         out[begun, 0] = vocabulary.bos

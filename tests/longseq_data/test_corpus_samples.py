@@ -145,6 +145,42 @@ def test_streaming_and_corpus_give_a_reset_document_the_same_tokens_targets_and_
             np.testing.assert_array_equal(spec.target_counts(), stream.target_counts())
 
 
+FEW = {"one": ["M"], "one long": ["MKVLA" * 20], "two": ["M", "MK"], "two long": ["MKVLA" * 20, "W"]}
+
+
+@pytest.mark.parametrize("records", FEW.values(), ids=FEW)
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+def test_a_split_of_one_or_two_records_is_read_as_it_is(tmp_path, packing, objective, records):
+    from longseq_data.streaming import StreamSpec, evaluation_samples
+    from longseq_data.vocabulary import decode
+
+    path, output = tmp_path / "few.fasta", tmp_path / "few"
+    path.write_text("".join(f">r{i}\n{record}\n" for i, record in enumerate(records)))
+    prepare(PrepareConfig([str(path)], str(output), workers=1, valid_fraction=0, test_fraction=0))
+    rows = [np.array(row) for row in tables(output)["train"]["tokens"].to_pylist()]
+    path.write_text("".join(f">r{i}\n{decode(row)}\n" for i, row in enumerate(rows)))  # in the corpus's order
+    spec = CorpusSpec(str(output), "train", 37, objective=objective, seed=5, **PACKINGS[packing])
+
+    settings = {key: value for key, value in PACKINGS[packing].items() if key in ("reset", "crop")}
+    way = "concat" if packing in ("concat", "reset") else "crop"
+    stream = StreamSpec((str(path),), None, 0, 0, 37, way, objective, 5, **settings)
+    expected = [(tuple(s.tokens.tolist()), tuple(s.targets.tolist())) for s in evaluation_samples(stream)]
+    assert [row[:2] for row in samples(EvaluationBatches(spec, batch_sequences=5, rank=0, world=1))] == expected
+    np.testing.assert_array_equal(spec.target_counts(), stream.target_counts())
+
+    # More ranks than records: each sample is on one of them, and is made of the records and nothing else.
+    whole = stream_of(rows, packing == "reset") if way == "concat" else None
+    places = [np.concatenate([[BOS], row, [EOS]]) for row in rows] if whole is None else [np.tile(whole, 40)]
+    texts = ["".join(map(chr, place)) for place in places]
+    ranks = [islice(training(spec, rows=1, rank=rank, world=5), 8) for rank in range(5)]
+    found = [sorted(samples(parts)) for parts in zip(*ranks, strict=True)]
+    assert found == [sorted(samples([batch])) for batch in islice(training(spec, rows=5), 8)]
+    for tokens, targets, _ in (row for step in found for row in step):
+        read = tokens if objective == "causal" else np.where(np.array(targets) == IGNORE, tokens, targets).tolist()
+        assert any("".join(map(chr, read)) in text for text in texts)
+
+
 @pytest.mark.parametrize("crop", ["crop", "first", "bucket"])
 def test_crops_of_an_epoch_are_every_record_once(make_spec, proteins, crop):
     spec = make_spec(crop, "masked")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -11,8 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from longseq.curves import read_curves
+from longseq.errors import ConfigError
 from longseq.evaluation import drawing
 from longseq.opening import Source
+from longseq_data.errors import DataError
 from longseq_data.vocabulary import LETTERS, STANDARD
 
 if TYPE_CHECKING:
@@ -43,7 +46,9 @@ def figures(source: Source) -> Iterator[tuple[str, Figure]]:
         yield "curves", drawing.training_curves(curves, evaluated, source.name)
 
     model = source.load()
-    yield "accuracy_by_length", drawing.accuracy_by_length(_by_length(source, model), title)
+    by_length = _by_length(source, model)
+    if by_length:
+        yield "accuracy_by_length", drawing.accuracy_by_length(by_length, title)
 
     if source.vocabulary.name == "protein":
         cosine, blosum = embedding_cosines(model), blosum62()
@@ -92,7 +97,7 @@ def pair_correlation(a: Matrix, b: Matrix) -> float:
 
 
 def _by_length(source: Source, model: PerformerLM) -> dict[str, list[dict]]:
-    """Of the kept evaluation of this checkpoint, or of a sample of each split that is scored now."""
+    """Of the kept evaluation of this checkpoint, or of a sample of each split that is scored now; empty: of neither."""
     kept = _kept(source)
     if kept:
         return kept
@@ -102,16 +107,15 @@ def _by_length(source: Source, model: PerformerLM) -> dict[str, list[dict]]:
     from longseq.evaluation.summary import by_length
 
     splits = ["test", *(["ood"] if source.config.data.ood or corpus_of(source.config, "ood") else [])]
-    tallies = {
-        split: score(
-            model,
-            samples_of(source, split),
-            batch_sequences=batch_sequences(source.config),
-            max_samples=SCORED,
-        )
-        for split in splits
-    }
-    return {f"{split} ({len(tally.number):,} sequences)": list(by_length(tally)) for split, tally in tallies.items()}
+    rows, at_once = {}, batch_sequences(source.config)
+    for split in splits:
+        try:
+            tally = score(model, samples_of(source, split), batch_sequences=at_once, max_samples=SCORED)
+        except (ConfigError, DataError) as error:  # a run need not hold anything out
+            print(f"longseq: warning: accuracy by length is drawn without {split}: {error}", file=sys.stderr)
+            continue
+        rows[f"{split} ({len(tally.number):,} sequences)"] = list(by_length(tally))
+    return rows
 
 
 def _kept(source: Source) -> dict[str, list[dict]]:

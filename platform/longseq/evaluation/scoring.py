@@ -84,10 +84,10 @@ def refuse_nothing(spec: Samples, tally: Tally) -> None:
 def _count(
     model: PerformerLM, hidden: Tensor, batch: Mapping[str, Tensor], vocabulary: Vocabulary, first: int, top_k: int
 ) -> Tally:
-    targets = batch["targets"].to(hidden.device)
+    targets = batch["targets"].to(hidden.device).contiguous()  # of a corpus a view: inputs and targets share memory
     scored = targets != IGNORE
     of_target, best = (torch.empty(targets.shape, device=hidden.device) for _ in range(2))
-    predicted, above = (torch.empty_like(targets, dtype=torch.int64) for _ in range(2))
+    predicted, above = (torch.empty_like(targets) for _ in range(2))
     for piece, log_probability in in_pieces(model, hidden.flatten(0, 1)):
         own = log_probability.gather(-1, targets.view(-1)[piece].clamp_min(0)[:, None])  # (n, 1)
         of_target.view(-1)[piece] = own[:, 0]

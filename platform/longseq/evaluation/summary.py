@@ -139,15 +139,12 @@ def _share(part: np.int64, whole: np.int64) -> float | None:
 def _per_unit(tally: Tally, loss: float, targets: int, kind: str) -> dict[str, float]:
     """The loss in units that do not depend on the tokens: bits a byte, perplexity a word, bits a dimension."""
     units, words, measured = tally.extent.tolist()
-    if not measured:
+    if not measured or not units:
         return {}
     bits = bits_per_unit(loss, targets, units)
     if kind == "pixels":
         return {"dimensions": units, "bits_per_dimension": bits}
-    return {
-        "bytes": units,
-        "words": words,
-        "bits_per_byte": bits,
-        "tokens_per_word": targets / words if words else float("nan"),
-        "word_perplexity": word_perplexity(loss, targets, words),
-    }
+    found = {"bytes": units, "words": words, "bits_per_byte": bits}
+    if words:  # a few sequences of a text may be white space
+        found |= {"tokens_per_word": targets / words, "word_perplexity": word_perplexity(loss, targets, words)}
+    return found

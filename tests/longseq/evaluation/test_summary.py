@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -48,6 +49,14 @@ def test_loss_bits_and_accuracy_are_means_over_targets():
     assert report["accuracy"] == counts.correct.sum() / targets
     assert report["top_3_accuracy"] == 1.0
     assert "intervals" not in report
+
+
+def test_a_text_without_words_has_bits_per_byte_and_stays_json():
+    counts = replace(tally(list(range(20))), extent=np.array([70, 0, 20]))
+    report = summary(counts, list("ACDEF"), "bytes", top_k=3, bootstrap=9, seed=0)
+    assert report["bits_per_byte"] == pytest.approx(counts.loss.sum() / 70 / math.log(2))
+    assert (report["bytes"], report["words"]) == (70, 0)
+    json.loads(json.dumps(report), parse_constant=pytest.fail)  # NaN is none
 
 
 def test_calibration_error_is_the_mean_gap_of_the_bins():

@@ -1,0 +1,74 @@
+"""The ways through longseq: a table of axes, which combinations make sense, and few of them that hold every pair.
+
+A column more is a line more in AXES, and in SENSELESS where it does not go with the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import combinations, product
+
+Way = dict[str, str]
+
+# axis: its values. What each value sets is said by its own name in ``data.py`` (sources, records) or in SETTINGS.
+AXES: dict[str, tuple[str, ...]] = {
+    "source": ("fasta", "corpus", "bytes", "tokenizer", "pixels"),
+    "packing": ("concat", "crop", "bucket"),
+    "objective": ("causal", "masked"),
+    "attention": ("favor", "window", "exact"),
+    "reset": ("through", "reset"),
+    "crop": ("random", "first"),
+    "records": ("one", "two", "many"),  # of the validation and of the test split
+}
+
+SETTINGS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("packing", "concat"): ("data.packing=concat",),
+    ("packing", "crop"): ("data.packing=crop",),
+    ("packing", "bucket"): ("data.packing=bucket",),
+    ("objective", "causal"): ("model.objective=causal",),
+    ("objective", "masked"): ("model.objective=masked",),
+    ("attention", "window"): ("attention.window=4",),
+    ("attention", "exact"): ("attention.kind=exact",),
+    ("reset", "reset"): ("data.reset=true",),
+    ("crop", "first"): ("data.crop=first",),
+}
+
+SENSELESS: tuple[Callable[[Way], bool], ...] = (
+    lambda way: way["packing"] == "bucket" and way["source"] != "corpus",  # only a corpus knows all lengths
+    lambda way: way["reset"] == "reset" and way["packing"] != "concat",  # one record has nothing to begin anew
+    lambda way: way["crop"] == "first" and way["packing"] == "concat",  # joined records are cut and not cropped
+    lambda way: way["source"] == "pixels" and way["packing"] != "crop",  # joined images lose their rows and columns
+)
+
+
+def ways() -> list[Way]:
+    """Every sensible combination, in the order of the table."""
+    every = (dict(zip(AXES, values, strict=True)) for values in product(*AXES.values()))
+    return [way for way in every if not any(senseless(way) for senseless in SENSELESS)]
+
+
+def pairs(way: Way) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
+    """Every two of a way's values."""
+    return combinations(way.items(), 2)
+
+
+def cover() -> list[Way]:
+    """Few ways that hold every pair of values that any way holds; the same ones each time.
+
+    Greedy: always the way with the most pairs that are still missing, the first of equals.
+    """
+    left, chosen = {pair for way in ways() for pair in pairs(way)}, []
+    while left:
+        best = max(ways(), key=lambda way: len(left.intersection(pairs(way))))
+        left.difference_update(pairs(best))
+        chosen.append(best)
+    return chosen
+
+
+def name(way: Way) -> str:
+    return "-".join(way.values())
+
+
+def settings(way: Way) -> list[str]:
+    """The keys that a way sets, without those of its data."""
+    return [word for item in way.items() for word in SETTINGS.get(item, ())]

@@ -1,0 +1,166 @@
+"""Small data of every kind, and what a plain reader finds in them: the documents as tokens, in the order of the files.
+
+Every split holds documents of one token, of two, of just a sequence's length, and longer than several sequences.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from corpora import tables
+from longseq_data.prepare import prepare
+from longseq_data.prepare_config import PrepareConfig
+from longseq_data.splits import split_of
+from longseq_data.tokenization import save_tokenizer, train_tokenizer
+
+LENGTH = 24  # data.length of every way
+LETTERS = "ACDEFGHIKLMNPQRSTVWYBOUXZ"
+SIDE = 5  # of an image: 75 values, so more than three sequences
+SIZES = {"one": [1], "two": [2, 60], "many": [1, 2, 60, 23, 24, 25, 7, 90, 3, 48, 22, 1]}
+# More sequences than `longseq evaluate` reads at once, 4,096 tokens: a batch that is full is made another way.
+TRAIN = [1, 2, 100, 23, 24, 25, *range(3, 40)] * 5
+TEXT = "the sea is deep and the night was öde ∑ long ago when a whale sang to us of cold water"
+
+
+@dataclass(frozen=True)
+class Special:
+    bos: int
+    eos: int
+    mask: int
+    ordinary: int  # ids below stand for data
+
+
+@dataclass(frozen=True)
+class Source:
+    """Keys that name the data, and what a plain reader finds there."""
+
+    keys: tuple[str, ...]
+    special: Special
+    documents: dict[str, list[list[int]]]  # of each split, ordinary tokens
+    identifiers: list[str]  # of the test split
+    file: Path | None  # the test split's records, for the verbs that take a file; None: of images
+    units: int = 0  # bytes, or colour values, of the test split
+    words: int = 0
+    closed: bool = True  # whether a document ends with EOS
+
+
+def make(kind: str, records: str, folder: Path) -> Source:
+    """The data of a way, in a new folder."""
+    folder.mkdir(parents=True)
+    sizes = {"train": TRAIN, "valid": SIZES[records], "test": SIZES[records]}
+    return {"fasta": _fasta, "corpus": _corpus, "bytes": _lines, "tokenizer": _tokenizer, "pixels": _pixels}[kind](
+        folder, sizes
+    )
+
+
+_PROTEIN = Special(25, 26, 28, 25)
+_BYTES = Special(256, 257, 259, 256)
+
+
+def _keys(folder: Path, suffix: str) -> tuple[str, ...]:
+    return tuple(f"data.{split}={folder / split}{suffix}" for split in ("train", "valid", "test"))
+
+
+def _proteins(rng: random.Random, size: int) -> str:
+    """Residues that are not all alike, so that there is something to learn."""
+    return "".join(rng.choices(LETTERS, [9, 1, 5, 5, 3] * 5, k=size))
+
+
+def _write_fasta(path: Path, rows: list[tuple[str, str]]) -> None:
+    path.write_text("".join(f">{name} what it does\n{text[:50]}\n{text[50:]}\n" for name, text in rows))
+
+
+def _fasta(folder: Path, sizes: dict[str, list[int]]) -> Source:
+    rng, documents, names = random.Random(1), {}, []
+    for split, lengths in sizes.items():
+        rows = [(f"{split}{i}", _proteins(rng, size)) for i, size in enumerate(lengths)]
+        _write_fasta(folder / f"{split}.fasta", rows)
+        documents[split] = [[LETTERS.index(letter) for letter in text] for _, text in rows]
+        names = [name for name, _ in rows]
+    return Source(_keys(folder, ".fasta"), _PROTEIN, documents, names, folder / "test.fasta")
+
+
+def _corpus(folder: Path, sizes: dict[str, list[int]]) -> Source:
+    """A corpus whose splits get so many records by their identifiers."""
+    rng, rows, number = random.Random(2), [], 0
+    left = {split: list(lengths) for split, lengths in sizes.items()}
+    while any(left.values()):
+        name, number = f"r{number}", number + 1
+        split = split_of(name, 0.2, 0.2)
+        if left[split]:
+            rows.append((name, _proteins(rng, left[split].pop(0))))
+    _write_fasta(folder / "all.fasta", rows)
+    settings = {"valid_fraction": 0.2, "test_fraction": 0.2, "deduplicate": False, "workers": 1}
+    prepare(PrepareConfig([str(folder / "all.fasta")], str(folder / "corpus"), **settings))
+    documents, names = {}, []
+    for split, table in tables(folder / "corpus").items():
+        documents[split] = table["tokens"].to_pylist()
+        if split == "test":
+            names = table["id"].to_pylist()
+    assert {split: len(found) for split, found in documents.items()} == {s: len(n) for s, n in sizes.items()}
+    test = {name: text for name, text in rows if name in names}
+    _write_fasta(folder / "test.fasta", [(name, test[name]) for name in names])
+    keys = (f"data.train={folder / 'corpus'}", "data.valid_fraction=0.2", "data.test_fraction=0.2")
+    return Source(keys, _PROTEIN, documents, names, folder / "test.fasta")
+
+
+def _texts(folder: Path, sizes: dict[str, list[int]]) -> dict[str, list[str]]:
+    """Of each split lines of so many bytes, written to its file."""
+    rng, texts = random.Random(3), {}
+    for split, lengths in sizes.items():
+        lines = []
+        for size in lengths:
+            text = " ".join(rng.choices(TEXT.split(), k=size)).encode()[:size].decode(errors="ignore").strip()
+            lines.append(text + "x" * (size - len(text.encode())))
+        (folder / f"{split}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        texts[split] = lines
+    return texts
+
+
+def _lines(folder: Path, sizes: dict[str, list[int]]) -> Source:
+    texts = _texts(folder, sizes)
+    documents = {split: [list(text.encode()) for text in lines] for split, lines in texts.items()}
+    return _of_text(folder, _BYTES, texts, documents, ("data.format=lines",))
+
+
+def _tokenizer(folder: Path, sizes: dict[str, list[int]]) -> Source:
+    import tokenizers
+
+    texts = _texts(folder, sizes)
+    save_tokenizer(train_tokenizer([TEXT] * 3, "bpe", 320), folder / "tokenizer.json")
+    plain = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    documents = {
+        split: [plain.encode(text, add_special_tokens=False).ids for text in lines] for split, lines in texts.items()
+    }
+    ids = plain.get_vocab(with_added_tokens=True)
+    special = Special(ids["<bos>"], ids["<eos>"], ids["<mask>"], min(ids["<bos>"], ids["<eos>"], ids["<mask>"]))
+    keys = ("data.format=lines", f"data.tokenizer={folder / 'tokenizer.json'}")
+    return _of_text(folder, special, texts, documents, keys)
+
+
+def _of_text(
+    folder: Path, special: Special, texts: dict[str, list[str]], documents: dict[str, list[list[int]]], keys: tuple
+) -> Source:
+    test = texts["test"]
+    names = [f"test.txt:{number}" for number in range(1, len(test) + 1)]
+    units, words = sum(len(text.encode()) for text in test), sum(len(text.split()) for text in test)
+    return Source((*_keys(folder, ".txt"), *keys), special, documents, names, folder / "test.txt", units, words)
+
+
+def _pixels(folder: Path, sizes: dict[str, list[int]]) -> Source:
+    """As many images as the others have records; all are of one size."""
+    rng, documents = np.random.default_rng(4), {}
+    for split, lengths in sizes.items():
+        (folder / split).mkdir()
+        documents[split] = []
+        for number in range(min(len(lengths), 50)):  # of several sequences each
+            values = np.minimum(rng.integers(0, 40, (SIDE, SIDE, 3)) + 5 * (number % 40), 255).astype(np.uint8)
+            Image.fromarray(values).save(folder / split / f"{number:03}.png")
+            documents[split].append(values.ravel().tolist())
+    units = sum(map(len, documents["test"]))
+    return Source((*_keys(folder, ""), f"data.image_size={SIDE}"), _BYTES, documents, [], None, units, closed=False)
