@@ -17,6 +17,8 @@ from longseq_data.vocabulary import LETTERS, TOKENS
 
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.interfaces
+
 ESM_TOKENS = ("<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>")
 ESM = {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32, "position_embedding_type": "rotary"}
 ESM |= {"token_dropout": True, "emb_layer_norm_before": False, "max_position_embeddings": 1026, "layer_norm_eps": 1e-5}
@@ -109,6 +111,8 @@ def test_the_performer_of_imported_weights_comes_close_and_opens_in_transformers
         )
         theirs = transformers.AutoModelForMaskedLM.from_pretrained(out)(tokens).logits
     assert torch.equal(theirs, exact)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert tokenizer.decode(tokenizer("MXKX")["input_ids"], skip_special_tokens=True) == "MXKX"
     assert 0 < (fine - exact).abs().max() < 0.2 * (rough - exact).abs().max()
 
 
