@@ -158,6 +158,24 @@ def test_the_model_card_says_what_was_trained_on_for_how_long_and_what_it_scores
     assert str(folder) not in card + (folder / "out" / "config.json").read_text()  # nothing of this machine
 
 
+def test_the_model_card_has_the_scores_of_evaluations_with_overrides_and_the_ood_files_name(trained, folder):
+    run = trained("trainer.accelerator=cpu")
+    (folder / "viruses.fasta").write_text((folder / "proteins.fasta").read_text())
+    command = ["evaluate", str(run.path), "--split", "ood", "data.ood=viruses.fasta"]
+    assert main(command) == 0
+    assert main([*command, "data.length=8"]) == 0
+    assert main(["export", str(run.path), "out"]) == 0
+    card = (folder / "out" / "README.md").read_text()
+    losses = {}
+    for path in run.evaluations_dir.glob("*.json"):
+        report = json.loads(path.read_text())
+        losses["data.length=8" in report["overrides"]] = report["splits"]["ood"]
+    for changed, name in ((False, "ood (viruses.fasta)"), (True, "ood (viruses.fasta, data.length=8)")):
+        r = losses[changed]
+        assert f"| {name} | {r['sequences']:,} | {r['loss']:.4f} |" in card
+    assert str(folder) not in card
+
+
 def test_bfloat16_halves_the_weights(trained, folder):
     run = trained()
     main(["export", str(run.path), "small", "--dtype", "bfloat16"])

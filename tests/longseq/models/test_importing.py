@@ -17,8 +17,6 @@ from longseq_data.vocabulary import LETTERS, TOKENS
 
 transformers = pytest.importorskip("transformers")
 
-pytestmark = pytest.mark.interfaces
-
 ESM_TOKENS = ("<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>")
 ESM = {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32, "position_embedding_type": "rotary"}
 ESM |= {"token_dropout": True, "emb_layer_norm_before": False, "max_position_embeddings": 1026, "layer_norm_eps": 1e-5}
@@ -97,6 +95,7 @@ def small(tmp_path: Path, **changes) -> tuple[torch.nn.Module, tuple[str, ...], 
     return random_model("small", tmp_path, **sizes | changes)
 
 
+@pytest.mark.interfaces
 def test_the_performer_of_imported_weights_comes_close_and_opens_in_transformers(tmp_path):
     import longseq.huggingface  # noqa: F401
 
