@@ -2,6 +2,8 @@
 # make test         everything that this machine can run
 # make test-long    proofs that take minutes: 100,000 damaged files, 2 GB of FASTA, runs killed at random, every change of
 #                   world and stage
+# make test-newest  the tests of other packages' interfaces, with the newest releases that pyproject.toml allows
+# make test-oldest  the same, with the oldest that were tried (tests/environments)
 # make check        lint, format and types
 # make constraints  the releases that are in .venv now, as those that make installs from then on
 
@@ -12,7 +14,7 @@ CORPUS := data/synthetic.fasta.gz
 RUN := quickstart-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-long check constraints clean
+.PHONY: help install quickstart test test-long test-newest test-oldest check constraints clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -48,6 +50,12 @@ test: $(VENV)/.tests
 
 test-long: $(VENV)/.tests
 	$(BIN)/python -m pytest -m long
+
+test-newest test-oldest: test-%: tests/environments/%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
+		--constraint $< --editable '.[test]'
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -m "interfaces and not long"
 
 check: $(VENV)/.tests
 	$(BIN)/ruff check .
