@@ -3,7 +3,10 @@
 # make test-long    proofs that take minutes: 100,000 damaged files, 2 GB of FASTA, runs killed at random, every change of
 #                   world and stage
 # make test-sanitized   the native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+# make test-newest  the tests of other packages' interfaces, with the newest releases that pyproject.toml allows
+# make test-oldest  the same, with the oldest that were tried (tests/environments)
 # make check        lint, format and types
+# make constraints  the releases that are in .venv now, as those that make installs from then on
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +15,7 @@ CORPUS := data/synthetic.fasta.gz
 RUN := quickstart-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-long test-sanitized check clean
+.PHONY: help install quickstart test test-long test-newest test-oldest test-sanitized check constraints clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -20,13 +23,13 @@ help:
 install: $(VENV)/.runs
 
 # Installed again only when the requirements change, so that everything below works offline from the second time on.
-$(VENV)/.runs: pyproject.toml
+$(VENV)/.runs: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
 	@touch $@
 
 $(VENV)/.tests: $(VENV)/.runs
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 $(CORPUS): | $(VENV)/.runs
@@ -55,10 +58,22 @@ test-sanitized: $(VENV)/.tests
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		$(BIN)/python -m pytest tests/longseq/attention/test_native.py
 
+test-newest test-oldest: test-%: tests/environments/%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
+		--constraint $< --editable '.[test]'
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -m "interfaces and not long"
+
 check: $(VENV)/.tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# PyTorch's local tag (+cpu) goes, so that another build of the same release fits as well.
+constraints: $(VENV)/.tests
+	@{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip list --format=freeze \
+		| grep -viE '^(longseq|pip|setuptools)==' | sed 's/+.*//' | sort -f; } > constraints.txt.new
+	@mv constraints.txt.new constraints.txt
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

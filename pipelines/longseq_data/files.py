@@ -14,17 +14,30 @@ from pathlib import Path
 def aside(path: Path) -> Iterator[Path]:
     """A name of its own beside ``path`` to write to, which becomes ``path`` when the block ends well.
 
-    No two writers share it, and it ends in ``.partial``. After a failure, a full disk say, nothing is left.
+    No two writers share it, and it ends in ``.partial``. After a failure, a full disk say, nothing is left. The file
+    gets the mode that the umask gives, whatever wrote it: safetensors keeps its files to their owner.
     """
     partial = path.with_name(f".{path.name[:60]}.{secrets.token_hex(4)}.partial")
     try:
         yield partial
         with partial.open("rb") as file:
             os.fsync(file.fileno())
+            if not os.fstat(file.fileno()).st_mode & 0o077:
+                partial.chmod(_plain_mode(partial))
         partial.replace(path)
     finally:
         with suppress(OSError):  # the failure itself says more
             partial.unlink(missing_ok=True)
+
+
+def _plain_mode(beside: Path) -> int:
+    """Of a file that is simply opened there. Asking for the umask would change it for all threads meanwhile."""
+    probe = beside.with_name(f"{beside.name}.partial")
+    try:
+        with probe.open("xb") as file:
+            return os.fstat(file.fileno()).st_mode & 0o777
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

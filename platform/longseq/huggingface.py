@@ -8,12 +8,12 @@
     ids = model.generate(**tokenizer("MKV", return_tensors="pt"), max_new_tokens=100, do_sample=True)
 
 The folders are those of ``longseq export`` and ``longseq import``. Generation keeps a state of fixed size in the place
-of a key-value cache (with ``attention.kind=exact`` a cache).
+of a key-value cache (with ``attention.kind=exact`` a cache). Prompts may be padded in front or behind.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -21,12 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longseq.config_loading import config_of
-from longseq.exported import MODEL_TYPE
+from longseq.errors import LongseqError
+from longseq.exported import ARCHITECTURES, MODEL_TYPE
 from longseq.models.head import TransformHead
 from longseq.models.performer import DecodingState, PerformerLM
 from longseq_data.vocabulary import IGNORE
 
 try:
+    import transformers
     from transformers import (
         AutoConfig,
         AutoModelForCausalLM,
@@ -35,11 +37,20 @@ try:
         PretrainedConfig,
         PreTrainedModel,
     )
-    from transformers.utils import ModelOutput
+    from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
 except ImportError as error:
     raise ImportError(
         f"longseq.huggingface needs transformers ({error}): pip install 'longseq[huggingface]'."
     ) from error
+
+# generate() hands the state on, and reorders it for beams, under the name that the library's own outputs have for it.
+_STATE_NAMES = ("cache", "past_key_values")  # since 5.24, and before
+_STATE = next((field.name for field in fields(CausalLMOutputWithPast) if field.name in _STATE_NAMES), "")
+if not _STATE or int(transformers.__version__.partition(".")[0]) < 5:
+    raise ImportError(
+        f"longseq.huggingface cannot work with transformers {transformers.__version__}: "
+        "pip install 'longseq[huggingface]' brings a release that it was tried with."
+    )
 
 
 class LongseqConfig(PretrainedConfig):
@@ -55,27 +66,25 @@ class LongseqConfig(PretrainedConfig):
         self.mask_token_id = names.get("mask_token_id")
 
 
-@dataclass
-class LongseqOutput(ModelOutput):
-    """Logits (B, L, vocabulary), the mean loss if labels were given, and the decoding state if it was asked for."""
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    cache_params: Any | None = None
-
-
 class LongseqPreTrainedModel(PreTrainedModel):
     """What the causal and the masked model share."""
 
     config_class = LongseqConfig
     base_model_prefix = "model"
+    objective: str  # that the class is for
     _no_split_modules = ["Block"]  # noqa: RUF012 - as transformers has it
 
     def __init__(self, config: LongseqConfig):
         super().__init__(config)
         sections = {name: value for name, value in config.longseq.items() if isinstance(value, dict)}
-        spec = config_of(sections, "config.json").performer_spec(config.vocab_size)
-        self.model = PerformerLM(spec)
+        ours = config_of(sections, "config.json")
+        if ours.model.objective != self.objective:  # its logits would be those of other positions
+            auto = ARCHITECTURES[ours.model.objective].replace("Longseq", "AutoModel")
+            raise LongseqError(
+                f"{config.name_or_path or 'config.json'}: a {ours.model.objective} model "
+                f"(model.objective={ours.model.objective}), and not a {self.objective} one: open it with {auto}."
+            )
+        self.model = PerformerLM(ours.performer_spec(config.vocab_size))
         # The projections of the last step that was trained, as longseq itself takes them.
         self.model.set_step(max(0, int(config.longseq.get("step", 0)) - 1))
         self.post_init()
@@ -98,20 +107,23 @@ class LongseqPreTrainedModel(PreTrainedModel):
 class LongseqForMaskedLM(LongseqPreTrainedModel):
     """Logits of each position's own token."""
 
+    objective = "masked"
+
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         **unused: Any,
-    ) -> LongseqOutput:
+    ) -> MaskedLMOutput:
         logits = self.model(input_ids, _real(attention_mask))
-        return LongseqOutput(loss=_loss(logits, labels), logits=logits)
+        return MaskedLMOutput(loss=_loss(logits, labels), logits=logits)
 
 
 class LongseqForCausalLM(LongseqPreTrainedModel, GenerationMixin):
     """Logits of each position's next token; ``generate`` decodes at constant time and memory a token."""
 
+    objective = "causal"
     _is_stateful = True  # the state cannot go back, as assisted generation would have it
 
     def forward(
@@ -119,31 +131,44 @@ class LongseqForCausalLM(LongseqPreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        cache_params: DecodingState | None = None,
         use_cache: bool | None = None,
+        cache: DecodingState | None = None,
+        past_key_values: DecodingState | None = None,
         **unused: Any,
-    ) -> LongseqOutput:
-        if cache_params is not None:
-            logits, state = self.model.decode(input_ids[:, -1], cache_params)
-            return LongseqOutput(logits=logits[:, None], cache_params=state)
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, L, vocabulary), the mean loss if labels are given, and the decoding state if it is asked for.
+
+        Args:
+            cache, past_key_values: a decoding state, which ``input_ids`` goes on from; transformers 5.24 and newer call
+                it cache.
+        """
+        state = past_key_values if cache is None else cache
+        if state is not None:
+            following = []
+            for tokens in input_ids.unbind(1):
+                logits, state = self.model.decode(tokens, state)
+                following.append(logits)
+            return CausalLMOutputWithPast(logits=torch.stack(following, dim=1), **{_STATE: state})
         if use_cache and labels is None and not self.training:
             logits, state = self.model.prefill(input_ids, _real(attention_mask))
-            return LongseqOutput(logits=logits, cache_params=state)
+            return CausalLMOutputWithPast(logits=logits, **{_STATE: state})
         logits = self.model(input_ids, _real(attention_mask))
         shifted = None if labels is None else F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-        return LongseqOutput(loss=_loss(logits, shifted), logits=logits)
+        return CausalLMOutputWithPast(loss=_loss(logits, shifted), logits=logits)
 
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
-        cache_params: DecodingState | None = None,
         attention_mask: Tensor | None = None,
         use_cache: bool | None = True,
+        cache: DecodingState | None = None,
+        past_key_values: DecodingState | None = None,
         **unused: Any,
     ) -> dict[str, Any]:
-        if cache_params is not None:
-            return {"input_ids": input_ids[:, -1:], "cache_params": cache_params, "use_cache": True}
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": use_cache}
+        state = past_key_values if cache is None else cache
+        if state is not None:
+            return {"input_ids": input_ids[:, -1:], _STATE: state, "use_cache": True}
+        return {**_padded_in_front(input_ids, attention_mask), "use_cache": use_cache}
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -151,6 +176,15 @@ class LongseqForCausalLM(LongseqPreTrainedModel, GenerationMixin):
 
     def _reorder_cache(self, cache: DecodingState, beams: Tensor) -> DecodingState:
         return cache.select(beams)
+
+
+def _padded_in_front(input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Tensor | None]:
+    """The same prompts (B, L), what is padded moved in front: the last position is the one to go on from."""
+    real = _real(attention_mask)
+    if real is None:
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+    order = real.to(torch.uint8).argsort(dim=1, stable=True)  # False first
+    return {"input_ids": input_ids.gather(1, order), "attention_mask": real.gather(1, order)}
 
 
 def _real(attention_mask: Tensor | None) -> Tensor | None:

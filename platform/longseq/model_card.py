@@ -11,6 +11,8 @@ from longseq import exported
 from longseq.errors import RunError
 from longseq.opening import Source
 
+# Overrides that change no score of a file: which files are scored, and on what machine.
+_ELSEWHERE = ("data.train=", "data.valid=", "data.test=", "data.ood=", "data.workers=", "trainer.")
 _HEAD = """---
 library_name: longseq
 tags: [longseq, performer, linear-attention]
@@ -91,7 +93,9 @@ def _data(source: Source) -> Iterator[str]:
 
 
 def _scores(source: Source) -> Iterator[tuple[str, ...]]:
-    """A row for each split and file that `longseq evaluate` scored wholly, with this very checkpoint as it is."""
+    """A row for each split and file that `longseq evaluate` scored wholly, with this very checkpoint; overrides that
+    change scores stand beside it.
+    """
     if not source.run or not source.run.evaluations_dir.is_dir():
         return
     weights = "last" if source.weights.name == "model.safetensors" else "ema"
@@ -99,10 +103,14 @@ def _scores(source: Source) -> Iterator[tuple[str, ...]]:
     for path in sorted(source.run.evaluations_dir.glob("*.json")):
         with suppress(ValueError, KeyError, TypeError, AttributeError):  # of another version, or somebody's own file
             report = json.loads(path.read_text())
-            ours = report["step"] == source.step and report["weights"] == weights and not report["overrides"]
+            ours = report["step"] == source.step and report["weights"] == weights
+            otherwise = [word for word in report["overrides"] if not word.startswith(_ELSEWHERE)]
             whole = report.get("sequences_limit") is None
             rows = report["splits"].items() if ours and whole else ()
             for split, r in rows:
                 quality = f"{r['loss']:.4f}", f"{r['perplexity']:.2f}", f"{r['accuracy']:.1%}"
-                found[split] = (split, f"{r['sequences']:,}", *quality)
+                files = sorted({Path(file).name for file in r.get("sources", ())}) if split == "ood" else []
+                notes = ", ".join(files + otherwise)
+                name = f"{Path(split).name} ({notes})" if notes else Path(split).name
+                found[name] = (name, f"{r['sequences']:,}", *quality)
     yield from found.values()

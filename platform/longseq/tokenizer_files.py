@@ -38,8 +38,6 @@ def write_tokenizer(folder: Path, vocabulary: Vocabulary, *, first: int, causal:
         "model_input_names": ["input_ids", "attention_mask"],
         **special,
     }
-    if vocabulary.name == "protein":
-        settings["unk_token"] = special["unk_token"] = "X"
     _json(folder / "tokenizer_config.json", settings)
     _json(folder / "special_tokens_map.json", special)
     return True

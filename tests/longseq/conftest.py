@@ -61,3 +61,35 @@ def publish(run: Run) -> Callable[..., Checkpoint]:
         return checkpoint.publish(run.checkpoints_dir, position(step, valid_loss), files)
 
     return publish
+
+
+TINY = ("model.dim=32", "model.depth=2", "model.heads=2", "model.ffn_dim=48", "attention.features=16")
+
+
+@pytest.fixture
+def trained(folder: Path) -> Callable[..., Run]:
+    """trained(*overrides): a run whose checkpoint of step 8 holds weights far from their initial ones."""
+    import torch
+
+    from longseq.data import identities, vocabulary
+    from longseq.models.performer import PerformerLM
+    from longseq.training.weights import save_weights
+
+    def trained(*overrides: str) -> Run:
+        given = [f"data.train={folder}/proteins.fasta", "run.name=one", *TINY, *overrides]
+        config = load_config("small.yaml", given)
+        run = Run.create(config, default_name="unused")
+        run.record_data(identities(config))
+        torch.manual_seed(1)
+        model = PerformerLM(config.performer_spec(vocabulary(config).size))
+        for parameter in model.parameters():
+            parameter.data += 0.3 * torch.randn_like(parameter)
+        partial = checkpoint.partial_path(run.checkpoints_dir, 8)
+        partial.mkdir(parents=True)
+        save_weights(model.state_dict(), partial / "model.safetensors")
+        content = (partial / "model.safetensors").read_bytes()
+        files = {"model.safetensors": asdict(write(partial / "model.safetensors", content))}
+        checkpoint.publish(run.checkpoints_dir, position(8), files)
+        return run
+
+    return trained

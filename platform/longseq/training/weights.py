@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from longseq.errors import RunError
 from longseq.exported import PREFIX
 from longseq.models.weight_files import read_weights
+from longseq_data.files import aside
 
 _LEARNED = ("log_temperature", "log_share", "log_decay")  # of attention: qk_norm, learned_share, learned_decay
 
@@ -43,7 +44,8 @@ def save_weights(state: dict[str, Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
     try:
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+        with aside(path) as partial:
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial)
     except SafetensorError as error:
         raise RunError(f"{path}: cannot be written ({error}): make room, or choose another place.") from None
 

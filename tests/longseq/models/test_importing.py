@@ -95,6 +95,7 @@ def small(tmp_path: Path, **changes) -> tuple[torch.nn.Module, tuple[str, ...], 
     return random_model("small", tmp_path, **sizes | changes)
 
 
+@pytest.mark.interfaces
 def test_the_performer_of_imported_weights_comes_close_and_opens_in_transformers(tmp_path):
     import longseq.huggingface  # noqa: F401
 
@@ -109,6 +110,8 @@ def test_the_performer_of_imported_weights_comes_close_and_opens_in_transformers
         )
         theirs = transformers.AutoModelForMaskedLM.from_pretrained(out)(tokens).logits
     assert torch.equal(theirs, exact)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert tokenizer.decode(tokenizer("MXKX")["input_ids"], skip_special_tokens=True) == "MXKX"
     assert 0 < (fine - exact).abs().max() < 0.2 * (rough - exact).abs().max()
 
 
