@@ -23,6 +23,7 @@ from typing import Any
 from longseq.config import Config
 from longseq.config_loading import config_of
 from longseq.errors import LongseqError, RunError, place_of_errors
+from longseq_data.files import user_path
 from longseq_data.vocabulary import Vocabulary
 
 MODEL_TYPE = "longseq"
@@ -99,7 +100,7 @@ def inherited(origin: str) -> dict[str, dict[str, Any]]:
     Raises:
         LongseqError: if there is no such model.
     """
-    folder = Path(origin).expanduser()
+    folder = user_path(origin)
     if is_exported(folder):
         config = read(folder).config()
     else:

@@ -120,6 +120,21 @@ def near_key(name: str, known: Mapping[str, str]) -> str | None:
     return near[0] if near else None
 
 
+def keys_of_options(words: Sequence[str]) -> str:
+    """What options that do not exist are as key=value, the end of a sentence: --devices 2 is trainer.devices=2."""
+    from longseq.config_loading import described_keys
+
+    known = {f"{section}.{name}": about["meaning"] for section, name, about in described_keys()}
+    found = []
+    for word, after in zip(words, [*words[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        key = near_key(name.lstrip("-"), known) if name.startswith("--") else None
+        if key:
+            given = value if equals else after if after and not after.startswith("-") else "..."
+            found.append(f"{key}={given}")
+    return f": keys are written without dashes, as {' '.join(found)}" if found else ""
+
+
 def near_choice(key: str, value: str, choices: Sequence[str]) -> str | None:
     """The choice that was meant by ``value``."""
     word = value.lower()

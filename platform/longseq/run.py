@@ -19,7 +19,7 @@ from longseq.checkpoint import Checkpoint
 from longseq.config import Config
 from longseq.config_loading import load_config, save_config
 from longseq.errors import RunError
-from longseq_data.files import write_text
+from longseq_data.files import user_path, write_text
 
 TOKENIZER = "tokenizer.json"
 
@@ -113,7 +113,7 @@ class Run:
                 f"run.name={config.run.name!r}: a run is named with letters, digits, '.', '_' and '-', "
                 "begins with a letter or digit, and has at most 100 of them."
             )
-        path = Path(config.run.dir).expanduser().resolve() / config.run.name
+        path = user_path(config.run.dir).resolve() / config.run.name
         if path.parent.exists() and not path.parent.is_dir():
             raise RunError(f"run.dir={config.run.dir}: a file, not a folder: choose another run.dir.")
         run = cls(path)
@@ -128,7 +128,7 @@ class Run:
         Raises:
             RunError: if there is none.
         """
-        run = cls(Path(path).expanduser().resolve())
+        run = cls(user_path(path).resolve())
         if not run.config_path.is_file():
             what = "not a run folder (it has no config.yaml)" if run.path.exists() else "no such run folder"
             raise RunError(f"{path}: {what}. Runs are made by `longseq fit`, by default under runs/.")

@@ -8,13 +8,14 @@ so they never outlive a parent that was killed.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -73,19 +74,34 @@ def rank_log(run: Run, rank: int) -> Path:
     return run.logs_dir / f"rank-{rank}.log"
 
 
+# What other launchers (Open MPI, MPICH, MVAPICH, PMIx, torchrun) tell their processes, and libraries believe: DeepSpeed
+# holds MPI's ranks against ours. SLURM's are not among them: they are overruled by those that we give.
+_PLACES = re.compile(
+    r"OMPI_(COMM_WORLD|UNIVERSE|FIRST_RANK).*|(PMI|PMIX|HYDRA|PALS|TORCHELASTIC|ROLE)_.*|MV2_COMM_WORLD_.*"
+    r"|MPI_LOCAL.*|(GROUP|CROSS)_(RANK|SIZE|WORLD_SIZE)|LOCAL_(SIZE|WORLD_SIZE)"
+)
+
+
+def without_ranks(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment without the places that another launcher has given: those are ours to give."""
+    return {name: value for name, value in environment.items() if not _PLACES.fullmatch(name)}
+
+
 def environment_of(rank: int, world: int, port: int) -> dict[str, str]:
     """What a training process finds in its environment: this one's, and its place among the others."""
     threads = max(1, (len(os.sched_getaffinity(0)) or 1) // world)
     return {
         "OMP_NUM_THREADS": str(threads),
         "GLOO_SOCKET_IFNAME": "lo",  # else gloo looks the host's name up, which fails on a laptop without a network
-        **os.environ,
+        **without_ranks(os.environ),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "NODE_RANK": "0",
         "WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        # A letter that a terminal or a log lacks is no reason to fail.
+        "PYTHONIOENCODING": f"{os.environ.get('PYTHONIOENCODING', '').partition(':')[0]}:replace",
         "PYTHONSAFEPATH": "1",  # a file of the user's named like a library must not be imported
         # DeepSpeed builds some of its operators with ninja, which pip puts beside the interpreter.
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath))),

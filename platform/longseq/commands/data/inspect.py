@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from longseq_data.files import user_path
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -19,8 +21,8 @@ def run(args: argparse.Namespace) -> int:
     from longseq_data.sources import expand_sources
 
     show = max(0, args.records)
-    if len(args.what) == 1 and Path(args.what[0]).expanduser().is_dir():
-        for line in inspection.corpus_lines(Path(args.what[0]).expanduser(), show):
+    if len(args.what) == 1 and user_path(args.what[0]).is_dir():
+        for line in inspection.corpus_lines(user_path(args.what[0]), show):
             print(line)
         return 0
     sources = expand_sources(args.what)
