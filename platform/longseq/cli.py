@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # all else is imported where a Ctrl-C is heard
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # all else, typing too, is imported where a Ctrl-C is heard
     import argparse
     from collections.abc import Callable, Sequence
 

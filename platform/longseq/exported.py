@@ -77,7 +77,7 @@ def read(folder: Path) -> Exported:
         what = f"a Hugging Face model of type {found}" if found else "no exported model (it has no config.json)"
         how = " `longseq import` reads ESM-2 and BERT-like ones." if found else " `longseq export` makes them."
         raise RunError(f"{folder}: {what}.{how}")
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     try:
         ours = content["longseq"]
         if ours["format"] != FORMAT:
@@ -179,7 +179,7 @@ def _model_type(folder: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         return str(content.get("model_type", "unknown"))
     except (ValueError, AttributeError):
         raise RunError(f"{path}: not the JSON description of a model, so it was damaged.") from None

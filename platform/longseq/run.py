@@ -221,12 +221,23 @@ class Run:
 
     def has_output(self) -> bool:
         """Whether a process other than rank 0 had something to say: a traceback, mostly."""
-        return any(log.stat().st_size for log in self.logs_dir.glob("*"))
+        return any(log.stat().st_size for log in self.logs_dir.glob("*") if log.name != "rank-0.log")
 
     def discard_if_untrained(self) -> None:
         """Remove the folder of a run that ended before it had anything to keep: its name is free again."""
         if not self.checkpoints() and not any(self.tensorboard_dir.glob("*")) and not self.has_output():
             shutil.rmtree(self.path, ignore_errors=True)
+
+    def is_trained_here(self) -> bool:
+        """Whether a process of this machine, or of one that shares its locks, trains this run."""
+        try:
+            with (self.path / ".lock").open("rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
 
     @contextmanager
     def locked(self) -> Iterator[None]:

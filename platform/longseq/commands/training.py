@@ -120,8 +120,8 @@ def refuse_changes(before: Config, after: Config, run: Run, keys: Sequence[str])
         if old != new:
             moved = f" (if only the files have moved, correct {run.config_path})" if key in _FILES else ""
             raise RunError(
-                f"{key}={shown(new)}: the run {run.path} was started with {shown(old)}, and keeps it{moved}. Start another run with "
-                "`longseq fit` for another experiment."
+                f"{key}={shown(new)}: the run {run.path} was started with {shown(old)}, and keeps it{moved}. "
+                "Start another run with `longseq fit` for another experiment."
             )
 
 

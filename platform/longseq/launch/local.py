@@ -70,7 +70,7 @@ def report_path(directory: Path, rank: int) -> Path:
 
 
 def rank_log(run: Run, rank: int) -> Path:
-    """Where the output of a process other than rank 0 goes."""
+    """Where the output of a process is kept; but that of rank 0 of a job, which is the job's log."""
     return run.logs_dir / f"rank-{rank}.log"
 
 
@@ -168,7 +168,9 @@ def _outcome(codes: Sequence[int], requests: Sequence[int], run: Run, reports: P
     if requests and all(code in (-STOP_SIGNAL, -signal.SIGKILL, PEER_LOST) for code in codes):
         return 130
     sentences = [
-        report_path(reports, rank).read_text() for rank in range(len(codes)) if report_path(reports, rank).exists()
+        report_path(reports, rank).read_text(encoding="utf-8")
+        for rank in range(len(codes))
+        if report_path(reports, rank).exists()
     ]
     if sentences and EXIT_SUPERSEDED in codes:
         raise SupersededError(sentences[0])
