@@ -95,6 +95,8 @@ def argument_value(text: str, kind: str) -> Any:
         return None if text == "null" else _quoted(text) if not _is_list(text) else _yaml(text, kind)
     if plain_kind == "list[str]":
         return _items(text) if _is_list(text) else [_quoted(text)]
+    if kind and not text.strip():
+        raise WrittenError("a value is missing behind the '='")
     return _yaml(text, kind)
 
 

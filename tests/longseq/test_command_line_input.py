@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.command_line import LONGSEQ, longseq
 
+from command_line import LONGSEQ, longseq
 from longseq.cli import VERBS, main
-from longseq.config_loading import described_keys
+from longseq.config_loading import described_keys, load_config, save_config
+from longseq.errors import ConfigError
 
 TINY = """
 run: {dir: runs}
@@ -151,8 +152,7 @@ def test_a_size_of_the_preset_is_said_and_accepted(trained):
 
 def test_a_key_with_digits_is_no_path(trained):
     sentence = longseq("evaluate", "runs/r", "deepspeed.fp16.loss_scale=0", folder=trained).sentence
-    assert "deepspeed.fp16" in sentence
-    assert "trainer.precision=fp16" in sentence
+    assert "deepspeed.fp16 is set, but trainer.strategy=single" in sentence
 
 
 @pytest.mark.parametrize(
@@ -203,36 +203,24 @@ def test_the_list_of_an_experiment_needs_no_data(capsys):
     assert capsys.readouterr().out.count("run.name=") == 6
 
 
-NUMBERS = [
-    (f"{s}.{k}", about) for s, k, about in described_keys() if about["type"].startswith(("int", "float", "list[f"))
-]
-ODD = ["", "-1", "-1e400", "nan", ".nan", "inf", "-.inf", "1e400", str(10**40), "1:30", "012", "NO", "2024-01-01", "[", "{",
-       "{a: 1}", "[1, 2, 3]", "x", "null", "'", "1 2", "&a", "*a", "!!int x", "@", "${x", "${oc.env:NOT_SET}", "\x07", "0x"]  # fmt: skip
+NUMBERS = [f"{s}.{k}" for s, k, about in described_keys() if about["type"].startswith(("int", "float", "list[f"))]
+ODD = ["", "-1e400", "nan", ".nan", "inf", "-.inf", "1e400", str(10**40), "1:30", "012", "NO", "2024-01-01", "[", "{"]
+ODD += ["{a: 1}", "[1, 2, [3]]", "[nan]", "[1e400]", "x", "'", "1 2", "&a", "*a", "!!int x", "@", "${x", "0x"]
+ODD += ["${oc.env:NOT_SET}", "\x07", "[" * 2000, "!!python/object:os.system x", "? x", "- 1", "a: b", "|", ">", "%x"]
 
 
-@pytest.mark.parametrize("key", [key for key, _ in NUMBERS])
-def test_odd_numbers_are_refused_in_one_sentence_or_read(trained, key, capsys):
-    """Nothing but a number within the key's limits gets through."""
-    from longseq.config_loading import read_config
-    from longseq.errors import ConfigError
-
-    section, _, name = key.partition(".")
+@pytest.mark.parametrize("key", NUMBERS)
+def test_what_is_no_number_within_the_limits_is_refused_in_one_sentence(trained, key):
     for text in ODD:
-        try:
-            found = getattr(getattr(read_config(trained / "tiny.yaml", [f"{key}={text}"]), section), name)
-        except ConfigError as error:
-            assert "\n" not in str(error)
-            assert key in str(error)
-            continue
-        accepted = found is None or abs(float(found if isinstance(found, (int, float)) else found[0])) < 2**63
-        assert accepted, (text, found)
-        assert text in ("-1", "null", "1e400", "-1e400", "[1, 2, 3]"), (text, found)
+        if text == str(10**40) and not key.startswith(("run", "data")):
+            continue  # a number, if a large one, to keys that take fractions
+        with pytest.raises(ConfigError) as refused:
+            load_config(trained / "tiny.yaml", [f"{key}={text}"])
+        assert "\n" not in str(refused.value)
+        assert key in str(refused.value)
 
 
 def test_a_variable_that_is_not_set_is_named_with_its_line(trained, monkeypatch):
-    from longseq.config_loading import load_config, save_config
-    from longseq.errors import ConfigError
-
     file = trained / "variables.yaml"
     file.write_text(TINY.replace("dir: runs", "dir: '${oc.env:WHERE_RUNS_GO}/runs'"))
     with pytest.raises(ConfigError, match=r"variables.yaml:2: run.dir: .*WHERE_RUNS_GO"):
