@@ -140,7 +140,7 @@ def near_choice(key: str, value: str, choices: Sequence[str]) -> str | None:
     word = value.lower()
     others = _VALUES.get(key, {})
     meant = [choice for choice, words in others.items() if choice in choices and word in words.split()]
-    return (meant or nearest(word, choices) or [None])[0]
+    return next(iter(meant or nearest(word, choices)), None)
 
 
 def nearest(word: str, words: Iterable[str]) -> list[str]:

@@ -95,9 +95,10 @@ def argument_value(text: str, kind: str) -> Any:
         return None if text == "null" else _quoted(text) if not _is_list(text) else _yaml(text, kind)
     if plain_kind == "list[str]":
         return _items(text) if _is_list(text) else [_quoted(text)]
-    if kind and not text.strip():
+    value = _yaml(text, kind)
+    if kind and value is None and text.strip() not in _NULL[:-1]:
         raise WrittenError("a value is missing behind the '='")
-    return _yaml(text, kind)
+    return value
 
 
 def _yaml(text: str, kind: str) -> Any:

@@ -266,10 +266,10 @@ def _cell(request: ContextRequest, length: int, processes: int) -> Cell:
     with ExitStack() as stack:
         # Files and not pipes: one that is full and that nobody reads yet would stop its process, and so all of them.
         files = [[stack.enter_context(tempfile.TemporaryFile()) for _ in range(2)] for _ in range(processes)]
-        stack.callback(lambda: [process.kill() for process in running])
         for rank, (out, err) in enumerate(files):
             environment = environment_of(rank, processes, port) | {"OMP_NUM_THREADS": str(request.threads)}
             running.append(subprocess.Popen(command, env=environment, stdout=out, stderr=err))
+            stack.callback(running[-1].kill)
         for process in running:
             process.wait()
         ended = [[_content(file) for file in both] for both in files]

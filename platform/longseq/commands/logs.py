@@ -1,4 +1,4 @@
-"""What a run's job has written: rank 0 and the job script, or another rank; -f goes on until the run ends."""
+"""What a run has written, on this machine or as a job (rank 0 and the job script), or another rank; -f follows it."""
 
 from __future__ import annotations
 

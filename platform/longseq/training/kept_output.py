@@ -16,7 +16,7 @@ def keep_output(log: Path) -> None:
     with suppress(OSError):
         log.parent.mkdir(exist_ok=True)
         kept = log.open("a", encoding="utf-8", errors="replace", buffering=1)
-        sys.stdout, sys.stderr = _Kept(sys.stdout, kept), _Kept(sys.stderr, kept)  # type: ignore[assignment]
+        sys.stdout, sys.stderr = _Kept(sys.stdout, kept), _Kept(sys.stderr, kept)
 
 
 class _Kept:
