@@ -14,7 +14,7 @@ import pytest
 
 from command_line import LONGSEQ, longseq
 from longseq.cli import VERBS, main
-from longseq.config_loading import described_keys, load_config, save_config
+from longseq.config_loading import config_of, described_keys, load_config, save_config
 from longseq.errors import ConfigError
 
 TINY = """
@@ -210,12 +210,12 @@ ODD += ["${oc.env:NOT_SET}", "\x07", "[" * 2000, "!!python/object:os.system x", 
 
 
 @pytest.mark.parametrize("key", NUMBERS)
-def test_what_is_no_number_within_the_limits_is_refused_in_one_sentence(trained, key):
+def test_what_is_no_number_within_the_limits_is_refused_in_one_sentence(key):
     for text in ODD:
         if text == str(10**40) and not key.startswith(("run", "data")):
             continue  # a number, if a large one, to keys that take fractions
         with pytest.raises(ConfigError) as refused:
-            load_config(trained / "tiny.yaml", [f"{key}={text}"])
+            config_of({}, "c.yaml", [f"{key}={text}"])
         assert "\n" not in str(refused.value)
         assert key in str(refused.value)
 
