@@ -206,12 +206,12 @@ def test_the_list_of_an_experiment_needs_no_data(capsys):
 NUMBERS = [f"{s}.{k}" for s, k, about in described_keys() if about["type"].startswith(("int", "float", "list[f"))]
 ODD = ["", "-1e400", "nan", ".nan", "inf", "-.inf", "1e400", str(10**40), "1:30", "012", "NO", "2024-01-01", "[", "{"]
 ODD += ["{a: 1}", "[1, 2, [3]]", "[nan]", "[1e400]", "x", "'", "1 2", "&a", "*a", "!!int x", "@", "${x", "0x"]
-ODD += ["${oc.env:NOT_SET}", "\x07", "[" * 2000, "!!python/object:os.system x", "? x", "- 1", "a: b", "|", ">", "%x"]
+ODD += ["${oc.env:NOT_SET}", "\x07", "!!python/object:os.system x", "? x", "- 1", "a: b", "|", ">", "%x"]
 
 
 @pytest.mark.parametrize("key", NUMBERS)
 def test_what_is_no_number_within_the_limits_is_refused_in_one_sentence(key):
-    for text in ODD:
+    for text in [*ODD, "[" * 2000] if key == NUMBERS[0] else ODD:
         if text == str(10**40) and not key.startswith(("run", "data")):
             continue  # a number, if a large one, to keys that take fractions
         with pytest.raises(ConfigError) as refused:
