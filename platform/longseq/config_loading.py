@@ -241,7 +241,7 @@ def check_limits(name: str, value: Any, limits: Mapping[str, Any], place: str) -
         near = near_choice(name, str(value), limits["choices"])
         hint = f" Did you mean {near}?" if near else ""
         raise ConfigError(f"{place}: {name}={value}: choose from {', '.join(limits['choices'])}.{hint}")
-    if isinstance(value, float) and not math.isfinite(value):
+    if any(isinstance(n, float) and not math.isfinite(n) for n in (value if isinstance(value, list) else [value])):
         raise ConfigError(f"{place}: {name}={value} must be a finite number: {limits['meaning']}.")
     if isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:
         raise ConfigError(f"{place}: {name} must be at most 2**63 - 1: {limits['meaning']}.")
