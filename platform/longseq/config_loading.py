@@ -241,6 +241,8 @@ def check_limits(name: str, value: Any, limits: Mapping[str, Any], place: str) -
         near = near_choice(name, str(value), limits["choices"])
         hint = f" Did you mean {near}?" if near else ""
         raise ConfigError(f"{place}: {name}={value}: choose from {', '.join(limits['choices'])}.{hint}")
+    if isinstance(value, list) and any(isinstance(part, (list, dict)) for part in value):
+        raise ConfigError(f"{place}: {name}={value}: a list in a list; write [a, b]: {limits['meaning']}.")
     if any(isinstance(n, float) and not math.isfinite(n) for n in (value if isinstance(value, list) else [value])):
         raise ConfigError(f"{place}: {name}={value} must be a finite number: {limits['meaning']}.")
     if isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:
