@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import DataError
+from .files import user_path
 from .manifest import MANIFEST, DataFile, read_manifest
 from .prepare_publish import OFFSETS
 from .vocabulary import Vocabulary
@@ -29,7 +30,7 @@ Integers = npt.NDArray[np.int64]
 
 def is_corpus(source: str) -> bool:
     """Whether a source names a prepared corpus, be it unfinished or damaged: opening it says so."""
-    folder = Path(source).expanduser()
+    folder = user_path(source)
     if folder.is_dir():
         marks = (MANIFEST, "dataset_dict.json")
         return folder.name.endswith(".partial") or any((folder / name).is_file() for name in marks)
@@ -87,7 +88,7 @@ class Corpus:
 
         Sizes are checked; ``verify`` reads everything.
         """
-        return cls(Path(path).expanduser().absolute(), split)
+        return cls(user_path(path).absolute(), split)
 
     def __reduce__(self) -> tuple[Callable[..., Corpus], tuple[Path, str]]:
         return type(self), (self.path, self.split)

@@ -9,6 +9,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from .errors import DataError
+
+
+def user_path(name: str | Path) -> Path:
+    """A path with ``~`` and ``~user`` filled in.
+
+    Raises:
+        DataError: where there is no such user.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        user = Path(name).parts[0]
+        raise DataError(
+            f"{name} does not exist: this machine has no user {user}; correct the name, or write ./{name}."
+        ) from None
+
 
 @contextmanager
 def aside(path: Path) -> Iterator[Path]:

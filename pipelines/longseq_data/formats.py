@@ -12,6 +12,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from .errors import DataError
+from .files import user_path
 
 # format: how a name of it ends, for a folder of such files and for format "auto"
 SUFFIXES: dict[str, tuple[str, ...]] = {
@@ -57,7 +58,7 @@ class HubAddress:
 
     def absolute(self) -> HubAddress:
         """The same with the full path of a local folder."""
-        folder = Path(self.path).expanduser()
+        folder = user_path(self.path)
         return replace(self, path=str(folder.absolute())) if folder.is_dir() else self
 
     def __str__(self) -> str:

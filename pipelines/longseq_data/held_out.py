@@ -14,12 +14,12 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from .errors import DataError
+from .files import user_path
 from .prepare_config import PFAM, PrepareConfig
 from .randomness import generator
 from .sources import reading_error
@@ -144,7 +144,7 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
     """The lines of a local file, plain or gzipped, with their numbers."""
     number = 0
     try:
-        with Path(path).expanduser().open("rb") as stored:
+        with user_path(path).open("rb") as stored:
             zipped = stored.read(2) == b"\x1f\x8b"
             stored.seek(0)
             with io.TextIOWrapper(gzip.GzipFile(fileobj=stored) if zipped else stored, "utf-8-sig") as handle:

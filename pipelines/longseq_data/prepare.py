@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import DataError
-from .files import sha256_of, write_text
+from .files import sha256_of, user_path, write_text
 from .held_out import read_held_out
 from .manifest import Manifest, Source
 from .prepare_config import PrepareConfig
@@ -62,7 +62,7 @@ def prepare(
     """
     config.check()
     sources = sorted(expand_sources(config.sources))
-    output = Path(config.output).expanduser().absolute()
+    output = user_path(config.output).absolute()
     with locked(output):
         plan = Plan.of(config, sources, _block_bytes(config, sources))
         there = taken(output, plan, overwrite)

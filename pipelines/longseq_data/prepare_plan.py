@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .errors import DataError
-from .files import sha256_of, write_text
+from .files import sha256_of, user_path, write_text
 from .manifest import MANIFEST, Manifest, read_manifest
 from .prepare_config import PrepareConfig
 from .sources import URL
@@ -40,7 +40,7 @@ class Plan:
     @classmethod
     def of(cls, config: PrepareConfig, sources: list[str], block_bytes: int) -> Plan:
         """Raises DataError for a list that does not exist."""
-        inputs = [str(Path(name).expanduser().absolute()) for name in (config.ood_ids, config.ood_pfam_map) if name]
+        inputs = [str(user_path(name).absolute()) for name in (config.ood_ids, config.ood_pfam_map) if name]
         for name in inputs:
             if not Path(name).is_file():
                 raise DataError(f"{name}: no such file; correct ood_ids or ood_pfam_map.")

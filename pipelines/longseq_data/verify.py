@@ -12,7 +12,7 @@ import numpy as np
 
 from .corpus import Corpus
 from .errors import DataError
-from .files import sha256_of
+from .files import sha256_of, user_path
 from .manifest import MANIFEST, DataFile, Manifest, fingerprint, read_manifest
 from .prepare_map import digest
 from .prepare_reduce import CELL_BITS, WORD, RowDigest, split_digest
@@ -46,7 +46,7 @@ def verify(path: str | Path, *, full: bool = False, progress: Progress | None = 
 
     Raises DataError, one sentence that names what is damaged.
     """
-    folder = Path(path).expanduser().absolute()
+    folder = user_path(path).absolute()
     manifest = read_manifest(folder)
     said = progress or (lambda *_: None)
     problems = list(_manifest_problems(folder, manifest))

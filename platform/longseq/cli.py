@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-import importlib
-import keyword
 import sys
-from collections.abc import Sequence
 
-from longseq import __version__
-from longseq.errors import EXIT_ERROR, USER_ERRORS
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # all else, typing too, is imported where a Ctrl-C is heard
+    import argparse
+    from collections.abc import Callable, Sequence
 
 # verb: what it does. The module of the same name in longseq.commands has add_arguments(parser) and run(args).
 VERBS = {
@@ -34,9 +32,57 @@ VERBS = {
 }
 
 
+_INTERRUPTED = 130
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; its result is the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run one verb; its result is the exit code. Without ``argv`` this is the whole process."""
+    return _process(sys.argv[1:]) if argv is None else _run(argv, lambda: None)
+
+
+def _process(argv: Sequence[str]) -> int:
+    """One verb, and what belongs to a process: its output, and Ctrl-C from the first import to the last flush."""
+    try:
+        import os
+        import signal
+
+        from longseq.interruption import Interruption
+
+        interruption = Interruption()
+        for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is no reason to fail
+            if stream is not None:
+                stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+        try:
+            return _flushed(_run(argv, interruption.work_begins))
+        except SystemExit as leaving:  # argparse, after its help or usage
+            raise SystemExit(_flushed(leaving.code)) from None
+        except Exception:
+            if interruption.happened:  # what an import, say, has made of it
+                return _INTERRUPTED
+            raise
+        finally:
+            # While the interpreter is taken apart there is nothing left to interrupt.
+            if interruption.ours:
+                signal.signal(signal.SIGINT, lambda *_: os._exit(_INTERRUPTED))
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+
+
+def _flushed(code: int | str | None) -> int:
+    """The exit code, once all output is out: the interpreter's own flush would fail with a traceback."""
+    return _reported(lambda: sys.stdout.flush() if sys.stdout else None) or int(code or 0)
+
+
+def _run(argv: Sequence[str], begin: Callable[[], None]) -> int:
+    import argparse
+    import importlib
+    import keyword
+
+    from longseq import __version__
+
+    code = _reported(lambda: _refuse_bytes(argv))
+    if code:
+        return code
     parser = argparse.ArgumentParser(
         prog="longseq", description="Pretrain Performers (FAVOR+ linear attention) on very long sequences."
     )
@@ -54,29 +100,85 @@ def main(argv: Sequence[str] | None = None) -> int:
             module.add_arguments(child)
             child.set_defaults(run=module.run)
     args, rest = parser.parse_known_args(argv)
-    # argparse takes the arguments of a list in one block only; those after an option come back here.
+    _place(args, rest, parser)
+    begin()
+    return _reported(lambda: args.run(args))
+
+
+def _place(args: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> None:
+    """Put the arguments of a list behind those before an option; argparse takes them in one block only."""
     words = [word for word in rest if not word.startswith("-") and "=" not in word and hasattr(args, "words")]
-    rest = [word for word in rest if word not in words]
-    misplaced = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(args, "overrides")]
+    others = [word for word in rest if word not in words]
+    misplaced = [word for word in others if word.startswith("-") or "=" not in word or not hasattr(args, "overrides")]
     if misplaced:
-        parser.error(f"unrecognized arguments: {' '.join(misplaced)}")
+        hint = ""
+        if hasattr(args, "overrides") or hasattr(args, "config"):
+            from longseq.hints import keys_of_options
+
+            hint = keys_of_options(rest)
+        parser.error(f"unrecognized arguments: {' '.join(misplaced)}{hint}")
     if words:
         args.words = [*args.words, *words]
-    if rest:
-        args.overrides = [*args.overrides, *rest]
+    if others:
+        args.overrides = [*args.overrides, *others]
+
+
+def _refuse_bytes(argv: Sequence[str]) -> None:
+    """Refuse arguments that no configuration, log or JSON could hold.
+
+    Raises:
+        LongseqError: naming the argument.
+    """
+    import os
+
+    from longseq.errors import LongseqError
+
+    for word in argv:
+        if any("\udc80" <= letter <= "\udcff" for letter in word):  # Python's stand-ins for bytes
+            why = "this terminal's locale has no such letters; set LC_ALL=C.UTF-8"
+            if "\ufffd" in os.fsencode(word).decode(errors="replace"):
+                why = "this name is not UTF-8, so no configuration can hold it; rename it"
+            raise LongseqError(f"argument {word!a}: {why}.")
+
+
+def _reported(work: Callable[[], int | None]) -> int:
+    """The exit code of ``work``: what people can fix is one line on stderr."""
+    import os
+
+    from longseq.errors import EXIT_ERROR, USER_ERRORS
+
     try:
-        return args.run(args)
+        return work() or 0
     except USER_ERRORS as error:
         print(f"longseq: error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", EXIT_ERROR)
     except BrokenPipeError:  # the reader, `head` say, has what it wanted
-        sys.stderr.close()
+        _forget(sys.stdout)
         return EXIT_ERROR
     except OSError as error:  # a full or read-only disk, mostly
-        print(f"longseq: error: {error.filename or 'input or output'}: {error.strerror or error}.", file=sys.stderr)
+        print(
+            f"longseq: error: {os.fspath(error.filename) if isinstance(error.filename, str) else 'input or output'}: "
+            f"{error.strerror or error}.",
+            file=sys.stderr,
+        )
+        _forget(sys.stdout)
         return EXIT_ERROR
     except KeyboardInterrupt:
-        return 130
+        return _INTERRUPTED
+
+
+def _forget(stream: object) -> None:
+    """Let what a stream still holds go nowhere, so that the interpreter's last flush does not fail."""
+    import os
+    from contextlib import suppress
+
+    with suppress(OSError, ValueError, AttributeError):
+        stream.flush()  # type: ignore[attr-defined]
+        return
+    with suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())  # type: ignore[attr-defined]
+        os.close(nowhere)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ Each value keeps the place it came from (file and line, or the command line), so
 
 from __future__ import annotations
 
-import difflib
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,15 +12,18 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from longseq.config import Config
 from longseq.errors import USER_ERRORS, ConfigError
+from longseq.hints import near_choice, near_key, nearest
+from longseq.written_values import WrittenError, argument_value
+from longseq.yaml_files import YAML_ERRORS, first_line, read_yaml, yaml_problem
 from longseq_data.files import write_text
 
 _FREE_FORM = ("deepspeed",)  # sections passed through unchecked
+_LARGEST = 2**63 - 1  # of a tensor's integers
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = (), *, resolved: bool = False) -> Config:
@@ -34,6 +35,20 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, resolved: bo
     Raises:
         ConfigError: one sentence that names the file and line or the argument, the key, the nearest valid key and
             its meaning.
+    """
+    config = read_config(path, overrides, resolved=resolved)
+    try:
+        config.check()
+    except ConfigError as error:
+        raise ConfigError(f"{path}{' and its overrides' if overrides else ''}: {error}") from None
+    return config
+
+
+def read_config(path: Path | str, overrides: Sequence[str] = (), *, resolved: bool = False) -> Config:
+    """As :func:`load_config`, but for what holds keys against each other: it may be no whole training yet.
+
+    Raises:
+        ConfigError: as there.
     """
     files = list(_layers(Path(path), ()))
     if resolved:
@@ -47,12 +62,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, resolved: bo
             layers.insert(0, _Layer(inherited(origin), origin))
         except USER_ERRORS as error:
             raise ConfigError(f"model.init_from: {error}") from None
-    config = _merged(layers, str(path))
-    try:
-        config.check()
-    except ConfigError as error:
-        raise ConfigError(f"{path}{' and its overrides' if overrides else ''}: {error}") from None
-    return config
+    return _merged(layers, str(path))
 
 
 def _name_seconds(files: Sequence[_Layer]) -> None:
@@ -86,8 +96,10 @@ def _merged(layers: Sequence[_Layer], path: str) -> Config:
         raise ConfigError(f"{places.get(name, path)}: {name}: {first_line(error)}.") from None
     assert isinstance(config, Config)
     for section, name, limits in described_keys():
-        full = f"{section}.{name}"
-        check_limits(full, getattr(getattr(config, section), name), limits, places.get(full, path))
+        full, value = f"{section}.{name}", getattr(getattr(config, section), name)
+        check_limits(full, value, limits, places.get(full, path))
+        if full in places:
+            check_text(full, value, limits["meaning"], places[full])
     return config
 
 
@@ -123,7 +135,7 @@ class _Layer:
             for section, key, about in described_keys():
                 if name == f"{section}.{key}":
                     raise ConfigError(
-                        f"{self._place(name)}: {name}={self.values[section].get(key)} is not "
+                        f"{self._place(name)}: {name}={shown(self.values[section].get(key))} is not "
                         f"{type_name(about['type'])}: {about['meaning']}."
                     ) from None
             raise ConfigError(f"{self._place(name)}: {name}: {first_line(error)}.") from None
@@ -139,7 +151,7 @@ class _Layer:
 
     def _refuse_unknown_keys(self) -> None:
         sections = {section.name: section for section in fields(Config)}
-        known = [f"{section}.{name}" for section, name, _ in described_keys()] + list(_FREE_FORM)
+        known = {f"{section}.{name}": about["meaning"] for section, name, about in described_keys()}
         for section, content in self.values.items():
             if section not in sections:
                 raise self._unknown(str(section), known)
@@ -147,29 +159,20 @@ class _Layer:
                 raise ConfigError(f"{self._place(section)}: {section} is a section, it needs keys below it.")
             if section in _FREE_FORM:
                 continue
-            for name, value in content.items():
-                full = f"{section}.{name}"
-                if full not in known:
-                    raise self._unknown(full, known)
-                if isinstance(value, str) and _is_list_key(section, str(name)):
-                    content[name] = [value]  # one path may stand without brackets
+            for name in content:
+                if f"{section}.{name}" not in known:
+                    raise self._unknown(f"{section}.{name}", known)
 
-    def _unknown(self, name: str, known: Sequence[str]) -> ConfigError:
-        last = name.rpartition(".")[2]
-        if name == last and not any(k.endswith(f".{name}") for k in known):
-            near = difflib.get_close_matches(name, [section.name for section in fields(Config)], n=1)
+    def _unknown(self, name: str, known: Mapping[str, str]) -> ConfigError:
+        place = self._place(name)
+        if "." not in name and not any(key.endswith(f".{name}") for key in known):
+            near = nearest(name, [section.name for section in fields(Config)])
             if near:
-                keys = ", ".join(k for s, k, _ in described_keys() if s == near[0])
-                return ConfigError(f"{self._place(name)}: unknown section {name!r}. Did you mean {near[0]} ({keys})?")
-        # Keys that end alike, then those whose meaning has the words; the section alone makes nothing alike.
-        alike = {k: difflib.SequenceMatcher(None, k.rpartition(".")[2], last).ratio() for k in known}
-        ranked = sorted(alike, key=lambda k: -alike[k])
-        words = last.replace("_", " ")
-        by_meaning = [f"{s}.{k}" for s, k, m in described_keys() if len(words) > 3 and words in m["meaning"]]
-        near = ([k for k in ranked if alike[k] > 0.8] or by_meaning or [k for k in ranked if alike[k] > 0.6])[:1]
-        meaning = next((m["meaning"] for s, k, m in described_keys() if near == [f"{s}.{k}"]), "")
-        hint = f" Did you mean {near[0]} ({meaning})?" if near else " `longseq fit --help` lists the keys."
-        return ConfigError(f"{self._place(name)}: unknown key {name!r}.{hint}")
+                keys = ", ".join(key for section, key, _ in described_keys() if section == near[0])
+                return ConfigError(f"{place}: unknown section {name!r}. Did you mean {near[0]} ({keys})?")
+        key = near_key(name, known)
+        hint = f" Did you mean {key} ({known[key]})?" if key else " `longseq fit --help` lists the keys."
+        return ConfigError(f"{place}: unknown key {name!r}.{hint}")
 
     def _place(self, name: str) -> str:
         line = self.lines.get(name) or self.lines.get(name.partition("[")[0])
@@ -180,7 +183,8 @@ def _layers(path: Path, below: tuple[Path, ...]) -> Iterator[_Layer]:
     """The files that ``path`` extends, base first, then ``path`` itself."""
     if path.resolve() in below:
         raise ConfigError(f"{path}: extends itself by way of {' → '.join(map(str, below))}.")
-    values, lines = read_yaml(path)
+    values, lines = read_yaml(path, _kind)
+    _refuse_flat_keys(path, values, lines)
     bases = values.pop("extends", [])
     bases = [bases] if isinstance(bases, str) else bases
     where = f"{path}:{lines.get('extends', 1)}"
@@ -193,73 +197,68 @@ def _layers(path: Path, below: tuple[Path, ...]) -> Iterator[_Layer]:
     yield _Layer(values, str(path), lines)
 
 
-def read_yaml(path: Path) -> tuple[dict[Any, Any], dict[str, int]]:
-    try:
-        text = path.read_text()
-        node = yaml.compose(text)
-        values = OmegaConf.to_container(OmegaConf.create(text)) if node is not None else {}
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; configurations ship in configs/.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as a configuration: {error}.") from None
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML: {yaml_problem(error)}.") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a configuration is a mapping of sections, this is a {type(values).__name__}.")
-    return _clocks_as_written(node, values), dict(_lines(node))
+def _kind(names: tuple[str, ...]) -> str:
+    """The type of the key on the way of ``names``; sections have none."""
+    if names[:1] in [(name,) for name in ("extends", *_FREE_FORM)]:
+        return "anything"
+    return type_of(*names) if len(names) == 2 else ""
 
 
-def _clocks_as_written(node: yaml.Node | None, value: Any) -> Any:
-    """YAML 1.1 takes 2:30:00 for a number to the base of 60. Nobody means that: it stays the text that it is."""
-    if isinstance(node, yaml.ScalarNode) and isinstance(value, (int, float)) and ":" in node.value:
-        return node.value
-    if isinstance(node, yaml.MappingNode) and isinstance(value, dict):
-        nodes = {name.value: content for name, content in node.value}
-        return {name: _clocks_as_written(nodes.get(str(name)), content) for name, content in value.items()}
-    if isinstance(node, yaml.SequenceNode) and isinstance(value, list):
-        return [_clocks_as_written(*pair) for pair in zip(node.value, value, strict=True)]
-    return value
-
-
-def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
-    if isinstance(node, yaml.MappingNode):
-        for name, value in node.value:
-            full = f"{prefix}{name.value}"
-            yield full, name.start_mark.line + 1
-            yield from _lines(value, f"{full}.")
+def _refuse_flat_keys(path: Path, values: Mapping[str, Any], lines: Mapping[str, int]) -> None:
+    """optim.lr is how an argument says it; in a file lr stands below optim."""
+    found = {name: name for name in values}
+    for section, content in values.items():
+        found |= {f"{section}.{name}": name for name in content} if isinstance(content, dict) else {}
+    sections = [section.name for section in fields(Config)]
+    for full, name in found.items():
+        first, dot, rest = name.partition(".")
+        if dot and first in sections:
+            raise ConfigError(
+                f"{path}:{lines.get(full, 1)}: {name!r} is how an argument names a key; in a file write {first}: with "
+                f"{rest.replace('.', ': with ')}: below it."
+            )
 
 
 def _override_layer(argument: str) -> _Layer:
-    name, equals, value = argument.partition("=")
+    name, equals, text = argument.partition("=")
     if not equals or not name.strip():
         raise ConfigError(f"argument {argument!r}: an override is section.key=value, e.g. trainer.devices=2.")
-    if value.startswith("*"):  # a glob, where YAML would see an alias
-        value = json.dumps(value)
-    try:
-        values = OmegaConf.to_container(OmegaConf.from_dotlist([f"{name}={value}"]))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(
-            f"argument {argument!r}: not valid YAML: {yaml_problem(error)}. Close what is opened, and quote inside a "
-            "list what begins with * or holds ${: data.train='[\"*.fasta.gz\"]'."
-        ) from None
-    assert isinstance(values, dict)
     section, _, key = name.partition(".")
-    if _type_of(section, key).startswith("str") and value != "null" and not value.startswith(("[", "{", "${")):
-        values[section][key] = value.strip("'\"")  # as it stands: YAML would read the name 12:30 as a number
-    return _Layer(values, f"argument {argument!r}")  # type: ignore[arg-type]
+    try:
+        value = argument_value(text, type_of(section, key))
+    except YAML_ERRORS as error:
+        raise ConfigError(f"argument {argument!r}: {bad_value(error)}") from None
+    values: Any = value
+    for part in reversed(name.split(".")):
+        values = {part: values}
+    return _Layer(values, f"argument {argument!r}")
+
+
+def bad_value(error: Exception) -> str:
+    """What is wrong with the value of an argument, and what to do."""
+    if isinstance(error, WrittenError):
+        return f"{error}."
+    return f"not valid YAML: {yaml_problem(error)}. Close what is opened; a name with a comma stands in quotes."
 
 
 def check_limits(name: str, value: Any, limits: Mapping[str, Any], place: str) -> None:
+    """Refuse a value beyond the limits of its key.
+
+    Raises:
+        ConfigError: with the limits and the meaning.
+    """
     if value is None:
         return
     if limits["choices"] and value not in limits["choices"]:
-        near = difflib.get_close_matches(str(value), limits["choices"], n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        near = near_choice(name, str(value), limits["choices"])
+        hint = f" Did you mean {near}?" if near else ""
         raise ConfigError(f"{place}: {name}={value}: choose from {', '.join(limits['choices'])}.{hint}")
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, list) and any(isinstance(part, (list, dict)) for part in value):
+        raise ConfigError(f"{place}: {name}={value}: a list in a list; write [a, b]: {limits['meaning']}.")
+    if any(isinstance(n, float) and not math.isfinite(n) for n in (value if isinstance(value, list) else [value])):
         raise ConfigError(f"{place}: {name}={value} must be a finite number: {limits['meaning']}.")
+    if isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:
+        raise ConfigError(f"{place}: {name} must be at most 2**63 - 1: {limits['meaning']}.")
     low, high = limits["at_least"], limits["below"]
     if (low is not None and not value >= low) or (high is not None and not value < high):
         bounds = " and ".join(
@@ -268,29 +267,43 @@ def check_limits(name: str, value: Any, limits: Mapping[str, Any], place: str) -
         raise ConfigError(f"{place}: {name}={value} must be {bounds}: {limits['meaning']}.")
 
 
-def _is_list_key(section: str, name: str) -> bool:
-    return _type_of(section, name).startswith("list")
+def check_text(name: str, value: Any, meaning: str, place: str) -> None:
+    """Refuse text that no name of a file and no word can be, in a value that somebody has given.
+
+    Raises:
+        ConfigError: for text that is empty, that holds a NUL or bytes that are not UTF-8, and for "${", which a run's
+            config.yaml would not hold as text.
+    """
+    texts = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
+    for text in texts:
+        if not isinstance(text, str):
+            continue
+        if not text.strip():
+            raise ConfigError(f"{place}: {name}: a text is empty; leave it out, or give one: {meaning}.")
+        if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+            what = "a NUL" if "\0" in text else "bytes that are not UTF-8"
+            raise ConfigError(f"{place}: {name}={text!a}: holds {what}, which no configuration can hold; rename it.")
+        if "${" in text:
+            raise ConfigError(f"{place}: {name}={text}: '${{' is a reference, and this came out of one; rename it.")
 
 
-def _type_of(section: str, name: str) -> str:
+def type_of(section: str, name: str) -> str:
+    """The annotation of a key; "" for one that does not exist."""
     return next((m["type"] for s, k, m in described_keys() if (s, k) == (section, name)), "")
 
 
 def type_name(annotation: str) -> str:
+    """What a person calls values of an annotation."""
     names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
     lists = {
         "list[str]": "a list of text",
         "list[int]": "a list of whole numbers",
         "list[float]": "a list of numbers",
+        "dict[str, str]": "names with a text each",
     }
     return (names | lists).get(annotation.removesuffix(" | None"), annotation)
 
 
-def yaml_problem(error: Exception) -> str:
-    """What the parser says, on one line: context and problem are two halves of a sentence."""
-    halves = [getattr(error, "context", None), getattr(error, "problem", None)]
-    return ", ".join(half for half in halves if half) or first_line(error)
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")
+def shown(value: Any) -> str:
+    """A value as a configuration writes it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -12,6 +12,7 @@ from longseq.errors import ConfigError
 from longseq_data.corpus import is_corpus
 from longseq_data.corpus_samples import CorpusSpec
 from longseq_data.errors import DataError
+from longseq_data.files import user_path
 from longseq_data.identity import identity_of
 from longseq_data.manifest import Manifest, read_manifest
 from longseq_data.reading import TABLES, TOKENS, Reading, agree
@@ -35,9 +36,9 @@ def resolve_sources(config: Config) -> None:
     for split in SPLITS:
         setattr(data, split, _resolved(split, getattr(data, split), data.format))
     if data.tokenizer not in ("auto", *TOKENS):
-        data.tokenizer = str(Path(data.tokenizer).expanduser().absolute())
+        data.tokenizer = str(user_path(data.tokenizer).absolute())
     if config.model.init_from:
-        config.model.init_from = str(Path(config.model.init_from).expanduser().absolute())
+        config.model.init_from = str(user_path(config.model.init_from).absolute())
     if data.packing == "bucket" and not is_corpus(data.train[0]):
         raise ConfigError(
             "data.packing=bucket sorts sequences by their lengths, which only a prepared corpus knows beforehand: make "
@@ -223,7 +224,7 @@ def _resolved(split: str, patterns: list[str], format: str) -> list[str]:
             f"data.{split} names {corpora[0]}, a prepared corpus, and {len(patterns) - 1} more: a corpus stands alone. "
             "Prepare one corpus of all the files (sources of `longseq data prepare`), or name one of them."
         )
-    path = Path(corpora[0]).expanduser().absolute()
+    path = user_path(corpora[0]).absolute()
     read_manifest(path)  # one that is not whole is refused
     return [str(path)]
 

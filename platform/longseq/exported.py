@@ -23,6 +23,7 @@ from typing import Any
 from longseq.config import Config
 from longseq.config_loading import config_of
 from longseq.errors import LongseqError, RunError, place_of_errors
+from longseq_data.files import user_path
 from longseq_data.vocabulary import Vocabulary
 
 MODEL_TYPE = "longseq"
@@ -76,7 +77,7 @@ def read(folder: Path) -> Exported:
         what = f"a Hugging Face model of type {found}" if found else "no exported model (it has no config.json)"
         how = " `longseq import` reads ESM-2 and BERT-like ones." if found else " `longseq export` makes them."
         raise RunError(f"{folder}: {what}.{how}")
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     try:
         ours = content["longseq"]
         if ours["format"] != FORMAT:
@@ -99,7 +100,7 @@ def inherited(origin: str) -> dict[str, dict[str, Any]]:
     Raises:
         LongseqError: if there is no such model.
     """
-    folder = Path(origin).expanduser()
+    folder = user_path(origin)
     if is_exported(folder):
         config = read(folder).config()
     else:
@@ -178,7 +179,7 @@ def _model_type(folder: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         return str(content.get("model_type", "unknown"))
     except (ValueError, AttributeError):
         raise RunError(f"{path}: not the JSON description of a model, so it was damaged.") from None

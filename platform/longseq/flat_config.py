@@ -6,19 +6,19 @@ its place.
 
 from __future__ import annotations
 
-import difflib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from longseq.config_loading import check_limits, first_line, read_yaml, type_name, yaml_problem
+from longseq.config_loading import bad_value, check_limits, check_text, shown, type_name
 from longseq.errors import ConfigError
+from longseq.hints import near_key
+from longseq.written_values import argument_value
+from longseq.yaml_files import YAML_ERRORS, first_line, read_yaml
 
 Schema = TypeVar("Schema")
 
@@ -45,7 +45,7 @@ def load_flat(schema: type[Schema], path: Path, overrides: Sequence[str], help_c
                 merged = OmegaConf.merge(merged, {name: value})
             except (OmegaConfBaseException, TypeError):
                 raise ConfigError(
-                    f"{places[name]}: {name}={value} is not {type_name(about['type'])}: {about['meaning']}."
+                    f"{places[name]}: {name}={shown(value)} is not {type_name(about['type'])}: {about['meaning']}."
                 ) from None
     try:
         config = OmegaConf.to_object(merged)
@@ -54,13 +54,14 @@ def load_flat(schema: type[Schema], path: Path, overrides: Sequence[str], help_c
         raise ConfigError(f"{places.get(name, path)}: {name}: {first_line(error)}.") from None
     for name, about in known.items():
         check_limits(name, getattr(config, name), about, places.get(name, str(path)))
+        if name in places:
+            check_text(name, getattr(config, name), about["meaning"], places[name])
     return config  # type: ignore[return-value]
 
 
 def _layers(path: Path, overrides: Sequence[str], known: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple]:
     """(values, the place of a key) of the file and of each argument."""
-    values, lines = read_yaml(path)
-    values = {str(name): value for name, value in values.items()}
+    values, lines = read_yaml(path, lambda names: known.get(names[0], {}).get("type", "anything") if names else "")
     yield values, lambda name: f"{path}:{lines[name]}" if name in lines else str(path)
     for argument in overrides:
         yield _override(argument, known), lambda _, argument=argument: f"argument {argument!r}"
@@ -70,22 +71,12 @@ def _override(argument: str, known: Mapping[str, Mapping[str, Any]]) -> dict[str
     name, equals, text = argument.partition("=")
     if not equals or not name.strip():
         raise ConfigError(f"argument {argument!r}: an override is key=value.")
-    kind = known.get(name, {}).get("type", "")
-    if kind.startswith("str") and text != "null":
-        return {name: text.strip("'\"")}  # as it stands: YAML would read the name 12:30 as a number
-    if text.startswith("*"):  # a glob, where YAML would see an alias
-        text = json.dumps(text)
     try:
-        return {name: yaml.safe_load(text)}
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"argument {argument!r}: not valid YAML: {yaml_problem(error)}. Close what is opened, and quote inside a "
-            f"list what begins with *."
-        ) from None
+        return {name: argument_value(text, known.get(name, {}).get("type", ""))}
+    except YAML_ERRORS as error:
+        raise ConfigError(f"argument {argument!r}: {bad_value(error)}") from None
 
 
 def _hint(name: str, known: Mapping[str, Mapping[str, Any]], help_command: str) -> str:
-    words = name.replace("_", " ")
-    by_meaning = [key for key, about in known.items() if len(words) > 3 and words in about["meaning"]]
-    near = (difflib.get_close_matches(name, known, n=1, cutoff=0.7) or by_meaning)[:1]
-    return f" Did you mean {near[0]} ({known[near[0]]['meaning']})?" if near else f" `{help_command}` lists the keys."
+    near = near_key(name, {key: about["meaning"] for key, about in known.items()})
+    return f" Did you mean {near} ({known[near]['meaning']})?" if near else f" `{help_command}` lists the keys."

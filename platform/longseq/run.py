@@ -19,7 +19,7 @@ from longseq.checkpoint import Checkpoint
 from longseq.config import Config
 from longseq.config_loading import load_config, save_config
 from longseq.errors import RunError
-from longseq_data.files import write_text
+from longseq_data.files import user_path, write_text
 
 TOKENIZER = "tokenizer.json"
 
@@ -113,7 +113,7 @@ class Run:
                 f"run.name={config.run.name!r}: a run is named with letters, digits, '.', '_' and '-', "
                 "begins with a letter or digit, and has at most 100 of them."
             )
-        path = Path(config.run.dir).expanduser().resolve() / config.run.name
+        path = user_path(config.run.dir).resolve() / config.run.name
         if path.parent.exists() and not path.parent.is_dir():
             raise RunError(f"run.dir={config.run.dir}: a file, not a folder: choose another run.dir.")
         run = cls(path)
@@ -128,7 +128,7 @@ class Run:
         Raises:
             RunError: if there is none.
         """
-        run = cls(Path(path).expanduser().resolve())
+        run = cls(user_path(path).resolve())
         if not run.config_path.is_file():
             what = "not a run folder (it has no config.yaml)" if run.path.exists() else "no such run folder"
             raise RunError(f"{path}: {what}. Runs are made by `longseq fit`, by default under runs/.")
@@ -233,12 +233,23 @@ class Run:
 
     def has_output(self) -> bool:
         """Whether a process other than rank 0 had something to say: a traceback, mostly."""
-        return any(log.stat().st_size for log in self.logs_dir.glob("*"))
+        return any(log.stat().st_size for log in self.logs_dir.glob("*") if log.name != "rank-0.log")
 
     def discard_if_untrained(self) -> None:
         """Remove the folder of a run that ended before it had anything to keep: its name is free again."""
         if not self.checkpoints() and not any(self.tensorboard_dir.glob("*")) and not self.has_output():
             shutil.rmtree(self.path, ignore_errors=True)
+
+    def is_trained_here(self) -> bool:
+        """Whether a process of this machine, or of one that shares its locks, trains this run."""
+        try:
+            with (self.path / ".lock").open("rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
 
     @contextmanager
     def locked(self) -> Iterator[None]:

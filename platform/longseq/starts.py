@@ -56,7 +56,7 @@ def take(folder: Path, what: str) -> int:
     while True:
         number = max(numbers(folder), default=0) + 1
         try:
-            with path_of(folder, number, "start").open("x") as file:
+            with path_of(folder, number, "start").open("x", encoding="utf-8") as file:
                 file.write(f"{what}\n")
         except FileExistsError:
             continue  # another one was faster
@@ -126,7 +126,7 @@ def read_progress(folder: Path, number: int) -> Progress | None:
 def note_end(folder: Path, number: int, verdict: str) -> None:
     """Say how a start ended, unless another of its processes has said so before: the first one knows the cause."""
     try:
-        with path_of(folder, number, "end").open("x") as file:
+        with path_of(folder, number, "end").open("x", encoding="utf-8") as file:
             file.write(" ".join(verdict.split()) + "\n")
     except OSError:  # there already, or no room for it: then it counts as a crash
         return
@@ -135,6 +135,6 @@ def note_end(folder: Path, number: int, verdict: str) -> None:
 def read_end(folder: Path, number: int) -> str | None:
     """How a start ended, if it said so."""
     try:
-        return path_of(folder, number, "end").read_text().strip() or None
+        return path_of(folder, number, "end").read_text(encoding="utf-8").strip() or None
     except FileNotFoundError:
         return None

@@ -176,7 +176,7 @@ def test_a_run_that_fails_ends_the_experiment_and_says_so(plan, settings):
         ("splits: [test]", "splits: [tset]", "splits: a list of some of train, valid, test, ood, not"),
         ("[30.80, 9.37]", "[30.80]", "accuracy in per cent, perplexity"),
         ("Performer (ReLU):", "transformer:", "would be one run, uni-transformer"),
-        ("config: small.yaml", "bench: step", "bench: a list of words"),
+        ("config: small.yaml", "bench: {step: 1}", "bench: a list of words"),
     ],
 )
 def test_a_wrong_experiment_is_refused_in_one_sentence(folder, old, new, sentence):

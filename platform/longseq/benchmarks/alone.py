@@ -23,7 +23,9 @@ _RECORDS = SyntheticSpec(families=4, records=400, mean_length=120)
 def one_process() -> Iterator[Path]:
     """A folder with ``proteins.fasta`` for runs, in an environment like that of the one process of a training."""
     before, handler = dict(os.environ), signal.getsignal(signal.SIGINT)
-    os.environ.update(environment_of(0, 1, free_port()))
+    ours = environment_of(0, 1, free_port())
+    os.environ.clear()
+    os.environ.update(ours)
     quiet()
     try:
         with TemporaryDirectory(prefix="longseq-bench-") as folder:
@@ -40,5 +42,5 @@ def one_process() -> Iterator[Path]:
 
 def configuration(folder: Path, overrides: Sequence[str]) -> Config:
     """The defaults with overrides, for a run in ``folder``."""
-    ours = (f"data.train=['{folder / 'proteins.fasta'}']", f"run.dir={folder / 'runs'}", "trainer.devices=1")
+    ours = (f"data.train={folder / 'proteins.fasta'}", f"run.dir={folder / 'runs'}", "trainer.devices=1")
     return load_config(folder / "bench.yaml", [*ours, *overrides])

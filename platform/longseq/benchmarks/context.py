@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from longseq.benchmarks.context_model import (
     NODE,
@@ -260,16 +262,17 @@ def _cell(request: ContextRequest, length: int, processes: int) -> Cell:
     )
     port = free_port()
     command = [sys.executable, "-m", "longseq.benchmarks.context_rank", asked]
-    running: list[subprocess.Popen[str]] = []
-    try:
-        for rank in range(processes):
+    running: list[subprocess.Popen[bytes]] = []
+    with ExitStack() as stack:
+        # Files and not pipes: one that is full and that nobody reads yet would stop its process, and so all of them.
+        files = [[stack.enter_context(tempfile.TemporaryFile()) for _ in range(2)] for _ in range(processes)]
+        for rank, (out, err) in enumerate(files):
             environment = environment_of(rank, processes, port) | {"OMP_NUM_THREADS": str(request.threads)}
-            output = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
-            running.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.PIPE, text=True))
-        ended = [process.communicate() for process in running]
-    finally:
+            running.append(subprocess.Popen(command, env=environment, stdout=out, stderr=err))
+            stack.callback(running[-1].kill)
         for process in running:
-            process.kill()
+            process.wait()
+        ended = [[_content(file) for file in both] for both in files]
     # One that was killed first (its code is negative): the others can only say that they have lost it.
     for process, (_, errors) in sorted(zip(running, ended, strict=True), key=lambda pair: pair[0].returncode):
         if process.returncode:
@@ -290,6 +293,11 @@ def _cell(request: ContextRequest, length: int, processes: int) -> Cell:
         latency=found["latency"],
         bandwidth=found["bandwidth"],
     )
+
+
+def _content(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")
 
 
 def _constants(name: str, cluster: Cluster) -> str:

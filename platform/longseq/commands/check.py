@@ -23,6 +23,7 @@ from longseq.errors import EXIT_ERROR, USER_ERRORS
 from longseq.launch import local
 from longseq.launch.memory import MemoryEstimate, estimate, gib
 from longseq.run import Run
+from longseq_data.files import user_path
 
 _Result = TypeVar("_Result")
 
@@ -97,7 +98,7 @@ def _data(config: Config) -> tuple[Config, str]:
 
 
 def _disk(config: Config) -> tuple[Config, str]:
-    folder = Path(config.run.dir).expanduser().resolve()
+    folder = user_path(config.run.dir).resolve()
     check_disk(config, folder)
     return config, f"{folder} has room for the checkpoints"
 

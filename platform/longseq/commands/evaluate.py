@@ -26,6 +26,7 @@ from longseq.errors import ConfigError, LongseqError
 from longseq.evaluation.request import Request, samples_of
 from longseq.opening import TARGET_HELP, Source, checkpoints_of, find, of_checkpoint, run_of
 from longseq_data.errors import DataError
+from longseq_data.files import user_path
 from longseq_data.sharing import Samples
 from longseq_data.streaming import StreamSpec
 from longseq_data.survey import survey
@@ -44,7 +45,7 @@ _FIXED = tuple(
 _BASELINE_TARGETS = 20_000_000
 _BASELINE_TARGETS_TOKENIZED = 2_000_000
 _SILENCE = 30.0  # seconds between two lines of a log
-_OVERRIDE = re.compile(r"[a-z]+\.[a-z_.]+=")
+_OVERRIDE = re.compile(r"[A-Za-z]\w*(\.[\w-]+)+=")
 _DEVICES = "trainer.devices="
 _CURVES = ("loss", "perplexity", "bits", "accuracy", "ece", "bits_per_byte", "word_perplexity", "bits_per_dimension")
 
@@ -84,8 +85,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    targets = [Path(word) for word in args.words if not _OVERRIDE.match(word)]
-    overrides = [*(word for word in args.words if _OVERRIDE.match(word)), *args.overrides]
+    keys = [word for word in args.words if _OVERRIDE.match(word) and not Path(word).exists()]
+    targets = [Path(word) for word in args.words if word not in keys]
+    overrides = [*keys, *args.overrides]
     if not targets:
         raise LongseqError(f"evaluate: no model; give {TARGET_HELP}.")
     devices = _devices(args, overrides)
@@ -144,7 +146,7 @@ def _groups(targets: list[Path], args: argparse.Namespace) -> list[list[Source]]
 def _parts(source: Source, args: argparse.Namespace, looked: list[object]) -> tuple[str, ...]:
     """Names of splits, and files, all of which have been looked at: ``looked``, those of the models before it too."""
     config = deepcopy(source.config)
-    files = [word if "://" in word else str(Path(word).expanduser().absolute()) for word in args.data or ()]
+    files = [word if "://" in word else str(user_path(word).absolute()) for word in args.data or ()]
     splits = args.split or []
     if source.run is None and (splits or not files):
         raise LongseqError(

@@ -21,6 +21,7 @@ from longseq.experiments.plan import Plan, read_plan
 from longseq.experiments.running import Interrupted, Settings, facts, perform, results, trials
 from longseq.experiments.running import arguments as run_arguments
 from longseq.experiments.tables import report
+from longseq_data.files import user_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from longseq.cli import main
 
     plan = read_plan(args.experiment)
-    out = (args.out or Path("experiments") / plan.name).expanduser().absolute()
+    out = user_path(args.out or Path("experiments") / plan.name).absolute()
     if plan.bench:
         return _bench(plan, out, args, main)
     steps = [f"trainer.max_steps={args.steps}"] if args.steps else []

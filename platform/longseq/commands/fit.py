@@ -16,6 +16,7 @@ from longseq.data import identities, resolve_sources
 from longseq.launch.slurm.place import refuse_several_tasks
 from longseq.run import Run
 from longseq.training.deepspeed_settings import check_deepspeed
+from longseq_data.files import user_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     check_data(config)
     check_origin(config)
     check_deepspeed(config)
-    check_disk(config, Path(config.run.dir).expanduser().resolve())
+    check_disk(config, user_path(config.run.dir).resolve())
     new = Run.create(config, default_name=args.config.stem)
     with new.locked():
         try:

@@ -1,4 +1,4 @@
-"""What a run's job has written: rank 0 and the job script, or another rank; -f goes on until the run ends."""
+"""What a run has written, on this machine or as a job (rank 0 and the job script), or another rank; -f follows it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     run = Run.open(args.run_folder)
     path = _log(run, args.rank)
     if path is None and not args.follow:
-        raise RunError(f"{run.path}: rank {args.rank} has no log: its job waits, or was never started.")
+        raise RunError(f"{run.path}: rank {args.rank} has no log: {_why(run, args.rank)}.")
     shown, ended = 0, False
     if path is not None and args.lines is not None:
         shown = _tail_begins(path, args.lines)
@@ -53,10 +53,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _log(run: Run, rank: int) -> Path | None:
-    if rank:
-        return rank_log(run, rank) if rank_log(run, rank).exists() else None
-    logs = sorted(run.slurm_dir.glob("job-*.log"), key=lambda path: path.stat().st_mtime)
+    own = [rank_log(run, rank)] if rank_log(run, rank).exists() else []  # of a run on this machine, or a rank from 1 on
+    jobs = [] if rank else run.slurm_dir.glob("job-*.log")
+    logs = sorted([*own, *jobs], key=lambda path: path.stat().st_mtime)
     return logs[-1] if logs else None
+
+
+def _why(run: Run, rank: int) -> str:
+    ranks = sorted(int(path.stem[5:]) for path in run.logs_dir.glob("rank-*.log"))
+    if ranks:
+        return f"those of ranks {', '.join(map(str, ranks))} are there" if rank else "it has written nothing yet"
+    return "its job waits, or was never started" if jobs_of(run) else "this run has not been started"
 
 
 def _show(path: Path | None, begin: int, *, final: bool) -> int:
@@ -95,8 +102,8 @@ def _tail_begins(path: Path, lines: int) -> int:
 
 
 def _is_over(run: Run) -> bool:
-    """Whether no job of this run runs or waits; not where SLURM does not answer."""
+    """Whether no job of this run runs or waits, and no training here; not where SLURM does not answer."""
     try:
-        return bool(jobs_of(run)) and not live_jobs(run, queue())
+        return not run.is_trained_here() and not (jobs_of(run) and live_jobs(run, queue()))
     except SlurmError:
         return False

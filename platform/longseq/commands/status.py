@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     kept = [str(int(checkpoint.path.name[5:13])) for checkpoint in run.checkpoints()]
     print(f"kept      {'checkpoints of step ' + ', '.join(kept) if kept else 'no checkpoint yet'}")
     for number in starts.numbers(run.starts_dir):
-        what = starts.path_of(run.starts_dir, number, "start").read_text().strip()
+        what = starts.path_of(run.starts_dir, number, "start").read_text(encoding="utf-8").strip()
         reached, end = starts.read_progress(run.starts_dir, number), starts.read_end(run.starts_dir, number)
         upto = f"to step {reached.step}" if reached else "no step"
         print(f"start {number:<3} {what}: {upto}{f', {end}' if end else ''}")

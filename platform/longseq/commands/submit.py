@@ -267,7 +267,7 @@ def _submit(args: argparse.Namespace, jobs: list[_Job], memory: str = "") -> int
     ids: list[str] = []
     for job in jobs:
         path = job.place.with_name(f".{job.place.name}.sbatch")
-        path.write_text(job.script)
+        path.write_text(job.script, encoding="utf-8")
         after = (f"--dependency=afterany:{ids[-1]}",) if ids else ()
         try:
             number = queue.submit(path, *after)
@@ -301,7 +301,7 @@ def _members(arguments: list[str]) -> list[list[str]]:
     """The overrides of each run of a sweep."""
     lines = arguments
     if len(arguments) == 1 and Path(arguments[0]).is_file():
-        text = Path(arguments[0]).read_text().splitlines()
+        text = Path(arguments[0]).read_text(encoding="utf-8").splitlines()
         lines = [line for line in text if line.strip() and not line.lstrip().startswith("#")]
     elif len(arguments) == 1 and "=" not in arguments[0]:
         raise ConfigError(f"--array={arguments[0]}: no such file, and no key=value.")

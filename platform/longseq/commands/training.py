@@ -13,10 +13,12 @@ from pathlib import Path
 
 from longseq.checkpoint import Checkpoint, expected_bytes, remove_partials
 from longseq.config import Config
+from longseq.config_loading import shown
 from longseq.curves import read_curves
 from longseq.data import SPLITS, corpus_of, reading, vocabulary
 from longseq.errors import EXIT_GO_ON, USER_ERRORS, ConfigError, LongseqError, RunError
 from longseq.launch import local
+from longseq.models.presets import PRESETS
 from longseq.opening import find
 from longseq.run import Run, as_typed
 from longseq_data.corpus import Corpus
@@ -104,6 +106,7 @@ FIXED = (
 )
 
 
+_SIZES = ("dim", "depth", "heads", "ffn_dim")
 _FILES = ("data.train", "data.valid", "data.test")
 
 
@@ -115,15 +118,28 @@ def refuse_changes(before: Config, after: Config, run: Run, keys: Sequence[str])
     """
     for key in keys:
         section, _, name = key.partition(".")
-        old, new = getattr(getattr(before, section), name), getattr(getattr(after, section), name)
+        old, new = (_value(config, section, name) for config in (before, after))
         if old != new:
-            if key in _FILES and run.only_moved(name, old, new, [identity_of(source) for source in new]):
+            if key in _FILES and _only_moved(run, name, before, after):
                 continue
             moved = ", whose content is another" if key in _FILES else ""
             raise RunError(
-                f"{key}={new}: the run {run.path} was started with {old}{moved}, and keeps it. Start another run with "
-                "`longseq fit` for another experiment."
+                f"{key}={shown(new)}: the run {run.path} was started with {shown(old)}{moved}, and keeps it. "
+                "Start another run with `longseq fit` for another experiment."
             )
+
+
+def _only_moved(run: Run, split: str, before: Config, after: Config) -> bool:
+    old, new = getattr(before.data, split), getattr(after.data, split)
+    return run.only_moved(split, old, new, [identity_of(source) for source in new])
+
+
+def _value(config: Config, section: str, name: str) -> object:
+    """The value of a key, and where it is null the preset's: naming the size that a model has changes nothing."""
+    value = getattr(getattr(config, section), name)
+    if value is None and section == "model" and name in _SIZES:
+        return getattr(PRESETS[config.model.preset], name)
+    return value
 
 
 def check_data(config: Config) -> None:

@@ -142,7 +142,7 @@ def _wait(files: Sequence[Path], processes: Sequence[subprocess.Popen[bytes]], p
                 continue
             sentence = failure_path(place, rank)
             if sentence.exists():
-                raise LongseqError(sentence.read_text())
+                raise LongseqError(sentence.read_text(encoding="utf-8"))
             how = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
             raise LongseqError(
                 f"evaluate: process {rank} of {len(processes)} {how}; is there enough memory for that many? "

@@ -21,10 +21,10 @@ def main() -> int:
         for number, part, tally in of_this_process(request, rank, world, _device(request, rank), Reports(place, rank)):
             tally.save(tally_path(place, number, part, rank))
     except USER_ERRORS as error:
-        failure_path(place, rank).write_text(str(error))
+        failure_path(place, rank).write_text(str(error), encoding="utf-8")
         return EXIT_ERROR
     except OSError as error:
-        failure_path(place, rank).write_text(f"{error.filename or place}: {error.strerror or error}.")
+        failure_path(place, rank).write_text(f"{error.filename or place}: {error.strerror or error}.", encoding="utf-8")
         return EXIT_ERROR
     return 0
 

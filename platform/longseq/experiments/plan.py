@@ -24,9 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longseq.config_loading import read_yaml
 from longseq.data import SPLITS
 from longseq.errors import ConfigError
+from longseq.yaml_files import read_yaml
 
 _KEYS = ("about", "config", "set", "groups", "variants", "splits", "curve", "paper", "differs", "bench")
 
@@ -68,7 +68,7 @@ def read_plan(path: Path) -> Plan:
     Raises:
         ConfigError: naming the file and the key.
     """
-    content, lines = read_yaml(path)
+    content, lines = read_yaml(path, _kind)
     for key in content:
         if key not in _KEYS:
             raise ConfigError(f"{path}:{lines.get(key, 1)}: unknown key {key!r}; an experiment has {', '.join(_KEYS)}.")
@@ -100,6 +100,17 @@ def read_plan(path: Path) -> Plan:
         paper=content.get("paper") or {},
         differs=_text(content),
     )
+
+
+def _kind(names: tuple[str, ...]) -> str:
+    """The type of what stands there, as written_values.typed takes it: texts stay as they are written."""
+    if names[-1:] == ("steps",):
+        return "float"
+    texts = {"config": "str", "differs": "str", "about": "str", "set": "list[str]", "from": "str"}
+    lists = {"splits": "list[str]", "bench": "list[str]"}
+    if names[-1:] and (len(names) == 1 or names[0] == "variants"):
+        return (texts | lists).get(names[-1], "" if len(names) < 3 else "anything")
+    return "anything" if names[:1] == ("paper",) else ""
 
 
 def slug(*names: str) -> str:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from longseq.config_loading import load_config
+from longseq.config_loading import read_config
 from longseq.curves import read_curves
 from longseq.errors import EXIT_GO_ON, LongseqError
 from longseq.experiments.plan import Plan, Variant, slug
@@ -67,7 +67,7 @@ def arguments(plan: Plan, settings: Settings, trial: Trial) -> list[str]:
     words = [*plan.overrides, *settings.overrides, *plan.groups[trial.group], *trial.variant.overrides]
     words += [f"run.seed={trial.seed}", f"run.dir={settings.out / 'runs'}", f"run.name={trial.name}"]
     if plan.curve or trial.variant.steps < 1:
-        steps = load_config(settings.config, words).trainer.max_steps
+        steps = read_config(settings.config, words).trainer.max_steps
         steps = max(1, round(trial.variant.steps * steps))
         words.append(f"trainer.max_steps={steps}")
         words += [f"trainer.valid_every={max(1, steps // 10)}"] if plan.curve else []

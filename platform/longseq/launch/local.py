@@ -8,13 +8,14 @@ so they never outlive a parent that was killed.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -69,8 +70,21 @@ def report_path(directory: Path, rank: int) -> Path:
 
 
 def rank_log(run: Run, rank: int) -> Path:
-    """Where the output of a process other than rank 0 goes."""
+    """Where the output of a process is kept; but that of rank 0 of a job, which is the job's log."""
     return run.logs_dir / f"rank-{rank}.log"
+
+
+# What other launchers (Open MPI, MPICH, MVAPICH, PMIx, torchrun) tell their processes, and libraries believe: DeepSpeed
+# holds MPI's ranks against ours. SLURM's are not among them: they are overruled by those that we give.
+_PLACES = re.compile(
+    r"OMPI_(COMM_WORLD|UNIVERSE|FIRST_RANK).*|(PMI|PMIX|HYDRA|PALS|TORCHELASTIC|ROLE)_.*|MV2_COMM_WORLD_.*"
+    r"|MPI_LOCAL.*|(GROUP|CROSS)_(RANK|SIZE|WORLD_SIZE)|LOCAL_(SIZE|WORLD_SIZE)"
+)
+
+
+def without_ranks(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment without the places that another launcher has given: those are ours to give."""
+    return {name: value for name, value in environment.items() if not _PLACES.fullmatch(name)}
 
 
 def environment_of(rank: int, world: int, port: int) -> dict[str, str]:
@@ -79,13 +93,15 @@ def environment_of(rank: int, world: int, port: int) -> dict[str, str]:
     return {
         "OMP_NUM_THREADS": str(threads),
         "GLOO_SOCKET_IFNAME": "lo",  # else gloo looks the host's name up, which fails on a laptop without a network
-        **os.environ,
+        **without_ranks(os.environ),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "NODE_RANK": "0",
         "WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        # A letter that a terminal or a log lacks is no reason to fail.
+        "PYTHONIOENCODING": f"{os.environ.get('PYTHONIOENCODING', '').partition(':')[0]}:replace",
         "PYTHONSAFEPATH": "1",  # a file of the user's named like a library must not be imported
         # DeepSpeed builds some of its operators with ninja, which pip puts beside the interpreter.
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath))),
@@ -152,7 +168,9 @@ def _outcome(codes: Sequence[int], requests: Sequence[int], run: Run, reports: P
     if requests and all(code in (-STOP_SIGNAL, -signal.SIGKILL, PEER_LOST) for code in codes):
         return 130
     sentences = [
-        report_path(reports, rank).read_text() for rank in range(len(codes)) if report_path(reports, rank).exists()
+        report_path(reports, rank).read_text(encoding="utf-8")
+        for rank in range(len(codes))
+        if report_path(reports, rank).exists()
     ]
     if sentences and EXIT_SUPERSEDED in codes:
         raise SupersededError(sentences[0])

@@ -94,7 +94,7 @@ def import_transformer(folder: Path) -> Imported:
     """
     path = folder / "config.json"
     try:
-        given = json.loads(path.read_text())
+        given = json.loads(path.read_text(encoding="utf-8"))
         kind = str(given["model_type"])
     except OSError as error:
         what = "no such folder" if not folder.exists() else f"config.json cannot be read ({error.strerror})"

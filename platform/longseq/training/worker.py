@@ -12,13 +12,15 @@ import threading
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from longseq import starts
 from longseq.allocator import keep_freed_memory
 from longseq.errors import EXIT_ERROR, EXIT_GO_ON, USER_ERRORS
-from longseq.launch.local import PEER_LOST, report_path
+from longseq.launch.local import PEER_LOST, rank_log, report_path
 from longseq.run import Run
+from longseq.training.kept_output import keep_output
 
 
 def main() -> int:
@@ -33,16 +35,18 @@ def main() -> int:
     _end_with_parent(args.parent_pipe)
 
     run = Run(Run.open(args.run).path, args.start)
+    if os.environ["RANK"] == "0" and not args.rehearse:  # the others write to nothing else
+        keep_output(rank_log(run, 0))
     report = report_path(args.reports, int(os.environ["RANK"]))
     if args.rehearse:
         code, sentence = outcome(lambda: _rehearse(run), run)
     else:
-        starts.watch(run.starts_dir, run.start, report.write_text)
+        starts.watch(run.starts_dir, run.start, partial(report.write_text, encoding="utf-8"))
         code, sentence = outcome(lambda: _train(run, args.checkpoint), run)
     if sentence and code == PEER_LOST:
         print(f"longseq: warning: rank {os.environ['RANK']} {sentence}.", file=sys.stderr, flush=True)
     elif sentence:
-        report.write_text(sentence)
+        report.write_text(sentence, encoding="utf-8")
     return code
 
 

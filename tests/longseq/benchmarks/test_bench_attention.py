@@ -140,7 +140,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
         ),
         (["step", "--contenders", "fla"], "'fla' is not one of favor"),
         (["attention", "--lengths", "1024,many"], "'many' is not a whole number from 1 on"),
-        (["attention", "--rounds", "2"], "'2' is not a whole number from 3 on"),
+        (["attention", "--rounds", "0"], "'0' is not a whole number from 1 on"),
         (["attention", "--seconds", "-1"], "'-1' is not a number above 0"),
         (["attention", "--causal", "--bidirectional"], "not allowed with argument"),
         (["attention", "--kernel", "sotfmax"], "invalid choice: 'sotfmax'"),

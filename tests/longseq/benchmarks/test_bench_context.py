@@ -41,6 +41,13 @@ def test_two_processes_send_what_the_formula_says_and_have_the_loss_of_one():
     assert found[0].loss == pytest.approx(loss, rel=1e-5)
 
 
+def test_processes_that_write_more_than_a_pipe_holds_go_on(monkeypatch):
+    monkeypatch.setenv("PYTHONVERBOSE", "1")  # some megabytes on the stderr of each
+    found = []
+    context.measure(replace(REQUEST, lengths=(512,), processes=(2,)), found.append)
+    assert [(c.length, c.processes) for c in found] == [(512, 2)]
+
+
 def test_the_model_has_the_time_of_one_process_and_a_link_that_costs():
     here = context.calibrated(CELLS, REQUEST.spec, 1)
     assert predict(REQUEST.spec, here, 1024, 1).seconds == pytest.approx(2.0)

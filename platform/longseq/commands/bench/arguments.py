@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping
 
-from longseq.commands.numbers import above_zero, at_least, natural, naturals, positive
+from longseq.commands.numbers import above_zero, natural, naturals, positive
 
 __all__ = [
     "above_zero",
@@ -14,12 +14,9 @@ __all__ = [
     "natural",
     "naturals",
     "positive",
-    "rounds",
     "set_threads",
     "threads_argument",
 ]
-
-rounds = at_least(3)  # fewer have no median and spread
 
 
 def lengths(text: str) -> tuple[int, ...]:

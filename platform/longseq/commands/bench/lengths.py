@@ -95,9 +95,7 @@ def _length_arguments(
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the inputs")
     parser.add_argument("--backend", default="auto", help="of longseq's attention: auto, torch, native, triton")
     arguments.threads_argument(parser)
-    parser.add_argument(
-        "--rounds", type=arguments.rounds, default=5, metavar="N", help="times each is timed, 3 or more"
-    )
+    parser.add_argument("--rounds", type=arguments.positive, default=5, metavar="N", help="times each is timed")
     limit = "stop a contender before a length at which it would take longer, all its rounds together"
     parser.add_argument("--seconds", type=arguments.above_zero, default=seconds, metavar="S", help=limit)
 

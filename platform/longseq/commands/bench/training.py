@@ -15,7 +15,7 @@ def overhead_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=arguments.positive, default=2, metavar="N", help="sequences a step")
     parser.add_argument("--steps", type=arguments.positive, default=10, metavar="N", help="of each turn")
     parser.add_argument(
-        "--rounds", type=arguments.rounds, default=5, metavar="N", help="turns of each that are counted"
+        "--rounds", type=arguments.positive, default=5, metavar="N", help="turns of each that are counted"
     )
     arguments.threads_argument(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. trainer.zero_stage=3")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from longseq_data.files import user_path
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -28,12 +30,12 @@ def run(args: argparse.Namespace) -> int:
     from longseq_data.sources import expand_sources
 
     def folder_of_fasta(name: str) -> bool:
-        folder = Path(name).expanduser()
+        folder = user_path(name)
         return folder.is_dir() and folder_format(str(folder), "auto") == "fasta"
 
     show = max(0, args.records)
     if len(args.what) == 1 and (is_corpus(args.what[0]) or folder_of_fasta(args.what[0])):
-        for line in inspection.corpus_lines(Path(args.what[0]).expanduser(), show):
+        for line in inspection.corpus_lines(user_path(args.what[0]), show):
             print(line)
         return 0
     sources = expand_sources(args.what, "auto")

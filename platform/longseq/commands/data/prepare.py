@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from longseq.commands.key_help import help_on_flat_keys
+from longseq_data.files import user_path
 from longseq_data.prepare_config import PrepareConfig
 
 
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on from here.", file=sys.stderr)
         raise
-    output = as_typed(Path(config.output).expanduser().absolute())
+    output = as_typed(user_path(config.output).absolute())
     for line in report_lines(output, manifest):
         print(line)
     print(f"\nCheck it:  longseq data verify {output}" if new else "\nIt was there already: nothing has changed.")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from longseq.config import key
 from longseq.durations import duration_seconds
 from longseq.errors import ConfigError
 from longseq.flat_config import load_flat
 from longseq.launch.slurm.templates import folder
+from longseq_data.files import user_path
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -108,7 +108,7 @@ def load_site(name: str | None) -> Site:
     name = name or os.environ.get("LONGSEQ_SITE") or None
     if name is None:
         return Site()
-    path, shipped = Path(name).expanduser(), folder() / "sites" / f"{name}.yaml"
+    path, shipped = user_path(name), folder() / "sites" / f"{name}.yaml"
     if not path.is_file() and shipped.is_file() and "/" not in name:
         path = shipped
     if not path.is_file():

@@ -61,7 +61,7 @@ def live_jobs(run: Run, queued: Mapping[str, Queued]) -> list[Queued]:
 def stopped(run: Run) -> str | None:
     """Why a run was stopped for good, if it was."""
     try:
-        return (run.path / "STOPPED").read_text().strip()
+        return (run.path / "STOPPED").read_text(encoding="utf-8").strip()
     except FileNotFoundError:
         return None
 

@@ -21,7 +21,7 @@ from longseq import starts
 from longseq.checkpoint import Checkpoint, remove_partials
 from longseq.config import Config
 from longseq.errors import EXIT_CRASHED, EXIT_ERROR, EXIT_GO_ON, EXIT_UNFIT
-from longseq.launch.local import PEER_LOST, rank_log
+from longseq.launch.local import PEER_LOST, rank_log, without_ranks
 from longseq.launch.slurm.place import Limits, Place
 from longseq.run import Run
 from longseq.training.callbacks.stopping import StopFlag
@@ -172,6 +172,8 @@ def _environment(place: Place) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     if "TMPDIR" in os.environ:
         Path(os.environ["TMPDIR"]).mkdir(parents=True, exist_ok=True)
+    for name in os.environ.keys() - without_ranks(os.environ).keys():  # of the shell that submitted, or of srun's PMI
+        del os.environ[name]
     os.environ |= {
         "RANK": str(place.rank),
         "LOCAL_RANK": str(place.local_rank),
