@@ -68,11 +68,14 @@ class ControlGroup:
             dist.barrier(self._group)
 
 
-@cache
 def _gloo(world: dist.ProcessGroup) -> dist.ProcessGroup:
     """The processes of ``world`` over gloo: itself, where it is that."""
-    if dist.get_backend(world) == "gloo":
-        return world
+    return world if dist.get_backend(world) == "gloo" else _over_gloo(world)
+
+
+@cache
+def _over_gloo(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """One for each world."""
     group = dist.new_group(backend="gloo")
     assert isinstance(group, dist.ProcessGroup)
     return group

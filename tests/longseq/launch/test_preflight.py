@@ -206,6 +206,7 @@ assert first._group is second._group is dist.group.WORLD
 assert second.any(rank == 1, False) == [True, False]
 assert first.gather(str(rank)) == ["0", "1"]
 assert len(dist.distributed_c10d._world.pg_map) == 1
+dist.destroy_process_group()  # at the process's end its threads may be gone before it
 """
 
 
