@@ -44,8 +44,10 @@ class ControlGroup:
     """
 
     def __init__(self) -> None:
-        several = dist.is_initialized() and dist.get_world_size() > 1
-        self._group = _gloo(dist.group.WORLD) if several else None
+        self._group: dist.ProcessGroup | None = None
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            assert dist.group.WORLD is not None
+            self._group = _gloo(dist.group.WORLD)
 
     def any(self, *flags: bool) -> list[bool]:
         """Each flag: true on every rank if it is true on one."""
