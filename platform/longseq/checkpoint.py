@@ -23,6 +23,7 @@ from pathlib import Path
 
 from longseq.errors import RunError
 from longseq_data.files import sha256_of, sync_folder
+from longseq_data.os_errors import explained
 
 _MANIFEST = "manifest.json"
 FORMAT = 2
@@ -87,7 +88,7 @@ class Checkpoint:
         try:
             text = self.manifest_path.read_bytes()
         except OSError as error:
-            raise RunError(f"{self.manifest_path}: cannot be read: {error.strerror}.") from None
+            raise RunError(f"{explained(error, self.manifest_path, 'cannot be read')}.") from None
         try:
             manifest = json.loads(text)
             if manifest["format"] != FORMAT:

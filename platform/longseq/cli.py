@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from longseq import __version__
 from longseq.errors import EXIT_ERROR, USER_ERRORS
+from longseq_data.os_errors import explained
 
 # verb: what it does. The module of the same name in longseq.commands has add_arguments(parser) and run(args).
 VERBS = {
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return EXIT_ERROR
     except OSError as error:  # a full or read-only disk, mostly
-        print(f"longseq: error: {error.filename or 'input or output'}: {error.strerror or error}.", file=sys.stderr)
+        print(f"longseq: error: {explained(error)}.", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
         return 130

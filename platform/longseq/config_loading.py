@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from longseq.config import Config
 from longseq.errors import USER_ERRORS, ConfigError
 from longseq_data.files import write_text
+from longseq_data.os_errors import explained
 
 _FREE_FORM = ("deepspeed",)  # sections passed through unchecked
 
@@ -188,7 +189,9 @@ def read_yaml(path: Path) -> tuple[dict[Any, Any], dict[str, int]]:
         values = OmegaConf.to_container(OmegaConf.create(text)) if node is not None else {}
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; configurations ship in configs/.") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{explained(error, path, 'cannot be read')}.") from None
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: cannot be read as a configuration: {error}.") from None
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         mark = getattr(error, "problem_mark", None)

@@ -17,6 +17,7 @@ from longseq.allocator import keep_freed_memory
 from longseq.errors import EXIT_ERROR, EXIT_GO_ON, EXIT_SUPERSEDED, USER_ERRORS, SupersededError
 from longseq.launch.local import PEER_LOST, report_path
 from longseq.run import Run
+from longseq_data.os_errors import explained
 
 
 def main() -> int:
@@ -51,11 +52,7 @@ def outcome(work: Callable[[], int], run: Run) -> tuple[int, str | None]:
     except USER_ERRORS as error:
         return EXIT_ERROR, str(error)
     except OSError as error:  # a full disk, mostly: say so without a traceback
-        sentence = (
-            f"{error.filename or run.path}: {error.strerror or error}. Mend that, then go on with "
-            f"`{run.resume_command}`."
-        )
-        return EXIT_ERROR, sentence
+        return EXIT_ERROR, f"{explained(error, error.filename or run.path)}. Then go on with `{run.resume_command}`."
     except RuntimeError as error:
         if _peer_lost(error):
             return PEER_LOST, None
