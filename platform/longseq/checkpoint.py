@@ -113,9 +113,12 @@ def _rendered(manifest: Mapping[str, object]) -> bytes:
     return json.dumps({**manifest, "sha256": digest}, indent=1).encode()
 
 
-def expected_bytes(parameters: int) -> int:
-    """About how large a checkpoint is: the weights, and in fp32 once more with AdamW's two moments."""
-    return parameters * 4 * 4
+def expected_bytes(parameters: int, *, ema: bool = False) -> int:
+    """About how large a checkpoint is: the weights, and in fp32 once more with AdamW's two moments.
+
+    ema: with a running mean of the weights.
+    """
+    return parameters * 4 * (5 if ema else 4)
 
 
 def checkpoint_name(step: int) -> str:

@@ -18,7 +18,7 @@ from longseq.data import split_spec
 from longseq.run import Run
 from longseq.training.callbacks.gradients import GradientNorm, not_finite
 from longseq.training.callbacks.steps import due, ends_step
-from longseq.training.optim import learning_rate_share
+from longseq.training.schedule import learning_rate_share
 from longseq.training.task import LanguageModelling
 from longseq.training.tensorboard import log_scalars
 
