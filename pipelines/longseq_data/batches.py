@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .errors import DataError
+from .os_errors import explained
 from .parcels import Parcel, pack, unpack
 from .sharing import Arrays, MakeBatch, Samples, Share
 
@@ -89,10 +90,11 @@ def _of_this_worker(batches: Iterator[MakeBatch]) -> Iterator[Arrays]:
 class Loader:
     """The batches of ``dataset``, prepared by ``workers`` background processes (0: by this one), in the same order.
 
-    A DataLoader whose workers hand on a DataError as it is: torch glues the worker's traceback to the message of an
-    exception. Here the worker sends the sentence as an item, and the exception is raised in this process. Batches cross
-    the border between processes in small types, which costs a quarter of the time, and become int64 here, in pinned
-    memory where ``pin_memory`` asks for it. There is no length: Lightning iterates until the end, or max_steps.
+    A DataLoader whose workers hand on a DataError, and an OSError's sentence, as it is: torch glues the worker's
+    traceback to the message of an exception. Here the worker sends the sentence as an item, and the exception is raised
+    in this process. Batches cross the border between processes in small types, which costs a quarter of the time, and
+    become int64 here, in pinned memory where ``pin_memory`` asks for it. There is no length: Lightning iterates until
+    the end, or max_steps.
 
     prefetch: batches that each worker prepares ahead. persistent: workers stay for the next pass.
     """
@@ -135,7 +137,7 @@ class _Failure:
 
 
 class _Messages(IterableDataset["Parcel | _Failure"]):
-    """The batches of a dataset, packed; a DataError becomes the last item."""
+    """The batches of a dataset, packed; a DataError, or an OSError in a sentence, becomes the last item."""
 
     def __init__(self, dataset: TrainingBatches | EvaluationBatches) -> None:
         self.dataset = dataset
@@ -145,6 +147,8 @@ class _Messages(IterableDataset["Parcel | _Failure"]):
             yield from map(pack, self.dataset.arrays())
         except DataError as error:
             yield _Failure(str(error))
+        except OSError as error:
+            yield _Failure(f"{explained(error, what='the data cannot be read')}.")
 
 
 def _as_is(item: Item) -> Item:

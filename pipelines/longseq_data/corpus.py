@@ -19,6 +19,7 @@ import numpy.typing as npt
 from .errors import DataError
 from .files import user_path
 from .manifest import MANIFEST, DataFile, read_manifest
+from .os_errors import explained
 from .prepare_publish import OFFSETS
 from .vocabulary import Vocabulary
 
@@ -251,6 +252,8 @@ def _check_size(folder: Path, file: DataFile) -> None:
         size = path.stat().st_size
     except FileNotFoundError:
         raise DataError(f"{path} is missing; restore it, or prepare the corpus again.") from None
+    except OSError as error:
+        raise DataError(f"{explained(error, path, 'cannot be read')}.") from None
     if size != file.size:
         raise DataError(
             f"{path} has changed since it was prepared: {size:,} bytes, not {file.size:,}; restore it, or prepare the "
@@ -262,6 +265,8 @@ def _mapped_offsets(path: Path, records: int, tokens: int) -> Integers:
     try:
         offsets = np.asarray(np.load(path, mmap_mode="r"))  # a plain array over the map: NumPy's own class is slow
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise DataError(f"{explained(error, path, 'cannot be read')}.") from None
         raise DataError(f"{path} cannot be read ({error}); restore it, or prepare the corpus again.") from None
     if offsets.shape != (records + 1,) or offsets.dtype != np.int64 or offsets[0] != 0 or offsets[-1] != tokens:
         raise DataError(f"{path} has changed since it was prepared; restore it, or prepare the corpus again.")
@@ -276,6 +281,8 @@ def _batches(path: Path, file: DataFile) -> list[pa.RecordBatch]:
         with pa.memory_map(str(path)) as handle, pa.ipc.open_stream(handle) as reader:
             batches = list(reader)
     except (OSError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise DataError(f"{explained(error, path, 'cannot be read')}.") from None
         sentence = " ".join(str(error).split())
         raise DataError(f"{path} is damaged ({sentence}); restore it, or prepare the corpus again.") from None
     if sum(batch.num_rows for batch in batches) != file.rows:

@@ -13,6 +13,7 @@ import numpy as np
 from .documents import Extent
 from .errors import DataError
 from .formats import SUFFIXES
+from .os_errors import explained
 from .sources import one_line
 from .vocabulary import PIXELS, Tokens
 
@@ -68,7 +69,7 @@ def read_images(folder: str, size: int) -> Generator[ImageDocument, None, None]:
     try:
         names = sorted(path.name for path in parent.iterdir())
     except OSError as error:
-        raise DataError(f"{folder}: cannot be read ({one_line(error)}); check the folder.") from error
+        raise DataError(f"{explained(error, folder, 'cannot be read')}.") from error
     for name in names:
         if not name.startswith(".") and name.lower().endswith(SUFFIXES["images"]):
             path = str(parent / name)

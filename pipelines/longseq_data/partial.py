@@ -5,8 +5,6 @@ FILE.part.json beside it says what it is a part of. FILE appears, in one step, w
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -20,6 +18,7 @@ from typing import IO
 
 from .errors import DataError
 from .files import sync_folder, write_text
+from .os_errors import explained, lock
 
 READ = 1 << 20  # bytes at a time
 
@@ -85,13 +84,13 @@ class Part:
                 conditions[name] = value
         if conditions != self.conditions:
             self.conditions = conditions
-            with _no_room(self):
+            with _written(self):
                 content = {**asdict(self.promise), "conditions": conditions}
                 write_text(self._state, json.dumps(content, indent=1) + "\n")
 
     def append(self, chunk: bytes) -> None:
         view = memoryview(chunk)
-        with _no_room(self):
+        with _written(self):
             while view:  # a disk that is nearly full takes a part of it
                 written = self._file.write(view)
                 self._hash.update(view[:written])
@@ -109,7 +108,7 @@ class Part:
                 f"{self.promise.checksum}; nothing was kept. The mirror may be between two releases: run the same "
                 f"command again later, or with another mirror."
             )
-        with _no_room(self):
+        with _written(self):
             os.fsync(self._file.fileno())
         self.path.replace(self.final)
         self._state.unlink(missing_ok=True)
@@ -147,16 +146,14 @@ def need_room(part: Part) -> None:
 
 
 @contextmanager
-def _no_room(part: Part) -> Iterator[None]:
-    """Say it in a sentence when the disk is full, the quota used up, or a file may not become so large."""
+def _written(part: Part) -> Iterator[None]:
+    """Say it in a sentence when something cannot be written: on a full disk, mostly."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise DataError(f"{part.path}: cannot be written ({error.strerror}); {part.kept()}.") from error
         raise DataError(
-            f"{part.path}: no room ({error.strerror}); {part.kept()}: make room and run the same command again, which "
-            f"goes on there."
+            f"{explained(error, part.path, 'cannot be written')}. {part.kept()}: run the same command again then, and "
+            f"it goes on there."
         ) from error
 
 
@@ -172,7 +169,7 @@ def locked(final: Path, notice: Notice) -> Iterator[IO[bytes]]:
         while not _is_at(file := _open_locked(path, notice), path):
             file.close()  # renamed or removed by the process that had the lock until now
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror}); choose another folder.") from error
+        raise DataError(f"{explained(error, path, 'cannot be written')}.") from error
     with file:
         try:
             yield file
@@ -185,14 +182,12 @@ def locked(final: Path, notice: Notice) -> Iterator[IO[bytes]]:
 def _open_locked(path: Path, notice: Notice) -> IO[bytes]:
     file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=0)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(file, path, notice)
     except BlockingIOError:
         file.close()
         raise DataError(
             f"{path}: another process is fetching this file; wait for it, or choose another folder."
         ) from None
-    except OSError as error:  # Lustre without the mount option "flock"
-        notice(f"{path}: no locks on this filesystem ({error.strerror}); let no other process fetch the same file.")
     return file
 
 

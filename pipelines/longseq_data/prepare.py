@@ -12,7 +12,6 @@ done, so an interrupted preparation goes on from there; the corpus gets its own 
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 from collections import Counter
@@ -27,6 +26,7 @@ from .errors import DataError
 from .files import sha256_of, user_path, write_text
 from .held_out import read_held_out
 from .manifest import Manifest, Source
+from .os_errors import explained, is_full
 from .prepare_config import PrepareConfig
 from .prepare_map import Counts, MapTask, map_block, map_whole, read_notes
 from .prepare_plan import PARTS, Plan, begin, locked, taken
@@ -46,7 +46,6 @@ BLOCKS = 32  # of small inputs at most, so that workers share them evenly
 SMALLEST_BLOCK, LARGEST_BLOCK = MIB, 64 * MIB
 MAP_MEMORY = 16  # a block takes up to so many times its size, text and rows and columns together
 REDUCE_MEMORY = 6
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def prepare(
@@ -75,12 +74,11 @@ def prepare(
                     _Preparation(config, plan, folder, progress or (lambda *_: None), workers).run()
             return publish(folder, output), True
         except OSError as error:
-            if error.errno not in FULL:
-                raise
             _sweep(output.with_name(f"{output.name}.partial") / PARTS)
+            where = output if is_full(error) else None
             raise DataError(
-                f"{output}: the disk is full ({error.strerror}); make room, and start the same command again: it goes "
-                f"on."
+                f"{explained(error, where or error.filename or output, 'cannot be written')}. Then start the same "
+                f"command again: it goes on."
             ) from error
 
 

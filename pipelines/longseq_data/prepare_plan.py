@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 from .errors import DataError
 from .files import sha256_of, user_path, write_text
 from .manifest import MANIFEST, Manifest, read_manifest
+from .os_errors import lock
 from .prepare_config import PrepareConfig
 from .sources import URL
 
@@ -109,20 +109,20 @@ def locked(output: Path) -> Iterator[None]:
     """Hold the name ``output`` for one preparation on this machine; raises DataError if another one holds it."""
     output.parent.mkdir(parents=True, exist_ok=True)
     path = output.parent / f".{output.name}.lock"  # with_name refuses "/"
-    with path.open("a+") as lock:
+    with path.open("a+") as file:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+            lock(file, path)
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 raise BlockingIOError  # the one who held it has just removed it, and a third may hold its successor
         except BlockingIOError:
-            lock.seek(0)
+            file.seek(0)
             raise DataError(
-                f"{output} is being prepared already (process {lock.read().strip() or 'unknown'}); wait for its end, "
+                f"{output} is being prepared already (process {file.read().strip() or 'unknown'}); wait for its end, "
                 f"or choose another output."
             ) from None
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
         try:
             yield
         finally:

@@ -16,6 +16,7 @@ from typing import IO, TextIO, cast
 from .errors import DataError
 from .formats import HUB, HubAddress, folder_format
 from .gunzip import MAGIC, Gunzip
+from .os_errors import explained
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)")
 HTTP = re.compile(r"https?://", re.IGNORECASE)
@@ -287,8 +288,8 @@ def reading_error(source: str, line: int | None, error: BaseException) -> DataEr
         if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
             return reading_error(source, line, error.__cause__)
         return DataError(f"{where}: not found; correct the address.")
-    if isinstance(error, PermissionError):
-        return DataError(f"{where}: permission denied; make it readable for this user.")
+    if isinstance(error, OSError) and error.errno and (LOCAL_URL.match(source) or not URL.match(source)):
+        return DataError(f"{explained(error, where, 'cannot be read')}.")
     if isinstance(error, ImportError):
         return DataError(f"{where}: this kind of URL needs a package that is missing ({one_line(error)}).")
     if isinstance(error, ValueError) and "rotocol" in str(error):

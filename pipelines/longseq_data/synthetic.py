@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from .errors import DataError
 from .files import aside
+from .os_errors import explained
 from .randomness import generator
 from .substitution import AMINO_ACIDS, Floats, Residues, draw_background, substitute
 
@@ -277,10 +278,8 @@ def write_fasta(
             else:
                 report = _write_records(spec, raw, progress)
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be written ({error.strerror or error}): free some space, or choose a folder that you can "
-            "write to; nothing half-written was left."
-        ) from error
+        sentence = explained(error, path, "cannot be written")
+        raise DataError(f"{sentence}; nothing half-written was left.") from error
     return report
 
 

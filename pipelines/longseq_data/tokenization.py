@@ -14,6 +14,7 @@ import numpy.typing as npt
 from .documents import Text, TokenDocument, words_before
 from .errors import DataError
 from .files import write_text
+from .os_errors import explained
 from .sources import one_line
 from .vocabulary import Vocabulary
 
@@ -171,9 +172,7 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, tokenizer.to_str(pretty=True))
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be written ({error.strerror or error}): choose a folder that you can write to."
-        ) from error
+        raise DataError(f"{explained(error, path, 'cannot be written')}.") from error
 
 
 def _chunks(texts: Iterable[str], characters: int = 1 << 16) -> Iterator[str]:

@@ -14,6 +14,7 @@ from .corpus import Corpus
 from .errors import DataError
 from .files import sha256_of, user_path
 from .manifest import MANIFEST, DataFile, Manifest, fingerprint, read_manifest
+from .os_errors import explained
 from .prepare_map import digest
 from .prepare_reduce import CELL_BITS, WORD, RowDigest, split_digest
 from .randomness import generator
@@ -107,7 +108,9 @@ def _file_problems(folder: Path, file: DataFile) -> Iterator[str]:
             json.loads((folder / file.name).read_text())
     except FileNotFoundError:
         yield f"{file.name} is missing"
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        yield explained(error, file.name, "cannot be read")
+    except ValueError as error:
         yield f"{file.name} cannot be read ({error})"
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from longseq.errors import RunError
 from longseq_data.files import sha256_of, sync_folder
+from longseq_data.os_errors import explained
 
 _MANIFEST = "manifest.json"
 FORMAT = 2
@@ -87,7 +88,7 @@ class Checkpoint:
         try:
             text = self.manifest_path.read_bytes()
         except OSError as error:
-            raise RunError(f"{self.manifest_path}: cannot be read: {error.strerror}.") from None
+            raise RunError(f"{explained(error, self.manifest_path, 'cannot be read')}.") from None
         try:
             manifest = json.loads(text)
             if manifest["format"] != FORMAT:
@@ -112,9 +113,12 @@ def _rendered(manifest: Mapping[str, object]) -> bytes:
     return json.dumps({**manifest, "sha256": digest}, indent=1).encode()
 
 
-def expected_bytes(parameters: int) -> int:
-    """About how large a checkpoint is: the weights, and in fp32 once more with AdamW's two moments."""
-    return parameters * 4 * 4
+def expected_bytes(parameters: int, *, ema: bool = False) -> int:
+    """About how large a checkpoint is: the weights, and in fp32 once more with AdamW's two moments.
+
+    ema: with a running mean of the weights.
+    """
+    return parameters * 4 * (5 if ema else 4)
 
 
 def checkpoint_name(step: int) -> str:

@@ -143,7 +143,6 @@ def _refuse_bytes(argv: Sequence[str]) -> None:
 
 def _reported(work: Callable[[], int | None]) -> int:
     """The exit code of ``work``: what people can fix is one line on stderr."""
-    import os
 
     from longseq.errors import EXIT_ERROR, USER_ERRORS
 
@@ -156,11 +155,9 @@ def _reported(work: Callable[[], int | None]) -> int:
         _forget(sys.stdout)
         return EXIT_ERROR
     except OSError as error:  # a full or read-only disk, mostly
-        print(
-            f"longseq: error: {os.fspath(error.filename) if isinstance(error.filename, str) else 'input or output'}: "
-            f"{error.strerror or error}.",
-            file=sys.stderr,
-        )
+        from longseq_data.os_errors import explained
+
+        print(f"longseq: error: {explained(error)}.", file=sys.stderr)
         _forget(sys.stdout)
         return EXIT_ERROR
     except KeyboardInterrupt:

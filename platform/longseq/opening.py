@@ -22,6 +22,7 @@ from longseq.errors import LongseqError, RunError
 from longseq.exported import is_exported
 from longseq.models.spec import PerformerSpec
 from longseq.run import Run
+from longseq_data.os_errors import explained
 from longseq_data.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -239,6 +240,6 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             name: tuple(map(operator.index, entry["shape"])) for name, entry in header.items() if name != "__metadata__"
         }
     except OSError as error:
-        raise RunError(f"{path}: cannot be read: {error.strerror}.") from None
+        raise RunError(f"{explained(error, path, 'cannot be read')}.") from None
     except (ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError):
         raise RunError(f"{path}: no safetensors file, or damaged.") from None

@@ -20,6 +20,7 @@ from longseq.config import Config
 from longseq.config_loading import load_config, save_config
 from longseq.errors import RunError
 from longseq_data.files import user_path, write_text
+from longseq_data.os_errors import explained, lock
 
 TOKENIZER = "tokenizer.json"
 
@@ -85,7 +86,7 @@ class Run:
         except FileExistsError:
             raise run._taken() from None
         except OSError as error:
-            raise RunError(f"{path}: the run's folder cannot be made: {error.strerror}.") from None
+            raise RunError(f"{explained(error, path, 'the folder of the run cannot be made')}.") from None
         try:
             if config.data.tokenizer.endswith(".json"):  # the ids mean nothing without it
                 shutil.copyfile(config.data.tokenizer, path / TOKENIZER)
@@ -95,7 +96,7 @@ class Run:
         except BaseException as error:
             shutil.rmtree(path, ignore_errors=True)
             if isinstance(error, OSError):
-                raise RunError(f"{path}: the run's folder cannot be written: {error.strerror}.") from None
+                raise RunError(f"{explained(error, path, 'the folder of the run cannot be written')}.") from None
             raise
         return run
 
@@ -258,18 +259,18 @@ class Run:
         Raises:
             RunError: if another one holds it.
         """
-        with (self.path / ".lock").open("a+") as lock:
+        with (self.path / ".lock").open("a+") as file:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file, self.path)
             except BlockingIOError:
-                lock.seek(0)
+                file.seek(0)
                 raise RunError(
-                    f"{self.path}: this run is being trained already (process {lock.read().strip() or 'unknown'}). "
+                    f"{self.path}: this run is being trained already (process {file.read().strip() or 'unknown'}). "
                     "Stop that one first, or give this one another run.name."
                 ) from None
-            lock.truncate(0)
-            lock.write(f"{os.getpid()}\n")
-            lock.flush()
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
             yield
 
 

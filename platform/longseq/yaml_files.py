@@ -18,6 +18,7 @@ YAML_ERRORS = (
     *(yaml.YAMLError, OmegaConfBaseException),
     *(ValueError, TypeError, AttributeError, RecursionError),
 )
+from longseq_data.os_errors import explained
 
 # From the names on the way to a value ("data", "train") to the type of the key, as written_values.typed takes it; ""
 # for a mapping of further names.
@@ -37,7 +38,7 @@ def read_yaml(path: Path, kinds: Kinds) -> tuple[dict[str, Any], dict[str, int]]
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; configurations ship in configs/.") from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read as a configuration: {error.strerror or error}.") from None
+        raise ConfigError(f"{explained(error, path, 'cannot be read')}.") from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}: cannot be read as a configuration: line {line} is not UTF-8; save it so.") from None

@@ -118,7 +118,8 @@ def test_of_two_processes_the_second_is_told(server: Server, tmp_path: Path):
 def test_a_limit_on_the_size_of_files_keeps_the_part(server: Server, tmp_path: Path):
     limited = fetch(server, tmp_path, inside=["bash", "-c", 'ulimit -f 256; exec "$@"', "limited"])  # KiB
     assert limited.code == 1
-    assert limited.sentence.startswith("corpora/uniref50.fasta.gz.part: no room (File too large); 262,144 of 1,000,003")
+    assert limited.sentence.startswith("corpora/uniref50.fasta.gz.part: cannot be written (File too large); raise")
+    assert "262,144 of 1,000,003 bytes are kept" in limited.sentence
     assert fetch(server, tmp_path).code == 0
     assert server.of(PATH)[-1].range == "bytes=262144-"
     assert (tmp_path / "corpora/uniref50.fasta.gz").read_bytes() == CONTENT

@@ -225,7 +225,7 @@ def test_a_full_disk_is_said_and_with_room_it_goes_on(large, little_room, tmp_pa
     (tmp_path / "prepare.yaml").write_text(f"sources: {large}\noutput: {little_room}/out\nworkers: 2\n")
     full = longseq("data", "prepare", "prepare.yaml", folder=tmp_path)
     assert full.code == 1
-    assert f"{little_room}/out: the disk is full (No space left on device); make room" in full.sentence
+    assert f"{little_room}/out: cannot be written (No space left on device); make room" in full.sentence
     assert any(little_room.glob("out.partial/parts/map/*.arrow"))
     assert not any(little_room.rglob("*.partial/**/*.partial"))
     subprocess.run(["mount", "-o", "remount,size=200m", str(little_room)], check=True)
@@ -238,7 +238,7 @@ def test_a_limit_on_file_size_is_a_full_disk(large, tmp_path):
     limit = ["bash", "-c", 'ulimit -f 1000; exec "$@"', "bash"]  # 1,024,000 bytes
     full = longseq("data", "prepare", "prepare.yaml", folder=tmp_path, inside=limit)
     assert full.code == 1
-    assert "out: the disk is full (File too large); make room, and start the same command again" in full.sentence
+    assert "out: cannot be written (File too large); raise the limit on the size of files (ulimit -f)" in full.sentence
     assert longseq("data", "prepare", "prepare.yaml", folder=tmp_path).code == 0
 
 

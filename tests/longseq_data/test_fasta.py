@@ -92,7 +92,7 @@ def test_a_file_without_permission(write, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", deny)
-    with pytest.raises(DataError, match=r"a\.fasta: permission denied; make it readable for this user\.$"):
+    with pytest.raises(DataError, match=r"a\.fasta: cannot be read \(Permission denied\); have its owner give"):
         list(read_records(source))
 
 

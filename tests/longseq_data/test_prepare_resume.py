@@ -158,7 +158,7 @@ def test_a_full_disk_is_said_and_the_work_goes_on_after(files, tmp_path, small_p
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(prepare_reduce._Hashed, "write", full)
-    with pytest.raises(DataError, match=r"c: the disk is full \(No space left on device\); make room"):
+    with pytest.raises(DataError, match=r"c: cannot be written \(No space left on device\); make room"):
         prepare(config(files, tmp_path / "c"))
     assert not list((tmp_path / "c.partial").rglob("*.partial"))
     monkeypatch.setattr(prepare_reduce._Hashed, "write", write)

@@ -211,11 +211,18 @@ def test_gzip_within_gzip_is_read_through_and_its_end_is_known(write) -> None:
         list(read_records(write("cut.fasta.gz", cut)))
 
 
+def thrice(content: bytes) -> bytes:
+    """Compressed, without the time in it: parameters of tests have the same names in every process."""
+    for _ in range(3):
+        content = gzip.compress(content, mtime=0)
+    return content
+
+
 @pytest.mark.parametrize(
     ("content", "name"),
     [
-        (gzip.compress(gzip.compress(gzip.compress(b">a\nMK\n"))), "gzip-compressed three times"),
-        (gzip.compress(b"BZh91AY&SY"), "bzip2-compressed"),
+        (thrice(b">a\nMK\n"), "gzip-compressed three times"),
+        (gzip.compress(b"BZh91AY&SY", mtime=0), "bzip2-compressed"),
         (b"7z\xbc\xaf\x27\x1c\x00\x04", "a 7z archive"),
         (b"PAR1\x15\x00", "a Parquet file"),
         (b"\x1f\x9d\x90", "compress-compressed"),

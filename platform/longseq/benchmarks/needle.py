@@ -25,6 +25,7 @@ from longseq.errors import LongseqError
 from longseq.models.head import IGNORE
 from longseq.models.performer import PerformerLM
 from longseq.models.spec import PerformerSpec
+from longseq_data.os_errors import explained
 from longseq_data.synthetic import SyntheticSpec, synthesize
 
 _BYTES = 256
@@ -102,8 +103,10 @@ def read_texts(paths: Sequence[Path]) -> Tensor:
     for path in paths:
         try:
             data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        except (OSError, EOFError) as error:
-            raise LongseqError(f"cannot read {path}: {error}.") from None
+        except OSError as error:
+            raise LongseqError(f"{explained(error, path, 'cannot be read')}.") from None
+        except EOFError as error:
+            raise LongseqError(f"{path}: cut short ({error}): copy it again.") from None
         if data.startswith(b">"):
             data = b"\n".join(b"".join(record.splitlines()[1:]) for record in data.split(b">")[1:])
         parts.append(data)

@@ -25,6 +25,7 @@ from longseq.errors import LongseqError
 from longseq.models.performer import PerformerLM
 from longseq.models.spec import PerformerSpec
 from longseq_data.files import write_text
+from longseq_data.os_errors import explained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,9 @@ def read_text(paths: Sequence[Path]) -> Text:
 def _read_file(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise LongseqError(f"{explained(error, path, 'cannot be read')}.") from None
+    except UnicodeDecodeError as error:
         raise LongseqError(f"cannot read {path} as UTF-8 text: {error}.") from None
 
 

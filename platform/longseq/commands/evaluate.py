@@ -27,6 +27,7 @@ from longseq.evaluation.request import Request, samples_of
 from longseq.opening import TARGET_HELP, Source, checkpoints_of, find, of_checkpoint, run_of
 from longseq_data.errors import DataError
 from longseq_data.files import user_path
+from longseq_data.os_errors import explained
 from longseq_data.sharing import Samples
 from longseq_data.streaming import StreamSpec
 from longseq_data.survey import survey
@@ -106,14 +107,14 @@ def run(args: argparse.Namespace) -> int:
                 try:
                     _keep(source, report, parts, args)
                 except OSError as error:
-                    unkept.append(f"{error.filename or source.folder}: {error.strerror or error}")
+                    unkept.append(explained(error, error.filename or source.folder))
     finally:  # what is done is shown, whatever happens to the rest
         if reports:
             alone = len(targets) == 1 and not args.all_checkpoints
             printed = json.dumps(reports[0] if alone else reports, indent=2)
             print(printed if args.json else _text(reports, args, unkept))
     if unkept:
-        raise LongseqError(f"{unkept[0]}: the results above could not be kept there; make room and evaluate again.")
+        raise LongseqError(f"the results above could not be kept: {unkept[0]}, and evaluate again.")
     return 0
 
 

@@ -12,7 +12,7 @@ import sys
 
 from longseq.checkpoint import Checkpoint
 from longseq.commands.key_help import help_on_keys
-from longseq.commands.training import FIXED, check_data, check_disk, refuse_changes, train
+from longseq.commands.training import FIXED, check_data, check_disk, refuse_changes, say_schedule, train
 from longseq.config import Config
 from longseq.config_loading import save_config
 from longseq.data import identities, resolve_sources
@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"longseq: warning: {sentence} Going back to the one before it.", file=sys.stderr)
         if checkpoint:
             _compare(checkpoint, config)
+            say_schedule(before, config, checkpoint.position.step)
             if checkpoint.position.step >= config.trainer.max_steps:
                 raise RunError(
                     f"{run.path}: finished at step {checkpoint.position.step}. To train on, raise the last step: "

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from longseq.commands.key_help import help_on_flat_keys
 from longseq.commands.numbers import positive
-from longseq.commands.training import FIXED, check_disk, check_origin, refuse_changes
+from longseq.commands.training import FIXED, check_disk, check_origin, refuse_changes, say_schedule
 from longseq.config import Config
 from longseq.config_loading import load_config, save_config
 from longseq.data import identities, resolve_sources, vocabulary
@@ -167,6 +167,8 @@ def _go_on(args: argparse.Namespace, site: Site, request: Request, given: list[s
             f"{run.path}: finished at step {kept[-1].position.step}. To train on, raise the last step: "
             f"trainer.max_steps={2 * kept[-1].position.step}."
         )
+    if kept:
+        say_schedule(before, config, kept[-1].position.step)
     check_disk(config, run.path)
     check_mounts(site, config, run.path)
     job = _Job(train_script(run.path, config, site, request), run.slurm_dir / "train", (run,))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from longseq import starts
 from longseq.checkpoint import Checkpoint, expected_bytes, remove_partials
 from longseq.config import Config
 from longseq.config_loading import shown
@@ -21,6 +22,7 @@ from longseq.launch import local
 from longseq.models.presets import PRESETS
 from longseq.opening import find
 from longseq.run import Run, as_typed
+from longseq.training.schedule import schedule_change
 from longseq_data.corpus import Corpus
 from longseq_data.errors import DataError
 from longseq_data.fasta import NUCLEOTIDES_SENTENCE, ScanReport
@@ -61,18 +63,22 @@ def results(run: Run, start: int, seconds: float) -> list[str]:
     curves = read_curves(run.tensorboard_dir) if run.tensorboard_dir.exists() else {}
     lines = []
     speeds = {step: rate for step, rate in curves.get("train/tokens_per_second", {}).items() if step > start}
-    if speeds:
-        last, rate = max(speeds), sum(speeds.values()) / len(speeds)
-        lines.append(f"Trained:       {last - start:,} steps in {_duration(seconds)}, {rate:,.0f} tokens/s")
+    # Steps after the last point in the curves, and after the last checkpoint, were trained, too.
+    progress = starts.read_progress(run.starts_dir, run.start) if run.start else None
+    saved = [int(checkpoint.path.name[5:13]) for checkpoint in run.checkpoints()]
+    last = max([progress.step if progress else start, *(step for step in [*speeds, *saved] if step > start)])
+    if last > start:
+        speed = f", {sum(speeds.values()) / len(speeds):,.0f} tokens/s" if speeds else ""
+        steps = f"{last - start:,} step{'s' if last - start > 1 else ''}"
+        lines.append(f"Trained:       {steps} in {_duration(seconds)}{speed}")
     valid = curves.get("valid/loss", {})
     if valid:
         best = min(valid, key=lambda step: valid[step])
         perplexity, accuracy = (curves[f"valid/{name}"][best] for name in ("perplexity", "accuracy"))
         quality = f"loss {valid[best]:.4f}, perplexity {perplexity:.2f}, accuracy {accuracy:.1%}"
         lines.append(f"Best on valid: {quality}, at step {best}")
-    kept = [str(int(checkpoint.path.name[5:13])) for checkpoint in run.checkpoints()]
-    if kept:
-        steps = f"step{'s' if len(kept) > 1 else ''} {', '.join(kept)}"
+    if saved:
+        steps = f"step{'s' if len(saved) > 1 else ''} {', '.join(map(str, saved))}"
         lines.append(f"Checkpoints:   {steps}, in {as_typed(run.checkpoints_dir)}")
     found = len(list(run.evaluations_dir.glob("*.json")))
     if found:
@@ -253,6 +259,13 @@ def _attention(config: Config) -> str:
     return attention.kind if attention.kind == "exact" else f"{attention.kind} {attention.kernel}"
 
 
+def say_schedule(before: Config, after: Config, step: int) -> None:
+    """Say where a run that goes on at ``step`` gets another learning rate than was planned."""
+    change = schedule_change(before, after, step)
+    if change:
+        print(change, file=sys.stderr)
+
+
 def check_disk(config: Config, folder: Path) -> None:
     """Refuse to start where the checkpoints of a run in ``folder`` would not fit.
 
@@ -267,7 +280,7 @@ def check_disk(config: Config, folder: Path) -> None:
     kept = settings.keep_checkpoints + settings.keep_best
     kept += settings.max_steps // settings.keep_every if settings.keep_every else 0
     more = max(1, kept + 1 - written)
-    needed = more * expected_bytes(weights)
+    needed = more * expected_bytes(weights, ema=settings.ema_decay > 0)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise LongseqError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import tempfile
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from longseq.curves import read_curves
 from longseq_data.files import write_text
+from longseq_data.os_errors import lock
 
 
 def keep_json(report: object, path: Path) -> None:
@@ -78,6 +78,6 @@ def _put_events(folder: Path, steps: Mapping[int, list], replaced: list[Path], s
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    with (folder / ".lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with (folder / ".lock").open("a") as file:
+        lock(file, folder, wait=True)
         yield

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from longseq.errors import LongseqError
 from longseq.evaluation.records import Record
+from longseq_data.os_errors import explained
 from longseq_data.vocabulary import LETTERS, Tokens
 
 _CHANGE = re.compile(rf"([{LETTERS}])([1-9]\d*)([{LETTERS}])")
@@ -78,7 +79,7 @@ def _lines(file: Path | None) -> Iterator[tuple[str, str]]:
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
-        raise LongseqError(f"{file}: cannot be read: {error.strerror}.") from None
+        raise LongseqError(f"{explained(error, file, 'cannot be read')}.") from None
     except UnicodeDecodeError:
         raise LongseqError(f"{file}: not text; give a file with one variant a line.") from None
     for number, line in enumerate(lines, 1):

@@ -11,6 +11,7 @@ from pathlib import Path
 from longseq.errors import EXIT_ERROR, USER_ERRORS
 from longseq.evaluation.parallel import Reports, failure_path, of_this_process, tally_path
 from longseq.evaluation.request import Request
+from longseq_data.os_errors import explained
 
 
 def main() -> int:
@@ -24,7 +25,7 @@ def main() -> int:
         failure_path(place, rank).write_text(str(error), encoding="utf-8")
         return EXIT_ERROR
     except OSError as error:
-        failure_path(place, rank).write_text(f"{error.filename or place}: {error.strerror or error}.", encoding="utf-8")
+        failure_path(place, rank).write_text(f"{explained(error, error.filename or place)}.", encoding="utf-8")
         return EXIT_ERROR
     return 0
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from longseq.errors import LongseqError, RunError
+from longseq_data.os_errors import explained
 from longseq_data.tokenization import tokenizer_vocabulary
 from longseq_data.vocabulary import LETTERS, PROTEIN, Vocabulary
 
@@ -75,7 +76,9 @@ def _ids(folder: Path, config: dict[str, Any]) -> dict[str, int]:
         if path.is_file():
             try:
                 ids = read(path.read_text(encoding="utf-8"))
-            except (ValueError, LookupError, TypeError, AttributeError, OSError):
+            except OSError as error:
+                raise RunError(f"{explained(error, path, 'cannot be read')}.") from None
+            except (ValueError, LookupError, TypeError, AttributeError):
                 ids = {}
             if not ids or not all(isinstance(id_, int) and id_ >= 0 for id_ in ids.values()):
                 raise RunError(f"{path}: no vocabulary, or damaged: copy it again.")

@@ -26,6 +26,7 @@ from longseq.errors import LongseqError, RunError
 from longseq.models.foreign_vocabulary import ForeignVocabulary
 from longseq.models.performer import PerformerLM
 from longseq.models.weight_files import check_finite, read_weights
+from longseq_data.os_errors import explained
 
 # Of other tasks, or computed from the sizes.
 _NOT_NEEDED = (
@@ -97,7 +98,9 @@ def import_transformer(folder: Path) -> Imported:
         given = json.loads(path.read_text(encoding="utf-8"))
         kind = str(given["model_type"])
     except OSError as error:
-        what = "no such folder" if not folder.exists() else f"config.json cannot be read ({error.strerror})"
+        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            raise RunError(f"{explained(error, path, 'cannot be read')}.") from None
+        what = "it has no config.json" if folder.exists() else "no such folder"
         raise RunError(f"{folder}: {what}; give a Hugging Face model folder of ESM-2 or BERT.") from None
     except (ValueError, KeyError, TypeError):
         raise RunError(f"{path}: not the description of a Hugging Face model (it names no model_type).") from None
@@ -263,14 +266,18 @@ def _parts(index: Path) -> Iterable[str]:
     """The files that the weights are spread over."""
     try:
         return sorted({str(part) for part in json.loads(index.read_text())["weight_map"].values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except OSError as error:
+        raise RunError(f"{explained(error, index, 'cannot be read')}.") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise RunError(f"{index}: names no files of weights, so it was damaged: copy it again.") from None
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
-    kinds = (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, RuntimeError)
+    kinds = (EOFError, LookupError, ValueError, TypeError, AttributeError, RuntimeError)
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise RunError(f"{explained(error, path, 'cannot be read')}.") from None
     except (*kinds, pickle.UnpicklingError):
         tensors = None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from longseq.errors import RunError
+from longseq_data.os_errors import explained, of_library
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -22,8 +23,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
     except OSError as error:
-        raise RunError(f"{path}: cannot be read: {error.strerror or error}.") from None
+        raise RunError(f"{explained(error, path, 'cannot be read')}.") from None
     except SafetensorError as error:
+        refused = of_library(error, path)
+        if refused:
+            raise RunError(f"{explained(refused, path, 'cannot be read')}.") from None
         raise RunError(f"{path}: no safetensors file, or damaged ({error}): copy or make it again.") from None
     check_finite(tensors, path)
     return tensors

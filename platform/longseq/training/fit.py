@@ -23,6 +23,7 @@ from longseq.training.callbacks.bad_steps import BadSteps
 from longseq.training.callbacks.checkpointing import Checkpointing
 from longseq.training.callbacks.curves import Curves
 from longseq.training.callbacks.ema import WeightAverage
+from longseq.training.callbacks.first_failure import FirstFailure
 from longseq.training.callbacks.gradient_noise import GradientNoise
 from longseq.training.callbacks.gradients import GradientNorm
 from longseq.training.callbacks.histograms import Histograms
@@ -69,12 +70,27 @@ def fit(
         run.record_start(start_facts(config, start))
         _summary(task, config, run, start)
     try:
-        trainer.fit(task, training_data(config, checkpoint), ckpt_path=checkpoint.path if checkpoint else None)
+        run_to_its_end(trainer, task, training_data(config, checkpoint), checkpoint)
     except StopRequested:
         return False
     if trainer.is_global_zero:
         run.mark_finished(trainer.global_step)
     return True
+
+
+def run_to_its_end(
+    trainer: pl.Trainer, task: LanguageModelling, data: SequenceDataModule, checkpoint: Checkpoint | None
+) -> None:
+    """Train. What ended a training is what is raised, and not what failed of taking it down afterwards."""
+    first = FirstFailure()
+    trainer.callbacks.insert(0, first)  # type: ignore[attr-defined]
+    try:
+        trainer.fit(task, data, ckpt_path=checkpoint.path if checkpoint else None)
+    except BaseException:
+        if first.failure is None:
+            raise
+    if first.failure is not None:
+        raise first.failure
 
 
 def begin_with(model: PerformerLM, config: Config) -> None:
@@ -93,7 +109,7 @@ def build_trainer(run: Run, config: Config, stop: StopFlag, checkpoint: Checkpoi
     curves = Curves(run, config, gradient_norm)
     start = checkpoint.position.step if checkpoint else 0
     checkpointing = Checkpointing(run, config, stop, gradient_norm)
-    return pl.Trainer(
+    trainer = pl.Trainer(
         accelerator="cuda" if on_cuda(config) else "cpu",
         devices=settings.devices,
         num_nodes=settings.nodes,
@@ -128,6 +144,9 @@ def build_trainer(run: Run, config: Config, stop: StopFlag, checkpoint: Checkpoi
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    # Lightning's handler of SIGTERM calls a collective, wherever the other ranks are: signals are StopFlag's alone.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return trainer
 
 
 def watching(config: Config, curves: Curves) -> list[pl.Callback]:

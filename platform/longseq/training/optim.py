@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import nn
@@ -11,6 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from longseq.config import Config, OptimConfig
 from longseq.errors import ConfigError
+from longseq.training.schedule import learning_rate_share
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, *, on_cuda: bool) -> Optimizer:
@@ -57,13 +57,3 @@ def follow_config(optimizer: Any, schedule: Any, config: Config, step: int) -> N
     for group, weight_decay in zip(optimizer.param_groups, (optim.weight_decay, 0.0), strict=True):
         group.update(lr=lr, betas=tuple(optim.betas), eps=optim.eps, weight_decay=weight_decay, initial_lr=optim.lr)
     schedule.base_lrs = [optim.lr] * len(schedule.base_lrs)
-
-
-def learning_rate_share(step: int, config: OptimConfig, max_steps: int) -> float:
-    """Learning rate of step ``step`` (0-based) as a share of the peak."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return 1.0
-    progress = min(1.0, (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps))
-    return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -24,7 +24,7 @@ from longseq.launch.memory import estimate, gib
 from longseq.run import Run
 from longseq.training.callbacks.stopping import StopFlag
 from longseq.training.collectives import all_max
-from longseq.training.fit import build_trainer, check_devices, training_data
+from longseq.training.fit import build_trainer, check_devices, run_to_its_end, training_data
 from longseq.training.strategy import on_cuda
 from longseq.training.task import LanguageModelling
 
@@ -61,7 +61,7 @@ def rehearse(run: Run, config: Config, first_length: int | None = None) -> None:
     trainer = build_trainer(run, config, StopFlag(), None)
     trainer.callbacks = [_Watch(run, config, meter, first_length or config.data.length)]  # type: ignore[attr-defined]  # nothing that writes
     trainer.loggers = []
-    trainer.fit(LanguageModelling(config), training_data(config, None))
+    run_to_its_end(trainer, LanguageModelling(config), training_data(config, None), None)
 
 
 def _check_room(config: Config, device: torch.device) -> None:

@@ -11,6 +11,7 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from longseq.errors import SupersededError
 from longseq.run import Run
 
 
@@ -33,6 +34,15 @@ class RunLogger(TensorBoardLogger):
         """
         self._run.check_start()
         return super().experiment
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Close the stream; after a failure as well as it can be: the disk may be full."""
+        try:
+            super().finalize(status)
+        except (OSError, SupersededError):
+            if status == "success":
+                raise
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:

@@ -10,6 +10,7 @@ from longseq.errors import RunError
 from longseq.exported import PREFIX
 from longseq.models.weight_files import read_weights
 from longseq_data.files import aside
+from longseq_data.os_errors import of_library
 
 _LEARNED = ("log_temperature", "log_share", "log_decay")  # of attention: qk_norm, learned_share, learned_decay
 
@@ -38,7 +39,7 @@ def save_weights(state: dict[str, Tensor], path: Path) -> None:
     """Into a safetensors file.
 
     Raises:
-        RunError: if it cannot be written, on a full disk say.
+        OSError, RunError: if it cannot be written, on a full disk say.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -47,7 +48,10 @@ def save_weights(state: dict[str, Tensor], path: Path) -> None:
         with aside(path) as partial:
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial)
     except SafetensorError as error:
-        raise RunError(f"{path}: cannot be written ({error}): make room, or choose another place.") from None
+        refused = of_library(error, path)
+        if refused:
+            raise refused from None
+        raise RunError(f"{path}: cannot be written ({error}).") from None
 
 
 def load_weights(model: nn.Module, path: Path, *, may_learn_more: bool = False) -> list[str]:

@@ -21,6 +21,7 @@ from longseq.errors import EXIT_ERROR, EXIT_GO_ON, USER_ERRORS
 from longseq.launch.local import PEER_LOST, rank_log, report_path
 from longseq.run import Run
 from longseq.training.kept_output import keep_output
+from longseq_data.os_errors import explained
 
 
 def main() -> int:
@@ -60,11 +61,7 @@ def outcome(work: Callable[[], int], run: Run) -> tuple[int, str | None]:
     except USER_ERRORS as error:
         return getattr(error, "exit_code", EXIT_ERROR), str(error)
     except OSError as error:  # a full disk, mostly: say so without a traceback
-        sentence = (
-            f"{error.filename or run.path}: {error.strerror or error}. Mend that, then go on with "
-            f"`{run.resume_command}`."
-        )
-        return EXIT_ERROR, sentence
+        return EXIT_ERROR, f"{explained(error, error.filename or run.path)}. Then go on with `{run.resume_command}`."
     except RuntimeError as error:
         if _peer_lost(error):
             return PEER_LOST, f"lost its connection to another process ({_first_sentence(error)})"

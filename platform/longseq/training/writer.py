@@ -12,6 +12,7 @@ from pathlib import Path
 from longseq.checkpoint import TrainingPosition, partial_path, publish
 from longseq.run import Run
 from longseq.training.shards import Content, write
+from longseq_data.os_errors import remedy, said
 
 _POLL_SECONDS = 0.02
 
@@ -40,8 +41,8 @@ class Writer:
     @property
     def reason(self) -> str | None:
         """Why not."""
-        if isinstance(self.error, OSError) and self.error.strerror:
-            return self.error.strerror
+        if isinstance(self.error, OSError):
+            return f"{said(self.error)}; {remedy(self.error)}"
         return f"{type(self.error).__name__}: {self.error}" if self.error else None
 
     def start(self, files: Mapping[str, Content], position: TrainingPosition) -> None:

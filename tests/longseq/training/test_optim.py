@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from longseq.config import Config, OptimConfig
 from longseq.models.performer import PerformerLM
 from longseq.models.spec import PerformerSpec
-from longseq.training.optim import build_optimizer, build_schedule, follow_config, learning_rate_share
+from longseq.training.optim import build_optimizer, build_schedule, follow_config
+from longseq.training.schedule import learning_rate_share, schedule_change
 
 SPEC = PerformerSpec(vocabulary=7, dim=8, depth=2, heads=2, ffn_dim=6, causal=True, qk_norm=True)
 
@@ -96,3 +98,19 @@ def test_a_restored_optimiser_follows_the_configuration():
     assert (decayed["betas"], decayed["weight_decay"], plain["weight_decay"]) == ((0.8, 0.9), 0.3, 0.0)
     schedule.step(300)
     assert plain["lr"] == pytest.approx(new.optim.lr * learning_rate_share(300, new.optim, new.trainer.max_steps))
+
+
+def test_a_longer_cosine_says_both_rates_and_an_unchanged_rate_says_nothing(task):
+    def config(*overrides):
+        return task("optim.lr=1e-3", "optim.final_lr=0.1", "optim.warmup_steps=1", *overrides).config
+
+    six, twenty = config("trainer.max_steps=6"), config("trainer.max_steps=20")
+    last = 1e-3 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 4 / 5)))  # the sixth step: 5, counted from 0
+    first = 1e-3 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 5 / 19)))
+    said = schedule_change(six, twenty, 6)
+    assert f"from {last:.3g} at step 6 to {first:.3g} at step 7" in said
+    assert "cosine is now that of 20 steps (before: 6)" in said
+    constant = "optim.schedule=constant"
+    assert schedule_change(config(constant, "trainer.max_steps=6"), config(constant, "trainer.max_steps=20"), 6) is None
+    assert schedule_change(six, six, 3) is None
+    assert schedule_change(six, twenty, 0) is None, "nothing has been trained"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+import html
 
-from longseq.training.callbacks.samples import sample
+import pytest
+import torch
+from tensorboard.plugin_util import markdown_to_safe_html
+
+from longseq.training.callbacks.samples import monospaced, sample
 from longseq_data.randomness import generator
 
 
@@ -32,3 +36,28 @@ def test_samples_follow_from_seed_and_step(task):
     torch.manual_seed(99)
     assert torch.equal(sample(task.model, prompt, 9, (0, 10)), first)
     assert not torch.equal(sample(task.model, prompt, 9, (0, 20)), first)
+
+
+def test_tokens_that_are_not_to_be_drawn_are_not_drawn(task):
+    never = list(range(3, 29))
+    drawn = sample(task().eval().model, torch.full((4, 1), 25), 40, (0, 1), never)
+    assert set(drawn.flatten().tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("# a\n\n## b\n- c", "# a\\n\\n## b\\n- c"),
+        ("a\tb\r\x0b\x85\u2028c", "a\\tb\\r\\x0b\\x85\\u2028c"),
+        ("\x00\x1b[31m\x7f", "\\x00\\x1b[31m\\x7f"),
+        ("```\n<b>&amp;</b> `x` \\n", "```\\n<b>&amp;</b> `x` \\\\n"),
+        ("<b>`plain` \\ ünï</b>", "<b>`plain` \\ ünï</b>"),
+        ("| a | b |", "| a | b |"),
+    ],
+)
+def test_samples_are_monospaced_lines_whatever_they_hold(text, shown):
+    logged = monospaced([text, "second"])
+    assert logged == f"    {shown}\n    second"
+    rendered = markdown_to_safe_html(logged)  # as TensorBoard's page shows it
+    assert rendered.count("<pre><code>") == 1
+    assert html.unescape(rendered) == f"<pre><code>{shown}\nsecond\n</code></pre>"

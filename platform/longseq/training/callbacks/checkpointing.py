@@ -36,7 +36,6 @@ class Checkpointing(StepBoundary):
     def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         self.control = ControlGroup()
         self.writer = Writer(self.run, trainer.global_rank, trainer.world_size, self._prune)
-        self.stop.install()
 
     def on_step_boundary(self, trainer: pl.Trainer, task: pl.LightningModule, step: int) -> None:
         assert isinstance(task, LanguageModelling)
@@ -118,6 +117,6 @@ class Checkpointing(StepBoundary):
         newest, _ = self.run.newest_checkpoint()
         kept = f"that of step {newest.position.step} is intact" if newest else "there is none before it"
         return LongseqError(
-            f"{self.run.checkpoints_dir}: the checkpoint of step {step} could not be written ({reason}); {kept}. Mend "
-            f"that, then go on with `{self.run.resume_command}`."
+            f"{self.run.checkpoints_dir}: the checkpoint of step {step} could not be written: {reason}. Of the "
+            f"checkpoints, {kept}. Then go on with `{self.run.resume_command}`."
         )

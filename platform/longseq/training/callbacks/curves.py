@@ -18,7 +18,7 @@ from longseq.data import split_spec
 from longseq.run import Run
 from longseq.training.callbacks.gradients import GradientNorm, not_finite
 from longseq.training.callbacks.steps import due, ends_step
-from longseq.training.optim import learning_rate_share
+from longseq.training.schedule import learning_rate_share
 from longseq.training.task import LanguageModelling
 from longseq.training.tensorboard import log_scalars
 
@@ -33,11 +33,15 @@ class Curves(pl.Callback):
     def __init__(self, run: Run, config: Config, gradient_norm: GradientNorm):
         self.run, self.config, self.gradient_norm = run, config, gradient_norm
         self.shown: dict[str, float] = {}
+        self.epoch_samples: float | None = None
+        self.since = self.validation_began = time.monotonic()
+        self.bar: _Bar | None = None  # before the training begins, and on other ranks
 
     def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         self.since = time.monotonic()
         self.epoch_samples = split_spec(self.config, "train").epoch_samples
-        self.bar = _Bar(trainer.global_step, self.config) if trainer.is_global_zero else None
+        if trainer.is_global_zero:
+            self.bar = _Bar(trainer.global_step, self.config)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -162,4 +166,5 @@ class _Bar:
 
     def close(self) -> None:
         if self.bar is not None:
-            self.bar.close()
+            with suppress(OSError):
+                self.bar.close()

@@ -20,6 +20,7 @@ class Histograms(pl.Callback):
 
     def __init__(self, config: Config, curves: Curves):
         self.every, self.curves = config.trainer.histogram_every, curves
+        self.last_of_step = False
 
     def on_train_batch_start(self, trainer: pl.Trainer, task: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         self.last_of_step = ends_step(trainer, batch_idx)

@@ -46,12 +46,12 @@ class Samples(StepBoundary):
         task.eval()
         with self.curves.paused(), _ready(task.model), trainer.precision_plugin.val_step_context():
             prompt = torch.full((_SEQUENCES, 1), self._first(), device=task.device)
-            tokens = sample(task.model, prompt, self.config.trainer.sample_tokens, (self.config.run.seed, step))
+            never = [self.vocabulary.bos, self.vocabulary.pad, self.vocabulary.mask]  # as `longseq sample` has it
+            tokens = sample(task.model, prompt, self.config.trainer.sample_tokens, (self.config.run.seed, step), never)
         task.train(training)
         if trainer.is_global_zero:
-            texts = (readable(row, self.vocabulary) for row in tokens.tolist())
-            # Indented: Markdown leaves it as it is.
-            writer(trainer).add_text("samples", "\n".join(f"    {text}" for text in texts), step)
+            texts = [readable(row, self.vocabulary) for row in tokens.tolist()]
+            writer(trainer).add_text("samples", monospaced(texts), step)
             writer(trainer).flush()
 
     def _first(self) -> int:
@@ -61,7 +61,7 @@ class Samples(StepBoundary):
 
 
 def readable(tokens: Sequence[int], vocabulary: Vocabulary) -> str:
-    """Tokens as one line of text; special ones read <bos>, <eos>, <pad>, <mask>."""
+    """Tokens as text; special ones read <bos>, <eos>, <pad>, <mask>."""
     if vocabulary.name == "protein":
         return decode(tokens)
     special = {getattr(vocabulary, name): f"<{name}>" for name in ("bos", "eos", "pad", "mask")}
@@ -73,7 +73,22 @@ def readable(tokens: Sequence[int], vocabulary: Vocabulary) -> str:
             continue
         pieces += [_text(run, vocabulary), special[token]]
         run = []
-    return " ".join("".join(pieces[:-1]).split("\n"))
+    return "".join(pieces[:-1])
+
+
+def monospaced(texts: Sequence[str]) -> str:
+    """Markdown that shows each text on a line of its own, as it stands: an indented block, without what ends a line.
+
+    Line feeds and tabs read \\n and \\t, other control characters and half surrogates \\x0b, \\u2028, and so on; a
+    backslash is doubled only where there is one of those to tell it from.
+    """
+    return "\n".join(f"    {_in_line(text)}" for text in texts)
+
+
+def _in_line(text: str) -> str:
+    if all(c.isprintable() for c in text):
+        return text
+    return "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _text(tokens: list[int], vocabulary: Vocabulary) -> str:
@@ -96,8 +111,10 @@ def _ready(model: PerformerLM) -> AbstractContextManager[None]:
 
 
 @torch.no_grad()
-def sample(model: PerformerLM, prompt: Tensor, tokens: int, key: tuple[int, int]) -> Tensor:
+def sample(model: PerformerLM, prompt: Tensor, tokens: int, key: tuple[int, int], never: Sequence[int] = ()) -> Tensor:
     """Continue each row of a prompt (B, L) by ``tokens`` tokens drawn from the model's probabilities.
+
+    never: ids that are not drawn.
 
     Every rank gets the same, and makes the same number of calls, whatever is drawn.
     """
@@ -105,7 +122,9 @@ def sample(model: PerformerLM, prompt: Tensor, tokens: int, key: tuple[int, int]
     logits, state = model.prefill(prompt, last_only=True)
     logits, drawn = logits[:, -1], []
     for number in range(tokens):
-        below = logits.float().softmax(-1).cumsum(-1).cpu()  # (B, V)
+        probability = logits.float().softmax(-1)  # (B, V)
+        probability[:, list(never)] = 0.0
+        below = probability.cumsum(-1).cpu()
         uniform = torch.from_numpy(random.random((len(prompt), 1)))
         drawn.append((below < uniform * below[:, -1:]).sum(-1).clamp_(max=below.shape[-1] - 1))
         if number < tokens - 1:

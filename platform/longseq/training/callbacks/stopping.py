@@ -26,7 +26,7 @@ class StopFlag:
         return self.time_limit is not None and time.monotonic() - self.began >= self.time_limit
 
     def install(self) -> None:
-        """Take the stop signals; called again once Lightning has put its own handlers in place."""
+        """Take the stop signals."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, STOP_SIGNAL):
             signal.signal(number, self._remember)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.profilers import Profiler
 
+from longseq.errors import SupersededError
 from longseq.training.callbacks.curves import Curves
 from longseq.training.callbacks.steps import ends_step
 from longseq.training.tensorboard import log_scalars
@@ -79,7 +81,8 @@ class Times(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, task: pl.LightningModule, exception: BaseException) -> None:
         if trainer.logger is not None and self.since is not None:
-            self._log(trainer, trainer.global_step)
+            with suppress(OSError, SupersededError):  # perhaps the very reason, which is known
+                self._log(trainer, trainer.global_step)
 
     def _log(self, trainer: pl.Trainer, step: int) -> None:
         seconds, saved = self.clock.take()
