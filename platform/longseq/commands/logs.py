@@ -90,6 +90,6 @@ def _tail_begins(path: Path, lines: int) -> int:
 def _is_over(run: Run) -> bool:
     """Whether no job of this run runs or waits; not where SLURM does not answer."""
     try:
-        return bool(jobs_of(run)) and not live_jobs(run, queue())
+        return bool(jobs_of(run)) and not live_jobs(run, queue(jobs_of(run)))
     except SlurmError:
         return False

@@ -9,13 +9,22 @@ from __future__ import annotations
 import argparse
 import sys
 
-from longseq.checkpoint import Checkpoint
+from longseq.checkpoint import Checkpoint, go_back_to
 from longseq.commands.key_help import help_on_keys
-from longseq.commands.training import FIXED, check_data, check_disk, refuse_changes, train
+from longseq.commands.training import (
+    FIXED,
+    TAKE_OVER_HELP,
+    check_data,
+    check_disk,
+    check_precision,
+    refuse_changes,
+    train,
+)
 from longseq.config import Config
 from longseq.config_loading import save_config
 from longseq.data import identities, resolve_sources
 from longseq.errors import LongseqError, RunError
+from longseq.launch.slurm.state import check_free
 from longseq.run import Run
 from longseq.training.deepspeed_settings import check_deepspeed
 
@@ -23,6 +32,7 @@ from longseq.training.deepspeed_settings import check_deepspeed
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", metavar="RUN", help="a run folder, e.g. runs/quickstart")
     parser.add_argument("overrides", nargs="*", metavar="key=value", default=[], help="e.g. trainer.max_steps=20000")
+    parser.add_argument("--take-over", action="store_true", help=TAKE_OVER_HELP)
     parser.epilog = help_on_keys()
 
 
@@ -36,9 +46,10 @@ def run(args: argparse.Namespace) -> int:
         run.check_data(config, data)
     config.data.accept_changes = False  # of these data, and not of the next ones
     with run.locked():
+        check_free(run, take_over=args.take_over)
         checkpoint, damaged = run.newest_checkpoint()
-        for sentence in damaged:
-            print(f"longseq: warning: {sentence} Going back to the one before it.", file=sys.stderr)
+        for problem in damaged:
+            print(f"longseq: warning: {problem} Going back to the one before it.", file=sys.stderr)
         if checkpoint:
             _compare(checkpoint, config)
             if checkpoint.position.step >= config.trainer.max_steps:
@@ -53,9 +64,11 @@ def run(args: argparse.Namespace) -> int:
         run.record_data(data)
         run.mark_finished(None)
         try:
+            for kept in go_back_to(checkpoint, damaged) if checkpoint else ():
+                print(f"longseq: warning: the damaged one is kept as {kept}", file=sys.stderr)
             code = train(run, config, checkpoint)
         except LongseqError:
-            if run.newest_checkpoint()[0] == checkpoint:  # nothing came of the new settings
+            if run.last_good() == checkpoint:  # nothing came of the new settings
                 save_config(before, run.config_path)
                 if checkpoint and checkpoint.position.step >= before.trainer.max_steps:
                     run.mark_finished(checkpoint.position.step)
@@ -69,12 +82,8 @@ def _compare(checkpoint: Checkpoint, config: Config) -> None:
     Raises:
         RunError: for another precision.
     """
+    check_precision(checkpoint, config)
     position, trainer = checkpoint.position, config.trainer
-    if position.precision != trainer.precision:
-        raise RunError(
-            f"{checkpoint.path}: trained with trainer.precision={position.precision}; in {trainer.precision} it would "
-            f"be another experiment: resume with {position.precision}."
-        )
     changed = {
         "processes": (position.world_size, config.processes),
         "strategy": (position.strategy, trainer.strategy),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import shutil
 import sys
 import time
@@ -11,30 +9,42 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from longseq.checkpoint import Checkpoint, expected_bytes, remove_partials
+from longseq import starts
+from longseq.checkpoint import Checkpoint, checkpoints_in, expected_bytes, remove_partials
 from longseq.config import Config
 from longseq.curves import read_curves
 from longseq.data import SPLITS, corpus_of, reading, vocabulary
 from longseq.errors import EXIT_GO_ON, USER_ERRORS, ConfigError, LongseqError, RunError
 from longseq.launch import local
 from longseq.opening import find
+from longseq.owner import Process, words_of
 from longseq.run import Run, as_typed
 from longseq_data.corpus import Corpus
 from longseq_data.errors import DataError
 from longseq_data.fasta import ScanReport
 from longseq_data.survey import UNITS, survey
 
+TAKE_OVER_HELP = (
+    "start although what had the run cannot be asked whether it still trains: a process of another machine, or a job "
+    "where SLURM does not answer"
+)
+
 
 def train(run: Run, config: Config, checkpoint: Checkpoint | None) -> int:
     """Train in processes of their own and say how it ended. Returns the exit code."""
     remove_partials(run.checkpoints_dir)  # of a start that was killed
-    run = run.begin(f"{platform.node()} process {os.getpid()}")
-    began = time.monotonic()
+    run = run.begin(words_of(Process.this()))
+    began, end = time.monotonic(), "crashed"
     try:
         code = local.train(run, config.trainer.devices, checkpoint.path if checkpoint else None)
+        end = {0: "finished", EXIT_GO_ON: "saved"}.get(code, "stopped at once")
+    except LongseqError as error:
+        end = f"error {error}"
+        raise
     finally:
+        starts.note_end(run.starts_dir, run.start, end)
         remove_partials(run.checkpoints_dir)
-    newest, _ = run.newest_checkpoint()
+    newest = run.last_good()
     where = (
         f"step {newest.position.step} of {config.trainer.max_steps}, {newest.path}" if newest else "no checkpoint yet"
     )
@@ -66,7 +76,7 @@ def results(run: Run, start: int, seconds: float) -> list[str]:
         perplexity, accuracy = (curves[f"valid/{name}"][best] for name in ("perplexity", "accuracy"))
         quality = f"loss {valid[best]:.4f}, perplexity {perplexity:.2f}, accuracy {accuracy:.1%}"
         lines.append(f"Best on valid: {quality}, at step {best}")
-    kept = [str(int(checkpoint.path.name[5:13])) for checkpoint in run.checkpoints()]
+    kept = [str(checkpoint.step) for checkpoint in run.checkpoints()]
     if kept:
         steps = f"step{'s' if len(kept) > 1 else ''} {', '.join(kept)}"
         lines.append(f"Checkpoints:   {steps}, in {as_typed(run.checkpoints_dir)}")
@@ -120,6 +130,20 @@ def refuse_changes(before: Config, after: Config, run: Run, keys: Sequence[str])
                 f"{key}={new}: the run {run.path} was started with {old}, and keeps it{moved}. Start another run with "
                 "`longseq fit` for another experiment."
             )
+
+
+def check_precision(checkpoint: Checkpoint, config: Config) -> None:
+    """Refuse to go on in another precision.
+
+    Raises:
+        RunError: naming both.
+    """
+    trained, wanted = checkpoint.position.precision, config.trainer.precision
+    if trained != wanted:
+        raise RunError(
+            f"{checkpoint.path}: trained with trainer.precision={trained}; in {wanted} it would be another experiment: "
+            f"go on with {trained}."
+        )
 
 
 def check_data(config: Config) -> None:
@@ -227,7 +251,7 @@ def check_disk(config: Config, folder: Path) -> None:
     Raises:
         LongseqError: with what is needed and what is free.
     """
-    written = len(list((folder / "checkpoints").glob("step-*.ckpt")))  # on the disk already, for a resume
+    written = len(checkpoints_in(folder / "checkpoints"))  # on the disk already, for a resume
     while not folder.exists():
         folder = folder.parent
     weights = config.performer_spec(vocabulary(config).size).parameter_count
