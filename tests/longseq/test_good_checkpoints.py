@@ -225,7 +225,7 @@ def test_a_process_of_another_machine_is_not_overtaken_unasked(run, publish, cap
     other_machine()
     said = _resumed(run, capsys)
     assert "process 7 of anna on elsewhere has not said that it ended" in said
-    assert "longseq resume runs/one --take-over" in said
+    assert "add --take-over" in said
     assert main(["resume", str(run.path), "--take-over"]) == 1
     assert "finished at step 8" in capsys.readouterr().err
     assert main(["status", str(run.path)]) == 0
