@@ -1,8 +1,9 @@
 """The starts of a run, numbered; only the newest writes to the run's folder. No torch here.
 
-    starts/00003.start   made by one process alone, with what is starting: a start has this number from then on
+    starts/00003.start   made by one process alone, with what is starting: a start has this number from then on. On a
+                         second line a local one says which process it is (see longseq.owner)
     starts/00003.step    where it is: "step last-step loss tokens-per-second seconds-since-1970"
-    starts/00003.end     how it ended, in a job: "finished", "saved", "error WHY" or "preflight WHY"
+    starts/00003.end     how it ended: "finished", "saved", "error WHY", "preflight WHY"; after a kill there is none
     starts/00003.crash   after which step it crashed, in a job: "never" before the first
 
 A lost node's processes can live on beside the job's next start, and a slow network file system lets a lock of theirs
