@@ -117,11 +117,9 @@ def find(target: Path, overrides: Sequence[str] = (), *, ema: bool = False) -> S
     run = Run.open(target)
     newest, damaged = run.newest_checkpoint()
     if newest is None:
-        if damaged:
-            raise RunError(f"{target}: none of its checkpoints can be used; of the newest: {damaged[0]}")
         raise RunError(f"{target}: there is no checkpoint to evaluate yet; `{run.resume_command}` trains on.")
-    for sentence in damaged:
-        print(f"longseq: warning: {sentence} Going back to the one before it.", file=sys.stderr)
+    for problem in damaged:
+        print(f"longseq: warning: {problem} Going back to the one before it.", file=sys.stderr)
     return of_checkpoint(newest, overrides, ema=ema)
 
 
@@ -187,6 +185,7 @@ def checkpoints_of(run: Run) -> list[Checkpoint]:
         else:
             print(f"longseq: warning: {problem} It is left out.", file=sys.stderr)
     if not whole:
+        run.newest_checkpoint()  # says what is wrong with each, where there are some
         raise RunError(f"{run.path}: there is no whole checkpoint; `{run.resume_command}` trains on.")
     return whole
 
@@ -194,7 +193,7 @@ def checkpoints_of(run: Run) -> list[Checkpoint]:
 def _whole(checkpoint: Checkpoint) -> Checkpoint:
     problem = checkpoint.problem()
     if problem:
-        raise RunError(problem)
+        raise problem
     return checkpoint
 
 

@@ -9,13 +9,13 @@ import re
 import shlex
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from longseq import starts
-from longseq.checkpoint import Checkpoint
+from longseq.checkpoint import Checkpoint, CheckpointError, checkpoints_in, newest_in
 from longseq.config import Config
 from longseq.config_loading import load_config, save_config
 from longseq.errors import RunError
@@ -68,8 +68,16 @@ class Run:
 
     @property
     def resume_command(self) -> str:
-        """What to type to go on with this run."""
-        return f"longseq resume {as_typed(self.path)}"
+        """What to type to go on with this run: as a job what jobs have trained, on this machine anything else."""
+        return f"longseq {'submit' if self._of_jobs() else 'resume'} {as_typed(self.path)}"
+
+    def _of_jobs(self) -> bool:
+        with suppress(OSError):
+            number = self.start or max(starts.numbers(self.starts_dir), default=0)
+            if number:
+                return starts.path_of(self.starts_dir, number, "start").read_text().startswith("slurm job ")
+            return (self.slurm_dir / "jobs.jsonl").exists()
+        return False
 
     @classmethod
     def create(cls, config: Config, default_name: str) -> Run:
@@ -158,18 +166,17 @@ class Run:
 
     def checkpoints(self) -> list[Checkpoint]:
         """Every checkpoint that was written to its end, oldest first; some may have been damaged since."""
-        found = (Checkpoint(path) for path in self.checkpoints_dir.glob("step-*.ckpt"))
-        return sorted(found, key=lambda checkpoint: checkpoint.path.name)
+        return checkpoints_in(self.checkpoints_dir)
 
-    def newest_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest checkpoint whose files are all there and unchanged, and what is wrong with newer ones."""
-        damaged: list[str] = []
-        for checkpoint in reversed(self.checkpoints()):
-            problem = checkpoint.problem()
-            if problem is None:
-                return checkpoint, damaged
-            damaged.append(problem)
-        return None, damaged
+    def newest_checkpoint(self, *, sums: bool = True) -> tuple[Checkpoint | None, list[CheckpointError]]:
+        """The newest checkpoint that can be used, and what is wrong with newer ones; see ``checkpoint.newest_in``."""
+        return newest_in(self.checkpoints_dir, sums=sums)
+
+    def last_good(self) -> Checkpoint | None:
+        """The newest checkpoint that can be used, for a sentence about something else: None also if none is found."""
+        with suppress(RunError):
+            return self.newest_checkpoint()[0]
+        return None
 
     def mark_finished(self, step: int | None) -> None:
         """Note that the last step was reached, or with None that there are steps to go again."""
@@ -238,8 +245,10 @@ class Run:
 
     def discard_if_untrained(self) -> None:
         """Remove the folder of a run that ended before it had anything to keep: its name is free again."""
-        if not self.checkpoints() and not any(self.tensorboard_dir.glob("*")) and not self.has_output():
-            shutil.rmtree(self.path, ignore_errors=True)
+        with suppress(OSError, RunError):  # what cannot be read may be something to keep
+            kept = newest_in(self.checkpoints_dir, sums=False)[0] is not None
+            if not kept and not any(self.tensorboard_dir.glob("*")) and not self.has_output():
+                shutil.rmtree(self.path, ignore_errors=True)
 
     def is_trained_here(self) -> bool:
         """Whether a process of this machine, or of one that shares its locks, trains this run."""
@@ -266,7 +275,7 @@ class Run:
                 file.seek(0)
                 raise RunError(
                     f"{self.path}: this run is being trained already (process {file.read().strip() or 'unknown'}). "
-                    "Stop that one first, or give this one another run.name."
+                    "Wait for its end, or stop it first (Ctrl-C or SIGTERM: it saves)."
                 ) from None
             file.truncate(0)
             file.write(f"{os.getpid()}\n")

@@ -1,6 +1,7 @@
 """The starts of a run, numbered; only the newest writes to the run's folder. No torch here.
 
-    starts/00003.start   made by one process alone, with what is starting: a start has this number from then on
+    starts/00003.start   made by one process alone, with what is starting: a start has this number from then on. On a
+                         second line a local one says which process it is (see longseq.owner)
     starts/00003.step    where it is: "step last-step loss tokens-per-second seconds-since-1970"
     starts/00003.end     how it ended, in a job: "finished", "saved", "error WHY", "preflight WHY", "crashed WHY" or
                          "lost WHY", where WHY begins with the nodes to blame

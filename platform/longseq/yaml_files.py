@@ -12,13 +12,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from longseq.errors import ConfigError
 from longseq.written_values import WrittenError, pairs, typed
+from longseq_data.os_errors import explained
 
 # What the parsers raise for text that they cannot read; the last four by way of tags (!!int x) and nesting.
 YAML_ERRORS = (
     *(yaml.YAMLError, OmegaConfBaseException),
     *(ValueError, TypeError, AttributeError, RecursionError),
 )
-from longseq_data.os_errors import explained
 
 # From the names on the way to a value ("data", "train") to the type of the key, as written_values.typed takes it; ""
 # for a mapping of further names.

@@ -126,11 +126,7 @@ def test_damaged_checkpoints_are_passed_over_and_named(run, publish):
     fourth.manifest_path.write_text("{}")
     newest, damaged = run.newest_checkpoint()
     assert newest == first
-    assert [sentence.partition(": ")[0] for sentence in damaged] == [
-        str(fourth.manifest_path),
-        str(third.manifest_path),
-        str(second.weights_path),
-    ]
+    assert [problem.path for problem in damaged] == [fourth.manifest_path, third.manifest_path, second.weights_path]
 
 
 # resumed

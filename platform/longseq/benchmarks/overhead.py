@@ -208,7 +208,7 @@ class _Turns(pl.Callback):
             found.ours_cpu.append(cpu / self.request.steps)
             return
         found.with_checkpoint.append(seconds)
-        newest, _ = self.run.newest_checkpoint()
+        newest = self.run.last_good()
         assert newest is not None
         found.checkpoint_bytes = sum(file.stat().st_size for file in newest.path.rglob("*") if file.is_file())
         copy = self.run.path / "copy"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from longseq.launch.slurm.queue import cancel, queue
-from longseq.launch.slurm.state import live_jobs
+from longseq.launch.slurm.state import jobs_of, live_jobs
 from longseq.run import Run
 
 
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     runs = [Run.open(folder) for folder in args.run_folders]
-    queued = queue()
+    queued = queue(job for run in runs for job in jobs_of(run))
     for run in runs:
         jobs = [job.job for job in live_jobs(run, queued)]
         if not jobs:

@@ -9,10 +9,12 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from longseq.launch.slurm.queue import Queued, SlurmError, queue
-from longseq.launch.slurm.state import State, runs_with_jobs, state_of
+from longseq.launch.slurm.state import State, jobs_of, runs_with_jobs, state_of
+from longseq.run import Run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,8 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    queued = ask()
-    states = [state_of(run, queued) for run in runs_with_jobs(args.dir)]
+    runs = list(runs_with_jobs(args.dir))
+    queued = ask(runs)
+    states = [state_of(run, queued) for run in runs]
     if args.json:
         print(json.dumps([as_dict(state) for state in states], indent=1))
         return 0
@@ -36,10 +39,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def ask() -> dict[str, Queued] | None:
-    """The queue; None, with a warning, where SLURM cannot be asked."""
+def ask(runs: Iterable[Run]) -> dict[str, Queued] | None:
+    """What SLURM says of the jobs of runs; None, with a warning, where it cannot be asked."""
     try:
-        return queue()
+        return queue(job for run in runs for job in jobs_of(run))
     except SlurmError as error:
         print(f"longseq: warning: {error} Shown is what the runs' folders say.", file=sys.stderr)
         return None

@@ -104,6 +104,6 @@ def _tail_begins(path: Path, lines: int) -> int:
 def _is_over(run: Run) -> bool:
     """Whether no job of this run runs or waits, and no training here; not where SLURM does not answer."""
     try:
-        return not run.is_trained_here() and not (jobs_of(run) and live_jobs(run, queue()))
+        return not run.is_trained_here() and not (jobs_of(run) and live_jobs(run, queue(jobs_of(run))))
     except SlurmError:
         return False

@@ -10,14 +10,24 @@ import argparse
 import os
 import sys
 
-from longseq.checkpoint import Checkpoint
+from longseq.checkpoint import Checkpoint, go_back_to
 from longseq.commands.key_help import help_on_keys
-from longseq.commands.training import FIXED, check_data, check_disk, refuse_changes, say_schedule, train
+from longseq.commands.training import (
+    FIXED,
+    TAKE_OVER_HELP,
+    check_data,
+    check_disk,
+    check_precision,
+    refuse_changes,
+    say_schedule,
+    train,
+)
 from longseq.config import Config
 from longseq.config_loading import save_config
 from longseq.data import identities, resolve_sources
 from longseq.errors import LongseqError, RunError
 from longseq.launch.slurm.place import refuse_several_tasks
+from longseq.launch.slurm.state import check_free
 from longseq.run import Run
 from longseq.training.deepspeed_settings import check_deepspeed
 
@@ -25,6 +35,7 @@ from longseq.training.deepspeed_settings import check_deepspeed
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", metavar="RUN", help="a run folder, e.g. runs/quickstart")
     parser.add_argument("overrides", nargs="*", metavar="key=value", default=[], help="e.g. trainer.max_steps=20000")
+    parser.add_argument("--take-over", action="store_true", help=TAKE_OVER_HELP)
     parser.epilog = help_on_keys()
 
 
@@ -39,9 +50,10 @@ def run(args: argparse.Namespace) -> int:
         run.check_data(config, data)
     config.data.accept_changes = False  # of these data, and not of the next ones
     with run.locked():
+        check_free(run, take_over=args.take_over)
         checkpoint, damaged = run.newest_checkpoint()
-        for sentence in damaged:
-            print(f"longseq: warning: {sentence} Going back to the one before it.", file=sys.stderr)
+        for problem in damaged:
+            print(f"longseq: warning: {problem} Going back to the one before it.", file=sys.stderr)
         if checkpoint:
             _compare(checkpoint, config)
             say_schedule(before, config, checkpoint.position.step)
@@ -57,9 +69,11 @@ def run(args: argparse.Namespace) -> int:
         run.record_data(data)
         run.mark_finished(None)
         try:
+            for kept in go_back_to(checkpoint, damaged) if checkpoint else ():
+                print(f"longseq: warning: the damaged one is kept as {kept}", file=sys.stderr)
             code = train(run, config, checkpoint)
         except LongseqError:
-            if run.newest_checkpoint()[0] == checkpoint:  # nothing came of the new settings
+            if run.last_good() == checkpoint:  # nothing came of the new settings
                 save_config(before, run.config_path)
                 if checkpoint and checkpoint.position.step >= before.trainer.max_steps:
                     run.mark_finished(checkpoint.position.step)
@@ -73,12 +87,8 @@ def _compare(checkpoint: Checkpoint, config: Config) -> None:
     Raises:
         RunError: for another precision.
     """
+    check_precision(checkpoint, config)
     position, trainer = checkpoint.position, config.trainer
-    if position.precision != trainer.precision:
-        raise RunError(
-            f"{checkpoint.path}: trained with trainer.precision={position.precision}; in {trainer.precision} it would "
-            f"be another experiment: resume with {position.precision}."
-        )
     changed = {
         "processes": (position.world_size, config.processes),
         "strategy": (position.strategy, trainer.strategy),

@@ -9,8 +9,8 @@ import time
 
 from longseq import starts
 from longseq.commands.jobs import as_dict, ask
-from longseq.launch.slurm.state import jobs_of, state_of
-from longseq.run import Run, as_typed
+from longseq.launch.slurm.state import state_of
+from longseq.run import Run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     run = Run.open(args.run_folder)
-    state = state_of(run, ask() if jobs_of(run) else {})
+    state = state_of(run, ask([run]))
     if args.json:
         print(json.dumps(as_dict(state), indent=1))
         return 0
@@ -34,15 +34,15 @@ def run(args: argparse.Namespace) -> int:
         loss = f", loss {at.loss:.4f}" if math.isfinite(at.loss) else ""
         rate = f", {at.tokens_per_second:,.0f} tokens/s" if math.isfinite(at.tokens_per_second) else ""
         print(f"step      {at.step} of {at.last_step}{loss}{rate}; {_ago(time.time() - at.time)} ago")
-    kept = [str(int(checkpoint.path.name[5:13])) for checkpoint in run.checkpoints()]
+    kept = [str(checkpoint.step) for checkpoint in run.checkpoints()]
     print(f"kept      {'checkpoints of step ' + ', '.join(kept) if kept else 'no checkpoint yet'}")
     for number in starts.numbers(run.starts_dir):
-        what = starts.path_of(run.starts_dir, number, "start").read_text(encoding="utf-8").strip()
+        what = starts.path_of(run.starts_dir, number, "start").read_text(encoding="utf-8").partition("\n")[0]
         reached, end = starts.read_progress(run.starts_dir, number), starts.read_end(run.starts_dir, number)
         upto = f"to step {reached.step}" if reached else "no step"
         print(f"start {number:<3} {what}: {upto}{f', {end}' if end else ''}")
     if state.word in ("ENDED", "STOPPED", "TIMEOUT", "FAILED", "CANCELLED", "NODE_FAIL"):
-        print(f"Go on with:    longseq submit {as_typed(run.path)}")
+        print(f"Go on with:    {run.resume_command}")
     return 0
 
 

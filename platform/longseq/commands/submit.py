@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from longseq.commands.key_help import help_on_flat_keys
 from longseq.commands.numbers import positive
-from longseq.commands.training import FIXED, check_disk, check_origin, refuse_changes, say_schedule
+from longseq.commands.training import (
+    FIXED,
+    TAKE_OVER_HELP,
+    check_disk,
+    check_origin,
+    check_precision,
+    refuse_changes,
+    say_schedule,
+)
 from longseq.config import Config
 from longseq.config_loading import load_config, save_config
 from longseq.data import identities, resolve_sources, vocabulary
@@ -32,7 +39,7 @@ from longseq.launch.slurm.render import (
     train_script,
 )
 from longseq.launch.slurm.site import Site, load_site
-from longseq.launch.slurm.state import live_jobs, record_job
+from longseq.launch.slurm.state import check_free, record_job
 from longseq.run import Run, as_typed
 
 
@@ -71,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="train",
         help="evaluate RUN, or prepare a corpus of CONFIG, with the key=value of `longseq evaluate` and `data prepare`",
     )
+    parser.add_argument("--take-over", action="store_true", help=TAKE_OVER_HELP)
     parser.add_argument("--dry-run", action="store_true", help="show the script, and make nothing")
     parser.add_argument("--test-only", action="store_true", help="ask sbatch when and where it would start; no more")
     parser.epilog = "keys of a site's profile (see slurm/sites/example.yaml):\n" + help_on_flat_keys(Site)
@@ -152,7 +160,7 @@ def _training(args: argparse.Namespace, site: Site) -> int:
         return _submit(args, [job] * (args.chain or 1), estimate(configs[0], vocabulary(configs[0]).size).line())
     except LongseqError:
         for new in made:
-            shutil.rmtree(new.path, ignore_errors=True)
+            new.discard_if_untrained()
         raise
 
 
@@ -161,27 +169,26 @@ def _go_on(args: argparse.Namespace, site: Site, request: Request, given: list[s
     before, config = run.config(), run.config(tuple(given))
     _check(config, site, request)
     refuse_changes(before, config, run, FIXED)
-    kept = run.checkpoints()
-    if kept and kept[-1].position.step >= config.trainer.max_steps:
-        raise RunError(
-            f"{run.path}: finished at step {kept[-1].position.step}. To train on, raise the last step: "
-            f"trainer.max_steps={2 * kept[-1].position.step}."
-        )
-    if kept:
-        say_schedule(before, config, kept[-1].position.step)
+    # Sizes alone: the job takes the sums of what may be hundreds of gigabytes.
+    newest, damaged = run.newest_checkpoint(sums=False)
+    for problem in damaged:
+        print(f"longseq: warning: {problem} Going back to the one before it.", file=sys.stderr)
+    if newest:
+        check_precision(newest, config)
+        if newest.step >= config.trainer.max_steps:
+            raise RunError(
+                f"{run.path}: finished at step {newest.step}. To train on, raise the last step: "
+                f"trainer.max_steps={2 * newest.step}."
+            )
+        say_schedule(before, config, newest.step)
     check_disk(config, run.path)
     check_mounts(site, config, run.path)
     job = _Job(train_script(run.path, config, site, request), run.slurm_dir / "train", (run,))
     line = estimate(config, vocabulary(config).size).line()
     if args.dry_run or args.test_only:
         return _submit(args, [job], line)
-    live = live_jobs(run, queue.queue())
-    if live and not args.dependency:
-        raise RunError(
-            f"{run.path}: job {live[0].job} ({live[0].state}) has this run. Cancel it first (`longseq cancel "
-            f"{as_typed(run.path)}`), or submit with --dependency=afterany:{live[0].job.partition('_')[0]}."
-        )
     with run.locked():  # no training on this machine has it
+        check_free(run, take_over=args.take_over, after=bool(args.dependency))
         data = identities(config)
         if not config.data.accept_changes:
             run.check_data(config, data)
@@ -282,7 +289,7 @@ def _submit(args: argparse.Namespace, jobs: list[_Job], memory: str = "") -> int
         ids.append(number)
         command = shlex.join(["longseq", *sys.argv[1:]])
         for index, run in enumerate(job.runs):
-            record_job(run, f"{number}_{index}" if job.array else number, command)
+            record_job(run, f"{number}_{index}" if job.array else number, command, path)
     print(f"job     {', '.join(ids)}")
     runs = jobs[0].runs
     if not runs:

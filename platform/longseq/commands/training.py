@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import shutil
 import sys
 import time
@@ -12,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from longseq import starts
-from longseq.checkpoint import Checkpoint, expected_bytes, remove_partials
+from longseq.checkpoint import Checkpoint, checkpoints_in, expected_bytes, remove_partials
 from longseq.config import Config
 from longseq.config_loading import shown
 from longseq.curves import read_curves
@@ -21,6 +19,7 @@ from longseq.errors import EXIT_GO_ON, USER_ERRORS, ConfigError, LongseqError, R
 from longseq.launch import local
 from longseq.models.presets import PRESETS
 from longseq.opening import find
+from longseq.owner import Process, words_of
 from longseq.run import Run, as_typed
 from longseq.training.schedule import schedule_change
 from longseq_data.corpus import Corpus
@@ -30,17 +29,27 @@ from longseq_data.identity import identity_of
 from longseq_data.manifest import read_manifest
 from longseq_data.survey import UNITS, survey
 
+TAKE_OVER_HELP = (
+    "start although what had the run cannot be asked whether it still trains: a process of another machine, or a job "
+    "where SLURM does not answer"
+)
+
 
 def train(run: Run, config: Config, checkpoint: Checkpoint | None) -> int:
     """Train in processes of their own and say how it ended. Returns the exit code."""
     remove_partials(run.checkpoints_dir)  # of a start that was killed
-    run = run.begin(f"{platform.node()} process {os.getpid()}")
-    began = time.monotonic()
+    run = run.begin(words_of(Process.this()))
+    began, end = time.monotonic(), "crashed"
     try:
         code = local.train(run, config.trainer.devices, checkpoint.path if checkpoint else None)
+        end = {0: "finished", EXIT_GO_ON: "saved"}.get(code, "stopped at once")
+    except LongseqError as error:
+        end = f"error {error}"
+        raise
     finally:
+        starts.note_end(run.starts_dir, run.start, end)
         remove_partials(run.checkpoints_dir)
-    newest, _ = run.newest_checkpoint()
+    newest = run.last_good()
     where = (
         f"step {newest.position.step} of {config.trainer.max_steps}, {newest.path}" if newest else "no checkpoint yet"
     )
@@ -65,7 +74,7 @@ def results(run: Run, start: int, seconds: float) -> list[str]:
     speeds = {step: rate for step, rate in curves.get("train/tokens_per_second", {}).items() if step > start}
     # Steps after the last point in the curves, and after the last checkpoint, were trained, too.
     progress = starts.read_progress(run.starts_dir, run.start) if run.start else None
-    saved = [int(checkpoint.path.name[5:13]) for checkpoint in run.checkpoints()]
+    saved = [checkpoint.step for checkpoint in run.checkpoints()]
     last = max([progress.step if progress else start, *(step for step in [*speeds, *saved] if step > start)])
     if last > start:
         speed = f", {sum(speeds.values()) / len(speeds):,.0f} tokens/s" if speeds else ""
@@ -146,6 +155,20 @@ def _value(config: Config, section: str, name: str) -> object:
     if value is None and section == "model" and name in _SIZES:
         return getattr(PRESETS[config.model.preset], name)
     return value
+
+
+def check_precision(checkpoint: Checkpoint, config: Config) -> None:
+    """Refuse to go on in another precision.
+
+    Raises:
+        RunError: naming both.
+    """
+    trained, wanted = checkpoint.position.precision, config.trainer.precision
+    if trained != wanted:
+        raise RunError(
+            f"{checkpoint.path}: trained with trainer.precision={trained}; in {wanted} it would be another experiment: "
+            f"go on with {trained}."
+        )
 
 
 def check_data(config: Config) -> None:
@@ -272,7 +295,7 @@ def check_disk(config: Config, folder: Path) -> None:
     Raises:
         LongseqError: with what is needed and what is free.
     """
-    written = len(list((folder / "checkpoints").glob("step-*.ckpt")))  # on the disk already, for a resume
+    written = len(checkpoints_in(folder / "checkpoints"))  # on the disk already, for a resume
     while not folder.exists():
         folder = folder.parent
     weights = config.performer_spec(vocabulary(config).size).parameter_count

@@ -215,3 +215,40 @@ def test_a_running_job_shows_the_rank_that_does_not_answer(place):
     assert state_of(run, running).why == ""
     starts.path_of(run.starts_dir, start, "silent").write_text("n1: rank 1 has not answered for 30 s\n")
     assert state_of(run, running).why == "n1: rank 1 has not answered for 30 s"
+
+
+def test_where_squeue_does_not_answer_a_job_may_still_have_its_run(place):
+    run = a_run(place)
+    record_job(run, "12", "longseq submit small.yaml")
+    refused = longseq(place, "resume", "runs/one")
+    assert refused.returncode == 1
+    assert "SLURM cannot be asked whether job 12 still has this run (squeue: not found" in refused.stderr
+    assert "add --take-over" in refused.stderr
+    tool(place, "squeue", "sys.exit('slurm_load_jobs error: Unable to contact slurm controller')")
+    assert "Unable to contact slurm controller" in longseq(place, "resume", "runs/one").stderr
+    assert json.loads(longseq(place, "status", "runs/one", "--json").stdout)["state"] == "UNKNOWN"
+    assert not (run.path / "starts").exists()
+
+
+def test_jobs_are_asked_for_by_their_ids_whoever_submitted_them(place):
+    run = a_run(place)
+    record_job(run, "12_3", "longseq submit small.yaml", run.slurm_dir / ".train.sbatch")
+    asked = "open('asked', 'a').write(' '.join(sys.argv) + chr(10))"
+    line = f"12_3|RUNNING|None|1:00:00|n1|2026-01-01T00:00:00|anna|15|{run.slurm_dir}/.train.sbatch"
+    tool(place, "squeue", f"{asked}\nprint({line!r})")
+    refused = longseq(place, "resume", "runs/one", "--take-over")
+    assert refused.returncode == 1
+    assert "job 12_3 (RUNNING) of anna on n1, since 2026-01-01T00:00:00 has this run" in refused.stderr
+    assert "longseq cancel runs/one" in refused.stderr
+    assert "--jobs=12 " in (place / "asked").read_text()
+    assert "--me" not in (place / "asked").read_text()
+
+
+def test_a_number_that_another_cluster_gave_to_another_job_is_no_job_of_the_run(place):
+    run = a_run(place)
+    record_job(run, "12", "longseq submit small.yaml", run.slurm_dir / ".train.sbatch")
+    tool(place, "squeue", "print('12|RUNNING|None|1:00:00|n1|2026-01-01T00:00:00|bob|12|/home/bob/other.sh')")
+    tool(place, "scancel", "open('cancelled', 'w').close()")
+    assert "no job of this run runs or waits" in longseq(place, "cancel", "runs/one").stdout
+    assert not (place / "cancelled").exists()
+    assert json.loads(longseq(place, "status", "runs/one", "--json").stdout)["state"] == "ENDED"

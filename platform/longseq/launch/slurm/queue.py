@@ -6,15 +6,17 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from longseq.errors import LongseqError
 
-_FIELDS = ("%i", "%T", "%r", "%L", "%N", "%S")  # id, state, reason, time left, nodes, start
+# Id, state, reason, time left, nodes, start, user, own id, script.
+_FIELDS = ("%i", "%T", "%r", "%L", "%N", "%S", "%u", "%A", "%o")
 _ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 _CONFIRM_SECONDS = 10.0
+_AT_ONCE = 1000  # ids in one command line
 
 
 class SlurmError(LongseqError):
@@ -31,22 +33,49 @@ class Queued:
     left: str  # D-HH:MM:SS of its time limit
     nodes: str
     start: str
+    user: str = ""
+    own_id: str = ""  # of a member of an array: what it finds in SLURM_JOB_ID
+    script: str = ""
 
     @property
     def alive(self) -> bool:
         """Whether it waits, runs, or is about to."""
         return self.state not in _ENDED
 
+    def __str__(self) -> str:
+        what = f"job {self.job} ({self.state})"
+        what += f" of {self.user}" if self.user else ""
+        return what + (f" on {self.nodes}, since {self.start}" if self.nodes else "")
 
-def queue() -> dict[str, Queued]:
-    """The caller's jobs, by id.
+
+def queue(jobs: Iterable[str]) -> dict[str, Queued]:
+    """What SLURM says of jobs, by id: of all users' jobs, since a run may be another user's.
+
+    jobs: ids as :class:`Queued` has them; of a member of an array all members are given. Those that SLURM does not
+        know any more are left out.
 
     Raises:
         SlurmError: where there is no SLURM, or it does not answer.
     """
-    text = _call("squeue", "--noheader", "--me", "--array", "--states=all", f"--format={'|'.join(_FIELDS)}")
-    jobs = (Queued(*map(str.strip, line.split("|"))) for line in text.splitlines() if line.count("|") == 5)
-    return {job.job: job for job in jobs}
+    ids = sorted({job.partition("_")[0] for job in jobs}, key=int)
+    found: dict[str, Queued] = {}
+    for first in range(0, len(ids), _AT_ONCE):
+        some = ",".join(ids[first : first + _AT_ONCE])
+        try:
+            text = _call(
+                *("squeue", "--noheader", "--array", "--states=all"),
+                *(f"--jobs={some}", f"--format={'|'.join(_FIELDS)}"),
+            )
+        except SlurmError as error:
+            if "Invalid job id" not in str(error):
+                raise
+            continue  # one that it does not know any more
+        for line in text.splitlines():
+            if line.count("|") >= 5:
+                job = Queued(*map(str.strip, line.split("|")))
+                found[job.job] = job
+                found.setdefault(job.own_id, job)
+    return found
 
 
 def submit(script: Path, *options: str) -> str:
@@ -61,7 +90,7 @@ def submit(script: Path, *options: str) -> str:
         raise SlurmError(f"sbatch answered {said.strip()!r}, which is no job's number.")
     # slurmctld may die between its answer and its disk: what counts is that the job is there.
     deadline = time.monotonic() + _CONFIRM_SECONDS
-    while not any(known.partition("_")[0] == job for known in queue()):
+    while not any(known.partition("_")[0] == job for known in queue([job])):
         if time.monotonic() > deadline:
             raise SlurmError(f"sbatch gave job {job}, but squeue does not know it: submit it again.")
         time.sleep(0.3)

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from longseq import starts
-from longseq.launch.slurm.queue import Queued
-from longseq.run import Run
+from longseq.errors import RunError
+from longseq.launch.slurm.queue import Queued, SlurmError, queue
+from longseq.owner import newest_process
+from longseq.run import Run, as_typed
 from longseq.starts import Progress
 
 _JOBS = "jobs.jsonl"
@@ -30,20 +32,22 @@ class State:
     nodes: str
 
 
-def record_job(run: Run, job: str, command: str) -> None:
-    """Note in the run's folder that a job was submitted for it."""
+def record_job(run: Run, job: str, command: str, script: Path | str = "") -> None:
+    """Note in the run's folder that a job was submitted for it; ``script`` is what sbatch was given."""
     run.slurm_dir.mkdir(exist_ok=True)
+    entry = {"job": job, "time": round(time.time()), "command": command, "script": str(script)}
     with (run.slurm_dir / _JOBS).open("a") as file:
-        file.write(json.dumps({"job": job, "time": round(time.time()), "command": command}) + "\n")
+        file.write(json.dumps(entry) + "\n")
 
 
-def jobs_of(run: Run) -> list[str]:
-    """Ids of the jobs that were submitted for a run, oldest first."""
+def jobs_of(run: Run) -> dict[str, str]:
+    """The jobs that were submitted for a run, oldest first: id and script, which older versions did not note."""
     try:
         lines = (run.slurm_dir / _JOBS).read_text().splitlines()
     except FileNotFoundError:
-        return []
-    return [str(json.loads(line)["job"]) for line in lines if line.strip()]
+        return {}
+    entries = [json.loads(line) for line in lines if line.strip()]
+    return {str(entry["job"]): entry.get("script", "") for entry in entries}
 
 
 def runs_with_jobs(folder: Path) -> Iterator[Run]:
@@ -54,8 +58,52 @@ def runs_with_jobs(folder: Path) -> Iterator[Run]:
 
 def live_jobs(run: Run, queued: Mapping[str, Queued]) -> list[Queued]:
     """A run's jobs that run or wait, in the order of their submission."""
-    known = (queued.get(job) for job in jobs_of(run))
-    return [job for job in known if job and job.alive]
+    known = ((queued.get(job), script) for job, script in jobs_of(run).items())
+    return [job for job, script in known if job and job.alive and _is_same(job.script, script)]
+
+
+def _is_same(script: str, noted: str) -> bool:
+    """Whether a job is the one that was noted: a cluster that is set up anew counts its jobs from 1 again."""
+    return not script or not noted or script == noted
+
+
+def check_free(run: Run, *, take_over: bool = False, after: bool = False) -> None:
+    """Refuse to start a run that something else trains, or may be training.
+
+    take_over: also where what may be training cannot be asked.
+    after: a job that waits for those that train the run.
+
+    Raises:
+        RunError: naming it, and what to do.
+    """
+    jobs, process = jobs_of(run), newest_process(run)
+    ids = [*jobs, *([process.job] if process and process.job else [])]
+    doubt = ""
+    queued: dict[str, Queued] | None = None
+    try:
+        queued = queue(ids) if ids else {}
+    except SlurmError as error:
+        if jobs and not (run.path / "FINISHED").exists() and stopped(run) is None:
+            doubt = f"SLURM cannot be asked whether job {next(reversed(jobs))} still has this run ({error})"
+    live = live_jobs(run, queued or {})
+    if live and not after:
+        here, number = as_typed(run.path), live[0].job.partition("_")[0]
+        raise RunError(
+            f"{run.path}: {live[0]} has this run. Follow it (`longseq logs -f {here}`), wait for its end, or cancel it "
+            f"first (`longseq cancel {here}`: it saves); `longseq submit {here} --dependency=afterany:{number}` goes "
+            "on after it."
+        )
+    if process is not None:
+        alive = process.alive()
+        if alive is None and process.job and queued is not None:
+            inside = queued.get(process.job)
+            alive = None if inside and inside.alive else False  # it has ended with its job
+        if alive:
+            raise RunError(f"{run.path}: {process} trains this run. Wait for its end, or stop it first (it saves).")
+        if alive is None:
+            doubt = f"{process} has not said that it ended, and cannot be asked from here"
+    if doubt and not take_over:
+        raise RunError(f"{run.path}: {doubt}. If it trains no more, add --take-over.")
 
 
 def stopped(run: Run) -> str | None:
@@ -77,10 +125,11 @@ def state_of(run: Run, queued: Mapping[str, Queued] | None) -> State:
     """How a run stands; ``queued`` is None where SLURM cannot be asked."""
     numbers, jobs = starts.numbers(run.starts_dir), jobs_of(run)
     progress = next(filter(None, (starts.read_progress(run.starts_dir, n) for n in reversed(numbers))), None)
-    live = live_jobs(run, queued or {})
+    live, process = live_jobs(run, queued or {}), newest_process(run)
+    alive = process.alive() if process else False
     running = next((job for job in live if job.state == "RUNNING"), live[0] if live else None)
     reason = stopped(run)
-    newest = jobs[-1] if jobs else ""
+    newest = next(reversed(jobs), "")
     if running:
         waits = running.reason if running.state != "RUNNING" and running.reason != "None" else ""
         if running.state == "RUNNING" and numbers:
@@ -91,10 +140,14 @@ def state_of(run: Run, queued: Mapping[str, Queued] | None) -> State:
         word, why = "FINISHED", ""
     elif reason is not None:
         word, why = "STOPPED", reason
+    elif process and alive is not False:
+        word, why = ("RUNNING", str(process)) if alive else ("UNKNOWN", f"{process} cannot be asked from here")
     elif queued is None and jobs:
         word, why = "UNKNOWN", "SLURM does not answer"
     else:
         ended = (queued or {}).get(newest)
+        if ended and not _is_same(ended.script, jobs[newest]):
+            ended = None
         word, why = (ended.state if ended and ended.state != "COMPLETED" else "ENDED"), ""
         said = starts.read_end(run.starts_dir, numbers[-1]) if numbers else None
         verdict, _, reason = (said or "").partition(" ")

@@ -18,7 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from longseq import starts
-from longseq.checkpoint import Checkpoint, remove_partials
+from longseq.checkpoint import Checkpoint, go_back_to, remove_partials
 from longseq.config import Config
 from longseq.errors import EXIT_CRASHED, EXIT_ERROR, EXIT_GO_ON, EXIT_UNFIT
 from longseq.launch.local import PEER_LOST, rank_log, without_ranks
@@ -132,7 +132,7 @@ def _begin(run: Run, config: Config) -> str:
     Returns:
         the name of a checkpoint, nothing for a run that has none, or "finished".
     """
-    from longseq.commands.training import check_data
+    from longseq.commands.training import check_data, check_precision
     from longseq.data import identities
     from longseq.training.deepspeed_settings import check_deepspeed
 
@@ -142,10 +142,13 @@ def _begin(run: Run, config: Config) -> str:
     run.check_data(config, identities(config))
     remove_partials(run.checkpoints_dir)
     checkpoint, damaged = run.newest_checkpoint()
-    for sentence in damaged:
-        _say(f"{sentence} Going back to the one before it.", "warning")
+    for problem in damaged:
+        _say(f"{problem} Going back to the one before it.", "warning")
     if checkpoint is None:
         return ""
+    check_precision(checkpoint, config)
+    for kept in go_back_to(checkpoint, damaged):
+        _say(f"the damaged one is kept as {kept}", "warning")
     if checkpoint.position.step >= config.trainer.max_steps:
         run.mark_finished(checkpoint.position.step)
         return _FINISHED

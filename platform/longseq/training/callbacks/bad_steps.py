@@ -110,7 +110,7 @@ class BadSteps(pl.Callback):
         return min(found).partition(" ")[2] if found else None
 
     def _spiked(self, step: int, loss: float) -> LongseqError:
-        newest, _ = self.run.newest_checkpoint()
+        newest = self.run.last_good()
         good = f"the last good checkpoint is {newest.path}" if newest else "there is no checkpoint yet"
         return LongseqError(
             f"{self.run.path}: the loss of step {step} is {loss:.4g}, more than trainer.spike_factor={self.factor:g} "

@@ -59,7 +59,7 @@ def not_finite(run: Run, step: int, where: str | None = None, in_a_row: int = 1)
 
     where: the first layer where it was.
     """
-    newest, _ = run.newest_checkpoint()
+    newest = run.last_good()
     what = f"the first such value is in {where}; " if where else ""
     what += f"it is the {in_a_row}th such step in a row; " if in_a_row > 1 else ""
     good = f"the last good checkpoint is {newest.path}" if newest else "there is no checkpoint yet"
