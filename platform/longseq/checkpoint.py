@@ -300,7 +300,7 @@ def set_aside(path: Path) -> Path:
     try:
         path.rename(aside)
     except OSError as error:
-        raise RunError(f"{path}: damaged, and cannot be renamed to {aside.name}: {error.strerror}.") from None
+        raise RunError(f"{explained(error, path, f'damaged, and cannot be renamed to {aside.name}')}.") from None
     return aside
 
 
