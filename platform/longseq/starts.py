@@ -10,7 +10,8 @@
     starts/00003.crash   after which step it crashed, in a job, "never" before the first, and the nodes to blame
 
 A lost node's processes can live on beside the job's next start, and a slow network file system lets a lock of theirs
-be forgotten. They look for a newer number before whatever they write, and every other second.
+be forgotten. They look for a newer number before each file that they write, and every ten seconds besides; for points
+of the curves that is enough.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pathlib import Path
 from longseq.errors import EXIT_SUPERSEDED, SupersededError
 
 _START = re.compile(r"(\d{5,})\.start")
-_POLL_SECONDS = 2.0
+POLL_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def watch(folder: Path, number: int, say: Callable[[str], object]) -> None:
 
     def look() -> None:
         while True:
-            time.sleep(_POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
             try:
                 check(folder, number)
             except SupersededError as error:

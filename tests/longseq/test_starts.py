@@ -102,3 +102,20 @@ def test_the_first_word_on_how_a_start_ended_counts(tmp_path):
     starts.note_end(tmp_path, 1, "error the others went away")
     assert starts.read_end(tmp_path, 1) == "error the disk is full"
     assert os.listdir(tmp_path) == ["00001.end"]  # noqa: PTH208
+
+
+def test_the_summary_counts_every_step_that_was_trained(run, publish):
+    """Stopped at step 27 with a point in the curves every 10."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    from longseq.commands.training import results
+
+    publish(27)
+    started = run.begin("here")
+    with SummaryWriter(run.tensorboard_dir) as curves:
+        for step in (10, 20):
+            curves.add_scalar("train/tokens_per_second", 100.0, step)
+    starts.note_progress(run.starts_dir, started.start, Progress(27, 60, 2.0, 100.0, 0.0))
+    assert results(started, 0, 2.0)[0] == "Trained:       27 steps in 2.0 s, 100 tokens/s"
+    assert results(started, 26, 2.0)[0] == "Trained:       1 step in 2.0 s"
+    assert "Trained" not in results(started, 27, 2.0)[0]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +13,7 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from longseq import starts
 from longseq.errors import SupersededError
 from longseq.run import Run
 
@@ -21,7 +24,7 @@ class RunLogger(TensorBoardLogger):
     def __init__(self, run: Run, start: int):
         # A resumed run hides the points after its checkpoint, of step ``start``, that the interrupted one still wrote.
         super().__init__(run.path, name="", version="tensorboard", purge_step=start + 1)
-        self._run = run
+        self._run, self._checked = run, -math.inf
         threading.excepthook = _excepthook
 
     @property
@@ -30,9 +33,13 @@ class RunLogger(TensorBoardLogger):
         """What every point, picture and text goes through.
 
         Raises:
-            SupersededError: if a newer start has the run.
+            SupersededError: if a newer start has the run, at most that many seconds after it took it.
         """
-        self._run.check_start()
+        # The thread of `starts.watch` ends a process whose run another one has; a look at each point would cost a
+        # listing of a network's folder each.
+        if time.monotonic() - self._checked >= starts.POLL_SECONDS:
+            self._run.check_start()
+            self._checked = time.monotonic()
         return super().experiment
 
     @rank_zero_only

@@ -10,7 +10,7 @@ from longseq.errors import RunError
 from longseq.exported import PREFIX
 from longseq.models.weight_files import read_weights
 from longseq_data.files import aside
-from longseq_data.os_errors import of_library
+from longseq_data.os_errors import explained, of_library
 
 _LEARNED = ("log_temperature", "log_share", "log_decay")  # of attention: qk_norm, learned_share, learned_decay
 
@@ -39,7 +39,7 @@ def save_weights(state: dict[str, Tensor], path: Path) -> None:
     """Into a safetensors file.
 
     Raises:
-        OSError, RunError: if it cannot be written, on a full disk say.
+        RunError: if it cannot be written, on a full disk say.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -50,7 +50,7 @@ def save_weights(state: dict[str, Tensor], path: Path) -> None:
     except SafetensorError as error:
         refused = of_library(error, path)
         if refused:
-            raise refused from None
+            raise RunError(f"{explained(refused, path, 'cannot be written')}.") from None
         raise RunError(f"{path}: cannot be written ({error}).") from None
 
 
