@@ -6,6 +6,7 @@ timeout of its socket is the limit for silence.
 
 from __future__ import annotations
 
+import errno
 import http.client
 import re
 import ssl
@@ -20,11 +21,13 @@ from typing import IO
 from urllib.parse import urlsplit
 
 from .errors import DataError
+from .os_errors import explained
 from .partial import Notice, Part, Progress, Promise, check_existing, locked, need_room
 
 READ = 1 << 20  # bytes at a time
 SLOWEST = 1024  # bytes a second, over the time of a timeout; less is as good as silence
 MAX_DOCUMENT = 1 << 24  # bytes of a file that is read into memory
+_OF_THIS_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of a socket: no wait mends them
 
 
 @dataclass(frozen=True)
@@ -241,6 +244,10 @@ def _open(url: str, headers: Mapping[str, str], timeout: float) -> http.client.H
                 f"{url}: the server's certificate is not trusted ({error.reason.verify_message}); check the clock and "
                 f"the proxy of this machine, or name another mirror."
             ) from error
+        _refuse_here(url, error.reason)
+        raise
+    except OSError as error:
+        _refuse_here(url, error)
         raise
     except (ValueError, http.client.InvalidURL) as error:
         raise DataError(f"{url}: no address that can be opened ({error}); correct it.") from error
@@ -248,6 +255,12 @@ def _open(url: str, headers: Mapping[str, str], timeout: float) -> http.client.H
         response.close()
         raise _RefusedError(f"the server answered {response.status}")
     return response
+
+
+def _refuse_here(url: str, reason: object) -> None:
+    """Raise DataError for what this machine refuses. TLS has error numbers of its own."""
+    if isinstance(reason, OSError) and not isinstance(reason, ssl.SSLError) and reason.errno in _OF_THIS_MACHINE:
+        raise DataError(f"{explained(reason, url, 'no connection can be made')}.") from reason
 
 
 def _status_error(url: str, status: int, headers: Message) -> Exception:

@@ -28,13 +28,15 @@ def user_path(name: str | Path) -> Path:
 
 
 @contextmanager
-def aside(path: Path) -> Iterator[Path]:
+def aside(path: Path, name: str = "") -> Iterator[Path]:
     """A name of its own beside ``path`` to write to, which becomes ``path`` when the block ends well.
 
     No two writers share it, and it ends in ``.partial``. After a failure, a full disk say, nothing is left. The file
     gets the mode that the umask gives, whatever wrote it: safetensors keeps its files to their owner.
+
+    name: what it begins with instead of ``path``'s, where other programs take any file with a name like that.
     """
-    partial = path.with_name(f".{path.name[:60]}.{secrets.token_hex(4)}.partial")
+    partial = path.with_name(f".{(name or path.name)[:60]}.{secrets.token_hex(4)}.partial")
     try:
         yield partial
         with partial.open("rb") as file:

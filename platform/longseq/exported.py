@@ -106,7 +106,7 @@ def inherited(origin: str) -> dict[str, dict[str, Any]]:
     else:
         from longseq.opening import find
 
-        config = find(folder).config
+        config = find(folder, sums=False).config  # its weights are looked at when they are wanted
     sections = sections_of(config)
     tokenizer = {"tokenizer": config.data.tokenizer} if config.data.tokenizer != "auto" else {}
     return {"model": sections["model"], "attention": sections["attention"], "data": tokenizer}

@@ -98,36 +98,30 @@ class Source:
         return model.to(device or ("cuda" if use_cuda else "cpu")).eval()
 
 
-def find(target: Path, overrides: Sequence[str] = (), *, ema: bool = False) -> Source:
+def find(target: Path, overrides: Sequence[str] = (), *, ema: bool = False, sums: bool = True) -> Source:
     """What a path means: of a run, its newest whole checkpoint.
 
     Args:
         overrides: key=value on top of the run's configuration.
         ema: the running mean of the weights instead of the last ones.
+        sums: False takes no checksums: for ``Source.folder`` of what has been found before.
 
     Raises:
         LongseqError, DataError: in one sentence, for a path that is none of these, a damaged or older checkpoint, and
             a model of other tokens than the configuration's.
     """
     if (target / "manifest.json").is_file():
-        return of_checkpoint(_whole(Checkpoint(target.resolve())), overrides, ema=ema)
+        return of_checkpoint(_whole(Checkpoint(target.resolve()), sums), overrides, ema=ema)
     if is_exported(target):
         return of_export(exported.read(target), overrides, ema=ema)
     _refuse_others(target)
     run = Run.open(target)
-    newest, damaged = run.newest_checkpoint()
+    newest, damaged = run.newest_checkpoint(sums=sums)
     if newest is None:
         raise RunError(f"{target}: there is no checkpoint to evaluate yet; `{run.resume_command}` trains on.")
     for problem in damaged:
         print(f"longseq: warning: {problem} Going back to the one before it.", file=sys.stderr)
     return of_checkpoint(newest, overrides, ema=ema)
-
-
-def reopen(folder: Path, overrides: Sequence[str] = (), *, ema: bool = False) -> Source:
-    """``Source.folder`` of one that ``find`` gave, opened again without another look at its checksums."""
-    if (folder / "manifest.json").is_file():
-        return of_checkpoint(Checkpoint(folder), overrides, ema=ema)
-    return find(folder, overrides, ema=ema)
 
 
 def of_checkpoint(checkpoint: Checkpoint, overrides: Sequence[str] = (), *, ema: bool = False) -> Source:
@@ -190,8 +184,8 @@ def checkpoints_of(run: Run) -> list[Checkpoint]:
     return whole
 
 
-def _whole(checkpoint: Checkpoint) -> Checkpoint:
-    problem = checkpoint.problem()
+def _whole(checkpoint: Checkpoint, sums: bool) -> Checkpoint:
+    problem = checkpoint.problem(sums=sums)
     if problem:
         raise problem
     return checkpoint

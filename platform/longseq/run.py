@@ -18,6 +18,7 @@ from longseq import starts
 from longseq.checkpoint import Checkpoint, CheckpointError, checkpoints_in, newest_in
 from longseq.config import Config
 from longseq.config_loading import load_config, save_config
+from longseq.curves import read_curves
 from longseq.errors import RunError
 from longseq_data.files import user_path, write_text
 from longseq_data.os_errors import explained, lock
@@ -244,11 +245,18 @@ class Run:
         return any(log.stat().st_size for log in self.logs_dir.glob("*") if log.name != "rank-0.log")
 
     def discard_if_untrained(self) -> None:
-        """Remove the folder of a run that ended before it had anything to keep: its name is free again."""
+        """Remove the folder of a run that ended before it had anything to keep: its name is free again.
+
+        Events without a point in a curve are nothing to keep: the keys of the run, for instance.
+        """
         with suppress(OSError, RunError):  # what cannot be read may be something to keep
             kept = newest_in(self.checkpoints_dir, sums=False)[0] is not None
-            if not kept and not any(self.tensorboard_dir.glob("*")) and not self.has_output():
+            if not kept and not self.has_output() and not self._has_points():
                 shutil.rmtree(self.path, ignore_errors=True)
+
+    def _has_points(self) -> bool:
+        inside = list(self.tensorboard_dir.iterdir()) if self.tensorboard_dir.exists() else []
+        return any(path.is_dir() for path in inside) or (bool(inside) and bool(read_curves(self.tensorboard_dir)))
 
     def is_trained_here(self) -> bool:
         """Whether a process of this machine, or of one that shares its locks, trains this run."""

@@ -10,14 +10,18 @@
     starts/00003.crash   after which step it crashed, in a job, "never" before the first, and the nodes to blame
 
 A lost node's processes can live on beside the job's next start, and a slow network file system lets a lock of theirs
-be forgotten. They look for a newer number before each file that they write, and every ten seconds besides; for points
-of the curves that is enough.
+be forgotten. They look for a newer number before each file that they write. Besides, one process of each node looks
+every ten seconds and ends where there is one: the others of its node follow, as it leaves its place to the next. For
+points of the curves that is enough.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -81,12 +85,23 @@ def check(folder: Path, number: int) -> None:
 def watch(folder: Path, number: int, say: Callable[[str], object]) -> None:
     """End this process, from a thread of its own, soon after a newer start has the run, whatever it waits for.
 
+    Of the processes of one start on one node, one alone lists ``folder``; when it has ended, the next one does.
+
     say: gets the sentence that says so.
     """
 
+    address = b"\0longseq-" + hashlib.sha256(f"{folder.resolve()} {number}".encode()).hexdigest().encode()
+
     def look() -> None:
+        place = None
         while True:
             time.sleep(POLL_SECONDS)
+            try:
+                place = place or _take_place(address)
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    continue  # another process of this node looks
+                # Of a system without such names: each process looks for itself.
             try:
                 check(folder, number)
             except SupersededError as error:
@@ -97,6 +112,22 @@ def watch(folder: Path, number: int, say: Callable[[str], object]) -> None:
                 continue
 
     threading.Thread(target=look, name="watch-starts", daemon=True).start()
+
+
+def _take_place(address: bytes) -> socket.socket:
+    """Become the process of this node that looks: the kernel gives an abstract address to one, and back at its end.
+
+    Raises:
+        OSError: EADDRINUSE, where another process has it.
+    """
+    place = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        place.bind(address)
+    except OSError:
+        place.close()
+        raise
+    os.register_at_fork(after_in_child=place.close)  # a loader's worker may outlive us
+    return place
 
 
 def path_of(folder: Path, number: int, what: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from command_line import Command, checkpoint, checkpoints, curve, longseq
+from longseq.curves import read_curves
 
 pytestmark = pytest.mark.distributed
 
@@ -114,6 +116,31 @@ def test_checkpoint_that_does_not_fit_on_the_disk_spares_the_one_before(
     assert "warning" not in resumed.err
     assert checkpoints(run)[-1] == 40
     assert list(curve(run, "train/loss")) == list(range(1, 41))
+
+
+def test_after_a_kill_and_a_resume_tensorboard_has_each_step_once_and_warns_of_nothing(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    alone = ("trainer.strategy=single", "trainer.checkpoint_every=10", "trainer.max_steps=30", "trainer.valid_every=5")
+    command = Command("fit", "tiny.yaml", "run.name=warned", *alone, folder=folder)
+    command.wait_for("step 16/")
+    for pid in [command.process.pid, *command.workers()]:
+        command.kill(pid)
+    command.end()
+    run = folder / "runs" / "warned"
+    saved = checkpoints(run)[-1]
+    assert max(curve(run, "train/loss")) > saved  # there is something to go over again
+    ended = longseq("resume", run, folder=folder)
+    assert ended.code == 0, ended.err
+    with caplog.at_level(logging.WARNING):
+        tags = read_curves(run / "tensorboard").keys()
+        assert {tag: list(curve(run, tag)) for tag in ("train/loss", "valid/loss")} == {
+            "train/loss": list(range(1, 31)),
+            "valid/loss": list(range(5, 31, 5)),
+        }
+        for tag in tags:
+            curve(run, tag)  # each step once
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.long), 2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,3 +58,37 @@ curve: true
     table = (folder / "two" / "table.md").read_text()
     assert "Performer, before training" in table
     assert "20 steps of 512 tokens" in table
+
+
+# Run by every Python that starts with its folder in PYTHONPATH: notes which process opens what, as Python tells.
+_AUDIT = """
+import os, sys
+def note(event, arguments):
+    if event == "open" and str(arguments[0]) == os.environ["MOMENTS"]:
+        who = os.environ.get("RANK", "parent")
+        fd = os.open(os.environ["OPENED"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.write(fd, f"{who}\\n".encode())
+        os.close(fd)
+sys.addaudithook(note)
+"""
+
+
+def test_the_checksums_of_the_model_begun_with_are_taken_once(folder: Path, one_process: Path, tmp_path: Path) -> None:
+    """The moments of its optimiser are opened for nothing else."""
+    moments = checkpoint(one_process, 20) / "training" / "rank-00000.safetensors"
+    assert moments.is_file()
+    (tmp_path / "sitecustomize.py").write_text(_AUDIT)
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    ended = longseq(
+        *("fit", "tiny.yaml", "run.name=summed-once", f"model.init_from={one_process}", "trainer.devices=2"),
+        *("optim.lr=0", "trainer.max_steps=1", "trainer.valid_every=0"),
+        folder=folder,
+        environment={"PYTHONPATH": path, "OPENED": str(tmp_path / "opened"), "MOMENTS": str(moments)},
+    )
+    assert ended.code == 0, ended.err
+    assert (tmp_path / "opened").read_text() == "parent\n"
+    whole, begun = (
+        load_file(checkpoint(run, step) / "model.safetensors")
+        for run, step in ((one_process, 20), (folder / "runs" / "summed-once", 1))
+    )
+    assert all(torch.equal(begun[name], tensor) for name, tensor in whole.items())  # at a learning rate of 0

@@ -46,7 +46,7 @@ def test_sizes_and_family_come_from_the_model_and_attention_from_the_configurati
     assert (spec.attention, spec.features) == ("favor", 24)
     torch.manual_seed(1)
     model = PerformerLM(spec)
-    begin_with(model, config)
+    begin_with(model, check_origin(config))
     assert all(torch.equal(tensor, exported[1][name]) for name, tensor in model.state_dict().items())
 
 
@@ -55,7 +55,7 @@ def test_learned_parts_of_attention_that_the_model_lacks_begin_as_new_ones(expor
         "small.yaml", [DATA, "model.init_from=model", "attention.kind=favor", "attention.qk_norm=true"]
     )
     model = PerformerLM(config.performer_spec(29))
-    begin_with(model, config)
+    begin_with(model, check_origin(config))
     assert model.state_dict()["blocks.0.attention.log_temperature"].exp() == pytest.approx(2.0)
 
 
@@ -90,7 +90,7 @@ def test_a_model_that_does_not_fit_is_refused_in_one_sentence(exported, folder):
         check_origin(config)
     config = load_config("small.yaml", [DATA, "model.init_from=model", "model.dim=64"])
     with pytest.raises(RunError, match=r"is \(48, 32\), the configured model wants \(48, 64\)|wants"):
-        begin_with(PerformerLM(config.performer_spec(29)), config)
+        begin_with(PerformerLM(config.performer_spec(29)), check_origin(config))
 
 
 def test_more_positions_than_the_model_has_are_refused(folder, capsys):

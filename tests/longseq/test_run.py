@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from longseq.cli import main
 from longseq.config_loading import load_config
@@ -101,12 +104,21 @@ def test_an_untrained_run_is_removed(run):
     assert not run.path.exists()
 
 
+def test_a_run_that_failed_before_its_first_step_gives_its_name_back(run):
+    """The keys are written before it, and the time that the start took is no part of a curve."""
+    with SummaryWriter(run.tensorboard_dir, purge_step=1) as curves:
+        for summary in hparams({"optim.lr": 0.1}, {"valid/loss": 0.0}):
+            curves.file_writer.add_summary(summary)
+    run.discard_if_untrained()
+    assert not run.path.exists()
+
+
 def test_a_run_with_a_checkpoint_or_a_curve_is_kept(run, publish):
-    run.tensorboard_dir.mkdir()
-    (run.tensorboard_dir / "events.out").touch()
+    with SummaryWriter(run.tensorboard_dir) as curves:
+        curves.add_scalar("train/loss", 3.0, 1)
     run.discard_if_untrained()
     assert run.path.exists()
-    (run.tensorboard_dir / "events.out").unlink()
+    shutil.rmtree(run.tensorboard_dir)
     publish(1)
     run.discard_if_untrained()
     assert run.path.exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -84,6 +85,35 @@ def test_a_process_that_waits_for_ever_ends_when_a_newer_start_has_the_run(tmp_p
         starts.take(tmp_path, "new")
         assert "start 2 has this run now" in process.stdout.readline()
         assert process.wait(10) == EXIT_SUPERSEDED
+
+
+def test_one_process_of_a_node_looks_for_newer_starts_and_the_next_when_it_ends(tmp_path):
+    number = starts.take(tmp_path, "old")
+    program = (
+        "import os, sys, time, pathlib\nfrom longseq import starts\nstarts.POLL_SECONDS = 0.1\n"
+        "note = lambda event, _: event == 'os.listdir' and os.write(1, b'%d\\n' % os.getpid())\n"
+        f"starts.watch(pathlib.Path(sys.argv[1]), {number}, lambda text: None)\n"
+        "sys.addaudithook(note)\ntime.sleep(60)\n"
+    )
+    reading, writing = os.pipe()
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    processes = [subprocess.Popen(command, stdout=writing) for _ in range(3)]
+    try:
+        with os.fdopen(reading) as looked:
+            first = {int(looked.readline()) for _ in range(20)}
+            assert len(first) == 1
+            next(process for process in processes if process.pid in first).kill()
+            while (second := int(looked.readline())) in first:
+                pass
+            assert {int(looked.readline()) for _ in range(20)} == {second}
+            starts.take(tmp_path, "new")
+            codes = sorted(process.wait(30) for process in processes)
+        assert codes == [-signal.SIGKILL, EXIT_SUPERSEDED, EXIT_SUPERSEDED]
+    finally:
+        os.close(writing)
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def test_progress_is_read_as_it_was_written(tmp_path):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 import random
+import resource
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -252,3 +255,26 @@ def test_no_descriptor_is_left_open(get, server: Server, tmp_path: Path):
     get()
     get()
     assert sum(1 for _ in Path("/proc/self/fd").iterdir()) <= before + 1  # the server may have one left
+
+
+def test_too_many_open_files_are_not_taken_for_the_network(get, server: Server, tmp_path: Path, said: list[str]):
+    """Refused by the system itself, while a name is connected to; a wait would not help."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard[0], 256), hard[1]))
+    try:
+        with suppress(OSError):
+            while True:
+                held.append(os.dup(0))
+        with pytest.raises(DataError) as caught:
+            read_document(f"{server.address}{PATH}", patience=QUICK, notice=said.append)
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, hard)
+    assert str(caught.value) == (
+        f"{server.address}{PATH}: no connection can be made (Too many open files); this process has as many files open "
+        "as it may; raise the limit (ulimit -n)."
+    )
+    assert said == []
+    assert len(server.asked) == 0

@@ -31,13 +31,13 @@ def run(args: argparse.Namespace) -> int:
     resolve_sources(config)
     Run.new(config, default_name=args.config.stem)  # a taken name is said before the data are read
     check_data(config)
-    check_origin(config)
+    origin = check_origin(config)
     check_deepspeed(config)
     check_disk(config, user_path(config.run.dir).resolve())
     new = Run.create(config, default_name=args.config.stem)
     with new.locked():
         try:
             new.record_data(identities(config))
-            return train(new, config, checkpoint=None)
+            return train(new, config, checkpoint=None, origin=origin)
         finally:
             new.discard_if_untrained()

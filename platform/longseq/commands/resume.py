@@ -17,6 +17,7 @@ from longseq.commands.training import (
     TAKE_OVER_HELP,
     check_data,
     check_disk,
+    check_origin,
     check_precision,
     refuse_changes,
     say_schedule,
@@ -63,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
                     f"`{run.resume_command} trainer.max_steps={2 * checkpoint.position.step}`."
                 )
         check_data(config)
+        origin = None if checkpoint else check_origin(config)
         check_deepspeed(config)
         check_disk(config, run.path)
         save_config(config, run.config_path)
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             for kept in go_back_to(checkpoint, damaged) if checkpoint else ():
                 print(f"longseq: warning: the damaged one is kept as {kept}", file=sys.stderr)
-            code = train(run, config, checkpoint)
+            code = train(run, config, checkpoint, origin)
         except LongseqError:
             if run.last_good() == checkpoint:  # nothing came of the new settings
                 save_config(before, run.config_path)

@@ -35,13 +35,16 @@ TAKE_OVER_HELP = (
 )
 
 
-def train(run: Run, config: Config, checkpoint: Checkpoint | None) -> int:
-    """Train in processes of their own and say how it ended. Returns the exit code."""
+def train(run: Run, config: Config, checkpoint: Checkpoint | None, origin: Path | None = None) -> int:
+    """Train in processes of their own and say how it ended. Returns the exit code.
+
+    origin: of a training that begins, what :func:`check_origin` has found.
+    """
     remove_partials(run.checkpoints_dir)  # of a start that was killed
     run = run.begin(words_of(Process.this()))
     began, end = time.monotonic(), "crashed"
     try:
-        code = local.train(run, config.trainer.devices, checkpoint.path if checkpoint else None)
+        code = local.train(run, config.trainer.devices, checkpoint.path if checkpoint else None, origin)
         end = {0: "finished", EXIT_GO_ON: "saved"}.get(code, "stopped at once")
     except LongseqError as error:
         end = f"error {error}"
@@ -245,14 +248,17 @@ def _refuse_empty_splits(config: Config, report: ScanReport) -> None:
         print(f"longseq: note: data.train: {found.lost('test', *shares, otherwise=otherwise)}.", file=sys.stderr)
 
 
-def check_origin(config: Config) -> None:
+def check_origin(config: Config) -> Path | None:
     """Say what differs from the model whose weights a training begins with.
+
+    Returns:
+        the checkpoint or exported folder that has them, checksums looked at; None where a training begins with none.
 
     Raises:
         LongseqError: if there is no such model, or it reads other tokens.
     """
     if not config.model.init_from:
-        return
+        return None
     try:
         source = find(Path(config.model.init_from))
     except USER_ERRORS as error:
@@ -275,6 +281,7 @@ def check_origin(config: Config) -> None:
     ]
     changes = f", and trained on with {', '.join(words)}" if words else ""
     print(f"weights of {source.folder}, step {source.step}{changes}", file=sys.stderr)
+    return source.folder
 
 
 def _attention(config: Config) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from longseq.config import Config
 from longseq.data import SPLITS, resolve_sources, split_spec
-from longseq.opening import Source, reopen
+from longseq.opening import Source, find
 from longseq_data.sharing import Samples
 from longseq_data.sources import expand_sources
 
@@ -27,7 +27,7 @@ class Request:
 
     def source(self, number: int) -> Source:
         """The model of folder ``number``."""
-        return reopen(Path(self.folders[number]), self.overrides, ema=self.ema)
+        return find(Path(self.folders[number]), self.overrides, ema=self.ema, sums=False)
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)))

@@ -33,8 +33,14 @@ _ECHO_SECONDS = 1.0
 _SOFT = (signal.SIGUSR1, signal.SIGUSR2)
 
 
-def train(run: Run, devices: int, checkpoint: Path | None, *, rehearse: bool = False) -> int:
+def train(
+    run: Run, devices: int, checkpoint: Path | None, origin: Path | None = None, *, rehearse: bool = False
+) -> int:
     """Train a run with ``devices`` processes until it ends; or ``rehearse`` its first steps and keep nothing.
+
+    Args:
+        checkpoint: to go on from.
+        origin: without one, the checkpoint or exported folder whose weights the training begins with.
 
     Returns:
         0 when the last step was reached, ``EXIT_GO_ON`` when stopped and saved, 130 when stopped before the first
@@ -53,7 +59,7 @@ def train(run: Run, devices: int, checkpoint: Path | None, *, rehearse: bool = F
         read_end, write_end = os.pipe()
         try:
             processes = [
-                _start(run, checkpoint, rehearse, rank, devices, Path(reports), read_end, port)
+                _start(run, checkpoint, origin, rehearse, rank, devices, Path(reports), read_end, port)
                 for port in [free_port()]
                 for rank in range(devices)
             ]
@@ -111,6 +117,7 @@ def environment_of(rank: int, world: int, port: int) -> dict[str, str]:
 def _start(
     run: Run,
     checkpoint: Path | None,
+    origin: Path | None,
     rehearse: bool,
     rank: int,
     world: int,
@@ -122,6 +129,7 @@ def _start(
     command = [sys.executable, "-m", "longseq.training.worker", str(run.path), "--start", str(run.start)]
     command += ["--reports", str(reports), "--parent-pipe", str(parent_pipe)]
     command += ["--checkpoint", str(checkpoint)] if checkpoint else []
+    command += ["--origin", str(origin)] if origin else []
     command += ["--rehearse"] if rehearse else []
     output = None
     if rank:

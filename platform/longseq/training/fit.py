@@ -48,11 +48,17 @@ _PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
 def fit(
-    run: Run, config: Config, checkpoint: Checkpoint | None, stop: StopFlag, extra: Sequence[pl.Callback] = ()
+    run: Run,
+    config: Config,
+    checkpoint: Checkpoint | None,
+    stop: StopFlag,
+    extra: Sequence[pl.Callback] = (),
+    origin: Path | None = None,
 ) -> bool:
     """Train until the last step or an agreed stop. Every rank calls it.
 
-    extra: callbacks of who has started this process.
+    extra: callbacks of who has started this process. origin: where the weights lie that a new training begins with,
+    found and checked by one process for all.
 
     Returns:
         True when the last step was reached, False when stopped (and saved) before it.
@@ -60,8 +66,8 @@ def fit(
     check_devices(config)
     start = checkpoint.position.step if checkpoint else 0
     task = LanguageModelling(config)
-    if config.model.init_from and not checkpoint:
-        begin_with(task.model, config)
+    if origin and not checkpoint:
+        begin_with(task.model, origin)
     trainer = build_trainer(run, config, stop, checkpoint)
     trainer.callbacks = [*extra, *trainer.callbacks]  # type: ignore[attr-defined]
     if trainer.is_global_zero:
@@ -93,14 +99,13 @@ def run_to_its_end(
         raise first.failure
 
 
-def begin_with(model: PerformerLM, config: Config) -> None:
-    """Give a new model the weights that model.init_from names.
+def begin_with(model: PerformerLM, origin: Path) -> None:
+    """Give a new model the weights of a checkpoint or an exported folder, whose checksums are known to be right.
 
     Raises:
         LongseqError: if there are none, or they are those of another architecture.
     """
-    assert config.model.init_from
-    load_weights(model, find(Path(config.model.init_from)).weights, may_learn_more=True)
+    load_weights(model, find(origin, sums=False).weights, may_learn_more=True)
 
 
 def build_trainer(run: Run, config: Config, stop: StopFlag, checkpoint: Checkpoint | None) -> pl.Trainer:

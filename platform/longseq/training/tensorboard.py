@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import sys
 import threading
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,18 +12,19 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from longseq import starts
 from longseq.errors import SupersededError
+from longseq.event_files import drop_after
 from longseq.run import Run
+from longseq_data.os_errors import explained
 
 
 class RunLogger(TensorBoardLogger):
     """A run's one event stream, written by its newest start alone."""
 
     def __init__(self, run: Run, start: int):
-        # A resumed run hides the points after its checkpoint, of step ``start``, that the interrupted one still wrote.
+        # By this a TensorBoard that is open hides what it has read of the steps after the checkpoint.
         super().__init__(run.path, name="", version="tensorboard", purge_step=start + 1)
-        self._run, self._checked = run, -math.inf
+        self._run, self._start = run, start
         threading.excepthook = _excepthook
 
     @property
@@ -33,14 +33,20 @@ class RunLogger(TensorBoardLogger):
         """What every point, picture and text goes through.
 
         Raises:
-            SupersededError: if a newer start has the run, at most that many seconds after it took it.
+            SupersededError: if a newer start has the run when this one's first point is written. Later `starts.watch`
+                ends this process: a look at each point would cost a listing of a network's folder.
         """
-        # The thread of `starts.watch` ends a process whose run another one has; a look at each point would cost a
-        # listing of a network's folder each.
-        if time.monotonic() - self._checked >= starts.POLL_SECONDS:
+        if self._experiment is None:
             self._run.check_start()
-            self._checked = time.monotonic()
+            self._forget()
         return super().experiment
+
+    def _forget(self) -> None:
+        try:
+            drop_after(self._run.tensorboard_dir, self._start)
+        except OSError as error:  # the curves are as good; TensorBoard warns of what it hides
+            what = f"points after step {self._start} stay in it"
+            print(f"longseq: warning: {explained(error, what=what)}", file=sys.stderr, flush=True)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from longseq import starts
 from longseq.allocator import keep_freed_memory
-from longseq.errors import EXIT_ERROR, EXIT_GO_ON, USER_ERRORS
+from longseq.errors import EXIT_ERROR, EXIT_GO_ON, EXIT_SUPERSEDED, USER_ERRORS, SupersededError
 from longseq.launch.local import PEER_LOST, rank_log, report_path
 from longseq.run import Run
 from longseq.training.kept_output import keep_output
@@ -29,6 +29,7 @@ def main() -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("--start", type=int, default=0)
     parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--origin", type=Path)
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--reports", type=Path, required=True)
     parser.add_argument("--parent-pipe", type=int, required=True)
@@ -43,7 +44,7 @@ def main() -> int:
         code, sentence = outcome(lambda: _rehearse(run), run)
     else:
         starts.watch(run.starts_dir, run.start, partial(report.write_text, encoding="utf-8"))
-        code, sentence = outcome(lambda: _train(run, args.checkpoint), run)
+        code, sentence = outcome(lambda: _train(run, args.checkpoint, args.origin), run)
     if sentence and code == PEER_LOST:
         print(f"longseq: warning: rank {os.environ['RANK']} {sentence}.", file=sys.stderr, flush=True)
     elif sentence:
@@ -64,6 +65,10 @@ def outcome(work: Callable[[], int], run: Run) -> tuple[int, str | None]:
         return EXIT_ERROR, f"{explained(error, error.filename or run.path)}. Then go on with `{run.resume_command}`."
     except RuntimeError as error:
         if _peer_lost(error):
+            try:
+                run.check_start()  # the other one has seen a newer start, perhaps
+            except SupersededError as superseded:
+                return EXIT_SUPERSEDED, str(superseded)
             return PEER_LOST, f"lost its connection to another process ({_first_sentence(error)})"
         if type(error).__name__ != "OutOfMemoryError":
             raise
@@ -74,7 +79,7 @@ def outcome(work: Callable[[], int], run: Run) -> tuple[int, str | None]:
         return EXIT_ERROR, sentence
 
 
-def _train(run: Run, checkpoint_path: Path | None) -> int:
+def _train(run: Run, checkpoint_path: Path | None, origin: Path | None) -> int:
     raise_open_files()
     from longseq.training.callbacks.stopping import StopFlag
 
@@ -91,7 +96,7 @@ def _train(run: Run, checkpoint_path: Path | None) -> int:
         keep_freed_memory()
     config = run.config()
     stop.time_limit = config.time_limit_seconds
-    finished = fit(run, config, Checkpoint(checkpoint_path) if checkpoint_path else None, stop)
+    finished = fit(run, config, Checkpoint(checkpoint_path) if checkpoint_path else None, stop, origin=origin)
     return 0 if finished else EXIT_GO_ON
 
 

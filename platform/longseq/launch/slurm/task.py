@@ -105,20 +105,22 @@ def _train(run: Run, overrides: tuple[str, ...], place: Place, limits: Limits, s
     if place.rank == 0:
         print(f"preflight {line}", file=sys.stderr, flush=True)
     # One looks at the checkpoints, whose sums take their time, and tells the others.
-    chosen = _begin(run, config) if place.rank == 0 else ""
+    chosen, origin = _begin(run, config) if place.rank == 0 else ("", "")
     watching = []
     if store is not None:
         os.environ["MASTER_PORT"] = str(store.port)
         silent = starts.path_of(run.starts_dir, run.start, "silent")
         watching.append(Watchdog(place, store.port, limits.hang_seconds, silent, lost))
         if place.rank == 0:
+            store.set("origin", origin)
             store.set("checkpoint", chosen)
         store.set_timeout(_LONG)
-        chosen = store.get("checkpoint").decode()
+        chosen, origin = (store.get(name).decode() for name in ("checkpoint", "origin"))
     if chosen == _FINISHED:
         return 0
     checkpoint = Checkpoint(run.checkpoints_dir / chosen) if chosen else None
-    return 0 if fit(run, config, checkpoint, stop, watching) else EXIT_GO_ON
+    finished = fit(run, config, checkpoint, stop, watching, Path(origin) if origin else None)
+    return 0 if finished else EXIT_GO_ON
 
 
 def _why(error: Exception) -> str:
@@ -126,13 +128,14 @@ def _why(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:_MOST_LETTERS]
 
 
-def _begin(run: Run, config: Config) -> str:
+def _begin(run: Run, config: Config) -> tuple[str, str]:
     """What one process does for all: look at the data, and find where to go on.
 
     Returns:
-        the name of a checkpoint, nothing for a run that has none, or "finished".
+        the name of a checkpoint, nothing for a run that has none, or "finished"; and where the weights lie that a run
+        without checkpoints begins with, if with any.
     """
-    from longseq.commands.training import check_data, check_precision
+    from longseq.commands.training import check_data, check_origin, check_precision
     from longseq.data import identities
     from longseq.training.deepspeed_settings import check_deepspeed
 
@@ -145,14 +148,14 @@ def _begin(run: Run, config: Config) -> str:
     for problem in damaged:
         _say(f"{problem} Going back to the one before it.", "warning")
     if checkpoint is None:
-        return ""
+        return "", str(check_origin(config) or "")
     check_precision(checkpoint, config)
     for kept in go_back_to(checkpoint, damaged):
         _say(f"the damaged one is kept as {kept}", "warning")
     if checkpoint.position.step >= config.trainer.max_steps:
         run.mark_finished(checkpoint.position.step)
-        return _FINISHED
-    return checkpoint.path.name
+        return _FINISHED, ""
+    return checkpoint.path.name, ""
 
 
 def _redirect(run: Run, rank: int) -> None:
