@@ -105,7 +105,7 @@ def test_an_untrained_run_is_removed(run):
 
 
 def test_a_run_that_failed_before_its_first_step_gives_its_name_back(run):
-    """The keys are written before it, and the time that the start took is no part of a curve."""
+    """The run's keys are written before it."""
     with SummaryWriter(run.tensorboard_dir, purge_step=1) as curves:
         for summary in hparams({"optim.lr": 0.1}, {"valid/loss": 0.0}):
             curves.file_writer.add_summary(summary)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,8 @@ from pathlib import Path
 from longseq.curves import read_curves
 from longseq_data.files import write_text
 from longseq_data.os_errors import lock
+
+_ASIDE = ".partial-"
 
 
 def keep_json(report: object, path: Path) -> None:
@@ -64,8 +67,10 @@ def _put_events(folder: Path, steps: Mapping[int, list], replaced: list[Path], s
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+    for rest in folder.glob(f"{_ASIDE}*"):  # of one that was killed: TensorBoard shows it as a run of its own
+        shutil.rmtree(rest, ignore_errors=True)
     now = time.time()
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
+    with tempfile.TemporaryDirectory(prefix=_ASIDE, dir=folder) as partial:
         writer = EventFileWriter(partial, filename_suffix=suffix)
         for at, values in steps.items():
             writer.add_event(Event(step=at, summary=Summary(value=values), wall_time=now))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import shutil
 import subprocess
 from pathlib import Path
 from threading import Thread
@@ -137,6 +138,15 @@ def test_points_of_an_evaluation_take_the_place_of_earlier_ones(tmp_path):
         keeping.add_points(tmp_path / "evaluation", {"test/loss": value}, step)
     assert curve_of(tmp_path / "evaluation", "test/loss") == {10: 2.5, 20: 2.0}
     assert len(list((tmp_path / "evaluation").glob("*tfevents*"))) == 1
+
+
+def test_what_a_killed_evaluation_left_is_no_run_in_tensorboard(tmp_path):
+    folder = tmp_path / "evaluation"
+    keeping.add_points(folder, {"test/loss": 3.0}, 10)
+    shutil.copytree(folder, folder / ".partial-0123abcd")
+    keeping.add_points(folder, {"test/loss": 2.0}, 20)
+    assert [path for path in folder.iterdir() if path.is_dir()] == []
+    assert curve_of(folder, "test/loss") == {10: 3.0, 20: 2.0}
 
 
 def test_evaluations_at_the_same_time_lose_no_points(tmp_path):
