@@ -10,9 +10,10 @@ import torch
 from longseq.cli import main
 from longseq.commands.training import check_origin
 from longseq.config_loading import load_config
-from longseq.data import resolve_sources, vocabulary
+from longseq.data import identities, resolve_sources, vocabulary
 from longseq.errors import ConfigError, RunError
 from longseq.exporting import write_folder
+from longseq.launch.slurm.task import _begin
 from longseq.models.performer import PerformerLM
 from longseq.run import Run
 from longseq.training.fit import begin_with
@@ -65,6 +66,16 @@ def test_a_run_goes_on_when_the_folder_it_began_with_is_gone(exported, folder):
     run = Run.create(config, "unused")
     shutil.rmtree(folder / "model")
     assert Run.open(run.path).config(("trainer.max_steps=9",)).performer_spec(29) == config.performer_spec(29)
+
+
+def test_a_job_begins_with_the_model_until_it_has_a_checkpoint_of_its_own(exported, folder, publish):
+    config = load_config("small.yaml", [DATA, "model.init_from=model", "run.name=new"])
+    resolve_sources(config)
+    run = Run.create(config, "unused").begin("slurm job 1, restart 0, on node1")
+    run.record_data(identities(config))
+    assert _begin(run, run.config()) == ("", str(folder / "model"))
+    shutil.copytree(publish(3).path, run.checkpoints_dir / "step-00000003.ckpt")
+    assert _begin(run, run.config()) == ("step-00000003.ckpt", "")
 
 
 def test_what_differs_from_the_model_is_said_at_the_start(exported, capsys):
