@@ -91,10 +91,8 @@ def _next(worker: subprocess.Popen[bytes]) -> Parcel | None:
         item = _read(worker.stdout)  # type: ignore[arg-type]
         if item is _GONE:
             code = worker.wait()
-            how = (
-                f"was killed by signal {-code}, perhaps because memory ended" if code < 0 else f"ended with code {code}"
-            )
-            raise RuntimeError(f"a process that prepares batches {how}; lower data.workers if it is memory.") from None
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+            raise RuntimeError(f"A process that prepares batches {how}; if memory ended, lower data.workers.")
         if isinstance(item, logging.LogRecord):
             logger = logging.getLogger(item.name)
             if logger.isEnabledFor(item.levelno):

@@ -145,13 +145,12 @@ def test_a_killed_worker_is_said(make_spec):
     next(batches)
     (worker,) = set(children(os.getpid())) - before
     os.kill(worker, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match=r"^A process that prepares batches was killed by signal 9; if memory ended"):
+    with pytest.raises(RuntimeError, match=r"^A process that prepares batches was killed by signal 9; if memory "):
         list(islice(batches, 1000))
 
 
-def test_what_fails_in_a_worker_is_raised_as_it_is(make_spec, write, tmp_path):
-    source = Path(write("gone.fasta", ">a\nACD\n"))
-    spec = make_spec(sources=(str(source),), split=None)
+def test_what_fails_in_a_worker_is_raised_as_it_is(make_spec):
+    spec = make_spec(split=None)
     object.__setattr__(spec, "shuffle_buffer", "many")  # a fault of a program, not of data
     with pytest.raises(TypeError) as caught:
         next(iter(Loader(TrainingBatches(spec, batch_sequences=1, accumulate=1, rank=0, world=1), 1)))
