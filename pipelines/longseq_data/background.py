@@ -26,7 +26,7 @@ from logging.handlers import QueueHandler
 from typing import IO, Any
 
 from .parcels import Parcel, pack
-from .sharing import Arrays, Evaluation, Training
+from .sharing import Evaluation, Training
 
 # The empty entry is the working directory, where a pickle.py may lie.
 _BEGIN = (
@@ -35,8 +35,6 @@ _BEGIN = (
 )
 # What a scheduler or a terminal sends to all processes of a job is meant for the parent, which ends its workers itself.
 _FOR_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-
-
 _LENGTH = struct.Struct("<Q")
 _GONE = object()
 
@@ -138,13 +136,13 @@ def work() -> None:
     if plan is not None:
         ready.maxsize = max(1, prefetch - 2)  # one more is being written, and one made
     while passes.get() and plan is not None:
-        ready.put(_pickled(_prepare(plan.arrays(number, count), ready)))
+        ready.put(_pickled(_prepare(plan, number, count, ready)))
 
 
-def _prepare(batches: Iterator[Arrays], ready: queue.Queue[bytes]) -> Exception | None:
+def _prepare(plan: Training | Evaluation, number: int, count: int, ready: queue.Queue[bytes]) -> Exception | None:
     """One pass: how it ended."""
     try:
-        for arrays in batches:
+        for arrays in plan.arrays(number, count):  # which may fail at once
             ready.put(_pickled(pack(arrays)))
     except Exception as error:
         return _portable(error)

@@ -17,6 +17,7 @@ import torch
 
 from longseq_data.batches import EvaluationBatches, Loader, TrainingBatches
 from longseq_data.corpus_samples import CorpusSpec
+from longseq_data.errors import DataError
 from longseq_data.prepare import prepare
 from longseq_data.prepare_config import PrepareConfig
 
@@ -164,3 +165,14 @@ def test_warnings_of_a_worker_are_logged_here_once(make_spec, write, caplog):
     list(islice(loader, 4))
     assert len(caplog.messages) == 1
     assert "J" in caplog.messages[0]
+
+
+def test_a_corpus_that_is_gone_is_said_by_its_workers(tmp_path):
+    spec = CorpusSpec(str(tmp_path / "gone"), "train", 48, "concat", "causal", 5)
+    said = []
+    for workers in (0, 2):
+        with pytest.raises(DataError) as caught:
+            next(iter(Loader(TrainingBatches(spec, batch_sequences=4, accumulate=1, rank=0, world=1), workers)))
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+    assert "gone" in said[0]
