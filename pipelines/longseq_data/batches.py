@@ -6,20 +6,17 @@ many ranks, workers or micro-batches share the work, and a resume needs nothing 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Iterator
 
+import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
-from .errors import DataError
-from .os_errors import explained
-from .parcels import Parcel, pack, unpack
-from .sharing import Arrays, MakeBatch, Samples, Share
+from .background import Background
+from .parcels import Parcel, pack
+from .sharing import Arrays, Evaluation, Samples, Share, Training
 
 Batch = dict[str, Tensor]
-Item = TypeVar("Item")
 
 
 class TrainingBatches(IterableDataset[Batch]):
@@ -28,7 +25,7 @@ class TrainingBatches(IterableDataset[Batch]):
     A step takes the next G = world · accumulate · batch_sequences samples of the global order (with packing "bucket" as
     many as its tokens allow: see CorpusSpec). Sample g belongs to rank g mod world; the samples of a rank, in ascending
     order, form ``accumulate`` micro-batches. Worker w of W yields every W-th micro-batch, which is the order in which a
-    DataLoader asks for them.
+    Loader, and a DataLoader of torch, asks for them.
 
     Each batch holds, with B = batch_sequences and L the longest sample of the micro-batch:
         tokens        (B, L) int64, the vocabulary's pad after the end of a sample
@@ -51,9 +48,11 @@ class TrainingBatches(IterableDataset[Batch]):
 
     def arrays(self) -> Iterator[Arrays]:
         """The batches of this worker as NumPy arrays."""
-        worker, _ = _this_worker()
-        one_voice = self.share.rank == 0 and worker == 0  # of many is enough to warn
-        return _of_this_worker(self.spec.training(self.start, self.share, one_voice))
+        return self.plan.arrays(*_this_worker())
+
+    @property
+    def plan(self) -> Training:
+        return Training(self.spec, self.share, self.start)
 
 
 class EvaluationBatches(IterableDataset[Batch]):
@@ -77,24 +76,21 @@ class EvaluationBatches(IterableDataset[Batch]):
 
     def arrays(self) -> Iterator[Arrays]:
         """The batches of this worker as NumPy arrays."""
-        return _of_this_worker(self.spec.evaluation(self.share, self.max_samples))
+        return self.plan.arrays(*_this_worker())
 
-
-def _of_this_worker(batches: Iterator[MakeBatch]) -> Iterator[Arrays]:
-    worker, workers = _this_worker()
-    for number, make in enumerate(batches):
-        if number % workers == worker:
-            yield make()
+    @property
+    def plan(self) -> Evaluation:
+        return Evaluation(self.spec, self.share, self.max_samples)
 
 
 class Loader:
     """The batches of ``dataset``, prepared by ``workers`` background processes (0: by this one), in the same order.
 
-    A DataLoader whose workers hand on a DataError, and an OSError's sentence, as it is: torch glues the worker's
-    traceback to the message of an exception. Here the worker sends the sentence as an item, and the exception is raised
-    in this process. Batches cross the border between processes in small types, which costs a quarter of the time, and
-    become int64 here, in pinned memory where ``pin_memory`` asks for it. There is no length: Lightning iterates until
-    the end, or max_steps.
+    The processes are started anew and not forked, need no torch, and pass over the stop signals that reach a whole job;
+    they end with this one. A DataError of theirs is raised here as it is; RuntimeError says that one was killed.
+    Batches cross the border between processes in small types, which costs a quarter of the time, and become int64 here,
+    in pinned memory where ``pin_memory`` asks for it. There is no length: Lightning iterates until the end, or
+    max_steps.
 
     prefetch: batches that each worker prepares ahead. persistent: workers stay for the next pass.
     """
@@ -108,51 +104,41 @@ class Loader:
         persistent: bool = False,
     ) -> None:
         self.dataset = dataset
+        self.workers = workers
         self.pin_memory = pin_memory
-        messages = _Messages(dataset)
-        # in this process a DataLoader does nothing but take its time
-        self._items: Iterable[Parcel | _Failure] = (
-            messages
-            if not workers
-            else DataLoader(
-                messages,
-                batch_size=None,
-                num_workers=workers,
-                prefetch_factor=prefetch,
-                persistent_workers=persistent,
-                collate_fn=_as_is,
-            )
-        )
+        self.prefetch = prefetch
+        self.persistent = persistent
+        self._kept: Background | None = None
 
     def __iter__(self) -> Iterator[Batch]:
-        for item in self._items:
-            if isinstance(item, _Failure):
-                raise DataError(item.sentence)
-            yield unpack(item, self.pin_memory)
+        parcels = self._from_workers() if self.workers else map(pack, self.dataset.arrays())
+        for parcel in parcels:
+            yield unpack(parcel, self.pin_memory)
 
-
-@dataclass(frozen=True)
-class _Failure:
-    sentence: str
-
-
-class _Messages(IterableDataset["Parcel | _Failure"]):
-    """The batches of a dataset, packed; a DataError, or an OSError in a sentence, becomes the last item."""
-
-    def __init__(self, dataset: TrainingBatches | EvaluationBatches) -> None:
-        self.dataset = dataset
-
-    def __iter__(self) -> Iterator[Parcel | _Failure]:
+    def _from_workers(self) -> Iterator[Parcel]:
+        background, self._kept = self._kept, None
+        if background is None:
+            background = Background(self.dataset.plan, self.workers, self.prefetch)
         try:
-            yield from map(pack, self.dataset.arrays())
-        except DataError as error:
-            yield _Failure(str(error))
-        except OSError as error:
-            yield _Failure(f"{explained(error, what='the data cannot be read')}.")
+            yield from background.one_pass()
+            if self.persistent:
+                self._kept = background
+        finally:
+            if self._kept is not background:
+                background.close()
 
 
-def _as_is(item: Item) -> Item:
-    return item
+def unpack(parcel: Parcel, pin_memory: bool = False) -> dict[str, Tensor]:
+    """The batch as int64 tensors; ``pin_memory``: each contiguous, in memory that a GPU can fetch by itself."""
+    batch = {name: torch.tensor(number) for name, number in parcel.numbers.items()}
+    bases = [torch.from_numpy(base) for base in parcel.bases]
+    if pin_memory:
+        for name, view in parcel.views.items():
+            batch[name] = torch.empty(view.shape, dtype=torch.int64, pin_memory=True).copy_(view.of(bases))
+    else:
+        wide = [base.long() for base in bases]
+        batch.update({name: view.of(wide) for name, view in parcel.views.items()})
+    return batch
 
 
 def _this_worker() -> tuple[int, int]:

@@ -1,16 +1,17 @@
-"""Batches on their way from a worker process: in small types, and each piece of memory once."""
+"""Batches on their way from a worker process: in small types, and each piece of memory once. No torch here."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from .sharing import Arrays
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class View(NamedTuple):
@@ -52,16 +53,3 @@ def pack(arrays: Arrays) -> Parcel:
         strides = tuple(step // array.itemsize for step in array.strides)
         views[name] = View(places[id(base)], array.shape, strides, offset)
     return Parcel(bases, views, numbers)
-
-
-def unpack(parcel: Parcel, pin_memory: bool = False) -> dict[str, Tensor]:
-    """The batch as int64 tensors; ``pin_memory``: each contiguous, in memory that a GPU can fetch by itself."""
-    batch = {name: torch.tensor(number) for name, number in parcel.numbers.items()}
-    bases = [torch.from_numpy(base) for base in parcel.bases]
-    if pin_memory:
-        for name, view in parcel.views.items():
-            batch[name] = torch.empty(view.shape, dtype=torch.int64, pin_memory=True).copy_(view.of(bases))
-    else:
-        wide = [base.long() for base in bases]
-        batch.update({name: view.of(wide) for name, view in parcel.views.items()})
-    return batch

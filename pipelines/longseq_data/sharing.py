@@ -45,6 +45,37 @@ class Share:
         return self.world * self.rank_samples
 
 
+@dataclass(frozen=True)
+class Training:
+    """The micro-batches of a rank without end, to be shared out among workers; see batches.TrainingBatches."""
+
+    spec: Samples
+    share: Share
+    start: int = 0
+
+    def arrays(self, worker: int, workers: int) -> Iterator[Arrays]:
+        one_voice = self.share.rank == 0 and worker == 0  # of many is enough to warn
+        return _every(self.spec.training(self.start, self.share, one_voice), worker, workers)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The batches of a rank in one pass, to be shared out among workers; see batches.EvaluationBatches."""
+
+    spec: Samples
+    share: Share
+    max_samples: int | None = None
+
+    def arrays(self, worker: int, workers: int) -> Iterator[Arrays]:
+        return _every(self.spec.evaluation(self.share, self.max_samples), worker, workers)
+
+
+def _every(batches: Iterator[MakeBatch], worker: int, workers: int) -> Iterator[Arrays]:
+    for number, make in enumerate(batches):
+        if number % workers == worker:
+            yield make()
+
+
 class Samples(Protocol):
     """One split of some data, as samples in an order that is a function of the settings alone."""
 

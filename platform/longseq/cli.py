@@ -137,7 +137,7 @@ def _refuse_bytes(argv: Sequence[str]) -> None:
         if any("\udc80" <= letter <= "\udcff" for letter in word):  # Python's stand-ins for bytes
             why = "this terminal's locale has no such letters; set LC_ALL=C.UTF-8"
             if "\ufffd" in os.fsencode(word).decode(errors="replace"):
-                why = "this name is not UTF-8, so no configuration can hold it; rename it"
+                why = "it is not UTF-8, so no configuration can hold it; write it in UTF-8, or rename the file"
             raise LongseqError(f"argument {word!a}: {why}.")
 
 

@@ -46,7 +46,6 @@ def resolve_sources(config: Config) -> None:
         )
     if is_corpus(data.train[0]):
         _check_corpus(config, read_manifest(Path(data.train[0])))
-    _fit_parts(config)
     tokens = vocabulary(config)
     if tokens.name == "pixels":
         check_pixels(config)
@@ -67,10 +66,10 @@ _SHORT = 1 << 25
 _LEAST_PART = 64  # bytes, as of the key
 
 
-def _fit_parts(config: Config) -> None:
-    """Read few short texts in parts small enough for each share that is held out of them, and say so.
+def fit_parts(config: Config) -> None:
+    """For a new run: read few short texts in parts small enough for each share held out of them, and say so.
 
-    Nothing changes where the parts of data.part_bytes fill the training and the validation split.
+    The sources are resolved. Nothing changes where the parts of data.part_bytes fill the training and the validation split.
     """
     data = config.data
     if is_corpus(data.train[0]):

@@ -55,7 +55,7 @@ def trained(tmp_path_factory) -> Path:
 def test_an_argument_that_is_not_utf8_is_refused_in_one_sentence(trained, words):
     ended = longseq(*words, folder=trained)
     assert ended.code == 1
-    assert "this name is not UTF-8, so no configuration can hold it; rename it." in ended.sentence
+    assert "it is not UTF-8, so no configuration can hold it; write it in UTF-8, or rename the file." in ended.sentence
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,9 @@ def test_an_output_that_is_full_is_said(trained):
             [LONGSEQ, "data", "inspect", "good.fasta"], cwd=trained, stdout=full, stderr=subprocess.PIPE
         )
     assert done.returncode == 1
-    assert done.stderr.decode().splitlines()[-1] == "longseq: error: input or output: No space left on device."
+    assert done.stderr.decode().splitlines()[-1] == (
+        "longseq: error: input or output: No space left on device; make room, or choose another disk."
+    )
     assert b"Traceback" not in done.stderr
 
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
+from longseq.cli import main
 from longseq.commands.data.inspect import add_arguments
 from longseq.commands.data.inspect import run as inspect
 from longseq.commands.training import FIXED, check_data, refuse_changes
+from longseq.config import DataConfig
 from longseq.config_loading import load_config
-from longseq.data import identities, resolve_sources, split_spec
+from longseq.data import fit_parts, identities, resolve_sources, split_spec
 from longseq.errors import RunError
 from longseq.run import Run
 from longseq_data.errors import DataError
@@ -26,6 +32,7 @@ from longseq_data.streaming import StreamSpec
 def checked(*overrides: str) -> object:
     config = load_config("small.yaml", list(overrides))
     resolve_sources(config)
+    fit_parts(config)
     check_data(config)
     return config
 
@@ -73,6 +80,81 @@ def test_the_fraction_that_is_advised_fills_the_split(folder: Path, records: int
     config = checked("data.train=few.fasta", *filter(None, advised.groups()))
     for split in ("train", "valid"):
         assert list(documents_in_file_order(split_spec(config, split)))  # type: ignore[arg-type]
+
+
+def rows(kind: str, names: list[str]) -> str:
+    """A source of so many records of 30 letters, each with its name; a name of pictures and texts is that of a file."""
+    if kind == "jsonl":
+        Path("d.jsonl").write_text("".join(json.dumps({"id": name, "text": "abc" * 10}) + "\n" for name in names))
+        return "d.jsonl"
+    if kind == "parquet":
+        table = pa.table({"id": names, "text": ["abc" * 10] * len(names)})
+        pq.write_table(table, "d.parquet", row_group_size=3)
+        return "d.parquet"
+    Path("d").mkdir()
+    for number, name in enumerate(names):
+        if kind == "text":
+            Path("d", name).write_text("abc" * 10)
+        else:
+            Image.new("RGB", (4, 4), (number, 2, 3)).save(f"d/{name}")
+    return "d"
+
+
+def of_kind(kind: str, count: int) -> list[str]:
+    return [f"r{i}{ {'text': '.txt', 'images': '.png'}.get(kind, '') }" for i in range(count)]
+
+
+KINDS = ["jsonl", "parquet", "images"]
+SMALL = ["data.image_size=4", "data.packing=crop"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_records_of_every_format_are_where_their_identifiers_put_them(folder: Path, kind: str) -> None:
+    names = of_kind(kind, 90)
+    more = SMALL if kind == "images" else []
+    found = splits_of(checked(f"data.train={rows(kind, names)}", *more, "data.valid_fraction=0.2"))
+    names = [f"d/{name}" for name in names] if kind == "images" else names  # with its folder, a class
+    place = {}
+    for name in names:  # by the definition, in words of its own
+        digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+        place[name] = (int.from_bytes(digest, "big") // 2**11) / 2**53
+    assert sorted(found["valid"]) == sorted(name for name in names if place[name] < 0.2)
+    test = DataConfig().test_fraction
+    assert sorted(found["test"]) == sorted(name for name in names if 0.2 <= place[name] < 0.2 + test)
+    assert sorted(found["train"]) == sorted(name for name in names if place[name] >= 0.2 + test)
+    assert found["train"]
+    assert found["valid"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_split_without_records_of_any_format_is_refused_and_the_advice_works(
+    folder: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    more = SMALL if kind == "images" else []
+    source = rows(kind, of_kind(kind, 3))
+    before = sorted(folder.rglob("*"))
+    assert main(["fit", "small.yaml", f"data.train={source}", *more]) == 1
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith(
+        "longseq: error: data.train: the hash of the identifiers puts none of the 3 records into validation with "
+        "data.valid_fraction="
+    )
+    assert sorted(folder.rglob("*")) == before
+    advised = re.search(r"set (data.valid_fraction=[\d.]+)(?: and (data.test_fraction=[\d.]+))?", last)
+    assert advised
+    config = checked(f"data.train={source}", *more, *filter(None, advised.groups()))
+    for split in ("train", "valid"):
+        assert list(documents_in_file_order(split_spec(config, split)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_rows_of_one_identifier_are_refused_in_every_table(
+    folder: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    assert main(["fit", "small.yaml", f"data.train={rows(kind, ['same'] * 40)}"]) == 1
+    *_, last = capsys.readouterr().err.splitlines()
+    assert "none of the 40 records into validation" in last
+    assert "all of them have the identifier 'same'" in last
 
 
 def test_one_record_is_not_asked_to_be_split(folder: Path) -> None:

@@ -18,7 +18,7 @@ from longseq.commands.key_help import help_on_keys
 from longseq.commands.training import check_data, check_disk, check_origin
 from longseq.config import Config
 from longseq.config_loading import load_config
-from longseq.data import SPLITS, resolve_sources, vocabulary
+from longseq.data import SPLITS, fit_parts, resolve_sources, vocabulary
 from longseq.errors import EXIT_ERROR, USER_ERRORS
 from longseq.launch import local
 from longseq.launch.memory import MemoryEstimate, estimate, gib
@@ -91,6 +91,7 @@ def _config(args: argparse.Namespace) -> tuple[Config, str]:
 
 def _data(config: Config) -> tuple[Config, str]:
     resolve_sources(config)
+    fit_parts(config)
     check_data(config)
     check_origin(config)
     files = {split: len(getattr(config.data, split)) for split in SPLITS}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import multiprocessing
 import os
 import resource
 import sys
@@ -150,8 +149,6 @@ def leave(code: int) -> None:
     The threads of gloo and other native libraries race with that, and now and then one aborts a process whose work is
     done ("terminate called without an active exception"). Everything is on the disk by now.
     """
-    for child in multiprocessing.active_children():  # loaders' workers
-        child.terminate()
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -183,7 +183,7 @@ def test_what_cannot_be_sampled_is_refused(trained, refused, folder):
     assert "model.objective=masked" in refused("sample", masked)
     (folder / "holes.fasta").write_text(">a b\nMK?L\n")
     assert "model.objective=causal" in refused("sample", causal, "--infill", "holes.fasta")
-    assert "not UTF-8 from position 3" in refused("sample", causal, "--prompt", "MK\udcff")
+    assert "not UTF-8" in refused("sample", causal, "--prompt", "MK\udcff")
     (folder / "odd.fasta").write_text(">a b\nmk?\nL*L\n")
     assert "odd.fasta, line 3: '*' in record 'a'" in refused("sample", masked, "--infill", "odd.fasta")
     (folder / "whole.fasta").write_text(">a\nMKV\n")
