@@ -217,7 +217,8 @@ def _open_hub(source: str) -> datasets.IterableDataset:
         stream = datasets.load_dataset(
             address.path, address.config, revision=address.revision, split=address.split, streaming=True
         )
-        return stream.decode(False)  # images stay PNG or JPEG until a sample wants them
+        # Images stay PNG or JPEG until a sample wants them. JSON, whose types datasets 4 does not know, has none.
+        return stream.decode(False) if stream.features else stream
     except Exception as error:  # of the Hub, the network, the files
         raise DataError(
             f"{source}: cannot be opened ({one_line(error)[:300]}); check the name, configuration and split, and the "

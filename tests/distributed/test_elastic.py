@@ -127,7 +127,7 @@ def test_bf16_keeps_its_master_weights_from_one_stage_to_another(resumed):
 # ZeRO-2 is shown by test_interruptions.
 SAME = [
     ("trainer.strategy=ddp", "trainer.devices=2"),
-    layout(2, 3),
+    pytest.param(layout(2, 3), marks=pytest.mark.interfaces),
     ("trainer.zero_stage=0", "trainer.precision=bf16"),
     *(pytest.param(how, marks=pytest.mark.long) for how in [("trainer.strategy=single",), layout(2, 0), layout(2, 1)]),
     *(

@@ -49,6 +49,7 @@ MACHINE = {"machine/mfu", "machine/model_tflops_a_step", "machine/model_tflops_a
 TIMES = {"time/data_ms", "time/step_ms", "time/checkpoint_seconds"}
 
 
+@pytest.mark.interfaces
 def test_every_curve_is_there(whole: Path) -> None:
     scalars = set(stream(whole).Tags()["scalars"])
     noise = {f"gradient_noise/{name}" for name in ("noise", "signal", "noise_scale_tokens")}
@@ -73,6 +74,7 @@ def test_checkpoints_have_their_time_at_their_step(whole: Path) -> None:
     assert list(curve(whole, "time/checkpoint_seconds")) == [4, 8, 12, 16, 20]
 
 
+@pytest.mark.interfaces
 def test_pictures_texts_and_histograms_are_there(whole: Path) -> None:
     events = stream(whole)
     for layer in ("attention/layer00", "attention/layer01"):
@@ -86,6 +88,7 @@ def test_pictures_texts_and_histograms_are_there(whole: Path) -> None:
     }
 
 
+@pytest.mark.interfaces
 def test_gradient_histograms_add_up_to_the_gradient_norm(whole: Path) -> None:
     events = stream(whole)
     tags = [tag for tag in events.Tags()["histograms"] if tag.startswith("gradients/")]
@@ -158,6 +161,7 @@ def test_a_killed_and_resumed_run_shows_what_an_unbroken_one_does(folder: Path, 
     assert all(mean[name].equal(expected[name]) for name in expected)
 
 
+@pytest.mark.interfaces
 def test_runs_compare_by_their_keys_and_final_metrics(whole: Path) -> None:
     def content(tag: str) -> HParamsPluginData:
         return HParamsPluginData.FromString(stream(whole).SummaryMetadata(tag).plugin_data.content)

@@ -10,6 +10,8 @@ from longseq.config import Config
 from longseq.config_loading import described_keys, load_config, save_config
 from longseq.errors import ConfigError
 
+pytestmark = pytest.mark.interfaces
+
 DATA = "data:\n  train: [proteins.fasta]\n"  # two lines: what a test adds begins on line 3
 
 

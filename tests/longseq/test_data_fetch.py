@@ -142,6 +142,7 @@ def test_a_mistake_is_one_sentence(more: list[str], sentence: str, server: Serve
     assert sentence in ended.sentence
 
 
+@pytest.mark.interfaces
 def test_a_terminal_shows_a_bar(server: Server, tmp_path: Path):
     server.mood(PATH, Mood(cut_after=300_000))
     ours, theirs = pty.openpty()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -206,3 +208,34 @@ def test_what_cannot_be_exported_or_opened_is_said_in_one_sentence(trained, fold
         assert sentence in capsys.readouterr().err
     assert not (folder / "new").exists()
     assert not list(folder.glob(".*.partial"))
+
+
+STUB = """
+from dataclasses import dataclass
+__version__, __path__ = {version!r}, []
+AutoConfig = AutoModelForCausalLM = AutoModelForMaskedLM = GenerationMixin = PretrainedConfig = PreTrainedModel = object
+import sys, types
+@dataclass
+class CausalLMOutputWithPast:
+    {state}: object = None
+outputs = sys.modules["transformers.modeling_outputs"] = types.ModuleType("transformers.modeling_outputs")
+outputs.CausalLMOutputWithPast, outputs.MaskedLMOutput = CausalLMOutputWithPast, object
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "sentence"),
+    [
+        (STUB.format(version="4.57.6", state="past_key_values"), "cannot work with transformers 4.57.6: pip install"),
+        (STUB.format(version="5.99.0", state="state"), "cannot work with transformers 5.99.0: pip install"),
+        ("__version__ = '4.0.0'", "needs transformers (cannot import name 'AutoConfig'"),
+        ("raise ImportError('no torch')", "needs transformers (no torch): pip install"),
+    ],
+)
+def test_a_transformers_that_cannot_work_is_refused_at_import(tmp_path, module, sentence):
+    (tmp_path / "transformers.py").write_text(module)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import longseq.huggingface"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith(f"ImportError: longseq.huggingface {sentence}")
+    assert "'longseq[huggingface]'" in ended.stderr.splitlines()[-1]

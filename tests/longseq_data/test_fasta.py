@@ -193,6 +193,7 @@ def test_strict_refuses_the_first_unknown_letter(write):
     )
 
 
+@pytest.mark.interfaces
 def test_scan_counts_everything_within_its_budget(proteins):
     from Bio import SeqIO
 

@@ -12,6 +12,8 @@ import pytest
 from longseq_data.gunzip import Gunzip
 from longseq_data.sources import open_binary
 
+pytestmark = pytest.mark.interfaces
+
 TEXT = "".join(random.Random(0).choices("ACDEFGHIKLMNPQRSTVWY\n", k=50_000)).encode() + b"A" * 70_000
 SIZES = (1, 7, 300, 4096, 1 << 18)
 

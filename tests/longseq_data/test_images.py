@@ -19,6 +19,8 @@ from longseq_data.reading import Reading
 from longseq_data.streaming import StreamSpec, evaluation_samples, target_counts, training_samples
 from longseq_data.vocabulary import PIXELS
 
+pytestmark = pytest.mark.interfaces
+
 SIZE = 6
 VALUES = values_of(SIZE)
 

@@ -111,6 +111,7 @@ def test_record_batches_are_closed_when_full(files, tmp_path, monkeypatch):
         assert (tokens >= 20_000 and tokens - last < 20_000) or batch.num_rows == 150
 
 
+@pytest.mark.interfaces
 def test_datasets_opens_a_corpus_without_copying_it(files, tmp_path, small_parts):
     import datasets
     import pyarrow as pa

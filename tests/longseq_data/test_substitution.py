@@ -8,6 +8,8 @@ from Bio.Align import substitution_matrices
 
 from longseq_data.substitution import AMINO_ACIDS, blosum62_process, draw_background, substitute
 
+pytestmark = pytest.mark.interfaces
+
 
 def transition(time: float) -> np.ndarray:
     """exp(Qt) by scaling and squaring a Taylor series: the oracle, and no eigenvectors in it."""

@@ -22,6 +22,8 @@ from longseq_data.streaming import StreamSpec
 from longseq_data.tables import read_hub, read_parquet
 from longseq_data.vocabulary import BYTES
 
+pytestmark = pytest.mark.interfaces
+
 ROWS = [f"row {i}: naïve 日本 {'x' * (i % 5)}" for i in range(53)]
 
 

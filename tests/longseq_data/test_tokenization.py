@@ -15,6 +15,8 @@ from longseq_data.reading import Reading
 from longseq_data.streaming import StreamSpec, evaluation_samples, training_samples
 from longseq_data.tokenization import load_tokenizer, save_tokenizer, tokenise, tokenizer_vocabulary, train_tokenizer
 
+pytestmark = pytest.mark.interfaces
+
 WORDS = [
     "the",
     "quick",

@@ -11,6 +11,8 @@ import torch
 
 from longseq.attention import favor_attention, projection_matrix
 
+pytestmark = pytest.mark.interfaces
+
 peer = pytest.importorskip("performer_pytorch.performer_pytorch", reason="performer-pytorch is not installed")
 
 LENGTH, HEAD_DIM, FEATURES = 150, 32, 64

@@ -43,6 +43,7 @@ def test_more_features_err_less_and_the_models_own_error_is_among_them(trained):
         assert torch.equal(model(batch["tokens"]), before)
 
 
+@pytest.mark.interfaces
 def test_every_picture_is_a_file_and_a_tensorboard_image(trained, longseq, folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -73,6 +73,7 @@ def scripts(site: Site = CLUSTER) -> dict[str, str]:
     }
 
 
+@pytest.mark.interfaces
 @pytest.mark.parametrize("name", ["train", "sweep", "chain", "evaluate", "prepare"])
 def test_a_script_is_the_one_that_was_looked_at(name, request):
     """After a change of the templates look at what `pytest --update-golden` changes, and commit it."""

@@ -67,10 +67,12 @@ def largest_difference(model, tokens, out: Path) -> float:
     ours = find(out).load("cpu")
     assert sum(parameter.numel() for parameter in ours.parameters()) == ours.spec.parameter_count
     with torch.no_grad():
-        theirs = model(input_ids=rows[ours_ids], attention_mask=mask.long()).logits[..., rows]
-        found = ours(ours_ids, mask)
-    assert theirs[mask].std() > 0.1  # there is something to compare
-    return (theirs - found)[mask].abs().max().item()
+        # One at a time: in a batch the ESM of transformers 5.0 counts the padding in its token dropout.
+        each = [rows[ids[keep]][None] for ids, keep in zip(ours_ids, mask, strict=True)]
+        theirs = torch.cat([model(input_ids=ids).logits[0] for ids in each])
+        found = ours(ours_ids, mask)[mask]
+    assert theirs.std() > 0.1  # there is something to compare
+    return (theirs[:, rows] - found).abs().max().item()
 
 
 CASES = [
@@ -83,6 +85,7 @@ CASES = [
 ]
 
 
+@pytest.mark.interfaces
 @pytest.mark.parametrize(("family", "changes"), CASES)
 def test_an_imported_transformer_computes_what_the_original_does(tmp_path, family, changes):
     model, tokens, folder = random_model(family, tmp_path, **changes)
@@ -124,6 +127,7 @@ def test_a_sequence_longer_than_the_learned_positions_is_refused_in_one_sentence
         model(torch.zeros(1, 11, dtype=torch.int64))
 
 
+@pytest.mark.interfaces
 def test_a_text_model_keeps_its_vocabulary_and_has_special_tokens_of_its_own_behind_it(tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
 

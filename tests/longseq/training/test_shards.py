@@ -34,6 +34,7 @@ class Cut:
         pass
 
 
+@pytest.mark.interfaces
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool]
 )

@@ -12,6 +12,8 @@ from longseq.models.performer import PerformerLM
 from longseq.models.spec import PerformerSpec
 from longseq.training.weights import full_state_dict, load_weights, save_weights
 
+pytestmark = pytest.mark.interfaces
+
 SPEC = PerformerSpec(
     vocabulary=11, dim=16, depth=2, heads=2, ffn_dim=32, causal=True, kernel="oprf", features=8, learned_decay=True
 )
