@@ -69,7 +69,7 @@ _LEAST_PART = 64  # bytes, as of the key
 def fit_parts(config: Config) -> None:
     """For a new run: read few short texts in parts small enough for each share held out of them, and say so.
 
-    The sources are resolved. Nothing changes where the parts of data.part_bytes fill the training and the validation split.
+    The sources are resolved. Nothing changes where the parts of data.part_bytes fill the training and validation split.
     """
     data = config.data
     if is_corpus(data.train[0]):
