@@ -266,7 +266,7 @@ def test_relu_without_projection_has_head_dim_features_whatever_is_asked_for():
         ({"kernel": "oprf", "oprf_a": math.nan}, "finite number"),
         ({"kernel": "relu", "oprf_a": -0.1}, "belongs to kernel 'oprf'"),
         ({"dtype": torch.bfloat16}, "float32 or torch.float64"),
-        ({"features": 0}, "positive sizes"),
+        ({"features": 0}, "features must be an integer from 1"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(change, sentence):
