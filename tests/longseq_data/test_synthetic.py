@@ -210,7 +210,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_behind(tmp_path: Path, n
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, hard))  # writing beyond it fails as on a full disk
     try:
-        with pytest.raises(DataError, match=r"cannot be written .* free some space"):
+        with pytest.raises(DataError, match=r"cannot be written .* choose another disk; nothing half-written was left"):
             write_fasta(replace(SMALL, records=2000), tmp_path / name)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -47,11 +47,13 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """
     import torch
 
-    def train(run: Run, devices: int, checkpoint: Path | None, *, rehearse: bool = False) -> int:
+    def train(
+        run: Run, devices: int, checkpoint: Path | None, origin: Path | None = None, *, rehearse: bool = False
+    ) -> int:
         assert devices == 1
         assert not rehearse
         with _unchanged(), warnings.catch_warnings():
-            code, sentence = worker.outcome(lambda: worker._train(run, checkpoint), run)
+            code, sentence = worker.outcome(lambda: worker._train(run, checkpoint, origin), run)
         if sentence:
             raise LongseqError(sentence)
         return code
