@@ -278,7 +278,7 @@ def check_text(name: str, value: Any, meaning: str, place: str) -> None:
     for text in texts:
         if not isinstance(text, str):
             continue
-        if not text.strip():
+        if not text.strip() and not isinstance(value, dict):  # a variable of the environment may be empty
             raise ConfigError(f"{place}: {name}: a text is empty; leave it out, or give one: {meaning}.")
         if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
             what = "a NUL" if "\0" in text else "bytes that are not UTF-8"
