@@ -59,9 +59,8 @@ test-sanitized: $(VENV)/.tests
 		$(BIN)/python -m pytest tests/longseq/attention/test_native.py
 
 test-newest test-oldest: test-%: tests/environments/%.txt
-	$(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
-		--constraint $< --editable '.[test]'
+	$(PYTHON) -m venv --clear .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint $< --editable '.[test]'
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -m "interfaces and not long"
 
 check: $(VENV)/.tests

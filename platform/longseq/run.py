@@ -189,10 +189,17 @@ class Run:
             marker.write_text(f"{step}\n")
 
     def record_start(self, facts: dict[str, object]) -> None:
-        """Append one start's facts to environment.json."""
+        """Append one start's facts to environment.json.
+
+        Raises:
+            RunError: if that file is damaged.
+        """
         self.check_start()
         path = self.path / "environment.json"
-        starts = json.loads(path.read_text()) if path.exists() else []
+        try:
+            starts = list(json.loads(path.read_text())) if path.exists() else []
+        except (ValueError, TypeError):
+            raise _damaged(path) from None
         write_text(path, json.dumps([*starts, facts], indent=2) + "\n")
 
     def record_data(self, identities: dict[str, list[str | None]]) -> None:
@@ -222,7 +229,7 @@ class Run:
         try:
             before = json.loads(self.data_path.read_text())
         except ValueError:
-            raise RunError(f"{self.data_path}: not valid JSON, so it was damaged; remove it to go on.") from None
+            raise _damaged(self.data_path) from None
         for split, now in identities.items():
             for name, old, new in zip(getattr(config.data, split), before.get(split, []), now, strict=False):
                 if None not in (old, new) and old != new:
@@ -289,6 +296,10 @@ class Run:
             file.write(f"{os.getpid()}\n")
             file.flush()
             yield
+
+
+def _damaged(path: Path) -> RunError:
+    return RunError(f"{path}: not valid JSON, so it was damaged; remove it to go on.")
 
 
 def as_typed(path: Path) -> str:

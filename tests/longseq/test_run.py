@@ -76,6 +76,14 @@ def test_every_start_is_added_to_the_environment(run):
     assert json.loads((run.path / "environment.json").read_text()) == [{"step": 0}, {"step": 7}]
 
 
+def test_a_damaged_environment_is_named(run):
+    run.record_start({"step": 0})
+    with (run.path / "environment.json").open("r+") as file:
+        file.truncate(9)
+    with pytest.raises(RunError, match=r"environment\.json: not valid JSON, so it was damaged; remove it to go on"):
+        run.record_start({"step": 7})
+
+
 # held
 
 

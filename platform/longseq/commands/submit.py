@@ -281,16 +281,16 @@ def _submit(args: argparse.Namespace, jobs: list[_Job], memory: str = "") -> int
         after = (f"--dependency=afterany:{ids[-1]}",) if ids else ()
         try:
             number = queue.submit(path, *after)
-        except BaseException:
-            path.unlink()
+            ids.append(number)
+            command = shlex.join(["longseq", *sys.argv[1:]])
+            for index, run in enumerate(job.runs):
+                record_job(run, f"{number}_{index}" if job.array else number, command, path)
+            path.rename(job.place.with_name(f"{job.place.name}-{number}.sbatch"))
+        except BaseException:  # a job that is in no run's folder would train without an owner
             if ids:
                 queue.cancel(ids)
+            path.unlink()
             raise
-        path.rename(job.place.with_name(f"{job.place.name}-{number}.sbatch"))
-        ids.append(number)
-        command = shlex.join(["longseq", *sys.argv[1:]])
-        for index, run in enumerate(job.runs):
-            record_job(run, f"{number}_{index}" if job.array else number, command, path)
     print(f"job     {', '.join(ids)}")
     runs = jobs[0].runs
     if not runs:

@@ -16,7 +16,7 @@ from longseq.config_loading import load_config
 from longseq.errors import LongseqError
 from longseq.launch import local
 from longseq.launch.slurm.queue import Queued
-from longseq.launch.slurm.state import record_job, state_of
+from longseq.launch.slurm.state import jobs_of, record_job, state_of
 from longseq.run import Run
 from longseq.starts import Progress
 
@@ -89,6 +89,28 @@ def test_a_job_that_sbatch_refuses_leaves_no_run(place):
     assert done.returncode == 1
     assert "longseq: error: sbatch: error: invalid partition." in done.stderr
     assert list((place / "runs").iterdir()) == []
+
+
+def test_half_a_line_of_a_full_disk_is_passed_over_and_ended(place):
+    run = a_run(place)
+    record_job(run, "7", "longseq submit", "/a.sbatch")
+    notes = run.slurm_dir / "jobs.jsonl"
+    notes.write_text(notes.read_text() + '{"job": "8", "ti')
+    assert jobs_of(run) == {"7": "/a.sbatch"}
+    record_job(run, "9", "longseq submit", "/b.sbatch")
+    assert jobs_of(run) == {"7": "/a.sbatch", "9": "/b.sbatch"}
+
+
+def test_a_job_that_cannot_be_noted_is_cancelled(place):
+    run = a_run(place)
+    notes = run.slurm_dir / "jobs.jsonl"
+    tool(place, "sbatch", f"import os; os.mkdir({str(notes)!r}); print('12')")  # from now on nothing can be noted
+    tool(place, "squeue", "print('12|PENDING|Resources|1:00:00||N/A')")
+    tool(place, "scancel", f"open({str(place / 'cancelled')!r}, 'w').write(' '.join(sys.argv[1:]))")
+    done = longseq(place, "submit", str(run.path))
+    assert done.returncode == 1
+    assert "jobs.jsonl" in done.stderr
+    assert (place / "cancelled").read_text().split()[-1] == "12"
 
 
 def test_a_job_that_squeue_does_not_know_is_not_believed(place, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,18 +37,24 @@ def record_job(run: Run, job: str, command: str, script: Path | str = "") -> Non
     """Note in the run's folder that a job was submitted for it; ``script`` is what sbatch was given."""
     run.slurm_dir.mkdir(exist_ok=True)
     entry = {"job": job, "time": round(time.time()), "command": command, "script": str(script)}
-    with (run.slurm_dir / _JOBS).open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+    with (run.slurm_dir / _JOBS).open("a+") as file:
+        file.seek(max(0, file.tell() - 1))
+        torn = file.read() not in ("", "\n")  # a full disk's half line
+        file.write("\n" * torn + json.dumps(entry) + "\n")
 
 
 def jobs_of(run: Run) -> dict[str, str]:
-    """The jobs that were submitted for a run, oldest first: id and script, which older versions did not note."""
-    try:
-        lines = (run.slurm_dir / _JOBS).read_text().splitlines()
-    except FileNotFoundError:
-        return {}
-    entries = [json.loads(line) for line in lines if line.strip()]
-    return {str(entry["job"]): entry.get("script", "") for entry in entries}
+    """The jobs that were submitted for a run, oldest first: id and script, which older versions did not note.
+
+    Half a line, as a full disk leaves it, is passed over: `longseq submit` cancels a job that it cannot note.
+    """
+    path = run.slurm_dir / _JOBS
+    jobs = {}
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with suppress(ValueError, TypeError, LookupError):
+            entry = json.loads(line)
+            jobs[str(entry["job"])] = entry.get("script", "")
+    return jobs
 
 
 def runs_with_jobs(folder: Path) -> Iterator[Run]:
