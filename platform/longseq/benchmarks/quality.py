@@ -7,6 +7,7 @@ that are given different variants or seeds can fill one folder together. Another
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -20,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longseq.attention import FavorAttention
+from longseq.benchmarks import half_precision
 from longseq.benchmarks.variants import VARIANTS
 from longseq.errors import LongseqError
 from longseq.models.performer import PerformerLM
@@ -159,6 +162,9 @@ def spec_of(request: QualityRequest, variant: str, vocabulary: int, seed: int) -
 def _train(request: QualityRequest, text: Text, variant: str, seed: int, tell: Callable[[str], None]) -> Trial:
     torch.manual_seed(seed)
     model = PerformerLM(spec_of(request, variant, text.vocabulary, seed))
+    if VARIANTS[variant].half:
+        for attention in (module for module in model.modules() if isinstance(module, FavorAttention)):
+            attention.mix = functools.partial(_mix_rounded, attention)  # type: ignore[method-assign]
     matrices = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim != 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -182,6 +188,10 @@ def _train(request: QualityRequest, text: Text, variant: str, seed: int, tell: C
             tell(f"{variant}, seed {seed}: step {step + 1} of {request.steps}, loss {fmean(last):.3f}")
     seconds = time.monotonic() - started
     return Trial(variant, seed, _held_out_loss(model.eval(), text.valid, request), fmean(last), seconds)
+
+
+def _mix_rounded(layer: FavorAttention, q: Tensor, k: Tensor, v: Tensor, *unused: None) -> Tensor:
+    return half_precision.mix(layer, q, k, v)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ class Variant:
 
     about: str
     spec: Mapping[str, str | int | bool] = field(default_factory=dict)
+    half: bool = False  # attention rounds as a GPU's bf16 kernels do
 
     def fields(self, window: int, features: int) -> dict[str, str | int | bool]:
         """The spec's fields, for a benchmark's window and number of features."""
@@ -54,6 +55,11 @@ VARIANTS: dict[str, Variant] = {
     ),
     "window-share-decay": Variant(
         "exact window, softmax features, a learned share and decay a head", _SHARE | {"learned_decay": True}
+    ),
+    "window-share-decay-bf16": Variant(
+        "window-share-decay with bf16 operands, as GPUs multiply them (emulated)",
+        _SHARE | {"learned_decay": True},
+        half=True,
     ),
     "window-share-qk-decay": Variant(
         "exact window, softmax features, a learned share and decay a head, QK normalisation",
