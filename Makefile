@@ -70,8 +70,8 @@ check: $(VENV)/.tests
 
 # PyTorch's local tag (+cpu) goes, so that another build of the same release fits as well.
 constraints: $(VENV)/.tests
-	@{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip list --format=freeze \
-		| grep -viE '^(longseq|pip|setuptools)==' | sed 's/+.*//' | sort -f; } > constraints.txt.new
+	@{ sed -n '/^#/p; /^triton==/p' constraints.txt; $(BIN)/python -m pip list --format=freeze \
+		| grep -viE '^(longseq|pip|setuptools|triton)==' | sed 's/+.*//' | sort -f; } > constraints.txt.new
 	@mv constraints.txt.new constraints.txt
 
 clean:

@@ -26,6 +26,7 @@ from longseq.attention.backends import Backend
 from longseq.attention.feature_maps import FeatureMap, feature_map
 from longseq.attention.first_order import Saved, first_order
 from longseq.attention.functional import per_row
+from longseq.attention.isolation import Inputs, Sight, isolated
 from longseq.attention.parts import Part, combine
 from longseq.attention.scan import Rows
 from longseq.attention.state import AttentionState
@@ -87,30 +88,43 @@ def carried_attention(
             )
     batch, heads, length = q.shape[:3]
     with torch.autocast(q.device.type, enabled=False):
-        q, k, v_ = (t.flatten(0, 1).to(dtype) for t in (q, k, v))
+        queries, keys, values = (t.flatten(0, 1).to(dtype) for t in (q, k, v))
         rates = per_row(decay, batch, dtype)
         share = per_row(far_share, batch, dtype)
-        here, halo = q, 0
+        here, halo = queries, 0
         if window and state:
             halo = state[-1].shape[1]
             if halo < window:
                 raise ValueError(f"a tile of {halo} positions is shorter than window={window}: only the last may be")
-            k, v_ = torch.cat((state[-2], k), dim=1), torch.cat((state[-1], v_), dim=1)
-            here = F.pad(q, (0, 0, halo, 0))  # a scan has a query for every key
-        engine = backends.choose(backend, phi, (here, k, v_))
-        parts: list[Part] = []
+            keys, values = torch.cat((state[-2], keys), dim=1), torch.cat((state[-1], values), dim=1)
+            here = F.pad(queries, (0, 0, halo, 0))  # a scan has a query for every key
+        engine = backends.choose(backend, phi, (here, keys, values))
         behind: State = ()
+        entering, again = max(0, keys.shape[1] - window), False
+
+        def attend(rows: Inputs) -> Tensor:
+            nonlocal behind, again
+            q, k, v, *earlier = rows
+            parts: list[Part] = []
+            if window:
+                parts.append(engine.window(q, k, v, window=min(window, k.shape[1]), causal=True, decay=rates))
+            if phi:
+                sums, log_scale = (*earlier, state[1].detach()) if state else (None, None)
+                given = (q, k, v, rates, sums)
+                learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+                out, lse, *behind_ = _Scan.apply(*given, log_scale, phi, window, engine, learns)
+                parts.append((out, lse if share is None or not window else lse + share))
+                if again:  # without the keys that are NaN, which all queries of later tiles will see
+                    bad = ~(keys[:, :entering].isfinite().all((1, 2)) & values[:, :entering].isfinite().all((1, 2)))
+                    behind_[0] = behind_[0].masked_fill(bad[:, None, None], torch.nan)
+                behind = tuple(behind_)
+            again = True
+            return combine(parts)[0]
+
+        rows = (here, keys, values, *([state[0]] if phi and state else []))
+        out = isolated(attend, rows, None, Sight(lambda: None, True, 0 if phi else window))[:, halo:]
         if window:
-            parts.append(engine.window(here, k, v_, window=min(window, k.shape[1]), causal=True, decay=rates))
-        if phi:
-            sums, log_scale = (state[0], state[1].detach()) if state else (None, None)
-            learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v_, rates, sums))
-            out, lse, *behind_ = _Scan.apply(here, k, v_, rates, sums, log_scale, phi, window, engine, learns)
-            parts.append((out, lse if share is None or not window else lse + share))
-            behind = tuple(behind_)
-        if window:
-            behind = (*behind, k[:, -window:], v_[:, -window:])
-        out = combine([(out[:, halo:], lse[:, halo:]) for out, lse in parts])[0]
+            behind = (*behind, keys[:, -window:], values[:, -window:])
     return out.view(batch, heads, length, v.shape[-1]).to(v.dtype), behind
 
 

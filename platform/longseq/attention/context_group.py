@@ -29,7 +29,7 @@ class Traffic:
     gathers: int = 0  # all-gathers of states
     gathered: int = 0  # bytes of this rank's own states in them
     halo: int = 0  # bytes of keys, values and their gradients to neighbours
-    other: int = 0  # documents' borders, and the keys and values of exact attention
+    other: int = 0  # documents' borders, a sign of life's byte, and the keys and values of exact attention
 
 
 @dataclass(eq=False)
@@ -78,6 +78,10 @@ class ContextGroup:
         _all_gather(everyone, x.contiguous().flatten(), group=self.group)
         self.traffic.other += x.nbytes
         return everyone.view(self.size, *x.shape)
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on any rank; all ranks call it."""
+        return bool(self.gather_rows(torch.tensor([flag], dtype=torch.uint8)).any())
 
     def documents(self, segments: Tensor) -> SlicedDocuments:
         """Where the documents of a packed slice go on: segments (B, n) of this rank's. All ranks call it."""

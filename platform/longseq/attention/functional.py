@@ -12,7 +12,7 @@ from longseq.attention.context_group import ContextGroup, GatherSequence, Sliced
 from longseq.attention.context_halo import neighbourhood
 from longseq.attention.context_parallel import relay
 from longseq.attention.feature_maps import KERNELS, FeatureMap, feature_map
-from longseq.attention.isolation import isolated
+from longseq.attention.isolation import Inputs, Sight, isolated
 from longseq.attention.parts import Part, combine
 
 
@@ -124,24 +124,20 @@ def favor_attention(
         if nothing is not None:
             return nothing
         plain = phi is not None and not causal and not window and runs is None and rates is None
-        if context is not None:
-            if segments is not None and documents is None:
-                documents = context.documents(segments)
-            if plain:
-                assert phi is not None
-                out = engine.bidirectional(*rows, phi, hidden, context.total)
-            else:
-                out = _by_slices(engine, rows, phi, causal, window, hidden, runs, rates, share, context, documents)
-            return out.view(batch, heads, length, v.shape[-1]).to(v.dtype)
-        reach = 0 if phi else min(window, length)
+        if context is not None and segments is not None and documents is None:
+            documents = context.documents(segments)
 
-        def attend(rows: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        def attend(rows: Inputs) -> Tensor:
             if plain:
                 assert phi is not None
-                return engine.bidirectional(*rows, phi, hidden)
+                q, k, v = rows
+                return engine.bidirectional(q, k, v, phi, hidden, None if context is None else context.total)
+            if context is not None:
+                return _by_slices(engine, rows, phi, causal, window, hidden, runs, rates, share, context, documents)
             return _by_parts(engine, rows, phi, causal, min(window, length), hidden, runs, rates, share)
 
-        out = isolated(attend, rows, hidden, runs, causal, reach)
+        sight = Sight(lambda: _whole_runs(segments, heads, context), causal, 0 if phi else window, context)
+        out = isolated(attend, rows, hidden, sight)
     return out.view(batch, heads, length, v.shape[-1]).to(v.dtype)
 
 
@@ -153,7 +149,7 @@ def _nothing(q: Tensor, k: Tensor, v: Tensor, *per_head: Tensor | None) -> Tenso
 
 def _by_parts(
     engine: backends.Backend,
-    rows: tuple[Tensor, Tensor, Tensor],
+    rows: Inputs,
     phi: FeatureMap | None,
     causal: bool,
     window: int,
@@ -165,13 +161,14 @@ def _by_parts(
     """Near keys exactly, those before and those after by features; together they are all keys, each once."""
     near: list[Part] = []
     far: list[Part] = []
+    q, k, v = rows
     if window:
-        near.append(engine.window(*rows, window=window, causal=causal, hidden=hidden, runs=runs, decay=decay))
+        near.append(engine.window(q, k, v, window=window, causal=causal, hidden=hidden, runs=runs, decay=decay))
     if phi and window < rows[0].shape[1]:
-        far.append(engine.scan(*rows, phi, delay=window, hidden=hidden, runs=runs, decay=decay))
+        far.append(engine.scan(q, k, v, phi, delay=window, hidden=hidden, runs=runs, decay=decay))
         if not causal:
             # The keys after: a scan of the reversed row, without the query's own position if the first scan had it.
-            q, k, v = (t.flip(1) for t in rows)
+            q, k, v = (t.flip(1) for t in (q, k, v))
             hidden = None if hidden is None else hidden.flip(1)
             runs = None if runs is None else runs[:, -1:] - runs.flip(1)
             out, lse = engine.scan(q, k, v, phi, delay=max(1, window), hidden=hidden, runs=runs, decay=decay)
@@ -183,7 +180,7 @@ def _by_parts(
 
 def _by_slices(
     engine: backends.Backend,
-    rows: tuple[Tensor, Tensor, Tensor],
+    rows: Inputs,
     phi: FeatureMap | None,
     causal: bool,
     window: int,
@@ -229,6 +226,26 @@ def exact_attention(
     """
     segments = segments.segments if isinstance(segments, SlicedDocuments) else segments
     segments = checked(q, k, v, causal, key_padding=key_padding, segments=segments, decay=decay)
+    hidden = None if key_padding is None else ~key_padding[:, None]
+
+    def attend(rows: Inputs) -> Tensor:
+        q, k, v = rows
+        return _exact(q, k, v, causal, key_padding, segments, decay, context)
+
+    sight = Sight(lambda: _whole_runs(segments, q.shape[1], context), causal, context=context)
+    return isolated(attend, (q, k, v), hidden, sight)
+
+
+def _exact(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    key_padding: Tensor | None,
+    segments: Tensor | None,
+    decay: Tensor | None,
+    context: ContextGroup | None,
+) -> Tensor:
     if key_padding is None and segments is None and decay is None and context is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     first = 0
@@ -263,6 +280,15 @@ def exact_attention(
 def per_row(per_head: Tensor | None, batch: int, dtype: torch.dtype) -> Tensor | None:
     """A number a head, (heads,), for each of N = batch · heads rows: (N, 1, 1)."""
     return None if per_head is None else per_head.to(dtype).repeat(batch).view(-1, 1, 1)
+
+
+def _whole_runs(segments: Tensor | None, heads: int, context: ContextGroup | None) -> Tensor | None:
+    """The same of whole rows, for each of N = batch · heads; all ranks of a context call it."""
+    if segments is None:
+        return None
+    if context is not None:
+        segments = context.gather_rows(segments).transpose(0, 1).flatten(1)
+    return _runs(segments).repeat_interleave(heads, dim=0)
 
 
 def _runs(segments: Tensor) -> Tensor:

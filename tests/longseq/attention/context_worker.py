@@ -23,6 +23,8 @@ from longseq_data.vocabulary import IGNORE
 
 BATCH, HEADS, HEAD_DIM, VALUE_DIM, FEATURES = 2, 2, 8, 6, 24
 
+PLACES = ("q", "k", "v", "dout")
+
 # What is asked of attention, and the length: 37 and 301 divide by neither 2 nor 4. From 256 positions a slice on, some
 # are computed while states travel.
 CASES: dict[str, dict] = {
@@ -65,6 +67,19 @@ CASES: dict[str, dict] = {
         for kernel in ("trigonometric", "gelu", "cos", "tanh", "identity")
     },
     "kernel trigonometric, bidirectional": {"length": 301, "kernel": "trigonometric"},
+    # NaN reaches what sees it, on any rank, and nothing else: in q, k, v or the gradient, at these positions.
+    **{
+        f"NaN in {('q', 'k', 'v', 'dout')[what]}, {name}": {"nan": (what, 170), **case}
+        for what in range(len(PLACES))
+        for name, case in {
+            "causal": {"length": 301, "causal": True},
+            "bidirectional": {"length": 301},
+            "packed window": {"length": 301, "causal": True, "window": 9, "packed": 40, "decays": True, "shares": True},
+            "packed window, bidirectional": {"length": 301, "window": 9, "packed": 40},
+            "window alone": {"length": 301, "causal": True, "window": 9, "features": 0},
+            "exact": {"length": 301, "causal": True, "packed": 40, "exact": True},
+        }.items()
+    },
 }
 
 
@@ -76,6 +91,9 @@ def attend(case: dict, context: ContextGroup | None, backend: str) -> list[Tenso
     dtype = torch.float64 if common or case.get("kernel") == "trigonometric" else torch.float32  # sums cancel
     q, k, v, dout = (torch.randn(BATCH, HEADS, length, size, generator=rng, dtype=dtype) for size in sizes)
     q, k = q + common, k + common
+    if "nan" in case:
+        what, at = case["nan"]
+        (q, k, v, dout)[what][0, 1, at, 3] = torch.nan
     padding = torch.rand(BATCH, length, generator=rng) < 0.9 if case.get("padded") else None
     borders = torch.rand(BATCH, length, generator=rng) < 1 / case.get("packed", 1)
     segments = borders.cumsum(1) % 3 if "packed" in case else None  # numbers come again
@@ -118,7 +136,15 @@ def attend(case: dict, context: ContextGroup | None, backend: str) -> list[Tenso
 
 def error(case: dict, context: ContextGroup, backend: str) -> float:
     pairs = list(zip(attend(case, context, backend), attend(case, None, backend), strict=True))
-    return max(((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item() for a, b in pairs)
+    return max(difference(a, b) for a, b in pairs)
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """The largest, as a part of b's largest number; infinite where only one is NaN."""
+    if not torch.equal(a.isnan(), b.isnan()):
+        return torch.inf
+    a, b = a.nan_to_num(), b.nan_to_num()
+    return ((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item()
 
 
 # Models: loss and the gradient of every weight.
@@ -164,8 +190,7 @@ def train(options: dict, context: ContextGroup | None) -> list[Tensor]:
 
 
 def model_error(options: dict, context: ContextGroup) -> float:
-    pairs = zip(train(options, context), train(options, None), strict=True)
-    return max(((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item() for a, b in pairs)
+    return max(difference(a, b) for a, b in zip(train(options, context), train(options, None), strict=True))
 
 
 def bytes_sent(context: ContextGroup, length: int, causal: bool, window: int) -> dict[str, int]:

@@ -24,6 +24,7 @@ from longseq.attention.context_group import GatherSequence
 from longseq.attention.context_halo import neighbourhood
 from longseq.attention.rotary import rotate
 from longseq.attention.tiles import pointwise, recurrence
+from longseq.benchmarks import half_precision
 from longseq.models.head import Head
 
 BATCH, HEADS, LENGTH, DIM = 1, 2, 70, 8
@@ -102,6 +103,11 @@ def loss(context: ContextGroup, *qkv: Tensor) -> Tensor:
     return head(qkv[0] * qkv[1], torch.arange(BATCH * HEADS * LENGTH).view(BATCH, HEADS, LENGTH) % 11)[0]
 
 
+def rounded(context: ContextGroup, *qkv: Tensor) -> Tensor:
+    layer = FavorAttention(DIM * HEADS, HEADS, causal=True, window=5, features=12, learned_decay=True)
+    return half_precision.mix(layer, *qkv)
+
+
 def sliced(**options: object) -> Function:
     def function(context: ContextGroup, *qkv: Tensor) -> Tensor:
         return favor_attention(*qkv, features=12, context=context, causal=True, decay=decay(qkv), **options)
@@ -133,6 +139,7 @@ EXAMPLES: dict[str, list[Function]] = {
     "attention/tiles.py:_Pointwise": [pointwise_],
     "attention/tiles.py:_Recurrence": [recurrence_],
     "models/head.py:_Loss": [loss],
+    "benchmarks/half_precision.py:_Operand": [rounded],
 }
 LINEAR = ("GatherSequence", "_Halo", "_Rotation")
 REFUSAL = "_Final"  # the node that refuses
