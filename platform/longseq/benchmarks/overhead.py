@@ -25,13 +25,13 @@ from longseq.benchmarks.timing import now
 from longseq.config import Config
 from longseq.curves import read_curves
 from longseq.data import split_spec, vocabulary
+from longseq.devices import on_cuda
 from longseq.models.performer import PerformerLM
 from longseq.run import Run
 from longseq.training.callbacks.checkpointing import Checkpointing
 from longseq.training.callbacks.stopping import StopFlag
 from longseq.training.fit import build_trainer, training_data
 from longseq.training.optim import build_optimizer
-from longseq.training.strategy import on_cuda
 from longseq.training.task import LanguageModelling
 from longseq_data.batches import Loader, TrainingBatches
 from longseq_data.vocabulary import IGNORE

@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from longseq.devices import environment_of_place
 from longseq.errors import EXIT_GO_ON, EXIT_SUPERSEDED, LongseqError, SupersededError
 from longseq.run import Run
 
@@ -101,7 +102,7 @@ def environment_of(rank: int, world: int, port: int) -> dict[str, str]:
         "GLOO_SOCKET_IFNAME": "lo",  # else gloo looks the host's name up, which fails on a laptop without a network
         **without_ranks(os.environ),
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
+        **environment_of_place(rank, world, os.environ),
         "NODE_RANK": "0",
         "WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",

@@ -51,7 +51,7 @@ def check_deepspeed(config: Config) -> None:
     """
     if config.trainer.strategy != "deepspeed" or not config.deepspeed:
         return
-    from longseq.training.strategy import on_cuda
+    from longseq.devices import on_cuda
 
     cuda = on_cuda(config)
     if not cuda:

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lightning.pytorch as pl
-import torch
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
 from longseq.checkpoint import Checkpoint
 from longseq.config import Config
 from longseq.data import split_spec
+from longseq.devices import check_devices, on_cuda, sharing
 from longseq.errors import ConfigError
 from longseq.launch.memory import estimate
 from longseq.models.performer import PerformerLM
@@ -37,7 +36,7 @@ from longseq.training.callbacks.stopping import StopFlag, StopRequested
 from longseq.training.callbacks.times import Clock, Times
 from longseq.training.callbacks.utilisation import Utilisation
 from longseq.training.environment import start_facts
-from longseq.training.strategy import build_strategy, on_cuda
+from longseq.training.strategy import GivenPlaces, build_strategy
 from longseq.training.task import LanguageModelling
 from longseq.training.tensorboard import RunLogger
 from longseq.training.weights import load_weights
@@ -63,7 +62,7 @@ def fit(
     Returns:
         True when the last step was reached, False when stopped (and saved) before it.
     """
-    check_devices(config)
+    check_machine(config)
     start = checkpoint.position.step if checkpoint else 0
     task = LanguageModelling(config)
     if origin and not checkpoint:
@@ -116,10 +115,10 @@ def build_trainer(run: Run, config: Config, stop: StopFlag, checkpoint: Checkpoi
     checkpointing = Checkpointing(run, config, stop, gradient_norm)
     trainer = pl.Trainer(
         accelerator="cuda" if on_cuda(config) else "cpu",
-        devices=settings.devices,
+        devices=sharing(config) if on_cuda(config) else settings.devices,
         num_nodes=settings.nodes,
         strategy=build_strategy(config),
-        plugins=[LightningEnvironment()],  # processes are ours, also inside a SLURM job
+        plugins=[GivenPlaces()],
         precision=_PRECISION[settings.precision],  # type: ignore[arg-type]
         max_steps=settings.max_steps,
         max_epochs=-1,
@@ -165,18 +164,14 @@ def watching(config: Config, curves: Curves) -> list[pl.Callback]:
     return callbacks
 
 
-def check_devices(config: Config) -> None:
-    """Refuse what this machine's devices cannot do.
+def check_machine(config: Config) -> None:
+    """Refuse what this machine cannot do.
 
     Raises:
         ConfigError: naming the key to change.
     """
-    settings, gpus = config.trainer, torch.cuda.device_count()
-    if on_cuda(config) and settings.devices > gpus:
-        raise ConfigError(
-            f"trainer.devices={settings.devices}, but there are {gpus} GPUs here: set trainer.devices={max(gpus, 1)}"
-            f"{'' if gpus else ' and trainer.accelerator=cpu'}."
-        )
+    check_devices(config)
+    settings = config.trainer
     if config.optim.implementation == "cpu" and on_cuda(config) and settings.offload_optimizer == "none":
         raise ConfigError(
             "optim.implementation=cpu steps in the CPU's memory, and the weights are on the GPU: set "

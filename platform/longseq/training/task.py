@@ -13,10 +13,10 @@ from torch import Tensor
 from longseq.attention.arguments import hashed
 from longseq.config import Config
 from longseq.data import vocabulary
+from longseq.devices import on_cuda
 from longseq.models.performer import PerformerLM
 from longseq.training.collectives import all_sum, context_group
 from longseq.training.optim import build_optimizer, build_schedule, follow_config
-from longseq.training.strategy import on_cuda
 from longseq_data.slices import sliced
 from longseq_data.vocabulary import IGNORE
 
