@@ -30,7 +30,7 @@ def measured(config, vocabulary=29):
     tokens = torch.randint(25, shape)
     meter = PeakMeter(torch.device("cpu"))
     model = PerformerLM(config.performer_spec(vocabulary)).train()
-    optimizer = build_optimizer(model, config.optim, on_cuda=False)
+    optimizer = build_optimizer(model, config.optim)
     for _ in range(2):
         model(tokens, targets=tokens)[0].backward()
         optimizer.step()
@@ -73,7 +73,7 @@ def test_each_part_is_what_it_says(loaded, overrides):
     config = loaded("trainer.strategy=single", *overrides)
     needed = estimate(config, 29, on_cuda=False)
     model = PerformerLM(config.performer_spec(29)).train()
-    optimizer = build_optimizer(model, config.optim, on_cuda=False)
+    optimizer = build_optimizer(model, config.optim)
     tokens = torch.randint(25, (config.batch_sequences, config.data.length))
     assert sum(p.nbytes for p in model.parameters()) == needed.weights
     meter = PeakMeter(torch.device("cpu"))

@@ -222,7 +222,7 @@ def bare_loop(config: Config, device: torch.device) -> Iterator[None]:
     """The plain loop: each ``next`` is one step on a batch of the same data."""
     torch.manual_seed(config.run.seed)
     model: nn.Module = PerformerLM(config.performer_spec(vocabulary(config).size)).to(device).train()
-    optimizer = build_optimizer(model, config.optim, on_cuda=on_cuda(config))
+    optimizer = build_optimizer(model, config.optim)
     batches = TrainingBatches(
         split_spec(config, "train"), batch_sequences=config.batch_sequences, accumulate=1, rank=0, world=1, start=0
     )

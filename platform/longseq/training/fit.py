@@ -148,8 +148,10 @@ def build_trainer(run: Run, config: Config, stop: StopFlag, checkpoint: Checkpoi
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    # Lightning's handler of SIGTERM calls a collective, wherever the other ranks are: signals are StopFlag's alone.
+    # Lightning's handler of SIGTERM calls a collective, wherever the other ranks are, and its loop asks all ranks for
+    # one before each batch, which waits for the GPU: signals are StopFlag's alone.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     return trainer
 
 

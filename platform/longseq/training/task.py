@@ -13,7 +13,6 @@ from torch import Tensor
 from longseq.attention.arguments import hashed
 from longseq.config import Config
 from longseq.data import vocabulary
-from longseq.devices import on_cuda
 from longseq.models.performer import PerformerLM
 from longseq.training.collectives import all_sum, context_group
 from longseq.training.optim import build_optimizer, build_schedule, follow_config
@@ -85,7 +84,7 @@ class LanguageModelling(pl.LightningModule):
         return loss if at == step and math.isfinite(loss) else None
 
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(self.model, self.config.optim, on_cuda=on_cuda(self.config))
+        optimizer = build_optimizer(self.model, self.config.optim)
         schedule = build_schedule(optimizer, self.config.optim, self.config.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
