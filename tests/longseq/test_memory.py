@@ -122,6 +122,18 @@ def test_what_is_offloaded_is_counted_elsewhere(loaded):
     assert estimate(offloaded, 29).peak < estimate(plain, 29).peak
 
 
+def test_sums_beside_the_backward_pass_need_a_second_buffer(loaded):
+    for stage, buffers in ((1, 2), (2, 2), (3, 1)):
+        config = (*SMALL, f"trainer.zero_stage={stage}")
+        more = (
+            estimate(loaded(*config, "trainer.overlap_comm=true"), 29).gradients
+            - estimate(loaded(*config), 29).gradients
+        )
+        assert more == (buffers - 1) * 4 * reduce_bucket(
+            loaded(*config), loaded(*config).performer_spec(29).parameter_count
+        )
+
+
 def test_the_gradient_buffer_is_no_larger_than_the_model_unless_it_is_told(loaded):
     assert reduce_bucket(loaded(), 1000) == 1000
     assert reduce_bucket(loaded(), 2_000_000_000) == 500_000_000

@@ -53,7 +53,7 @@ class MemoryEstimate:
 
 def estimate(config: Config, vocabulary: int, *, on_cuda: bool = True) -> MemoryEstimate:
     """What one rank needs to train this configuration with so many tokens in its vocabulary, on GPUs or on CPUs."""
-    spec, trainer = config.performer_spec(vocabulary), config.trainer
+    spec, trainer = config.performer_spec(vocabulary, on_cuda=on_cuda), config.trainer
     count, ranks = spec.parameter_count, config.processes
     deepspeed = trainer.strategy == "deepspeed"
     stage = trainer.zero_stage if deepspeed else 0
@@ -69,7 +69,13 @@ def estimate(config: Config, vocabulary: int, *, on_cuda: bool = True) -> Memory
     optimizer = masters + 8 * part
     mean = 4 * held if trainer.ema_decay else 0
     part_gradients = (width if deepspeed else 4) * part
-    bucket = width * reduce_bucket(config, count) if stage else 4 * count if trainer.strategy == "ddp" else 0
+    bucket = (
+        width * reduce_bucket(config, count) * (2 if _overlaps(config) else 1)
+        if stage
+        else 4 * count
+        if trainer.strategy == "ddp"
+        else 0
+    )
     gradients = part_gradients + bucket
     read = part if stage else count * bool(masters)  # gradients in fp32, for the optimiser
     step = 4.0 * read
@@ -114,6 +120,12 @@ def reduce_bucket(config: Config, parameters: int) -> int:
     """Elements of the buffer in which DeepSpeed collects gradients: as many as the model has, unless it is told."""
     given = config.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size")
     return int(given) if isinstance(given, (int, float)) else min(DEEPSPEED_BUCKET, parameters)
+
+
+def _overlaps(config: Config) -> bool:
+    """Whether gradients are summed beside the backward pass, out of one buffer while another one fills (ZeRO-1, 2)."""
+    given = config.deepspeed.get("zero_optimization", {}).get("overlap_comm", config.trainer.overlap_comm)
+    return bool(given) and config.trainer.zero_stage < 3
 
 
 def gib(size: float) -> str:

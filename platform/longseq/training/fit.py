@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lightning.pytorch as pl
+import torch
 
 from longseq.checkpoint import Checkpoint
 from longseq.config import Config
@@ -110,6 +111,8 @@ def begin_with(model: PerformerLM, origin: Path) -> None:
 def build_trainer(run: Run, config: Config, stop: StopFlag, checkpoint: Checkpoint | None) -> pl.Trainer:
     """Lightning's trainer with everything it would do by itself, and we do otherwise, switched off."""
     settings, gradient_norm, clock = config.trainer, GradientNorm(config), Clock()
+    if on_cuda(config):
+        torch.set_float32_matmul_precision(settings.float32_matmul_precision)
     curves = Curves(run, config, gradient_norm)
     start = checkpoint.position.step if checkpoint else 0
     checkpointing = Checkpointing(run, config, stop, gradient_norm)

@@ -157,6 +157,19 @@ def test_preflight_forms_its_group_on_the_device_of_each_task():
         assert calls == []
 
 
+@pytest.mark.parametrize("asked", ["high", "highest", "medium"])
+def test_fp32_products_are_tf32_on_gpus_alone(folder, machine, monkeypatch, asked):
+    said = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", said.append)
+    for accelerator in ("cpu", "cuda"):
+        precision = () if asked == "high" else (f"trainer.float32_matmul_precision={asked}",)
+        config = config_of(
+            f"trainer.accelerator={accelerator}", "trainer.strategy=single", *precision, nodes=1, devices=1
+        )
+        build_trainer(Run.create(config, default_name=accelerator), config, StopFlag(), None)
+    assert said == [asked]
+
+
 def test_fewer_gpus_than_processes_of_this_machine_are_refused(folder, machine):
     os.environ["CUDA_VISIBLE_DEVICES"] = "0"
     os.environ |= environment_of(rank=0, world=GPUS, port=1)

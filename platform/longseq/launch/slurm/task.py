@@ -22,6 +22,7 @@ from longseq.checkpoint import Checkpoint, go_back_to, remove_partials
 from longseq.config import Config
 from longseq.devices import environment_of_place, follow_scheduler, own_device
 from longseq.errors import EXIT_CRASHED, EXIT_ERROR, EXIT_GO_ON, EXIT_UNFIT
+from longseq.launch.gpu_settings import gpu_settings, recorder_settings, trace_of, where_traces_are
 from longseq.launch.local import PEER_LOST, rank_log, without_ranks
 from longseq.launch.slurm.place import Limits, Place
 from longseq.run import Run
@@ -47,6 +48,7 @@ def main() -> int:
     run = Run(args.run, args.start)
     _redirect(run, place.rank)
     _environment(place)
+    os.environ |= recorder_settings(os.environ, run)
 
     starts.watch(run.starts_dir, run.start, _say)
     try:
@@ -88,6 +90,7 @@ def _train(run: Run, overrides: tuple[str, ...], place: Place, limits: Limits, s
     stop.time_limit = config.time_limit_seconds
 
     def lost(sentence: str) -> None:
+        sentence += where_traces_are(run)
         _say(sentence)
         starts.note_end(run.starts_dir, run.start, f"lost {sentence}")
 
@@ -108,7 +111,8 @@ def _train(run: Run, overrides: tuple[str, ...], place: Place, limits: Limits, s
     if store is not None:
         os.environ["MASTER_PORT"] = str(store.port)
         silent = starts.path_of(run.starts_dir, run.start, "silent")
-        watching.append(Watchdog(place, store.port, limits.hang_seconds, silent, lost))
+        trace = trace_of(run, place.rank)
+        watching.append(Watchdog(place, store.port, limits.hang_seconds, silent, trace, lost))
         if place.rank == 0:
             store.set("origin", origin)
             store.set("checkpoint", chosen)
@@ -181,6 +185,7 @@ def _environment(place: Place) -> None:
     os.environ |= {
         "RANK": str(place.rank),
         **environment_of_place(place.local_rank, each, os.environ),
+        **gpu_settings(os.environ),
         "NODE_RANK": str(place.rank // each),
         "WORLD_SIZE": str(place.world),
         "MASTER_ADDR": place.address,
