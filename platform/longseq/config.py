@@ -77,8 +77,8 @@ class ModelConfig:
     sequence_tile: int | None = key(
         None,
         "tokens that norms, projections, MLPs and, in causal FAVOR+ models, all layers compute at a time, once more in "
-        "the backward pass, so that memory hardly grows with data.length; 0: off; default: 4096 from a data.length of "
-        "32,768 on, where activations need more than the model, else 0",
+        "the backward pass, so that memory hardly grows with data.length; 0: off; default: 4096 (on GPUs 65,536) "
+        "from a data.length of 32,768 on, where activations need more than the model, else 0",
         at_least=0,
     )
 
@@ -191,6 +191,12 @@ class TrainerConfig:
     accelerator: str = key("auto", "auto: CUDA where there is a GPU", choices=("auto", "cpu", "cuda"))
     max_steps: int = key(1000, "optimiser steps of the whole run", at_least=1)
     precision: str = key("fp32", "of weights and activations", choices=("fp32", "bf16", "fp16"))
+    float32_matmul_precision: str = key(
+        "high",
+        "of fp32 products in linear layers on GPUs, as torch.set_float32_matmul_precision: high is TF32, several times "
+        "faster than highest",
+        choices=("highest", "high", "medium"),
+    )
     strategy: str = key(
         "deepspeed",
         "deepspeed, PyTorch's ddp (every process holds everything), or single (one process, without either)",
@@ -198,6 +204,11 @@ class TrainerConfig:
     )
     zero_stage: int = key(
         2, "what DeepSpeed shards: 0 nothing, 1 optimiser, 2 and gradients, 3 and weights", at_least=0, below=4
+    )
+    overlap_comm: bool | None = key(
+        None,
+        "whether DeepSpeed sums gradients over the processes beside the backward pass, into a second buffer; default: "
+        "with ZeRO-3",
     )
     context_parallel: int = key(
         1, "neighbouring processes that hold a slice each of the same sequences; divides the processes", at_least=1
@@ -253,7 +264,7 @@ class TrainerConfig:
 
 
 # Tiles cost a fourth forward pass in three; the paper's Regular model needs 3 GB of activations at 8,192 tokens.
-_TILE = 4096
+_TILE, _TILE_ON_GPU = 4096, 65536
 _TILED_FROM = 32768
 
 
@@ -280,11 +291,12 @@ class Config:
         """Tokens of a sequence that one process holds."""
         return -(-self.data.length // self.trainer.context_parallel)
 
-    @property
-    def sequence_tile(self) -> int:
+    def sequence_tile(self, *, on_cuda: bool) -> int:
         """model.sequence_tile, with its default filled in."""
         given = self.model.sequence_tile
-        return given if given is not None else _TILE if self.slice_length >= _TILED_FROM else 0
+        if given is None:
+            return (_TILE_ON_GPU if on_cuda else _TILE) if self.slice_length >= _TILED_FROM else 0
+        return given
 
     @property
     def processes(self) -> int:
@@ -301,8 +313,10 @@ class Config:
         """Sequences of one optimiser step, over all processes and accumulated batches; with bucket the fewest."""
         return self.data.batch_tokens // self.data.length
 
-    def performer_spec(self, vocabulary: int) -> PerformerSpec:
+    def performer_spec(self, vocabulary: int, *, on_cuda: bool = False) -> PerformerSpec:
         """The model's architecture, sizes filled in from the preset where they are null.
+
+        on_cuda: whether it will be trained on a GPU, which the default of model.sequence_tile depends on.
 
         Raises:
             ConfigError: for sizes that do not fit together.
@@ -339,7 +353,7 @@ class Config:
                 mask_scaling=model.mask_scaling,
                 activation_checkpointing=self.trainer.activation_checkpointing,
                 activation_offload=self.trainer.activation_offload,
-                sequence_tile=self.sequence_tile,
+                sequence_tile=self.sequence_tile(on_cuda=on_cuda),
                 # Between tiles that go through all layers, ZeRO-3 would gather all weights.
                 carry=not (self.trainer.strategy == "deepspeed" and self.trainer.zero_stage == 3),
             )

@@ -217,8 +217,9 @@ def _check_watching(config: Config) -> None:
             "gradients are those of whole sequences in one process; set trainer.noise_every=0."
         )
     sharded = trainer.strategy == "deepspeed" and trainer.zero_stage == 3
-    if trainer.noise_every and (sharded or trainer.activation_checkpointing or config.sequence_tile):
-        culprit = f"model.sequence_tile={config.sequence_tile}"
+    tile = config.sequence_tile(on_cuda=trainer.accelerator == "cuda")
+    if trainer.noise_every and (sharded or trainer.activation_checkpointing or tile):
+        culprit = f"model.sequence_tile={tile}"
         if sharded or trainer.activation_checkpointing:
             culprit = "trainer.zero_stage=3" if sharded else "trainer.activation_checkpointing=true"
         raise ConfigError(
@@ -240,6 +241,13 @@ def _check_deepspeed(config: Config) -> None:
             "deepspeed.fp16 scales the loss of trainer.precision=fp16, but trainer.precision="
             f"{config.trainer.precision}: set that, or remove the section."
         )
+    if config.trainer.overlap_comm is not None and config.trainer.strategy != "deepspeed":
+        raise ConfigError(
+            f"trainer.overlap_comm={str(config.trainer.overlap_comm).lower()} is DeepSpeed's, but trainer.strategy="
+            f"{config.trainer.strategy}: leave it out, or take trainer.strategy=deepspeed."
+        )
+    if config.trainer.overlap_comm is not None and _holds(given, "zero_optimization.overlap_comm"):
+        raise ConfigError("trainer.overlap_comm and deepspeed.zero_optimization.overlap_comm: set one of them.")
     _check_offload(config)
 
 
@@ -256,7 +264,7 @@ def _check_offload(config: Config) -> None:
             )
     if "nvme" in places.values() and not trainer.offload_path:
         raise ConfigError("trainer.offload_path is empty: name a folder on the disk that is offloaded to.")
-    if trainer.activation_offload and not (trainer.activation_checkpointing or config.sequence_tile):
+    if trainer.activation_offload and not (trainer.activation_checkpointing or config.sequence_tile(on_cuda=False)):
         raise ConfigError(
             "trainer.activation_offload keeps what a recomputation starts from: set trainer."
             "activation_checkpointing=true too."

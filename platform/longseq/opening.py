@@ -18,6 +18,7 @@ from longseq import exported
 from longseq.checkpoint import Checkpoint
 from longseq.config import Config
 from longseq.data import vocabulary
+from longseq.devices import reading_device
 from longseq.errors import LongseqError, RunError
 from longseq.exported import is_exported
 from longseq.models.spec import PerformerSpec
@@ -86,16 +87,13 @@ class Source:
         Raises:
             RunError: if the weights are those of another architecture.
         """
-        import torch
-
         from longseq.models.performer import PerformerLM
         from longseq.training.weights import load_weights
 
         model = PerformerLM(self.spec)
         load_weights(model, self.weights)
         model.set_step(max(0, self.step - 1))
-        use_cuda = self.config.trainer.accelerator != "cpu" and torch.cuda.is_available()
-        return model.to(device or ("cuda" if use_cuda else "cpu")).eval()
+        return model.to(device or reading_device(self.config.trainer.accelerator)).eval()
 
 
 def find(target: Path, overrides: Sequence[str] = (), *, ema: bool = False, sums: bool = True) -> Source:

@@ -174,9 +174,12 @@ class Run:
         return newest_in(self.checkpoints_dir, sums=sums)
 
     def last_good(self) -> Checkpoint | None:
-        """The newest checkpoint that can be used, for a sentence about something else: None also if none is found."""
+        """The newest complete checkpoint, for a sentence about something else: None also if none is found.
+
+        Without checksums, which read all of it: whoever goes on from it takes them.
+        """
         with suppress(RunError):
-            return self.newest_checkpoint()[0]
+            return self.newest_checkpoint(sums=False)[0]
         return None
 
     def mark_finished(self, step: int | None) -> None:

@@ -224,5 +224,7 @@ def test_long_slices_are_computed_in_tiles_unless_it_is_said(folder, length, par
     long = [TRAIN, *sizes, f"trainer.context_parallel={parts}"]
     assert load_config("small.yaml", long).performer_spec(29).tile == tile
     assert load_config("small.yaml", [*long, "model.sequence_tile=0"]).performer_spec(29).tile == 0
+    on_gpus = load_config("small.yaml", long).performer_spec(29, on_cuda=True)
+    assert on_gpus.tile == (65_536 if tile else 0)  # fewer and larger launches
     wide = [*long, "model.sequence_tile=100", "attention.window=64"]
     assert load_config("small.yaml", wide).performer_spec(29).tile == 128  # two windows

@@ -30,7 +30,7 @@ def measured(config, vocabulary=29):
     tokens = torch.randint(25, shape)
     meter = PeakMeter(torch.device("cpu"))
     model = PerformerLM(config.performer_spec(vocabulary)).train()
-    optimizer = build_optimizer(model, config.optim, on_cuda=False)
+    optimizer = build_optimizer(model, config.optim)
     for _ in range(2):
         model(tokens, targets=tokens)[0].backward()
         optimizer.step()
@@ -73,7 +73,7 @@ def test_each_part_is_what_it_says(loaded, overrides):
     config = loaded("trainer.strategy=single", *overrides)
     needed = estimate(config, 29, on_cuda=False)
     model = PerformerLM(config.performer_spec(29)).train()
-    optimizer = build_optimizer(model, config.optim, on_cuda=False)
+    optimizer = build_optimizer(model, config.optim)
     tokens = torch.randint(25, (config.batch_sequences, config.data.length))
     assert sum(p.nbytes for p in model.parameters()) == needed.weights
     meter = PeakMeter(torch.device("cpu"))
@@ -120,6 +120,18 @@ def test_what_is_offloaded_is_counted_elsewhere(loaded):
     assert estimate(offloaded, 29).optimizer == 0
     assert estimate(offloaded, 29).host >= estimate(plain, 29).optimizer
     assert estimate(offloaded, 29).peak < estimate(plain, 29).peak
+
+
+def test_sums_beside_the_backward_pass_need_a_second_buffer(loaded):
+    for stage, buffers in ((1, 2), (2, 2), (3, 1)):
+        config = (*SMALL, f"trainer.zero_stage={stage}")
+        more = (
+            estimate(loaded(*config, "trainer.overlap_comm=true"), 29).gradients
+            - estimate(loaded(*config), 29).gradients
+        )
+        assert more == (buffers - 1) * 4 * reduce_bucket(
+            loaded(*config), loaded(*config).performer_spec(29).parameter_count
+        )
 
 
 def test_the_gradient_buffer_is_no_larger_than_the_model_unless_it_is_told(loaded):

@@ -25,13 +25,13 @@ from longseq.benchmarks.timing import now
 from longseq.config import Config
 from longseq.curves import read_curves
 from longseq.data import split_spec, vocabulary
+from longseq.devices import on_cuda
 from longseq.models.performer import PerformerLM
 from longseq.run import Run
 from longseq.training.callbacks.checkpointing import Checkpointing
 from longseq.training.callbacks.stopping import StopFlag
 from longseq.training.fit import build_trainer, training_data
 from longseq.training.optim import build_optimizer
-from longseq.training.strategy import on_cuda
 from longseq.training.task import LanguageModelling
 from longseq_data.batches import Loader, TrainingBatches
 from longseq_data.vocabulary import IGNORE
@@ -222,7 +222,7 @@ def bare_loop(config: Config, device: torch.device) -> Iterator[None]:
     """The plain loop: each ``next`` is one step on a batch of the same data."""
     torch.manual_seed(config.run.seed)
     model: nn.Module = PerformerLM(config.performer_spec(vocabulary(config).size)).to(device).train()
-    optimizer = build_optimizer(model, config.optim, on_cuda=on_cuda(config))
+    optimizer = build_optimizer(model, config.optim)
     batches = TrainingBatches(
         split_spec(config, "train"), batch_sequences=config.batch_sequences, accumulate=1, rank=0, world=1, start=0
     )

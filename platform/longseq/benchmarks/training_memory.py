@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 
 from longseq.benchmarks.alone import configuration, one_process
 from longseq.data import vocabulary
+from longseq.devices import on_cuda
 from longseq.launch.memory import MemoryEstimate, estimate, gib
 from longseq.run import Run
 from longseq.training.rehearsal import RESULTS, rehearse
-from longseq.training.strategy import on_cuda
 
 GOAL = 0.2  # how far the estimate may be off, as a share of what was measured
 SINGLE = "single"  # beside the ZeRO stages

@@ -105,7 +105,7 @@ def _disk(config: Config) -> tuple[Config, str]:
 
 
 def _memory(config: Config) -> tuple[MemoryEstimate, str]:
-    from longseq.training.strategy import on_cuda
+    from longseq.devices import on_cuda
 
     needed = estimate(config, vocabulary(config).size, on_cuda=on_cuda(config))
     return needed, needed.line()

@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+from longseq.devices import claim, reading_device
 from longseq.errors import EXIT_ERROR, USER_ERRORS
 from longseq.evaluation.parallel import Reports, failure_path, of_this_process, tally_path
 from longseq.evaluation.request import Request
@@ -17,9 +18,13 @@ from longseq_data.os_errors import explained
 def main() -> int:
     place, rank, world = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     _end_with_parent()
+    import torch
+
     request = Request.read(place / "request.json")
     try:
-        for number, part, tally in of_this_process(request, rank, world, _device(request, rank), Reports(place, rank)):
+        device = reading_device(request.source(0).config.trainer.accelerator)
+        claim(torch.device(device))
+        for number, part, tally in of_this_process(request, rank, world, device, Reports(place, rank)):
             tally.save(tally_path(place, number, part, rank))
     except USER_ERRORS as error:
         failure_path(place, rank).write_text(str(error), encoding="utf-8")
@@ -28,15 +33,6 @@ def main() -> int:
         failure_path(place, rank).write_text(f"{explained(error, error.filename or place)}.", encoding="utf-8")
         return EXIT_ERROR
     return 0
-
-
-def _device(request: Request, rank: int) -> str:
-    """A GPU for each process, in turns where there are fewer of them."""
-    import torch
-
-    if request.source(0).config.trainer.accelerator == "cpu" or not torch.cuda.is_available():
-        return "cpu"
-    return f"cuda:{rank % torch.cuda.device_count()}"
 
 
 def _end_with_parent() -> None:

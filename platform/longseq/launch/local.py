@@ -20,7 +20,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from longseq.devices import environment_of_place
 from longseq.errors import EXIT_GO_ON, EXIT_SUPERSEDED, LongseqError, SupersededError
+from longseq.launch.gpu_settings import gpu_settings, recorder_settings, where_traces_are
 from longseq.run import Run
 
 # What a worker takes as "save at the next step and leave"; SIGTERM and SIGUSR1 have other owners inside it.
@@ -101,7 +103,8 @@ def environment_of(rank: int, world: int, port: int) -> dict[str, str]:
         "GLOO_SOCKET_IFNAME": "lo",  # else gloo looks the host's name up, which fails on a laptop without a network
         **without_ranks(os.environ),
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
+        **environment_of_place(rank, world, os.environ),
+        **gpu_settings(os.environ),
         "NODE_RANK": "0",
         "WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
@@ -125,7 +128,7 @@ def _start(
     parent_pipe: int,
     port: int,
 ) -> subprocess.Popen[bytes]:
-    environment = environment_of(rank, world, port)
+    environment = environment_of(rank, world, port) | recorder_settings(os.environ, run)
     command = [sys.executable, "-m", "longseq.training.worker", str(run.path), "--start", str(run.start)]
     command += ["--reports", str(reports), "--parent-pipe", str(parent_pipe)]
     command += ["--checkpoint", str(checkpoint)] if checkpoint else []
@@ -189,6 +192,7 @@ def _outcome(codes: Sequence[int], requests: Sequence[int], run: Run, reports: P
     sentence = "; ".join(f"the process of rank {rank} {_how(codes[rank])}" for rank in causes) + "."
     if run.has_output():
         sentence += f" Output of the ranks from 1 on: {run.logs_dir}."
+    sentence += where_traces_are(run)
     if run.checkpoints():
         sentence += f" Go on with `{run.resume_command}`."
     raise LongseqError(sentence)

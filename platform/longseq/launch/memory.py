@@ -12,7 +12,7 @@ P is the number of weights, n the number of ranks, w the bytes of a weight in tr
     gradients     w P;  ZeRO 1-3 w P / n, and the buffer in which gradients wait to be summed over the ranks
     activations   what the backward pass needs of every block (or with activation checkpointing of one block, and every
                   block's input), and what it holds at its most besides; with tiles of the sequence see :func:`_tiled`
-    in the step   the fp32 gradients of this rank's part and, on a GPU, two temporaries of AdamW
+    in the step   the fp32 gradients of this rank's part
 
 The peak is that of three moments: the beginning of the backward pass, its end, and the optimiser's step.
 """
@@ -53,7 +53,7 @@ class MemoryEstimate:
 
 def estimate(config: Config, vocabulary: int, *, on_cuda: bool = True) -> MemoryEstimate:
     """What one rank needs to train this configuration with so many tokens in its vocabulary, on GPUs or on CPUs."""
-    spec, trainer = config.performer_spec(vocabulary), config.trainer
+    spec, trainer = config.performer_spec(vocabulary, on_cuda=on_cuda), config.trainer
     count, ranks = spec.parameter_count, config.processes
     deepspeed = trainer.strategy == "deepspeed"
     stage = trainer.zero_stage if deepspeed else 0
@@ -69,11 +69,16 @@ def estimate(config: Config, vocabulary: int, *, on_cuda: bool = True) -> Memory
     optimizer = masters + 8 * part
     mean = 4 * held if trainer.ema_decay else 0
     part_gradients = (width if deepspeed else 4) * part
-    bucket = width * reduce_bucket(config, count) if stage else 4 * count if trainer.strategy == "ddp" else 0
+    bucket = (
+        width * reduce_bucket(config, count) * (2 if _overlaps(config) else 1)
+        if stage
+        else 4 * count
+        if trainer.strategy == "ddp"
+        else 0
+    )
     gradients = part_gradients + bucket
     read = part if stage else count * bool(masters)  # gradients in fp32, for the optimiser
-    temporaries = (2 if on_cuda else 0) * (part if stage else _largest(spec))  # of AdamW: on the CPU it is fused
-    step = 4.0 * (read + temporaries)
+    step = 4.0 * read
 
     tokens = config.batch_sequences * config.slice_length
     block, behind = _block(spec, config, width), _backward(spec, width)
@@ -117,14 +122,15 @@ def reduce_bucket(config: Config, parameters: int) -> int:
     return int(given) if isinstance(given, (int, float)) else min(DEEPSPEED_BUCKET, parameters)
 
 
+def _overlaps(config: Config) -> bool:
+    """Whether gradients are summed beside the backward pass, out of one buffer while another one fills (ZeRO-1, 2)."""
+    given = config.deepspeed.get("zero_optimization", {}).get("overlap_comm", config.trainer.overlap_comm)
+    return bool(given) and config.trainer.zero_stage < 3
+
+
 def gib(size: float) -> str:
     """Bytes for people."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
-
-
-def _largest(spec: PerformerSpec) -> int:
-    """Elements of the largest weight."""
-    return spec.dim * max(3 * spec.dim, spec.ffn_dim, spec.vocabulary)
 
 
 def _block(spec: PerformerSpec, config: Config, width: int) -> float:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from longseq.attention import ContextGroup, FavorAttention, RecurrentState, SlicedDocuments, rotary_table
@@ -20,6 +19,7 @@ from longseq.attention.tiles import recurrence
 from longseq.errors import LongseqError
 from longseq.models.head import Head, TransformHead
 from longseq.models.layers import Block
+from longseq.models.offload import Offload
 from longseq.models.spec import PerformerSpec
 
 
@@ -100,11 +100,12 @@ class PerformerLM(nn.Module):
         recompute = self.spec.recomputes(tokens.shape[1]) and torch.is_grad_enabled()
         if recompute and not x.requires_grad:
             x.requires_grad_()  # a frozen embedding: reentrant checkpoints give gradients only if their input wants one
+        offload = Offload()
         for block in self.blocks:
             if recompute and self.training:
                 # Reentrant: ZeRO-3 gathers weights in module hooks, and the other kind checks saved shapes against
                 # weights that are partitioned again by then.
-                with save_on_cpu(pin_memory=x.is_cuda) if self.spec.activation_offload else nullcontext():
+                with offload.of(x) if self.spec.activation_offload else nullcontext():
                     x = checkpoint(block, x, padding, documents, rotary, use_reentrant=True)
             else:
                 x = block(x, padding, documents, rotary)

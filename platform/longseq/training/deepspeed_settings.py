@@ -22,6 +22,8 @@ def deepspeed_settings(config: Config, *, on_cuda: bool) -> dict[str, Any]:
     # DeepSpeed would take 2 GB for any model.
     parameters = config.performer_spec(vocabulary(config).size).parameter_count
     zero.setdefault("reduce_bucket_size", reduce_bucket(config, parameters))
+    if trainer.overlap_comm is not None:
+        zero["overlap_comm"] = trainer.overlap_comm
     for name, device in (("offload_optimizer", trainer.offload_optimizer), ("offload_param", trainer.offload_params)):
         if device != "none":
             place: dict[str, Any] = {"device": device, "pin_memory": on_cuda}
@@ -51,7 +53,7 @@ def check_deepspeed(config: Config) -> None:
     """
     if config.trainer.strategy != "deepspeed" or not config.deepspeed:
         return
-    from longseq.training.strategy import on_cuda
+    from longseq.devices import on_cuda
 
     cuda = on_cuda(config)
     if not cuda:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from longseq.config import Config
-from longseq.training.strategy import on_cuda
+from longseq.devices import on_cuda
 
 _PACKAGES = ("longseq", "torch", "lightning", "deepspeed", "numpy", "biopython", "omegaconf", "tensorboard")
 

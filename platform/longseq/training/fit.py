@@ -8,11 +8,11 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
 from longseq.checkpoint import Checkpoint
 from longseq.config import Config
 from longseq.data import split_spec
+from longseq.devices import check_devices, on_cuda, sharing
 from longseq.errors import ConfigError
 from longseq.launch.memory import estimate
 from longseq.models.performer import PerformerLM
@@ -37,7 +37,7 @@ from longseq.training.callbacks.stopping import StopFlag, StopRequested
 from longseq.training.callbacks.times import Clock, Times
 from longseq.training.callbacks.utilisation import Utilisation
 from longseq.training.environment import start_facts
-from longseq.training.strategy import build_strategy, on_cuda
+from longseq.training.strategy import GivenPlaces, build_strategy
 from longseq.training.task import LanguageModelling
 from longseq.training.tensorboard import RunLogger
 from longseq.training.weights import load_weights
@@ -63,7 +63,7 @@ def fit(
     Returns:
         True when the last step was reached, False when stopped (and saved) before it.
     """
-    check_devices(config)
+    check_machine(config)
     start = checkpoint.position.step if checkpoint else 0
     task = LanguageModelling(config)
     if origin and not checkpoint:
@@ -111,15 +111,17 @@ def begin_with(model: PerformerLM, origin: Path) -> None:
 def build_trainer(run: Run, config: Config, stop: StopFlag, checkpoint: Checkpoint | None) -> pl.Trainer:
     """Lightning's trainer with everything it would do by itself, and we do otherwise, switched off."""
     settings, gradient_norm, clock = config.trainer, GradientNorm(config), Clock()
+    if on_cuda(config):
+        torch.set_float32_matmul_precision(settings.float32_matmul_precision)
     curves = Curves(run, config, gradient_norm)
     start = checkpoint.position.step if checkpoint else 0
     checkpointing = Checkpointing(run, config, stop, gradient_norm)
     trainer = pl.Trainer(
         accelerator="cuda" if on_cuda(config) else "cpu",
-        devices=settings.devices,
+        devices=sharing(config) if on_cuda(config) else settings.devices,
         num_nodes=settings.nodes,
         strategy=build_strategy(config),
-        plugins=[LightningEnvironment()],  # processes are ours, also inside a SLURM job
+        plugins=[GivenPlaces()],
         precision=_PRECISION[settings.precision],  # type: ignore[arg-type]
         max_steps=settings.max_steps,
         max_epochs=-1,
@@ -149,8 +151,10 @@ def build_trainer(run: Run, config: Config, stop: StopFlag, checkpoint: Checkpoi
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    # Lightning's handler of SIGTERM calls a collective, wherever the other ranks are: signals are StopFlag's alone.
+    # Lightning's handler of SIGTERM calls a collective, wherever the other ranks are, and its loop asks all ranks for
+    # one before each batch, which waits for the GPU: signals are StopFlag's alone.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     return trainer
 
 
@@ -165,18 +169,14 @@ def watching(config: Config, curves: Curves) -> list[pl.Callback]:
     return callbacks
 
 
-def check_devices(config: Config) -> None:
-    """Refuse what this machine's devices cannot do.
+def check_machine(config: Config) -> None:
+    """Refuse what this machine cannot do.
 
     Raises:
         ConfigError: naming the key to change.
     """
-    settings, gpus = config.trainer, torch.cuda.device_count()
-    if on_cuda(config) and settings.devices > gpus:
-        raise ConfigError(
-            f"trainer.devices={settings.devices}, but there are {gpus} GPUs here: set trainer.devices={max(gpus, 1)}"
-            f"{'' if gpus else ' and trainer.accelerator=cpu'}."
-        )
+    check_devices(config)
+    settings = config.trainer
     if config.optim.implementation == "cpu" and on_cuda(config) and settings.offload_optimizer == "none":
         raise ConfigError(
             "optim.implementation=cpu steps in the CPU's memory, and the weights are on the GPU: set "

@@ -100,9 +100,9 @@ def _state_of(base: Any, master: Tensor) -> dict[str, Any]:
     """Adam's state of one tensor, as its first step would make it where there is none yet."""
     state = base.state[master]
     if not all(name in state for name in MOMENTS):
-        # torch counts steps in a tensor, DeepSpeed's Adams in a number.
+        # torch's fused Adam counts steps in a tensor where its weights are, DeepSpeed's Adams in a number.
         torchs = type(base).__module__.startswith("torch.")
-        state["step"] = torch.zeros((), dtype=torch.float32) if torchs else 0
+        state["step"] = torch.zeros((), dtype=torch.float32, device=master.device) if torchs else 0
         for name in MOMENTS:
             state[name] = torch.zeros_like(master, memory_format=torch.preserve_format)
     return state

@@ -7,7 +7,6 @@ the full length, and nothing is kept but measurements.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,13 +18,13 @@ from longseq.benchmarks.memory import PeakMeter, available
 from longseq.benchmarks.timing import now
 from longseq.config import Config
 from longseq.data import vocabulary
+from longseq.devices import own_device
 from longseq.errors import LongseqError
 from longseq.launch.memory import estimate, gib
 from longseq.run import Run
 from longseq.training.callbacks.stopping import StopFlag
 from longseq.training.collectives import all_max
-from longseq.training.fit import build_trainer, check_devices, run_to_its_end, training_data
-from longseq.training.strategy import on_cuda
+from longseq.training.fit import build_trainer, check_machine, run_to_its_end, training_data
 from longseq.training.task import LanguageModelling
 
 RESULTS = "check.json"
@@ -53,9 +52,8 @@ def rehearse(run: Run, config: Config, first_length: int | None = None) -> None:
     Raises:
         LongseqError: if the machine cannot do it, and why.
     """
-    check_devices(config)
-    cuda = on_cuda(config)
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    check_machine(config)
+    device = own_device(config)
     _check_room(config, device)
     meter = PeakMeter(device)
     trainer = build_trainer(run, config, StopFlag(), None)

@@ -11,27 +11,23 @@ import os
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from longseq.config import Config
+from longseq.devices import on_cuda, own_device
 from longseq.models.layers import Block
 from longseq.training.deepspeed_settings import deepspeed_settings
 from longseq.training.snapshots import Snapshots
 
 
-def on_cuda(config: Config) -> bool:
-    """Whether this run trains on GPUs."""
-    wanted = config.trainer.accelerator
-    return wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
-
-
 def build_strategy(config: Config) -> Strategy:
     """The strategy a configuration asks for. Call it before anything else touches DeepSpeed."""
     if config.trainer.strategy == "single":
-        return SavingSingleStrategy("cuda:0" if on_cuda(config) else "cpu")
+        return SavingSingleStrategy(own_device(config))
     if config.trainer.strategy == "ddp":
         return SavingDDPStrategy(process_group_backend="nccl" if on_cuda(config) else "gloo")
     return _deepspeed_strategy(config)
@@ -64,6 +60,16 @@ def _import_without_compiler() -> None:
             del os.environ["TORCHDYNAMO_DISABLE"]
         else:
             os.environ["TORCHDYNAMO_DISABLE"] = before
+
+
+class GivenPlaces(LightningEnvironment):
+    """The ranks that ``launch`` has given, also inside a SLURM job. Lightning would reckon with the devices it sees."""
+
+    def set_global_rank(self, rank: int) -> None:
+        super().set_global_rank(int(os.environ.get("RANK", rank)))
+
+    def set_world_size(self, size: int) -> None:
+        super().set_world_size(int(os.environ.get("WORLD_SIZE", size)))
 
 
 class SavingSingleStrategy(Snapshots, SingleDeviceStrategy):

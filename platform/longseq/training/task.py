@@ -13,10 +13,10 @@ from torch import Tensor
 from longseq.attention.arguments import hashed
 from longseq.config import Config
 from longseq.data import vocabulary
+from longseq.devices import on_cuda
 from longseq.models.performer import PerformerLM
 from longseq.training.collectives import all_sum, context_group
 from longseq.training.optim import build_optimizer, build_schedule, follow_config
-from longseq.training.strategy import on_cuda
 from longseq_data.slices import sliced
 from longseq_data.vocabulary import IGNORE
 
@@ -36,7 +36,7 @@ class LanguageModelling(pl.LightningModule):
         torch.manual_seed(config.run.seed)
         tokens = vocabulary(config)
         self.pad = tokens.pad
-        self.model: PerformerLM = PerformerLM(config.performer_spec(tokens.size))
+        self.model: PerformerLM = PerformerLM(config.performer_spec(tokens.size, on_cuda=on_cuda(config)))
         self.train_sums = Sums()
         self.valid_sums = Sums()
         self.samples = 0  # consumed by all ranks together, once the step of the last batch is done
@@ -85,7 +85,7 @@ class LanguageModelling(pl.LightningModule):
         return loss if at == step and math.isfinite(loss) else None
 
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(self.model, self.config.optim, on_cuda=on_cuda(self.config))
+        optimizer = build_optimizer(self.model, self.config.optim)
         schedule = build_schedule(optimizer, self.config.optim, self.config.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-import pytest
+import pickle
+import threading
+from datetime import timedelta
 
+import pytest
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed import HashStore
+
+from longseq.launch.slurm import watchdog
 from longseq.launch.slurm.place import Place
-from longseq.launch.slurm.watchdog import Heartbeats
+from longseq.launch.slurm.watchdog import Heartbeats, Watchdog
 
 NODES = ("node1", "node2")
 
@@ -77,3 +86,32 @@ def test_the_others_see_that_rank_0_is_silent():
     heartbeats.hear(0, "12 3 0")
     assert heartbeats.look(19.0) == ("", False)
     assert heartbeats.look(2.0) == ("node1: rank 0 has not answered for 21 s", True)
+
+
+def test_every_rank_leaves_its_last_collectives_when_the_start_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(watchdog, "_BEAT_SECONDS", 0.05)
+    codes, said = [], []
+    monkeypatch.setattr(watchdog.os, "_exit", codes.append)
+    store = TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=30), wait_for_workers=False)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        dist.all_reduce(torch.ones(7))
+        dogs = []
+        for rank in range(2):
+            place = Place(rank, rank, 2, ("node1",), "127.0.0.1", store.port)
+            trace = tmp_path / f"00001.collectives-{rank}"
+            dogs.append(Watchdog(place, store.port, 600, tmp_path / "silent", trace, said.append))
+        beats = [threading.Thread(target=dog._beat) for dog in dogs]
+        for beat in beats:
+            beat.start()
+        dogs[0]._leave("node1: rank 1 has kept the others waiting for 600 s")
+        assert dogs[1].leaving.wait(30)
+        for dog, beat in zip(dogs, beats, strict=True):
+            dog.over.set()
+            beat.join(30)
+    finally:
+        dist.destroy_process_group()
+    assert len(codes) == len(said) == 1
+    for rank in range(2):
+        entry = pickle.loads((tmp_path / f"00001.collectives-{rank}").read_bytes())["entries"][-1]
+        assert (entry["profiling_name"], entry["input_sizes"]) == ("gloo:all_reduce", [[7]])

@@ -51,6 +51,21 @@ def test_what_deepspeed_knows_passes(folder, overrides):
     check_deepspeed(config(*overrides))
 
 
+def test_overlapped_sums_are_asked_for_by_a_key_or_by_the_section_not_both(folder):
+    def asked(*overrides):
+        return deepspeed_settings(config(*overrides), on_cuda=True)["zero_optimization"].get("overlap_comm")
+
+    section = "deepspeed.zero_optimization.overlap_comm=true"
+    assert [asked(), asked("trainer.overlap_comm=true"), asked("trainer.overlap_comm=false"), asked(section)] == [
+        *(None, True, False, True)
+    ]
+    check_deepspeed(config("trainer.overlap_comm=true", "deepspeed.steps_per_print=10"))
+    with pytest.raises(ConfigError, match="set one of them"):
+        config("trainer.overlap_comm=false", section)
+    with pytest.raises(ConfigError, match=r"trainer.overlap_comm=true is DeepSpeed's, but trainer.strategy=ddp"):
+        config("trainer.overlap_comm=true", "trainer.strategy=ddp")
+
+
 def test_settings_of_ours_and_of_the_section_come_together(folder):
     settings = deepspeed_settings(
         config(

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
+from longseq.devices import claim
 from longseq.errors import EXIT_UNFIT, LongseqError
 from longseq.launch.memory import gib
 from longseq.launch.slurm.interfaces import choose_interface, own_address
@@ -61,10 +62,12 @@ def meet(
         # Else whoever needs a group of one process would listen on a port, which another one may have.
         alone = HashStore()
         choose_interface(place, alone)
+        claim(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=alone, rank=0, world_size=1)
         return None, f"1 process on {place.node_of(0)}; {gib(room)} free in {tempfile.gettempdir()}"
-    store = _all_there(place, problem, limits, port_file)
+    store = _all_there(place, device, problem, limits, port_file)
     choose_interface(place, store)
+    claim(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     with _time_out(limits.seconds, place), _said_by(place):
         dist.init_process_group(
@@ -73,6 +76,7 @@ def meet(
             rank=place.rank,
             world_size=place.world,
             timeout=timedelta(minutes=30),
+            device_id=device if device.type == "cuda" else None,
         )
         ControlGroup().barrier()
         clocks = _check_clocks(place, limits)
@@ -102,7 +106,12 @@ def _problem(device: torch.device, room: int, limits: Limits) -> str:
     return "" if right else f"GPU {local} gives wrong products."
 
 
-def _all_there(place: Place, problem: str, limits: Limits, port_file: Path | None) -> TCPStore:
+def _identity(device: torch.device) -> str:
+    """What tells a GPU from the others of its node; nothing for a CPU, which processes share."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+
+
+def _all_there(place: Place, device: torch.device, problem: str, limits: Limits, port_file: Path | None) -> TCPStore:
     port = place.port
     try:
         if place.rank == 0:
@@ -110,7 +119,8 @@ def _all_there(place: Place, problem: str, limits: Limits, port_file: Path | Non
         else:
             port = _port(place, limits, port_file)
             store = TCPStore(place.address, port, timeout=timedelta(seconds=limits.seconds), wait_for_workers=False)
-        hello = [socket.gethostname(), problem, own_address(place.address)]
+        identity = "" if problem else _identity(device)
+        hello = [socket.gethostname(), problem, own_address(place.address), identity]
         store.set(f"hello/{place.rank}", json.dumps(hello))
         if place.rank == 0:
             store.set("verdict", json.dumps(_verdict(store, place, limits)))
@@ -185,8 +195,19 @@ def _verdict(store: TCPStore, place: Place, limits: Limits) -> tuple[str, str]:
             f"{nodes}: no sign of rank {', '.join(map(str, sorted(missing)))} after {limits.seconds:g} s "
             "(preflight_seconds)."
         )
-    found = {rank: json.loads(store.get(f"hello/{rank}"))[1] for rank in range(place.world)}
-    problems = {f"{place.node_of(rank)}: {problem}": None for rank, problem in found.items() if problem}
+    hellos = {rank: json.loads(store.get(f"hello/{rank}")) for rank in range(place.world)}
+    problems = {f"{place.node_of(rank)}: {hello[1]}": None for rank, hello in hellos.items() if hello[1]}
+    holders: dict[tuple[str, str], list[int]] = {}
+    for rank, (_, _, _, identity) in hellos.items():
+        if identity:
+            holders.setdefault((place.node_of(rank), identity), []).append(rank)
+    for (node, identity), ranks in holders.items():
+        if len(ranks) > 1:
+            problems[
+                f"{node}: rank {', '.join(map(str, ranks))} have the same GPU ({identity}): let each task see all GPUs "
+                "of its node (srun: [--gpu-bind=none] in the site's profile), or exactly one of its own "
+                "(--gpus-per-task=1)."
+            ] = None
     return "unfit", " ".join(problems)
 
 

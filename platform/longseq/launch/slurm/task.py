@@ -20,7 +20,9 @@ from pathlib import Path
 from longseq import starts
 from longseq.checkpoint import Checkpoint, go_back_to, remove_partials
 from longseq.config import Config
+from longseq.devices import environment_of_place, follow_scheduler, own_device
 from longseq.errors import EXIT_CRASHED, EXIT_ERROR, EXIT_GO_ON, EXIT_UNFIT
+from longseq.launch.gpu_settings import gpu_settings, recorder_settings, trace_of, where_traces_are
 from longseq.launch.local import PEER_LOST, rank_log, without_ranks
 from longseq.launch.slurm.place import Limits, Place
 from longseq.run import Run
@@ -46,6 +48,7 @@ def main() -> int:
     run = Run(args.run, args.start)
     _redirect(run, place.rank)
     _environment(place)
+    os.environ |= recorder_settings(os.environ, run)
 
     starts.watch(run.starts_dir, run.start, _say)
     try:
@@ -77,12 +80,9 @@ def main() -> int:
 
 
 def _train(run: Run, overrides: tuple[str, ...], place: Place, limits: Limits, stop: StopFlag) -> int:
-    import torch
-
     from longseq.launch.slurm import preflight
     from longseq.launch.slurm.watchdog import Watchdog
     from longseq.training.fit import fit
-    from longseq.training.strategy import on_cuda
 
     quiet()
     raise_open_files()
@@ -90,15 +90,16 @@ def _train(run: Run, overrides: tuple[str, ...], place: Place, limits: Limits, s
     stop.time_limit = config.time_limit_seconds
 
     def lost(sentence: str) -> None:
+        sentence += where_traces_are(run)
         _say(sentence)
         starts.note_end(run.starts_dir, run.start, f"lost {sentence}")
 
     preflight.on_time_out = lost
-    device = torch.device("cuda", place.local_rank) if on_cuda(config) else torch.device("cpu")
-    if device.type == "cuda" and torch.cuda.device_count() == 1:
-        device = torch.device("cuda", 0)  # the scheduler shows each task its own
+    follow_scheduler(config)
     try:
-        store, line = preflight.meet(place, device, limits, starts.path_of(run.starts_dir, run.start, "port"))
+        store, line = preflight.meet(
+            place, own_device(config), limits, starts.path_of(run.starts_dir, run.start, "port")
+        )
     except preflight.NotMetError as error:
         starts.note_end(run.starts_dir, run.start, f"lost {error}")
         raise
@@ -110,7 +111,8 @@ def _train(run: Run, overrides: tuple[str, ...], place: Place, limits: Limits, s
     if store is not None:
         os.environ["MASTER_PORT"] = str(store.port)
         silent = starts.path_of(run.starts_dir, run.start, "silent")
-        watching.append(Watchdog(place, store.port, limits.hang_seconds, silent, lost))
+        trace = trace_of(run, place.rank)
+        watching.append(Watchdog(place, store.port, limits.hang_seconds, silent, trace, lost))
         if place.rank == 0:
             store.set("origin", origin)
             store.set("checkpoint", chosen)
@@ -182,7 +184,8 @@ def _environment(place: Place) -> None:
         del os.environ[name]
     os.environ |= {
         "RANK": str(place.rank),
-        "LOCAL_RANK": str(place.local_rank),
+        **environment_of_place(place.local_rank, each, os.environ),
+        **gpu_settings(os.environ),
         "NODE_RANK": str(place.rank // each),
         "WORLD_SIZE": str(place.world),
         "MASTER_ADDR": place.address,
@@ -200,7 +203,7 @@ def _clean() -> None:
     """The job's own temporary folder goes with it."""
     folder = os.environ.get("TMPDIR", "")
     job = os.environ.get("SLURM_JOB_ID", "")
-    if job and folder.endswith(f"/longseq-{job}") and os.environ.get("LOCAL_RANK") == "0":
+    if job and folder.endswith(f"/longseq-{job}") and os.environ.get("SLURM_LOCALID") == "0":
         shutil.rmtree(folder, ignore_errors=True)
 
 

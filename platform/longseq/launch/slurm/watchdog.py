@@ -29,6 +29,7 @@ from longseq.launch.slurm.place import Place
 
 _BEAT_SECONDS, _LOOK_SECONDS = 5.0, 1.0
 _WARN_SECONDS = 30.0
+_LEAVING = "leaving"  # set in the store when the start ends
 _MUCH = 1 << 20  # bytes written between two beats: a checkpoint that is being written is a sign of life
 
 
@@ -91,12 +92,14 @@ class Heartbeats:
 class Watchdog(pl.Callback):
     """Counts this rank's signs of life, and watches the others' while the training runs.
 
-    port: of rank 0's store. silent: a file that says which rank is silent, as long as one is. lost: gets the sentence
-    that begins with the nodes to blame, before this process ends.
+    port: of rank 0's store. silent: a file that says which rank is silent, as long as one is. trace: where this rank
+    leaves its last collectives when one of them has not ended. lost: gets the sentence that begins with the nodes to
+    blame, before this process ends.
     """
 
-    def __init__(self, place: Place, port: int, seconds: float, silent: Path, lost: Callable[[str], None]):
+    def __init__(self, place: Place, port: int, seconds: float, silent: Path, trace: Path, lost: Callable[[str], None]):
         self.place, self.port, self.seconds, self.silent, self.lost = place, port, seconds, silent, lost
+        self.trace, self.leaving = trace, threading.Event()
         self.heartbeats = Heartbeats(place, seconds)
         self.signs = 0
         self.over = threading.Event()
@@ -132,6 +135,11 @@ class Watchdog(pl.Callback):
                 with self.lock:
                     for rank, text in zip(there, texts, strict=True):
                         self.heartbeats.hear(rank, bytes(text).decode())
+                if self.leaving.is_set():
+                    store.set(_LEAVING, "")
+                elif store.check([_LEAVING]):
+                    self.leaving.set()
+                    leave_trace(self.trace)
                 beat += 1
                 self.over.wait(_BEAT_SECONDS)
 
@@ -158,11 +166,23 @@ class Watchdog(pl.Callback):
                 print("longseq: all ranks answer again.", flush=True)
 
     def _leave(self, text: str) -> None:
+        self.leaving.set()
+        leave_trace(self.trace)
+        time.sleep(2 * _BEAT_SECONDS)  # the others hear of it, and leave theirs
         self.lost(
             f"{text} (hang_seconds={self.seconds:g} of the site's profile: raise it where a step or a checkpoint "
             "takes so long)."
         )
         os._exit(EXIT_CRASHED)
+
+
+def leave_trace(path: Path) -> None:
+    """Write the last collectives of this process, those that wait included, for ``torchfrtrace``."""
+    from torch._C import _distributed_c10d as native
+
+    name = "_dump_nccl_trace" if hasattr(native, "_dump_nccl_trace") else "_dump_fr_trace"
+    with suppress(OSError):  # for people
+        path.write_bytes(getattr(native, name)())
 
 
 def _written() -> int:

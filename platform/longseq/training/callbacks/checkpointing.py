@@ -115,7 +115,7 @@ class Checkpointing(StepBoundary):
 
     def _unwritten(self, step: int | None, reason: str) -> LongseqError:
         newest = self.run.last_good()
-        kept = f"that of step {newest.position.step} is intact" if newest else "there is none before it"
+        kept = f"that of step {newest.position.step} is complete" if newest else "there is none before it"
         return LongseqError(
             f"{self.run.checkpoints_dir}: the checkpoint of step {step} could not be written: {reason}. Of the "
             f"checkpoints, {kept}. Then go on with `{self.run.resume_command}`."

@@ -1,0 +1,65 @@
+"""What libraries find in the environment of a process on GPUs. Whatever the user has set stays. No torch here.
+
+Set before torch is imported, which reads some of it then.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from longseq import starts
+from longseq.run import Run
+
+_RECORDED = 2000  # collectives of a rank that are remembered
+
+
+def gpu_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """Of torch's allocator and Triton's cache."""
+    settings = {}
+    if not environment.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        # Batches of other lengths and tiles leave fewer holes in segments that can grow.
+        settings["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    if "TRITON_CACHE_DIR" not in environment:
+        cache = _own_folder(f"longseq-triton-{os.geteuid()}")
+        if cache:  # on the node's own disk; the default is in the home folder, which all nodes share
+            settings["TRITON_CACHE_DIR"] = str(cache)
+    return settings
+
+
+def recorder_settings(environment: Mapping[str, str], run: Run) -> dict[str, str]:
+    """Of NCCL's flight recorder: where each rank leaves its last collectives when one does not end in time."""
+    settings = {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+    if "TORCH_FR_BUFFER_SIZE" not in environment:
+        settings["TORCH_NCCL_TRACE_BUFFER_SIZE"] = str(_RECORDED)
+    if "TORCH_FR_DUMP_TEMP_FILE" not in environment:
+        settings["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] = str(trace_of(run, ""))  # torch appends the rank
+    return {name: value for name, value in settings.items() if name not in environment}
+
+
+def trace_of(run: Run, rank: int | str) -> Path:
+    """The last collectives of a rank of this start, as ``torchfrtrace`` reads them."""
+    return starts.path_of(run.starts_dir, run.start or 0, f"collectives-{rank}")
+
+
+def where_traces_are(run: Run) -> str:
+    """A sentence, with a space before it; empty where no rank of this start has left any."""
+    prefix = trace_of(run, "")
+    if not any(prefix.parent.glob(f"{prefix.name}*")):
+        return ""
+    return f" What each rank's last collectives were: `torchfrtrace --prefix {prefix.name} {prefix.parent}`."
+
+
+def _own_folder(name: str) -> Path | None:
+    """A folder for temporary files that nobody else can write into; None where somebody has its name."""
+    folder = Path(tempfile.gettempdir(), name)
+    with suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022:
+            return folder
+    return None

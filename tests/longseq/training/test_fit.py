@@ -1,0 +1,51 @@
+"""What Lightning would do by itself in a training, and does not."""
+
+from __future__ import annotations
+
+import sys
+from unittest import mock
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from torch.distributed import HashStore
+
+from longseq.config_loading import load_config
+from longseq.run import Run
+from longseq.training.callbacks.stopping import StopFlag
+from longseq.training.fit import fit
+
+TINY = ("model.dim=16", "model.depth=1", "model.heads=2", "model.ffn_dim=16", "attention.features=8")
+ALONE = ("trainer.strategy=single", "trainer.max_steps=2", "trainer.valid_every=0", "trainer.probe_every=0")
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_no_batch_waits_for_other_ranks_to_say_whether_they_are_stopped(folder, monkeypatch, asked):
+    """Lightning broadcasts before each batch where there are several ranks; asked: with its own loop put back."""
+    config = load_config("small.yaml", [f"data.train={folder}/proteins.fasta", *TINY, *ALONE, "trainer.accumulate=2"])
+    several = property(lambda _: 2 if sys._getframe(1).f_code.co_name == "advance" else 1)  # for the loop's eyes
+    monkeypatch.setattr(pl.Trainer, "world_size", several)
+    if asked:
+        own = _TrainingEpochLoop._broadcast_sigterm_tensor
+        monkeypatch.setattr(
+            _TrainingEpochLoop, "_broadcast_sigterm_tensor", property(lambda loop: lambda: own(loop), lambda *_: None)
+        )
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        with mock.patch("torch.distributed.broadcast", wraps=dist.broadcast) as broadcast:
+            assert fit(Run.create(config, default_name="one"), config, None, StopFlag())
+    finally:
+        dist.destroy_process_group()
+    assert broadcast.call_count == (4 if asked else 0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_one_process_trains_in_each_precision_with_clipped_gradients(folder, precision):
+    overrides = (*TINY, *ALONE, f"trainer.precision={precision}", "optim.clip=0.5")
+    config = load_config("small.yaml", [f"data.train={folder}/proteins.fasta", *overrides])
+    run = Run.create(config, default_name="one")
+    assert fit(run, config, None, StopFlag())
+    assert run.last_good().position.step == 2
+    assert torch.isfinite(torch.tensor(run.last_good().position.unlogged)).all()
