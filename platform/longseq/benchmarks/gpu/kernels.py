@@ -24,9 +24,9 @@ from longseq.attention.feature_maps import FeatureMap, feature_map
 from longseq.attention.parts import Part, combine
 from longseq.benchmarks.gpu.rows import Rows, first_line
 
-# Relative to the norm of what is exact. In fp32 as the tests have it (on a GPU by three TF32 products); 16 bits round
+# Relative to the norm of what is exact. fp32: as favor_attention promises (on a GPU by three TF32 products). 16 bits round
 # features, weights and values, and the output itself.
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
+TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
 # One number a head, a sum over all pairs of positions whose terms nearly cancel.
 LEARNED_FACTOR = 10
 OPRF_A = -0.05
@@ -163,7 +163,7 @@ def check(rows: Rows, device: str, dtype: torch.dtype) -> None:
 
 
 def later_keys(rows: Rows, device: str, folder: Path) -> None:
-    """Outputs before a position, with other keys and values from there on: the largest number of bits that differ."""
+    """Outputs before a position, with other keys and values from there on: the positions that differ in a bit."""
     draw, large = Random(15), device == "cuda"
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
         for kernel, window, decay in (("softmax", 0, False), ("relu", 0, True), ("softmax", 40, True)):
@@ -188,7 +188,7 @@ def later_keys(rows: Rows, device: str, folder: Path) -> None:
                 if bool(same[position:].any()):
                     rows.failed(what, "outputs that see the other keys do not differ, so this proves nothing")
                 else:
-                    rows.add(what, float((~same[:position]).sum()), "positions that differ", most=0)
+                    rows.add(what, float((~same[:position]).sum()), "positions", most=0)
 
 
 def backends_of(rows: Rows, device: str) -> tuple[str, ...]:

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from longseq.benchmarks.gpu.rows import Row
 from longseq.benchmarks.gpu.running import Found
 
-_WHAT = 84  # letters
-
 
 def table(parts: Sequence[Found], about: Mapping[str, object], minutes: float) -> str:
     device = about["device"] if about["device"] != "cpu" else about["processor"]
@@ -39,16 +37,15 @@ def summary(parts: Sequence[Found]) -> str:
 def _part(found: Found) -> Iterator[str]:
     yield f"{head(found)}  ({found.part.about})"
     if found.rows:
-        yield f"    {'':<{_WHAT}}{'seen':>14}  {'bar':<10}"
-    for row in found.rows:
-        yield _row(row)
+        yield f"    {'seen':>14}  {'bar':<10}"
+    yield from map(_row, found.rows)
 
 
 def _row(row: Row) -> str:
     seen = "–" if row.seen is None else f"{_digits(row.seen)} {row.unit}".strip()
     verdict = {True: "met", False: "NOT MET", None: ""}[row.met]
-    line = f"    {row.what:<{_WHAT}}{seen:>14}  {row.bar:<10}{verdict:<8}{row.note}"
-    return line.rstrip()
+    note = f" ({row.note})" if row.note else ""
+    return f"    {seen:>14}  {row.bar:<10}{verdict:<9}{row.what}{note}"
 
 
 def _digits(x: float) -> str:

@@ -34,7 +34,7 @@ def gpu_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU where there is one"
     )
-    jobs = max(1, (os.cpu_count() or 1) // 4)
+    jobs = max(1, (os.cpu_count() or 1) // 3)
     parser.add_argument("--jobs", type=arguments.positive, default=jobs, metavar="N", help="parts that run at a time")
 
 
