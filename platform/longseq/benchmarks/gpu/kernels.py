@@ -24,8 +24,8 @@ from longseq.attention.feature_maps import FeatureMap, feature_map
 from longseq.attention.parts import Part, combine
 from longseq.benchmarks.gpu.rows import Rows, first_line
 
-# Relative to the norm of what is exact. fp32: as favor_attention promises (on a GPU by three TF32 products). 16 bits round
-# features, weights and values, and the output itself.
+# Relative to the norm of what is exact. fp32: what favor_attention promises, on a GPU by three TF32 products. 16 bits
+# round features, weights and values, and the output itself.
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
 # One number a head, a sum over all pairs of positions whose terms nearly cancel.
 LEARNED_FACTOR = 10

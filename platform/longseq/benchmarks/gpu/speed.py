@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from longseq.benchmarks import attention as attention_benchmark
 from longseq.benchmarks import step as step_benchmark
 from longseq.benchmarks.gpu.rows import Rows
+from longseq.benchmarks.memory import PeakMeter
 from longseq.benchmarks.request import CAUSAL, AttentionRequest, StepRequest
 from longseq.benchmarks.results import Results, ratios
 from longseq.benchmarks.timing import seconds_a_call
@@ -30,6 +32,8 @@ AGAINST_SDPA = {4_096: 1.2, 16_384: 5.0, 65_536: 20.0}
 SHARE_OF_GEMM, STEP_AGAINST_OPT, MILLION_AGAINST_SHORT = 0.35, 1.35, 0.9
 MILLION, SHORT = 2**20, 8_192
 TILE = 65_536
+STEP_LENGTHS = (1_024, 4_096, 16_384, 65_536)
+PRESET = "regular"
 
 
 class _Quiet:
@@ -51,7 +55,7 @@ def attention(rows: Rows, device: str, folder: Path) -> None:
             contenders=("favor", "window", "exact", "fla"),
             batch=TOKENS // length,
             device=device,
-            backend="triton",
+            backend=_backend(device),
             dtype="bfloat16",
             seconds=20.0,
             gemm_size=GEMM_SIZE,
@@ -64,14 +68,15 @@ def attention(rows: Rows, device: str, folder: Path) -> None:
 
 def step(rows: Rows, device: str, folder: Path) -> None:
     """A Regular model's step at each length, its attention exchanged for OPT's."""
-    for length in (1_024, 4_096, 16_384, 65_536):
+    for length in STEP_LENGTHS:
         request = StepRequest(
             lengths=(length,),
             directions=(CAUSAL,),
             contenders=("favor", "window", "opt"),
+            preset=PRESET,
             batch=TILE // length,
             device=device,
-            backend="triton",
+            backend=_backend(device),
             dtype="bfloat16",
             seconds=20.0,
             gemm_size=GEMM_SIZE,
@@ -86,10 +91,10 @@ def million(rows: Rows, device: str, folder: Path) -> None:
     """Tokens a second of a Regular model on one sequence of 2^20 tokens, in tiles, and on 8 of 8,192."""
     rates = {}
     for length, batch in ((SHORT, TILE // SHORT), (MILLION, 1)):
-        torch.cuda.reset_peak_memory_stats()
+        meter = PeakMeter(torch.device(device))
         rates[length] = length * batch / _step_seconds(length, batch, device)
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        rows.add(f"{batch} × {length:,} tokens, a step", rates[length], "tokens/s", note=f"{peak:.1f} GiB at most")
+        what, peak = f"{batch} × {length:,} tokens, a step", f"{meter.stop() / 2**30:.2f} GiB at most"
+        rows.add(what, rates[length], "tokens/s", note=peak)
     share = rates[MILLION] / rates[SHORT]
     rows.add(f"tokens/s at {MILLION:,} over those at {SHORT:,}", share, "×", least=MILLION_AGAINST_SHORT)
 
@@ -97,9 +102,12 @@ def million(rows: Rows, device: str, folder: Path) -> None:
 @torch.no_grad()
 def decode(rows: Rows, device: str, folder: Path) -> None:
     """The logits of decoding against the forward pass's, in fp32 and bf16; and how fast tokens come."""
-    large = device == "cuda"
+    large, options = device == "cuda", {"window": 16, "learned_share": True, "learned_decay": True}
     for dtype, most in ((torch.float32, 2e-3), (torch.bfloat16, 3e-2)):  # with room for TF32
-        model = _model("regular" if large else "tiny", device).to(dtype).eval()
+        model = _model(PRESET if large else "tiny", device, **options).to(dtype).eval()
+        for name, weight in model.named_parameters():
+            if name.endswith(("qkv.weight", "attention.out.weight")):
+                weight.mul_(10)  # else attention hardly matters beside the residual stream
         tokens = _tokens(model, 2, 600 if large else 70, device)
         half = tokens.shape[1] // 2
         expected = model(tokens).double()
@@ -108,13 +116,12 @@ def decode(rows: Rows, device: str, folder: Path) -> None:
         for at in range(half, tokens.shape[1]):
             logits, state = model.decode(tokens[:, at], state)
             found.append(logits)
-        difference = (torch.stack(found, 1).double() - expected[:, half:]).norm() / expected[:, half:].norm()
-        name = str(dtype).removeprefix("torch.")
-        rows.add(
-            f"logits of {len(found)} tokens, one by one, {name}, against the forward pass's", difference, most=most
-        )
+        difference = float((torch.stack(found, 1) - expected[:, half:]).norm() / expected[:, half:].norm())
+        what = f"logits of {len(found)} tokens, one by one, against the forward pass's, {dtype}"
+        rows.add(what, difference, most=most)
     if not large:
         return
+    model = _model(PRESET, device).to(torch.bfloat16).eval()
     for batch in (1, 8, 64):
         prompt = _tokens(model, batch, 2_048, device)
         _, state = model.prefill(prompt, last_only=True)
@@ -122,9 +129,8 @@ def decode(rows: Rows, device: str, folder: Path) -> None:
         for _ in range(3):
             model.decode(token, state)
         seconds = seconds_a_call(partial(model.decode, token, state), torch.device(device), 50)
-        rows.add(
-            f"a token of {batch} sequences behind 2,048, bf16", seconds * 1e3, "ms", note=f"{batch / seconds:,.0f}/s"
-        )
+        what, rate = f"a token of {batch} sequences behind 2,048, bf16", f"{batch / seconds:,.0f} tokens/s"
+        rows.add(what, seconds * 1e3, "ms", note=rate)
 
 
 def _attention_rows(rows: Rows, results: Results, length: int, bar: float) -> None:
@@ -135,9 +141,8 @@ def _attention_rows(rows: Rows, results: Results, length: int, bar: float) -> No
         rows.failed(f"attention {at}", _why(results, "favor"))
         return
     ours = found["favor"][0]
-    rows.add(
-        f"forward + backward {at}", ours.median * 1e3, "ms", note=f"{ours.memory / 2**30:.2f} GiB beyond in and out"
-    )
+    memory = f"{ours.memory / 2**30:.2f} GiB beyond inputs and outputs"
+    rows.add(f"forward + backward {at}", ours.median * 1e3, "ms", note=memory)
     for name, least in (("exact", bar), ("fla", None)):
         what = f"{'SDPA' if name == 'exact' else name} over FAVOR+ {at}"
         if found[name]:
@@ -161,13 +166,18 @@ def _ratio_row(rows: Rows, what: str, results: Results, name: str, length: int) 
         rows.failed(what, _why(results, name))
 
 
+def _backend(device: str) -> str:
+    """On a GPU our kernels or an error: PyTorch's loop in their place would be timed without a word."""
+    return "triton" if device == "cuda" else "auto"
+
+
 def _why(results: Results, name: str) -> str:
     return "; ".join(note.text for note in results.notes if note.contender == name) or "it was not measured"
 
 
 def _step_seconds(length: int, batch: int, device: str) -> float:
     """Of a whole training step: forward, loss, backward, AdamW."""
-    model = _model("regular", device, tile=TILE if length > TILE else 0).train()
+    model = _model(PRESET, device, sequence_tile=TILE if length > TILE else 0).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     tokens, targets = (_tokens(model, batch, length, device, seed) for seed in (0, 1))
 
@@ -182,10 +192,10 @@ def _step_seconds(length: int, batch: int, device: str) -> float:
     return median(seconds_a_call(step, torch.device(device)) for _ in range(3))
 
 
-def _model(preset: str, device: str, tile: int = 0) -> PerformerLM:
+def _model(preset: str, device: str, **options: Any) -> PerformerLM:
     size = PRESETS[preset]
     torch.manual_seed(0)
-    spec = PerformerSpec(256, size.dim, size.depth, size.heads, size.ffn_dim, causal=True, sequence_tile=tile)
+    spec = PerformerSpec(256, size.dim, size.depth, size.heads, size.ffn_dim, causal=True, **options)
     return PerformerLM(spec).to(device)
 
 
