@@ -27,9 +27,9 @@ PROGRAM = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
 from longseq.benchmarks.gpu.rows import Rows
-from longseq.benchmarks.gpu.worker import _end_with_parent
+from longseq.benchmarks.gpu.worker import end_with_parent
 
-_end_with_parent(int(sys.argv[sys.argv.index("--parent-pipe") + 1]))
+end_with_parent(int(sys.argv[sys.argv.index("--parent-pipe") + 1]))
 rows = Rows(Path(sys.argv[2]))
 rows.add("error", 0.1, most=0.5)
 name = sys.argv[1]
@@ -75,7 +75,7 @@ def run(tmp_path: Path, *parts: Part, seconds: float = 300.0) -> dict[str, Found
 
 
 def test_a_part_that_hangs_dies_or_finds_nothing_leaves_the_others_alone(tmp_path, stand_in):
-    limits = {"hangs": 15.0}
+    limits = {"hangs": 20.0}
     names = ("passes", "hangs", "dies", "is-wrong", "is-nan", "is-slow")
     parts = [
         Part(name, "", limits.get(name, 100.0), correct=name != "is-slow", alone=name == "is-slow", program=stand_in)
@@ -93,9 +93,8 @@ def test_a_part_that_hangs_dies_or_finds_nothing_leaves_the_others_alone(tmp_pat
         "is-slow": ("measured", False),
         "missing": ("crashed", True),
     }
-    assert all(
-        part.rows[0] == Row("error", 0.1, "", "≤ 0.5", True) for name, part in found.items() if name != "missing"
-    )
+    first = Row("error", 0.1, "", "≤ 0.5", True)
+    assert all(part.rows[0] == first for name, part in found.items() if name != "missing")
     assert "SIGSEGV" in found["dies"].why
     assert "No module named a_module_that_is_not_there" in found["missing"].output
     assert found["is-nan"].rows[1] == Row("error", None, "", "≤ 0.5", False, "nan ")
@@ -179,9 +178,8 @@ def test_speeds_are_those_that_were_measured(tmp_path, monkeypatch):
     assert rows["SDPA over FAVOR+ at 512"].met is False
     assert "not installed" in rows["fla over FAVOR+ at 256"].note
     assert (rows["share of the matrix product's rate at 512"].seen or 0) > 0
-    assert all(
-        (rows[f"{name}'s step over OPT's at {at}"].seen or 0) > 0 for name in ("favor", "window") for at in (128, 256)
-    )
+    steps = [rows[f"{name}'s step over OPT's at {at}"] for name in ("favor", "window") for at in (128, 256)]
+    assert all((row.seen or 0) > 0 and row.bar == "≤ 1.35" for row in steps)
     short, million = (rows[f"{batch} × {length} tokens, a step"].seen or 0 for batch, length in ((2, 128), (1, 512)))
     assert rows["tokens/s at 512 over those at 128"].seen == pytest.approx(million / short)
 
@@ -190,7 +188,7 @@ def test_speeds_are_those_that_were_measured(tmp_path, monkeypatch):
 WRONG = """
 from longseq.attention.module import FavorAttention
 right = FavorAttention.mix
-FavorAttention.mix = lambda self, *rows: 1.1 * right(self, *rows)
+FavorAttention.mix = lambda self, *rows: 2 * right(self, *rows)
 """
 
 

@@ -38,14 +38,14 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, required=True, help="shared by all parts of one benchmark")
     parser.add_argument("--parent-pipe", type=int, required=True)
     args = parser.parse_args()
-    _end_with_parent(args.parent_pipe)
+    end_with_parent(args.parent_pipe)
     module, function = WORK[args.part]
     work = getattr(importlib.import_module(f"longseq.benchmarks.gpu.{module}"), function)
     work(Rows(args.rows), args.device, args.folder)
     return 0
 
 
-def _end_with_parent(pipe: int) -> None:
+def end_with_parent(pipe: int) -> None:
     """Die when the parent's end of the pipe closes, with all that this process has started: its own group."""
 
     def watch() -> None:
