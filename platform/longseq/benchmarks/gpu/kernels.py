@@ -1,4 +1,4 @@
-"""Attention by our own kernels against the PyTorch operations in float64, with the same random features.
+"""Attention by our own kernels against its definition in float64, with the same random features.
 
 Inputs are of random sizes, and rounded to the dtype that is tested before either side sees them. All memory that a
 kernel should write holds NaN before, and so do the keys and values of padding.
@@ -7,10 +7,11 @@ kernel should write holds NaN before, and so do the keys and values of padding.
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,8 +21,7 @@ from torch import Tensor
 
 from longseq.attention import backends, favor_attention, prefill
 from longseq.attention.carried import State, carried_attention
-from longseq.attention.feature_maps import FeatureMap, feature_map
-from longseq.attention.parts import Part, combine
+from longseq.attention.feature_maps import EPSILON, FeatureMap, PositiveExponential, feature_map
 from longseq.benchmarks.gpu.rows import Rows, first_line
 
 # Relative to the norm of what is exact. fp32: what favor_attention promises, on a GPU by three TF32 products. 16 bits
@@ -253,62 +253,92 @@ def ours(case: Case, inputs: Inputs, backend: str) -> dict[str, Tensor]:
     q, k, v = (x.detach().clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
     learned = {name: x.clone().requires_grad_() for name, x in inputs.learned.items()}
     out = call(case, replace(inputs, q=q, k=k, v=v), backend, **learned)
-    return _with_gradients(out, {"q": q, "k": k, "v": v, **learned}, inputs.direction)
+    given = {"q": q, "k": k, "v": v, **learned}
+    grads = torch.autograd.grad(out, list(given.values()), inputs.direction, materialize_grads=True)
+    return {"out": out.detach(), **{f"d{name}": grad for name, grad in zip(given, grads, strict=True)}}
 
 
 def exact(case: Case, inputs: Inputs) -> dict[str, Tensor]:
-    """The same in float64 by the PyTorch operations, all keys at once: no tiles."""
-    phi, engine = _map(case, inputs.q), backends.Torch()
-    given, real = [inputs.q.double(), inputs.k.double(), inputs.v.double()], inputs.padding
+    """The same in float64 from the definition, a sequence and head at a time: every query's weight of every key."""
+    phi, real = _map(case, inputs.q), inputs.padding
+    given = {"q": inputs.q, "k": inputs.k, "v": inputs.v, **inputs.learned}
     if real is not None:
-        given[1:] = [x.where(real[:, None, :, None], 0.0) for x in given[1:]]
-    q, k, v = (x.detach().clone().requires_grad_() for x in given)
-    learned = {name: x.double().requires_grad_() for name, x in inputs.learned.items()}
-    batch, heads = q.shape[:2]
-    rows = (q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
-    hidden = None if real is None else ~real.repeat_interleave(heads, dim=0)
-    runs = None if inputs.segments is None else inputs.segments.repeat_interleave(heads, dim=0)
-    decay, share = (learned[x].repeat(batch).view(-1, 1, 1) if x in learned else None for x in ("decay", "far_share"))
-    window = min(case.window, case.length)
-    if phi is not None and not case.causal and not window and runs is None and decay is None:
-        out = engine.bidirectional(*rows, phi, hidden)
-    else:
-        near: list[Part] = []
-        far: list[Part] = []
-        if phi is not None and window < case.length:
-            far.append(engine.scan(*rows, phi, delay=window, hidden=hidden, runs=runs, decay=decay))
-            if not case.causal:  # the keys after: as those before, in the row read backwards
-                back = (rows[0].flip(1), rows[1].flip(1), rows[2].flip(1))
-                hidden_back = None if hidden is None else hidden.flip(1)
-                runs_back = None if runs is None else runs[:, -1:] - runs.flip(1)
-                after = engine.scan(*back, phi, delay=max(1, window), hidden=hidden_back, runs=runs_back, decay=decay)
-                far.append((after[0].flip(1), after[1].flip(1)))
-        if window:
-            near.append(engine.window(*rows, window=window, causal=case.causal, hidden=hidden, runs=runs, decay=decay))
-        out = combine(near + [(out, lse if share is None else lse + share) for out, lse in far])[0]
-    return _with_gradients(out.unflatten(0, (batch, heads)), {"q": q, "k": k, "v": v, **learned}, inputs.direction)
+        given |= {name: given[name].where(real[:, None, :, None], 0.0) for name in "kv"}
+    leaves = {name: x.detach().double().requires_grad_() for name, x in given.items()}
+    out = torch.empty_like(leaves["v"])
+    for at in itertools.product(range(out.shape[0]), range(out.shape[1])):
+        visible = _visible(case, inputs, at[0])
+        row = _log_weights(case, phi, leaves, at).masked_fill(~visible, -torch.inf)
+        row = row.masked_fill(~visible.any(-1, keepdim=True), 0.0).softmax(-1) * visible  # a blind query gets zeros
+        seen = row @ leaves["v"][at]
+        seen.backward(inputs.direction[at].double())
+        out.data[at] = seen.detach()
+    zeros = {name: torch.zeros_like(x) for name, x in leaves.items()}
+    return {
+        "out": out.detach(),
+        **{f"d{name}": zeros[name] if x.grad is None else x.grad for name, x in leaves.items()},
+    }
+
+
+def _visible(case: Case, inputs: Inputs, sequence: int) -> Tensor:
+    """(L, L) bool."""
+    visible = torch.ones(case.length, case.length, dtype=torch.bool, device=inputs.q.device)
+    if case.causal:
+        visible = visible.tril()
+    if inputs.padding is not None:
+        visible = visible & inputs.padding[sequence]
+    if inputs.segments is not None:
+        visible = visible & (inputs.segments[sequence][:, None] == inputs.segments[sequence])
+    if not case.features:
+        visible = visible & (_distance(case, inputs.q.device) < case.window)
+    return visible
+
+
+def _log_weights(case: Case, phi: Any, leaves: dict[str, Tensor], at: tuple[int, int]) -> Tensor:
+    """(L, L): exact logits inside the window, the logarithm of φ(q)ᵀφ(k) beyond."""
+    q, k, head = leaves["q"][at], leaves["k"][at], at[1]
+    distance = _distance(case, q.device)
+    near = q @ k.T * case.head_dim**-0.5
+    weights = near
+    if phi is not None:
+        (a, a_scale), (b, b_scale) = _features(phi, q), _features(phi, k)
+        weights = (a @ b.T).log() + a_scale + b_scale.T
+        if "far_share" in leaves:
+            weights = weights + leaves["far_share"][head]
+        weights = torch.where(distance < case.window, near, weights)
+    return weights - leaves["decay"][head] * distance if "decay" in leaves else weights
+
+
+def _distance(case: Case, device: torch.device) -> Tensor:
+    places = torch.arange(case.length, device=device)
+    return (places[:, None] - places).abs()
+
+
+def _features(phi: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """φ(x) = features · exp(scale), (L, m) and (L, 1): see :func:`longseq.attention.feature_maps.feature_map`."""
+    u = x @ phi.weight.double().T
+    if not isinstance(phi, PositiveExponential):  # relu
+        return torch.relu(u) + EPSILON, torch.full_like(u[:, :1], phi.log_constant)
+    log_phi = u - x.square().sum(-1, keepdim=True) * (0.5 * x.shape[-1] ** -0.5) + phi.log_constant
+    if phi.shift is not None:
+        log_phi = log_phi + phi.shift.double()
+    top = log_phi.detach().amax(-1, keepdim=True)
+    return (log_phi - top).exp(), top
 
 
 def _map(case: Case, like: Tensor) -> FeatureMap | None:
-    """The features that attention takes for inputs of this dtype, held in float64: those that decoding goes on with."""
+    """The features that attention takes for inputs of this dtype: those that decoding would go on with."""
     if not case.features:
         return None
     nothing = like.new_zeros(1, 1, 0, case.head_dim)
     asked: dict[str, Any] = {"kernel": case.kernel, "features": case.features, "oprf_a": _oprf_a(case)}
     far = prefill(nothing, nothing, nothing, backend="torch", **asked)[1].far
     assert far is not None
-    phi: Any = far.feature_map
-    tensors = {f.name: getattr(phi, f.name) for f in fields(phi)}
-    return replace(phi, **{name: x.double() for name, x in tensors.items() if isinstance(x, Tensor)})
+    return far.feature_map
 
 
 def _oprf_a(case: Case) -> float:
     return OPRF_A if case.kernel == "oprf" else 0.0
-
-
-def _with_gradients(out: Tensor, inputs: dict[str, Tensor], direction: Tensor) -> dict[str, Tensor]:
-    grads = torch.autograd.grad(out, list(inputs.values()), direction.to(out.dtype), materialize_grads=True)
-    return {"out": out.detach(), **{f"d{name}": grad for name, grad in zip(inputs, grads, strict=True)}}
 
 
 def _error(name: str, found: Tensor, expected: dict[str, Tensor]) -> float:
