@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from longseq.commands.bench import context, data, features, learning, lengths, training
+from longseq.commands.bench import context, data, features, gpu, learning, lengths, training
 from longseq.errors import LongseqError
 
 
@@ -89,5 +89,10 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "features": Benchmark(
         "error of the random features, beside their closed forms", features.features_arguments, features.run_features
+    ),
+    "gpu": Benchmark(
+        "a GPU in minutes: every kernel, training and bar, each part a process of its own",
+        gpu.gpu_arguments,
+        gpu.run_gpu,
     ),
 }
