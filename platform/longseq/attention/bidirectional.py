@@ -20,7 +20,7 @@ from torch import Tensor
 
 from longseq.attention.feature_maps import FeatureMap
 from longseq.attention.first_order import Saved, first_order
-from longseq.attention.state import AttentionState, inverse, with_ones
+from longseq.attention.state import AttentionState, inverse, widened, with_ones
 
 # Nothing here grows with the square of a chunk: long enough for efficient products, short enough for the cache.
 CHUNK = 128
@@ -42,7 +42,7 @@ def bidirectional_attention(
     """Attention of each query over all keys that are not hidden.
 
     Args:
-        q: (N, Lq, d), N = batch · heads, fp32 or float64.
+        q: (N, Lq, d), N = batch · heads, of any floating dtype.
         k: (N, L, d), same dtype.
         v: (N, L, e), same dtype.
         feature_map: the kernel.
@@ -50,7 +50,7 @@ def bidirectional_attention(
         total: the state S of all keys from that of these, and R likewise. None: these are all.
 
     Returns:
-        (N, Lq, e); zeros where every key is hidden.
+        (N, Lq, e) in the dtype of sums; zeros where every key is hidden.
     """
     return _TwoPasses.apply(q, k, v, hidden, feature_map, total)
 
@@ -67,6 +67,7 @@ def sum_up(
         log_weight: w (N, L, 1); a position of −inf is left out, whatever stands there. None: zeros.
         feature_map: φ.
     """
+    x, values = widened(x), widened(values)
     state = AttentionState.empty(len(x), feature_map.features, values.shape[-1], like=values)
     sums, scale = state.sums, state.log_scale
     for chunk in _chunks(x.shape[1]):
@@ -115,6 +116,8 @@ class _TwoPasses(torch.autograd.Function):
         feature_map: FeatureMap,
         total: Total | None,
     ) -> Tensor:
+        given = q, k, v
+        q, k, v = (widened(x) for x in given)
         keys, value_dim = _Keys(k, v, hidden, feature_map), v.shape[-1]
         state = AttentionState.empty(len(v), feature_map.features, value_dim, like=v)
         for chunk in _chunks(k.shape[1]):
@@ -130,13 +133,14 @@ class _TwoPasses(torch.autograd.Function):
             inverse_den[:, chunk] = inverse(read[..., value_dim:], feature_map.positive)
             torch.mul(read[..., :value_dim], inverse_den[:, chunk], out=out[:, chunk])
         ctx.feature_map, ctx.total = feature_map, total
-        ctx.save_for_backward(q, k, v, hidden, out, inverse_den, state.sums, state.log_scale)
+        ctx.save_for_backward(*given, hidden, out, inverse_den, state.sums, state.log_scale)
         return out
 
     @staticmethod
     @first_order
     def backward(ctx: Any, saved: Saved, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, hidden, out, inverse_den, sums, log_scale = saved
+        *given, hidden, out, inverse_den, sums, log_scale = saved
+        q, k, v = (widened(x) for x in given)
         feature_map: FeatureMap = ctx.feature_map
         keys = _Keys(k, v, hidden, feature_map)
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

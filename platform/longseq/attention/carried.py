@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longseq.attention import backends
-from longseq.attention.arguments import checked
+from longseq.attention.arguments import checked, dtypes
 from longseq.attention.backends import Backend
 from longseq.attention.feature_maps import FeatureMap, feature_map
 from longseq.attention.first_order import Saved, first_order
@@ -66,7 +66,7 @@ def carried_attention(
         ValueError: for a kernel with features of both signs, or a tile after one that was shorter than the window.
     """
     checked(q, k, v, True, window, features, far_share=far_share, decay=decay)
-    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    operands, dtype = dtypes(q, k, v)
     phi = None
     if features or not window:
         phi = feature_map(
@@ -80,6 +80,7 @@ def carried_attention(
             oprf_a=oprf_a,
             device=q.device,
             dtype=dtype,
+            operands=operands,
         )
         if not phi.positive:
             raise ValueError(
@@ -87,7 +88,7 @@ def carried_attention(
             )
     batch, heads, length = q.shape[:3]
     with torch.autocast(q.device.type, enabled=False):
-        q, k, v_ = (t.flatten(0, 1).to(dtype) for t in (q, k, v))
+        q, k, v_ = (t.flatten(0, 1).to(operands) for t in (q, k, v))
         rates = per_row(decay, batch, dtype)
         share = per_row(far_share, batch, dtype)
         here, halo = q, 0
@@ -157,6 +158,6 @@ class _Scan(torch.autograd.Function):
         q, k, v, decay, out, inverse_den, *kept = saved
         rows, wants = Rows(q, k, v, decay, None, None, ctx.phi, ctx.delay), ctx.needs_input_grad[3]
         grads = ctx.engine.scan_backward(rows, out, inverse_den, kept, dout, dlse, later, wants)
-        d_decay = None if grads.decay is None else grads.decay.to(v)
+        d_decay = None if grads.decay is None else grads.decay.to(decay)
         d_sums = grads.initial if ctx.needs_input_grad[4] else None
         return grads.q, grads.k, grads.v, d_decay, d_sums, *[None] * 5

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longseq.attention.arguments import HALF
 from longseq.attention.projections import projection_matrix
 
 _LOG2E = math.log2(math.e)
@@ -237,6 +238,7 @@ def feature_map(
     oprf_a: float = 0.0,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    operands: torch.dtype | None = None,
 ) -> FeatureMap:
     """The feature map of a kernel (Choromanski et al. 2020, arXiv 2009.14794, unless said otherwise).
 
@@ -264,15 +266,25 @@ def feature_map(
         seed, layer, draw: the projection is a function of these three numbers.
         projection: "orthogonal" (blocks of d orthogonal rows) or "iid".
         oprf_a: A, for ``oprf`` only.
-        device, dtype: of the inputs to come; fp32 or float64.
+        device: of the inputs to come.
+        dtype: what features are computed in; fp32 or float64.
+        operands: what the inputs to come are. For bf16 and fp16 the rows ω·d^-1/4 are rounded to it, once, so that all
+            backends multiply by the same numbers. They are held in ``dtype`` all the same.
 
     Raises:
         ValueError: for a name that is not known or a number that the kernel cannot have.
     """
     _check(kernel, features, projection, oprf_a, dtype)
     scale = head_dim**-0.25
+    half = operands in HALF
+    exact = torch.float64 if half else dtype  # rounded once, not twice
+
+    def rows(weight: Tensor) -> Tensor:
+        return weight.to(operands).to(dtype) if half else weight
+
     if kernel == "relu_direct":
-        return Generalised(torch.eye(head_dim, device=device, dtype=dtype) * scale, _ACTIVATIONS["relu"], 0.0)
+        weight = torch.eye(head_dim, device=device, dtype=exact) * scale
+        return Generalised(rows(weight), _ACTIVATIONS["relu"], 0.0)
     omega = projection_matrix(
         features // 2 if kernel in _PAIRED else features,
         head_dim,
@@ -282,17 +294,17 @@ def feature_map(
         orthogonal=projection == "orthogonal",
         rows="sqrt_d" if kernel == "smreg" else "chi",
         device=device,
-        dtype=dtype,
+        dtype=exact,
     )
-    weight, log_constant = omega * scale, -0.5 * math.log(features)
+    weight, log_constant, stretch = omega * scale, -0.5 * math.log(features), 1 - 4 * oprf_a
+    weight = rows(weight * stretch**0.5 if kernel == "oprf" else weight)
     if kernel in ("softmax", "smreg"):
         return PositiveExponential(weight, None, log_constant)
     if kernel == "hyperbolic":
         return PositiveExponential(torch.cat((weight, -weight)), None, log_constant)
     if kernel == "oprf":
-        shift = omega.square().sum(-1) * oprf_a if oprf_a else None
-        stretch = 1 - 4 * oprf_a
-        return PositiveExponential(weight * stretch**0.5, shift, log_constant + head_dim / 4 * math.log(stretch))
+        shift = (omega.square().sum(-1) * oprf_a).to(dtype) if oprf_a else None
+        return PositiveExponential(weight, shift, log_constant + head_dim / 4 * math.log(stretch))
     if kernel == "trigonometric":
         phase = torch.zeros_like(weight[:, 0])
         return Trigonometric(torch.cat((weight, weight)), torch.cat((phase, phase + math.pi / 2)))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longseq.attention import backends
-from longseq.attention.arguments import checked
+from longseq.attention.arguments import checked, dtypes
 from longseq.attention.context_group import ContextGroup, GatherSequence, SlicedDocuments
 from longseq.attention.context_halo import neighbourhood
 from longseq.attention.context_parallel import relay
@@ -46,9 +46,10 @@ def favor_attention(
     exact attention.
 
     Features, sums and denominators are computed in fp32 (float64 for float64 inputs) whatever the inputs' dtype, also
-    under autocast. Up to a standard deviation of about 4 of q and k (at head_dim 64) the result is that of the
-    quadratic formula to 1e-5 … 3e-5. Beyond, it stays finite and a weighted mean of the values, but fp32's range no
-    longer holds every product of two features.
+    under autocast; for bf16 and fp16 inputs the projection is rounded to their dtype, once, on all backends. Up to a
+    standard deviation of about 4 of q and k (at head_dim 64) the result is that of the quadratic formula to 1e-5 …
+    3e-5. Beyond, it stays finite and a weighted mean of the values, but fp32's range no longer holds every product of
+    two features.
 
     Args:
         q, k: (batch, heads, length, head_dim). They are scaled by head_dim^-1/4 each.
@@ -87,7 +88,7 @@ def favor_attention(
     segments = checked(
         q, k, v, causal, window, features, key_padding, given, cu_seqlens, far_share=far_share, decay=decay
     )
-    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    operands, dtype = dtypes(q, k, v)
     if kernel not in KERNELS:
         raise ValueError(f"unknown kernel {kernel!r}; the kernels are {', '.join(KERNELS)}")
     phi = None
@@ -103,6 +104,7 @@ def favor_attention(
             oprf_a=oprf_a,
             device=q.device,
             dtype=dtype,
+            operands=operands,
         )
     if window and phi and not phi.positive:
         raise ValueError(f"kernel {kernel!r} has features of both signs and cannot share a denominator with a window")
@@ -118,7 +120,7 @@ def favor_attention(
     with torch.autocast(q.device.type, enabled=False):
         rates = per_row(decay, batch, dtype)
         share = per_row(far_share, batch, dtype)
-        q, k, v_ = (t.flatten(0, 1).to(dtype) for t in (q, k, v))
+        q, k, v_ = (t.flatten(0, 1).to(operands) for t in (q, k, v))
         rows = q, k, v_
         engine = backends.choose(backend, phi, rows)
         if nothing is not None:

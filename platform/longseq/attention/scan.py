@@ -42,7 +42,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ from torch import Tensor
 
 from longseq.attention.feature_maps import FeatureMap
 from longseq.attention.first_order import Saved, first_order
-from longseq.attention.state import NOTHING, AttentionState, inverse, with_ones
+from longseq.attention.state import NOTHING, AttentionState, inverse, widened, with_ones
 
 _LOG2E = math.log2(math.e)
 # Shorter chunks have less of the square that grows with them, longer ones fewer passes over the (m, e) state.
@@ -75,9 +75,9 @@ def scan(
     """Attention of query i over the keys j ≤ i − delay, by features.
 
     Args:
-        q, k: (N, L, d), N = batch · heads, fp32 or float64.
+        q, k: (N, L, d), N = batch · heads, of any floating dtype.
         v: (N, L, e), same dtype.
-        feature_map: the kernel.
+        feature_map: the kernel, in the dtype of sums: fp32 or float64.
         delay: how many positions the nearest visible key lies before the query.
         hidden: (N, L) bool, True where a key is padding and must not be seen, or None.
         runs: (N, L) integers ≥ 0 that never decrease; a query sees keys of its own number only. None: one document.
@@ -85,7 +85,8 @@ def scan(
         by: a backend's forward and backward passes. None: those below.
 
     Returns:
-        out (N, L, e) and lse (N, L, 1), the log of the denominator. A query that sees no key gets zeros and −1e30.
+        out (N, L, e) and lse (N, L, 1), the log of the denominator, in fp32 (float64). A query that sees no
+        key gets zeros and −1e30.
     """
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, decay))
     by = by or Scanner(scan_forward, scan_backward)
@@ -127,7 +128,7 @@ class _Scan(torch.autograd.Function):
         q, k, v, decay, hidden, runs, out, inverse_den, *kept = saved
         rows = Rows(q, k, v, decay, hidden, runs, ctx.feature_map, ctx.delay)
         grads = ctx.by.backward(rows, out, inverse_den, kept, dout, dlse, None, ctx.needs_input_grad[3])
-        d_decay = None if grads.decay is None else grads.decay.to(v)
+        d_decay = None if grads.decay is None else grads.decay.to(decay)
         return grads.q, grads.k, grads.v, d_decay, None, None, None, None, None, None
 
 
@@ -160,6 +161,7 @@ def scan_forward(rows: Rows, initial: AttentionState | None, learns: bool) -> Sc
             it; where there are ``runs``, they are of the first position's document, whose number is 0. None: no keys.
         learns: whether a backward pass will follow.
     """
+    rows = rows.widened()
     q, v, feature_map = rows.q, rows.v, rows.feature_map
     value_dim = v.shape[-1]
     out, lse, inverse_den = torch.empty_like(v), v.new_empty(*v.shape[:2], 1), v.new_empty(*v.shape[:2], 1)
@@ -210,6 +212,7 @@ def scan_backward(
         later: R of the queries behind the last one, (N, m, e + 1), at the log-scale of ``Scanned``. None: zeros.
         wants_decay: whether the decay's gradient is wanted.
     """
+    rows = rows.widened()
     q, k, v, decay, delay, feature_map = rows.q, rows.k, rows.v, rows.decay, rows.delay, rows.feature_map
     dout = torch.zeros_like(out) if dout is None else dout
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -304,6 +307,10 @@ class Rows:
     runs: Tensor | None
     feature_map: FeatureMap
     delay: int
+
+    def widened(self) -> Rows:
+        """The same with fp32 in the place of bf16 and fp16."""
+        return replace(self, q=widened(self.q), k=widened(self.k), v=widened(self.v))
 
     def groups(self) -> list[tuple[int, int]]:
         """(start, stop) of each group: GROUP chunks, fewer at the end, and last what is left of less than a chunk."""

@@ -24,7 +24,7 @@ from longseq.attention.first_order import Saved, first_order
 from longseq.attention.parts import Part
 from longseq.attention.scan import Rows, ScanGradients, Scanned, Scanner
 from longseq.attention.scan import scan as scan_by
-from longseq.attention.state import NOTHING, AttentionState
+from longseq.attention.state import NOTHING, AttentionState, widened
 from longseq.attention.triton_frames import CHUNK, Frames, at_positions
 from longseq.attention.triton_launch import on, padded, pointer
 
@@ -261,7 +261,7 @@ def sum_up(
     x: Tensor, values: Tensor, last: Tensor | None, log_weight: Tensor | None, feature_map: FeatureMap
 ) -> AttentionState:
     """See :func:`longseq.attention.bidirectional.sum_up`."""
-    x, values = x.contiguous(), values.contiguous()
+    x, values = widened(x).contiguous(), widened(values).contiguous()
     launch = _Launch(_Map.of(feature_map), x.shape[-1], values.shape[-1])
     with on(x.device):
         out = None if log_weight is None else log_weight[..., 0] == -torch.inf
@@ -288,7 +288,7 @@ class _TwoPasses(torch.autograd.Function):
         feature_map: FeatureMap,
         total: Total | None,
     ) -> Tensor:
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        q, k, v = (widened(x).contiguous() for x in (q, k, v))
         launch = _Launch(_Map.of(feature_map), q.shape[-1], v.shape[-1])
         with on(q.device):
             (q_gauge, _), (k_gauge, k_scale) = launch.measure(q), launch.measure(k, hidden)
@@ -350,6 +350,7 @@ def _split(sums: Tensor) -> tuple[Tensor, Tensor]:
 def _contiguous(rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """q, k, v and runs as the kernels take them."""
     runs = None if rows.runs is None else rows.runs.to(torch.int32).contiguous()
+    rows = rows.widened()
     return rows.q.contiguous(), rows.k.contiguous(), rows.v.contiguous(), runs
 
 

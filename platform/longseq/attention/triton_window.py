@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longseq.attention.first_order import Saved, first_order
 from longseq.attention.parts import Part
+from longseq.attention.state import widened
 from longseq.attention.triton_kernels import INFINITY, NOTHING, load_rows, product, put_rows, rows_product
 from longseq.attention.triton_launch import on, padded, pointer
 
@@ -203,7 +204,7 @@ class _Window(torch.autograd.Function):
         window: int,
         causal: bool,
     ) -> tuple[Tensor, Tensor]:
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        q, k, v = (widened(x).contiguous() for x in (q, k, v))
         mask = None if hidden is None else hidden.contiguous().view(torch.uint8)
         numbers = None if runs is None else runs.to(torch.int32).contiguous()
         rates = None if decay is None else decay.contiguous()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from longseq.attention.first_order import Saved, first_order
-from longseq.attention.state import NOTHING
+from longseq.attention.state import NOTHING, widened
 
 # Longer blocks compute more scores that the window hides, shorter ones make smaller products.
 BLOCK = 128
@@ -112,6 +112,8 @@ class _Window(torch.autograd.Function):
         window: int,
         causal: bool,
     ) -> tuple[Tensor, Tensor]:
+        given = q, k, v
+        q, k, v = (widened(x) for x in given)
         band = _Band(q, k, v, decay, hidden, runs, window, causal)
         out, lse = torch.empty_like(v), v.new_empty(*v.shape[:2], 1)
         for queries, keys in band.blocks():
@@ -123,14 +125,15 @@ class _Window(torch.autograd.Function):
             torch.bmm(weights, v_near, out=out[:, queries]).div_(den.clamp_min(1.0))  # den is 0 or at least 1
             lse[:, queries] = torch.where(den == 0, NOTHING, den.log() + top)
         ctx.window, ctx.causal = window, causal
-        ctx.save_for_backward(q, k, v, decay, hidden, runs, out, lse)
+        ctx.save_for_backward(*given, decay, hidden, runs, out, lse)
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     @first_order
     def backward(ctx: Any, saved: Saved, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, decay, hidden, runs, out, lse = saved
+        *given, decay, hidden, runs, out, lse = saved
+        q, k, v = (widened(x) for x in given)
         band = _Band(q, k, v, decay, hidden, runs, ctx.window, ctx.causal)
         dout = torch.zeros_like(out) if dout is None else dout
         scale = q.shape[-1] ** -0.5
@@ -150,4 +153,4 @@ class _Window(torch.autograd.Function):
                 d_decay -= (d_scores * distance).sum((1, 2), keepdim=True, dtype=torch.float64)
             dq[:, queries] = torch.bmm(d_scores, k_near).mul_(scale)
             dk[:, keys].baddbmm_(d_scores.mT, q[:, queries], alpha=scale)
-        return dq, dk, dv, None if d_decay is None else d_decay.to(v), None, None, None, None
+        return dq, dk, dv, None if d_decay is None else d_decay.to(decay), None, None, None, None

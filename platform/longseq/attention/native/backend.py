@@ -32,7 +32,7 @@ def unsupported(feature_map: FeatureMap | None, rows: Sequence[Tensor]) -> str |
     """Why the kernels cannot compute attention of these rows (N, L, ·) with this feature map; None if they can."""
     if rows[0].device.type != "cpu":
         return f"the kernels run on CPUs, and the tensors are on {rows[0].device}"
-    if rows[0].dtype != torch.float32:
+    if rows[0].dtype == torch.float64:
         return f"the kernels compute in torch.float32, and the inputs are {rows[0].dtype}"
     relu = isinstance(feature_map, Generalised) and feature_map.activation.value is torch.relu_
     if not (feature_map is None or isinstance(feature_map, PositiveExponential) or relu):
@@ -181,7 +181,8 @@ def _map(feature_map: FeatureMap | None, head_dim: int) -> tuple[_Map, tuple[Ten
 
 
 def _in_rows(x: Tensor) -> Tensor:
-    """x (N, L, n) with each (L, n) in one piece."""
+    """x (N, L, n) in fp32, with each (L, n) in one piece."""
+    x = x.float()
     return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 
@@ -200,7 +201,8 @@ def _states(sums: Tensor, log_scale: Tensor | None) -> _States:
 
 def scan_forward(rows: Rows, initial: AttentionState | None, learns: bool) -> Scanned:
     """See :func:`longseq.attention.scan.scan_forward`."""
-    call, v = _of(rows), rows.v
+    call = _of(rows)
+    v = call.v
     out = v.new_empty(v.shape)
     lse, inverse_den = v.new_empty(*v.shape[:2], 1), v.new_empty(*v.shape[:2], 1)
     kept = v.new_empty(len(v), call.floats("longseq_scan_kept")) if learns else None
@@ -222,7 +224,8 @@ def scan_backward(
     wants_decay: bool,
 ) -> ScanGradients:
     """See :func:`longseq.attention.scan.scan_backward`."""
-    call, v = _of(rows), rows.v
+    call = _of(rows)
+    v = call.v
     dout = torch.zeros_like(out) if dout is None else dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     later = None if later is None else later.contiguous()
@@ -243,6 +246,7 @@ def sum_up(
         hidden = log_weight[..., 0] == -torch.inf
         log_weight = log_weight.contiguous()
     call = _Call(x, x, values, feature_map, hidden=hidden)
+    x = call.q
     last = None if last is None else last.contiguous()
     state = AttentionState(x.new_empty(len(x), feature_map.features, values.shape[-1] + 1), x.new_empty(len(x), 1, 1))
     call.run("longseq_sum_up", _states(state.sums, state.log_scale), last, log_weight)
@@ -267,6 +271,7 @@ class _TwoPasses(torch.autograd.Function):
         total: Total | None,
     ) -> Tensor:
         call = _Call(q, k, v, feature_map, hidden=hidden)
+        given, v = v, call.v
         out, inverse_den = v.new_empty(*q.shape[:2], v.shape[-1]), v.new_empty(*q.shape[:2], 1)
         state = AttentionState(v.new_empty(len(v), feature_map.features, v.shape[-1] + 1), v.new_empty(len(v), 1, 1))
         call.run("longseq_sum_up", _states(state.sums, state.log_scale), None, None)
@@ -274,7 +279,7 @@ class _TwoPasses(torch.autograd.Function):
             state = total(state)()
         call.run("longseq_bidirectional_read", _states(state.sums, state.log_scale), out, inverse_den)
         ctx.feature_map, ctx.total = feature_map, total
-        ctx.save_for_backward(q, k, v, hidden, out, inverse_den, state.sums, state.log_scale)
+        ctx.save_for_backward(q, k, given, hidden, out, inverse_den, state.sums, state.log_scale)
         return out
 
     @staticmethod
@@ -306,10 +311,11 @@ class _Window(torch.autograd.Function):
         causal: bool,
     ) -> Part:
         call = _Call(q, k, v, None, hidden=hidden, runs=runs, decay=decay)
+        given, v = v, call.v
         out, lse = v.new_empty(v.shape), v.new_empty(*v.shape[:2], 1)
         ctx.band = _Band(window, causal)
         call.run("longseq_window_forward", ctx.band, out, lse)
-        ctx.save_for_backward(q, k, v, decay, hidden, runs, out, lse)
+        ctx.save_for_backward(q, k, given, decay, hidden, runs, out, lse)
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -320,8 +326,8 @@ class _Window(torch.autograd.Function):
         call = _Call(q, k, v, None, hidden=hidden, runs=runs, decay=decay)
         dout = torch.zeros_like(out) if dout is None else dout.contiguous()
         dlse = None if dlse is None else dlse.contiguous()
-        dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+        dq, dk, dv = call.q.new_empty(q.shape), call.k.new_zeros(k.shape), call.v.new_zeros(v.shape)
         wanted = decay is not None and ctx.needs_input_grad[3]
         d_decay = torch.zeros_like(decay, dtype=torch.float64) if wanted else None
         call.run("longseq_window_backward", ctx.band, out, lse, dout, dlse, dq, dk, dv, d_decay)
-        return dq, dk, dv, None if d_decay is None else d_decay.to(v), None, None, None, None
+        return dq, dk, dv, None if d_decay is None else d_decay.to(decay), None, None, None, None
