@@ -35,6 +35,9 @@ LEAST_POWER = {torch.float32: -40.0 * _LOG2E, torch.float64: -340.0 * _LOG2E}
 EPSILON = 1e-3
 
 
+Parts = tuple[str, Tensor, Tensor | None, float]
+
+
 class FeatureMap(ABC):
     """What attention asks of a kernel. Inputs (..., L, d), raw, in the map's dtype: fp32 or float64."""
 
@@ -47,6 +50,10 @@ class FeatureMap(ABC):
     @abstractmethod
     def features(self) -> int:
         """The size of the feature axis, m."""
+
+    @abstractmethod
+    def parts(self) -> Parts:
+        """Kind, rows, what is added to the exponents, and log C: all that :func:`from_parts` makes it from."""
 
     @abstractmethod
     def queries(self, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,6 +110,9 @@ class PositiveExponential(_Projected):
     log_constant: float  # log C
     positive = True
 
+    def parts(self) -> Parts:
+        return "exponential", self.weight, self.shift, self.log_constant
+
     @cached_property
     def shift_2(self) -> Tensor | None:
         return None if self.shift is None else self.shift * _LOG2E
@@ -124,6 +134,9 @@ class Trigonometric(_Projected):
     phase: Tensor  # (m,): 0 for the first half, π/2 for the second
     positive = False
 
+    def parts(self) -> Parts:
+        return "trigonometric", self.weight, self.phase, 0.0
+
     def queries(self, q: Tensor) -> tuple[Tensor, Tensor]:
         features = F.linear(q, self.weight, -self.phase).cos_()
         return features, _half_norm(q).sub_(0.5 * math.log(self.features / 2))
@@ -141,6 +154,9 @@ class ShiftedExponential(_Projected):
     """φ(x) = m^-1/2 · (exp(u) + ε): the generalised kernel of f = exp, with the row's log-scale carried."""
 
     positive = True
+
+    def parts(self) -> Parts:
+        return "exp", self.weight, None, 0.0
 
     def queries(self, q: Tensor) -> tuple[Tensor, Tensor]:
         features, log_top = _powers(q @ self.weight_2.T)
@@ -180,6 +196,9 @@ class Generalised(_Projected):
     def positive(self) -> bool:
         return self.activation.positive
 
+    def parts(self) -> Parts:
+        return self.activation.name, self.weight, None, self.log_constant
+
     def queries(self, q: Tensor) -> tuple[Tensor, Tensor]:
         features = self.activation.value(q @ self.weight.T).add_(EPSILON)
         return features, q.new_full((*q.shape[:-1], 1), self.log_constant)
@@ -218,6 +237,18 @@ _ACTIVATIONS = {
 
 def _activation(name: str) -> _Activation:
     return _ACTIVATIONS[name]
+
+
+def from_parts(kind: str, weight: Tensor, shift: Tensor | None, log_constant: float) -> FeatureMap:
+    """The map that :meth:`FeatureMap.parts` took apart."""
+    if kind == "exponential":
+        return PositiveExponential(weight, shift, log_constant)
+    if kind == "trigonometric":
+        assert shift is not None
+        return Trigonometric(weight, shift)
+    if kind == "exp":
+        return ShiftedExponential(weight)
+    return Generalised(weight, _ACTIVATIONS[kind], log_constant)
 
 
 _PAIRED = ("hyperbolic", "trigonometric")  # two features a projection

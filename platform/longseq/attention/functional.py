@@ -8,12 +8,16 @@ from torch import Tensor
 
 from longseq.attention import backends
 from longseq.attention.arguments import checked, dtypes
+from longseq.attention.bidirectional_operator import bidirectional_attention
 from longseq.attention.context_group import ContextGroup, GatherSequence, SlicedDocuments
 from longseq.attention.context_halo import neighbourhood
 from longseq.attention.context_parallel import relay
+from longseq.attention.context_whole import whole
 from longseq.attention.feature_maps import KERNELS, FeatureMap, feature_map
 from longseq.attention.isolation import isolated
 from longseq.attention.parts import Part, combine
+from longseq.attention.scan_operator import scan
+from longseq.attention.window_operator import window_attention
 
 
 def favor_attention(
@@ -122,28 +126,33 @@ def favor_attention(
         share = per_row(far_share, batch, dtype)
         q, k, v_ = (t.flatten(0, 1).to(operands) for t in (q, k, v))
         rows = q, k, v_
-        engine = backends.choose(backend, phi, rows)
         if nothing is not None:
+            backends.choose(backend, phi, rows)
             return nothing
         plain = phi is not None and not causal and not window and runs is None and rates is None
         if context is not None:
             if segments is not None and documents is None:
                 documents = context.documents(segments)
+            engine = backends.choose(backend, phi, rows)
             if plain:
                 assert phi is not None
-                out = engine.bidirectional(*rows, phi, hidden, context.total)
+                out = whole(engine, rows, phi, hidden, context)
             else:
-                out = _by_slices(engine, rows, phi, causal, window, hidden, runs, rates, share, context, documents)
+                out = _by_slices(
+                    engine, backend, rows, phi, causal, window, hidden, runs, rates, share, context, documents
+                )
             return out.view(batch, heads, length, v.shape[-1]).to(v.dtype)
         reach = 0 if phi else min(window, length)
 
         def attend(rows: tuple[Tensor, Tensor, Tensor]) -> Tensor:
             if plain:
                 assert phi is not None
-                return engine.bidirectional(*rows, phi, hidden)
-            return _by_parts(engine, rows, phi, causal, min(window, length), hidden, runs, rates, share)
+                return bidirectional_attention(*rows, phi, hidden, backend=backend)
+            return _by_parts(backend, rows, phi, causal, min(window, length), hidden, runs, rates, share)
 
-        out = isolated(attend, rows, hidden, runs, causal, reach)
+        # To ask for NaN reads data, which there is none of while this is traced.
+        traced = torch.compiler.is_compiling() or type(q) is not Tensor
+        out = attend(rows) if traced else isolated(attend, rows, hidden, runs, causal, reach)
     return out.view(batch, heads, length, v.shape[-1]).to(v.dtype)
 
 
@@ -154,7 +163,7 @@ def _nothing(q: Tensor, k: Tensor, v: Tensor, *per_head: Tensor | None) -> Tenso
 
 
 def _by_parts(
-    engine: backends.Backend,
+    backend: str,
     rows: tuple[Tensor, Tensor, Tensor],
     phi: FeatureMap | None,
     causal: bool,
@@ -168,15 +177,20 @@ def _by_parts(
     near: list[Part] = []
     far: list[Part] = []
     if window:
-        near.append(engine.window(*rows, window=window, causal=causal, hidden=hidden, runs=runs, decay=decay))
+        near.append(
+            window_attention(
+                *rows, window=window, causal=causal, hidden=hidden, runs=runs, decay=decay, backend=backend, beyond=phi
+            )
+        )
     if phi and window < rows[0].shape[1]:
-        far.append(engine.scan(*rows, phi, delay=window, hidden=hidden, runs=runs, decay=decay))
+        far.append(scan(*rows, phi, delay=window, hidden=hidden, runs=runs, decay=decay, backend=backend))
         if not causal:
             # The keys after: a scan of the reversed row, without the query's own position if the first scan had it.
             q, k, v = (t.flip(1) for t in rows)
             hidden = None if hidden is None else hidden.flip(1)
             runs = None if runs is None else runs[:, -1:] - runs.flip(1)
-            out, lse = engine.scan(q, k, v, phi, delay=max(1, window), hidden=hidden, runs=runs, decay=decay)
+            delay = max(1, window)
+            out, lse = scan(q, k, v, phi, delay=delay, hidden=hidden, runs=runs, decay=decay, backend=backend)
             far.append((out.flip(1), lse.flip(1)))
     if near and share is not None:
         far = [(out, lse + share) for out, lse in far]
@@ -185,6 +199,7 @@ def _by_parts(
 
 def _by_slices(
     engine: backends.Backend,
+    backend: str,
     rows: tuple[Tensor, Tensor, Tensor],
     phi: FeatureMap | None,
     causal: bool,
@@ -207,8 +222,19 @@ def _by_slices(
         ways = (False,) if causal else (False, True)
         far = [relay(engine, q, around, phi, decay, context, documents, reverse=reverse) for reverse in ways]
     if window:
-        queries, band = around.queries(q), {"hidden": around.hidden, "runs": around.runs, "decay": decay}
-        near.append(around.own(engine.window(queries, around.k, around.v, window=window, causal=causal, **band)))
+        part = window_attention(
+            around.queries(q),
+            around.k,
+            around.v,
+            window=window,
+            causal=causal,
+            hidden=around.hidden,
+            runs=around.runs,
+            decay=decay,
+            backend=backend,
+            beyond=phi,
+        )
+        near.append(around.own(part))
     if near and share is not None:
         far = [(out, lse + share) for out, lse in far]
     return combine(near + far)[0]
