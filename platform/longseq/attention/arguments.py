@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 LARGEST = 2**63 - 1
-FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+HALF = (torch.float16, torch.bfloat16)
+FLOATING = (*HALF, torch.float32, torch.float64)
 
 
 def integer(name: str, value: SupportsIndex, least: int = 0) -> int:
@@ -41,6 +42,15 @@ def floating(**named: Tensor | None) -> None:
         if x is not None and x.dtype not in FLOATING:
             kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
             raise TypeError(f"{name} must be a tensor of {kinds}; got {str(x.dtype).removeprefix('torch.')}")
+
+
+def dtypes(q: Tensor, k: Tensor, v: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """What q, k and v are multiplied in, and what sums are formed in.
+
+    The second is fp32, or float64 for float64 values. The first is the same, unless all three are bf16 or all fp16.
+    """
+    summed = torch.float64 if v.dtype == torch.float64 else torch.float32
+    return (q.dtype if q.dtype in HALF and q.dtype == k.dtype == v.dtype else summed), summed
 
 
 def whole(x: Tensor) -> bool:

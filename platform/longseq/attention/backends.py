@@ -7,122 +7,74 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from longseq.attention.bidirectional import Total, bidirectional_attention, sum_up
+from longseq.attention import bidirectional, scan, window
 from longseq.attention.feature_maps import FeatureMap
 from longseq.attention.parts import Part
-from longseq.attention.scan import Rows, ScanGradients, Scanned, scan, scan_backward, scan_forward
+from longseq.attention.scan import Rows, ScanGradients, Scanned
 from longseq.attention.state import AttentionState
-from longseq.attention.window import window_attention
 
 BACKENDS = ("auto", "torch", "native", "triton")
 
 
-class Backend(Protocol):
-    """The operations; rows (N, L, ·), N = batch · heads, as documented at the PyTorch versions."""
+class Backend:
+    """The operations on rows (N, L, ·), N = batch · heads, as documented at the PyTorch versions.
 
-    def scan(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        feature_map: FeatureMap,
-        *,
-        delay: int = 0,
-        hidden: Tensor | None = None,
-        runs: Tensor | None = None,
-        decay: Tensor | None = None,
-    ) -> Part:
-        """See :func:`longseq.attention.scan.scan`."""
+    Nothing here knows of autograd, and no result is an alias of an input: see :mod:`longseq.attention.operators`.
+    """
 
-    def window(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        window: int,
-        causal: bool,
-        hidden: Tensor | None = None,
-        runs: Tensor | None = None,
-        decay: Tensor | None = None,
-    ) -> Part:
-        """See :func:`longseq.attention.window.window_attention`."""
-
-    def bidirectional(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        feature_map: FeatureMap,
-        hidden: Tensor | None,
-        total: Total | None = None,
-    ) -> Tensor:
-        """See :func:`longseq.attention.bidirectional.bidirectional_attention`."""
-
-    def scan_forward(self, rows: Rows, initial: AttentionState | None, learns: bool) -> Scanned:
-        """See :func:`longseq.attention.scan.scan_forward`."""
-
-    def scan_backward(
-        self,
-        rows: Rows,
-        out: Tensor,
-        inverse_den: Tensor,
-        kept: Sequence[Tensor | None],
-        dout: Tensor | None,
-        dlse: Tensor | None,
-        later: Tensor | None,
-        wants_decay: bool,
-    ) -> ScanGradients:
-        """See :func:`longseq.attention.scan.scan_backward`."""
-
-    def sum_up(
-        self, x: Tensor, values: Tensor, last: Tensor | None, log_weight: Tensor | None, feature_map: FeatureMap
-    ) -> AttentionState:
-        """See :func:`longseq.attention.bidirectional.sum_up`."""
+    scan_forward: Callable[[Rows, AttentionState | None, bool], Scanned]
+    scan_kept: Callable[[Rows, bool], tuple[Tensor | None, ...]]
+    scan_backward: Callable[..., ScanGradients]
+    sum_up: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, FeatureMap], AttentionState]
+    window_forward: Callable[..., Part]
+    window_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
+    bidirectional_forward: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
+    bidirectional_kept: Callable[[Tensor, Tensor, Tensor, FeatureMap], tuple[Tensor, ...]]
+    bidirectional_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-class Torch:
+class Torch(Backend):
     """Plain PyTorch operations, a chunk at a time: any device, any kernel."""
 
-    scan = staticmethod(scan)
-    window = staticmethod(window_attention)
-    bidirectional = staticmethod(bidirectional_attention)
-    scan_forward = staticmethod(scan_forward)
-    scan_backward = staticmethod(scan_backward)
-    sum_up = staticmethod(sum_up)
+    def __init__(self) -> None:
+        self.scan_forward, self.scan_kept, self.scan_backward = scan.scan_forward, scan.scan_kept, scan.scan_backward
+        self.sum_up = bidirectional.sum_up
+        self.window_forward, self.window_backward = window.window_forward, window.window_backward
+        self.bidirectional_forward = bidirectional.bidirectional_forward
+        self.bidirectional_kept = bidirectional.bidirectional_kept
+        self.bidirectional_backward = bidirectional.bidirectional_backward
 
 
-class Native:
+class Native(Backend):
     """Our C++ kernels: fp32 on CPUs, features in a core's cache only. They are compiled when first asked for."""
 
     def __init__(self) -> None:
         from longseq.attention.native import backend
 
-        self.scan = backend.scan
-        self.window = backend.window_attention
-        self.bidirectional = backend.bidirectional_attention
-        self.scan_forward = backend.scan_forward
-        self.scan_backward = backend.scan_backward
-        self.sum_up = backend.sum_up
+        self.scan_forward, self.scan_backward = backend.scan_forward, backend.scan_backward
+        self.scan_kept, self.sum_up = backend.scan_kept, backend.sum_up
+        self.window_forward, self.window_backward = backend.window_forward, backend.window_backward
+        self.bidirectional_forward = backend.bidirectional_forward
+        self.bidirectional_kept = bidirectional.bidirectional_kept
+        self.bidirectional_backward = backend.bidirectional_backward
 
 
-class Triton:
-    """Our Triton kernels: fp32 on NVIDIA GPUs, features in registers only. Triton is first imported here."""
+class Triton(Backend):
+    """Our Triton kernels on NVIDIA GPUs, features in registers only. Triton is first imported here."""
 
     def __init__(self) -> None:
         from longseq.attention import triton_backend, triton_window
 
-        self.scan = triton_backend.scan
-        self.window = triton_window.window_attention
-        self.bidirectional = triton_backend.bidirectional_attention
-        self.scan_forward = triton_backend.scan_forward
-        self.scan_backward = triton_backend.scan_backward
-        self.sum_up = triton_backend.sum_up
+        self.scan_forward, self.scan_backward = triton_backend.scan_forward, triton_backend.scan_backward
+        self.scan_kept, self.sum_up = triton_backend.scan_kept, triton_backend.sum_up
+        self.window_forward, self.window_backward = triton_window.window_forward, triton_window.window_backward
+        self.bidirectional_forward = triton_backend.bidirectional_forward
+        self.bidirectional_kept = triton_backend.bidirectional_kept
+        self.bidirectional_backward = triton_backend.bidirectional_backward
 
 
 def choose(backend: str, feature_map: FeatureMap | None, rows: Sequence[Tensor]) -> Backend:
@@ -137,13 +89,18 @@ def choose(backend: str, feature_map: FeatureMap | None, rows: Sequence[Tensor])
     if backend == "auto":
         backend = {"cuda": "triton", "cpu": "native"}.get(rows[0].device.type, "torch")
     if backend == "torch":
-        return Torch()
+        return _made(Torch)
     reason = (_not_in_triton if backend == "triton" else _not_native)(feature_map, rows)
     if reason is None:
-        return Triton() if backend == "triton" else Native()
+        return _made(Triton if backend == "triton" else Native)
     if asked == "auto":
-        return Torch()
+        return _made(Torch)
     raise ValueError(f'backend="{backend}" cannot do this: {reason}. backend="torch" can, and "auto" chooses')
+
+
+@functools.cache
+def _made(kind: Callable[[], Backend]) -> Backend:
+    return kind()
 
 
 def _not_native(feature_map: FeatureMap | None, rows: Sequence[Tensor]) -> str | None:

@@ -11,16 +11,14 @@ Features are computed a chunk at a time and again in the backward pass; nothing 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from longseq.attention.feature_maps import FeatureMap
-from longseq.attention.first_order import Saved, first_order
-from longseq.attention.state import AttentionState, inverse, with_ones
+from longseq.attention.state import AttentionState, inverse, widened, with_ones
 
 # Nothing here grows with the square of a chunk: long enough for efficient products, short enough for the cache.
 CHUNK = 128
@@ -29,30 +27,6 @@ CHUNK = 128
 # Adds up what several holders of parts of the keys, or of the queries, have; it may go on while others compute: the
 # second call waits for the result.
 Total = Callable[[AttentionState], Callable[[], AttentionState]]
-
-
-def bidirectional_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    feature_map: FeatureMap,
-    hidden: Tensor | None,
-    total: Total | None = None,
-) -> Tensor:
-    """Attention of each query over all keys that are not hidden.
-
-    Args:
-        q: (N, Lq, d), N = batch · heads, fp32 or float64.
-        k: (N, L, d), same dtype.
-        v: (N, L, e), same dtype.
-        feature_map: the kernel.
-        hidden: (N, L) bool, True where a key is padding and must not be seen, or None.
-        total: the state S of all keys from that of these, and R likewise. None: these are all.
-
-    Returns:
-        (N, Lq, e); zeros where every key is hidden.
-    """
-    return _TwoPasses.apply(q, k, v, hidden, feature_map, total)
 
 
 def sum_up(
@@ -67,6 +41,7 @@ def sum_up(
         log_weight: w (N, L, 1); a position of −inf is left out, whatever stands there. None: zeros.
         feature_map: φ.
     """
+    x, values = widened(x), widened(values)
     state = AttentionState.empty(len(x), feature_map.features, values.shape[-1], like=values)
     sums, scale = state.sums, state.log_scale
     for chunk in _chunks(x.shape[1]):
@@ -104,58 +79,73 @@ class _Keys:
         return k, features, scale.masked_fill(mask, -torch.inf), with_ones(v)
 
 
-class _TwoPasses(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        hidden: Tensor | None,
-        feature_map: FeatureMap,
-        total: Total | None,
-    ) -> Tensor:
-        keys, value_dim = _Keys(k, v, hidden, feature_map), v.shape[-1]
-        state = AttentionState.empty(len(v), feature_map.features, value_dim, like=v)
-        for chunk in _chunks(k.shape[1]):
-            _, fk, scale, values = keys.at(chunk)
-            log_scale = torch.maximum(scale.amax(1, keepdim=True), state.log_scale)
-            sums = state.sums.mul_(torch.exp(state.log_scale - log_scale))
-            state = AttentionState(sums.baddbmm_(fk.mT, values.mul_(torch.exp(scale - log_scale))), log_scale)
-        if total is not None:
-            state = total(state)()
-        out, inverse_den = v.new_empty(*q.shape[:2], value_dim), v.new_empty(*q.shape[:2], 1)
-        for chunk in _chunks(q.shape[1]):
-            read = torch.bmm(feature_map.queries(q[:, chunk])[0], state.sums)
-            inverse_den[:, chunk] = inverse(read[..., value_dim:], feature_map.positive)
-            torch.mul(read[..., :value_dim], inverse_den[:, chunk], out=out[:, chunk])
-        ctx.feature_map, ctx.total = feature_map, total
-        ctx.save_for_backward(q, k, v, hidden, out, inverse_den, state.sums, state.log_scale)
-        return out
+def bidirectional_forward(
+    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, feature_map: FeatureMap, total: Total | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """See :func:`longseq.attention.bidirectional_operator.bidirectional_attention`; and what the backward pass needs.
 
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, saved: Saved, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, hidden, out, inverse_den, sums, log_scale = saved
-        feature_map: FeatureMap = ctx.feature_map
-        keys = _Keys(k, v, hidden, feature_map)
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        d_sums = torch.zeros_like(sums)  # R
-        for chunk in _chunks(q.shape[1]):
-            fq, _ = feature_map.queries(q[:, chunk])
-            grad = with_ones(dout[:, chunk])  # g
-            grad[..., -1] = -(dout[:, chunk] * out[:, chunk]).sum(-1)
-            grad *= inverse_den[:, chunk]
-            d_sums.baddbmm_(fq.mT, grad)
-            dq[:, chunk] = feature_map.queries_vjp(q[:, chunk], fq, torch.bmm(grad, sums.mT))
-        if ctx.total is not None:  # all have the same log-scale
-            d_sums = ctx.total(AttentionState(d_sums, torch.zeros_like(log_scale)))().sums
-        for chunk in _chunks(k.shape[1]):
-            k_chunk, fk, scale, values = keys.at(chunk)
-            weight = torch.exp(scale - log_scale)  # (N, C, 1)
-            dk[:, chunk] = feature_map.keys_vjp(k_chunk, fk, torch.bmm(values * weight, d_sums.mT))
-            torch.mul(torch.bmm(fk, d_sums)[..., :-1], weight, out=dv[:, chunk])
-        return dq, dk, dv, None, None, None
+    total: the state S of all keys from that of these, and R likewise. None: these are all.
+    """
+    q, k, v = (widened(x) for x in (q, k, v))
+    keys, value_dim = _Keys(k, v, hidden, feature_map), v.shape[-1]
+    state = AttentionState.empty(len(v), feature_map.features, value_dim, like=v)
+    for chunk in _chunks(k.shape[1]):
+        _, fk, scale, values = keys.at(chunk)
+        log_scale = torch.maximum(scale.amax(1, keepdim=True), state.log_scale)
+        sums = state.sums.mul_(torch.exp(state.log_scale - log_scale))
+        state = AttentionState(sums.baddbmm_(fk.mT, values.mul_(torch.exp(scale - log_scale))), log_scale)
+    if total is not None:
+        state = total(state)()
+    out, inverse_den = v.new_empty(*q.shape[:2], value_dim), v.new_empty(*q.shape[:2], 1)
+    for chunk in _chunks(q.shape[1]):
+        read = torch.bmm(feature_map.queries(q[:, chunk])[0], state.sums)
+        inverse_den[:, chunk] = inverse(read[..., value_dim:], feature_map.positive)
+        torch.mul(read[..., :value_dim], inverse_den[:, chunk], out=out[:, chunk])
+    return out, (inverse_den, state.sums, state.log_scale)
+
+
+def bidirectional_kept(q: Tensor, k: Tensor, v: Tensor, feature_map: FeatureMap) -> tuple[Tensor, ...]:
+    """What :func:`bidirectional_forward` keeps, empty; also of tensors that have a shape only."""
+    like, value_dim = widened(v[:, :0, :0]), v.shape[-1]
+    sizes = (*q.shape[:2], 1), (len(v), feature_map.features, value_dim + 1), (len(v), 1, 1)
+    return tuple(like.new_empty(size) for size in sizes)
+
+
+def bidirectional_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    hidden: Tensor | None,
+    feature_map: FeatureMap,
+    total: Total | None,
+    out: Tensor,
+    kept: Sequence[Tensor | None],
+    dout: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v."""
+    inverse_den, sums, log_scale = kept
+    assert inverse_den is not None
+    assert sums is not None
+    assert log_scale is not None
+    q, k, v = (widened(x) for x in (q, k, v))
+    keys = _Keys(k, v, hidden, feature_map)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    d_sums = torch.zeros_like(sums)  # R
+    for chunk in _chunks(q.shape[1]):
+        fq, _ = feature_map.queries(q[:, chunk])
+        grad = with_ones(dout[:, chunk])  # g
+        grad[..., -1] = -(dout[:, chunk] * out[:, chunk]).sum(-1)
+        grad *= inverse_den[:, chunk]
+        d_sums.baddbmm_(fq.mT, grad)
+        dq[:, chunk] = feature_map.queries_vjp(q[:, chunk], fq, torch.bmm(grad, sums.mT))
+    if total is not None:  # all have the same log-scale
+        d_sums = total(AttentionState(d_sums, torch.zeros_like(log_scale)))().sums
+    for chunk in _chunks(k.shape[1]):
+        k_chunk, fk, scale, values = keys.at(chunk)
+        weight = torch.exp(scale - log_scale)  # (N, C, 1)
+        dk[:, chunk] = feature_map.keys_vjp(k_chunk, fk, torch.bmm(values * weight, d_sums.mT))
+        torch.mul(torch.bmm(fk, d_sums)[..., :-1], weight, out=dv[:, chunk])
+    return dq, dk, dv
 
 
 def _chunks(length: int) -> list[slice]:

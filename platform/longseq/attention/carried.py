@@ -14,22 +14,18 @@ A state is seen from the first key of the next tile's scan.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longseq.attention import backends
-from longseq.attention.arguments import checked
-from longseq.attention.backends import Backend
-from longseq.attention.feature_maps import FeatureMap, feature_map
-from longseq.attention.first_order import Saved, first_order
+from longseq.attention.arguments import checked, dtypes
+from longseq.attention.feature_maps import feature_map
 from longseq.attention.functional import per_row
 from longseq.attention.isolation import Inputs, Sight, isolated
 from longseq.attention.parts import Part, combine
-from longseq.attention.scan import Rows
+from longseq.attention.scan_operator import carried_scan
 from longseq.attention.state import AttentionState
+from longseq.attention.window_operator import window_attention
 
 State = tuple[Tensor, ...]  # S (N, m, e + 1) and c (N, 1, 1), unless features = 0; with a window the last w k and v
 
@@ -67,7 +63,7 @@ def carried_attention(
         ValueError: for a kernel with features of both signs, or a tile after one that was shorter than the window.
     """
     checked(q, k, v, True, window, features, far_share=far_share, decay=decay)
-    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    operands, dtype = dtypes(q, k, v)
     phi = None
     if features or not window:
         phi = feature_map(
@@ -81,6 +77,7 @@ def carried_attention(
             oprf_a=oprf_a,
             device=q.device,
             dtype=dtype,
+            operands=operands,
         )
         if not phi.positive:
             raise ValueError(
@@ -88,7 +85,7 @@ def carried_attention(
             )
     batch, heads, length = q.shape[:3]
     with torch.autocast(q.device.type, enabled=False):
-        queries, keys, values = (t.flatten(0, 1).to(dtype) for t in (q, k, v))
+        queries, keys, values = (t.flatten(0, 1).to(operands) for t in (q, k, v))
         rates = per_row(decay, batch, dtype)
         share = per_row(far_share, batch, dtype)
         here, halo = queries, 0
@@ -98,7 +95,6 @@ def carried_attention(
                 raise ValueError(f"a tile of {halo} positions is shorter than window={window}: only the last may be")
             keys, values = torch.cat((state[-2], keys), dim=1), torch.cat((state[-1], values), dim=1)
             here = F.pad(queries, (0, 0, halo, 0))  # a scan has a query for every key
-        engine = backends.choose(backend, phi, (here, keys, values))
         behind: State = ()
         entering, again = max(0, keys.shape[1] - window), False
 
@@ -107,17 +103,19 @@ def carried_attention(
             q, k, v, *earlier = rows
             parts: list[Part] = []
             if window:
-                parts.append(engine.window(q, k, v, window=min(window, k.shape[1]), causal=True, decay=rates))
+                near = min(window, k.shape[1])
+                parts.append(
+                    window_attention(q, k, v, window=near, causal=True, decay=rates, backend=backend, beyond=phi)
+                )
             if phi:
-                sums, log_scale = (*earlier, state[1].detach()) if state else (None, None)
-                given = (q, k, v, rates, sums)
-                learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
-                out, lse, *behind_ = _Scan.apply(*given, log_scale, phi, window, engine, learns)
+                before = AttentionState(earlier[0], state[1].detach()) if state else None
+                out, lse, after = carried_scan(q, k, v, phi, before, delay=window, decay=rates, backend=backend)
                 parts.append((out, lse if share is None or not window else lse + share))
+                sums = after.sums
                 if again:  # without the keys that are NaN, which all queries of later tiles will see
                     bad = ~(keys[:, :entering].isfinite().all((1, 2)) & values[:, :entering].isfinite().all((1, 2)))
-                    behind_[0] = behind_[0].masked_fill(bad[:, None, None], torch.nan)
-                behind = tuple(behind_)
+                    sums = sums.masked_fill(bad[:, None, None], torch.nan)
+                behind = sums, after.log_scale
             again = True
             return combine(parts)[0]
 
@@ -126,51 +124,3 @@ def carried_attention(
         if window:
             behind = (*behind, keys[:, -window:], values[:, -window:])
     return out.view(batch, heads, length, v.shape[-1]).to(v.dtype), behind
-
-
-class _Scan(torch.autograd.Function):
-    """A tile's scan from the state before it: out, lse, and the state behind."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        decay: Tensor | None,
-        sums: Tensor | None,
-        log_scale: Tensor | None,
-        phi: FeatureMap,
-        delay: int,
-        engine: Backend,
-        learns: bool,
-    ) -> tuple[Tensor, ...]:
-        before = None if sums is None or log_scale is None else AttentionState(sums, log_scale)
-        entering = max(0, k.shape[1] - delay)  # keys that leave the window inside the tile
-        initial, log_weight, gone = before, None, before
-        if decay is not None:
-            distances = torch.arange(entering, 0, -1, device=k.device)[:, None]
-            log_weight = -decay * distances.to(decay)
-            if before is not None:  # a scan begins ``delay`` positions before its first key
-                initial, gone = before.faded(decay * delay), before.faded(-decay * entering)
-        done = engine.scan_forward(Rows(q, k, v, decay, None, None, phi, delay), initial, learns)
-        state = engine.sum_up(k[:, :entering], v[:, :entering], None, log_weight, phi)
-        state = state if gone is None else state.merge(gone)
-        behind = state.sums * torch.exp(state.log_scale - done.log_scale)
-        ctx.phi, ctx.delay, ctx.engine = phi, delay, engine
-        ctx.save_for_backward(q, k, v, decay, done.out, done.inverse_den, *done.kept)
-        ctx.mark_non_differentiable(done.log_scale)
-        ctx.set_materialize_grads(False)
-        return done.out, done.lse, behind, done.log_scale
-
-    @staticmethod
-    @first_order
-    def backward(
-        ctx: Any, saved: Saved, dout: Tensor | None, dlse: Tensor | None, later: Tensor | None, _: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        q, k, v, decay, out, inverse_den, *kept = saved
-        rows, wants = Rows(q, k, v, decay, None, None, ctx.phi, ctx.delay), ctx.needs_input_grad[3]
-        grads = ctx.engine.scan_backward(rows, out, inverse_den, kept, dout, dlse, later, wants)
-        d_decay = None if grads.decay is None else grads.decay.to(v)
-        d_sums = grads.initial if ctx.needs_input_grad[4] else None
-        return grads.q, grads.k, grads.v, d_decay, d_sums, *[None] * 5

@@ -51,7 +51,7 @@ from longseq.attention.feature_maps import FeatureMap
 from longseq.attention.first_order import Saved, first_order
 from longseq.attention.parts import Part, combine, combine_vjp
 from longseq.attention.scan import CHUNK, Rows, Scanned
-from longseq.attention.state import NOTHING, AttentionState
+from longseq.attention.state import NOTHING, AttentionState, widened
 
 if TYPE_CHECKING:
     from longseq.attention.backends import Backend
@@ -239,7 +239,7 @@ class _Relay(torch.autograd.Function):
             through = _only(work.faded(entered, chain.length - early), work.same(early, chain.length - 1))
             sums.decay += chain.length * _flow(through, after) - early * _flow(entered, of_inner)
             sums.decay -= chain.length * chain.slices_between(own, gradients, decay)
-        return sums.q, sums.k, sums.v, None if sums.decay is None else sums.decay.to(v), *[None] * 6
+        return sums.q, sums.k, sums.v, None if sums.decay is None else sums.decay.to(decay), *[None] * 6
 
 
 class _Gradients:
@@ -248,7 +248,7 @@ class _Gradients:
     def __init__(self, work: _Work, wants_decay: bool):
         rows = work.all
         self.work = work
-        self.q, self.k, self.v = (torch.empty_like(x) for x in (rows.q, rows.k, rows.v))
+        self.q, self.k, self.v = (torch.empty_like(widened(x)) for x in (rows.q, rows.k, rows.v))
         self.shared = work.early + work.chain.delay if work.early else 0  # the positions of several scans
         for total in (self.q, self.k, self.v):
             total[:, : self.shared] = 0
@@ -311,7 +311,7 @@ class _Work:
         rows, where = self.all, slice(start, stop)
         k, v = rows.k[:, where], rows.v[:, where]
         if start == stop:
-            return AttentionState.empty(len(k), rows.feature_map.features, v.shape[-1], like=v)
+            return AttentionState.empty(len(k), rows.feature_map.features, v.shape[-1], like=widened(v))
         out = None if rows.hidden is None else rows.hidden[:, where]
         if rows.runs is not None:
             other = rows.runs[:, where] != rows.runs[:, stop - 1 : stop]
@@ -350,9 +350,9 @@ class _Work:
         """(N, L, 1): −γ · distance, −inf where left out."""
         if self.all.decay is None and out is None:
             return None
-        weight = like.new_zeros(*like.shape[:2], 1)
+        weight = widened(like[..., :1]).new_zeros(*like.shape[:2], 1)
         if self.all.decay is not None:
-            weight = torch.addcmul(weight, self.all.decay, distances.to(like)[:, None], value=-1)
+            weight = torch.addcmul(weight, self.all.decay, distances.to(weight)[:, None], value=-1)
         return weight if out is None else weight.masked_fill(out[..., None], -torch.inf)
 
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longseq.attention.arguments import HALF
 from longseq.attention.projections import projection_matrix
 
 _LOG2E = math.log2(math.e)
@@ -34,6 +35,9 @@ LEAST_POWER = {torch.float32: -40.0 * _LOG2E, torch.float64: -340.0 * _LOG2E}
 EPSILON = 1e-3
 
 
+Parts = tuple[str, Tensor, Tensor | None, float]
+
+
 class FeatureMap(ABC):
     """What attention asks of a kernel. Inputs (..., L, d), raw, in the map's dtype: fp32 or float64."""
 
@@ -46,6 +50,10 @@ class FeatureMap(ABC):
     @abstractmethod
     def features(self) -> int:
         """The size of the feature axis, m."""
+
+    @abstractmethod
+    def parts(self) -> Parts:
+        """Kind, rows, what is added to the exponents, and log C: all that :func:`from_parts` makes it from."""
 
     @abstractmethod
     def queries(self, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,6 +110,9 @@ class PositiveExponential(_Projected):
     log_constant: float  # log C
     positive = True
 
+    def parts(self) -> Parts:
+        return "exponential", self.weight, self.shift, self.log_constant
+
     @cached_property
     def shift_2(self) -> Tensor | None:
         return None if self.shift is None else self.shift * _LOG2E
@@ -123,6 +134,9 @@ class Trigonometric(_Projected):
     phase: Tensor  # (m,): 0 for the first half, π/2 for the second
     positive = False
 
+    def parts(self) -> Parts:
+        return "trigonometric", self.weight, self.phase, 0.0
+
     def queries(self, q: Tensor) -> tuple[Tensor, Tensor]:
         features = F.linear(q, self.weight, -self.phase).cos_()
         return features, _half_norm(q).sub_(0.5 * math.log(self.features / 2))
@@ -140,6 +154,9 @@ class ShiftedExponential(_Projected):
     """φ(x) = m^-1/2 · (exp(u) + ε): the generalised kernel of f = exp, with the row's log-scale carried."""
 
     positive = True
+
+    def parts(self) -> Parts:
+        return "exp", self.weight, None, 0.0
 
     def queries(self, q: Tensor) -> tuple[Tensor, Tensor]:
         features, log_top = _powers(q @ self.weight_2.T)
@@ -178,6 +195,9 @@ class Generalised(_Projected):
     @property
     def positive(self) -> bool:
         return self.activation.positive
+
+    def parts(self) -> Parts:
+        return self.activation.name, self.weight, None, self.log_constant
 
     def queries(self, q: Tensor) -> tuple[Tensor, Tensor]:
         features = self.activation.value(q @ self.weight.T).add_(EPSILON)
@@ -219,6 +239,18 @@ def _activation(name: str) -> _Activation:
     return _ACTIVATIONS[name]
 
 
+def from_parts(kind: str, weight: Tensor, shift: Tensor | None, log_constant: float) -> FeatureMap:
+    """The map that :meth:`FeatureMap.parts` took apart."""
+    if kind == "exponential":
+        return PositiveExponential(weight, shift, log_constant)
+    if kind == "trigonometric":
+        assert shift is not None
+        return Trigonometric(weight, shift)
+    if kind == "exp":
+        return ShiftedExponential(weight)
+    return Generalised(weight, _ACTIVATIONS[kind], log_constant)
+
+
 _PAIRED = ("hyperbolic", "trigonometric")  # two features a projection
 
 KERNELS = ("softmax", "hyperbolic", "oprf", "trigonometric", "smreg", "relu_direct", "exp", *_ACTIVATIONS)
@@ -237,6 +269,7 @@ def feature_map(
     oprf_a: float = 0.0,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    operands: torch.dtype | None = None,
 ) -> FeatureMap:
     """The feature map of a kernel (Choromanski et al. 2020, arXiv 2009.14794, unless said otherwise).
 
@@ -264,15 +297,25 @@ def feature_map(
         seed, layer, draw: the projection is a function of these three numbers.
         projection: "orthogonal" (blocks of d orthogonal rows) or "iid".
         oprf_a: A, for ``oprf`` only.
-        device, dtype: of the inputs to come; fp32 or float64.
+        device: of the inputs to come.
+        dtype: what features are computed in; fp32 or float64.
+        operands: what the inputs to come are. For bf16 and fp16 the rows ω·d^-1/4 are rounded to it, once, so that all
+            backends multiply by the same numbers. They are held in ``dtype`` all the same.
 
     Raises:
         ValueError: for a name that is not known or a number that the kernel cannot have.
     """
     _check(kernel, features, projection, oprf_a, dtype)
     scale = head_dim**-0.25
+    half = operands in HALF
+    exact = torch.float64 if half else dtype  # rounded once, not twice
+
+    def rows(weight: Tensor) -> Tensor:
+        return weight.to(operands).to(dtype) if half else weight
+
     if kernel == "relu_direct":
-        return Generalised(torch.eye(head_dim, device=device, dtype=dtype) * scale, _ACTIVATIONS["relu"], 0.0)
+        weight = torch.eye(head_dim, device=device, dtype=exact) * scale
+        return Generalised(rows(weight), _ACTIVATIONS["relu"], 0.0)
     omega = projection_matrix(
         features // 2 if kernel in _PAIRED else features,
         head_dim,
@@ -282,17 +325,17 @@ def feature_map(
         orthogonal=projection == "orthogonal",
         rows="sqrt_d" if kernel == "smreg" else "chi",
         device=device,
-        dtype=dtype,
+        dtype=exact,
     )
-    weight, log_constant = omega * scale, -0.5 * math.log(features)
+    weight, log_constant, stretch = omega * scale, -0.5 * math.log(features), 1 - 4 * oprf_a
+    weight = rows(weight * stretch**0.5 if kernel == "oprf" else weight)
     if kernel in ("softmax", "smreg"):
         return PositiveExponential(weight, None, log_constant)
     if kernel == "hyperbolic":
         return PositiveExponential(torch.cat((weight, -weight)), None, log_constant)
     if kernel == "oprf":
-        shift = omega.square().sum(-1) * oprf_a if oprf_a else None
-        stretch = 1 - 4 * oprf_a
-        return PositiveExponential(weight * stretch**0.5, shift, log_constant + head_dim / 4 * math.log(stretch))
+        shift = (omega.square().sum(-1) * oprf_a).to(dtype) if oprf_a else None
+        return PositiveExponential(weight, shift, log_constant + head_dim / 4 * math.log(stretch))
     if kernel == "trigonometric":
         phase = torch.zeros_like(weight[:, 0])
         return Trigonometric(torch.cat((weight, weight)), torch.cat((phase, phase + math.pi / 2)))

@@ -7,13 +7,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longseq.attention import backends
-from longseq.attention.arguments import checked
+from longseq.attention.arguments import checked, dtypes
+from longseq.attention.bidirectional_operator import bidirectional_attention
 from longseq.attention.context_group import ContextGroup, GatherSequence, SlicedDocuments
 from longseq.attention.context_halo import neighbourhood
 from longseq.attention.context_parallel import relay
+from longseq.attention.context_whole import whole
 from longseq.attention.feature_maps import KERNELS, FeatureMap, feature_map
 from longseq.attention.isolation import Inputs, Sight, isolated
 from longseq.attention.parts import Part, combine
+from longseq.attention.scan_operator import scan
+from longseq.attention.window_operator import window_attention
 
 
 def favor_attention(
@@ -46,9 +50,10 @@ def favor_attention(
     exact attention.
 
     Features, sums and denominators are computed in fp32 (float64 for float64 inputs) whatever the inputs' dtype, also
-    under autocast. Up to a standard deviation of about 4 of q and k (at head_dim 64) the result is that of the
-    quadratic formula to 1e-5 … 3e-5. Beyond, it stays finite and a weighted mean of the values, but fp32's range no
-    longer holds every product of two features.
+    under autocast; for bf16 and fp16 inputs the projection is rounded to their dtype, once, on all backends. Up to a
+    standard deviation of about 4 of q and k (at head_dim 64) the result is that of the quadratic formula to 1e-5 …
+    3e-5. Beyond, it stays finite and a weighted mean of the values, but fp32's range no longer holds every product of
+    two features.
 
     Args:
         q, k: (batch, heads, length, head_dim). They are scaled by head_dim^-1/4 each.
@@ -87,7 +92,7 @@ def favor_attention(
     segments = checked(
         q, k, v, causal, window, features, key_padding, given, cu_seqlens, far_share=far_share, decay=decay
     )
-    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    operands, dtype = dtypes(q, k, v)
     if kernel not in KERNELS:
         raise ValueError(f"unknown kernel {kernel!r}; the kernels are {', '.join(KERNELS)}")
     phi = None
@@ -103,6 +108,7 @@ def favor_attention(
             oprf_a=oprf_a,
             device=q.device,
             dtype=dtype,
+            operands=operands,
         )
     if window and phi and not phi.positive:
         raise ValueError(f"kernel {kernel!r} has features of both signs and cannot share a denominator with a window")
@@ -118,10 +124,10 @@ def favor_attention(
     with torch.autocast(q.device.type, enabled=False):
         rates = per_row(decay, batch, dtype)
         share = per_row(far_share, batch, dtype)
-        q, k, v_ = (t.flatten(0, 1).to(dtype) for t in (q, k, v))
+        q, k, v_ = (t.flatten(0, 1).to(operands) for t in (q, k, v))
         rows = q, k, v_
-        engine = backends.choose(backend, phi, rows)
         if nothing is not None:
+            backends.choose(backend, phi, rows)
             return nothing
         plain = phi is not None and not causal and not window and runs is None and rates is None
         if context is not None and segments is not None and documents is None:
@@ -131,10 +137,12 @@ def favor_attention(
             if plain:
                 assert phi is not None
                 q, k, v = rows
-                return engine.bidirectional(q, k, v, phi, hidden, None if context is None else context.total)
+                if context is not None:
+                    return whole(backend, (q, k, v), phi, hidden, context)
+                return bidirectional_attention(q, k, v, phi, hidden, backend=backend)
             if context is not None:
-                return _by_slices(engine, rows, phi, causal, window, hidden, runs, rates, share, context, documents)
-            return _by_parts(engine, rows, phi, causal, min(window, length), hidden, runs, rates, share)
+                return _by_slices(backend, rows, phi, causal, window, hidden, runs, rates, share, context, documents)
+            return _by_parts(backend, rows, phi, causal, min(window, length), hidden, runs, rates, share)
 
         sight = Sight(lambda: _whole_runs(segments, heads, context), causal, 0 if phi else window, context)
         out = isolated(attend, rows, hidden, sight)
@@ -148,7 +156,7 @@ def _nothing(q: Tensor, k: Tensor, v: Tensor, *per_head: Tensor | None) -> Tenso
 
 
 def _by_parts(
-    engine: backends.Backend,
+    backend: str,
     rows: Inputs,
     phi: FeatureMap | None,
     causal: bool,
@@ -163,15 +171,29 @@ def _by_parts(
     far: list[Part] = []
     q, k, v = rows
     if window:
-        near.append(engine.window(q, k, v, window=window, causal=causal, hidden=hidden, runs=runs, decay=decay))
+        near.append(
+            window_attention(
+                q,
+                k,
+                v,
+                window=window,
+                causal=causal,
+                hidden=hidden,
+                runs=runs,
+                decay=decay,
+                backend=backend,
+                beyond=phi,
+            )
+        )
     if phi and window < rows[0].shape[1]:
-        far.append(engine.scan(q, k, v, phi, delay=window, hidden=hidden, runs=runs, decay=decay))
+        far.append(scan(q, k, v, phi, delay=window, hidden=hidden, runs=runs, decay=decay, backend=backend))
         if not causal:
             # The keys after: a scan of the reversed row, without the query's own position if the first scan had it.
             q, k, v = (t.flip(1) for t in (q, k, v))
             hidden = None if hidden is None else hidden.flip(1)
             runs = None if runs is None else runs[:, -1:] - runs.flip(1)
-            out, lse = engine.scan(q, k, v, phi, delay=max(1, window), hidden=hidden, runs=runs, decay=decay)
+            delay = max(1, window)
+            out, lse = scan(q, k, v, phi, delay=delay, hidden=hidden, runs=runs, decay=decay, backend=backend)
             far.append((out.flip(1), lse.flip(1)))
     if near and share is not None:
         far = [(out, lse + share) for out, lse in far]
@@ -179,7 +201,7 @@ def _by_parts(
 
 
 def _by_slices(
-    engine: backends.Backend,
+    backend: str,
     rows: Inputs,
     phi: FeatureMap | None,
     causal: bool,
@@ -193,6 +215,7 @@ def _by_slices(
 ) -> Tensor:
     """The same for slices: near keys of the neighbours, too, and far ones as states of other ranks."""
     q, k, v = rows
+    engine = backends.choose(backend, phi, rows)
     window = min(window, q.shape[1] * context.size)
     right = 0 if causal else max(1, window)  # a query's own position is the first scan's
     around = neighbourhood(context, k, v, hidden, runs, documents, window, right)
@@ -202,8 +225,19 @@ def _by_slices(
         ways = (False,) if causal else (False, True)
         far = [relay(engine, q, around, phi, decay, context, documents, reverse=reverse) for reverse in ways]
     if window:
-        queries, band = around.queries(q), {"hidden": around.hidden, "runs": around.runs, "decay": decay}
-        near.append(around.own(engine.window(queries, around.k, around.v, window=window, causal=causal, **band)))
+        part = window_attention(
+            around.queries(q),
+            around.k,
+            around.v,
+            window=window,
+            causal=causal,
+            hidden=around.hidden,
+            runs=around.runs,
+            decay=decay,
+            backend=backend,
+            beyond=phi,
+        )
+        near.append(around.own(part))
     if near and share is not None:
         far = [(out, lse + share) for out, lse in far]
     return combine(near + far)[0]

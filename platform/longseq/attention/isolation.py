@@ -72,7 +72,8 @@ class Sight:
 def isolated(attend: Callable[[Inputs], Tensor], rows: Inputs, hidden: Tensor | None, sight: Sight) -> Tensor:
     """``attend(rows)``, in which NaN and Inf of the rows and of gradients reach what sees them, and nothing else.
 
-    On a GPU it is not looked for: to ask whether there is any would stop the queue of kernels at every layer.
+    On a GPU it is not looked for: to ask whether there is any would stop the queue of kernels at every layer. Nor while
+    the operations are traced, when there are no data yet.
 
     Args:
         attend: (..., Lq, e) of q (..., Lq, d), k (..., L, d) and v (..., L, e); called again with other rows, if need
@@ -81,7 +82,7 @@ def isolated(attend: Callable[[Inputs], Tensor], rows: Inputs, hidden: Tensor | 
         hidden: (..., L) bool, True where a key is padding, or None.
         sight: which keys a query sees.
     """
-    if rows[0].device.type != "cpu":
+    if rows[0].device.type != "cpu" or torch.compiler.is_compiling() or type(rows[0]) is not Tensor:
         return attend(rows)
     link = None
     if torch.is_grad_enabled() and any(x.requires_grad for x in rows):

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longseq.attention.arguments import floating
+from longseq.attention.arguments import dtypes, floating
 from longseq.attention.feature_maps import FeatureMap, feature_map
 from longseq.attention.functional import exact_attention, favor_attention, per_row
 from longseq.attention.state import AttentionState, inverse, with_ones
@@ -169,7 +169,7 @@ def prefill(
         oprf_a=oprf_a,
         backend=backend,
     )
-    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    operands, dtype = dtypes(q, k, v)
     with torch.autocast(q.device.type, enabled=False):
         keys, values, hidden = _rows(k, v, key_padding, dtype)
         rates = per_row(decay, len(k), dtype)
@@ -188,6 +188,7 @@ def prefill(
                 oprf_a=oprf_a,
                 device=q.device,
                 dtype=dtype,
+                operands=operands,
             )
             far = Far(_sum_up(keys, values, hidden, phi, window, rates), phi, per_row(far_share, len(k), dtype))
     return out, RecurrentState(far, recent, rates, (*k.shape[:2], k.shape[3], v.shape[3]), dtype)
@@ -206,7 +207,7 @@ def prefill_exact(
     """:func:`prefill` for exact attention: the state keeps all keys and values, and grows with every token."""
     _refuse_bidirectional(causal)
     out = exact_attention(q, k, v, causal=True, key_padding=key_padding, decay=decay)
-    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    _, dtype = dtypes(q, k, v)
     keys, values, hidden = _rows(k, v, key_padding, dtype)
     rates = per_row(decay, len(k), dtype)
     recent = _last(keys, values, hidden, k.shape[2], rates, rolling=False)

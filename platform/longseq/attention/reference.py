@@ -39,6 +39,7 @@ def quadratic_attention(
     oprf_a: float = 0.0,
     far_share: Tensor | None = None,
     decay: Tensor | None = None,
+    operands: torch.dtype | None = None,
 ) -> Tensor:
     """Σ_j w_ij v_j / Σ_j w_ij over the keys j that query i sees.
 
@@ -55,6 +56,8 @@ def quadratic_attention(
         oprf_a: A ≤ 0 of "oprf".
         far_share: (heads,), log of a factor on every feature pair.
         decay: (heads,), γ ≥ 0: every weight is multiplied by exp(−γ|i − j|).
+        operands: bf16 or fp16: the ω·d^-1/4 (for "oprf" √(1−4A)·ω·d^-1/4) that q and k are multiplied by are rounded
+            to it. None: they are not.
 
     Returns:
         (batch, heads, L, e) float64; zeros for a query that sees no key.
@@ -63,7 +66,7 @@ def quadratic_attention(
     x, y = (t * t.shape[-1] ** -0.25 for t in (q, k))
     distance = (torch.arange(q.shape[-2])[:, None] - torch.arange(k.shape[-2])).abs().to(q.device)
 
-    sign, log_w = _feature_products(x, y, None if projection is None else projection.double(), kernel, oprf_a)
+    sign, log_w = _feature_products(x, y, None if projection is None else projection.double(), kernel, oprf_a, operands)
     if far_share is not None:
         log_w = log_w + far_share.double()[:, None, None]
     log_w = torch.where(distance < window, x @ y.mT, log_w)
@@ -87,8 +90,14 @@ def quadratic_attention(
     return (w @ v) / w.sum(-1, keepdim=True).masked_fill(blind, 1.0)
 
 
-def _feature_products(x: Tensor, y: Tensor, omega: Tensor | None, kernel: str, oprf_a: float) -> tuple[Tensor, Tensor]:
+def _feature_products(
+    x: Tensor, y: Tensor, omega: Tensor | None, kernel: str, oprf_a: float, operands: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
     """Sign and log-magnitude of φ(x_i)ᵀφ(y_j), (batch, heads, Lq, Lk) each."""
+    scale = x.shape[-1] ** -0.25
+
+    def rounded(omega: Tensor, factor: float = 1.0) -> Tensor:
+        return omega if operands is None else (omega * scale * factor).to(operands).double() / (scale * factor)
 
     def half_norm(x: Tensor) -> Tensor:
         return x.square().sum(-1, keepdim=True) / 2
@@ -96,21 +105,22 @@ def _feature_products(x: Tensor, y: Tensor, omega: Tensor | None, kernel: str, o
     if omega is None:
         if kernel != "relu_direct":
             raise ValueError(f"kernel {kernel!r} needs a projection")
-        product = (torch.relu(x) + _EPSILON) @ (torch.relu(y) + _EPSILON).mT
+        one = rounded(x.new_ones(()))
+        product = (torch.relu(one * x) + _EPSILON) @ (torch.relu(one * y) + _EPSILON).mT
         return product.sign(), product.abs().log()
 
     rows, d = omega.shape
     if kernel == "trigonometric":
-        u, w = x @ omega.T, y @ omega.T
+        u, w = x @ rounded(omega).T, y @ rounded(omega).T
         product = (u.cos() @ w.cos().mT + u.sin() @ w.sin().mT) / rows
         return product.sign(), product.abs().log() + half_norm(x) + half_norm(y).mT
     if kernel in _GENERALISED:
         f = _GENERALISED[kernel]
-        product = (f(x @ omega.T) + _EPSILON) @ (f(y @ omega.T) + _EPSILON).mT / rows
+        product = (f(x @ rounded(omega).T) + _EPSILON) @ (f(y @ rounded(omega).T) + _EPSILON).mT / rows
         return product.sign(), product.abs().log()
 
     def log_phi(x: Tensor) -> Tensor:
-        u = x @ omega.T
+        u = x @ rounded(omega, math.sqrt(1 - 4 * oprf_a)).T
         if kernel in ("softmax", "smreg"):
             return u - half_norm(x) - math.log(rows) / 2
         if kernel == "hyperbolic":

@@ -41,16 +41,14 @@ between its chunks are built again by addition: rebuilding them by subtraction w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from longseq.attention.feature_maps import FeatureMap
-from longseq.attention.first_order import Saved, first_order
-from longseq.attention.state import NOTHING, AttentionState, inverse, with_ones
+from longseq.attention.state import NOTHING, AttentionState, inverse, widened, with_ones
 
 _LOG2E = math.log2(math.e)
 # Shorter chunks have less of the square that grows with them, longer ones fewer passes over the (m, e) state.
@@ -60,80 +58,9 @@ CHUNK = 64
 GROUP = 2
 
 
-def scan(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    feature_map: FeatureMap,
-    *,
-    delay: int = 0,
-    hidden: Tensor | None = None,
-    runs: Tensor | None = None,
-    decay: Tensor | None = None,
-    by: Scanner | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attention of query i over the keys j ≤ i − delay, by features.
-
-    Args:
-        q, k: (N, L, d), N = batch · heads, fp32 or float64.
-        v: (N, L, e), same dtype.
-        feature_map: the kernel.
-        delay: how many positions the nearest visible key lies before the query.
-        hidden: (N, L) bool, True where a key is padding and must not be seen, or None.
-        runs: (N, L) integers ≥ 0 that never decrease; a query sees keys of its own number only. None: one document.
-        decay: (N, 1, 1) γ ≥ 0; every weight is multiplied by e^{−γ(i−j)}. None: no decay.
-        by: a backend's forward and backward passes. None: those below.
-
-    Returns:
-        out (N, L, e) and lse (N, L, 1), the log of the denominator. A query that sees no key gets zeros and −1e30.
-    """
-    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, decay))
-    by = by or Scanner(scan_forward, scan_backward)
-    return _Scan.apply(q, k, v, decay, hidden, runs, feature_map, delay, learns, by)
-
-
-@dataclass(frozen=True)
-class Scanner:
-    """Who computes a scan and its gradients."""
-
-    forward: Callable[[Rows, AttentionState | None, bool], Scanned]  # as scan_forward
-    backward: Callable[..., ScanGradients]  # as scan_backward
-
-
-class _Scan(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        decay: Tensor | None,
-        hidden: Tensor | None,
-        runs: Tensor | None,
-        feature_map: FeatureMap,
-        delay: int,
-        learns: bool,
-        by: Scanner,
-    ) -> tuple[Tensor, Tensor]:
-        done = by.forward(Rows(q, k, v, decay, hidden, runs, feature_map, delay), None, learns)
-        ctx.feature_map, ctx.delay, ctx.by = feature_map, delay, by
-        ctx.save_for_backward(q, k, v, decay, hidden, runs, done.out, done.inverse_den, *done.kept)
-        ctx.set_materialize_grads(False)
-        return done.out, done.lse
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, saved: Saved, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, decay, hidden, runs, out, inverse_den, *kept = saved
-        rows = Rows(q, k, v, decay, hidden, runs, ctx.feature_map, ctx.delay)
-        grads = ctx.by.backward(rows, out, inverse_den, kept, dout, dlse, None, ctx.needs_input_grad[3])
-        d_decay = None if grads.decay is None else grads.decay.to(v)
-        return grads.q, grads.k, grads.v, d_decay, None, None, None, None, None, None
-
-
 @dataclass(frozen=True)
 class Scanned:
-    """What a scan gives, and what its backward pass needs."""
+    """What a scan gives, and what its backward pass needs. Nothing is an alias of an input."""
 
     out: Tensor  # (N, L, e)
     lse: Tensor  # (N, L, 1)
@@ -160,14 +87,17 @@ def scan_forward(rows: Rows, initial: AttentionState | None, learns: bool) -> Sc
             it; where there are ``runs``, they are of the first position's document, whose number is 0. None: no keys.
         learns: whether a backward pass will follow.
     """
+    rows = rows.widened()
     q, v, feature_map = rows.q, rows.v, rows.feature_map
     value_dim = v.shape[-1]
-    out, lse, inverse_den = torch.empty_like(v), v.new_empty(*v.shape[:2], 1), v.new_empty(*v.shape[:2], 1)
+    out, lse, inverse_den = v.new_empty(v.shape), v.new_empty(*v.shape[:2], 1), v.new_empty(*v.shape[:2], 1)
     state = initial or AttentionState.empty(len(v), feature_map.features, value_dim, like=v)
     sums, log_scale, kept = state.sums.clone(), state.log_scale, []
-    for start, stop in rows.groups():
+    if learns:
+        kept = list(scan_kept(rows, initial is not None)[1:])
+    for number, (start, stop) in enumerate(rows.groups()):
         if learns:
-            kept += [sums.clone(), log_scale]
+            kept[0][number], kept[1][number] = sums, log_scale
         group = rows.load(start, stop)
         fq, q_scale = feature_map.queries(group.q)
         scales = rows.scales(group, log_scale)
@@ -192,6 +122,18 @@ def scan_forward(rows: Rows, initial: AttentionState | None, learns: bool) -> Sc
     return Scanned(out, lse, inverse_den, kept, log_scale)
 
 
+def scan_kept(rows: Rows, initial: bool) -> tuple[Tensor, ...]:
+    """The denominators and what else :func:`scan_forward` keeps, empty; also of tensors that have a shape only.
+
+    Here the states before each group, (groups, N, m, e + 1), and their log-scales.
+    """
+    v, (number, length, value_dim) = widened(rows.v[:, :0, :0]), rows.v.shape
+    whole, rest = length // CHUNK, (length % CHUNK + CHUNK - 1) // CHUNK
+    groups = (whole + GROUP - 1) // GROUP + rest
+    sizes = (number, length, 1), (groups, number, rows.feature_map.features, value_dim + 1), (groups, number, 1, 1)
+    return tuple(v.new_empty(size) for size in sizes)
+
+
 def scan_backward(
     rows: Rows,
     out: Tensor,
@@ -210,15 +152,18 @@ def scan_backward(
         later: R of the queries behind the last one, (N, m, e + 1), at the log-scale of ``Scanned``. None: zeros.
         wants_decay: whether the decay's gradient is wanted.
     """
+    rows = rows.widened()
     q, k, v, decay, delay, feature_map = rows.q, rows.k, rows.v, rows.decay, rows.delay, rows.feature_map
     dout = torch.zeros_like(out) if dout is None else dout
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     no_keys = slice(max(0, k.shape[1] - delay), None)  # those too late for any query
     dk[:, no_keys], dv[:, no_keys] = 0.0, 0.0
     d_decay = torch.zeros_like(decay, dtype=torch.float64) if decay is not None and wants_decay else None
-    states_kept = [x for x in kept if x is not None]
+    sums_kept, scales_kept = kept
+    assert sums_kept is not None
+    assert scales_kept is not None
     length, flows_on = q.shape[1], later is not None
-    later = torch.zeros_like(states_kept[0]) if later is None else later.clone()  # R
+    later = torch.zeros_like(sums_kept[0]) if later is None else later.clone()  # R
     states, laters = (later.new_empty(GROUP, *later.shape) for _ in range(2))  # before and behind each chunk
     for number, (start, stop) in reversed(list(enumerate(rows.groups()))):
         group = rows.load(start, stop)
@@ -231,7 +176,7 @@ def scan_backward(
             grad[..., -1:] += rows.cut(dlse, start, stop)
         grad *= rows.cut(inverse_den, start, stop)
 
-        states[0], log_scale = states_kept[2 * number : 2 * number + 2]
+        states[0], log_scale = sums_kept[number], scales_kept[number]
         scales = rows.scales(group, log_scale)
         entering, reading = values * scales.entering, grad * scales.carried
         for index in range(1, size):
@@ -294,7 +239,7 @@ class _Scales:
 
 @dataclass(frozen=True)
 class Rows:
-    """The inputs of a scan, as of :func:`scan`, cut into groups of equal chunks on demand."""
+    """The inputs of :func:`longseq.attention.scan_operator.scan`, cut into groups of equal chunks on demand."""
 
     q: Tensor
     k: Tensor
@@ -304,6 +249,10 @@ class Rows:
     runs: Tensor | None
     feature_map: FeatureMap
     delay: int
+
+    def widened(self) -> Rows:
+        """The same with fp32 in the place of bf16 and fp16."""
+        return replace(self, q=widened(self.q), k=widened(self.k), v=widened(self.v))
 
     def groups(self) -> list[tuple[int, int]]:
         """(start, stop) of each group: GROUP chunks, fewer at the end, and last what is left of less than a chunk."""
@@ -383,10 +332,6 @@ class Rows:
             afters.append(torch.maximum(chunk_top, held))
             before = afters[-1] if self.decay is None else afters[-1] - CHUNK * self.decay
         return torch.stack(befores), torch.stack(afters), before
-
-    def join(self, x: Tensor) -> Tensor:
-        """The inverse of :meth:`cut`: (N, G · C, ·)."""
-        return x.transpose(0, 1).flatten(1, 2)
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:

@@ -55,6 +55,11 @@ class AttentionState:
         return AttentionState(self.sums, self.log_scale + log_factor)
 
 
+def widened(x: Tensor) -> Tensor:
+    """x in the dtype that sums are formed in: fp32, or float64 as it is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def with_ones(v: Tensor) -> Tensor:
     """[v, 1]: (..., e + 1). The column of ones makes the denominator one more column of every product."""
     return torch.cat((v, v.new_ones(*v.shape[:-1], 1)), dim=-1)

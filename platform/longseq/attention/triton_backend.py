@@ -17,14 +17,13 @@ import torch
 import triton
 from torch import Tensor
 
+from longseq.attention import bidirectional_operator, scan_operator
 from longseq.attention import triton_kernels as kernels
 from longseq.attention.bidirectional import Total
 from longseq.attention.feature_maps import FeatureMap, Generalised, PositiveExponential
-from longseq.attention.first_order import Saved, first_order
 from longseq.attention.parts import Part
-from longseq.attention.scan import Rows, ScanGradients, Scanned, Scanner
-from longseq.attention.scan import scan as scan_by
-from longseq.attention.state import NOTHING, AttentionState
+from longseq.attention.scan import Rows, ScanGradients, Scanned
+from longseq.attention.state import NOTHING, AttentionState, widened
 from longseq.attention.triton_frames import CHUNK, Frames, at_positions
 from longseq.attention.triton_launch import on, padded, pointer
 
@@ -47,16 +46,15 @@ def scan(
     runs: Tensor | None = None,
     decay: Tensor | None = None,
 ) -> Part:
-    """See :func:`longseq.attention.scan.scan`."""
-    by = Scanner(scan_forward, scan_backward)
-    return scan_by(q, k, v, feature_map, delay=delay, hidden=hidden, runs=runs, decay=decay, by=by)
+    """See :func:`longseq.attention.scan_operator.scan`."""
+    return scan_operator.scan(
+        q, k, v, feature_map, delay=delay, hidden=hidden, runs=runs, decay=decay, backend="triton"
+    )
 
 
-def bidirectional_attention(
-    q: Tensor, k: Tensor, v: Tensor, feature_map: FeatureMap, hidden: Tensor | None, total: Total | None = None
-) -> Tensor:
-    """See :func:`longseq.attention.bidirectional.bidirectional_attention`."""
-    return _TwoPasses.apply(q, k, v, hidden, feature_map, total)
+def bidirectional_attention(q: Tensor, k: Tensor, v: Tensor, feature_map: FeatureMap, hidden: Tensor | None) -> Tensor:
+    """See :func:`longseq.attention.bidirectional_operator.bidirectional_attention`."""
+    return bidirectional_operator.bidirectional_attention(q, k, v, feature_map, hidden, backend="triton")
 
 
 @dataclass(frozen=True)
@@ -183,7 +181,7 @@ def scan_forward(rows: Rows, initial: AttentionState | None, learns: bool) -> Sc
         lse = torch.where(lse == NOTHING, lse, lse - rows.decay * offsets.to(lse)[:, None])
         log_scale = log_scale - rows.decay * ((length - 1) % CHUNK + 1)
     kept = (
-        q_gauge, k_gauge, row_scale, begin,
+        q_gauge, k_gauge, row_scale, None if begin is None else begin.clone(),
         frames.key_scale, frames.before, frames.after, frames.same, frames.last, frames.run_before,
     )  # fmt: skip
     return Scanned(out, lse, inverse_den, kept, log_scale)
@@ -261,7 +259,7 @@ def sum_up(
     x: Tensor, values: Tensor, last: Tensor | None, log_weight: Tensor | None, feature_map: FeatureMap
 ) -> AttentionState:
     """See :func:`longseq.attention.bidirectional.sum_up`."""
-    x, values = x.contiguous(), values.contiguous()
+    x, values = widened(x).contiguous(), widened(values).contiguous()
     launch = _Launch(_Map.of(feature_map), x.shape[-1], values.shape[-1])
     with on(x.device):
         out = None if log_weight is None else log_weight[..., 0] == -torch.inf
@@ -277,65 +275,93 @@ def sum_up(
         return _joined(*_total(launch.sums(x, values, weights, ends, gauge, span=SPAN)), top[..., None])
 
 
-class _TwoPasses(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        hidden: Tensor | None,
-        feature_map: FeatureMap,
-        total: Total | None,
-    ) -> Tensor:
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        launch = _Launch(_Map.of(feature_map), q.shape[-1], v.shape[-1])
-        with on(q.device):
-            (q_gauge, _), (k_gauge, k_scale) = launch.measure(q), launch.measure(k, hidden)
-            key_scale = at_positions(k_scale, k.shape[1], 0, fill=-torch.inf)
-            top = key_scale.amax(1, keepdim=True).clamp_(min=NOTHING)
-            entering = torch.exp(key_scale - top)
-            sums, ones = _total(launch.sums(k, v, entering, entering, k_gauge, span=SPAN))
-            if total is not None:
-                state = total(_joined(sums, ones, top[..., None]))()
-                (sums, ones), entering = _split(state.sums), torch.exp(key_scale - state.log_scale[..., 0])
-            out = v.new_empty(*q.shape[:2], v.shape[-1])
-            inverse_den = q.new_empty(len(q), _chunks(q) * CHUNK)
-            kernels.attend[_chunks(q), len(q)](
-                q, q, q, q_gauge, q, q, q, q, q, q, launch.map.weight, launch.map.shift, sums, ones,
-                out, q, inverse_den, q, q.shape[1], 0, *launch.sizes,
-                LOCAL=False, RUNS=False, **launch.wide_tiles,
-            )  # fmt: skip
-        ctx.launch, ctx.total = launch, total
-        ctx.save_for_backward(q, k, v, q_gauge, k_gauge, key_scale, entering, out, inverse_den, sums, ones)
-        return out
+def bidirectional_forward(
+    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, feature_map: FeatureMap, total: Total | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """See :func:`longseq.attention.bidirectional.bidirectional_forward`."""
+    q, k, v = (widened(x).contiguous() for x in (q, k, v))
+    launch = _Launch(_Map.of(feature_map), q.shape[-1], v.shape[-1])
+    with on(q.device):
+        (q_gauge, _), (k_gauge, k_scale) = launch.measure(q), launch.measure(k, hidden)
+        key_scale = at_positions(k_scale, k.shape[1], 0, fill=-torch.inf)
+        top = key_scale.amax(1, keepdim=True).clamp_(min=NOTHING)
+        entering = torch.exp(key_scale - top)
+        sums, ones = _total(launch.sums(k, v, entering, entering, k_gauge, span=SPAN))
+        if total is not None:
+            state = total(_joined(sums, ones, top[..., None]))()
+            (sums, ones), entering = _split(state.sums), torch.exp(key_scale - state.log_scale[..., 0])
+        out = v.new_empty(*q.shape[:2], v.shape[-1])
+        inverse_den = q.new_empty(len(q), _chunks(q) * CHUNK)
+        kernels.attend[_chunks(q), len(q)](
+            q, q, q, q_gauge, q, q, q, q, q, q, launch.map.weight, launch.map.shift, sums, ones,
+            out, q, inverse_den, q, q.shape[1], 0, *launch.sizes,
+            LOCAL=False, RUNS=False, **launch.wide_tiles,
+        )  # fmt: skip
+    return out, (q_gauge, k_gauge, key_scale, entering, inverse_den, sums, ones)
 
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, saved: Saved, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, q_gauge, k_gauge, key_scale, entering, out, inverse_den, *state = saved
-        launch, dout = ctx.launch, dout.contiguous()
-        u = inverse_den * at_positions(-(dout * out).sum(-1), q.shape[1], 0, fill=0.0)
-        dq, dk, dv, d_scale = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(entering)
-        tiles = {"LOCAL": False, "RUNS": False, **launch.wide_tiles}
-        rows = (q, k, v, dout, q_gauge, k_gauge, key_scale, q, q, q)
-        weights, norm = (launch.map.weight, launch.map.shift), launch.head_dim**-0.5
-        with on(q.device):
-            d_state = _total(launch.sums(q, dout, inverse_den, u, q_gauge, span=SPAN))  # R
-            if ctx.total is not None:  # all have the same log-scale
-                d_state = _split(ctx.total(_joined(*d_state, u.new_zeros(len(u), 1, 1)))().sums)
-            kernels.values_vjp[_chunks(k), len(k)](
-                *rows, entering, *weights, d_state[0], dv, k.shape[1], 0, *launch.sizes, **tiles
-            )
-            kernels.features_vjp[_chunks(k), len(k)](
-                *rows, q, entering, entering, *weights, *d_state, dk, d_scale, k.shape[1], 0, *launch.sizes, norm,
-                KEYS=True, **tiles,
-            )  # fmt: skip
-            kernels.features_vjp[_chunks(q), len(q)](
-                *rows, q, inverse_den, u, *weights, *state, dq, d_scale, q.shape[1], 0, *launch.sizes, norm,
-                KEYS=False, **tiles,
-            )  # fmt: skip
-        return dq, dk, dv, None, None, None
+
+def bidirectional_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    hidden: Tensor | None,
+    feature_map: FeatureMap,
+    total: Total | None,
+    out: Tensor,
+    kept: Sequence[Tensor | None],
+    dout: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`longseq.attention.bidirectional.bidirectional_backward`."""
+    q_gauge, k_gauge, key_scale, entering, inverse_den, *state = kept
+    assert q_gauge is not None
+    assert inverse_den is not None
+    assert entering is not None
+    q, k, v = (widened(x).contiguous() for x in (q, k, v))
+    launch, dout = _Launch(_Map.of(feature_map), q.shape[-1], v.shape[-1]), dout.contiguous()
+    u = inverse_den * at_positions(-(dout * out).sum(-1), q.shape[1], 0, fill=0.0)
+    dq, dk, dv, d_scale = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(entering)
+    tiles = {"LOCAL": False, "RUNS": False, **launch.wide_tiles}
+    rows = (q, k, v, dout, q_gauge, k_gauge, key_scale, q, q, q)
+    weights, norm = (launch.map.weight, launch.map.shift), launch.head_dim**-0.5
+    with on(q.device):
+        d_state = _total(launch.sums(q, dout, inverse_den, u, q_gauge, span=SPAN))  # R
+        if total is not None:  # all have the same log-scale
+            d_state = _split(total(_joined(*d_state, u.new_zeros(len(u), 1, 1)))().sums)
+        kernels.values_vjp[_chunks(k), len(k)](
+            *rows, entering, *weights, d_state[0], dv, k.shape[1], 0, *launch.sizes, **tiles
+        )
+        kernels.features_vjp[_chunks(k), len(k)](
+            *rows, q, entering, entering, *weights, *d_state, dk, d_scale, k.shape[1], 0, *launch.sizes, norm,
+            KEYS=True, **tiles,
+        )  # fmt: skip
+        kernels.features_vjp[_chunks(q), len(q)](
+            *rows, q, inverse_den, u, *weights, *state, dq, d_scale, q.shape[1], 0, *launch.sizes, norm,
+            KEYS=False, **tiles,
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+def scan_kept(rows: Rows, initial: bool) -> tuple[Tensor | None, ...]:
+    """See :func:`longseq.attention.scan.scan_kept`."""
+    (number, length, value_dim), like = rows.v.shape, widened(rows.v[:, :0, :0])
+    total = -(-length // CHUNK) * CHUNK
+    chunks, wide = total // CHUNK, like.new_empty(number, length)
+    begin = like.new_empty(number, rows.feature_map.features, value_dim + 1) if initial else None
+    key_scale, before = like.new_empty(number, total), like.new_empty(number, chunks)
+    scales: tuple[Tensor | None, ...] = key_scale, before, torch.empty_like(before), None, None, None
+    if rows.runs is not None:
+        last = like.new_empty(number, chunks, CHUNK, dtype=torch.bool)
+        same, run_before = last.new_empty(number, chunks), like.new_empty(number, chunks, dtype=torch.int32)
+        scales = *scales[:3], same, last, run_before
+    return torch.empty_like(key_scale), wide, torch.empty_like(wide), torch.empty_like(key_scale), begin, *scales
+
+
+def bidirectional_kept(q: Tensor, k: Tensor, v: Tensor, feature_map: FeatureMap) -> tuple[Tensor, ...]:
+    """See :func:`longseq.attention.bidirectional.bidirectional_kept`."""
+    like, m = widened(v[:, :0, :0]), feature_map.features
+    queries, keys = (-(-x.shape[1] // CHUNK) * CHUNK for x in (q, k))
+    sizes = (q.shape[1],), (k.shape[1],), (keys,), (keys,), (queries,), (m, v.shape[2]), (m,)
+    return tuple(like.new_empty(len(v), *size) for size in sizes)
 
 
 def _joined(sums: Tensor, ones: Tensor, log_scale: Tensor) -> AttentionState:
@@ -350,6 +376,7 @@ def _split(sums: Tensor) -> tuple[Tensor, Tensor]:
 def _contiguous(rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """q, k, v and runs as the kernels take them."""
     runs = None if rows.runs is None else rows.runs.to(torch.int32).contiguous()
+    rows = rows.widened()
     return rows.q.contiguous(), rows.k.contiguous(), rows.v.contiguous(), runs
 
 

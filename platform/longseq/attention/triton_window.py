@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longseq.attention.first_order import Saved, first_order
+from longseq.attention import window_operator
 from longseq.attention.parts import Part
+from longseq.attention.state import widened
 from longseq.attention.triton_kernels import INFINITY, NOTHING, load_rows, product, put_rows, rows_product
 from longseq.attention.triton_launch import on, padded, pointer
 
@@ -186,14 +187,17 @@ def window_attention(
     runs: Tensor | None = None,
     decay: Tensor | None = None,
 ) -> Part:
-    """See :func:`longseq.attention.window.window_attention`."""
-    return _Window.apply(q, k, v, decay, hidden, runs, window, causal)
+    """See :func:`longseq.attention.window_operator.window_attention`."""
+    return window_operator.window_attention(
+        q, k, v, window=window, causal=causal, hidden=hidden, runs=runs, decay=decay, backend="triton"
+    )
 
 
-class _Window(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
+class _Launch:
+    """What the kernels of both passes are given."""
+
+    def __init__(
+        self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -202,14 +206,13 @@ class _Window(torch.autograd.Function):
         runs: Tensor | None,
         window: int,
         causal: bool,
-    ) -> tuple[Tensor, Tensor]:
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    ) -> None:
+        q, k, v = self.rows = tuple(widened(x).contiguous() for x in (q, k, v))
         mask = None if hidden is None else hidden.contiguous().view(torch.uint8)
         numbers = None if runs is None else runs.to(torch.int32).contiguous()
         rates = None if decay is None else decay.contiguous()
-        out, lse = torch.empty_like(v), v.new_empty(*v.shape[:2], 1)
-        ctx.sizes = (q.shape[1], q.shape[2], v.shape[2], min(window, q.shape[1]), 0, q.shape[2] ** -0.5)
-        ctx.tiles = {
+        self.sizes = (q.shape[1], q.shape[2], v.shape[2], min(window, q.shape[1]), 0, q.shape[2] ** -0.5)
+        self.tiles: dict[str, Any] = {
             "CAUSAL": causal,
             "HIDDEN": mask is not None,
             "RUNS": numbers is not None,
@@ -221,29 +224,56 @@ class _Window(torch.autograd.Function):
             "num_warps": 4,
             "num_stages": 1,
         }
-        optional = [pointer(x, q) for x in (mask, numbers, rates)]
-        with on(q.device):
-            attend_near[triton.cdiv(q.shape[1], BLOCK), len(q)](q, k, v, *optional, out, lse, *ctx.sizes, **ctx.tiles)
-        ctx.save_for_backward(q, k, v, *optional, out, lse)
-        ctx.set_materialize_grads(False)
-        return out, lse
+        self.optional = [pointer(x, q) for x in (mask, numbers, rates)]
 
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, saved: Saved, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, hidden, runs, decay, out, lse = saved
-        dout = torch.zeros_like(out) if dout is None else dout.contiguous()
-        shared = -(dout * out).sum(-1, keepdim=True)
-        if dlse is not None:
-            shared += dlse
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        blocks = triton.cdiv(q.shape[1], BLOCK)
-        d_decay = q.new_empty(len(q), blocks)
-        optional = (hidden, runs, decay)
-        with on(q.device):
-            queries_vjp_near[blocks, len(q)](
-                q, k, v, dout, *optional, lse, shared, dq, d_decay, *ctx.sizes, **ctx.tiles
-            )
-            keys_vjp_near[blocks, len(q)](q, k, v, dout, *optional, lse, shared, dk, dv, *ctx.sizes, **ctx.tiles)
-        d_decay = d_decay.sum(1, dtype=torch.float64).to(q)[:, None, None] if ctx.tiles["DECAY"] else None
-        return dq, dk, dv, d_decay, None, None, None, None
+
+def window_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    hidden: Tensor | None,
+    runs: Tensor | None,
+    window: int,
+    causal: bool,
+) -> Part:
+    """See :func:`longseq.attention.window.window_forward`."""
+    launch = _Launch(q, k, v, decay, hidden, runs, window, causal)
+    q, k, v = launch.rows
+    out, lse = torch.empty_like(v), v.new_empty(*v.shape[:2], 1)
+    grid = triton.cdiv(q.shape[1], BLOCK), len(q)
+    with on(q.device):
+        attend_near[grid](q, k, v, *launch.optional, out, lse, *launch.sizes, **launch.tiles)
+    return out, lse
+
+
+def window_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    hidden: Tensor | None,
+    runs: Tensor | None,
+    window: int,
+    causal: bool,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    wants_decay: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """See :func:`longseq.attention.window.window_backward`."""
+    launch = _Launch(q, k, v, decay, hidden, runs, window, causal)
+    q, k, v = launch.rows
+    dout = torch.zeros_like(out) if dout is None else dout.contiguous()
+    shared = -(dout * out).sum(-1, keepdim=True)
+    if dlse is not None:
+        shared += dlse
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    grid = triton.cdiv(q.shape[1], BLOCK), len(q)
+    d_decay = q.new_empty(len(q), grid[0])
+    given = q, k, v, dout, *launch.optional, lse, shared
+    with on(q.device):
+        queries_vjp_near[grid](*given, dq, d_decay, *launch.sizes, **launch.tiles)
+        keys_vjp_near[grid](*given, dk, dv, *launch.sizes, **launch.tiles)
+    return dq, dk, dv, d_decay.sum(1, dtype=torch.float64)[:, None, None] if wants_decay else None

@@ -12,40 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from longseq.attention.first_order import Saved, first_order
-from longseq.attention.state import NOTHING
+from longseq.attention.parts import Part
+from longseq.attention.state import NOTHING, widened
 
 # Longer blocks compute more scores that the window hides, shorter ones make smaller products.
 BLOCK = 128
-
-
-def window_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    window: int,
-    causal: bool,
-    hidden: Tensor | None = None,
-    runs: Tensor | None = None,
-    decay: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Softmax attention over the keys less than ``window`` positions away.
-
-    Args:
-        q, k, v, hidden, runs, decay: as in :func:`longseq.attention.scan.scan`.
-        window: query i sees keys j with 0 ≤ i − j < window (causal) or |i − j| < window.
-        causal: keys of later positions are not seen.
-
-    Returns:
-        out (N, L, e) and lse (N, L, 1). A query that sees no key gets zeros and −1e30.
-    """
-    return _Window.apply(q, k, v, decay, hidden, runs, window, causal)
 
 
 @dataclass(frozen=True)
@@ -99,55 +74,64 @@ class _Band:
         return scores.masked_fill_(blind, -torch.inf), distance
 
 
-class _Window(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        decay: Tensor | None,
-        hidden: Tensor | None,
-        runs: Tensor | None,
-        window: int,
-        causal: bool,
-    ) -> tuple[Tensor, Tensor]:
-        band = _Band(q, k, v, decay, hidden, runs, window, causal)
-        out, lse = torch.empty_like(v), v.new_empty(*v.shape[:2], 1)
-        for queries, keys in band.blocks():
-            k_near, v_near = band.inputs(keys)
-            scores, _ = band.scores(queries, keys, k_near)
-            top = scores.amax(-1, keepdim=True).clamp_(min=NOTHING)
-            weights = scores.sub_(top).exp_()
-            den = weights.sum(-1, keepdim=True)
-            torch.bmm(weights, v_near, out=out[:, queries]).div_(den.clamp_min(1.0))  # den is 0 or at least 1
-            lse[:, queries] = torch.where(den == 0, NOTHING, den.log() + top)
-        ctx.window, ctx.causal = window, causal
-        ctx.save_for_backward(q, k, v, decay, hidden, runs, out, lse)
-        ctx.set_materialize_grads(False)
-        return out, lse
+def window_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    hidden: Tensor | None,
+    runs: Tensor | None,
+    window: int,
+    causal: bool,
+) -> Part:
+    """See :func:`longseq.attention.window_operator.window_attention`."""
+    q, k, v = (widened(x) for x in (q, k, v))
+    band = _Band(q, k, v, decay, hidden, runs, window, causal)
+    out, lse = v.new_empty(v.shape), v.new_empty(*v.shape[:2], 1)
+    for queries, keys in band.blocks():
+        k_near, v_near = band.inputs(keys)
+        scores, _ = band.scores(queries, keys, k_near)
+        top = scores.amax(-1, keepdim=True).clamp_(min=NOTHING)
+        weights = scores.sub_(top).exp_()
+        den = weights.sum(-1, keepdim=True)
+        torch.bmm(weights, v_near, out=out[:, queries]).div_(den.clamp_min(1.0))  # den is 0 or at least 1
+        lse[:, queries] = torch.where(den == 0, NOTHING, den.log() + top)
+    return out, lse
 
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, saved: Saved, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, decay, hidden, runs, out, lse = saved
-        band = _Band(q, k, v, decay, hidden, runs, ctx.window, ctx.causal)
-        dout = torch.zeros_like(out) if dout is None else dout
-        scale = q.shape[-1] ** -0.5
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        wanted = decay is not None and ctx.needs_input_grad[3]
-        d_decay = torch.zeros_like(decay, dtype=torch.float64) if wanted else None
-        for queries, keys in band.blocks():
-            k_near, v_near = band.inputs(keys)
-            scores, distance = band.scores(queries, keys, k_near)
-            weights = scores.sub_(lse[:, queries]).exp_()  # p; a blind query's row is exp(−inf + 1e30) = 0
-            dv[:, keys].baddbmm_(weights.mT, dout[:, queries])
-            shift = (dout[:, queries] * out[:, queries]).sum(-1, keepdim=True).neg_()
-            if dlse is not None:
-                shift += dlse[:, queries]
-            d_scores = torch.baddbmm(shift, dout[:, queries], v_near.mT).mul_(weights)
-            if d_decay is not None:
-                d_decay -= (d_scores * distance).sum((1, 2), keepdim=True, dtype=torch.float64)
-            dq[:, queries] = torch.bmm(d_scores, k_near).mul_(scale)
-            dk[:, keys].baddbmm_(d_scores.mT, q[:, queries], alpha=scale)
-        return dq, dk, dv, None if d_decay is None else d_decay.to(v), None, None, None, None
+
+def window_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    hidden: Tensor | None,
+    runs: Tensor | None,
+    window: int,
+    causal: bool,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    wants_decay: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and the decay, the last (N, 1, 1) float64, given those of out and lse; None is zeros."""
+    q, k, v = (widened(x) for x in (q, k, v))
+    band = _Band(q, k, v, decay, hidden, runs, window, causal)
+    dout = torch.zeros_like(out) if dout is None else dout
+    scale = q.shape[-1] ** -0.5
+    dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    d_decay = torch.zeros_like(decay, dtype=torch.float64) if decay is not None and wants_decay else None
+    for queries, keys in band.blocks():
+        k_near, v_near = band.inputs(keys)
+        scores, distance = band.scores(queries, keys, k_near)
+        weights = scores.sub_(lse[:, queries]).exp_()  # p; a blind query's row is exp(−inf + 1e30) = 0
+        dv[:, keys].baddbmm_(weights.mT, dout[:, queries])
+        shift = (dout[:, queries] * out[:, queries]).sum(-1, keepdim=True).neg_()
+        if dlse is not None:
+            shift += dlse[:, queries]
+        d_scores = torch.baddbmm(shift, dout[:, queries], v_near.mT).mul_(weights)
+        if d_decay is not None:
+            d_decay -= (d_scores * distance).sum((1, 2), keepdim=True, dtype=torch.float64)
+        dq[:, queries] = torch.bmm(d_scores, k_near).mul_(scale)
+        dk[:, keys].baddbmm_(d_scores.mT, q[:, queries], alpha=scale)
+    return dq, dk, dv, d_decay

@@ -55,6 +55,18 @@ def plain(backend: str) -> Function:
     return lambda context, *qkv: favor_attention(*qkv, features=12, backend=backend)
 
 
+def with_triton(way: Function) -> Function:
+    def needs_triton(context: ContextGroup, *qkv: Tensor) -> Tensor:
+        pytest.importorskip("triton")
+        from longseq.attention import triton_launch
+
+        if not torch.cuda.is_available() and not triton_launch.INTERPRETED:
+            pytest.skip("no GPU, and triton was imported uninterpreted")
+        return way(context, *qkv)
+
+    return needs_triton
+
+
 def isolated(context: ContextGroup, *qkv: Tensor) -> Tensor:
     where = torch.zeros(BATCH, HEADS, LENGTH, 1, dtype=torch.bool)
     where[:, 1, LENGTH - 3 :] = True
@@ -118,16 +130,18 @@ def sliced(**options: object) -> Function:
 # Of each function those ways to call it that run through it, with the names it is told by in refusals. Linear ones are
 # followed by a square: their own second derivative is the zero that autograd gives.
 EXAMPLES: dict[str, list[Function]] = {
-    "attention/scan.py:_Scan": [attention("torch", causal=True), attention("native", causal=True)],
-    "attention/window.py:_Window": [attention("torch", causal=True, window=5), attention("torch", window=5)],
-    "attention/bidirectional.py:_TwoPasses": [plain("torch")],
-    "attention/native/backend.py:_TwoPasses": [plain("native")],
-    "attention/native/backend.py:_Window": [attention("native", causal=True, window=5), attention("native", window=5)],
-    "attention/triton_backend.py:_TwoPasses": [plain("triton")],
-    "attention/triton_window.py:_Window": [attention("triton", causal=True, window=5)],
+    "attention/scan_operator.py:_Scan": [attention("torch", causal=True), attention("native", causal=True), carried],
+    "attention/window_operator.py:_Window": [
+        attention("torch", causal=True, window=5),
+        attention("torch", window=5),
+        attention("native", causal=True, window=5),
+        attention("native", window=5),
+        with_triton(attention("triton", causal=True, window=5)),
+    ],
+    "attention/bidirectional_operator.py:_TwoPasses": [plain("torch"), plain("native"), with_triton(plain("triton"))],
+    "attention/context_whole.py:_Whole": [lambda context, *qkv: favor_attention(*qkv, features=12, context=context)],
     "attention/isolation.py:_Entry": [isolated],
     "attention/isolation.py:_Exit": [isolated],
-    "attention/carried.py:_Scan": [carried],
     "attention/context_parallel.py:_Relay": [sliced(), sliced(window=5)],
     "attention/context_halo.py:_Halo": [halo],
     "attention/context_group.py:GatherSequence": [
@@ -145,16 +159,6 @@ LINEAR = ("GatherSequence", "_Halo", "_Rotation")
 REFUSAL = "_Final"  # the node that refuses
 WAYS = [pytest.param(name, way, id=f"{name}-{n}") for name, ways in EXAMPLES.items() for n, way in enumerate(ways)]
 every_way = pytest.mark.parametrize(("name", "way"), WAYS)
-
-
-@pytest.fixture(autouse=True)
-def possible(request: pytest.FixtureRequest) -> None:
-    if "triton" in str(getattr(request.node, "callspec", None) and request.node.callspec.params.get("name")):
-        pytest.importorskip("triton")
-        from longseq.attention import triton_launch
-
-        if not torch.cuda.is_available() and not triton_launch.INTERPRETED:
-            pytest.skip("no GPU, and triton was imported uninterpreted")
 
 
 def test_every_autograd_function_has_an_example() -> None:

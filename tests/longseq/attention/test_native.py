@@ -23,11 +23,12 @@ from tests.longseq.attention.own_kernels import (
 from tests.longseq.attention.own_kernels import rows as rows_on
 from torch import Tensor
 
-from longseq.attention import backends, favor_attention, scan, window
-from longseq.attention.bidirectional import bidirectional_attention
+from longseq.attention import backends, favor_attention
+from longseq.attention.bidirectional_operator import bidirectional_attention
 from longseq.attention.feature_maps import feature_map
-from longseq.attention.native import backend as native
 from longseq.attention.native import build
+from longseq.attention.scan_operator import scan
+from longseq.attention.window_operator import window_attention
 
 needs_compiler = pytest.mark.skipif(build.unavailable() is not None, reason=f"no native kernels: {build.unavailable()}")
 
@@ -41,8 +42,8 @@ def rows(length: int, **kinds: bool) -> dict[str, Tensor]:
 def test_scan_and_its_gradients_equal_the_float64_scan(kernel, length, delay, kinds):
     phi, exact_phi = maps(kernel, device="cpu")
     given = rows(length, **dict.fromkeys(kinds, True))
-    expected = results(lambda q, k, v, **x: scan.scan(q, k, v, exact_phi, delay=delay, **x), double(given))
-    found = results(lambda q, k, v, **x: native.scan(q, k, v, phi, delay=delay, **x), poison_hidden(given))
+    expected = results(lambda q, k, v, **x: scan(q, k, v, exact_phi, delay=delay, **x), double(given))
+    found = results(lambda q, k, v, **x: scan(q, k, v, phi, delay=delay, **x, backend="native"), poison_hidden(given))
     assert_same(found, expected)
 
 
@@ -57,7 +58,7 @@ def test_bidirectional_and_its_gradients_equal_those_in_float64(kernel, queries,
         return bidirectional_attention(q, k, v, exact_phi, hidden)
 
     def ours(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None = None) -> Tensor:
-        return native.bidirectional_attention(q, k, v, phi, hidden)
+        return bidirectional_attention(q, k, v, phi, hidden, backend="native")
 
     assert_same(results(ours, poison_hidden(given)), results(plain, double(given)))
 
@@ -68,8 +69,8 @@ def test_bidirectional_and_its_gradients_equal_those_in_float64(kernel, queries,
 def test_window_and_its_gradients_equal_the_float64_window(causal, length, width, kinds):
     given = rows(length, **dict.fromkeys(kinds, True))
     options = {"window": width, "causal": causal}
-    expected = results(lambda **x: window.window_attention(**x, **options), double(given))
-    found = results(lambda **x: native.window_attention(**x, **options), poison_hidden(given))
+    expected = results(lambda **x: window_attention(**x, **options), double(given))
+    found = results(lambda **x: window_attention(**x, **options, backend="native"), poison_hidden(given))
     assert_same(found, expected)
 
 
@@ -102,8 +103,8 @@ def test_causal_output_ignores_later_keys_to_the_last_bit(kernel, position):
     later["k"][:, position:] *= 1e3
     later["v"][:, position:] = -7.0
     for operation in (
-        lambda q, k, v: native.scan(q, k, v, phi),
-        lambda q, k, v: native.window_attention(q, k, v, window=50, causal=True),
+        lambda q, k, v: scan(q, k, v, phi, backend="native"),
+        lambda q, k, v: window_attention(q, k, v, window=50, causal=True, backend="native"),
     ):
         for before, after in zip(operation(**given), operation(**later), strict=True):
             assert torch.equal(before[:, :position], after[:, :position])
@@ -111,9 +112,9 @@ def test_causal_output_ignores_later_keys_to_the_last_bit(kernel, position):
 
 
 OPERATIONS: dict[str, Callable[..., Tensor]] = {
-    "scan": lambda q, k, v, phi: native.scan(q, k, v, phi)[0],
-    "bidirectional": lambda q, k, v, phi: native.bidirectional_attention(q, k, v, phi, None),
-    "window": lambda q, k, v, phi: native.window_attention(q, k, v, window=9, causal=True)[0],
+    "scan": lambda q, k, v, phi: scan(q, k, v, phi, backend="native")[0],
+    "bidirectional": lambda q, k, v, phi: bidirectional_attention(q, k, v, phi, None, backend="native"),
+    "window": lambda q, k, v, phi: window_attention(q, k, v, window=9, causal=True, backend="native")[0],
 }
 
 
@@ -162,8 +163,9 @@ def test_training_keeps_a_state_for_every_other_chunk_and_no_features():
     q, k, v = (torch.randn(1, length, dim, requires_grad=True) for _ in range(3))
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        native.scan(q, k, v, phi)
-    mine = sum(x.numel() * 4 for x in saved if all(x is not y for y in (q, k, v))) - 4 * length * dim  # without out
+        scan(q, k, v, phi, backend="native")
+    given = q, k, v, phi.weight
+    mine = sum(x.numel() * 4 for x in saved if all(x is not y for y in given)) - 4 * length * dim  # without out
     assert mine / length < 530  # bytes a token: 520 of states, 4 of the denominator; the features would be 2,048
 
 
@@ -206,7 +208,7 @@ def test_kernels_for_other_processors_give_the_same(instructions, tmp_path, monk
     monkeypatch.setattr(build, "library", lambda: compiled)
     phi, exact_phi = maps("softmax", device="cpu")
     given = rows(301, hidden=True, runs=True, decay=True)
-    found = results(lambda q, k, v, **x: native.scan(q, k, v, phi, delay=37, **x), given)
-    assert_same(found, results(lambda q, k, v, **x: scan.scan(q, k, v, exact_phi, delay=37, **x), double(given)))
-    found = results(lambda **x: native.window_attention(**x, window=65, causal=False), given)
-    assert_same(found, results(lambda **x: window.window_attention(**x, window=65, causal=False), double(given)))
+    found = results(lambda q, k, v, **x: scan(q, k, v, phi, delay=37, **x, backend="native"), given)
+    assert_same(found, results(lambda q, k, v, **x: scan(q, k, v, exact_phi, delay=37, **x), double(given)))
+    found = results(lambda **x: window_attention(**x, window=65, causal=False, backend="native"), given)
+    assert_same(found, results(lambda **x: window_attention(**x, window=65, causal=False), double(given)))

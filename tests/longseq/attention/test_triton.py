@@ -29,10 +29,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longseq.attention import backends, favor_attention
-from longseq.attention.bidirectional import bidirectional_attention
+from longseq.attention.bidirectional_operator import bidirectional_attention
 from longseq.attention.feature_maps import feature_map
-from longseq.attention.scan import scan
-from longseq.attention.window import window_attention
+from longseq.attention.scan_operator import scan
+from longseq.attention.window_operator import window_attention
 
 pytest.importorskip("triton")
 

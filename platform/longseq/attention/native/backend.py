@@ -9,20 +9,18 @@ main memory. Every sum has one order, whatever the number of threads.
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from longseq.attention.bidirectional import Total
 from longseq.attention.feature_maps import EPSILON, LEAST_POWER, FeatureMap, Generalised, PositiveExponential
-from longseq.attention.first_order import Saved, first_order
 from longseq.attention.native import build
 from longseq.attention.parts import Part
-from longseq.attention.scan import Rows, ScanGradients, Scanned, Scanner
-from longseq.attention.scan import scan as scan_by
+from longseq.attention.scan import CHUNK, GROUP, Rows, ScanGradients, Scanned
 from longseq.attention.state import AttentionState
 
 _LOG2E = math.log2(math.e)
@@ -32,50 +30,12 @@ def unsupported(feature_map: FeatureMap | None, rows: Sequence[Tensor]) -> str |
     """Why the kernels cannot compute attention of these rows (N, L, ·) with this feature map; None if they can."""
     if rows[0].device.type != "cpu":
         return f"the kernels run on CPUs, and the tensors are on {rows[0].device}"
-    if rows[0].dtype != torch.float32:
+    if rows[0].dtype == torch.float64:
         return f"the kernels compute in torch.float32, and the inputs are {rows[0].dtype}"
     relu = isinstance(feature_map, Generalised) and feature_map.activation.value is torch.relu_
     if not (feature_map is None or isinstance(feature_map, PositiveExponential) or relu):
         return "of the kernels, only softmax, hyperbolic, oprf, smreg, relu and relu_direct are written in C++"
     return build.unavailable()
-
-
-def scan(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    feature_map: FeatureMap,
-    *,
-    delay: int = 0,
-    hidden: Tensor | None = None,
-    runs: Tensor | None = None,
-    decay: Tensor | None = None,
-) -> Part:
-    """See :func:`longseq.attention.scan.scan`."""
-    by = Scanner(scan_forward, scan_backward)
-    return scan_by(q, k, v, feature_map, delay=delay, hidden=hidden, runs=runs, decay=decay, by=by)
-
-
-def bidirectional_attention(
-    q: Tensor, k: Tensor, v: Tensor, feature_map: FeatureMap, hidden: Tensor | None, total: Total | None = None
-) -> Tensor:
-    """See :func:`longseq.attention.bidirectional.bidirectional_attention`."""
-    return _TwoPasses.apply(q, k, v, hidden, feature_map, total)
-
-
-def window_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    window: int,
-    causal: bool,
-    hidden: Tensor | None = None,
-    runs: Tensor | None = None,
-    decay: Tensor | None = None,
-) -> Part:
-    """See :func:`longseq.attention.window.window_attention`."""
-    return _Window.apply(q, k, v, decay, hidden, runs, window, causal)
 
 
 class _Map(ctypes.Structure):
@@ -159,12 +119,6 @@ class _Call:
         )
         function(*arguments, ctypes.c_int(torch.get_num_threads()))
 
-    def floats(self, name: str) -> int:
-        """What a row of N keeps."""
-        function = getattr(build.library(), name)
-        function.restype = ctypes.c_int64
-        return function(ctypes.byref(self.map), ctypes.byref(self.shape))
-
 
 def _map(feature_map: FeatureMap | None, head_dim: int) -> tuple[_Map, tuple[Tensor | None, ...]]:
     """The map as the kernels take it, and the tensors it points to. None: a window has none."""
@@ -181,7 +135,8 @@ def _map(feature_map: FeatureMap | None, head_dim: int) -> tuple[_Map, tuple[Ten
 
 
 def _in_rows(x: Tensor) -> Tensor:
-    """x (N, L, n) with each (L, n) in one piece."""
+    """x (N, L, n) in fp32, with each (L, n) in one piece."""
+    x = x.float()
     return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 
@@ -200,15 +155,40 @@ def _states(sums: Tensor, log_scale: Tensor | None) -> _States:
 
 def scan_forward(rows: Rows, initial: AttentionState | None, learns: bool) -> Scanned:
     """See :func:`longseq.attention.scan.scan_forward`."""
-    call, v = _of(rows), rows.v
+    call = _of(rows)
+    v = call.v
     out = v.new_empty(v.shape)
     lse, inverse_den = v.new_empty(*v.shape[:2], 1), v.new_empty(*v.shape[:2], 1)
-    kept = v.new_empty(len(v), call.floats("longseq_scan_kept")) if learns else None
+    kept = (
+        v.new_empty(len(v), _groups(v.shape[1]) * _state_floats(build.library(), call.map.features, v.shape[2]))
+        if learns
+        else None
+    )
     log_scale = v.new_empty(len(v), 1, 1)
     given = None if initial is None else (initial.sums.contiguous(), initial.log_scale.contiguous())
     state = None if given is None else _states(*given)
     call.run("longseq_scan_forward", state, out, lse, inverse_den, kept, log_scale)
     return Scanned(out, lse, inverse_den, () if kept is None else (kept,), log_scale)
+
+
+def scan_kept(rows: Rows, initial: bool) -> tuple[Tensor | None, ...]:
+    """See :func:`longseq.attention.scan.scan_kept`."""
+    (number, length, value_dim), features = rows.v.shape, rows.feature_map.features
+    sizes = (number, length, 1), (number, _groups(length) * _state_floats(build.library(), features, value_dim))
+    return tuple(rows.v.new_empty(size, dtype=torch.float32) for size in sizes)
+
+
+def _groups(length: int) -> int:
+    """States that a row of N keeps; CHUNK and GROUP of the C++ are those of the PyTorch version."""
+    return (length + CHUNK * GROUP - 1) // (CHUNK * GROUP)
+
+
+@functools.cache
+def _state_floats(library: ctypes.CDLL, features: int, value_dim: int) -> int:
+    function = library.longseq_scan_kept
+    function.restype = ctypes.c_int64
+    of_one_group = _Map(0, features, 1, None, None, 0.0, 0.0), _Shape(1, 1, 0, value_dim)
+    return function(*(ctypes.byref(x) for x in of_one_group))
 
 
 def scan_backward(
@@ -222,7 +202,8 @@ def scan_backward(
     wants_decay: bool,
 ) -> ScanGradients:
     """See :func:`longseq.attention.scan.scan_backward`."""
-    call, v = _of(rows), rows.v
+    call = _of(rows)
+    v = call.v
     dout = torch.zeros_like(out) if dout is None else dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     later = None if later is None else later.contiguous()
@@ -243,6 +224,7 @@ def sum_up(
         hidden = log_weight[..., 0] == -torch.inf
         log_weight = log_weight.contiguous()
     call = _Call(x, x, values, feature_map, hidden=hidden)
+    x = call.q
     last = None if last is None else last.contiguous()
     state = AttentionState(x.new_empty(len(x), feature_map.features, values.shape[-1] + 1), x.new_empty(len(x), 1, 1))
     call.run("longseq_sum_up", _states(state.sums, state.log_scale), last, log_weight)
@@ -255,73 +237,84 @@ def _of(rows: Rows) -> _Call:
     )
 
 
-class _TwoPasses(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        hidden: Tensor | None,
-        feature_map: FeatureMap,
-        total: Total | None,
-    ) -> Tensor:
-        call = _Call(q, k, v, feature_map, hidden=hidden)
-        out, inverse_den = v.new_empty(*q.shape[:2], v.shape[-1]), v.new_empty(*q.shape[:2], 1)
-        state = AttentionState(v.new_empty(len(v), feature_map.features, v.shape[-1] + 1), v.new_empty(len(v), 1, 1))
-        call.run("longseq_sum_up", _states(state.sums, state.log_scale), None, None)
-        if total is not None:
-            state = total(state)()
-        call.run("longseq_bidirectional_read", _states(state.sums, state.log_scale), out, inverse_den)
-        ctx.feature_map, ctx.total = feature_map, total
-        ctx.save_for_backward(q, k, v, hidden, out, inverse_den, state.sums, state.log_scale)
-        return out
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, saved: Saved, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, hidden, out, inverse_den, sums, log_scale = saved
-        call = _Call(q, k, v, ctx.feature_map, hidden=hidden)
-        dq, dk, dv = (x.new_empty(x.shape) for x in (call.q, call.k, call.v))
-        dout, d_sums = dout.contiguous(), torch.empty_like(sums)
-        states = _states(sums, log_scale), _states(d_sums, None)
-        call.run("longseq_bidirectional_queries_vjp", *states, out, inverse_den, dout, dq)
-        if ctx.total is not None:  # all have the same log-scale
-            d_sums = ctx.total(AttentionState(d_sums, torch.zeros_like(log_scale)))().sums
-        call.run("longseq_bidirectional_keys_vjp", _states(d_sums, log_scale), dk, dv)
-        return dq, dk, dv, None, None, None
+def bidirectional_forward(
+    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, feature_map: FeatureMap, total: Total | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """See :func:`longseq.attention.bidirectional.bidirectional_forward`."""
+    call = _Call(q, k, v, feature_map, hidden=hidden)
+    v = call.v
+    out, inverse_den = v.new_empty(*q.shape[:2], v.shape[-1]), v.new_empty(*q.shape[:2], 1)
+    state = AttentionState(v.new_empty(len(v), feature_map.features, v.shape[-1] + 1), v.new_empty(len(v), 1, 1))
+    call.run("longseq_sum_up", _states(state.sums, state.log_scale), None, None)
+    if total is not None:
+        state = total(state)()
+    call.run("longseq_bidirectional_read", _states(state.sums, state.log_scale), out, inverse_den)
+    return out, (inverse_den, state.sums, state.log_scale)
 
 
-class _Window(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        decay: Tensor | None,
-        hidden: Tensor | None,
-        runs: Tensor | None,
-        window: int,
-        causal: bool,
-    ) -> Part:
-        call = _Call(q, k, v, None, hidden=hidden, runs=runs, decay=decay)
-        out, lse = v.new_empty(v.shape), v.new_empty(*v.shape[:2], 1)
-        ctx.band = _Band(window, causal)
-        call.run("longseq_window_forward", ctx.band, out, lse)
-        ctx.save_for_backward(q, k, v, decay, hidden, runs, out, lse)
-        ctx.set_materialize_grads(False)
-        return out, lse
+def bidirectional_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    hidden: Tensor | None,
+    feature_map: FeatureMap,
+    total: Total | None,
+    out: Tensor,
+    kept: Sequence[Tensor | None],
+    dout: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`longseq.attention.bidirectional.bidirectional_backward`."""
+    inverse_den, sums, log_scale = kept
+    assert sums is not None
+    assert log_scale is not None
+    call = _Call(q, k, v, feature_map, hidden=hidden)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (call.q, call.k, call.v))
+    dout, d_sums = dout.contiguous(), torch.empty_like(sums)
+    states = _states(sums, log_scale), _states(d_sums, None)
+    call.run("longseq_bidirectional_queries_vjp", *states, out, inverse_den, dout, dq)
+    if total is not None:  # all have the same log-scale
+        d_sums = total(AttentionState(d_sums, torch.zeros_like(log_scale)))().sums
+    call.run("longseq_bidirectional_keys_vjp", _states(d_sums, log_scale), dk, dv)
+    return dq, dk, dv
 
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, saved: Saved, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, decay, hidden, runs, out, lse = saved
-        call = _Call(q, k, v, None, hidden=hidden, runs=runs, decay=decay)
-        dout = torch.zeros_like(out) if dout is None else dout.contiguous()
-        dlse = None if dlse is None else dlse.contiguous()
-        dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
-        wanted = decay is not None and ctx.needs_input_grad[3]
-        d_decay = torch.zeros_like(decay, dtype=torch.float64) if wanted else None
-        call.run("longseq_window_backward", ctx.band, out, lse, dout, dlse, dq, dk, dv, d_decay)
-        return dq, dk, dv, None if d_decay is None else d_decay.to(v), None, None, None, None
+
+def window_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    hidden: Tensor | None,
+    runs: Tensor | None,
+    window: int,
+    causal: bool,
+) -> Part:
+    """See :func:`longseq.attention.window.window_forward`."""
+    call = _Call(q, k, v, None, hidden=hidden, runs=runs, decay=decay)
+    out, lse = call.v.new_empty(v.shape), call.v.new_empty(*v.shape[:2], 1)
+    call.run("longseq_window_forward", _Band(window, causal), out, lse)
+    return out, lse
+
+
+def window_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    hidden: Tensor | None,
+    runs: Tensor | None,
+    window: int,
+    causal: bool,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    wants_decay: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """See :func:`longseq.attention.window.window_backward`."""
+    call = _Call(q, k, v, None, hidden=hidden, runs=runs, decay=decay)
+    dout = torch.zeros_like(out) if dout is None else dout.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    dq, dk, dv = call.q.new_empty(q.shape), call.k.new_zeros(k.shape), call.v.new_zeros(v.shape)
+    d_decay = torch.zeros_like(decay, dtype=torch.float64) if decay is not None and wants_decay else None
+    call.run("longseq_window_backward", _Band(window, causal), out, lse, dout, dlse, dq, dk, dv, d_decay)
+    return dq, dk, dv, d_decay
