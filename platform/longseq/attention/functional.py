@@ -15,6 +15,7 @@ from longseq.attention.context_parallel import relay
 from longseq.attention.context_whole import whole
 from longseq.attention.feature_maps import KERNELS, FeatureMap, feature_map
 from longseq.attention.isolation import isolated
+from longseq.attention.operators import is_traced
 from longseq.attention.parts import Part, combine
 from longseq.attention.scan_operator import scan
 from longseq.attention.window_operator import window_attention
@@ -151,8 +152,7 @@ def favor_attention(
             return _by_parts(backend, rows, phi, causal, min(window, length), hidden, runs, rates, share)
 
         # To ask for NaN reads data, which there is none of while this is traced.
-        traced = torch.compiler.is_compiling() or type(q) is not Tensor
-        out = attend(rows) if traced else isolated(attend, rows, hidden, runs, causal, reach)
+        out = attend(rows) if is_traced(q) else isolated(attend, rows, hidden, runs, causal, reach)
     return out.view(batch, heads, length, v.shape[-1]).to(v.dtype)
 
 
