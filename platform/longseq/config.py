@@ -215,6 +215,10 @@ class TrainerConfig:
     )
     accumulate: int = key(1, "batches a process adds up for one optimiser step", at_least=1)
     activation_checkpointing: bool = key(False, "recompute each block in the backward pass to save memory")
+    compile: bool = key(
+        False,
+        "torch.compile of each block: faster steps after some minutes at the start; needs a C++ compiler or Triton",
+    )
     activation_offload: bool = key(False, "keep what the recomputation of blocks starts from in the CPU's memory")
     offload_optimizer: str = key(
         "none",

@@ -184,6 +184,14 @@ def _check_trainer(config: Config) -> None:
             f"deepspeed.{next(iter(config.deepspeed))} is set, but trainer.strategy={trainer.strategy} does without "
             "DeepSpeed: remove the deepspeed section, or take trainer.strategy=deepspeed."
         )
+    if trainer.compile and (config.sequence_tile or trainer.context_parallel > 1):
+        culprit = f"trainer.context_parallel={trainer.context_parallel}"
+        if config.sequence_tile:
+            culprit = f"model.sequence_tile={config.sequence_tile}"
+        raise ConfigError(
+            f"trainer.compile=true and {culprit}: only whole blocks of whole sequences are compiled; set "
+            "trainer.compile=false."
+        )
     every, valid = trainer.checkpoint_every, trainer.valid_every
     if trainer.keep_best and (not every or not valid or every % valid):
         raise ConfigError(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from longseq.attention.context_group import ContextGroup
 from longseq.attention.first_order import Saved, first_order
+from longseq.attention.operators import is_traced
 
 Inputs = tuple[Tensor, ...]  # q, k, v; and what all queries see as well, (N, ·, ·): the state of earlier keys
 
@@ -82,7 +83,7 @@ def isolated(attend: Callable[[Inputs], Tensor], rows: Inputs, hidden: Tensor | 
         hidden: (..., L) bool, True where a key is padding, or None.
         sight: which keys a query sees.
     """
-    if rows[0].device.type != "cpu" or torch.compiler.is_compiling() or type(rows[0]) is not Tensor:
+    if rows[0].device.type != "cpu" or is_traced(rows[0]):
         return attend(rows)
     link = None
     if torch.is_grad_enabled() and any(x.requires_grad for x in rows):

@@ -16,12 +16,20 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
-_LIBRARY = torch.library.Library("longseq", "FRAGMENT")
+LIBRARY = torch.library.Library("longseq", "FRAGMENT")
 
 # Parts of the operators' schemas: rows (N, L, ·), and a feature map.
 ROWS = "Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? hidden, Tensor? runs"
 MAP = "str kind, Tensor weight, Tensor? shift, float log_constant"
+
+
+def is_traced(x: Tensor | None = None) -> bool:
+    """Whether there is no data to look at: a compiler reads along, or tensors are fake (as ``x`` is)."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None or isinstance(x, FakeTensor)
 
 
 class Differentiable(Protocol):
@@ -41,14 +49,14 @@ def operator(
 ) -> Any:
     """Register ``compute`` as an operator, ``shapes`` for tensors without data, and its autograd ``function``."""
     name = schema.partition("(")[0]
-    _LIBRARY.define(schema)
+    LIBRARY.define(schema)
     operator = getattr(torch.ops.longseq, name).default
     for device in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, compute, device)
+        LIBRARY.impl(name, compute, device)
         key = getattr(torch._C.DispatchKey, f"Autocast{device}")
-        _LIBRARY.impl(name, _uncast(operator, torch._C.DispatchKeySet(key)), f"Autocast{device}")
-    torch.library.register_fake(f"longseq::{name}", shapes, lib=_LIBRARY)
-    torch.library.register_vmap(f"longseq::{name}", _refuse_vmap, lib=_LIBRARY)
+        LIBRARY.impl(name, _uncast(operator, torch._C.DispatchKeySet(key)), f"Autocast{device}")
+    torch.library.register_fake(f"longseq::{name}", shapes, lib=LIBRARY)
+    torch.library.register_vmap(f"longseq::{name}", _refuse_vmap, lib=LIBRARY)
     if function is not None:
 
         def differentiable(*args: Any) -> Any:
@@ -57,7 +65,7 @@ def operator(
             with torch._C._AutoDispatchBelowAutograd():
                 return operator(*args)
 
-        _LIBRARY.impl(name, differentiable, "Autograd")
+        LIBRARY.impl(name, differentiable, "Autograd")
     return operator
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from longseq.attention.arguments import hashed, integer
+from longseq.attention.operators import LIBRARY, is_traced
 
 Rows = Literal["chi", "sqrt_d"]
 Draw = Callable[..., Tensor]
@@ -49,9 +50,8 @@ def _cached(draw: Draw) -> CachedDraw:
             for name in options.keys() & {"seed", "layer", "draw"}:
                 options[name] = integer(name, options[name])
             sizes = integer("features", features, least=1), integer("head_dim", head_dim, least=1)
-            if torch.compiler.is_compiling():
-                # Traced, NumPy's sums would become PyTorch's, in another order.
-                return torch.compiler.disable(function)(*sizes, **options)
+            if is_traced():
+                return _as_operator(*sizes, **options)
             return function(*sizes, **options)
 
         return checked
@@ -120,6 +120,52 @@ def projection_matrix(
         if rows == "sqrt_d":
             matrix = matrix * (head_dim**0.5 / matrix.norm(dim=1, keepdim=True))
         return matrix.to(device=device, dtype=dtype)
+
+
+def _as_operator(
+    features: int,
+    head_dim: int,
+    seed: int = 0,
+    layer: int = 0,
+    draw: int = 0,
+    orthogonal: bool = True,
+    rows: Rows = "chi",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """In a traced program: drawn when it runs, for the draw of that step."""
+    numbers = features, head_dim, seed, layer, draw, orthogonal, rows
+    matrix: Tensor = torch.ops.longseq.projection(*numbers, torch.device(device), dtype)
+    return matrix
+
+
+def _projection(
+    features: int,
+    head_dim: int,
+    seed: int,
+    layer: int,
+    draw: int,
+    orthogonal: bool,
+    rows: Rows,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    options: dict[str, Any] = {"orthogonal": orthogonal, "rows": rows, "device": device, "dtype": dtype}
+    # A compiler may write into what an operator gives.
+    return projection_matrix(features, head_dim, seed=seed, layer=layer, draw=draw, **options).clone()
+
+
+def _projection_shape(features: int, head_dim: int, *others: Any) -> Tensor:
+    *_, device, dtype = others
+    return torch.empty(features, head_dim, device=device, dtype=dtype)
+
+
+LIBRARY.define(
+    "projection(SymInt features, SymInt head_dim, SymInt seed, SymInt layer, SymInt draw, bool orthogonal, str rows, "
+    "Device device, ScalarType dtype) -> Tensor"
+)
+LIBRARY.impl("projection", _projection, "CompositeExplicitAutograd")
+torch.library.register_fake("longseq::projection", _projection_shape, lib=LIBRARY)
 
 
 def _rotations(blocks: list[Tensor]) -> Tensor:

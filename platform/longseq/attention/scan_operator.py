@@ -149,12 +149,12 @@ def _scan_backward_shapes(
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        rows, (kind, weight, shift, log_constant, delay, _, _, backend) = args[:6], args[8:]
+        rows, (kind, weight, shift, log_constant, delay, carries, _, backend) = args[:6], args[8:]
         with torch._C._AutoDispatchBelowAutograd():
             out, lse, behind, log_scale, kept = _SCAN(*args)
         ctx.numbers = kind, log_constant, delay, backend
         ctx.save_for_backward(*rows, weight, shift, out, *kept)
-        ctx.mark_non_differentiable(log_scale, *kept)
+        ctx.mark_non_differentiable(log_scale, *kept, *(() if carries else (behind,)))
         ctx.set_materialize_grads(False)
         return out, lse, behind, log_scale, *kept
 

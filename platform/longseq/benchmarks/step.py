@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,12 +16,14 @@ from longseq.benchmarks.ladder import Ladder, Progress, Task
 from longseq.benchmarks.request import CAUSAL, STEP_CONTENDERS, StepRequest
 from longseq.benchmarks.results import Note, Results
 from longseq.benchmarks.timing import Gemm
+from longseq.models.compiling import compile_blocks, uncompiled
 from longseq.models.layers import Block
 from longseq.models.performer import PerformerLM
 from longseq.models.presets import PRESETS
 from longseq.models.spec import PerformerSpec
 
 STEP = "step"
+COMPILED = "compiled"
 
 
 class ReturnsV(FavorAttention):
@@ -45,7 +48,8 @@ class Trainer:
         """One training step on (B, L) token ids and targets. Returns the loss."""
         for block, attention in zip(self.model.blocks, self.attentions[contender], strict=True):
             block.attention = attention
-        with torch.autocast(tokens.device.type, self.autocast, enabled=self.autocast is not None):
+        blocks = nullcontext() if contender == COMPILED else uncompiled(self.model)
+        with blocks, torch.autocast(tokens.device.type, self.autocast, enabled=self.autocast is not None):
             loss = F.cross_entropy(self.model(tokens).flatten(0, 1).float(), targets.flatten())
         loss.backward()
         self.optimizer.step()
@@ -103,6 +107,8 @@ def make_trainer(request: StepRequest, causal: bool) -> Trainer:
     model = PerformerLM(spec).to(request.device)
     autocast = None if request.dtype == "float32" else getattr(torch, request.dtype)
     attentions = {name: _attentions(request, model, name) for name in STEP_CONTENDERS}
+    if COMPILED in request.contenders:
+        compile_blocks(model)
     return Trainer(model, torch.optim.AdamW(model.parameters(), lr=1e-4), attentions, autocast)
 
 

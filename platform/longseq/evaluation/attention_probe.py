@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from longseq.attention import FavorAttention, SlicedDocuments, exact_attention
+from longseq.models.compiling import uncompiled
 from longseq.models.layers import Block
 from longseq.models.performer import PerformerLM
 
@@ -81,7 +82,7 @@ def look_through(model: PerformerLM, batch: dict[str, Tensor], look: Look) -> No
     training = model.training
     model.eval()
     try:
-        with model.whole_sequences(), _watched(model, look):
+        with model.whole_sequences(), uncompiled(model), _watched(model, look):
             model(batch["tokens"], None, batch.get("segments"))
     finally:
         model.train(training)

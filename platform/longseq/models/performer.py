@@ -235,7 +235,8 @@ class PerformerLM(nn.Module):
         if self.positions is not None:
             if padding is not None:  # it may reach beyond the last position, where slices are padded to equal lengths
                 positions = positions.where(padding, 0)
-            if positions.numel() and int(positions.max()) >= self.spec.max_positions:
+            reads = not torch.compiler.is_compiling()  # in a compiled program the lookup itself fails
+            if reads and positions.numel() and int(positions.max()) >= self.spec.max_positions:
                 raise LongseqError(
                     f"a sequence of {int(positions.max()) + 1:,} tokens or more, but the model has learned "
                     f"{self.spec.max_positions:,} positions (model.max_positions): give it shorter ones."

@@ -15,6 +15,7 @@ from longseq.data import split_spec
 from longseq.devices import check_devices, on_cuda, sharing
 from longseq.errors import ConfigError
 from longseq.launch.memory import estimate
+from longseq.models.compiling import missing_compiler
 from longseq.models.performer import PerformerLM
 from longseq.opening import find
 from longseq.run import Run
@@ -177,6 +178,8 @@ def check_machine(config: Config) -> None:
     """
     check_devices(config)
     settings = config.trainer
+    if settings.compile and (reason := missing_compiler("cuda" if on_cuda(config) else "cpu")):
+        raise ConfigError(f"trainer.compile=true, but {reason}: install it, or set trainer.compile=false.")
     if config.optim.implementation == "cpu" and on_cuda(config) and settings.offload_optimizer == "none":
         raise ConfigError(
             "optim.implementation=cpu steps in the CPU's memory, and the weights are on the GPU: set "

@@ -14,6 +14,7 @@ from longseq.attention.arguments import hashed
 from longseq.config import Config
 from longseq.data import vocabulary
 from longseq.devices import on_cuda
+from longseq.models.compiling import compile_blocks
 from longseq.models.performer import PerformerLM
 from longseq.training.collectives import all_sum, context_group
 from longseq.training.optim import build_optimizer, build_schedule, follow_config
@@ -37,6 +38,8 @@ class LanguageModelling(pl.LightningModule):
         tokens = vocabulary(config)
         self.pad = tokens.pad
         self.model: PerformerLM = PerformerLM(config.performer_spec(tokens.size, on_cuda=on_cuda(config)))
+        if config.trainer.compile:
+            compile_blocks(self.model)
         self.train_sums = Sums()
         self.valid_sums = Sums()
         self.samples = 0  # consumed by all ranks together, once the step of the last batch is done

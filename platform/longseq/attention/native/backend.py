@@ -174,7 +174,10 @@ def scan_forward(rows: Rows, initial: AttentionState | None, learns: bool) -> Sc
 def scan_kept(rows: Rows, initial: bool) -> tuple[Tensor | None, ...]:
     """See :func:`longseq.attention.scan.scan_kept`."""
     (number, length, value_dim), features = rows.v.shape, rows.feature_map.features
-    sizes = (number, length, 1), (number, _groups(length) * _state_floats(build.library(), features, value_dim))
+    sizes = (
+        (number, length, 1),
+        (number, _groups(length) * _state_floats(build.library(), int(features), int(value_dim))),
+    )
     return tuple(rows.v.new_empty(size, dtype=torch.float32) for size in sizes)
 
 
