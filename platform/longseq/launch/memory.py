@@ -13,6 +13,7 @@ P is the number of weights, n the number of ranks, w the bytes of a weight in tr
     activations   what the backward pass needs of every block (or with activation checkpointing of one block, and every
                   block's input), and what it holds at its most besides; with tiles of the sequence see :func:`_tiled`
     in the step   the fp32 gradients of this rank's part
+    in the CPU's  what is offloaded: the optimiser, weights, and what recomputations start from
 
 The peak is that of three moments: the beginning of the backward pass, its end, and the optimiser's step.
 """
@@ -26,6 +27,10 @@ from longseq.models.spec import PerformerSpec
 
 # One state of the scan is kept for each group of this many positions: longseq.attention.scan.CHUNK * GROUP.
 SCAN_GROUP = 128
+# longseq.attention.triton_backend keeps no states: it makes them anew, for as many sequences and heads at a time as fit
+# into STATE_BYTES, one for each CHUNK positions at most (two in the backward pass); and a few more numbers a query.
+STATE_BYTES, CHUNK, TRITON_NUMBERS = 512 * 1024**2, 64, 4
+TRITON_KERNELS, TRITON_WIDEST = ("softmax", "hyperbolic", "oprf", "smreg", "relu", "relu_direct"), 128
 # longseq.models.head: logits at a time, and rows of them at most.
 LOGITS, MOST_ROWS = 2**24, 8192
 DEEPSPEED_BUCKET = 500_000_000  # DeepSpeed's own default, in elements: gigabytes, however small the model
@@ -41,7 +46,7 @@ class MemoryEstimate:
     optimizer: int
     activations: int
     peak: int  # less than their sum: they do not need their most at the same time
-    host: int  # beside a GPU: what is offloaded to the CPU's memory
+    host: int  # next to a GPU: what is offloaded to the CPU's memory
 
     def line(self) -> str:
         """For people."""
@@ -69,37 +74,35 @@ def estimate(config: Config, vocabulary: int, *, on_cuda: bool = True) -> Memory
     optimizer = masters + 8 * part
     mean = 4 * held if trainer.ema_decay else 0
     part_gradients = (width if deepspeed else 4) * part
-    bucket = (
-        width * reduce_bucket(config, count) * (2 if _overlaps(config) else 1)
-        if stage
-        else 4 * count
-        if trainer.strategy == "ddp"
-        else 0
-    )
+    buffers = 2 if _overlaps(config) else 1
+    bucket = buffers * width * reduce_bucket(config, count) if stage else 4 * count if trainer.strategy == "ddp" else 0
     gradients = part_gradients + bucket
     read = part if stage else count * bool(masters)  # gradients in fp32, for the optimiser
     step = 4.0 * read
 
     tokens = config.batch_sequences * config.slice_length
-    block, behind = _block(spec, config, width), _backward(spec, width)
+    triton = on_cuda and runs_triton(spec)
+    block, behind = block_bytes(spec, config, width, triton=triton), _backward(spec, width)
     head = 3.0 * width * spec.dim  # a token's, but for the logits
     start = width * spec.dim  # what a recomputation starts from
     kept = 1.0 * tokens * spec.depth * (start if spec.activation_checkpointing else block)
     recomputed = tokens * (block - start) if spec.activation_checkpointing else 0
     tiles = 0 < spec.tile < config.slice_length
     if tiles:
-        kept, recomputed, head = _tiled(spec, config, width, count)
+        kept, recomputed, head = _tiled(spec, config, width, count, triton)
         block = behind = 0
-    if trainer.activation_offload:
-        kept = 0
+    offloaded = 0.0
+    if trainer.activation_offload and on_cuda and not (tiles and _carries(spec, config)):
+        offloaded = tokens * spec.depth * start
+        kept -= max(0, tokens * (spec.depth - 2) * start)  # one is in use, and one on its way
     inputs = tokens * 2 * 8  # tokens and targets, 64 bits each
     logits = _logits(spec, tokens, width)
-    first = inputs + max(kept + recomputed + tokens * behind, kept + tokens * head + logits)
-    last = inputs + (recomputed if tiles else tokens * (block + behind))
+    states = _states(spec, config) if triton else 0.0
+    first = inputs + max(kept + recomputed + max(tokens * behind, states), kept + tokens * head + logits)
+    last = inputs + (recomputed + states if tiles else tokens * block + max(tokens * behind, states))
 
-    offloaded = 0.0
     if trainer.offload_optimizer != "none":
-        offloaded, optimizer, step = optimizer + 4 * part, 0, 4 * part  # with the fp32 gradients that it reads
+        offloaded, optimizer, step = offloaded + optimizer + 4 * part, 0, 4 * part  # and the fp32 gradients it reads
     if trainer.offload_params != "none":
         offloaded, weights = offloaded + weights, 0
     always = weights + optimizer + mean
@@ -133,8 +136,24 @@ def gib(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
-def _block(spec: PerformerSpec, config: Config, width: int) -> float:
-    """Bytes a token that the backward pass of one block needs.
+def runs_triton(spec: PerformerSpec) -> bool:
+    """Whether attention takes the Triton kernels on a GPU."""
+    known = spec.kernel in TRITON_KERNELS and spec.head_dim <= TRITON_WIDEST
+    return spec.attention == "favor" and (spec.backend == "triton" or (spec.backend == "auto" and known))
+
+
+def _states(spec: PerformerSpec, config: Config) -> float:
+    """Bytes of the states that the Triton kernels have in memory at a time, at most."""
+    rows = config.batch_sequences * spec.heads
+    one = 4 * spec.features * (spec.head_dim + 1)
+    length = (
+        min(spec.tile or config.slice_length, config.slice_length) if _carries(spec, config) else config.slice_length
+    )
+    return min(STATE_BYTES, 2.0 * one * rows * -(-length // CHUNK))
+
+
+def block_bytes(spec: PerformerSpec, config: Config, width: int, *, triton: bool = False) -> float:
+    """Bytes a token that the backward pass of one block needs: those that its forward pass saves.
 
     The residual stream twice, both norms' outputs and the attention's output as its map reads it; the hidden layer
     before and after its activation; queries, keys, values and output of attention; and what its kind keeps.
@@ -142,13 +161,14 @@ def _block(spec: PerformerSpec, config: Config, width: int) -> float:
     dim, heads = spec.dim, spec.heads
     total = width * (5.0 * dim + 2 * spec.ffn_dim) + 2 * 2 * 4  # and the norms' means and deviations
     # q, k and v are slices of one tensor. It lives on as long as one of them is needed as it is.
-    whole_qkv = spec.attention == "exact" or (width == 4 and config.batch_sequences == 1)
+    whole_qkv = spec.attention == "exact" or config.batch_sequences == 1
     if spec.attention == "exact":
         total += width * (3 + 2 + 1) * dim + 4 * heads
         total += _mask(spec, config)
     else:
-        total += 4 * (2 + 1 + (0 if whole_qkv else 1)) * dim + 4 * 3 * dim * whole_qkv
-        total += _favor(spec, config)
+        total += width * (3 if whole_qkv else 1) * dim  # all of them, or the values
+        total += width * 2 * dim + 4 * dim  # queries and keys, and the output in fp32
+        total += _favor(spec, config, width, triton)
     if spec.qk_norm:
         # Normalised q and k, what they were before (in fp32 the slices themselves), and the norms.
         total += width * 2 * dim + 4 * 2 * heads
@@ -158,18 +178,22 @@ def _block(spec: PerformerSpec, config: Config, width: int) -> float:
     return total
 
 
-def _favor(spec: PerformerSpec, config: Config) -> float:
+def _favor(spec: PerformerSpec, config: Config, width: int, triton: bool) -> float:
     """Bytes a token: states between the groups of chunks, denominators, and each part's output where there are two."""
     state = 4 * spec.heads * spec.features * (spec.head_dim + 1)
     plain = not (spec.window or spec.learned_decay or _packs(config))
+    numbers = TRITON_NUMBERS if triton else 0
     if not spec.causal and plain:
-        return state / config.slice_length + 4 * spec.heads
-    one = state / min(SCAN_GROUP, config.slice_length) + 2 * 4 * spec.heads
+        return state / config.slice_length + (1 + numbers) * 4 * spec.heads
+    one = (2 + numbers) * 4.0 * spec.heads
+    if not triton:
+        one += state / min(SCAN_GROUP, config.slice_length)
     total = one
     if spec.window:
         total += 4 * spec.dim + 3 * 4 * spec.heads  # the window's own output, and the weights of both
     if not spec.causal:
-        total += one + 4 * 5 * spec.dim + 3 * 4 * spec.heads  # the scan of the reversed row, with reversed copies
+        # The scan of the reversed row: reversed queries, keys and values, and its output both ways.
+        total += one + (width * 3 + 4 * 2) * spec.dim + 3 * 4 * spec.heads
     return total
 
 
@@ -193,7 +217,14 @@ def _logits(spec: PerformerSpec, tokens: int, width: int) -> float:
     return rows * spec.vocabulary * (2 * 4 + (2 * width if width < 4 else 0)) + 2 * 4 * spec.vocabulary * spec.dim
 
 
-def _tiled(spec: PerformerSpec, config: Config, width: int, parameters: int) -> tuple[float, float, float]:
+def _carries(spec: PerformerSpec, config: Config) -> bool:
+    """Whether a tile goes through all layers."""
+    return spec.carries and config.trainer.context_parallel == 1 and not (_packs(config) or _pads(config))
+
+
+def _tiled(
+    spec: PerformerSpec, config: Config, width: int, parameters: int, triton: bool
+) -> tuple[float, float, float]:
     """With tiles of the sequence: bytes that are kept, bytes of one recomputation, and the head's bytes a token.
 
     Where a tile goes through all layers, the states between the tiles are kept, and one tile of all layers is computed
@@ -201,14 +232,14 @@ def _tiled(spec: PerformerSpec, config: Config, width: int, parameters: int) -> 
     computed again as a whole: its queries, keys, values and output, the gradients of these and the residual stream's.
     """
     rows, length, dim = config.batch_sequences, config.slice_length, spec.dim
-    one = rows * spec.tile * (_block(spec, config, width) + _backward(spec, width))
+    one = rows * spec.tile * (block_bytes(spec, config, width, triton=triton) + _backward(spec, width))
     state = 4 * spec.heads * spec.features * (spec.head_dim + 1)
-    if spec.carries and config.trainer.context_parallel == 1 and not (_packs(config) or _pads(config)):
+    if _carries(spec, config):
         kept = rows * spec.depth * -(-length // spec.tile) * (state + 2 * 4 * spec.window * dim)
         extra = rows * spec.tile * 4 * 4 * dim  # the output of each part, and of both
         return kept, spec.depth * (one + extra) + 2 * 4 * parameters, 0
     block = 11.0 * width * dim if width == 4 else width * 11 * dim + 4 * 8 * dim
-    block += _favor(spec, config) if spec.attention == "favor" else _mask(spec, config)
+    block += _favor(spec, config, width, triton) if spec.attention == "favor" else _mask(spec, config)
     return rows * length * (spec.depth + 1) * width * dim, rows * length * block + one, 3 * width * dim
 
 
