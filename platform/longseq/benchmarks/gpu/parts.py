@@ -32,7 +32,7 @@ PARTS: dict[str, Part] = {
         Part("kernels-fp32", "the same in fp32", 210),
         Part("kernels-fp16", "the same in fp16", 210),
         Part("later-keys", "causal outputs whatever the later keys are, bit for bit", 120),
-        Part("strategies", "20 steps of single, DDP and ZeRO 0-3 in fp32, against those of a CPU", 210),
+        Part("strategies", "20 steps of single, DDP and ZeRO 0-3 in fp32, against those of a CPU", 240),
         Part("precisions", "20 steps in bf16 and fp16 against the CPU's in fp32", 150),
         Part("compile", "20 steps with trainer.compile, against the CPU's", 180),
         Part("resume", "a checkpoint, kill -9, and the run that goes on from it", 150),

@@ -23,8 +23,9 @@ from longseq.curves import Curve, read_curves
 from longseq_data.synthetic import SyntheticSpec, write_fasta
 
 STEPS = 20
-# Nats. A record in another place, or a step more or less, moves a loss by about 1e-2. fp32 has room for TF32.
-SAME, SAME_16_BITS, SAME_AGAIN = 2e-3, 1e-2, 1e-3
+# Nats. A record in another place, or a step more or less, moves a loss by about 1e-2. fp32 has room for TF32; on a CPU,
+# weights in bf16 made 6e-3.
+SAME, SAME_16_BITS, SAME_AGAIN = 2e-3, 2e-2, 1e-3
 # Everything that attention has: a window, features beyond it, shares and decays that are learned, two draws.
 _MODEL = """
 model: {dim: 128, depth: 2, heads: 2, ffn_dim: 256}
