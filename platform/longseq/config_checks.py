@@ -184,10 +184,9 @@ def _check_trainer(config: Config) -> None:
             f"deepspeed.{next(iter(config.deepspeed))} is set, but trainer.strategy={trainer.strategy} does without "
             "DeepSpeed: remove the deepspeed section, or take trainer.strategy=deepspeed."
         )
-    if trainer.compile and (config.sequence_tile or trainer.context_parallel > 1):
-        culprit = f"trainer.context_parallel={trainer.context_parallel}"
-        if config.sequence_tile:
-            culprit = f"model.sequence_tile={config.sequence_tile}"
+    tile = config.sequence_tile(on_cuda=False)  # whether there are tiles does not depend on the device
+    if trainer.compile and (tile or trainer.context_parallel > 1):
+        culprit = f"model.sequence_tile={tile}" if tile else f"trainer.context_parallel={trainer.context_parallel}"
         raise ConfigError(
             f"trainer.compile=true and {culprit}: only whole blocks of whole sequences are compiled; set "
             "trainer.compile=false."
