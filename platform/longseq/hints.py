@@ -13,6 +13,7 @@ _KEYS = {
     "trainer.max_steps": "steps num_steps n_steps total_steps max_iters iterations train_steps epochs max_epochs "
     "num_epochs num_train_epochs",
     "trainer.precision": "dtype torch_dtype fp16 bf16 amp mixed_precision",
+    "trainer.float32_matmul_precision": "tf32 allow_tf32 matmul_precision",
     "trainer.strategy": "distributed distributed_strategy",
     "trainer.zero_stage": "zero zero_optimization stage",
     "trainer.context_parallel": "cp sequence_parallel context_parallel_size cp_size",

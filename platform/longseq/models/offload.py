@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+
+from longseq import pinned
 
 
 class Offload:
@@ -22,7 +23,7 @@ class Offload:
 
     def of(self, x: Tensor) -> AbstractContextManager[object]:
         """Keep ``x`` on the CPU where it is saved in this context; and nothing else, which all blocks share."""
-        if not on_gpu(x):
+        if not pinned.on_gpu(x):
             return nullcontext()
         storage = x.untyped_storage().data_ptr()
 
@@ -35,27 +36,18 @@ class Offload:
         return saved_tensors_hooks(pack, lambda kept: kept.fetch() if isinstance(kept, _Offloaded) else kept)
 
 
-def on_gpu(x: Tensor) -> bool:
-    """Whether there is another memory to keep it in."""
-    return x.is_cuda
-
-
 class _Offloaded:
     """A tensor on its way to the CPU, there, or on its way back."""
 
     def __init__(self, tensor: Tensor, before: _Offloaded | None):
         self.device, self.before = tensor.device, before
         self.back: Tensor | None = None
-        stream = _stream(self.device)
-        self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        stream.wait_stream(torch.cuda.current_stream(self.device))  # until it is computed
-        with torch.cuda.stream(stream):
-            self.host.copy_(tensor, non_blocking=True)
-        tensor.record_stream(stream)  # its memory is nobody else's until it is copied
+        self.stream = pinned.stream_for("activations", self.device)
+        self.host = pinned.copy_out(tensor, self.stream)
 
     def begin(self) -> None:
         """Send it back."""
-        with torch.cuda.stream(_stream(self.device)):
+        with torch.cuda.stream(self.stream):
             self.back = self.host.to(self.device, non_blocking=True)
 
     def fetch(self) -> Tensor:
@@ -64,13 +56,8 @@ class _Offloaded:
         back, self.back = self.back, None
         assert back is not None
         current = torch.cuda.current_stream(self.device)
-        current.wait_stream(_stream(self.device))
+        current.wait_stream(self.stream)
         back.record_stream(current)
         if self.before is not None:
             self.before.begin()
         return back
-
-
-@cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from longseq.errors import RunError
+from longseq.pinned import Copies
 from longseq.training.optimizer_state import Holder
 
 FOLDER = "training"
@@ -46,18 +47,19 @@ def shard_name(rank: int) -> str:
     return f"{FOLDER}/rank-{rank:05d}.safetensors"
 
 
-def snapshot(holder: Holder, rank: int, into: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def snapshot(
+    holder: Holder, rank: int, into: Mapping[str, Tensor] | None = None, by: Copies | None = None
+) -> dict[str, Tensor]:
     """Copies, on the CPU, of the pieces that this rank is to write; none where rank 0 holds the same.
 
     into: the copies of the snapshot before, to be written over: fresh memory would cost more time than the copying.
+    by: makes the copies, and knows when they are made.
     """
-    copies: dict[str, Tensor] = {}
+    copies, by = {}, by or Copies()
     for piece in holder.pieces() if not (holder.replicated and rank) else ():
         for kind, tensor in piece.tensors.items():
             name = f"{kind}:{piece.start}:{piece.name}"
-            old = (into or {}).get(name)
-            fits = old is not None and old.shape == tensor.shape and old.dtype == tensor.dtype
-            copies[name] = old.copy_(tensor) if fits and old is not None else tensor.to("cpu", copy=True)
+            copies[name] = by.of(tensor, (into or {}).get(name))
     return copies
 
 

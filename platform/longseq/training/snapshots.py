@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from longseq.checkpoint import Checkpoint
+from longseq.pinned import Copies
 from longseq.training import shards
 from longseq.training.optimizer_state import (
     Holder,
@@ -33,6 +34,7 @@ class Snapshots:
     """A mixin, before one of Lightning's strategies: takes snapshots instead of writing files, and restores them."""
 
     snapshot: Mapping[str, shards.Content] = {}  # the last one: path in the checkpoint: content, of this rank
+    copies: Copies | None = None  # those in it
 
     restore_checkpoint_after_setup = True  # the optimiser must be there, and sharded
     lightning_restore_optimizer = False
@@ -52,17 +54,17 @@ class Snapshots:
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Keep copies of everything in ``snapshot``. All ranks call it; nothing is written.
 
-        The snapshot before is overwritten: it must be on the disk.
+        The snapshot before is overwritten: it must be on the disk. ``copies`` says when those of a GPU are made.
         """
         task, rank, holder = self._task(), self.global_rank, self._holder()  # type: ignore[attr-defined]
         before = self.snapshot.get(shards.shard_name(rank))
         besides: Mapping[str, shards.Content] = checkpoint.pop(FILES, {})
-        self.snapshot = {}
-        pieces = shards.snapshot(holder, rank, into=before if isinstance(before, Mapping) else None)
+        self.snapshot, self.copies = {}, Copies()
+        pieces = shards.snapshot(holder, rank, before if isinstance(before, Mapping) else None, self.copies)
         files: dict[str, shards.Content] = {shards.shard_name(rank): pieces} if pieces else {}
-        weights = full_state_dict(task.model, self._sharded_weights(), keep=rank == 0)
+        weights = full_state_dict(task.model, self._sharded_weights(), keep=rank == 0, by=self.copies)
         if rank == 0:
-            files["model.safetensors"] = {name: tensor.contiguous() for name, tensor in weights.items()}
+            files["model.safetensors"] = weights
             files[shards.LOOPS] = shards.pack(
                 {
                     "lightning": {name: value for name, value in checkpoint.items() if name not in _LEFT_OUT},

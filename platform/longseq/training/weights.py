@@ -9,29 +9,31 @@ from torch import Tensor, nn
 from longseq.errors import RunError
 from longseq.exported import PREFIX
 from longseq.models.weight_files import read_weights
+from longseq.pinned import Copies
 from longseq_data.files import aside
 from longseq_data.os_errors import explained, of_library
 
 _LEARNED = ("log_temperature", "log_share", "log_decay")  # of attention: qk_norm, learned_share, learned_decay
 
 
-def full_state_dict(model: nn.Module, sharded: bool, keep: bool) -> dict[str, Tensor]:
+def full_state_dict(model: nn.Module, sharded: bool, keep: bool, by: Copies | None = None) -> dict[str, Tensor]:
     """Copies of the whole state dict, on the CPU. All ranks must call it; those that do not ``keep`` get an empty one.
 
-    sharded: whether DeepSpeed has cut the weights up (ZeRO-3).
+    sharded: whether DeepSpeed has cut the weights up (ZeRO-3). by: makes the copies, and knows when they are made.
     """
+    by = by or Copies()
     persistent = model.state_dict().keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}  # the same on all ranks
-    state = {name: buffer.detach().cpu().clone() for name, buffer in buffers.items()} if keep else {}
+    state = {name: by.of(buffer.detach()) for name, buffer in buffers.items()} if keep else {}
     for name, parameter in model.named_parameters():
         if sharded:
             import deepspeed
 
             with deepspeed.zero.GatheredParameters([parameter]):
                 if keep:
-                    state[name] = parameter.detach().cpu().clone()
+                    state[name] = by.of(parameter.detach())
         elif keep:
-            state[name] = parameter.detach().cpu().clone()
+            state[name] = by.of(parameter.detach())
     return state
 
 

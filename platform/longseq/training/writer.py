@@ -45,11 +45,13 @@ class Writer:
             return f"{said(self.error)}; {remedy(self.error)}"
         return f"{type(self.error).__name__}: {self.error}" if self.error else None
 
-    def start(self, files: Mapping[str, Content], position: TrainingPosition) -> None:
-        """Begin to write ``files`` (path in the checkpoint: content). The content must not change any more."""
+    def start(
+        self, files: Mapping[str, Content], position: TrainingPosition, made: Callable[[], None] = lambda: None
+    ) -> None:
+        """Begin to write ``files`` (path in the checkpoint: content), which must not change once ``made`` returns."""
         assert self._part is None, "the one before is not finished"
         self.step = position.step
-        self._part = threading.Thread(target=self._write_part, args=(files, position.step), daemon=True)
+        self._part = threading.Thread(target=self._write_part, args=(files, position.step, made), daemon=True)
         self._part.start()
         if self.rank == 0:
             self._publication = threading.Thread(target=self._publish, args=(position,), daemon=True)
@@ -74,9 +76,10 @@ class Writer:
         """Stop waiting for ranks that cannot write their files."""
         self._given_up.set()
 
-    def _write_part(self, files: Mapping[str, Content], step: int) -> None:
+    def _write_part(self, files: Mapping[str, Content], step: int, made: Callable[[], None]) -> None:
         partial = partial_path(self.directory, step, self.run.start)
         try:
+            made()
             written = {}
             for name, content in files.items():
                 self.run.check_start()

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from torch.distributed import HashStore
 
+from gpu_streams import Streams
 from longseq.config_loading import load_config
 from longseq.run import Run
 from longseq.training.callbacks.stopping import StopFlag
@@ -49,3 +50,24 @@ def test_one_process_trains_in_each_precision_with_clipped_gradients(folder, pre
     assert fit(run, config, None, StopFlag())
     assert run.last_good().position.step == 2
     assert torch.isfinite(torch.tensor(run.last_good().position.unlogged)).all()
+
+
+def test_a_checkpoint_copied_beside_the_training_is_that_of_its_step(folder, monkeypatch):
+    """Copies are made as late as a GPU could: when the next step's weights wait for them."""
+    overrides = (*TINY, *ALONE, "trainer.max_steps=3", "trainer.checkpoint_every=1", "optim.warmup_steps=1")
+
+    def written(name: str) -> list[bytes]:
+        given = [f"data.train={folder}/proteins.fasta", f"run.name={name}", *overrides]
+        config = load_config("small.yaml", given)
+        run = Run.create(config, default_name="unused")
+        assert fit(run, config, None, StopFlag())
+        steps = [checkpoint.path for checkpoint in run.checkpoints()]
+        files = ("model.safetensors", "training/rank-00000.safetensors")
+        return [(step / file).read_bytes() for step in steps for file in files]
+
+    expected = written("plain")
+    assert len(set(expected)) == 6
+    streams = Streams(monkeypatch)
+    assert written("beside") == expected
+    assert streams.notes.count("out on beside") > 3
+    assert streams.notes.count("main waits for beside") == 2  # before the second and the third step

@@ -9,6 +9,7 @@ import shutil
 import sys
 
 import lightning.pytorch as pl
+from torch.optim import Optimizer
 
 from longseq import checkpoint
 from longseq.checkpoint import TrainingPosition
@@ -58,6 +59,11 @@ class Checkpointing(StepBoundary):
         if stopping:
             raise StopRequested
 
+    def on_before_optimizer_step(self, trainer: pl.Trainer, task: pl.LightningModule, optimizer: Optimizer) -> None:
+        assert isinstance(trainer.strategy, Snapshots)
+        if trainer.strategy.copies is not None:
+            trainer.strategy.copies.hold()  # before the weights change that are being copied
+
     def on_exception(self, trainer: pl.Trainer, task: pl.LightningModule, exception: BaseException) -> None:
         if self.writer is not None:
             self.writer.finish(_LAST_WORDS_SECONDS)
@@ -87,7 +93,8 @@ class Checkpointing(StepBoundary):
         strategy = trainer.strategy
         assert isinstance(strategy, Snapshots)
         assert self.writer is not None
-        self.writer.start(strategy.snapshot, position)
+        assert strategy.copies is not None
+        self.writer.start(strategy.snapshot, position, strategy.copies.wait)
 
     def finish_writing(self) -> None:
         """Wait until the checkpoint in the making has its name. All ranks call it.
