@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -73,7 +74,7 @@ def compiled(rows: Rows, device: str, folder: Path) -> None:
 
 def resume(rows: Rows, device: str, folder: Path) -> None:
     """A training that is killed between two checkpoints goes on as one that was not."""
-    place, last = _place(folder, f"resume-{device}"), 80
+    place, last = _place(folder, "resume"), 80
     often = ("trainer.checkpoint_every=20", "trainer.zero_stage=2")
     unbroken = fit(place, "unbroken", device, *often, f"trainer.max_steps={last}")
     run = place / "runs" / "killed"
@@ -98,7 +99,7 @@ def resume(rows: Rows, device: str, folder: Path) -> None:
 
 def preflight(rows: Rows, device: str, folder: Path) -> None:
     """Would it train here, and does a task of a job find its device and its group?"""
-    place = _place(folder, f"preflight-{device}")
+    place = _place(folder, "preflight")
     began = time.perf_counter()
     said = _done("check", "small.yaml", *_on(device), _devices(device), place=place, name="check")
     rows.add("longseq check", time.perf_counter() - began, "s", most=_SECONDS, note=said.strip().splitlines()[-1])
@@ -145,7 +146,7 @@ def _compare(rows: Rows, device: str, folder: Path, asked: Mapping[str, Sequence
 
 def _difference(folder: Path, name: str, device: str, overrides: Sequence[str], expected: Curve) -> float:
     run = re.sub(r"\W+", "-", name)
-    place = _place(folder, f"{run}-{device}-{os.getpid()}")
+    place = _place(folder, run)
     losses = fit(place, run, device, *overrides)
     if losses.keys() != expected.keys():
         raise Failed(f"it has losses of the steps {list(losses)}, not of {list(expected)}")
@@ -185,8 +186,7 @@ def _on(device: str) -> tuple[str, ...]:
 
 def _place(folder: Path, name: str) -> Path:
     """A folder with the configuration and the data, for runs."""
-    place = folder / name
-    place.mkdir()
+    place = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=folder))
     (place / "small.yaml").write_text(_MODEL)
     write_fasta(SyntheticSpec(families=4, records=400, seed=0, mean_length=120), place / "proteins.fasta")
     return place
@@ -244,5 +244,6 @@ def _wait_for_step(process: subprocess.Popen[bytes], log: Path, step: int) -> No
 def _last_words(log: Path) -> str:
     """The error that a command has ended with, or the last line of its output."""
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "error: " in line.lower() or re.match(r"\w+Error\b", line)]
-    return (errors or lines or ["it said nothing"])[-1][:400]
+    errors = [line for line in lines if "longseq: error: " in line or re.match(r"[\w.]*Error\b", line)]
+    causes = [line for line in errors if "the process of rank" not in line]  # that it has failed is known
+    return (causes or errors or lines or ["it said nothing"])[-1][:400]
