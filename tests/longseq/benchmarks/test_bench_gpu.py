@@ -236,9 +236,12 @@ def test_stopped_by_sigterm_it_still_prints_its_table(tmp_path):
     arguments = ("bench", "gpu", "--device", "cpu", "--parts", "kernels-fp32,later-keys", "--jobs", 1, "--out", out)
     command = Command(*arguments, folder=tmp_path)
     deadline = time.monotonic() + 120
-    while not (out / "gpu.json").exists():
+    state = ""
+    while state != "running":
         assert time.monotonic() < deadline
         time.sleep(0.05)
+        if (out / "gpu.json").exists():
+            state = json.loads((out / "gpu.json").read_text())["parts"][0]["state"]
     command.process.terminate()
     ended = command.end()
     assert ended.code == 130

@@ -111,6 +111,7 @@ class Runner:
             while waiting or self._running:
                 while waiting and self._may_start(waiting[0]):
                     self._start(waiting.pop(0), read_end)
+                    self._keep(self.found)
                 time.sleep(_POLL_SECONDS)
                 if self._look():
                     self._keep(self.found)
