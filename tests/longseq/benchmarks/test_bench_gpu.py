@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
 import time
 from pathlib import Path
 
@@ -182,6 +184,13 @@ def test_speeds_are_those_that_were_measured(tmp_path, monkeypatch):
     assert all((row.seen or 0) > 0 and row.bar == "≤ 1.35" for row in steps)
     short, million = (rows[f"{batch} × {length} tokens, a step"].seen or 0 for batch, length in ((2, 128), (1, 512)))
     assert rows["tokens/s at 512 over those at 128"].seen == pytest.approx(million / short)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing_in_the_script_that_collects_wheels():
+    script = Path(__file__).parents[3] / "tests/gpu/wheels.sh"
+    done = subprocess.run(["shellcheck", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 # Attention that is wrong from the model on: decoding does not take this way.

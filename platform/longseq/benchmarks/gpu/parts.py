@@ -38,7 +38,7 @@ PARTS: dict[str, Part] = {
         Part("resume", "a checkpoint, kill -9, and the run that goes on from it", 150),
         Part("preflight", "longseq check, and a task of a job", 120),
         Part("attention", "attention beside SDPA (flash) and flash-linear-attention", 120, correct=False, alone=True),
-        Part("step", "a Regular model's step beside OPT's", 80, correct=False, alone=True),
+        Part("step", "a Regular model's step beside OPT's", 100, correct=False, alone=True),
         Part("million", "a step on 2^20 tokens beside steps on 8,192", 80, correct=False, alone=True),
         Part("decode", "decoding: the forward pass's logits, and tokens a second", 60, alone=True),
     )
