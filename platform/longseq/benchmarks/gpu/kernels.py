@@ -71,7 +71,7 @@ def cases(large: bool, seed: int) -> Iterator[Case]:
 
     both: dict[str, Any] = {"causal": False}
     plain: dict[str, Any] = {} if large else sizes()
-    yield Case("scan", length(9000), **plain)
+    yield Case("scan", length(6000), **plain)
     yield Case("scan, all options", length(1500), **sizes(), hidden=True, documents=True, decay=True, std=0.5)
     yield Case("scan, decay", length(3000), **sizes(), decay=True, std=2)
     yield Case("scan, carried states", length(1500), **sizes(), tile=length(400))
@@ -81,7 +81,7 @@ def cases(large: bool, seed: int) -> Iterator[Case]:
     options: dict[str, Any] = {"hidden": True, "documents": True, "decay": True}
     yield Case("window alone, all options", length(900), **{**sizes(), "features": 0}, window=length(150), **options)
     yield Case("window, both sides", length(900), **{**sizes(), "features": 0}, **both, window=length(90), std=2)
-    yield Case("both directions", length(9000), **plain, **both, std=0.5)
+    yield Case("both directions", length(6000), **plain, **both, std=0.5)
     yield Case("both directions, padding", length(1500), **sizes(), **both, hidden=True, std=2)
     yield Case("both directions, all options", length(900), **sizes(), **both, window=30, share=True, **options)
     for kernel in ("hyperbolic", "oprf", "smreg", "relu"):

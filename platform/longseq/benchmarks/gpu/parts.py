@@ -34,11 +34,11 @@ PARTS: dict[str, Part] = {
         Part("later-keys", "causal outputs whatever the later keys are, bit for bit", 120),
         Part("strategies", "20 steps of single, DDP and ZeRO 0-3 in fp32, against those of a CPU", 240),
         Part("precisions", "20 steps in bf16 and fp16 against the CPU's in fp32", 150),
-        Part("compile", "20 steps with trainer.compile, against the CPU's", 180),
+        Part("compile", "20 steps with trainer.compile, against the CPU's", 240),
         Part("resume", "a checkpoint, kill -9, and the run that goes on from it", 150),
         Part("preflight", "longseq check, and a task of a job", 120),
         Part("attention", "attention beside SDPA (flash) and flash-linear-attention", 120, correct=False, alone=True),
-        Part("step", "a Regular model's step beside OPT's", 80, correct=False, alone=True),
+        Part("step", "a Regular model's step beside OPT's", 100, correct=False, alone=True),
         Part("million", "a step on 2^20 tokens beside steps on 8,192", 80, correct=False, alone=True),
         Part("decode", "decoding: the forward pass's logits, and tokens a second", 60, alone=True),
     )

@@ -111,6 +111,7 @@ class Runner:
             while waiting or self._running:
                 while waiting and self._may_start(waiting[0]):
                     self._start(waiting.pop(0), read_end)
+                    self._keep(self.found)
                 time.sleep(_POLL_SECONDS)
                 if self._look():
                     self._keep(self.found)
@@ -157,6 +158,8 @@ class Runner:
             if code is not None:
                 self._kill(running)  # what it may have left
                 self._take(running, *_how(code, read_rows(running.rows), found.part))
+                if found.state == CRASHED and found.output.strip():
+                    found.why += f": {found.output.strip().splitlines()[-1][:300]}"
             elif found.seconds > running.limit:
                 self._kill(running)
                 self._take(running, CUT, f"not done after {running.limit:.0f} s")
@@ -186,7 +189,7 @@ def _how(code: int, rows: Sequence[Row], part: Part) -> tuple[str, str]:
     """State of a part that ended by itself, and why."""
     if code:
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return CRASHED, f"{how}; its output is in the JSON file"
+        return CRASHED, how
     unmet = [row for row in rows if row.met is False]
     if unmet and part.correct:
         return FAILED, f"{len(unmet)} of {len(rows)} not as it must be"

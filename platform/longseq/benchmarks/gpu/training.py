@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +35,7 @@ data: {train: proteins.fasta, length: 256, batch_tokens: 2048}
 optim: {lr: 0.001, warmup_steps: 5, schedule: constant}
 trainer: {max_steps: 20, valid_every: 0, checkpoint_every: 0, log_every: 1, probe_every: 0, peak_tflops: 1}
 """
-_SECONDS = 120.0  # for one training
+_SECONDS, _SECONDS_COMPILED = 120.0, 220.0  # for one training
 _CORES_A_TRAINING = 3
 
 
@@ -68,12 +69,13 @@ def compiled(rows: Rows, device: str, folder: Path) -> None:
         rows.skipped("trainer.compile", "this version has no such key")
         return
     ways = {"single": "trainer.strategy=single", "ZeRO-2": "trainer.zero_stage=2"}
-    _compare(rows, device, folder, {name: ("trainer.compile=true", way) for name, way in ways.items()}, SAME)
+    asked = {name: ("trainer.compile=true", way) for name, way in ways.items()}
+    _compare(rows, device, folder, asked, SAME, _SECONDS_COMPILED)
 
 
 def resume(rows: Rows, device: str, folder: Path) -> None:
     """A training that is killed between two checkpoints goes on as one that was not."""
-    place, last = _place(folder, f"resume-{device}"), 80
+    place, last = _place(folder, "resume"), 80
     often = ("trainer.checkpoint_every=20", "trainer.zero_stage=2")
     unbroken = fit(place, "unbroken", device, *often, f"trainer.max_steps={last}")
     run = place / "runs" / "killed"
@@ -98,7 +100,7 @@ def resume(rows: Rows, device: str, folder: Path) -> None:
 
 def preflight(rows: Rows, device: str, folder: Path) -> None:
     """Would it train here, and does a task of a job find its device and its group?"""
-    place = _place(folder, f"preflight-{device}")
+    place = _place(folder, "preflight")
     began = time.perf_counter()
     said = _done("check", "small.yaml", *_on(device), _devices(device), place=place, name="check")
     rows.add("longseq check", time.perf_counter() - began, "s", most=_SECONDS, note=said.strip().splitlines()[-1])
@@ -108,9 +110,9 @@ def preflight(rows: Rows, device: str, folder: Path) -> None:
     rows.add("its seconds", time.perf_counter() - began, "s")
 
 
-def fit(place: Path, name: str, device: str, *overrides: str) -> Curve:
+def fit(place: Path, name: str, device: str, *overrides: str, seconds: float = _SECONDS) -> Curve:
     """Train to the last step: the loss of each."""
-    _done("fit", "small.yaml", f"run.name={name}", *_on(device), *overrides, place=place, name=name)
+    _done("fit", "small.yaml", f"run.name={name}", *_on(device), *overrides, place=place, name=name, seconds=seconds)
     return losses_of(place / "runs" / name)
 
 
@@ -130,11 +132,20 @@ def losses_of(run: Path) -> Curve:
     return read_curves(run / "tensorboard")["train/loss"]
 
 
-def _compare(rows: Rows, device: str, folder: Path, asked: Mapping[str, Sequence[str]], most: float) -> None:
+def _compare(
+    rows: Rows,
+    device: str,
+    folder: Path,
+    asked: Mapping[str, Sequence[str]],
+    most: float,
+    seconds: float = _SECONDS,
+) -> None:
     """Train in each of these ways, several at a time, and hold every step's loss against the CPU's."""
     expected = reference(folder)
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // (2 * _CORES_A_TRAINING))) as pool:
-        trainings = {name: pool.submit(_difference, folder, name, device, how, expected) for name, how in asked.items()}
+        trainings = {
+            name: pool.submit(_difference, folder, name, device, how, expected, seconds) for name, how in asked.items()
+        }
         for name, training in trainings.items():
             failure = training.exception()
             if failure is None:
@@ -143,10 +154,12 @@ def _compare(rows: Rows, device: str, folder: Path, asked: Mapping[str, Sequence
                 rows.failed(name, first_line(failure))
 
 
-def _difference(folder: Path, name: str, device: str, overrides: Sequence[str], expected: Curve) -> float:
+def _difference(
+    folder: Path, name: str, device: str, overrides: Sequence[str], expected: Curve, seconds: float
+) -> float:
     run = re.sub(r"\W+", "-", name)
-    place = _place(folder, f"{run}-{device}-{os.getpid()}")
-    losses = fit(place, run, device, *overrides)
+    place = _place(folder, run)
+    losses = fit(place, run, device, *overrides, seconds=seconds)
     if losses.keys() != expected.keys():
         raise Failed(f"it has losses of the steps {list(losses)}, not of {list(expected)}")
     return max(abs(loss - expected[step]) if math.isfinite(loss) else math.inf for step, loss in losses.items())
@@ -166,7 +179,7 @@ def _job(place: Path, device: str) -> Curve:
     task = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1"}
     task |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}
     module = [sys.executable, "-m", "longseq.launch.slurm.task", str(run.path), "--start", str(run.start)]
-    _wait(module, place, "job", task)
+    _wait(module, place, "job", _SECONDS, task)
     return losses_of(run.path)
 
 
@@ -185,8 +198,7 @@ def _on(device: str) -> tuple[str, ...]:
 
 def _place(folder: Path, name: str) -> Path:
     """A folder with the configuration and the data, for runs."""
-    place = folder / name
-    place.mkdir()
+    place = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=folder))
     (place / "small.yaml").write_text(_MODEL)
     write_fasta(SyntheticSpec(families=4, records=400, seed=0, mean_length=120), place / "proteins.fasta")
     return place
@@ -196,17 +208,19 @@ def _command(*words: str) -> list[str]:
     return [sys.executable, "-m", "longseq.cli", *words]
 
 
-def _done(*words: str, place: Path, name: str) -> str:
+def _done(*words: str, place: Path, name: str, seconds: float = _SECONDS) -> str:
     """Run a verb to its end; what it has printed."""
-    return _wait(_command(*words), place, name)
+    return _wait(_command(*words), place, name, seconds)
 
 
-def _wait(command: Sequence[str], place: Path, name: str, environment: Mapping[str, str] | None = None) -> str:
+def _wait(
+    command: Sequence[str], place: Path, name: str, seconds: float, environment: Mapping[str, str] | None = None
+) -> str:
     with _started(command, place, name, environment) as (process, log):
         try:
-            code = process.wait(_SECONDS)
+            code = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            raise Failed(f"{name} was not done after {_SECONDS:g} s; {_last_words(log)}") from None
+            raise Failed(f"{name} was not done after {seconds:g} s; {_last_words(log)}") from None
     if code:
         raise Failed(f"{name} ended with exit code {code}: {_last_words(log)}")
     return log.read_text(encoding="utf-8", errors="replace")
@@ -244,5 +258,6 @@ def _wait_for_step(process: subprocess.Popen[bytes], log: Path, step: int) -> No
 def _last_words(log: Path) -> str:
     """The error that a command has ended with, or the last line of its output."""
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "error: " in line.lower() or re.match(r"\w+Error\b", line)]
-    return (errors or lines or ["it said nothing"])[-1][:400]
+    errors = [line for line in lines if "longseq: error: " in line or re.match(r"[\w.]*Error\b", line)]
+    causes = [line for line in errors if "the process of rank" not in line]  # that it has failed is known
+    return (causes or errors or lines or ["it said nothing"])[-1][:400]
