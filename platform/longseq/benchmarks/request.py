@@ -25,7 +25,7 @@ STEP_CONTENDERS: dict[str, str] = {
     "opt": "attention returns V: the limit (OPT, arXiv 2009.14794, section 4.1)",
     "compiled": "longseq, FAVOR+ alone, with blocks that torch.compile has compiled (only when asked for)",
 }
-UNASKED = tuple(name for name in STEP_CONTENDERS if name != "compiled")  # compiling takes longer than measuring
+STEP_USUAL = tuple(name for name in STEP_CONTENDERS if name != "compiled")  # compiling takes longer than measuring
 
 OURS = ("favor", "window")
 

@@ -14,7 +14,7 @@ from longseq.benchmarks.request import (
     BIDIRECTIONAL,
     CAUSAL,
     STEP_CONTENDERS,
-    UNASKED,
+    STEP_USUAL,
     AttentionRequest,
     Request,
     StepRequest,
@@ -47,7 +47,7 @@ def run_attention(args: argparse.Namespace) -> int:
 
 def step_arguments(parser: argparse.ArgumentParser) -> None:
     _length_arguments(parser, STEP_CONTENDERS, (1024, 2048, 4096, 8192, 16384, 32768), seconds=300)
-    parser.set_defaults(contenders=UNASKED)
+    parser.set_defaults(contenders=STEP_USUAL)
     parser.add_argument("--preset", choices=PRESETS, default="regular", help="the model's size")
     parser.add_argument(
         "--activation-checkpointing", action="store_true", help="keep one activation a block: more time, less memory"
