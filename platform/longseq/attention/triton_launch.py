@@ -11,11 +11,11 @@ import torch
 import triton
 from torch import Tensor
 
-from longseq.attention import triton_tiles
+from longseq.attention import triton_rows
 from longseq.attention.feature_maps import FeatureMap, Generalised, PositiveExponential
 
 # Without a GPU the kernels can only be interpreted: TRITON_INTERPRET=1, set before triton is imported.
-INTERPRETED = triton_tiles.INTERPRETED.value
+INTERPRETED = triton_rows.INTERPRETED.value
 
 
 WIDEST = 128  # head_dim and value_dim; wider tiles do not fit beside each other

@@ -26,7 +26,7 @@ from longseq.attention.first_order import Saved, first_order
 from longseq.attention.parts import Part
 from longseq.attention.state import NOTHING as NO_KEY
 from longseq.attention.triton_launch import chip, on, padded, pointer
-from longseq.attention.triton_tiles import load_rows, product, put_rows, rounded, sliced_product
+from longseq.attention.triton_rows import load_rows, product, put_rows, rounded, sliced_product
 
 # Rows of the other side that a program sees at a time, where they are fp32: more overflow the registers.
 STEP_FP32 = 32
@@ -110,9 +110,10 @@ def attend_near(
         new_top = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - new_top[:, None])
         fade = tl.exp2(top - new_top)
-        den = den * fade + tl.sum(weights, 1)
         value = load_rows(v + (at + start) * e, near, keep, e, 0, E)
-        num = product(rounded(weights, value.dtype), value, num * fade[:, None])
+        weights = rounded(weights, value.dtype)  # the sum is of what is multiplied: a mean stays a mean
+        den = den * fade + tl.sum(weights.to(tl.float32), 1)
+        num = product(weights, value, num * fade[:, None])
         top = new_top
     blind = den == 0.0
     put_rows(out + (at + first) * e, rows, real, e, num / tl.where(blind, 1.0, den)[:, None], E)
