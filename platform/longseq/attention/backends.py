@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from longseq.attention.bidirectional import Total, bidirectional_attention, sum_up
@@ -20,6 +22,8 @@ from longseq.attention.state import AttentionState
 from longseq.attention.window import window_attention
 
 BACKENDS = ("auto", "torch", "native", "triton")
+
+_log = logging.getLogger("longseq")
 
 
 class Backend(Protocol):
@@ -142,8 +146,26 @@ def choose(backend: str, feature_map: FeatureMap | None, rows: Sequence[Tensor])
     if reason is None:
         return Triton() if backend == "triton" else Native()
     if asked == "auto":
+        if not torch.compiler.is_compiling():
+            _say_once(backend, reason)
         return Torch()
     raise ValueError(f'backend="{backend}" cannot do this: {reason}. backend="torch" can, and "auto" chooses')
+
+
+def name_of(engine: Backend) -> str:
+    """The backend's name, as ``choose`` takes it."""
+    return type(engine).__name__.lower()
+
+
+@functools.cache
+def _say_once(backend: str, reason: str) -> None:
+    kernels = "Triton" if backend == "triton" else "native CPU"
+    _log.warning(
+        "Attention runs by PyTorch's own operations, not by the %s kernels: %s. That is a loop in Python over chunks "
+        "of the sequence, many small operations each, and features of a chunk are in memory.",
+        kernels,
+        reason,
+    )
 
 
 def _not_native(feature_map: FeatureMap | None, rows: Sequence[Tensor]) -> str | None:
