@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from longseq.attention import bidirectional, scan, window
 from longseq.attention.feature_maps import FeatureMap
+from longseq.attention.operators import is_traced
 from longseq.attention.parts import Part
 from longseq.attention.scan import Rows, ScanGradients, Scanned
 from longseq.attention.state import AttentionState
 
 BACKENDS = ("auto", "torch", "native", "triton")
+
+_log = logging.getLogger("longseq")
 
 
 class Backend:
@@ -94,13 +98,31 @@ def choose(backend: str, feature_map: FeatureMap | None, rows: Sequence[Tensor])
     if reason is None:
         return _made(Triton if backend == "triton" else Native)
     if asked == "auto":
+        if not is_traced():
+            _say_once(backend, reason)
         return _made(Torch)
     raise ValueError(f'backend="{backend}" cannot do this: {reason}. backend="torch" can, and "auto" chooses')
+
+
+def name_of(engine: Backend) -> str:
+    """The backend's name, as ``choose`` takes it."""
+    return type(engine).__name__.lower()
 
 
 @functools.cache
 def _made(kind: Callable[[], Backend]) -> Backend:
     return kind()
+
+
+@functools.cache
+def _say_once(backend: str, reason: str) -> None:
+    kernels = "Triton" if backend == "triton" else "native CPU"
+    _log.warning(
+        "Attention runs by PyTorch's own operations, not by the %s kernels: %s. That is a loop in Python over chunks "
+        "of the sequence, many small operations each, and features of a chunk are in memory.",
+        kernels,
+        reason,
+    )
 
 
 def _not_native(feature_map: FeatureMap | None, rows: Sequence[Tensor]) -> str | None:

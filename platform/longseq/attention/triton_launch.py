@@ -2,22 +2,55 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
-from longseq.attention import triton_kernels
+from longseq.attention import triton_rows
 from longseq.attention.feature_maps import FeatureMap, Generalised, PositiveExponential
 
 # Without a GPU the kernels can only be interpreted: TRITON_INTERPRET=1, set before triton is imported.
-INTERPRETED = not isinstance(triton_kernels.measure, triton.runtime.JITFunction)
+INTERPRETED = triton_rows.INTERPRETED.value
 
 
 WIDEST = 128  # head_dim and value_dim; wider tiles do not fit beside each other
 CAPABILITY = (8, 0)  # TF32 tensor cores
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What the tiles of a launch depend on."""
+
+    capability: tuple[int, int]
+    shared_memory: int  # bytes that one block may ask for (opt-in)
+
+
+# What launches are shaped for where the tensors are on no GPU: interpreted, or compiled here for another machine.
+ELSEWHERE = Chip((9, 0), 232_448)
+
+
+def chip(device: torch.device) -> Chip:
+    """The GPU of that name, or ``ELSEWHERE``."""
+    if device.type != "cuda":
+        return ELSEWHERE
+    return _gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _gpu(index: int) -> Chip:
+    # Triton refuses a launch that asks for more than this.
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
+    return Chip(torch.cuda.get_device_capability(index), properties["max_shared_mem"])
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block may ask for: 166,912 on sm_80, 101,376 on sm_86, 89, 120, else 232,448."""
+    return chip(device).shared_memory
 
 
 def unsupported(feature_map: FeatureMap | None, rows: Sequence[Tensor]) -> str | None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
+from longseq.attention import backends
+from longseq.attention.feature_maps import feature_map
 from longseq.checkpoint import Checkpoint
 from longseq.config import Config
 from longseq.data import split_spec
@@ -17,6 +19,7 @@ from longseq.errors import ConfigError
 from longseq.launch.memory import estimate
 from longseq.models.compiling import missing_compiler
 from longseq.models.performer import PerformerLM
+from longseq.models.spec import PerformerSpec
 from longseq.opening import find
 from longseq.run import Run
 from longseq.training.callbacks.attention_probe import AttentionProbe
@@ -75,7 +78,7 @@ def fit(
         if checkpoint:
             task.train_sums.restore(*checkpoint.position.unlogged, device=trainer.strategy.root_device)
         run.record_start(start_facts(config, start))
-        _summary(task, config, run, start)
+        _summary(task, config, run, start, trainer.strategy.root_device)
     try:
         run_to_its_end(trainer, task, training_data(config, checkpoint), checkpoint)
     except StopRequested:
@@ -210,9 +213,18 @@ def _processes(config: Config) -> str:
     return f"{config.replicas} group(s) of {parts} {kind} processes that share sequences"
 
 
-def _summary(task: LanguageModelling, config: Config, run: Run, start: int) -> None:
+def _backend(spec: PerformerSpec, device: torch.device) -> str:
+    """Who will compute attention."""
+    row = torch.empty(1, 1, spec.head_dim, device=device)
+    phi = feature_map(spec.kernel, spec.features, spec.head_dim, device=device) if spec.features else None
+    return backends.name_of(backends.choose(spec.backend, phi, (row, row, row)))
+
+
+def _summary(task: LanguageModelling, config: Config, run: Run, start: int, device: torch.device) -> None:
     spec, trainer = task.model.spec, config.trainer
-    attention = "exact attention" if spec.attention == "exact" else f"FAVOR+ {spec.kernel}, {spec.features} features"
+    attention = "exact attention"
+    if spec.attention != "exact":
+        attention = f"FAVOR+ {spec.kernel}, {spec.features} features, backend {_backend(spec, device)}"
     data = config.data
     step = f"{data.batch_tokens:,} tokens = {config.samples_per_step} sequences × {data.length}"
     if data.packing == "bucket":

@@ -59,7 +59,7 @@ def interpreted_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_backend, "SPAN", 64)
     if DEVICE == "cpu":
         monkeypatch.setattr(triton_backend, "FEATURES", 64)  # two blocks
-        monkeypatch.setattr(triton_window, "STEP", 64)
+        monkeypatch.setattr(triton_window, "STEP_FP32", 64)
 
 
 @needs_kernels

@@ -67,7 +67,6 @@ def _load() -> ctypes.CDLL | str:
     try:
         return _loaded(_Recipe.of_this_machine())
     except (BuildError, OSError) as error:
-        _log.warning("Attention runs without the native CPU kernels, several times slower: %s.", error)
         return str(error)
 
 

@@ -1,0 +1,63 @@
+"""Tiles of rows in Triton kernels: loaded, stored and multiplied."""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Three TF32 products on tensor cores add up to nearly fp32 (relative error 1e-6); a single one has an error of 5e-4,
+# and an exponent of size 20 would turn it into 1 %. The interpreter multiplies in fp32 whatever this says.
+PRECISION = tl.constexpr("tf32x3")
+# Columns of fp32 rows multiplied at a time. All of a tile, split into three TF32 parts, would overflow the registers.
+SLICE = tl.constexpr(32)
+
+
+@triton.jit
+def load_rows(base, rows, keep, width, first, COLUMNS: tl.constexpr):
+    """Columns ``first``… of rows of a matrix ``width`` wide; zeros where not to keep, and not even read there."""
+    columns = first + tl.arange(0, COLUMNS)
+    return tl.load(
+        base + rows[:, None] * width + columns[None, :], mask=keep[:, None] & (columns < width)[None, :], other=0.0
+    )
+
+
+# Where kernels are interpreted, bf16 needs help: tl.dot multiplies its bits as integers, and casts to it cut them off.
+INTERPRETED = tl.constexpr(not isinstance(load_rows, triton.runtime.JITFunction))
+
+
+@triton.jit
+def rounded(x, TYPE: tl.constexpr):
+    """x in an operand's type, the nearest numbers."""
+    if INTERPRETED and x.dtype == tl.float32 and tl.bfloat16 == TYPE:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = bits + 0x7FFF + ((bits >> 16) & 1)
+        x = ((bits >> 16) << 16).to(tl.float32, bitcast=True)
+    return x.to(TYPE)
+
+
+@triton.jit
+def put_rows(base, rows, keep, width, values, COLUMNS: tl.constexpr):
+    columns = tl.arange(0, COLUMNS)
+    values = rounded(values, base.dtype.element_ty)
+    tl.store(base + rows[:, None] * width + columns[None, :], values, mask=keep[:, None] & (columns < width)[None, :])
+
+
+@triton.jit
+def product(a, b, total=None):
+    """a b [+ total] in fp32; fp32 operands as three TF32 products."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    PART: tl.constexpr = PRECISION if a.dtype == tl.float32 else "ieee"
+    return tl.dot(a, b, total, input_precision=PART)
+
+
+@triton.jit
+def sliced_product(a, a_rows, a_keep, b, b_rows, b_keep, width, WIDTH: tl.constexpr):
+    """Products of fp32 rows of two matrices, (len(a_rows), len(b_rows)), a slice of their columns at a time."""
+    STEP: tl.constexpr = WIDTH if WIDTH < SLICE else SLICE
+    total = tl.zeros((a_rows.shape[0], b_rows.shape[0]), tl.float32)
+    for first in tl.static_range(0, WIDTH, STEP):
+        part = load_rows(a, a_rows, a_keep, width, first, STEP)
+        total = product(part, tl.trans(load_rows(b, b_rows, b_keep, width, first, STEP)), total)
+    return total

@@ -1,0 +1,237 @@
+"""Compile every launch of our Triton kernels for GPUs that are not here, and count what a warp would issue.
+
+    python tests/gpu/offline.py                                 # this Triton, sm_80, 89, 90, 100
+    python tests/gpu/offline.py --arch 90 --case "scan d64"     # a part of it
+    python tests/gpu/offline.py --triton DIR                    # another release, by pip install --target DIR
+    python tests/gpu/offline.py --triton DIR --write            # its counts become the ceilings of test_offline.py
+
+"Instructions" are those that one of a multiprocessor's four schedulers issues for 64 tokens of one head.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CEILINGS = Path(__file__).with_name("ceilings.json")
+ARCHITECTURES = (80, 89, 90, 100)
+ROWS, LENGTH = 8, 8192  # batch · heads, and tokens
+TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an operation, forward and backward."""
+
+    operation: str  # "scan", "bidirectional" or "window"
+    head_dim: int = 64
+    features: int = 256
+    dtype: str = "bfloat16"
+    kernel: str = "softmax"
+    given: tuple[str, ...] = ()  # of "hidden", "runs", "decay"
+    causal: bool = True  # of a window
+    reach: int = 0  # the window, or the scan's delay
+
+    @property
+    def name(self) -> str:
+        parts = [self.operation, f"d{self.head_dim}", self.dtype]
+        if self.operation != "window":
+            parts += [f"m{self.features}", self.kernel]
+        elif not self.causal:
+            parts.append("both")
+        return " ".join([*parts, *([f"reach{self.reach}"] if self.reach else []), *self.given])
+
+
+ALL = ("hidden", "runs", "decay")
+FEATURES_DTYPE = "float32"  # what the scan and the bidirectional kernels take
+CASES = (
+    Case("scan", dtype=FEATURES_DTYPE),
+    Case("scan", dtype=FEATURES_DTYPE, reach=64, given=ALL),
+    Case("scan", dtype=FEATURES_DTYPE, kernel="relu"),
+    Case("scan", dtype=FEATURES_DTYPE, head_dim=128),
+    Case("bidirectional", dtype=FEATURES_DTYPE),
+    Case("bidirectional", dtype=FEATURES_DTYPE, head_dim=128, given=("hidden",)),
+    Case("window", reach=64),
+    Case("window", reach=256, causal=False, given=ALL),
+    Case("window", head_dim=128, reach=64),
+    Case("window", head_dim=128, reach=256, causal=False, given=ALL),
+    Case("window", dtype="float32", reach=64),
+)
+
+
+@dataclass
+class Found:
+    """What the launches of one kernel in one pass of a case need; sums and maxima over them."""
+
+    case: str
+    where: str  # "forward" or "backward"
+    kernel: str
+    arch: int
+    triton: str
+    registers: int = 0  # of a thread
+    shared: int = 0  # bytes of a block
+    tensor_memory: int = 0  # columns, on sm_100
+    spilled: int = 0  # bytes of a thread's stack
+    instructions: float = 0.0
+    flops: float = 0.0  # of matrix instructions, a token and head; 0 on sm_100, whose instructions do not name them
+    programs: int = 0  # of the smallest launch
+    launches: int = 0
+    matrix: dict[str, int] = field(default_factory=dict)  # matrix instructions in the code
+
+    def add(self, launch: "Launch", recorder: "Recorder") -> None:  # noqa: F821, UP037
+        from tests.gpu.sass import matrix_flops
+
+        metadata = launch.compiled.metadata
+        registers, stack = _resources(launch.compiled.asm["cubin"])
+        issued = recorder.instructions(launch)
+        warps = launch.programs * metadata.num_warps
+        self.registers, self.spilled = max(self.registers, registers), max(self.spilled, stack)
+        self.shared = max(self.shared, metadata.shared)
+        self.tensor_memory = max(self.tensor_memory, getattr(metadata, "tmem_size", None) or 0)
+        self.instructions += sum(issued.values()) * warps / 4 / (ROWS * LENGTH / TOKENS)
+        self.flops += sum(matrix_flops(name) * n for name, n in issued.items()) * warps / (ROWS * LENGTH)
+        self.programs = min(self.programs or launch.programs, launch.programs)
+        self.launches += 1
+        self.matrix = dict(Counter(self.matrix) | launch.program().matrix_instructions)
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its stack, where what does not fit into registers goes."""
+    from tests.gpu.launches import TOOLS
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", printed)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {printed}")
+    return int(found[1]), int(found[2])
+
+
+def measure_here(arch: int, cases: Sequence[Case]) -> list[Found]:
+    """In this process, whose Triton is from then on one without a GPU."""
+    import torch
+    import triton
+    from tests.gpu.launches import Recorder
+
+    from longseq.attention import triton_backend, triton_window
+    from longseq.attention.feature_maps import feature_map
+
+    def inputs(case: Case) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+        dtype = getattr(torch, case.dtype)
+        rows = [torch.zeros(ROWS, LENGTH, case.head_dim, dtype=dtype, requires_grad=True) for _ in range(3)]
+        given = {
+            "hidden": torch.zeros(ROWS, LENGTH, dtype=torch.bool),
+            "runs": torch.zeros(ROWS, LENGTH, dtype=torch.int64),
+            "decay": torch.zeros(ROWS, 1, 1, requires_grad=True),
+        }
+        return rows, {name: x for name, x in given.items() if name in case.given}
+
+    def call(case: Case) -> Sequence[torch.Tensor]:
+        rows, given = inputs(case)
+        if case.operation == "window":
+            return triton_window.window_attention(*rows, window=case.reach, causal=case.causal, **given)
+        phi = feature_map(case.kernel, case.features, case.head_dim)
+        if case.operation == "scan":
+            return triton_backend.scan(*rows, phi, delay=case.reach, **given)
+        return (triton_backend.bidirectional_attention(*rows, phi, given.get("hidden")),)
+
+    found: dict[tuple[str, str, str], Found] = {}
+    torch.set_num_threads(1)
+    with Recorder(arch).installed() as recorder:
+        for case in cases:
+            recorder.launches.clear()
+            recorder.where = "forward"
+            outputs = call(case)
+            recorder.where = "backward"
+            torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+            for launch in recorder.launches:
+                key = (case.name, launch.where, launch.kernel)
+                found.setdefault(key, Found(*key, arch, triton.__version__)).add(launch, recorder)
+    return list(found.values())
+
+
+def measure(architectures: Sequence[int], other_triton: str | None = None, part: str = "") -> list[Found]:
+    """All cases whose name contains ``part``, each architecture in a process of its own, as many at a time as cores."""
+    with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(os.cpu_count()) as pool:
+        path = [*([other_triton] if other_triton else []), str(ROOT), str(ROOT / "platform"), str(ROOT / "pipelines")]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(path),
+            "TRITON_INTERPRET": "0",
+            "TRITON_CACHE_DIR": cache,
+            "OMP_NUM_THREADS": "1",
+        }
+
+        def one(arch: int) -> list[Found]:
+            command = [sys.executable, "-W", "ignore", __file__, "--worker", "--arch", str(arch), "--case", part]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"sm_{arch}: {done.stderr[-4000:]}")
+            return [Found(**row) for row in json.loads(done.stdout)]
+
+        return [row for rows in pool.map(one, architectures) for row in rows]
+
+
+def ceilings(rows: Sequence[Found]) -> dict[str, dict[str, int]]:
+    """Instructions by architecture and case, pass and kernel."""
+    table: dict[str, dict[str, int]] = {}
+    for row in rows:
+        table.setdefault(f"sm_{row.arch}", {})[f"{row.case}: {row.where} {row.kernel}"] = round(row.instructions)
+    return table
+
+
+def table(rows: Sequence[Found]) -> Iterator[str]:
+    """Lines for people."""
+    names = f"{'kernel':24} {'arch':>4} {'reg':>4} {'shared':>7} {'tmem':>4} {'spill':>5} {'instr':>7}"
+    yield f"{names} {'programs':>8} {'n':>2}  matrix instructions"
+    last = None
+    for row in rows:
+        group = (row.arch, row.case, row.where)
+        if group != last:
+            total = sum(r.instructions for r in rows if (r.arch, r.case, r.where) == group)
+            yield f"{row.case}, {row.where}: {total:,.0f}"
+            last = group
+        kinds = " ".join(f"{n}×{name}" for name, n in row.matrix.items())
+        yield (
+            f"  {row.kernel:22} {row.arch:4} {row.registers:4} {row.shared:7} {row.tensor_memory:4} {row.spilled:5} "
+            f"{row.instructions:7,.0f} {row.programs:8} {row.launches:2}  {kinds}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, action="append", help=f"default: {ARCHITECTURES}")
+    parser.add_argument("--case", default="", help="only cases whose name contains this")
+    parser.add_argument("--triton", help="a folder with another release of Triton")
+    parser.add_argument("--json", type=Path, help="write everything there")
+    parser.add_argument("--write", action="store_true", help=f"write {CEILINGS.name}")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.worker:
+        cases = [case for case in CASES if asked.case in case.name]
+        print(json.dumps([asdict(row) for row in measure_here(asked.arch[0], cases)]))
+        return
+    rows = measure(asked.arch or ARCHITECTURES, asked.triton, asked.case)
+    print("\n".join(table(rows)))
+    if asked.json:
+        asked.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    if asked.write:
+        CEILINGS.write_text(json.dumps({"triton": rows[0].triton, **ceilings(rows)}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
