@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
-from longseq.training.optimizer_state import optimizer_step, set_optimizer_step
+from longseq.training.optimizer_state import _state_of, optimizer_step, set_optimizer_step
 
 
 @pytest.mark.parametrize(
@@ -23,3 +24,11 @@ def test_the_steps_are_counted_where_the_count_is_kept(counts, steps):
     assert optimizer_step(holder) == steps
     set_optimizer_step(holder, 9)
     assert all(int(state["step"]) == 9 for state in holder.base.state.values())
+
+
+def test_a_fused_optimiser_that_is_restored_counts_steps_where_its_weights_are():
+    """On a GPU its kernel reads the count there."""
+    weight = nn.Parameter(torch.empty(3, device="meta"))
+    state = _state_of(torch.optim.AdamW([weight]), weight)
+    assert {tensor.device.type for tensor in state.values()} == {"meta"}
+    assert state["step"].shape == ()
