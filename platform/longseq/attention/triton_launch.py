@@ -13,7 +13,7 @@ from longseq.attention import triton_kernels
 from longseq.attention.feature_maps import FeatureMap, Generalised, PositiveExponential
 
 # Without a GPU the kernels can only be interpreted: TRITON_INTERPRET=1, set before triton is imported.
-INTERPRETED = not isinstance(triton_kernels.measure, triton.runtime.JITFunction)
+INTERPRETED = not isinstance(triton_kernels.add_up, triton.runtime.JITFunction)
 
 
 WIDEST = 128  # head_dim and value_dim; wider tiles do not fit beside each other
@@ -28,8 +28,8 @@ def unsupported(feature_map: FeatureMap | None, rows: Sequence[Tensor]) -> str |
             return f"the kernels run on NVIDIA GPUs, and the tensors are on {device}"
         if torch.cuda.get_device_capability(device) < CAPABILITY:
             return f"the kernels need compute capability {CAPABILITY}; {torch.cuda.get_device_name(device)} has less"
-    if rows[0].dtype != torch.float32:
-        return f"the kernels compute in torch.float32, and the inputs are {rows[0].dtype}"
+    if rows[0].dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the kernels take torch.float32, bfloat16 and float16, and the inputs are {rows[0].dtype}"
     if widest > WIDEST:
         return f"head_dim and value_dim may be up to {WIDEST}, and one is {widest}"
     if len(rows[0]) > 65535:
@@ -39,6 +39,14 @@ def unsupported(feature_map: FeatureMap | None, rows: Sequence[Tensor]) -> str |
     if not exponential and not relu:
         return "of the kernels, only softmax, hyperbolic, oprf, smreg, relu and relu_direct are written in Triton"
     return None
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block may ask for; where the tensors are on no GPU, those of sm_90."""
+    if device.type != "cuda":
+        return 232_448
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
