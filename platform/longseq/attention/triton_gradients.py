@@ -15,11 +15,10 @@ from longseq.attention.triton_kernels import (
     EPSILON,
     INFINITY,
     LOG2E,
-    again,
     exponents,
     features,
     key_logs,
-    load_rows,
+    load_inputs,
     load_state,
     load_tile,
     operand,
@@ -56,14 +55,13 @@ def add_up_queries(
     state = tl.zeros((E, F), tl.float32)
     one = tl.zeros((F,), tl.float32)
     start = part * steps * C
-    for chunk in range(part * steps, tl.minimum((part + 1) * steps, tl.cdiv(length, C))):
+    for chunk in tl.range(part * steps, tl.minimum((part + 1) * steps, tl.cdiv(length, C)), disable_licm=True):
         first = chunk * C
         real = rows < length - first
         here = at + first + rows
-        tile = load_tile(q + (at + first) * d, rows, real, d, HALF, D)
-        grad = load_rows(dout + (at + first) * e, rows, real, e, 0, E)
+        grad = load_tile(dout + (at + first) * e, rows, real, e, E)
         inverse = tl.load(inverse_den + here, mask=real, other=0.0)
-        shared = -tl.sum(grad * load_rows(out + (at + first) * e, rows, real, e, 0, E), 1)
+        shared = -tl.sum(grad * load_tile(out + (at + first) * e, rows, real, e, E), 1)
         if DLSE:
             shared += tl.load(dlse + here, mask=real, other=0.0)
         shared *= inverse
@@ -77,14 +75,16 @@ def add_up_queries(
                 carried = tl.where(own == run_at(runs + at, start - 1, delay, length), carried, 0.0)
             inverse *= carried
             shared *= carried
+        reading = operand(grad * inverse[:, None], HALF)
         gauge = tl.load(q_gauge + here, mask=real, other=0.0)
-        w, _ = exponents(tile, weight, shift, f, m, d, SHIFTED, D)
-        phi = features(w, gauge, f, m, EXPONENTIAL, F)
-        state = product(tl.trans(operand(grad * inverse[:, None], HALF)), operand(phi, HALF), state)
+        tile = load_inputs(q + (at + first) * d, rows, real, d, HALF, D)
+        w = load_tile(weight, f, f < m, d, D)
+        phi = features(exponents(tile, w, shift, f, m, SHIFTED), gauge, f, m, EXPONENTIAL, F)
         one += tl.sum(phi * shared[:, None], 0)
+        state = product(tl.trans(reading), operand(phi, HALF), state)
         if DECAY:
             c = c - rate * C
-    put_state(sums + (n * tl.num_programs(0) + part) * m * (e + 1), f, state, one, m, e, E)
+    put_state(sums + (n * tl.num_programs(0) + part) * m * (e + 1), f, state, one, m, e, F, E)
 
 
 @triton.jit(do_not_specialize=ANY_LENGTH)
@@ -155,22 +155,18 @@ def queries_vjp(
     else:
         sums += n * m * (e + 1)
     stop = tl.minimum((part + 1) * steps, chunks)
-    for chunk in range(part * steps, stop):
+    for chunk in tl.range(part * steps, stop, disable_licm=True):
         first = chunk * C
         real = rows < length - first
         here = at + first + rows
-        tile = load_tile(q + (at + first) * d, rows, real, d, HALF, D)
-        grad = load_rows(dout + (at + first) * e, rows, real, e, 0, E)
-        gauge = tl.load(q_gauge + here, mask=real, other=0.0)
+        grad = load_tile(dout + (at + first) * e, rows, real, e, E)
         read = tl.load(inverse_den + here, mask=real, other=0.0)
         read_one = tl.load(u + here, mask=real, other=0.0)
         if LOCAL:
             b = key_logs(key_scale + at, first, rows, delay, length, rate, DECAY)
             keep = b != -INFINITY
             from_ = at + first - delay
-            key_gauge = tl.load(k_gauge + from_ + rows, mask=keep, other=0.0)
-            keys = load_tile(k + from_ * d, rows, keep, d, HALF, D)
-            value = load_rows(v + from_ * e, rows, keep, e, 0, E)
+            value = load_tile(v + from_ * e, rows, keep, e, E)
             scale = tl.load(row_scale + here, mask=real, other=INFINITY)
             seen = seen_by(runs + at, first, rows, delay, length, RUNS)
             d_attention = product(operand(grad, HALF), tl.trans(operand(value, HALF))) * read[:, None]
@@ -185,22 +181,31 @@ def queries_vjp(
             read *= carried
             read_one *= carried
         reading = operand(grad * read[:, None], HALF)
+        # Loaded here and not before: all rows at once would overflow the registers.
+        gauge = tl.load(q_gauge + here, mask=real, other=0.0)
+        tile = load_inputs(q + (at + first) * d, rows, real, d, HALF, D)
+        if LOCAL:
+            key_gauge = tl.load(k_gauge + from_ + rows, mask=keep, other=0.0)
+            keys = load_inputs(k + from_ * d, rows, keep, d, HALF, D)
         gradient = tl.zeros((C, D), tl.float32)
         row_sum = tl.zeros((C,), tl.float32)
-        for block in range(0, m, F):
+        for block in tl.range(0, m, F, disable_licm=True):
             f = block + tl.arange(0, F)
-            own, w = exponents(tile, weight, shift, f, m, d, SHIFTED, D)
-            state, one = load_state(sums, f, m, e, E)
-            d_phi = product(reading, operand(state, HALF), read_one[:, None] * one[None, :])
+            w = load_tile(weight, f, f < m, d, D)
             if LOCAL:
-                key_phi = features(again(keys, w, shift, f, m, SHIFTED), key_gauge, f, m, EXPONENTIAL, F)
+                key_phi = features(exponents(keys, w, shift, f, m, SHIFTED), key_gauge, f, m, EXPONENTIAL, F)
                 key_features = operand(key_phi, HALF)
-                d_phi = product(d_weights, key_features, d_phi)
+                one_more = tl.sum(key_phi * entering[:, None], 0)
+            state, one = load_state(sums, f, m, e, F, E)
+            read_state = operand(state, HALF)
+            if LOCAL:  # noqa: SIM102 (it is known when this is compiled)
                 if chunk + 1 < stop:
-                    one = one * left + tl.sum(key_phi * entering[:, None], 0)
-                    state = product(tl.trans(enters), key_features, state * left)
-                    put_state(sums, f, state, one, m, e, E)
-            phi = features(own, gauge, f, m, EXPONENTIAL, F)
+                    behind = product(tl.trans(enters), key_features, state * left)
+                    put_state(sums, f, behind, one * left + one_more, m, e, F, E)
+            d_phi = product(reading, read_state, read_one[:, None] * one[None, :])
+            if LOCAL:
+                d_phi = product(d_weights, key_features, d_phi)
+            phi = features(exponents(tile, w, shift, f, m, SHIFTED), gauge, f, m, EXPONENTIAL, F)
             if EXPONENTIAL:
                 d_log = d_phi * phi
                 row_sum += tl.sum(d_log, 1)
@@ -208,10 +213,17 @@ def queries_vjp(
                 d_log = tl.where(phi > EPSILON, d_phi, 0.0)
             gradient = product(operand(d_log, HALF), operand(w, HALF), gradient)
         if EXPONENTIAL:
-            gradient -= (norm * row_sum)[:, None] * load_rows(q + (at + first) * d, rows, real, d, 0, D).to(tl.float32)
+            gradient -= (norm * row_sum)[:, None] * load_tile(q + (at + first) * d, rows, real, d, D).to(tl.float32)
         put_rows(dq + (at + first) * d, rows, real, d, gradient, D)
         if LOCAL:
             tl.debug_barrier()  # before others read what this thread has written of the state
+
+
+@triton.jit
+def visible_weights(b, scale, runs, first, rows, delay, length, RUNS: tl.constexpr):
+    """exp(b_j − M_i), 0 where i does not see j: (keys, queries)."""
+    seen = tl.trans(seen_by(runs, first, rows, delay, length, RUNS))
+    return tl.where(seen, tl.exp2(b[:, None] * LOG2E - scale[None, :] * LOG2E), 0.0)
 
 
 @triton.jit(do_not_specialize=ANY_LENGTH)
@@ -245,28 +257,25 @@ def keys_vjp(
     start = part * steps
     stop = tl.minimum(start + steps, chunks)
     flow = tl.full((), 0.0, tl.float64)
-    for back in range(stop - start):
+    for back in tl.range(0, stop - start, disable_licm=True):
         chunk = stop - 1 - back
         first = chunk * C
         from_ = at + first - delay
         b = key_logs(key_scale + at, first, rows, delay, length, rate, DECAY)
         keep = b != -INFINITY
-        key_gauge = tl.load(k_gauge + from_ + rows, mask=keep, other=0.0)
-        keys = load_tile(k + from_ * d, rows, keep, d, HALF, D)
-        value = load_rows(v + from_ * e, rows, keep, e, 0, E)
+        value = load_tile(v + from_ * e, rows, keep, e, E)
         if LOCAL:
             real = rows < length - first
             here = at + first + rows
-            tile = load_tile(q + (at + first) * d, rows, real, d, HALF, D)
-            grad = load_rows(dout + (at + first) * e, rows, real, e, 0, E)
-            gauge = tl.load(q_gauge + here, mask=real, other=0.0)
+            grad = load_tile(dout + (at + first) * e, rows, real, e, E)
             inverse = tl.load(inverse_den + here, mask=real, other=0.0)
             shared = tl.load(u + here, mask=real, other=0.0)
             scale = tl.load(row_scale + here, mask=real, other=INFINITY)
-            seen = tl.trans(seen_by(runs + at, first, rows, delay, length, RUNS))
-            weights = tl.where(seen, tl.exp2(b[:, None] * LOG2E - scale[None, :] * LOG2E), 0.0)  # (keys, queries)
-            d_attention = product(operand(value, HALF), tl.trans(operand(grad, HALF))) * inverse[None, :]
-            d_weights = operand((d_attention + shared[None, :]) * weights, HALF)
+            # (queries, keys), and turned over where it is used: so it waits in shared memory, not in registers.
+            d_attention = product(operand(grad, HALF), tl.trans(operand(value, HALF))) * inverse[:, None]
+            seen = seen_by(runs + at, first, rows, delay, length, RUNS)
+            weights = tl.where(seen, tl.exp2(b[None, :] * LOG2E - scale[:, None] * LOG2E), 0.0)
+            d_weights = operand((d_attention + shared[:, None]) * weights, HALF)
             c = tl.load(before + n * chunks + chunk)
             _, entering, left = through(b, c, runs + at, first, rows, delay, length, RUNS)
             reads = state_reads(runs + at, first, rows, delay, length, RUNS)
@@ -277,37 +286,52 @@ def keys_vjp(
         else:
             entering = tl.exp(b - tl.load(final_scale + n))
         enters = operand(value.to(tl.float32) * entering[:, None], HALF)
+        # Loaded here and not before: all rows at once would overflow the registers.
+        key_gauge = tl.load(k_gauge + from_ + rows, mask=keep, other=0.0)
+        keys = load_inputs(k + from_ * d, rows, keep, d, HALF, D)
+        if LOCAL:
+            gauge = tl.load(q_gauge + here, mask=real, other=0.0)
+            tile = load_inputs(q + (at + first) * d, rows, real, d, HALF, D)
         gradient = tl.zeros((C, D), tl.float32)
         d_value = tl.zeros((C, E), tl.float32)
         row_sum = tl.zeros((C,), tl.float32)
-        for block in range(0, m, F):
+        for block in tl.range(0, m, F, disable_licm=True):
             f = block + tl.arange(0, F)
-            own, w = exponents(keys, weight, shift, f, m, d, SHIFTED, D)
-            phi = features(own, key_gauge, f, m, EXPONENTIAL, F)
-            key_features = operand(phi, HALF)
-            state, one = load_state(sums, f, m, e, E)
-            state_operand = operand(state, HALF)
-            d_value = product(key_features, tl.trans(state_operand), d_value)
-            d_phi = product(enters, state_operand, entering[:, None] * one[None, :])
+            w = load_tile(weight, f, f < m, d, D)
             if LOCAL:
-                query_phi = features(again(tile, w, shift, f, m, SHIFTED), gauge, f, m, EXPONENTIAL, F)
+                query_phi = features(exponents(tile, w, shift, f, m, SHIFTED), gauge, f, m, EXPONENTIAL, F)
                 queries = operand(query_phi, HALF)
-                attention = product(key_features, tl.trans(queries), attention)
-                d_phi = product(d_weights, queries, d_phi)
+                one_more = tl.sum(query_phi * read_one[:, None], 0)
+            state, one = load_state(sums, f, m, e, F, E)
+            read_state = operand(state, HALF)
+            if LOCAL:  # noqa: SIM102 (it is known when this is compiled)
                 if back + 1 < stop - start:
-                    one = one * left + tl.sum(query_phi * read_one[:, None], 0)
-                    state = product(tl.trans(reading), queries, state * left)
-                    put_state(sums, f, state, one, m, e, E)
+                    before_ = product(tl.trans(reading), queries, state * left)
+                    put_state(sums, f, before_, one * left + one_more, m, e, F, E)
+            d_phi = product(enters, read_state, entering[:, None] * one[None, :])
+            if LOCAL:
+                d_phi = product(tl.trans(d_weights), queries, d_phi)
+            phi = features(exponents(keys, w, shift, f, m, SHIFTED), key_gauge, f, m, EXPONENTIAL, F)
+            key_features = operand(phi, HALF)
+            d_value = product(key_features, tl.trans(read_state), d_value)
+            if LOCAL:
+                attention = product(key_features, tl.trans(queries), attention)
             d_log = d_phi * phi
             row_sum += tl.sum(d_log, 1)
             if not EXPONENTIAL:
                 d_log = tl.where(phi > EPSILON, d_phi, 0.0)
             gradient = product(operand(d_log, HALF), operand(w, HALF), gradient)
         if EXPONENTIAL:
-            gradient -= (norm * row_sum)[:, None] * load_rows(k + from_ * d, rows, keep, d, 0, D).to(tl.float32)
+            gradient -= (norm * row_sum)[:, None] * load_tile(k + from_ * d, rows, keep, d, D).to(tl.float32)
         d_value *= entering[:, None]
         if LOCAL:
+            # Found and loaded again: they would be in registers all through the loop.
+            b = key_logs(key_scale + at, first, rows, delay, length, rate, DECAY)
+            scale = tl.load(row_scale + here, mask=real, other=INFINITY)
+            inverse = tl.load(inverse_den + here, mask=real, other=0.0)
+            weights = visible_weights(b, scale, runs + at, first, rows, delay, length, RUNS)
             attention *= weights * inverse[None, :]
+            grad = load_tile(dout + (at + first) * e, rows, real, e, E)
             d_value = product(operand(attention, HALF), operand(grad, HALF), d_value)
         written = (first + rows - delay >= 0) & (first + rows < length)
         put_rows(dk + from_ * d, rows, written, d, gradient, D)

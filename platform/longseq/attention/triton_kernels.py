@@ -86,20 +86,22 @@ def rows_product(a, a_rows, a_keep, b, b_rows, b_keep, width, WIDTH: tl.constexp
 
 
 @triton.jit
-def exponents(x, weight, shift, f, m: tl.constexpr, d: tl.constexpr, SHIFTED: tl.constexpr, D: tl.constexpr):
-    """u = ωᵀx + shift of rows x (C, D) and features f, (C, F); and the weights (F, D)."""
-    w = load_rows(weight, f, f < m, d, 0, D)
-    if x.dtype == tl.float32:
-        w = w.to(tl.float32)
-    u = product(x, tl.trans(w))
-    if SHIFTED:
-        u += tl.load(shift + f, mask=f < m, other=0.0)[None, :]
-    return u, w
+def load_tile(base, rows, keep, width: tl.constexpr, WIDTH: tl.constexpr):
+    """Whole rows of a matrix; zeros where not to keep, and not even read there."""
+    columns = tl.arange(0, WIDTH)
+    at = base + rows[:, None] * width + columns[None, :]
+    if width == WIDTH:
+        tile = tl.load(at, mask=keep[:, None], other=0.0)
+    else:
+        tile = tl.load(at, mask=keep[:, None] & (columns < width)[None, :], other=0.0)
+    return tile
 
 
 @triton.jit
-def again(x, w, shift, f, m: tl.constexpr, SHIFTED: tl.constexpr):
-    """u of other rows by the weights that :func:`exponents` has loaded."""
+def exponents(x, w, shift, f, m: tl.constexpr, SHIFTED: tl.constexpr):
+    """u = ωᵀx + shift of rows x (C, D) and features f, whose weights are w (F, D): (C, F)."""
+    if x.dtype == tl.float32:
+        w = w.to(tl.float32)
     u = product(x, tl.trans(w))
     if SHIFTED:
         u += tl.load(shift + f, mask=f < m, other=0.0)[None, :]
@@ -112,9 +114,9 @@ def largest(
 ):
     """The largest u of each row of x, (C,)."""
     best = tl.full((x.shape[0], F), -INFINITY, tl.float32)
-    for block in range(0, m, F):
+    for block in tl.range(0, m, F, disable_licm=True):
         f = block + tl.arange(0, F)
-        u, _ = exponents(x, weight, shift, f, m, d, SHIFTED, D)
+        u = exponents(x, load_tile(weight, f, f < m, d, D), shift, f, m, SHIFTED)
         if m % F != 0:
             u = tl.where((f < m)[None, :], u, -INFINITY)
         best = tl.maximum(best, u)
@@ -135,9 +137,9 @@ def features(u, gauge, f, m: tl.constexpr, EXPONENTIAL: tl.constexpr, F: tl.cons
 
 
 @triton.jit
-def load_tile(base, rows, keep, width, HALF: tl.constexpr, WIDTH: tl.constexpr):
+def load_inputs(base, rows, keep, width: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr):
     """Rows of q or k as :func:`exponents` takes them."""
-    x = load_rows(base, rows, keep, width, 0, WIDTH)
+    x = load_tile(base, rows, keep, width, WIDTH)
     if INTERPRETED or not HALF:
         x = x.to(tl.float32)
     return x
@@ -217,18 +219,29 @@ def key_logs(key_scale, first, rows, delay, length, rate, DECAY: tl.constexpr):
 
 
 @triton.jit
-def load_state(sums, f, m: tl.constexpr, e: tl.constexpr, E: tl.constexpr):
+def load_state(sums, f, m: tl.constexpr, e: tl.constexpr, F: tl.constexpr, E: tl.constexpr):
     """Columns f of Sᵀ, (E, F), and of the normaliser, (F,)."""
     rows = tl.arange(0, E)
-    state = tl.load(sums + rows[:, None] * m + f[None, :], mask=(rows < e)[:, None] & (f < m)[None, :], other=0.0)
-    return state, tl.load(sums + e * m + f, mask=f < m, other=0.0)
+    at = sums + rows[:, None] * m + f[None, :]
+    if e == E and m % F == 0:
+        state = tl.load(at)
+        one = tl.load(sums + e * m + f)
+    else:
+        state = tl.load(at, mask=(rows < e)[:, None] & (f < m)[None, :], other=0.0)
+        one = tl.load(sums + e * m + f, mask=f < m, other=0.0)
+    return state, one
 
 
 @triton.jit
-def put_state(sums, f, state, one, m: tl.constexpr, e: tl.constexpr, E: tl.constexpr):
+def put_state(sums, f, state, one, m: tl.constexpr, e: tl.constexpr, F: tl.constexpr, E: tl.constexpr):
     rows = tl.arange(0, E)
-    tl.store(sums + rows[:, None] * m + f[None, :], state, mask=(rows < e)[:, None] & (f < m)[None, :])
-    tl.store(sums + e * m + f, one, mask=f < m)
+    at = sums + rows[:, None] * m + f[None, :]
+    if e == E and m % F == 0:
+        tl.store(at, state)
+        tl.store(sums + e * m + f, one)
+    else:
+        tl.store(at, state, mask=(rows < e)[:, None] & (f < m)[None, :])
+        tl.store(sums + e * m + f, one, mask=f < m)
 
 
 @triton.jit(do_not_specialize=ANY_LENGTH)
@@ -254,7 +267,7 @@ def add_up(
     state = tl.zeros((E, F), tl.float32)
     one = tl.zeros((F,), tl.float32)
     c = tl.full((), NOTHING, tl.float32)
-    for chunk in range(part * steps, tl.minimum((part + 1) * steps, tl.cdiv(length, C))):
+    for chunk in tl.range(part * steps, tl.minimum((part + 1) * steps, tl.cdiv(length, C)), disable_licm=True):
         first = chunk * C
         j = first + rows - delay
         visible = (j >= 0) & (first + rows < length)
@@ -263,7 +276,7 @@ def add_up(
             b = key_logs(log_scale + at, first, rows, delay, length, rate, False)
             visible = b != -INFINITY
             g = tl.load(gauge + from_ + rows, mask=visible, other=0.0)
-            tile = load_tile(x + from_ * d, rows, visible, d, HALF, D)
+            tile = load_inputs(x + from_ * d, rows, visible, d, HALF, D)
         else:
             there = visible
             if HIDDEN:
@@ -271,11 +284,11 @@ def add_up(
             if WEIGHTED:
                 more = tl.load(log_weight + from_ + rows, mask=there, other=-INFINITY)
                 visible = visible & (more != -INFINITY)
-            tile = load_tile(x + from_ * d, rows, visible, d, HALF, D)
+            tile = load_inputs(x + from_ * d, rows, visible, d, HALF, D)
             b = tl.zeros((C,), tl.float32) + log_constant
             g = tl.zeros((C,), tl.float32)
             if EXPONENTIAL:
-                top = largest(tile, weight, shift, m, d, SHIFTED, F, D)
+                top = largest(tile, weight, shift, m, d, SHIFTED, F if F < 64 else 64, D)
                 g = top * LOG2E
                 b += top - norm * tl.sum(tile.to(tl.float32) * tile.to(tl.float32), 1)
             if WEIGHTED:
@@ -290,14 +303,14 @@ def add_up(
         ends = entering
         if LAST:
             ends = entering * tl.load(last + from_ + rows, mask=visible, other=0.0)
-        value = load_rows(values + from_ * e, rows, visible, e, 0, E).to(tl.float32) * entering[:, None]
-        u, _ = exponents(tile, weight, shift, f, m, d, SHIFTED, D)
+        u = exponents(tile, load_tile(weight, f, f < m, d, D), shift, f, m, SHIFTED)
         phi = features(u, g, f, m, EXPONENTIAL, F)
-        state = product(tl.trans(operand(value, HALF)), operand(phi, HALF), state * left)
         one = one * left + tl.sum(phi * ends[:, None], 0)
+        value = load_tile(values + from_ * e, rows, visible, e, E).to(tl.float32) * entering[:, None]
+        state = product(tl.trans(operand(value, HALF)), operand(phi, HALF), state * left)
         if DECAY:
             c = c - rate * C
-    put_state(sums + (n * tl.num_programs(0) + part) * m * (e + 1), f, state, one, m, e, E)
+    put_state(sums + (n * tl.num_programs(0) + part) * m * (e + 1), f, state, one, m, e, F, E)
     if tl.program_id(2) == 0:
         tl.store(scales + n * tl.num_programs(0) + part, c)
 
@@ -387,10 +400,10 @@ def attend(
     else:
         sums += n * m * (e + 1)
     stop = tl.minimum((part + 1) * steps, chunks)
-    for chunk in range(part * steps, stop):
+    for chunk in tl.range(part * steps, stop, disable_licm=True):
         first = chunk * C
         real = rows < length - first
-        tile = load_tile(q + (at + first) * d, rows, real, d, HALF, D)
+        tile = load_inputs(q + (at + first) * d, rows, real, d, HALF, D)
         q_scale = tl.zeros((C,), tl.float32) + log_constant
         gauge = tl.zeros((C,), tl.float32)
         if EXPONENTIAL:
@@ -402,39 +415,45 @@ def attend(
             b = key_logs(key_scale + at, first, rows, delay, length, rate, DECAY)
             keep = b != -INFINITY  # a real key, not hidden
             from_ = at + first - delay
-            key_gauge = tl.load(k_gauge + from_ + rows, mask=keep, other=0.0)
-            keys = load_tile(k + from_ * d, rows, keep, d, HALF, D)
             new, entering, left = through(b, c, runs + at, first, rows, delay, length, RUNS)
-            enters = operand(load_rows(v + from_ * e, rows, keep, e, 0, E).to(tl.float32) * entering[:, None], HALF)
-            reads = state_reads(runs + at, first, rows, delay, length, RUNS)
-            scale = row_scales(b, tl.where(reads, c, NOTHING), runs + at, first, rows, delay, length, RUNS)
-            tl.store(row_scale + at + first + rows, scale, mask=real)
+            enters = operand(load_tile(v + from_ * e, rows, keep, e, E).to(tl.float32) * entering[:, None], HALF)
             tl.store(before + n * chunks + chunk, c)
             tl.store(after + n * chunks + chunk, new)
+            key_gauge = tl.load(k_gauge + from_ + rows, mask=keep, other=0.0)
+            keys = load_inputs(k + from_ * d, rows, keep, d, HALF, D)
             attention = tl.zeros((C, C), tl.float32)
         num = tl.zeros((C, E), tl.float32)
         den = tl.zeros((C,), tl.float32)
-        for block in range(0, m, F):
+        for block in tl.range(0, m, F, disable_licm=True):
             f = block + tl.arange(0, F)
-            u, w = exponents(tile, weight, shift, f, m, d, SHIFTED, D)
-            phi = features(u, gauge, f, m, EXPONENTIAL, F)
-            queries = operand(phi, HALF)
-            state, one = load_state(sums, f, m, e, E)
-            den += tl.sum(phi * one[None, :], 1)
-            num = product(queries, tl.trans(operand(state, HALF)), num)
+            # The state is done with before the queries' features are made: both would overflow the registers.
+            w = load_tile(weight, f, f < m, d, D)
             if LOCAL:
-                key_phi = features(again(keys, w, shift, f, m, SHIFTED), key_gauge, f, m, EXPONENTIAL, F)
+                key_phi = features(exponents(keys, w, shift, f, m, SHIFTED), key_gauge, f, m, EXPONENTIAL, F)
                 key_features = operand(key_phi, HALF)
-                attention = product(queries, tl.trans(key_features), attention)
+                one_more = tl.sum(key_phi * entering[:, None], 0)
+            state, one = load_state(sums, f, m, e, F, E)
+            read_state = operand(state, HALF)
+            if LOCAL:  # noqa: SIM102 (it is known when this is compiled)
                 if chunk + 1 < stop:
-                    one = one * left + tl.sum(key_phi * entering[:, None], 0)
-                    state = product(tl.trans(enters), key_features, state * left)
-                    put_state(sums, f, state, one, m, e, E)
+                    behind = product(tl.trans(enters), key_features, state * left)
+                    put_state(sums, f, behind, one * left + one_more, m, e, F, E)
+            phi = features(exponents(tile, w, shift, f, m, SHIFTED), gauge, f, m, EXPONENTIAL, F)
+            den += tl.sum(phi * one[None, :], 1)
+            queries = operand(phi, HALF)
+            num = product(queries, tl.trans(read_state), num)
+            if LOCAL:
+                attention = product(queries, tl.trans(key_features), attention)
         if LOCAL:
+            # Loaded again: it would be in registers all through the loop.
+            b = key_logs(key_scale + at, first, rows, delay, length, rate, DECAY)
+            reads = state_reads(runs + at, first, rows, delay, length, RUNS)
+            scale = row_scales(b, tl.where(reads, c, NOTHING), runs + at, first, rows, delay, length, RUNS)
+            tl.store(row_scale + at + first + rows, scale, mask=real)
             carried = tl.where(reads, tl.exp(c - scale), 0.0)
             seen = seen_by(runs + at, first, rows, delay, length, RUNS)
             attention *= tl.where(seen, tl.exp2(b[None, :] * LOG2E - scale[:, None] * LOG2E), 0.0)
-            value = load_rows(v + from_ * e, rows, keep, e, 0, E)
+            value = load_tile(v + from_ * e, rows, keep, e, E)
             num = product(operand(attention, HALF), operand(value, HALF), num * carried[:, None])
             den = den * carried + tl.sum(attention, 1)
             log_den = tl.log(den) + scale + q_scale
