@@ -1,8 +1,8 @@
 """FAVOR+ by our own Triton kernels: the scan and the bidirectional attention, forward and backward.
 
 The formulas are those of :mod:`longseq.attention.scan` and :mod:`longseq.attention.bidirectional`; their names are
-used here too. The order differs, so that chunks run in parallel: the log-scales of the states are found first (they
-need no features), then the sums of each chunk, then the running sums before each chunk, then all outputs at once.
+used here too. The order differs, so that segments of the sequence run in parallel: first the sums of each segment,
+then the state before each, then every segment goes through its chunks from that state on.
 
 Kept for the backward pass are a few numbers a row; the states are computed again.
 """
@@ -10,7 +10,7 @@ Kept for the backward pass are a few numbers a row; the states are computed agai
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,20 +18,21 @@ import triton
 from torch import Tensor
 
 from longseq.attention import bidirectional_operator, scan_operator
+from longseq.attention import triton_gradients as gradients
 from longseq.attention import triton_kernels as kernels
 from longseq.attention.bidirectional import Total
 from longseq.attention.feature_maps import FeatureMap, Generalised, PositiveExponential
 from longseq.attention.parts import Part
 from longseq.attention.scan import Rows, ScanGradients, Scanned
-from longseq.attention.state import NOTHING, AttentionState, widened
-from longseq.attention.triton_frames import CHUNK, Frames, at_positions
-from longseq.attention.triton_launch import on, padded, pointer
+from longseq.attention.state import AttentionState
+from longseq.attention.triton_launch import on, padded, pointer, shared_memory
+from longseq.attention.triton_tiles import CHUNK, tiles
 
-# Features that a program holds at a time, beside CHUNK rows.
-FEATURES = 16
-# Bidirectional sums over the keys are formed in parts of this length, in parallel, and then added.
-SPAN = 2048
-# States in memory at a time: 1 KB a token and head at m = 256, e = 64, so 512 K tokens · heads; or one head, if longer.
+# Programs of a kernel: eight for each multiprocessor of an H200, where the sequences are long enough.
+PROGRAMS = 1056
+# Segments of a sequence: a state goes from each to the next, one after the other.
+SEGMENTS = 512
+# States in memory at a time. At m = 256, e = 64 and PROGRAMS segments they take 70 MB.
 STATE_BYTES = 512 * 1024**2
 
 
@@ -57,134 +58,137 @@ def bidirectional_attention(q: Tensor, k: Tensor, v: Tensor, feature_map: Featur
     return bidirectional_operator.bidirectional_attention(q, k, v, feature_map, hidden, backend="triton")
 
 
-@dataclass(frozen=True)
-class _Map:
-    """A feature map as the kernels take it."""
-
-    weight: Tensor  # (m, d)
-    shift: Tensor  # (m,)
-    log_constant: float
-    exponential: bool
-
-    @classmethod
-    def of(cls, feature_map: FeatureMap) -> _Map:
-        assert isinstance(feature_map, (PositiveExponential, Generalised))
-        weight = feature_map.weight.contiguous()
-        shift = feature_map.shift if isinstance(feature_map, PositiveExponential) else None
-        shift = weight.new_zeros(len(weight)) if shift is None else shift.contiguous()
-        return cls(weight, shift, feature_map.log_constant, isinstance(feature_map, PositiveExponential))
+def segments(rows: int, length: int) -> tuple[int, int]:
+    """How many segments each of that many sequences is cut into, and of how many chunks."""
+    chunks = triton.cdiv(length, CHUNK)
+    steps = triton.cdiv(chunks, min(triton.cdiv(PROGRAMS, rows), SEGMENTS))
+    return triton.cdiv(chunks, steps), steps
 
 
 @dataclass(frozen=True)
+class _Keys:
+    """What :func:`add_up` adds up: rows x (N, L, d) and values, and what is said of them."""
+
+    x: Tensor
+    values: Tensor
+    hidden: Tensor | None = None
+    log_weight: Tensor | None = None  # (N, L)
+    last: Tensor | None = None  # (N, L) in the place of the values' last component, 1
+    runs: Tensor | None = None  # (N, L) int32
+    decay: Tensor | None = None  # (N,)
+    delay: int = 0
+
+    def __getitem__(self, n: slice) -> _Keys:
+        parts: dict[str, Any] = {name: x[n] for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **parts)
+
+
 class _Launch:
-    """The kernels, with the arguments that are the same all through one operation."""
+    """The kernels, with the arguments that are the same all through one operation on ``rows`` sequences."""
 
-    map: _Map
-    head_dim: int
-    value_dim: int
+    def __init__(self, feature_map: FeatureMap, q: Tensor, length: int, value_dim: int):
+        assert isinstance(feature_map, (PositiveExponential, Generalised))
+        exponential, half = isinstance(feature_map, PositiveExponential), q.dtype != torch.float32
+        weight = feature_map.weight.to(q.dtype).contiguous()
+        shift = feature_map.shift if isinstance(feature_map, PositiveExponential) else None
+        self.map = weight, pointer(None if shift is None else shift.float().contiguous(), weight)
+        self.features, self.head_dim, self.value_dim = len(weight), q.shape[-1], value_dim
+        self.log_constant, self.half_norm = feature_map.log_constant, 0.5 * self.head_dim**-0.5
+        self.length, self.chunks = length, triton.cdiv(length, CHUNK)
+        self.segments, self.steps = segments(len(q), length)
+        self.sizes = {"m": self.features, "d": self.head_dim, "e": value_dim}
+        self.kinds: dict[str, Any] = {
+            **self.sizes, "EXPONENTIAL": exponential, "SHIFTED": shift is not None, "HALF": half,
+            "C": CHUNK, "D": padded(self.head_dim), "E": padded(value_dim),
+        }  # fmt: skip
+        self.tiles = tiles(shared_memory(q.device), self.features, self.head_dim, value_dim, half=half)
+        self.blocks = triton.cdiv(self.features, self.tiles.sums["F"])  # programs that share a segment's sums
+        self.state_blocks = triton.cdiv(
+            self.features * (value_dim + 1), self.tiles.states["B"]
+        )  # and those that share its state
 
-    @property
-    def features(self) -> int:
-        return self.map.weight.shape[0]
-
-    @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """m, d, e, and the 0 that keeps loads inside of loops."""
-        return self.features, self.head_dim, self.value_dim, 0
-
-    @property
-    def tiles(self) -> dict[str, Any]:
-        return {
-            "EXPONENTIAL": self.map.exponential,
-            "C": CHUNK,
-            "F": FEATURES,
-            "D": padded(self.head_dim),
-            "num_warps": 4,
-            "num_stages": 2,
-        }
-
-    @property
-    def wide_tiles(self) -> dict[str, Any]:
-        return {**self.tiles, "E": padded(self.value_dim)}
-
-    def slices(self, chunks: Tensor, states: int = 1) -> Iterator[slice]:
-        """Slices of N, given a tensor (N, chunks), of which that many states a chunk fit into memory together."""
-        rows, number = chunks.shape
-        step = max(1, STATE_BYTES // (states * number * self.features * (self.value_dim + 1) * 4))
+    def slices(self, rows: int, states: int) -> Iterator[slice]:
+        """Slices of N, of which that many states a segment fit into memory together."""
+        step = max(1, STATE_BYTES // (states * self.segments * self.features * (self.value_dim + 1) * 4))
         return (slice(first, first + step) for first in range(0, rows, step))
 
-    def measure(self, x: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Gauge and log-scale of each row of x, (N, L) both."""
-        gauge, log_scale = x.new_empty(x.shape[:2]), x.new_empty(x.shape[:2])
-        mask = gauge if hidden is None else hidden.contiguous().view(torch.uint8)
-        kernels.measure[_chunks(x), len(x)](
-            x, mask, self.map.weight, self.map.shift, gauge, log_scale, x.shape[1], self.features, self.head_dim,
-            0, 0.5 * self.head_dim**-0.5, self.map.log_constant, HIDDEN=hidden is not None, **self.tiles,
-        )  # fmt: skip
-        return gauge, log_scale
+    def empty_sums(self, like: Tensor, rows: int) -> Tensor:
+        """Σ [v, 1] φ(x)ᵀ of every segment, or the state before or behind it."""
+        return _floats(like, rows, self.segments, self.value_dim + 1, self.features)
 
-    def sums(
-        self, x: Tensor, values: Tensor, alpha: Tensor, beta: Tensor, gauge: Tensor, *, span: int, offset: int = 0
-    ) -> tuple[Tensor, Tensor]:
-        """Σ α_t φ(x_t) v_tᵀ (N, parts, m, e) and Σ β_t φ(x_t) (N, parts, m) of every ``span`` positions."""
-        m, e, total = self.features, self.value_dim, alpha.shape[1]
-        parts = triton.cdiv(total, span)
-        sums, ones = x.new_empty(len(x), parts, m, e), x.new_empty(len(x), parts, m)
-        kernels.add_up[parts, len(x), triton.cdiv(m, self.tiles["F"])](
-            x, values, alpha, beta, gauge, self.map.weight, self.map.shift, sums, ones, x.shape[1], total, offset,
-            span, m, self.head_dim, e, **self.wide_tiles,
+    def add_up(self, of: _Keys, gauge: Tensor, log_scale: Tensor, *, gauged: bool = False) -> tuple[Tensor, Tensor]:
+        """The sums of each segment, and their log-scales (N, segments)."""
+        sums, scales = self.empty_sums(of.x, len(of.x)), _floats(of.x, len(of.x), self.segments)
+        kernels.add_up[self.segments, len(of.x), self.blocks](
+            of.x, of.values, pointer(of.hidden, of.x), pointer(of.log_weight, gauge), pointer(of.last, gauge),
+            pointer(of.runs, of.x), pointer(of.decay, gauge), *self.map, gauge, log_scale, sums,
+            scales, self.length, of.delay, self.steps, self.half_norm, self.log_constant,
+            GAUGED=gauged, HIDDEN=of.hidden is not None, WEIGHTED=of.log_weight is not None,
+            LAST=of.last is not None, RUNS=of.runs is not None, DECAY=of.decay is not None, **self.kinds,
+            **self.tiles.sums,
         )  # fmt: skip
-        return sums, ones
+        return sums, scales
 
     def run_through(
-        self, states: tuple[Tensor, Tensor], left: Tensor, initial: Tensor | None, *, reverse: bool
-    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Turn sums of chunks into running sums before (``reverse``: after) each chunk, in place; and the last of all.
+        self, sums: Tensor, scales: Tensor, of: _Keys, initial: AttentionState | None = None
+    ) -> tuple[Tensor, AttentionState]:
+        """Turn sums into the states before each segment. c before each and behind the last; the state behind all."""
+        rows = len(scales)
+        begins = _floats(scales, rows, self.segments + 1)
+        final = _floats(scales, rows, self.features, self.value_dim + 1), _floats(scales, rows, 1, 1)
+        first = (scales, scales) if initial is None else (initial.sums, initial.log_scale)
+        kernels.run_through[self.state_blocks, rows](
+            sums, scales, begins, *first, *final, pointer(of.runs, scales),
+            pointer(of.decay, scales), self.length, of.delay, self.steps, self.segments, self.chunks,
+            self.features, self.value_dim, INITIAL=initial is not None, RUNS=of.runs is not None,
+            DECAY=of.decay is not None, C=CHUNK, **self.tiles.states,
+        )  # fmt: skip
+        return begins, AttentionState(*final)
 
-        initial: what they begin with, (N, m, e + 1); None: zeros.
-        """
-        begin = _split(initial) if initial is not None else tuple(torch.zeros_like(x[:, 0]) for x in states)
-        end = torch.empty_like(begin[0]), torch.empty_like(begin[1])
-        for parts, first, last in zip(states, begin, end, strict=True):
-            width, block = parts[0, 0].numel(), 512
-            kernels.run_through[triton.cdiv(width, block), len(parts)](
-                parts, first, last, left, parts.shape[1], width, REVERSE=reverse, BLOCK=block
-            )
-        return states, end
+    def total(self, of: _Keys, gauge: Tensor, log_scale: Tensor) -> AttentionState:
+        """The state of all keys."""
+        sums, scales = self.add_up(of, gauge, log_scale)
+        return self.run_through(sums, scales, of)[1]
 
 
 def scan_forward(rows: Rows, initial: AttentionState | None, learns: bool) -> Scanned:
     """See :func:`longseq.attention.scan.scan_forward`."""
-    q, k, v, runs = _contiguous(rows)
-    number, length, head_dim = q.shape
-    launch = _Launch(_Map.of(rows.feature_map), head_dim, v.shape[-1])
-    delay = min(rows.delay, length)  # beyond, no key is visible all the same
-    begin, scale = (None, None) if initial is None else (initial.sums, initial.log_scale)
+    q, keys = rows.q.contiguous(), _keys(rows)
+    number, length, _ = q.shape
+    value_dim = keys.values.shape[-1]
+    launch = _Launch(rows.feature_map, q, length, value_dim)
+    if initial is not None:
+        initial = AttentionState(initial.sums.contiguous(), initial.log_scale.contiguous())
+    out, lse, inverse_den = (_floats(q, number, length, size) for size in (value_dim, 1, 1))
+    q_gauge, k_gauge, key_scale, row_scale = (_floats(q, number, length) for _ in range(4))
+    before, after = (_floats(q, number, launch.chunks) for _ in range(2))
+    log_scale = _floats(q, number, 1, 1)
     with on(q.device):
-        (q_gauge, q_scale), (k_gauge, k_scale) = launch.measure(q), launch.measure(k, rows.hidden)
-        frames = Frames.of(k_scale, length, delay, runs, rows.decay, scale)
-        out, lse = torch.empty_like(v), v.new_empty(number, length, 1)
-        inverse_den, row_scale = torch.empty_like(frames.key_scale), torch.empty_like(frames.key_scale)
-        numbers = pointer(runs, q)
-        for n in launch.slices(frames.before):
-            part = frames[n]
-            state, _ = _states(launch, k[n], v[n], k_gauge[n], part, delay, None if begin is None else begin[n])
-            kernels.attend[_chunks(q), len(part.before)](
-                q[n], k[n], v[n], q_gauge[n], q_scale[n], k_gauge[n], part.key_scale, numbers[n], part.before,
-                pointer(part.run_before, q), launch.map.weight, launch.map.shift, *state, out[n], lse[n],
-                inverse_den[n], row_scale[n], length, delay, *launch.sizes,
-                LOCAL=True, RUNS=runs is not None, **launch.wide_tiles,
+        for n in launch.slices(number, states=1):
+            part = keys[n]
+            sums, scales = launch.add_up(part, k_gauge[n], key_scale[n])
+            begins, final = launch.run_through(sums, scales, part, _cut(initial, n))
+            log_scale[n] = final.log_scale
+            kernels.attend[launch.segments, len(scales)](
+                q[n], part.x, part.values, k_gauge[n], key_scale[n], pointer(part.runs, q), pointer(part.decay, q),
+                *launch.map, sums, begins, q_gauge[n], row_scale[n], before[n], after[n],
+                inverse_den[n], lse[n], out[n], length, part.delay, launch.steps, launch.half_norm,
+                launch.log_constant, LOCAL=True, RUNS=part.runs is not None, DECAY=part.decay is not None,
+                **launch.kinds, **launch.tiles.outputs,
             )  # fmt: skip
-    log_scale = frames.after[:, -1:, None]
-    if rows.decay is not None:
-        offsets = torch.arange(length, device=q.device) % CHUNK + delay
-        lse = torch.where(lse == NOTHING, lse, lse - rows.decay * offsets.to(lse)[:, None])
-        log_scale = log_scale - rows.decay * ((length - 1) % CHUNK + 1)
-    kept = (
-        q_gauge, k_gauge, row_scale, None if begin is None else begin.clone(),
-        frames.key_scale, frames.before, frames.after, frames.same, frames.last, frames.run_before,
-    )  # fmt: skip
-    return Scanned(out, lse, inverse_den, kept, log_scale)
+            del sums, final  # or those of two slices would be in memory
+    begin = (None, None) if initial is None else (initial.sums.clone(), initial.log_scale.clone())
+    return Scanned(out, lse, inverse_den, (q_gauge, k_gauge, key_scale, row_scale, before, *begin), log_scale)
+
+
+def scan_kept(rows: Rows, initial: bool) -> tuple[Tensor | None, ...]:
+    """See :func:`longseq.attention.scan.scan_kept`."""
+    number, length, value_dim = rows.v.shape
+    wide = [_floats(rows.v, number, length) for _ in range(4)]
+    begin: tuple[Tensor | None, Tensor | None] = None, None
+    if initial:
+        begin = _floats(rows.v, number, rows.feature_map.features, value_dim + 1), _floats(rows.v, number, 1, 1)
+    return _floats(rows.v, number, length, 1), *wide, _floats(rows.v, number, -(-length // CHUNK)), *begin
 
 
 def scan_backward(
@@ -198,106 +202,105 @@ def scan_backward(
     wants_decay: bool,
 ) -> ScanGradients:
     """See :func:`longseq.attention.scan.scan_backward`."""
-    q, k, v, runs = _contiguous(rows)
-    q_gauge, k_gauge, row_scale, begin, *scales = kept
+    q, keys = rows.q.contiguous(), _keys(rows)
+    q_gauge, k_gauge, key_scale, row_scale, before, begin, begin_scale = kept
     assert q_gauge is not None
     assert k_gauge is not None
+    assert key_scale is not None
     assert row_scale is not None
-    frames, length = Frames(*scales), q.shape[1]  # type: ignore[arg-type]
-    launch, delay = _Launch(_Map.of(rows.feature_map), q.shape[-1], v.shape[-1]), min(rows.delay, length)
-    dout = torch.zeros_like(out) if dout is None else dout.contiguous()
-    shared = -(dout * out).sum(-1) if dlse is None else dlse[..., 0] - (dout * out).sum(-1)
-    u = inverse_den * at_positions(shared, length, 0, fill=0.0)
-    carried, entering = frames.carried(row_scale, runs), frames.entering()
-    alpha, beta = carried * inverse_den, carried * u
-    # Keys that no query is far enough from are in no chunk.
-    new = torch.zeros_like if delay else torch.empty_like
-    dq, dk, dv, d_scale = torch.empty_like(q), new(k), new(v), torch.empty_like(u)
-    d_initial = v.new_empty(len(v), launch.features, launch.value_dim + 1)
-    d_decay = torch.zeros(len(v), dtype=torch.float64, device=v.device)
-    numbers = pointer(runs, q)
+    assert before is not None
+    initial = None if begin is None or begin_scale is None else AttentionState(begin, begin_scale)
+    number, length, head_dim = q.shape
+    launch = _Launch(rows.feature_map, q, length, keys.values.shape[-1])
+    dout = torch.zeros_like(out) if dout is None else dout.float().contiguous()
+    dlse = None if dlse is None else dlse.float().contiguous()
+    later = None if later is None else later.contiguous()
+    # Keys that no query is far enough from are in no segment.
+    new = torch.zeros_like if keys.delay else torch.empty_like
+    dq, dk, dv, u = torch.empty_like(q), new(keys.x), new(keys.values), torch.empty_like(row_scale)
+    d_initial = _floats(q, number, launch.features, launch.value_dim + 1)
+    programs = launch.state_blocks
+    flows = torch.empty(number, programs + launch.segments, dtype=torch.float64, device=q.device)
+    wants_decay = wants_decay and rows.decay is not None
+    kinds = {"LOCAL": True, "RUNS": keys.runs is not None, "DECAY": keys.decay is not None, **launch.kinds}
     with on(q.device):
-        for n in launch.slices(frames.before, states=1 + wants_decay):
-            part, enter = frames[n], entering[n]
-            inputs = (q[n], k[n], v[n], dout[n], q_gauge[n], k_gauge[n], part.key_scale, numbers[n], row_scale[n])
-            tiles = {"LOCAL": True, "RUNS": runs is not None, **launch.wide_tiles}
-            state = launch.sums(q[n], dout[n], alpha[n], beta[n], q_gauge[n], span=CHUNK)
-            behind = None if later is None else later[n]
-            state, first = launch.run_through(state, part.left(), behind, reverse=True)  # R
-            d_initial[n][..., :-1], d_initial[n][..., -1] = first
-            kernels.values_vjp[_chunks(q), len(enter)](
-                *inputs, inverse_den[n], enter, launch.map.weight, launch.map.shift, state[0],
-                dv[n], length, delay, *launch.sizes, **tiles,
+        for n in launch.slices(number, states=2):
+            part = keys[n]
+            numbers, rates = pointer(part.runs, q), pointer(part.decay, q)
+            d_lse = pointer(None if dlse is None else dlse[n], u)
+            sums, scales = launch.add_up(part, k_gauge[n], key_scale[n], gauged=True)
+            begins, final = launch.run_through(sums, scales, part, _cut(initial, n))
+            d_sums = launch.empty_sums(q, len(scales))  # R
+            gradients.add_up_queries[launch.segments, len(scales), launch.blocks](
+                q[n], dout[n], out[n], d_lse, inverse_den[n], q_gauge[n], row_scale[n], begins, numbers, rates,
+                *launch.map, u[n], d_sums, length, part.delay, launch.steps,
+                DLSE=dlse is not None, **kinds, **launch.tiles.sums,
             )  # fmt: skip
-            kernels.features_vjp[_chunks(q), len(enter)](
-                *inputs, inverse_den[n], u[n], enter, enter, launch.map.weight, launch.map.shift, *state,
-                dk[n], d_scale[n], length, delay, *launch.sizes, launch.head_dim**-0.5, KEYS=True, **tiles,
+            gradients.run_back[programs, len(scales)](
+                d_sums, begins, u if later is None else later[n], d_initial[n], sums, final.sums, flows[n], numbers,
+                rates, length, part.delay, launch.steps, launch.segments, launch.chunks, launch.features,
+                launch.value_dim, LATER=later is not None, FLOW=wants_decay, RUNS=part.runs is not None,
+                DECAY=part.decay is not None, C=CHUNK, **launch.tiles.states,
             )  # fmt: skip
-            later_states = state if wants_decay else ()
-            del state  # two are twice the memory
-            state, end = _states(launch, k[n], v[n], k_gauge[n], part, delay, None if begin is None else begin[n])
-            kernels.features_vjp[_chunks(q), len(enter)](
-                *inputs, inverse_den[n], u[n], alpha[n], beta[n], launch.map.weight, launch.map.shift, *state,
-                dq[n], d_scale[n], length, delay, *launch.sizes, launch.head_dim**-0.5, KEYS=False, **tiles,
+            shared = (q_gauge[n], k_gauge[n], key_scale[n], row_scale[n], inverse_den[n], u[n])
+            gradients.queries_vjp[launch.segments, len(scales)](
+                q[n], part.x, part.values, dout[n], *shared, numbers, rates, before[n], *launch.map, sums, dq[n],
+                length, part.delay, launch.steps, head_dim**-0.5, **kinds, **launch.tiles.queries,
             )  # fmt: skip
-            for sums, wanted in zip(state, later_states, strict=False):
-                d_decay[n] -= CHUNK * _flow(sums[:, 1:], wanted[:, :-1])
-            if wants_decay and behind is not None:
-                way = length - delay - (length - 1) // CHUNK * CHUNK
-                for sums, wanted in zip(end, _split(behind), strict=True):
-                    d_decay[n] -= way * _flow(sums, wanted)
-            del state, later_states
-    if wants_decay:  # counted from every chunk's start, as in the PyTorch version
-        places = torch.arange(d_scale.shape[1], device=q.device, dtype=torch.float64) % CHUNK
-        d_decay += d_scale.double() @ (places - delay)
-        if dlse is not None:
-            d_decay -= dlse[..., 0].double() @ places[:length]
-    return ScanGradients(dq, dk, dv, d_decay[:, None, None] if wants_decay else None, d_initial)
+            gradients.keys_vjp[launch.segments, len(scales)](
+                q[n], part.x, part.values, dout[n], d_lse, *shared, begins, numbers, rates, before[n], *launch.map,
+                d_sums, dk[n], dv[n], flows[n], length, part.delay, launch.steps, programs,
+                head_dim**-0.5, DLSE=dlse is not None, FLOW=wants_decay, **kinds, **launch.tiles.keys,
+            )  # fmt: skip
+            del sums, d_sums, final
+    return ScanGradients(dq, dk, dv, flows.sum(1)[:, None, None] if wants_decay else None, d_initial)
 
 
 def sum_up(
     x: Tensor, values: Tensor, last: Tensor | None, log_weight: Tensor | None, feature_map: FeatureMap
 ) -> AttentionState:
     """See :func:`longseq.attention.bidirectional.sum_up`."""
-    x, values = widened(x).contiguous(), widened(values).contiguous()
-    launch = _Launch(_Map.of(feature_map), x.shape[-1], values.shape[-1])
+    x, values = x.contiguous(), values.contiguous()
+    number, length, _ = x.shape
+    if not length:
+        return AttentionState.empty(number, feature_map.features, values.shape[-1], like=_floats(x, 0))
+    weight, ends = (None if t is None else t.expand(number, length, 1).float().contiguous() for t in (log_weight, last))
     with on(x.device):
-        out = None if log_weight is None else log_weight[..., 0] == -torch.inf
-        gauge, scale = launch.measure(x, out)
-        if log_weight is not None:
-            scale = scale + log_weight[..., 0]
-        scale = at_positions(scale, x.shape[1], 0, fill=-torch.inf)
-        top = scale.amax(1, keepdim=True).clamp_(min=NOTHING)
-        weights = torch.exp(scale - top)
-        ends = weights if last is None else weights * at_positions(last[..., 0], x.shape[1], 0, fill=0.0)
-        if last is not None:
-            ends = ends.masked_fill(weights == 0, 0.0)
-        return _joined(*_total(launch.sums(x, values, weights, ends, gauge, span=SPAN)), top[..., None])
+        of = _Keys(x, values, log_weight=weight, last=ends)
+        launch = _Launch(feature_map, x, length, values.shape[-1])
+        return launch.total(of, *(_floats(x, number, length) for _ in range(2)))
 
 
 def bidirectional_forward(
     q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, feature_map: FeatureMap, total: Total | None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """See :func:`longseq.attention.bidirectional.bidirectional_forward`."""
-    q, k, v = (widened(x).contiguous() for x in (q, k, v))
-    launch = _Launch(_Map.of(feature_map), q.shape[-1], v.shape[-1])
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    value_dim = v.shape[-1]
+    k_gauge, key_scale = (_floats(q, *k.shape[:2]) for _ in range(2))
+    q_gauge, inverse_den = (_floats(q, *q.shape[:2]) for _ in range(2))
+    out = _floats(q, *q.shape[:2], value_dim)
     with on(q.device):
-        (q_gauge, _), (k_gauge, k_scale) = launch.measure(q), launch.measure(k, hidden)
-        key_scale = at_positions(k_scale, k.shape[1], 0, fill=-torch.inf)
-        top = key_scale.amax(1, keepdim=True).clamp_(min=NOTHING)
-        entering = torch.exp(key_scale - top)
-        sums, ones = _total(launch.sums(k, v, entering, entering, k_gauge, span=SPAN))
+        of = _Keys(k, v, _bytes(hidden))
+        state = _Launch(feature_map, k, k.shape[1], value_dim).total(of, k_gauge, key_scale)
         if total is not None:
-            state = total(_joined(sums, ones, top[..., None]))()
-            (sums, ones), entering = _split(state.sums), torch.exp(key_scale - state.log_scale[..., 0])
-        out = v.new_empty(*q.shape[:2], v.shape[-1])
-        inverse_den = q.new_empty(len(q), _chunks(q) * CHUNK)
-        kernels.attend[_chunks(q), len(q)](
-            q, q, q, q_gauge, q, q, q, q, q, q, launch.map.weight, launch.map.shift, sums, ones,
-            out, q, inverse_den, q, q.shape[1], 0, *launch.sizes,
-            LOCAL=False, RUNS=False, **launch.wide_tiles,
+            state = total(state)()
+        sums = state.sums.mT.contiguous()
+        log_scale = state.log_scale.contiguous()
+        launch = _Launch(feature_map, q, q.shape[1], value_dim)
+        kernels.attend[launch.chunks, len(q)](
+            q, q, q, q_gauge, q_gauge, q, q, *launch.map, sums, q_gauge, q_gauge, q_gauge, q_gauge, q_gauge,
+            inverse_den, q_gauge, out, q.shape[1], 0, 1, launch.half_norm, launch.log_constant,
+            LOCAL=False, RUNS=False, DECAY=False, **launch.kinds, **launch.tiles.outputs,
         )  # fmt: skip
-    return out, (q_gauge, k_gauge, key_scale, entering, inverse_den, sums, ones)
+    return out, (q_gauge, k_gauge, key_scale, log_scale, inverse_den, sums)
+
+
+def bidirectional_kept(q: Tensor, k: Tensor, v: Tensor, feature_map: FeatureMap) -> tuple[Tensor, ...]:
+    """See :func:`longseq.attention.bidirectional.bidirectional_kept`."""
+    m, queries, keys = feature_map.features, q.shape[1], k.shape[1]
+    sizes = (queries,), (keys,), (keys,), (1, 1), (queries,), (v.shape[2] + 1, m)
+    return tuple(_floats(v, len(v), *size) for size in sizes)
 
 
 def bidirectional_backward(
@@ -312,92 +315,57 @@ def bidirectional_backward(
     dout: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`longseq.attention.bidirectional.bidirectional_backward`."""
-    q_gauge, k_gauge, key_scale, entering, inverse_den, *state = kept
+    q_gauge, k_gauge, key_scale, log_scale, inverse_den, sums = kept
     assert q_gauge is not None
-    assert inverse_den is not None
-    assert entering is not None
-    q, k, v = (widened(x).contiguous() for x in (q, k, v))
-    launch, dout = _Launch(_Map.of(feature_map), q.shape[-1], v.shape[-1]), dout.contiguous()
-    u = inverse_den * at_positions(-(dout * out).sum(-1), q.shape[1], 0, fill=0.0)
-    dq, dk, dv, d_scale = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(entering)
-    tiles = {"LOCAL": False, "RUNS": False, **launch.wide_tiles}
-    rows = (q, k, v, dout, q_gauge, k_gauge, key_scale, q, q, q)
-    weights, norm = (launch.map.weight, launch.map.shift), launch.head_dim**-0.5
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    dout = dout.float().contiguous()
+    dq, dk, dv, u = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(q_gauge)
+    launch = _Launch(feature_map, q, q.shape[1], v.shape[-1])
+    kinds = {"LOCAL": False, "RUNS": False, "DECAY": False, **launch.kinds}
+    d_total = _floats(q, len(q), launch.features, launch.value_dim + 1)
     with on(q.device):
-        d_state = _total(launch.sums(q, dout, inverse_den, u, q_gauge, span=SPAN))  # R
-        if total is not None:  # all have the same log-scale
-            d_state = _split(total(_joined(*d_state, u.new_zeros(len(u), 1, 1)))().sums)
-        kernels.values_vjp[_chunks(k), len(k)](
-            *rows, entering, *weights, d_state[0], dv, k.shape[1], 0, *launch.sizes, **tiles
-        )
-        kernels.features_vjp[_chunks(k), len(k)](
-            *rows, q, entering, entering, *weights, *d_state, dk, d_scale, k.shape[1], 0, *launch.sizes, norm,
-            KEYS=True, **tiles,
+        d_sums = launch.empty_sums(q, len(q))
+        gradients.add_up_queries[launch.segments, len(q), launch.blocks](
+            q, dout, out, u, inverse_den, q_gauge, u, u, u, u, *launch.map, u, d_sums,
+            q.shape[1], 0, launch.steps, DLSE=False, **kinds, **launch.tiles.sums,
         )  # fmt: skip
-        kernels.features_vjp[_chunks(q), len(q)](
-            *rows, q, inverse_den, u, *weights, *state, dq, d_scale, q.shape[1], 0, *launch.sizes, norm,
-            KEYS=False, **tiles,
+        same = u.new_zeros(len(q), launch.segments + 1)  # all have the same log-scale
+        gradients.run_back[launch.state_blocks, len(q)](
+            d_sums, same, u, d_total, u, u, u, u, u, q.shape[1], 0, launch.steps,
+            launch.segments, launch.chunks, launch.features, launch.value_dim, LATER=False, FLOW=False,
+            RUNS=False, DECAY=False, C=CHUNK, **launch.tiles.states,
+        )  # fmt: skip
+        if total is not None:
+            d_total = total(AttentionState(d_total, u.new_zeros(len(u), 1, 1)))().sums
+        d_state = d_total.mT.contiguous()
+        rows = (q, k, v, dout)
+        gradients.queries_vjp[launch.chunks, len(q)](
+            *rows, q_gauge, k_gauge, key_scale, u, inverse_den, u, u, u, u, *launch.map, sums, dq,
+            q.shape[1], 0, 1, launch.head_dim**-0.5, **kinds, **launch.tiles.queries,
+        )  # fmt: skip
+        gradients.keys_vjp[triton.cdiv(k.shape[1], CHUNK), len(k)](
+            *rows, u, q_gauge, k_gauge, key_scale, u, inverse_den, u, log_scale, u, u, u, *launch.map, d_state,
+            dk, dv, u, k.shape[1], 0, 1, 0, launch.head_dim**-0.5, DLSE=False, FLOW=False, **kinds,
+            **launch.tiles.keys,
         )  # fmt: skip
     return dq, dk, dv
 
 
-def scan_kept(rows: Rows, initial: bool) -> tuple[Tensor | None, ...]:
-    """See :func:`longseq.attention.scan.scan_kept`."""
-    (number, length, value_dim), like = rows.v.shape, widened(rows.v[:, :0, :0])
-    total = -(-length // CHUNK) * CHUNK
-    chunks, wide = total // CHUNK, like.new_empty(number, length)
-    begin = like.new_empty(number, rows.feature_map.features, value_dim + 1) if initial else None
-    key_scale, before = like.new_empty(number, total), like.new_empty(number, chunks)
-    scales: tuple[Tensor | None, ...] = key_scale, before, torch.empty_like(before), None, None, None
-    if rows.runs is not None:
-        last = like.new_empty(number, chunks, CHUNK, dtype=torch.bool)
-        same, run_before = last.new_empty(number, chunks), like.new_empty(number, chunks, dtype=torch.int32)
-        scales = *scales[:3], same, last, run_before
-    return torch.empty_like(key_scale), wide, torch.empty_like(wide), torch.empty_like(key_scale), begin, *scales
+def _floats(like: Tensor, *sizes: int) -> Tensor:
+    return like.new_empty(*sizes, dtype=torch.float32)
 
 
-def bidirectional_kept(q: Tensor, k: Tensor, v: Tensor, feature_map: FeatureMap) -> tuple[Tensor, ...]:
-    """See :func:`longseq.attention.bidirectional.bidirectional_kept`."""
-    like, m = widened(v[:, :0, :0]), feature_map.features
-    queries, keys = (-(-x.shape[1] // CHUNK) * CHUNK for x in (q, k))
-    sizes = (q.shape[1],), (k.shape[1],), (keys,), (keys,), (queries,), (m, v.shape[2]), (m,)
-    return tuple(like.new_empty(len(v), *size) for size in sizes)
+def _bytes(hidden: Tensor | None) -> Tensor | None:
+    return None if hidden is None else hidden.contiguous().view(torch.uint8)
 
 
-def _joined(sums: Tensor, ones: Tensor, log_scale: Tensor) -> AttentionState:
-    return AttentionState(torch.cat((sums, ones[..., None]), dim=-1), log_scale)
-
-
-def _split(sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums (N, m, e) and Σ φ (N, m) of those of a state."""
-    return sums[..., :-1].contiguous(), sums[..., -1].contiguous()
-
-
-def _contiguous(rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """q, k, v and runs as the kernels take them."""
+def _keys(rows: Rows) -> _Keys:
+    """The keys and values of a scan as the kernels take them."""
     runs = None if rows.runs is None else rows.runs.to(torch.int32).contiguous()
-    rows = rows.widened()
-    return rows.q.contiguous(), rows.k.contiguous(), rows.v.contiguous(), runs
+    decay = None if rows.decay is None else rows.decay.flatten().float().contiguous()
+    delay = min(rows.delay, rows.q.shape[1])  # beyond, no key is visible all the same
+    return _Keys(rows.k.contiguous(), rows.v.contiguous(), _bytes(rows.hidden), runs=runs, decay=decay, delay=delay)
 
 
-def _states(
-    launch: _Launch, k: Tensor, v: Tensor, gauge: Tensor, frames: Frames, delay: int, initial: Tensor | None
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The state before each chunk, (N, chunks, m, e) and (N, chunks, m), and the one behind the last."""
-    entering = frames.entering()
-    sums = launch.sums(k, v, entering, entering, gauge, span=CHUNK, offset=delay)
-    return launch.run_through(sums, frames.left(), initial, reverse=False)
-
-
-def _flow(sums: Tensor, later: Tensor) -> Tensor:
-    """Σ sums · later of each row of N, in float64."""
-    return (sums * later).flatten(1).sum(1, dtype=torch.float64)
-
-
-def _total(parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    sums, ones = parts
-    return sums.sum(1), ones.sum(1)
-
-
-def _chunks(x: Tensor) -> int:
-    return triton.cdiv(x.shape[1], CHUNK)
+def _cut(state: AttentionState | None, n: slice) -> AttentionState | None:
+    return None if state is None else AttentionState(state.sums[n], state.log_scale[n])

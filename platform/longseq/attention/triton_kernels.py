@@ -1,14 +1,15 @@
-"""Triton kernels of FAVOR+: what :mod:`longseq.attention.triton_backend` launches, forward and backward.
+"""Triton kernels of FAVOR+: what :mod:`longseq.attention.triton_backend` launches forward, and what all kernels share.
 
-The features φ of a tile of rows are computed where they are used and live in registers; what goes to memory are
-(N, L) numbers and one (m, e) state a chunk.
+The sequence is cut into segments of whole chunks of C rows. :func:`add_up` forms the sums of each segment,
+:func:`run_through` turns them into the state before each, and :func:`attend` goes through the chunks of a segment with
+that state, which it keeps up to date where it lies: one (m, e) state a segment, used by one program, stays in the
+cache. Features φ exist for one block of F features at a time, in registers.
 
-Loops over blocks of features load q, k and v again in every turn, from the nearest cache: ``zero``, an argument that
-is 0, keeps the compiler from carrying those tiles through the loop in registers that it does not have.
+Operands of products are bf16 where the inputs are bf16 or fp16 (features of fp16 would lose their small values), else
+fp32; sums, exponents and log-scales are fp32.
 
 Names: C rows of a chunk, F features of a block, D and E the widths d and e padded to powers of two. Rows of queries
 are counted by position i, keys by the position t = j + delay at which they become visible: query i sees t ≤ i.
-Vectors "of positions" are (N, T), T the length padded to whole chunks.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -22,13 +23,17 @@ import triton.language as tl
 # Three TF32 products on tensor cores add up to nearly fp32 (relative error 1e-6); a single one has an error of 5e-4,
 # and an exponent of size 20 would turn it into 1 %. The interpreter multiplies in fp32 whatever this says.
 PRECISION = tl.constexpr("tf32x3")
-LOG_FLOOR = tl.constexpr(-40.0)  # as in feature_maps: e^-40 of the sum of a row is the least feature
+LOG2E = tl.constexpr(math.log2(math.e))
+FLOOR = tl.constexpr(-40.0 * math.log2(math.e))  # as in feature_maps: e^-40 of a row's largest feature is the least
 EPSILON = tl.constexpr(1e-3)  # as in feature_maps: relu(u) + ε
 NOTHING = tl.constexpr(-1e30)  # as in state: the log-scale of an empty state
 LEAST = tl.constexpr(1.1754943508222875e-38**0.75)  # as in state.inverse: a denominator below has seen no key
-# Columns of q, k, v multiplied at a time. All of a tile, split into three TF32 parts, would overflow the registers.
+# Columns of q, k, v multiplied at a time in fp32. A whole tile, in three TF32 parts, would overflow the registers.
 SLICE = tl.constexpr(32)
 INFINITY = tl.constexpr(math.inf)
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+# Arguments that follow from the length of the sequence: a new length is no reason to compile again.
+ANY_LENGTH = ("length", "offset", "delay", "steps", "segments", "chunks")
 
 
 @triton.jit
@@ -43,12 +48,30 @@ def load_rows(base, rows, keep, width, first, COLUMNS: tl.constexpr):
 @triton.jit
 def put_rows(base, rows, keep, width, values, COLUMNS: tl.constexpr):
     columns = tl.arange(0, COLUMNS)
+    if base.dtype.element_ty == tl.bfloat16:
+        values = operand(values, True)
     tl.store(base + rows[:, None] * width + columns[None, :], values, mask=keep[:, None] & (columns < width)[None, :])
 
 
 @triton.jit
-def product(a, b):
-    return tl.dot(a, b, input_precision=PRECISION)
+def operand(x, HALF: tl.constexpr):
+    """x as a product takes it: rounded to bf16 if HALF."""
+    if HALF:
+        if INTERPRETED:  # which cannot multiply bf16, and would cut digits off instead of rounding
+            bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+            x = bits.to(tl.float32, bitcast=True)
+        else:
+            x = x.to(tl.bfloat16)
+    else:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def product(a, b, c=None):
+    """a b + c of operands."""
+    return tl.dot(a, b, c, input_precision=PRECISION)
 
 
 @triton.jit
@@ -63,320 +86,384 @@ def rows_product(a, a_rows, a_keep, b, b_rows, b_keep, width, WIDTH: tl.constexp
 
 
 @triton.jit
-def _bounded(u, gauge, real, EXPONENTIAL: tl.constexpr):
-    """Features of u = ωᵀx + shift, zero where not real. Comparisons, unlike maxima, let a NaN through."""
-    if EXPONENTIAL:
-        u = u - gauge
-        phi = tl.exp(tl.where(u < LOG_FLOOR, LOG_FLOOR, u))
+def load_tile(base, rows, keep, width: tl.constexpr, WIDTH: tl.constexpr):
+    """Whole rows of a matrix; zeros where not to keep, and not even read there."""
+    columns = tl.arange(0, WIDTH)
+    at = base + rows[:, None] * width + columns[None, :]
+    if width == WIDTH:
+        tile = tl.load(at, mask=keep[:, None], other=0.0)
     else:
-        phi = tl.where(u < 0.0, 0.0, u) + EPSILON
-    return tl.where(real, phi, 0.0)
+        tile = tl.load(at, mask=keep[:, None] & (columns < width)[None, :], other=0.0)
+    return tile
 
 
 @triton.jit
-def _phi(x, rows, keep, gauge, weight, shift, f, m, d, EXPONENTIAL: tl.constexpr, D: tl.constexpr):
-    """Features f of rows of x: (rows, features)."""
-    u = rows_product(x, rows, keep, weight, f, f < m, d, D) + tl.load(shift + f, mask=f < m, other=0.0)[None, :]
-    return _bounded(u, gauge[:, None], (f < m)[None, :], EXPONENTIAL)
+def exponents(x, w, shift, f, m: tl.constexpr, SHIFTED: tl.constexpr):
+    """u = ωᵀx + shift of rows x (C, D) and features f, whose weights are w (F, D): (C, F)."""
+    if x.dtype == tl.float32:
+        w = w.to(tl.float32)
+    u = product(x, tl.trans(w))
+    if SHIFTED:
+        u += tl.load(shift + f, mask=f < m, other=0.0)[None, :]
+    return u
 
 
 @triton.jit
-def measure(
-    x, hidden, weight, shift, gauge, log_scale, length, m, d, zero, norm, log_constant,
-    EXPONENTIAL: tl.constexpr, HIDDEN: tl.constexpr, C: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
-):  # fmt: skip
-    """The log-sum of each row's exponentials, its ``gauge``, and its log-scale, −inf where hidden: (N, L)."""
-    n = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0).to(tl.int64) * C
-    rows = tl.arange(0, C)
-    keep = rows < length - first
-    at = n * length + first
-    visible = keep
-    if HIDDEN:
-        visible = keep & (tl.load(hidden + at + rows, mask=keep, other=1) == 0)
-    log_sum = tl.zeros((C,), tl.float32)
-    scale = tl.zeros((C,), tl.float32) + log_constant
+def largest(
+    x, weight, shift, m: tl.constexpr, d: tl.constexpr, SHIFTED: tl.constexpr, F: tl.constexpr, D: tl.constexpr
+):
+    """The largest u of each row of x, (C,)."""
+    best = tl.full((x.shape[0], F), -INFINITY, tl.float32)
+    for block in tl.range(0, m, F, disable_licm=True):
+        f = block + tl.arange(0, F)
+        u = exponents(x, load_tile(weight, f, f < m, d, D), shift, f, m, SHIFTED)
+        if m % F != 0:
+            u = tl.where((f < m)[None, :], u, -INFINITY)
+        best = tl.maximum(best, u)
+    return tl.max(best, 1)
+
+
+@triton.jit
+def features(u, gauge, f, m: tl.constexpr, EXPONENTIAL: tl.constexpr, F: tl.constexpr):
+    """φ of u = ωᵀx + shift; ``gauge`` is log2(e) times the largest of each row. A NaN stays one."""
     if EXPONENTIAL:
-        top = tl.full((C,), NOTHING, tl.float32)
-        total = tl.zeros((C,), tl.float32)
-        for block in range(0, m, F):
-            f = block + tl.arange(0, F)
-            u = rows_product(x + at * d + block * zero, rows, visible, weight, f, f < m, d, D)
-            u = tl.where((f < m)[None, :], u + tl.load(shift + f, mask=f < m, other=0.0)[None, :], NOTHING)
-            new_top = tl.maximum(top, tl.max(u, 1))
-            total = total * tl.exp(top - new_top) + tl.sum(tl.exp(u - new_top[:, None]), 1)
-            top = new_top
-        log_sum = top + tl.log(total)
-        tile = load_rows(x + at * d, rows, visible, d, 0, D)
-        scale += log_sum - norm * tl.sum(tile * tile, 1)
-    tl.store(gauge + at + rows, log_sum, mask=keep)
-    tl.store(log_scale + at + rows, tl.where(visible, scale, -INFINITY), mask=keep)
+        # Comparisons, unlike maxima, let a NaN through, and so does this maximum.
+        phi = tl.exp2(tl.maximum(u * LOG2E - gauge[:, None], FLOOR, propagate_nan=tl.PropagateNan.ALL))
+    else:
+        phi = tl.maximum(u, 0.0, propagate_nan=tl.PropagateNan.ALL) + EPSILON
+    if m % F != 0:
+        phi = tl.where((f < m)[None, :], phi, 0.0)
+    return phi
 
 
 @triton.jit
-def carry(chunk_scale, same, fade, initial, before, after, chunks, RUNS: tl.constexpr):
-    """The running log-scale c before each chunk and c' after it, (N, chunks); one program a row of N."""
-    n = tl.program_id(0).to(tl.int64)
-    step = tl.load(fade + n)
-    c = tl.load(initial + n)
-    for chunk in range(chunks):
-        at = n * chunks + chunk
-        tl.store(before + at, c)
-        if RUNS:
-            c = tl.where(tl.load(same + at) != 0, c, NOTHING)
-        c = tl.maximum(c, tl.load(chunk_scale + at))
-        tl.store(after + at, c)
-        c = c - step
+def load_inputs(base, rows, keep, width: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows of q or k as :func:`exponents` takes them."""
+    x = load_tile(base, rows, keep, width, WIDTH)
+    if INTERPRETED or not HALF:
+        x = x.to(tl.float32)
+    return x
 
 
 @triton.jit
-def add_up(
-    x, values, alpha, beta, gauge, weight, shift, sums, ones, length, total, offset, span, m, d, e,
-    EXPONENTIAL: tl.constexpr, C: tl.constexpr, F: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-):  # fmt: skip
-    """The sums Σ_t α_t φ(x_t) v_tᵀ (m, e) and Σ_t β_t φ(x_t) (m,) of every ``span`` positions; rows are t − offset."""
-    n = tl.program_id(1).to(tl.int64)
-    part = tl.program_id(0).to(tl.int64)
-    f = tl.program_id(2) * F + tl.arange(0, F)
-    s = tl.load(shift + f, mask=f < m, other=0.0)
-    state = tl.zeros((F, E), tl.float32)
-    one = tl.zeros((F,), tl.float32)
-    for first in range(part * span, tl.minimum((part + 1) * span, total), C):
-        t = tl.arange(0, C)
-        inside = t < total - first
-        a = tl.load(alpha + n * total + first + t, mask=inside, other=0.0)
-        b = tl.load(beta + n * total + first + t, mask=inside, other=0.0)
-        keep = a != 0.0  # false for hidden rows, those of another document, and where there is no row
-        at = n * length + first - offset
-        value = load_rows(values + at * e, t, keep, e, 0, E)
-        u = rows_product(weight, f, f < m, x + at * d, t, keep, d, D) + s[:, None]
-        g = tl.load(gauge + at + t, mask=keep, other=0.0)
-        phi = _bounded(u, g[None, :], (f < m)[:, None], EXPONENTIAL)  # (F, C)
-        state += product(phi, value * a[:, None])
-        one += tl.sum(phi * b[None, :], 1)
-    at = (n * tl.num_programs(0) + part) * m
-    put_rows(sums + at * e, f, f < m, e, state, E)
-    tl.store(ones + at + f, one, mask=f < m)
+def run_at(runs, t, delay, length):
+    """The document of the key at position t; that of a missing one is the first."""
+    j = t - delay
+    return tl.load(runs + j, mask=(j >= 0) & (t < length), other=0)
 
 
 @triton.jit
-def run_through(parts, initial, final, left, chunks, width, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
-    """Replace the sum of each chunk by the running sum before it: state ← left · state + part, in either direction.
-
-    The state begins as ``initial`` and is left in ``final``, (N, width) both.
-    """
-    n = tl.program_id(1).to(tl.int64)
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    keep = columns < width
-    state = tl.load(initial + n * width + columns, mask=keep, other=0.0)
-    for step in range(chunks):
-        chunk = step
-        if REVERSE:
-            chunk = chunks - 1 - step
-        at = n * chunks + chunk
-        pointers = parts + at * width + columns
-        part = tl.load(pointers, mask=keep, other=0.0)
-        tl.store(pointers, state, mask=keep)
-        state = state * tl.load(left + at) + part
-    tl.store(final + n * width + columns, state, mask=keep)
-
-
-@triton.jit
-def _seen(runs, at, rows, delay, first, length, RUNS: tl.constexpr):
+def seen_by(runs, first, rows, delay, length, RUNS: tl.constexpr):
     """Which query of a chunk sees which of its keys: (queries, keys)."""
     seen = rows[:, None] >= rows[None, :]
     if RUNS:
-        q_run = tl.load(runs + at + rows, mask=rows < length - first, other=-2)
-        keys = first + rows - delay
-        k_run = tl.load(runs + at + rows - delay, mask=(keys >= 0) & (keys < length), other=-1)
-        seen = seen & (q_run[:, None] == k_run[None, :])
+        own = tl.load(runs + first + rows, mask=rows < length - first, other=-2)
+        seen = seen & (own[:, None] == run_at(runs, first + rows, delay, length)[None, :])
     return seen
 
 
 @triton.jit
-def attend(
-    q, k, v, q_gauge, q_scale, k_gauge, key_scale, runs, before, run_before, weight, shift, sums, ones,
-    out, lse, inverse_den, row_scale, length, delay, m, d, e, zero,
-    EXPONENTIAL: tl.constexpr, LOCAL: tl.constexpr, RUNS: tl.constexpr,
-    C: tl.constexpr, F: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-):  # fmt: skip
-    """out, log-denominator, and for the backward pass 1/denominator and M (of positions), of one chunk of queries.
-
-    LOCAL: the state is that before the chunk, and the chunk's own keys are seen too. Otherwise one state is all keys.
-    """
-    n = tl.program_id(1).to(tl.int64)
-    chunk = tl.program_id(0).to(tl.int64)
-    chunks = tl.num_programs(0)
-    first = chunk * C
-    rows = tl.arange(0, C)
-    real = rows < length - first
-    at = n * length + first
-    positions = (n * chunks + chunk) * C + rows
-    state = n
-    gauge = tl.load(q_gauge + at + rows, mask=real, other=0.0)
-    if LOCAL:
-        state = n * chunks + chunk
-        b = tl.load(key_scale + positions)
-        keep = b != -INFINITY  # a real key, not hidden
-        key_gauge = tl.load(k_gauge + at - delay + rows, mask=keep, other=0.0)
-        attention = tl.zeros((C, C), tl.float32)
-    num = tl.zeros((C, E), tl.float32)
-    den = tl.zeros((C,), tl.float32)
-    for block in range(0, m, F):
-        f = block + tl.arange(0, F)
-        phi = _phi(q + at * d + block * zero, rows, real, gauge, weight, shift, f, m, d, EXPONENTIAL, D)
-        num += product(phi, load_rows(sums + state * m * e, f, f < m, e, 0, E))
-        den += tl.sum(phi * tl.load(ones + state * m + f, mask=f < m, other=0.0)[None, :], 1)
-        if LOCAL:
-            keys = k + (at - delay) * d + block * zero
-            key_phi = _phi(keys, rows, keep, key_gauge, weight, shift, f, m, d, EXPONENTIAL, D)
-            attention += product(phi, tl.trans(key_phi))
-    if LOCAL:
-        seen = _seen(runs, n * length + first, rows, delay, first, length, RUNS)
-        visible = tl.where(seen, b[None, :], -INFINITY)
-        c = tl.load(before + state)
-        reads = rows >= 0  # beyond the length too, or M would be too small for the state
-        if RUNS:
-            reads = tl.load(runs + at + rows, mask=real, other=-2) == tl.load(run_before + state)
-        scale = tl.maximum(tl.max(visible, 1), tl.where(reads, c, NOTHING))
-        carried = tl.where(reads, tl.exp(c - scale), 0.0)
-        attention *= tl.exp(visible - scale[:, None])
-        num = num * carried[:, None] + product(attention, load_rows(v + (at - delay) * e, rows, keep, e, 0, E))
-        den = den * carried + tl.sum(attention, 1)
-        tl.store(row_scale + positions, scale)
-        log_den = tl.log(den) + scale + tl.load(q_scale + at + rows, mask=real, other=0.0)
-        tl.store(lse + at + rows, tl.where(den < LEAST, NOTHING, log_den), mask=real)
-    inverse = tl.where((den < LEAST) | (rows >= length - first), 0.0, 1.0 / den)
-    tl.store(inverse_den + positions, inverse)
-    put_rows(out + at * e, rows, real, e, num * inverse[:, None], E)
+def state_reads(runs, first, rows, delay, length, RUNS: tl.constexpr):
+    """Which query of a chunk reads the state before it; beyond the length too, or M would be too small for it."""
+    reads = rows >= 0
+    if RUNS:
+        own = tl.load(runs + first + rows, mask=rows < length - first, other=-2)
+        reads = own == run_at(runs, first - 1, delay, length)
+    return reads
 
 
 @triton.jit
-def values_vjp(
-    q, k, v, dout, q_gauge, k_gauge, key_scale, runs, row_scale, inverse_den, alpha, weight, shift, sums,
-    dv, length, delay, m, d, e, zero,
-    EXPONENTIAL: tl.constexpr, LOCAL: tl.constexpr, RUNS: tl.constexpr,
-    C: tl.constexpr, F: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-):  # fmt: skip
-    """dv of one chunk of keys: from the queries of its chunk if LOCAL, and from the state R of all later ones."""
-    n = tl.program_id(1).to(tl.int64)
-    chunk = tl.program_id(0).to(tl.int64)
-    chunks = tl.num_programs(0)
-    first = chunk * C
-    rows = tl.arange(0, C)
-    at = n * length + first
-    positions = (n * chunks + chunk) * C + rows
-    state = n
-    b = tl.load(key_scale + positions)
-    keep = b != -INFINITY
-    gauge = tl.load(k_gauge + at - delay + rows, mask=keep, other=0.0)
-    if LOCAL:
-        state = n * chunks + chunk
-        real = rows < length - first
-        query_gauge = tl.load(q_gauge + at + rows, mask=real, other=0.0)
-        attention = tl.zeros((C, C), tl.float32)  # (keys, queries)
-    grad = tl.zeros((C, E), tl.float32)
-    for block in range(0, m, F):
-        f = block + tl.arange(0, F)
-        keys = k + (at - delay) * d + block * zero
-        phi = _phi(keys, rows, keep, gauge, weight, shift, f, m, d, EXPONENTIAL, D)
-        grad += product(phi, load_rows(sums + state * m * e, f, f < m, e, 0, E))
-        if LOCAL:
-            queries = q + at * d + block * zero
-            query_phi = _phi(queries, rows, real, query_gauge, weight, shift, f, m, d, EXPONENTIAL, D)
-            attention += product(phi, tl.trans(query_phi))
-    grad *= tl.load(alpha + positions)[:, None]
-    if LOCAL:
-        seen = tl.trans(_seen(runs, n * length + first, rows, delay, first, length, RUNS))
-        exponent = tl.where(seen, b[:, None] - tl.load(row_scale + positions)[None, :], -INFINITY)
-        attention *= tl.exp(exponent) * tl.load(inverse_den + positions)[None, :]
-        grad += product(attention, load_rows(dout + at * e, rows, real, e, 0, E))
-    written = (first + rows - delay >= 0) & (first + rows - delay < length)
-    put_rows(dv + (at - delay) * e, rows, written, e, grad, E)
+def _maximum(a, b):
+    return tl.maximum(a, b)
 
 
 @triton.jit
-def features_vjp(
-    q, k, v, dout, q_gauge, k_gauge, key_scale, runs, row_scale, inverse_den, u, alpha, beta, weight, shift, sums, ones,
-    dx, d_scale, length, delay, m, d, e, zero, norm,
-    EXPONENTIAL: tl.constexpr, KEYS: tl.constexpr, LOCAL: tl.constexpr, RUNS: tl.constexpr,
+def _maximum_of_run(a_run, a, b_run, b):
+    return b_run, tl.where(a_run == b_run, tl.maximum(a, b), b)
+
+
+@triton.jit
+def row_scales(b, c, runs, first, rows, delay, length, RUNS: tl.constexpr):
+    """M of each query of a chunk: the largest log-scale of the keys it sees and of the state, c (C,)."""
+    if RUNS:
+        # A query sees the last of the keys up to it, and as many before as are of the same document; or none.
+        run = run_at(runs, first + rows, delay, length)
+        own = tl.load(runs + first + rows, mask=rows < length - first, other=-2)
+        _, so_far = tl.associative_scan((run, b), 0, _maximum_of_run)
+        so_far = tl.where(own == run, so_far, -INFINITY)
+    else:
+        so_far = tl.associative_scan(b, 0, _maximum)
+    return tl.maximum(so_far, c)
+
+
+@triton.jit
+def through(b, c, runs, first, rows, delay, length, RUNS: tl.constexpr):
+    """The log-scale c' after a chunk with key scales b, e^{b − c'} and e^{c − c'}."""
+    goes_on = c == c
+    if RUNS:
+        ending = run_at(runs, tl.minimum(first + rows.shape[0], length) - 1, delay, length)
+        goes_on = ending == run_at(runs, first - 1, delay, length)
+        b = tl.where(run_at(runs, first + rows, delay, length) == ending, b, -INFINITY)
+    after = tl.maximum(tl.where(goes_on, c, NOTHING), tl.max(b, 0))
+    return after, tl.exp(b - after), tl.where(goes_on, tl.exp(c - after), 0.0)
+
+
+@triton.jit
+def key_logs(key_scale, first, rows, delay, length, rate, DECAY: tl.constexpr):
+    """b of the keys that become visible in a chunk, −inf where none does."""
+    j = first + rows - delay
+    b = tl.load(key_scale + j, mask=(j >= 0) & (first + rows < length), other=-INFINITY)
+    if DECAY:
+        b += rate * rows.to(tl.float32)
+    return b
+
+
+@triton.jit
+def load_state(sums, f, m: tl.constexpr, e: tl.constexpr, F: tl.constexpr, E: tl.constexpr):
+    """Columns f of Sᵀ, (E, F), and of the normaliser, (F,)."""
+    rows = tl.arange(0, E)
+    at = sums + rows[:, None] * m + f[None, :]
+    if e == E and m % F == 0:
+        state = tl.load(at)
+        one = tl.load(sums + e * m + f)
+    else:
+        state = tl.load(at, mask=(rows < e)[:, None] & (f < m)[None, :], other=0.0)
+        one = tl.load(sums + e * m + f, mask=f < m, other=0.0)
+    return state, one
+
+
+@triton.jit
+def put_state(sums, f, state, one, m: tl.constexpr, e: tl.constexpr, F: tl.constexpr, E: tl.constexpr):
+    rows = tl.arange(0, E)
+    at = sums + rows[:, None] * m + f[None, :]
+    if e == E and m % F == 0:
+        tl.store(at, state)
+        tl.store(sums + e * m + f, one)
+    else:
+        tl.store(at, state, mask=(rows < e)[:, None] & (f < m)[None, :])
+        tl.store(sums + e * m + f, one, mask=f < m)
+
+
+@triton.jit(do_not_specialize=ANY_LENGTH)
+def add_up(
+    x, values, hidden, log_weight, last, runs, decay, weight, shift, gauge, log_scale, sums, scales,
+    length, delay, steps, norm, log_constant, m: tl.constexpr, d: tl.constexpr, e: tl.constexpr,
+    EXPONENTIAL: tl.constexpr, SHIFTED: tl.constexpr, GAUGED: tl.constexpr, HIDDEN: tl.constexpr,
+    WEIGHTED: tl.constexpr, LAST: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr, HALF: tl.constexpr,
     C: tl.constexpr, F: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    """dq of one chunk, or with KEYS its dk, and Σ_f dφ·φ of each key (``d_scale``, of positions).
+    """Σ_j e^{b_j − c} φ(x_j) [v_j, last_j]ᵀ of every ``steps`` chunks, with c counted from the chunk behind them.
 
-    With x the rows in question, y those of the other side, a and b their dout or v,
-
-        dφ(x) = Σ_y dA_xy φ(y) + α_x S a_x + β_x z,    dA_ij = (inverse_i · dout_iᵀv_j + u_i) · exp(b_j − M_i)
-
-    S, z being the state before the chunk (queries), or the sums R over the queries after it (keys).
+    Writes the rows' gauges and log-scales (N, L) as well, or reads those that it once wrote, if GAUGED.
     """
     n = tl.program_id(1).to(tl.int64)
-    chunk = tl.program_id(0).to(tl.int64)
-    chunks = tl.num_programs(0)
-    first = chunk * C
+    part = tl.program_id(0)
+    f = tl.program_id(2) * F + tl.arange(0, F)
     rows = tl.arange(0, C)
-    real = rows < length - first
-    at = n * length + first
-    positions = (n * chunks + chunk) * C + rows
-    state = n
-    if LOCAL:
-        state = n * chunks + chunk
-    # The rows in question: x, with the values a they are multiplied by; and the rows y of the other side.
-    if KEYS:
-        x, a, y, b = k + (at - delay) * d, v + (at - delay) * e, q + at * d, dout + at * e
-    else:
-        x, a, y, b = q + at * d, dout + at * e, k + (at - delay) * d, v + (at - delay) * e
-    keep, other_keep = real, real
-    if KEYS or LOCAL:
-        key_log = tl.load(key_scale + positions)
-        visible = key_log != -INFINITY
-        key_gauge = tl.load(k_gauge + at - delay + rows, mask=visible, other=0.0)
-    if LOCAL or not KEYS:
-        query_gauge = tl.load(q_gauge + at + rows, mask=real, other=0.0)
-    if KEYS:
-        keep, gauge = visible, key_gauge
-        if LOCAL:
-            other_gauge = query_gauge
-    else:
-        gauge = query_gauge
-        if LOCAL:
-            other_keep, other_gauge = visible, key_gauge
-    if LOCAL:
-        scale = tl.load(row_scale + positions)
-        inverse = tl.load(inverse_den + positions)
-        shared = tl.load(u + positions)
-        seen = _seen(runs, n * length + first, rows, delay, first, length, RUNS)
-        d_attention = rows_product(a, rows, keep, b, rows, other_keep, e, E)
-        if KEYS:
-            d_attention = d_attention * inverse[None, :] + shared[None, :]
-            exponent = tl.where(tl.trans(seen), key_log[:, None] - scale[None, :], -INFINITY)
+    at = n * length
+    rate = 0.0
+    if DECAY:
+        rate = tl.load(decay + n)
+    state = tl.zeros((E, F), tl.float32)
+    one = tl.zeros((F,), tl.float32)
+    c = tl.full((), NOTHING, tl.float32)
+    for chunk in tl.range(part * steps, tl.minimum((part + 1) * steps, tl.cdiv(length, C)), disable_licm=True):
+        first = chunk * C
+        j = first + rows - delay
+        visible = (j >= 0) & (first + rows < length)
+        from_ = at + first - delay
+        if GAUGED:
+            b = key_logs(log_scale + at, first, rows, delay, length, rate, False)
+            visible = b != -INFINITY
+            g = tl.load(gauge + from_ + rows, mask=visible, other=0.0)
+            tile = load_inputs(x + from_ * d, rows, visible, d, HALF, D)
         else:
-            d_attention = d_attention * inverse[:, None] + shared[:, None]
-            exponent = tl.where(seen, key_log[None, :] - scale[:, None], -INFINITY)
-        d_attention *= tl.exp(exponent)
-    read = tl.load(alpha + positions)
-    read_one = tl.load(beta + positions)
-    gradient = tl.zeros((C, D), tl.float32)
-    row_sum = tl.zeros((C,), tl.float32)
-    for block in range(0, m, F):
-        f = block + tl.arange(0, F)
-        again = block * zero
-        phi = _phi(x + again, rows, keep, gauge, weight, shift, f, m, d, EXPONENTIAL, D)
-        d_phi = rows_product(a + again, rows, keep, sums + state * m * e, f, f < m, e, E) * read[:, None]
-        d_phi += read_one[:, None] * tl.load(ones + state * m + f, mask=f < m, other=0.0)[None, :]
-        if LOCAL:
-            other = _phi(y + again, rows, other_keep, other_gauge, weight, shift, f, m, d, EXPONENTIAL, D)
-            d_phi += product(d_attention, other)
-        d_log = d_phi * phi
-        row_sum += tl.sum(d_log, 1)
-        if not EXPONENTIAL:
-            d_log = tl.where(phi > EPSILON, d_phi, 0.0)
-        gradient += product(d_log, load_rows(weight, f, f < m, d, 0, D))
-    if EXPONENTIAL:
-        gradient -= (norm * row_sum)[:, None] * load_rows(x, rows, keep, d, 0, D)
-    if KEYS:
-        written = (first + rows - delay >= 0) & (first + rows - delay < length)
-        put_rows(dx + (at - delay) * d, rows, written, d, gradient, D)
-        tl.store(d_scale + positions, row_sum)
+            there = visible
+            if HIDDEN:
+                visible = visible & (tl.load(hidden + from_ + rows, mask=there, other=1) == 0)
+            if WEIGHTED:
+                more = tl.load(log_weight + from_ + rows, mask=there, other=-INFINITY)
+                visible = visible & (more != -INFINITY)
+            tile = load_inputs(x + from_ * d, rows, visible, d, HALF, D)
+            b = tl.zeros((C,), tl.float32) + log_constant
+            g = tl.zeros((C,), tl.float32)
+            if EXPONENTIAL:
+                top = largest(tile, weight, shift, m, d, SHIFTED, F if F < 64 else 64, D)
+                g = top * LOG2E
+                b += top - norm * tl.sum(tile.to(tl.float32) * tile.to(tl.float32), 1)
+            if WEIGHTED:
+                b += more
+            b = tl.where(visible, b, -INFINITY)
+            if tl.program_id(2) == 0:
+                tl.store(gauge + from_ + rows, g, mask=there)
+                tl.store(log_scale + from_ + rows, b, mask=there)
+        if DECAY:
+            b += rate * rows.to(tl.float32)
+        c, entering, left = through(b, c, runs + at, first, rows, delay, length, RUNS)
+        ends = entering
+        if LAST:
+            ends = entering * tl.load(last + from_ + rows, mask=visible, other=0.0)
+        u = exponents(tile, load_tile(weight, f, f < m, d, D), shift, f, m, SHIFTED)
+        phi = features(u, g, f, m, EXPONENTIAL, F)
+        one = one * left + tl.sum(phi * ends[:, None], 0)
+        value = load_tile(values + from_ * e, rows, visible, e, E).to(tl.float32) * entering[:, None]
+        state = product(tl.trans(operand(value, HALF)), operand(phi, HALF), state * left)
+        if DECAY:
+            c = c - rate * C
+    put_state(sums + (n * tl.num_programs(0) + part) * m * (e + 1), f, state, one, m, e, F, E)
+    if tl.program_id(2) == 0:
+        tl.store(scales + n * tl.num_programs(0) + part, c)
+
+
+@triton.jit
+def segment_held(begin, runs, s, delay, length, steps, chunks, rate, RUNS: tl.constexpr, C: tl.constexpr):
+    """c of the state before a segment as seen from behind it, and whether that state's document goes on till there."""
+    first = s * steps * C
+    stop = tl.minimum((s + 1) * steps, chunks)
+    goes_on = begin == begin
+    if RUNS:
+        ending = run_at(runs, tl.minimum(stop * C, length) - 1, delay, length)
+        goes_on = ending == run_at(runs, first - 1, delay, length)
+    return begin - rate * (C * (stop - s * steps)).to(tl.float32), goes_on
+
+
+@triton.jit
+def transposed(index, m: tl.constexpr, e: tl.constexpr):
+    """Where the element of (e + 1, m) at ``index`` lies in (m, e + 1), the layout of an AttentionState."""
+    return index % m * (e + 1) + index // m
+
+
+@triton.jit(do_not_specialize=ANY_LENGTH)
+def run_through(
+    sums, scales, begins, initial, initial_scale, final, final_scale, runs, decay,
+    length, delay, steps, segments, chunks, m: tl.constexpr, e: tl.constexpr,
+    INITIAL: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr, C: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """Replace the sums of each segment by the state before it.
+
+    begins: c before each segment, and behind the last: (N, segments + 1). initial, final: the states at both ends,
+    (N, m, e + 1), the final one seen from behind the last position.
+    """
+    n = tl.program_id(1).to(tl.int64)
+    x = tl.program_id(0) * B + tl.arange(0, B)
+    inside = x < m * (e + 1)
+    there = n * m * (e + 1) + transposed(x, m, e)
+    rate = 0.0
+    if DECAY:
+        rate = tl.load(decay + n)
+    state = tl.zeros((B,), tl.float32)
+    c = tl.full((), NOTHING, tl.float32)
+    if INITIAL:
+        state = tl.load(initial + there, mask=inside, other=0.0)
+        c = tl.load(initial_scale + n)
+    for s in range(segments):
+        at = sums + (n * segments + s) * m * (e + 1) + x
+        part = tl.load(at, mask=inside, other=0.0)
+        tl.store(at, state, mask=inside)
+        if tl.program_id(0) == 0:
+            tl.store(begins + n * (segments + 1) + s, c)
+        scale = tl.load(scales + n * segments + s)
+        held, goes_on = segment_held(c, runs + n * length, s, delay, length, steps, chunks, rate, RUNS, C)
+        new = tl.maximum(tl.where(goes_on, held, NOTHING), scale)
+        state = state * tl.where(goes_on, tl.exp(held - new), 0.0) + part * tl.exp(scale - new)
+        c = new
+    if tl.program_id(0) == 0:
+        tl.store(begins + n * (segments + 1) + segments, c)
+        tl.store(final_scale + n, c + rate * (chunks * C - length).to(tl.float32))
+    tl.store(final + there, state, mask=inside)
+
+
+@triton.jit(do_not_specialize=ANY_LENGTH)
+def attend(
+    q, k, v, k_gauge, key_scale, runs, decay, weight, shift, sums, begins, q_gauge, row_scale, before, after,
+    inverse_den, lse, out, length, delay, steps, norm, log_constant,
+    m: tl.constexpr, d: tl.constexpr, e: tl.constexpr,
+    EXPONENTIAL: tl.constexpr, SHIFTED: tl.constexpr, LOCAL: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr,
+    HALF: tl.constexpr, C: tl.constexpr, F: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    """out, log-denominator, and for the backward pass 1/denominator, gauges, M and c, of one segment's queries.
+
+    LOCAL: the state is that before the segment, and is left as it is before its last chunk. Otherwise one state is
+    all keys.
+    """
+    n = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(0)
+    rows = tl.arange(0, C)
+    at = n * length
+    chunks = tl.cdiv(length, C)
+    rate = 0.0
+    if DECAY:
+        rate = tl.load(decay + n)
+    if LOCAL:
+        sums += (n * tl.num_programs(0) + part) * m * (e + 1)
+        c = tl.load(begins + n * (tl.num_programs(0) + 1) + part)
     else:
-        put_rows(dx + at * d, rows, real, d, gradient, D)
+        sums += n * m * (e + 1)
+    stop = tl.minimum((part + 1) * steps, chunks)
+    for chunk in tl.range(part * steps, stop, disable_licm=True):
+        first = chunk * C
+        real = rows < length - first
+        tile = load_inputs(q + (at + first) * d, rows, real, d, HALF, D)
+        q_scale = tl.zeros((C,), tl.float32) + log_constant
+        gauge = tl.zeros((C,), tl.float32)
+        if EXPONENTIAL:
+            top = largest(tile, weight, shift, m, d, SHIFTED, F, D)
+            gauge = top * LOG2E
+            q_scale += top - norm * tl.sum(tile.to(tl.float32) * tile.to(tl.float32), 1)
+        tl.store(q_gauge + at + first + rows, gauge, mask=real)
+        if LOCAL:
+            b = key_logs(key_scale + at, first, rows, delay, length, rate, DECAY)
+            keep = b != -INFINITY  # a real key, not hidden
+            from_ = at + first - delay
+            new, entering, left = through(b, c, runs + at, first, rows, delay, length, RUNS)
+            enters = operand(load_tile(v + from_ * e, rows, keep, e, E).to(tl.float32) * entering[:, None], HALF)
+            tl.store(before + n * chunks + chunk, c)
+            tl.store(after + n * chunks + chunk, new)
+            key_gauge = tl.load(k_gauge + from_ + rows, mask=keep, other=0.0)
+            keys = load_inputs(k + from_ * d, rows, keep, d, HALF, D)
+            attention = tl.zeros((C, C), tl.float32)
+        num = tl.zeros((C, E), tl.float32)
+        den = tl.zeros((C,), tl.float32)
+        for block in tl.range(0, m, F, disable_licm=True):
+            f = block + tl.arange(0, F)
+            # The state is done with before the queries' features are made: both would overflow the registers.
+            w = load_tile(weight, f, f < m, d, D)
+            if LOCAL:
+                key_phi = features(exponents(keys, w, shift, f, m, SHIFTED), key_gauge, f, m, EXPONENTIAL, F)
+                key_features = operand(key_phi, HALF)
+                one_more = tl.sum(key_phi * entering[:, None], 0)
+            state, one = load_state(sums, f, m, e, F, E)
+            read_state = operand(state, HALF)
+            if LOCAL:  # noqa: SIM102 (it is known when this is compiled)
+                if chunk + 1 < stop:
+                    behind = product(tl.trans(enters), key_features, state * left)
+                    put_state(sums, f, behind, one * left + one_more, m, e, F, E)
+            phi = features(exponents(tile, w, shift, f, m, SHIFTED), gauge, f, m, EXPONENTIAL, F)
+            den += tl.sum(phi * one[None, :], 1)
+            queries = operand(phi, HALF)
+            num = product(queries, tl.trans(read_state), num)
+            if LOCAL:
+                attention = product(queries, tl.trans(key_features), attention)
+        if LOCAL:
+            # Loaded again: it would be in registers all through the loop.
+            b = key_logs(key_scale + at, first, rows, delay, length, rate, DECAY)
+            reads = state_reads(runs + at, first, rows, delay, length, RUNS)
+            scale = row_scales(b, tl.where(reads, c, NOTHING), runs + at, first, rows, delay, length, RUNS)
+            tl.store(row_scale + at + first + rows, scale, mask=real)
+            carried = tl.where(reads, tl.exp(c - scale), 0.0)
+            seen = seen_by(runs + at, first, rows, delay, length, RUNS)
+            attention *= tl.where(seen, tl.exp2(b[None, :] * LOG2E - scale[:, None] * LOG2E), 0.0)
+            value = load_tile(v + from_ * e, rows, keep, e, E)
+            num = product(operand(attention, HALF), operand(value, HALF), num * carried[:, None])
+            den = den * carried + tl.sum(attention, 1)
+            log_den = tl.log(den) + scale + q_scale
+            if DECAY:
+                log_den -= rate * (rows + delay).to(tl.float32)
+            tl.store(lse + at + first + rows, tl.where(den < LEAST, NOTHING, log_den), mask=real)
+            c = new
+            if DECAY:
+                c = c - rate * C
+            tl.debug_barrier()  # before others read what this thread has written of the state
+        inverse = tl.where(den < LEAST, 0.0, 1.0 / den)
+        tl.store(inverse_den + at + first + rows, inverse, mask=real)
+        put_rows(out + (at + first) * e, rows, real, e, num * inverse[:, None], E)

@@ -61,8 +61,8 @@ def unsupported(feature_map: FeatureMap | None, rows: Sequence[Tensor]) -> str |
             return f"the kernels run on NVIDIA GPUs, and the tensors are on {device}"
         if torch.cuda.get_device_capability(device) < CAPABILITY:
             return f"the kernels need compute capability {CAPABILITY}; {torch.cuda.get_device_name(device)} has less"
-    if rows[0].dtype == torch.float64:
-        return f"the kernels compute in torch.float32, and the inputs are {rows[0].dtype}"
+    if rows[0].dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the kernels take torch.float32, bfloat16 and float16, and the inputs are {rows[0].dtype}"
     if widest > WIDEST:
         return f"head_dim and value_dim may be up to {WIDEST}, and one is {widest}"
     if len(rows[0]) > 65535:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.longseq.attention.own_kernels import DEVICE, double, poison_hidden, results, rows
 
-from longseq.attention.window import window_attention
+from longseq.attention.window_operator import window_attention
 
 pytest.importorskip("triton")
 

@@ -1,0 +1,348 @@
+"""Triton kernels of FAVOR+'s backward pass: see :mod:`longseq.attention.triton_kernels`.
+
+:func:`add_up_queries` forms R's share of each segment, :func:`run_back` turns them into R behind each;
+:func:`queries_vjp` goes through the chunks of a segment with S, and :func:`keys_vjp` from the last to the first with R.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from longseq.attention.triton_kernels import (
+    ANY_LENGTH,
+    EPSILON,
+    INFINITY,
+    LOG2E,
+    exponents,
+    features,
+    key_logs,
+    load_inputs,
+    load_state,
+    load_tile,
+    operand,
+    product,
+    put_rows,
+    put_state,
+    run_at,
+    seen_by,
+    segment_held,
+    state_reads,
+    through,
+    transposed,
+)
+
+
+@triton.jit(do_not_specialize=ANY_LENGTH)
+def add_up_queries(
+    q, dout, out, dlse, inverse_den, q_gauge, row_scale, begins, runs, decay, weight, shift, u, sums,
+    length, delay, steps, m: tl.constexpr, d: tl.constexpr, e: tl.constexpr,
+    EXPONENTIAL: tl.constexpr, SHIFTED: tl.constexpr, LOCAL: tl.constexpr, DLSE: tl.constexpr, RUNS: tl.constexpr,
+    DECAY: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr, F: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    """Σ_i e^{c − M_i} φ(q_i) g_iᵀ of every ``steps`` chunks, c that before them; and g's last component u, (N, L)."""
+    n = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(0)
+    f = tl.program_id(2) * F + tl.arange(0, F)
+    rows = tl.arange(0, C)
+    at = n * length
+    rate = 0.0
+    if DECAY:
+        rate = tl.load(decay + n)
+    if LOCAL:
+        c = tl.load(begins + n * (tl.num_programs(0) + 1) + part)
+    state = tl.zeros((E, F), tl.float32)
+    one = tl.zeros((F,), tl.float32)
+    start = part * steps * C
+    for chunk in tl.range(part * steps, tl.minimum((part + 1) * steps, tl.cdiv(length, C)), disable_licm=True):
+        first = chunk * C
+        real = rows < length - first
+        here = at + first + rows
+        grad = load_tile(dout + (at + first) * e, rows, real, e, E)
+        inverse = tl.load(inverse_den + here, mask=real, other=0.0)
+        shared = -tl.sum(grad * load_tile(out + (at + first) * e, rows, real, e, E), 1)
+        if DLSE:
+            shared += tl.load(dlse + here, mask=real, other=0.0)
+        shared *= inverse
+        if tl.program_id(2) == 0:
+            tl.store(u + here, shared, mask=real)
+        if LOCAL:
+            scale = tl.load(row_scale + here, mask=real, other=INFINITY)
+            carried = tl.exp(c - scale)
+            if RUNS:
+                own = tl.load(runs + here, mask=real, other=-2)
+                carried = tl.where(own == run_at(runs + at, start - 1, delay, length), carried, 0.0)
+            inverse *= carried
+            shared *= carried
+        reading = operand(grad * inverse[:, None], HALF)
+        gauge = tl.load(q_gauge + here, mask=real, other=0.0)
+        tile = load_inputs(q + (at + first) * d, rows, real, d, HALF, D)
+        w = load_tile(weight, f, f < m, d, D)
+        phi = features(exponents(tile, w, shift, f, m, SHIFTED), gauge, f, m, EXPONENTIAL, F)
+        one += tl.sum(phi * shared[:, None], 0)
+        state = product(tl.trans(reading), operand(phi, HALF), state)
+        if DECAY:
+            c = c - rate * C
+    put_state(sums + (n * tl.num_programs(0) + part) * m * (e + 1), f, state, one, m, e, F, E)
+
+
+@triton.jit(do_not_specialize=ANY_LENGTH)
+def run_back(
+    sums, begins, later, d_initial, states, final, flows, runs, decay,
+    length, delay, steps, segments, chunks, m: tl.constexpr, e: tl.constexpr,
+    LATER: tl.constexpr, FLOW: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr, C: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """Replace R's shares by R behind each segment; what is left before the first is the initial state's gradient.
+
+    FLOW: sums Σ S ⊙ R of the states between segments, times the way from one to the next, (N, programs) float64.
+    """
+    n = tl.program_id(1).to(tl.int64)
+    x = tl.program_id(0) * B + tl.arange(0, B)
+    inside = x < m * (e + 1)
+    there = n * m * (e + 1) + transposed(x, m, e)
+    rate = 0.0
+    if DECAY:
+        rate = tl.load(decay + n)
+    state = tl.zeros((B,), tl.float32)
+    flow = tl.full((), 0.0, tl.float64)
+    if LATER:
+        state = tl.load(later + there, mask=inside, other=0.0)
+        if FLOW:
+            way = length - delay - (segments - 1) * steps * C
+            both = tl.sum(tl.load(final + there, mask=inside, other=0.0) * state, 0)
+            flow -= way.to(tl.float64) * both.to(tl.float64)
+    for back in range(segments):
+        s = segments - 1 - back
+        at = (n * segments + s) * m * (e + 1) + x
+        part = tl.load(sums + at, mask=inside, other=0.0)
+        tl.store(sums + at, state, mask=inside)
+        begin = tl.load(begins + n * (segments + 1) + s)
+        end = tl.load(begins + n * (segments + 1) + s + 1)
+        held, goes_on = segment_held(begin, runs + n * length, s, delay, length, steps, chunks, rate, RUNS, C)
+        state = state * tl.where(goes_on, tl.exp(held - end), 0.0) + part
+        if FLOW:
+            both = tl.sum(tl.load(states + at, mask=inside, other=0.0) * state, 0)
+            flow -= tl.where(s > 0, steps * C, 0).to(tl.float64) * both.to(tl.float64)
+    tl.store(d_initial + there, state, mask=inside)
+    if FLOW:
+        tl.store(flows + n * (tl.num_programs(0) + segments) + tl.program_id(0), flow)
+
+
+@triton.jit(do_not_specialize=ANY_LENGTH)
+def queries_vjp(
+    q, k, v, dout, q_gauge, k_gauge, key_scale, row_scale, inverse_den, u, runs, decay, before, weight, shift,
+    sums, dq, length, delay, steps, norm, m: tl.constexpr, d: tl.constexpr, e: tl.constexpr,
+    EXPONENTIAL: tl.constexpr, SHIFTED: tl.constexpr, LOCAL: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr,
+    HALF: tl.constexpr, C: tl.constexpr, F: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    """dq of one segment:
+
+        dφ(q_i) = Σ_j dA_ij φ(k_j) + e^{c − M_i} S g_i,    dA_ij = (dout_iᵀv_j / ñ_i[e] + u_i) · exp(b_j − M_i)
+
+    The state before the segment is left as it is before its last chunk.
+    """
+    n = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(0)
+    rows = tl.arange(0, C)
+    at = n * length
+    chunks = tl.cdiv(length, C)
+    rate = 0.0
+    if DECAY:
+        rate = tl.load(decay + n)
+    if LOCAL:
+        sums += (n * tl.num_programs(0) + part) * m * (e + 1)
+    else:
+        sums += n * m * (e + 1)
+    stop = tl.minimum((part + 1) * steps, chunks)
+    for chunk in tl.range(part * steps, stop, disable_licm=True):
+        first = chunk * C
+        real = rows < length - first
+        here = at + first + rows
+        grad = load_tile(dout + (at + first) * e, rows, real, e, E)
+        read = tl.load(inverse_den + here, mask=real, other=0.0)
+        read_one = tl.load(u + here, mask=real, other=0.0)
+        if LOCAL:
+            b = key_logs(key_scale + at, first, rows, delay, length, rate, DECAY)
+            keep = b != -INFINITY
+            from_ = at + first - delay
+            value = load_tile(v + from_ * e, rows, keep, e, E)
+            scale = tl.load(row_scale + here, mask=real, other=INFINITY)
+            seen = seen_by(runs + at, first, rows, delay, length, RUNS)
+            d_attention = product(operand(grad, HALF), tl.trans(operand(value, HALF))) * read[:, None]
+            d_attention += read_one[:, None]
+            d_attention *= tl.where(seen, tl.exp2(b[None, :] * LOG2E - scale[:, None] * LOG2E), 0.0)
+            d_weights = operand(d_attention, HALF)
+            c = tl.load(before + n * chunks + chunk)
+            _, entering, left = through(b, c, runs + at, first, rows, delay, length, RUNS)
+            enters = operand(value.to(tl.float32) * entering[:, None], HALF)
+            reads = state_reads(runs + at, first, rows, delay, length, RUNS)
+            carried = tl.where(reads, tl.exp(c - scale), 0.0)
+            read *= carried
+            read_one *= carried
+        reading = operand(grad * read[:, None], HALF)
+        # Loaded here and not before: all rows at once would overflow the registers.
+        gauge = tl.load(q_gauge + here, mask=real, other=0.0)
+        tile = load_inputs(q + (at + first) * d, rows, real, d, HALF, D)
+        if LOCAL:
+            key_gauge = tl.load(k_gauge + from_ + rows, mask=keep, other=0.0)
+            keys = load_inputs(k + from_ * d, rows, keep, d, HALF, D)
+        gradient = tl.zeros((C, D), tl.float32)
+        row_sum = tl.zeros((C,), tl.float32)
+        for block in tl.range(0, m, F, disable_licm=True):
+            f = block + tl.arange(0, F)
+            w = load_tile(weight, f, f < m, d, D)
+            if LOCAL:
+                key_phi = features(exponents(keys, w, shift, f, m, SHIFTED), key_gauge, f, m, EXPONENTIAL, F)
+                key_features = operand(key_phi, HALF)
+                one_more = tl.sum(key_phi * entering[:, None], 0)
+            state, one = load_state(sums, f, m, e, F, E)
+            read_state = operand(state, HALF)
+            if LOCAL:  # noqa: SIM102 (it is known when this is compiled)
+                if chunk + 1 < stop:
+                    behind = product(tl.trans(enters), key_features, state * left)
+                    put_state(sums, f, behind, one * left + one_more, m, e, F, E)
+            d_phi = product(reading, read_state, read_one[:, None] * one[None, :])
+            if LOCAL:
+                d_phi = product(d_weights, key_features, d_phi)
+            phi = features(exponents(tile, w, shift, f, m, SHIFTED), gauge, f, m, EXPONENTIAL, F)
+            if EXPONENTIAL:
+                d_log = d_phi * phi
+                row_sum += tl.sum(d_log, 1)
+            else:
+                d_log = tl.where(phi > EPSILON, d_phi, 0.0)
+            gradient = product(operand(d_log, HALF), operand(w, HALF), gradient)
+        if EXPONENTIAL:
+            gradient -= (norm * row_sum)[:, None] * load_tile(q + (at + first) * d, rows, real, d, D).to(tl.float32)
+        put_rows(dq + (at + first) * d, rows, real, d, gradient, D)
+        if LOCAL:
+            tl.debug_barrier()  # before others read what this thread has written of the state
+
+
+@triton.jit
+def visible_weights(b, scale, runs, first, rows, delay, length, RUNS: tl.constexpr):
+    """exp(b_j − M_i), 0 where i does not see j: (keys, queries)."""
+    seen = tl.trans(seen_by(runs, first, rows, delay, length, RUNS))
+    return tl.where(seen, tl.exp2(b[:, None] * LOG2E - scale[None, :] * LOG2E), 0.0)
+
+
+@triton.jit(do_not_specialize=ANY_LENGTH)
+def keys_vjp(
+    q, k, v, dout, dlse, q_gauge, k_gauge, key_scale, row_scale, inverse_den, u, final_scale, runs, decay, before,
+    weight, shift, sums, dk, dv, flows, length, delay, steps, others, norm,
+    m: tl.constexpr, d: tl.constexpr, e: tl.constexpr,
+    EXPONENTIAL: tl.constexpr, SHIFTED: tl.constexpr, LOCAL: tl.constexpr, DLSE: tl.constexpr, FLOW: tl.constexpr,
+    RUNS: tl.constexpr, DECAY: tl.constexpr,
+    HALF: tl.constexpr, C: tl.constexpr, F: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one segment, with dA as in :func:`queries_vjp`:
+
+        dφ(k_j) = Σ_i dA_ij φ(q_i) + e^{b_j − c'} R ṽ_j,    dv_j = Σ_i A_ij g_i + e^{b_j − c'} Rᵀφ(k_j)
+
+    R is that behind the segment, and is left as it is behind its first chunk. FLOW: the decay's gradient, counted
+    from the segment's start.
+    """
+    n = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(0)
+    rows = tl.arange(0, C)
+    at = n * length
+    chunks = tl.cdiv(length, C)
+    rate = 0.0
+    if DECAY:
+        rate = tl.load(decay + n)
+    if LOCAL:
+        sums += (n * tl.num_programs(0) + part) * m * (e + 1)
+    else:
+        sums += n * m * (e + 1)
+    start = part * steps
+    stop = tl.minimum(start + steps, chunks)
+    flow = tl.full((), 0.0, tl.float64)
+    for back in tl.range(0, stop - start, disable_licm=True):
+        chunk = stop - 1 - back
+        first = chunk * C
+        from_ = at + first - delay
+        b = key_logs(key_scale + at, first, rows, delay, length, rate, DECAY)
+        keep = b != -INFINITY
+        value = load_tile(v + from_ * e, rows, keep, e, E)
+        if LOCAL:
+            real = rows < length - first
+            here = at + first + rows
+            grad = load_tile(dout + (at + first) * e, rows, real, e, E)
+            inverse = tl.load(inverse_den + here, mask=real, other=0.0)
+            shared = tl.load(u + here, mask=real, other=0.0)
+            scale = tl.load(row_scale + here, mask=real, other=INFINITY)
+            # (queries, keys), and turned over where it is used: so it waits in shared memory, not in registers.
+            d_attention = product(operand(grad, HALF), tl.trans(operand(value, HALF))) * inverse[:, None]
+            seen = seen_by(runs + at, first, rows, delay, length, RUNS)
+            weights = tl.where(seen, tl.exp2(b[None, :] * LOG2E - scale[:, None] * LOG2E), 0.0)
+            d_weights = operand((d_attention + shared[:, None]) * weights, HALF)
+            c = tl.load(before + n * chunks + chunk)
+            _, entering, left = through(b, c, runs + at, first, rows, delay, length, RUNS)
+            reads = state_reads(runs + at, first, rows, delay, length, RUNS)
+            carried = tl.where(reads, tl.exp(c - scale), 0.0)
+            read_one = shared * carried
+            reading = operand(grad * (inverse * carried)[:, None], HALF)
+            attention = tl.zeros((C, C), tl.float32)
+        else:
+            entering = tl.exp(b - tl.load(final_scale + n))
+        enters = operand(value.to(tl.float32) * entering[:, None], HALF)
+        # Loaded here and not before: all rows at once would overflow the registers.
+        key_gauge = tl.load(k_gauge + from_ + rows, mask=keep, other=0.0)
+        keys = load_inputs(k + from_ * d, rows, keep, d, HALF, D)
+        if LOCAL:
+            gauge = tl.load(q_gauge + here, mask=real, other=0.0)
+            tile = load_inputs(q + (at + first) * d, rows, real, d, HALF, D)
+        gradient = tl.zeros((C, D), tl.float32)
+        d_value = tl.zeros((C, E), tl.float32)
+        row_sum = tl.zeros((C,), tl.float32)
+        for block in tl.range(0, m, F, disable_licm=True):
+            f = block + tl.arange(0, F)
+            w = load_tile(weight, f, f < m, d, D)
+            if LOCAL:
+                query_phi = features(exponents(tile, w, shift, f, m, SHIFTED), gauge, f, m, EXPONENTIAL, F)
+                queries = operand(query_phi, HALF)
+                one_more = tl.sum(query_phi * read_one[:, None], 0)
+            state, one = load_state(sums, f, m, e, F, E)
+            read_state = operand(state, HALF)
+            if LOCAL:  # noqa: SIM102 (it is known when this is compiled)
+                if back + 1 < stop - start:
+                    before_ = product(tl.trans(reading), queries, state * left)
+                    put_state(sums, f, before_, one * left + one_more, m, e, F, E)
+            d_phi = product(enters, read_state, entering[:, None] * one[None, :])
+            if LOCAL:
+                d_phi = product(tl.trans(d_weights), queries, d_phi)
+            phi = features(exponents(keys, w, shift, f, m, SHIFTED), key_gauge, f, m, EXPONENTIAL, F)
+            key_features = operand(phi, HALF)
+            d_value = product(key_features, tl.trans(read_state), d_value)
+            if LOCAL:
+                attention = product(key_features, tl.trans(queries), attention)
+            d_log = d_phi * phi
+            row_sum += tl.sum(d_log, 1)
+            if not EXPONENTIAL:
+                d_log = tl.where(phi > EPSILON, d_phi, 0.0)
+            gradient = product(operand(d_log, HALF), operand(w, HALF), gradient)
+        if EXPONENTIAL:
+            gradient -= (norm * row_sum)[:, None] * load_tile(k + from_ * d, rows, keep, d, D).to(tl.float32)
+        d_value *= entering[:, None]
+        if LOCAL:
+            # Found and loaded again: they would be in registers all through the loop.
+            b = key_logs(key_scale + at, first, rows, delay, length, rate, DECAY)
+            scale = tl.load(row_scale + here, mask=real, other=INFINITY)
+            inverse = tl.load(inverse_den + here, mask=real, other=0.0)
+            weights = visible_weights(b, scale, runs + at, first, rows, delay, length, RUNS)
+            attention *= weights * inverse[None, :]
+            grad = load_tile(dout + (at + first) * e, rows, real, e, E)
+            d_value = product(operand(attention, HALF), operand(grad, HALF), d_value)
+        written = (first + rows - delay >= 0) & (first + rows < length)
+        put_rows(dk + from_ * d, rows, written, d, gradient, D)
+        put_rows(dv + from_ * e, rows, written, e, d_value, E)
+        if FLOW:
+            place = (chunk - start) * C + rows
+            flow += tl.sum(row_sum.to(tl.float64) * (place - delay).to(tl.float64), 0)
+            if DLSE:
+                d_log_den = tl.load(dlse + here, mask=real, other=0.0).to(tl.float64)
+                flow -= tl.sum(d_log_den * place.to(tl.float64), 0)
+        if LOCAL:
+            tl.debug_barrier()  # before others read what this thread has written of the state
+    if FLOW:
+        tl.store(flows + n * (others + tl.num_programs(0)) + others + part, flow)
