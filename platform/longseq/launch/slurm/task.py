@@ -81,7 +81,7 @@ def main() -> int:
 
 def _train(run: Run, overrides: tuple[str, ...], place: Place, limits: Limits, stop: StopFlag) -> int:
     from longseq.launch.slurm import preflight
-    from longseq.launch.slurm.watchdog import Watchdog
+    from longseq.launch.slurm.watchdog import Watchdog, leave_trace
     from longseq.training.fit import fit
 
     quiet()
@@ -89,12 +89,18 @@ def _train(run: Run, overrides: tuple[str, ...], place: Place, limits: Limits, s
     config = run.config(overrides)
     stop.time_limit = config.time_limit_seconds
 
+    trace = trace_of(run, place.rank)
+
     def lost(sentence: str) -> None:
         sentence += where_traces_are(run)
         _say(sentence)
         starts.note_end(run.starts_dir, run.start, f"lost {sentence}")
 
-    preflight.on_time_out = lost
+    def hangs(sentence: str) -> None:
+        leave_trace(trace)
+        lost(sentence)
+
+    preflight.on_time_out = hangs
     follow_scheduler(config)
     try:
         store, line = preflight.meet(
@@ -111,7 +117,6 @@ def _train(run: Run, overrides: tuple[str, ...], place: Place, limits: Limits, s
     if store is not None:
         os.environ["MASTER_PORT"] = str(store.port)
         silent = starts.path_of(run.starts_dir, run.start, "silent")
-        trace = trace_of(run, place.rank)
         watching.append(Watchdog(place, store.port, limits.hang_seconds, silent, trace, lost))
         if place.rank == 0:
             store.set("origin", origin)

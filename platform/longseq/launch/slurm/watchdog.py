@@ -29,6 +29,7 @@ from longseq.launch.slurm.place import Place
 
 _BEAT_SECONDS, _LOOK_SECONDS = 5.0, 1.0
 _WARN_SECONDS = 30.0
+_DUMP_SECONDS = 10.0
 _LEAVING = "leaving"  # set in the store when the start ends
 _MUCH = 1 << 20  # bytes written between two beats: a checkpoint that is being written is a sign of life
 
@@ -180,9 +181,14 @@ def leave_trace(path: Path) -> None:
     """Write the last collectives of this process, those that wait included, for ``torchfrtrace``."""
     from torch._C import _distributed_c10d as native
 
-    name = "_dump_nccl_trace" if hasattr(native, "_dump_nccl_trace") else "_dump_fr_trace"
-    with suppress(OSError):  # for people
-        path.write_bytes(getattr(native, name)())
+    def dump() -> None:
+        name = "_dump_nccl_trace" if hasattr(native, "_dump_nccl_trace") else "_dump_fr_trace"
+        with suppress(OSError):  # for people
+            path.write_bytes(getattr(native, name)())
+
+    thread = threading.Thread(target=dump, daemon=True)
+    thread.start()
+    thread.join(_DUMP_SECONDS)  # whoever ends a process that hangs must not hang
 
 
 def _written() -> int:
