@@ -262,9 +262,8 @@ def test_stopped_by_sigterm_it_still_prints_its_table(tmp_path):
 @pytest.mark.distributed
 def test_on_a_cpu_kernels_and_a_run_that_is_killed_are_tried(tmp_path):
     parts = "kernels-bf16,resume,decode"
-    done = longseq(
-        "bench", "gpu", "--device", "cpu", "--parts", parts, "--jobs", 2, "--out", "out", folder=tmp_path, timeout=400
-    )
+    arguments = ("--parts", parts, "--jobs", 2, "--minutes", 20, "--out", "out")
+    done = longseq("bench", "gpu", "--device", "cpu", *arguments, folder=tmp_path, timeout=1300)
     assert done.code == 0, done.out + done.err
     found = {part["name"]: part for part in json.loads((tmp_path / "out/gpu.json").read_text())["parts"]}
     assert {name: part["state"] for name, part in found.items()} == dict.fromkeys(parts.split(","), "passed")

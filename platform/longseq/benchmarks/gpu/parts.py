@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Limits are for a machine with a GPU and the cores that come with one; a CPU alone, and a busy one, takes longer.
+CPU_PATIENCE = 3
+
 
 @dataclass(frozen=True)
 class Part:
