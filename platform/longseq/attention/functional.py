@@ -72,7 +72,7 @@ def favor_attention(
             logits would do (ALiBi, Press et al. 2021, arXiv 2108.12409). May require a gradient.
         seed, layer, draw: the projection matrix is a function of these three numbers.
         projection: "orthogonal" (blocks of orthogonal rows) or "iid".
-        oprf_a: the constant A ≤ 0 of kernel "oprf" (see :func:`longseq.attention.feature_maps.oprf_parameter`).
+        oprf_a: the constant A ≤ 0 of kernel "oprf" (see :func:`longseq.attention.oprf.oprf_parameter`).
         backend: "torch", "native" (CPU) or "triton" (CUDA), where what they cannot do is an error, or "auto": the
             latter where they can.
         context: the ranks that hold the sequences together: q, k, v, key_padding and segments are this rank's slices,

@@ -17,8 +17,9 @@ from longseq.attention.arguments import floating, integer
 from longseq.attention.backends import BACKENDS
 from longseq.attention.carried import State, carried_attention
 from longseq.attention.context_group import ContextGroup, SlicedDocuments
-from longseq.attention.feature_maps import KERNELS, oprf_a_from_moments, oprf_moments
+from longseq.attention.feature_maps import KERNELS
 from longseq.attention.functional import exact_attention, favor_attention
+from longseq.attention.oprf import oprf_a_from_moments, oprf_moments
 from longseq.attention.recurrent import RecurrentState, decode, prefill, prefill_exact
 from longseq.attention.rotary import rotate
 from longseq.attention.tiles import pointwise

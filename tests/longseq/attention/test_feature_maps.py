@@ -12,10 +12,8 @@ from torch import Tensor
 from longseq.attention.feature_maps import (
     KERNELS,
     feature_map,
-    oprf_a_from_moments,
-    oprf_moments,
-    oprf_parameter,
 )
+from longseq.attention.oprf import oprf_a_from_moments, oprf_moments, oprf_parameter
 from longseq.attention.projections import projection_matrix
 
 HEAD_DIM, FEATURES = 6, 10

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longseq.attention import FavorAttention, favor_attention, rotary_table
-from longseq.attention.feature_maps import oprf_parameter
+from longseq.attention.oprf import oprf_parameter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
