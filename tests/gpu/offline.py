@@ -58,9 +58,8 @@ FEATURES_DTYPE = "float32"  # what the scan and the bidirectional kernels take
 CASES = (
     Case("scan", dtype=FEATURES_DTYPE),
     Case("scan", dtype=FEATURES_DTYPE, reach=64, given=ALL),
-    Case("scan", dtype=FEATURES_DTYPE, kernel="relu"),
     Case("scan", dtype=FEATURES_DTYPE, head_dim=128),
-    Case("bidirectional", dtype=FEATURES_DTYPE),
+    Case("bidirectional", dtype=FEATURES_DTYPE, kernel="relu"),
     Case("bidirectional", dtype=FEATURES_DTYPE, head_dim=128, given=("hidden",)),
     Case("window", reach=64),
     Case("window", reach=256, causal=False, given=ALL),
@@ -87,6 +86,7 @@ class Found:
     flops: float = 0.0  # of matrix instructions, a token and head; 0 on sm_100, whose instructions do not name them
     programs: int = 0  # of the smallest launch
     launches: int = 0
+    compiled_again: int = 0  # launches of another length that are another kernel
     matrix: dict[str, int] = field(default_factory=dict)  # matrix instructions in the code
 
     def add(self, launch: "Launch", recorder: "Recorder") -> None:  # noqa: F821, UP037
@@ -130,18 +130,18 @@ def measure_here(arch: int, cases: Sequence[Case]) -> list[Found]:
     from longseq.attention import triton_backend, triton_window
     from longseq.attention.feature_maps import feature_map
 
-    def inputs(case: Case) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    def inputs(case: Case, length: int) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
         dtype = getattr(torch, case.dtype)
-        rows = [torch.zeros(ROWS, LENGTH, case.head_dim, dtype=dtype, requires_grad=True) for _ in range(3)]
+        rows = [torch.zeros(ROWS, length, case.head_dim, dtype=dtype, requires_grad=True) for _ in range(3)]
         given = {
-            "hidden": torch.zeros(ROWS, LENGTH, dtype=torch.bool),
-            "runs": torch.zeros(ROWS, LENGTH, dtype=torch.int64),
+            "hidden": torch.zeros(ROWS, length, dtype=torch.bool),
+            "runs": torch.zeros(ROWS, length, dtype=torch.int64),
             "decay": torch.zeros(ROWS, 1, 1, requires_grad=True),
         }
         return rows, {name: x for name, x in given.items() if name in case.given}
 
-    def call(case: Case) -> Sequence[torch.Tensor]:
-        rows, given = inputs(case)
+    def call(case: Case, length: int = LENGTH) -> Sequence[torch.Tensor]:
+        rows, given = inputs(case, length)
         if case.operation == "window":
             return triton_window.window_attention(*rows, window=case.reach, causal=case.causal, **given)
         phi = feature_map(case.kernel, case.features, case.head_dim)
@@ -149,18 +149,26 @@ def measure_here(arch: int, cases: Sequence[Case]) -> list[Found]:
             return triton_backend.scan(*rows, phi, delay=case.reach, **given)
         return (triton_backend.bidirectional_attention(*rows, phi, given.get("hidden")),)
 
+    def both_passes(recorder: Recorder, outputs: Sequence[torch.Tensor]) -> None:
+        recorder.where = "backward"
+        torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+        recorder.where = "forward"
+
     found: dict[tuple[str, str, str], Found] = {}
     torch.set_num_threads(1)
     with Recorder(arch).installed() as recorder:
         for case in cases:
             recorder.launches.clear()
-            recorder.where = "forward"
-            outputs = call(case)
-            recorder.where = "backward"
-            torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+            both_passes(recorder, call(case))
             for launch in recorder.launches:
                 key = (case.name, launch.where, launch.kernel)
                 found.setdefault(key, Found(*key, arch, triton.__version__)).add(launch, recorder)
+            known = {launch.compiled.hash for launch in recorder.launches}
+            if case.dtype != "float32":  # a length that is no multiple of anything
+                recorder.launches.clear()
+                both_passes(recorder, call(case, LENGTH - 1))
+                for launch in recorder.launches:
+                    found[case.name, launch.where, launch.kernel].compiled_again += launch.compiled.hash not in known
     return list(found.values())
 
 

@@ -73,6 +73,10 @@ def test_nothing_is_spilled_at_head_dim_64_and_little_at_128(rows):
             assert row.spilled <= limit, row
 
 
+def test_another_length_compiles_nothing_again(rows):
+    assert [row for row in _half(rows) if row.compiled_again] == []
+
+
 def test_large_kernels_have_four_programs_a_multiprocessor(rows):
     for row in _half(rows):
         if row.arch == 90 and " d64 " in row.case:
