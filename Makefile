@@ -2,6 +2,7 @@
 # make test         everything that this machine can run
 # make test-long    proofs that take minutes: 100,000 damaged files, 2 GB of FASTA, runs killed at random, every change of
 #                   world and stage
+# make test-compiled    every launch of the Triton kernels, compiled for sm_80, 89, 90 and 100, with counts of instructions
 # make test-sanitized   the native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make test-newest  the tests of other packages' interfaces, with the newest releases that pyproject.toml allows
 # make test-oldest  the same, with the oldest that were tried (tests/environments)
@@ -15,7 +16,7 @@ CORPUS := data/synthetic.fasta.gz
 RUN := quickstart-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-long test-newest test-oldest test-sanitized check constraints clean
+.PHONY: help install quickstart test test-long test-newest test-oldest test-sanitized test-compiled check constraints clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -44,13 +45,23 @@ quickstart: $(VENV)/.runs $(CORPUS)
 # Tests that start no processes share the cores; those that do have them for themselves.
 test: $(VENV)/.tests
 	@status=0; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not distributed and not long" --numprocesses logical \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not distributed and not long and not compiled" --numprocesses logical \
 		--maxprocesses 8 --dist loadfile || status=1; \
 	$(BIN)/python -m pytest -m "distributed and not long" || status=1; \
 	exit $$status
 
 test-long: $(VENV)/.tests
 	$(BIN)/python -m pytest -m long
+
+# The Triton that PyTorch 2.13 for CUDA brings; tests/gpu/ceilings.json has its counts.
+TRITON := 3.7.1
+
+.triton-$(TRITON)/.installed: | $(VENV)/.tests
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) triton==$(TRITON)
+	@touch $@
+
+test-compiled: $(VENV)/.tests .triton-$(TRITON)/.installed
+	LONGSEQ_TRITON=$(CURDIR)/.triton-$(TRITON) $(BIN)/python -m pytest -m compiled tests/gpu
 
 # The sanitizers' libraries must be in the process before Python starts.
 test-sanitized: $(VENV)/.tests
@@ -75,4 +86,4 @@ constraints: $(VENV)/.tests
 	@mv constraints.txt.new constraints.txt
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-oldest .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .triton-$(TRITON) .venv-newest .venv-oldest .pytest_cache .mypy_cache .ruff_cache

@@ -58,9 +58,8 @@ FEATURES_DTYPE = "float32"  # what the scan and the bidirectional kernels take
 CASES = (
     Case("scan", dtype=FEATURES_DTYPE),
     Case("scan", dtype=FEATURES_DTYPE, reach=64, given=ALL),
-    Case("scan", dtype=FEATURES_DTYPE, kernel="relu"),
     Case("scan", dtype=FEATURES_DTYPE, head_dim=128),
-    Case("bidirectional", dtype=FEATURES_DTYPE),
+    Case("bidirectional", dtype=FEATURES_DTYPE, kernel="relu"),
     Case("bidirectional", dtype=FEATURES_DTYPE, head_dim=128, given=("hidden",)),
     Case("window", reach=64),
     Case("window", reach=256, causal=False, given=ALL),
@@ -87,6 +86,7 @@ class Found:
     flops: float = 0.0  # of matrix instructions, a token and head; 0 on sm_100, whose instructions do not name them
     programs: int = 0  # of the smallest launch
     launches: int = 0
+    compiled_again: int = 0  # launches of another length that are another kernel
     matrix: dict[str, int] = field(default_factory=dict)  # matrix instructions in the code
 
     def add(self, launch: "Launch", recorder: "Recorder") -> None:  # noqa: F821, UP037
@@ -130,18 +130,18 @@ def measure_here(arch: int, cases: Sequence[Case]) -> list[Found]:
     from longseq.attention import triton_backend, triton_window
     from longseq.attention.feature_maps import feature_map
 
-    def inputs(case: Case) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    def inputs(case: Case, length: int) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
         dtype = getattr(torch, case.dtype)
-        rows = [torch.zeros(ROWS, LENGTH, case.head_dim, dtype=dtype, requires_grad=True) for _ in range(3)]
+        rows = [torch.zeros(ROWS, length, case.head_dim, dtype=dtype, requires_grad=True) for _ in range(3)]
         given = {
-            "hidden": torch.zeros(ROWS, LENGTH, dtype=torch.bool),
-            "runs": torch.zeros(ROWS, LENGTH, dtype=torch.int64),
+            "hidden": torch.zeros(ROWS, length, dtype=torch.bool),
+            "runs": torch.zeros(ROWS, length, dtype=torch.int64),
             "decay": torch.zeros(ROWS, 1, 1, requires_grad=True),
         }
         return rows, {name: x for name, x in given.items() if name in case.given}
 
-    def call(case: Case) -> Sequence[torch.Tensor]:
-        rows, given = inputs(case)
+    def call(case: Case, length: int = LENGTH) -> Sequence[torch.Tensor]:
+        rows, given = inputs(case, length)
         if case.operation == "window":
             return triton_window.window_attention(*rows, window=case.reach, causal=case.causal, **given)
         phi = feature_map(case.kernel, case.features, case.head_dim)
@@ -149,48 +149,78 @@ def measure_here(arch: int, cases: Sequence[Case]) -> list[Found]:
             return triton_backend.scan(*rows, phi, delay=case.reach, **given)
         return (triton_backend.bidirectional_attention(*rows, phi, given.get("hidden")),)
 
+    def both_passes(recorder: Recorder, outputs: Sequence[torch.Tensor]) -> None:
+        recorder.where = "backward"
+        torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+        recorder.where = "forward"
+
     found: dict[tuple[str, str, str], Found] = {}
     torch.set_num_threads(1)
     with Recorder(arch).installed() as recorder:
         for case in cases:
             recorder.launches.clear()
-            recorder.where = "forward"
-            outputs = call(case)
-            recorder.where = "backward"
-            torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+            both_passes(recorder, call(case))
             for launch in recorder.launches:
                 key = (case.name, launch.where, launch.kernel)
                 found.setdefault(key, Found(*key, arch, triton.__version__)).add(launch, recorder)
+            known = {launch.compiled.hash for launch in recorder.launches}
+            if case.dtype != "float32":  # a length that is no multiple of anything
+                recorder.launches.clear()
+                both_passes(recorder, call(case, LENGTH - 1))
+                for launch in recorder.launches:
+                    found[case.name, launch.where, launch.kernel].compiled_again += launch.compiled.hash not in known
     return list(found.values())
 
 
 def measure(architectures: Sequence[int], other_triton: str | None = None, part: str = "") -> list[Found]:
     """All cases whose name contains ``part``, each architecture in a process of its own, as many at a time as cores."""
     with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(os.cpu_count()) as pool:
-        path = [*([other_triton] if other_triton else []), str(ROOT), str(ROOT / "platform"), str(ROOT / "pipelines")]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(path),
-            "TRITON_INTERPRET": "0",
-            "TRITON_CACHE_DIR": cache,
-            "OMP_NUM_THREADS": "1",
-        }
 
         def one(arch: int) -> list[Found]:
-            command = [sys.executable, "-W", "ignore", __file__, "--worker", "--arch", str(arch), "--case", part]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise RuntimeError(f"sm_{arch}: {done.stderr[-4000:]}")
-            return [Found(**row) for row in json.loads(done.stdout)]
+            printed = _child(["--arch", str(arch), "--case", part], other_triton, cache)
+            return [Found(**row) for row in json.loads(printed)]
 
         return [row for rows in pool.map(one, architectures) for row in rows]
 
 
-def ceilings(rows: Sequence[Found]) -> dict[str, dict[str, int]]:
-    """Instructions by architecture and case, pass and kernel."""
-    table: dict[str, dict[str, int]] = {}
+def layer_here() -> dict[str, int]:
+    """Launches of a layer, see :mod:`tests.gpu.layer`; on any architecture the same."""
+    from tests.gpu.launches import Recorder
+    from tests.gpu.layer import launches_of_a_layer
+
+    with Recorder(90).installed() as recorder:
+        return dict(launches_of_a_layer(recorder, LENGTH).most_common())
+
+
+def _child(arguments: Sequence[str], other_triton: str | None, cache: str) -> str:
+    """What this file prints, run with those arguments by a Python in which kernels are compiled."""
+    path = [*([other_triton] if other_triton else []), str(ROOT), str(ROOT / "platform"), str(ROOT / "pipelines")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path),
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": cache,
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-W", "ignore", __file__, "--worker", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(arguments)}: {done.stderr[-4000:]}")
+    return done.stdout
+
+
+def layer(other_triton: str | None = None) -> dict[str, int]:
+    with tempfile.TemporaryDirectory() as cache:
+        found: dict[str, int] = json.loads(_child(["--layer"], other_triton, cache))
+    return found
+
+
+def ceilings(rows: Sequence[Found]) -> dict[str, dict[str, list[int]]]:
+    """Instructions and bytes spilled, by architecture and case, pass and kernel."""
+    table: dict[str, dict[str, list[int]]] = {}
     for row in rows:
-        table.setdefault(f"sm_{row.arch}", {})[f"{row.case}: {row.where} {row.kernel}"] = round(row.instructions)
+        name = f"{row.case}: {row.where} {row.kernel}"
+        table.setdefault(f"sm_{row.arch}", {})[name] = [round(row.instructions), row.spilled]
     return table
 
 
@@ -219,8 +249,13 @@ def main() -> None:
     parser.add_argument("--triton", help="a folder with another release of Triton")
     parser.add_argument("--json", type=Path, help="write everything there")
     parser.add_argument("--write", action="store_true", help=f"write {CEILINGS.name}")
+    parser.add_argument("--layer", action="store_true", help="only count what one layer launches in a step")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    if asked.layer:
+        found = layer_here() if asked.worker else layer(asked.triton)
+        print(json.dumps(found) if asked.worker else f"{sum(found.values())} launches a layer: {found}")
+        return
     if asked.worker:
         cases = [case for case in CASES if asked.case in case.name]
         print(json.dumps([asdict(row) for row in measure_here(asked.arch[0], cases)]))
@@ -230,7 +265,10 @@ def main() -> None:
     if asked.json:
         asked.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     if asked.write:
-        CEILINGS.write_text(json.dumps({"triton": rows[0].triton, **ceilings(rows)}, indent=1) + "\n")
+        known = {"triton": rows[0].triton, "launches": sum(layer(asked.triton).values()), **ceilings(rows)}
+        # One line a kernel, so that a change is seen line by line.
+        text = re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", json.dumps(known, indent=1))
+        CEILINGS.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ INTERPRETED = triton_rows.INTERPRETED.value
 
 WIDEST = 128  # head_dim and value_dim; wider tiles do not fit beside each other
 CAPABILITY = (8, 0)  # TF32 tensor cores
+TENSOR_MEMORY = 512  # columns of sm_100
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,27 @@ def shared_memory(device: torch.device) -> int:
     return chip(device).shared_memory
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What the hungriest kernel of an operation asks of a chip, forward or backward."""
+
+    shared: int  # bytes of a block
+    tensor_memory: int  # columns, where a chip has them
+
+    def fits(self, there: Chip) -> bool:
+        return self.shared <= there.shared_memory and (there.capability[0] != 10 or self.tensor_memory <= TENSOR_MEMORY)
+
+
+# By padded width. tests/gpu/test_offline.py holds them against what is compiled.
+_WINDOW = {64: Needs(36_864, 512), 128: Needs(98_312, 512)}
+_FEATURES = {64: Needs(73_872, 512), 128: Needs(167_936, 1024)}
+
+
+def needed_memory(window: bool, width: int) -> Needs:
+    """Of the window's kernels, or those of features, for rows that wide."""
+    return (_WINDOW if window else _FEATURES)[max(64, padded(width))]
+
+
 def unsupported(feature_map: FeatureMap | None, rows: Sequence[Tensor]) -> str | None:
     """Why the kernels cannot compute attention of these rows (N, L, ·) with this feature map; None if they can."""
     device, widest = rows[0].device, max(x.shape[-1] for x in rows)
@@ -61,10 +84,17 @@ def unsupported(feature_map: FeatureMap | None, rows: Sequence[Tensor]) -> str |
             return f"the kernels run on NVIDIA GPUs, and the tensors are on {device}"
         if torch.cuda.get_device_capability(device) < CAPABILITY:
             return f"the kernels need compute capability {CAPABILITY}; {torch.cuda.get_device_name(device)} has less"
-    if rows[0].dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if rows[0].dtype not in DTYPES:
         return f"the kernels take torch.float32, bfloat16 and float16, and the inputs are {rows[0].dtype}"
     if widest > WIDEST:
         return f"head_dim and value_dim may be up to {WIDEST}, and one is {widest}"
+    needed, there = needed_memory(feature_map is None, widest), chip(device)
+    if not needed.fits(there):
+        name, columns = "sm_{}{}".format(*there.capability), f" and {needed.tensor_memory} columns of tensor memory"
+        return (
+            f"head_dim {widest} needs {needed.shared:,} bytes of shared memory a block"
+            f"{columns if there.capability[0] == 10 else ''}, and {name} has {there.shared_memory:,}"
+        )
     if len(rows[0]) > 65535:
         return f"batch · heads may be up to 65535 and is {len(rows[0])}"
     exponential = feature_map is None or isinstance(feature_map, PositiveExponential)

@@ -262,33 +262,15 @@ except ValueError as error:
     assert 'backend="torch" can' in printed
 
 
-def test_every_kernel_compiles_for_a_gpu():
-    """The interpreter lets pass what the compiler does not. Compiling needs no GPU."""
-    printed = _python("""
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from longseq.attention import triton_gradients as g, triton_kernels as k, triton_window as w
-
-FLOATS = ("norm", "log_constant", "scale")
-INTEGERS = "length offset m d e delay window zero steps segments chunks others"
-TYPES = {**dict.fromkeys(FLOATS, "fp32"), **dict.fromkeys(INTEGERS.split(), "i32"), "hidden": "*u8", "runs": "*i32",
-         "flows": "*fp64", **dict.fromkeys(("q", "k", "v", "x", "values", "weight", "dq", "dk", "dv"), "*bf16")}
-
-def build(kernel, types=TYPES, **constants):
-    sizes = {**dict.fromkeys(("C", "B", "STEP", "F", "D", "E", "m", "d", "e"), 16), **constants}
-    constants = {p.name: sizes.get(p.name, True) for p in kernel.params if p.is_constexpr}
-    types = {p.name: "constexpr" if p.is_constexpr else types.get(p.name, "*fp32") for p in kernel.params}
-    triton.compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", 80, 32), options={"num_warps": 1})
-    print(kernel.__name__)
-
-for kernel in (k.add_up, k.run_through, k.attend, g.add_up_queries, g.run_back, g.queries_vjp, g.keys_vjp):
-    build(kernel)
-build(k.add_up, GAUGED=False, EXPONENTIAL=False)
-for kernel in (k.attend, g.queries_vjp, g.keys_vjp):
-    build(kernel, LOCAL=False, RUNS=False, EXPONENTIAL=False, DLSE=False, FLOW=False)
-    build(kernel, {n: t for n, t in TYPES.items() if t != "*bf16"}, HALF=False)
-for kernel in (w.attend_near, w.queries_vjp_near, w.keys_vjp_near):
-    build(kernel, {n: t for n, t in TYPES.items() if t != "*bf16"}, CAUSAL=False)
-""")
-    assert len(printed.split()) == 17
+@needs_kernels
+@pytest.mark.parametrize(
+    ("capability", "shared", "head_dim", "takes"),
+    [((8, 6), 101_376, 64, True), ((8, 6), 101_376, 128, False), ((9, 0), 232_448, 128, True)],
+)
+def test_a_chip_is_asked_for_the_memory_of_both_passes(monkeypatch, capability, shared, head_dim, takes):
+    monkeypatch.setattr(triton_launch, "chip", lambda device: triton_launch.Chip(capability, shared))
+    rows_of = (torch.zeros(1, 4, head_dim, device=DEVICE),) * 3
+    reason = triton_launch.unsupported(feature_map("softmax", 16, head_dim, device=DEVICE), rows_of)
+    assert (reason is None) == takes
+    assert takes or "sm_86 has 101,376" in reason
+    assert triton_launch.unsupported(None, rows_of) is None  # the window's kernels need less

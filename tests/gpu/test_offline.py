@@ -1,0 +1,120 @@
+"""Every launch of our Triton kernels, compiled for GPUs that are not here: make test-compiled.
+
+LONGSEQ_TRITON is a folder with the release of Triton that PyTorch for CUDA brings: its counts are held against
+ceilings.json. The release that is installed here is compiled with too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+
+import pytest
+from tests.gpu import offline
+
+from longseq.attention.scan import CHUNK
+from longseq.benchmarks import flops
+
+pytestmark = pytest.mark.compiled
+
+SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}
+TENSOR_MEMORY = 512  # columns
+TOLERANCE = 0.02  # of a count of instructions, in either direction
+MULTIPROCESSORS = 132  # of an H100 or H200
+PINNED = os.environ.get("LONGSEQ_TRITON")
+KNOWN = json.loads(offline.CEILINGS.read_text())
+# Kernels whose operands are still fp32, three TF32 products each: their bars are today's counts in ceilings.json.
+OLD = ("scan", "bidirectional")
+
+
+@pytest.fixture(
+    scope="module", params=[PINNED, None] if PINNED else [None], ids=lambda x: "pinned" if x else "installed"
+)
+def rows(request) -> list[offline.Found]:
+    return offline.measure(offline.ARCHITECTURES, request.param)
+
+
+def _half(rows: list[offline.Found]) -> list[offline.Found]:
+    chosen = [row for row in rows if "float16" in row.case and not row.case.startswith(OLD)]
+    assert chosen
+    return chosen
+
+
+def test_every_launch_fits_its_chip(rows):
+    """Those that longseq.attention.triton_launch.unsupported would refuse are not launched there."""
+    from longseq.attention.triton_launch import Chip, needed_memory
+
+    for row in rows:
+        chip = Chip(divmod(row.arch, 10), SHARED_MEMORY[row.arch])
+        width = int(re.search(r" d(\d+) ", row.case)[1])
+        needed = needed_memory(row.case.startswith("window"), width)
+        assert row.shared <= needed.shared, row
+        assert row.tensor_memory <= needed.tensor_memory, row
+        if needed.fits(chip):
+            assert row.shared <= chip.shared_memory, row
+            assert row.tensor_memory <= TENSOR_MEMORY, row
+
+
+def test_16_bit_operands_are_multiplied_by_wgmma_at_least_64_wide(rows):
+    for row in _half(rows):
+        if row.arch == 90:
+            for name in row.matrix:
+                shape = re.fullmatch(r"HGMMA\.64x(\d+)x16\.F32\.BF16", name)
+                assert shape, f"{row.case}: {row.kernel} {name}"
+                assert int(shape[1]) >= 64, f"{row.case}: {row.kernel} {name}"
+
+
+def test_nothing_is_spilled_at_head_dim_64_and_little_at_128(rows):
+    for row in _half(rows):
+        if row.arch in (80, 90):
+            plain = "hidden" not in row.case
+            limit = 0 if " d64 " in row.case else 64 if plain else 128
+            assert row.spilled <= limit, row
+
+
+def test_another_length_compiles_nothing_again(rows):
+    assert [row for row in _half(rows) if row.compiled_again] == []
+
+
+def test_large_kernels_have_four_programs_a_multiprocessor(rows):
+    for row in _half(rows):
+        if row.arch == 90 and " d64 " in row.case:
+            assert row.programs >= 4 * MULTIPROCESSORS, row
+
+
+def test_matrix_instructions_do_at_least_the_flops_that_mfu_counts(rows):
+    """So the share of the peak that a training shows is never more than what the matrix units did."""
+    for case in offline.CASES:
+        d, m = case.head_dim, case.features
+        if case.operation == "window":
+            near = case.reach - case.reach * (case.reach - 1) / (2 * offline.LENGTH)
+            counted = flops.exact(d, d, near if case.causal else 2 * near - 1)
+        else:
+            counted = flops.favor(d, d, m, CHUNK if case.operation == "scan" else 0)
+        for arch in (80, 90):
+            done = sum(row.flops for row in rows if row.case == case.name and row.arch == arch)
+            assert done >= counted.both.strict, f"{case.name} on sm_{arch}: {done} < {counted.both.strict}"
+
+
+def test_instructions_and_spills_are_those_of_the_ceilings(rows):
+    if rows[0].triton != KNOWN["triton"]:
+        pytest.skip(f"the ceilings are those of Triton {KNOWN['triton']}")
+    found = offline.ceilings(rows)
+    assert set(found) == set(KNOWN) - {"triton", "launches"}
+    wrong = []
+    for arch, kernels in found.items():
+        assert set(kernels) == set(KNOWN[arch])
+        for name, (instructions, spilled) in kernels.items():
+            ceiling, most = KNOWN[arch][name]
+            if abs(instructions - ceiling) > max(TOLERANCE * ceiling, 2) or spilled > most:
+                wrong.append(
+                    f"{arch} {name}: {instructions} instructions, {spilled} bytes, known are {ceiling}, {most}"
+                )
+    again = "python tests/gpu/offline.py --triton DIR --write, and say in the commit why"
+    assert not wrong, "\n".join([f"Not as in {offline.CEILINGS.name} ({again}):", *wrong])
+
+
+def test_a_layer_launches_no_more_than_the_ceiling():
+    found = offline.layer(PINNED)
+    assert sum(found.values()) <= KNOWN["launches"], found
