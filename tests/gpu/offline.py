@@ -54,7 +54,7 @@ class Case:
 
 
 ALL = ("hidden", "runs", "decay")
-FEATURES_DTYPE = "float32"  # what the scan and the bidirectional kernels take
+FEATURES_DTYPE = "bfloat16"  # what the scan and the bidirectional kernels take
 CASES = (
     Case("scan", dtype=FEATURES_DTYPE),
     Case("scan", dtype=FEATURES_DTYPE, reach=64, given=ALL),

@@ -25,7 +25,7 @@ MULTIPROCESSORS = 132  # of an H100 or H200
 PINNED = os.environ.get("LONGSEQ_TRITON")
 KNOWN = json.loads(offline.CEILINGS.read_text())
 # Kernels whose operands are still fp32, three TF32 products each: their bars are today's counts in ceilings.json.
-OLD = ("scan", "bidirectional")
+OLD = ()
 
 
 @pytest.fixture(

@@ -65,20 +65,22 @@ def loaded(folder):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=needs_compiler)])
-def test_a_block_saves_what_the_estimate_says(loaded, kind, rows, backend):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_saves_what_the_estimate_says(loaded, kind, rows, backend, dtype):
     length = f"data.length={256 // rows}"
     config = loaded(*KINDS[kind], length, "data.batch_tokens=256", f"attention.backend={backend}")
-    expected = block_bytes(config.performer_spec(29), config, 4)
-    assert of_a_block(config, torch.float32) == pytest.approx(expected, rel=0.1)
+    expected = block_bytes(config.performer_spec(29), config, dtype.itemsize)
+    assert of_a_block(config, dtype) == pytest.approx(expected, rel=0.1)
 
 
 @pytest.mark.parametrize("kind", ["causal", "masked", "window"])
-def test_a_block_with_triton_saves_what_the_estimate_says(loaded, kind):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_with_triton_saves_what_the_estimate_says(loaded, kind, dtype):
     config = loaded(*KINDS[kind], "data.length=32", "data.batch_tokens=64", "attention.backend=triton")
     spec = config.performer_spec(29)
     assert memory.runs_triton(spec)
-    expected = block_bytes(spec, config, 4, triton=True)
-    assert of_a_block(config, torch.float32) == pytest.approx(expected, rel=0.1)
+    expected = block_bytes(spec, config, dtype.itemsize, triton=True)
+    assert of_a_block(config, dtype) == pytest.approx(expected, rel=0.1)
 
 
 def test_triton_keeps_no_states_of_the_scan(loaded):
