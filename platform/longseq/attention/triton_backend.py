@@ -161,7 +161,7 @@ def scan_forward(rows: Rows, initial: AttentionState | None, learns: bool) -> Sc
         initial = AttentionState(initial.sums.contiguous(), initial.log_scale.contiguous())
     out, lse, inverse_den = (_floats(q, number, length, size) for size in (value_dim, 1, 1))
     q_gauge, k_gauge, key_scale, row_scale = (_floats(q, number, length) for _ in range(4))
-    before, after = (_floats(q, number, launch.chunks) for _ in range(2))
+    before = _floats(q, number, launch.chunks)
     log_scale = _floats(q, number, 1, 1)
     with on(q.device):
         for n in launch.slices(number, states=1):
@@ -171,7 +171,7 @@ def scan_forward(rows: Rows, initial: AttentionState | None, learns: bool) -> Sc
             log_scale[n] = final.log_scale
             kernels.attend[launch.segments, len(scales)](
                 q[n], part.x, part.values, k_gauge[n], key_scale[n], pointer(part.runs, q), pointer(part.decay, q),
-                *launch.map, sums, begins, q_gauge[n], row_scale[n], before[n], after[n],
+                *launch.map, sums, begins, q_gauge[n], row_scale[n], before[n],
                 inverse_den[n], lse[n], out[n], length, part.delay, launch.steps, launch.half_norm,
                 launch.log_constant, LOCAL=True, RUNS=part.runs is not None, DECAY=part.decay is not None,
                 **launch.kinds, **launch.tiles.outputs,
@@ -248,7 +248,7 @@ def scan_backward(
                 length, part.delay, launch.steps, head_dim**-0.5, **kinds, **launch.tiles.queries,
             )  # fmt: skip
             gradients.keys_vjp[launch.segments, len(scales)](
-                q[n], part.x, part.values, dout[n], d_lse, *shared, begins, numbers, rates, before[n], *launch.map,
+                q[n], part.x, part.values, dout[n], out[n], d_lse, *shared, begins, numbers, rates, before[n], *launch.map,
                 d_sums, dk[n], dv[n], flows[n], length, part.delay, launch.steps, programs,
                 head_dim**-0.5, DLSE=dlse is not None, FLOW=wants_decay, **kinds, **launch.tiles.keys,
             )  # fmt: skip
@@ -289,7 +289,7 @@ def bidirectional_forward(
         log_scale = state.log_scale.contiguous()
         launch = _Launch(feature_map, q, q.shape[1], value_dim)
         kernels.attend[launch.chunks, len(q)](
-            q, q, q, q_gauge, q_gauge, q, q, *launch.map, sums, q_gauge, q_gauge, q_gauge, q_gauge, q_gauge,
+            q, q, q, q_gauge, q_gauge, q, q, *launch.map, sums, q_gauge, q_gauge, q_gauge, q_gauge,
             inverse_den, q_gauge, out, q.shape[1], 0, 1, launch.half_norm, launch.log_constant,
             LOCAL=False, RUNS=False, DECAY=False, **launch.kinds, **launch.tiles.outputs,
         )  # fmt: skip
@@ -344,7 +344,7 @@ def bidirectional_backward(
             q.shape[1], 0, 1, launch.head_dim**-0.5, **kinds, **launch.tiles.queries,
         )  # fmt: skip
         gradients.keys_vjp[triton.cdiv(k.shape[1], CHUNK), len(k)](
-            *rows, u, q_gauge, k_gauge, key_scale, u, inverse_den, u, log_scale, u, u, u, *launch.map, d_state,
+            *rows, out, u, q_gauge, k_gauge, key_scale, u, inverse_den, u, log_scale, u, u, u, *launch.map, d_state,
             dk, dv, u, k.shape[1], 0, 1, 0, launch.head_dim**-0.5, DLSE=False, FLOW=False, **kinds,
             **launch.tiles.keys,
         )  # fmt: skip

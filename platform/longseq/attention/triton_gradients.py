@@ -62,12 +62,12 @@ def add_up_queries(
         # Rounded as for the products dout_iᵀv_j, from which dout_iᵀout_i is taken: most of both may cancel.
         grad = operand(load_tile(dout + (at + first) * e, rows, real, e, E), HALF).to(tl.float32)
         inverse = tl.load(inverse_den + here, mask=real, other=0.0)
-        shared = -tl.sum(grad * load_tile(out + (at + first) * e, rows, real, e, E), 1)
-        if DLSE:
-            shared += tl.load(dlse + here, mask=real, other=0.0)
-        shared *= inverse
+        result = load_tile(out + (at + first) * e, rows, real, e, E)
         if tl.program_id(2) == 0:
-            tl.store(u + here, shared, mask=real)
+            shared = -tl.sum(grad * result, 1)
+            if DLSE:
+                shared += tl.load(dlse + here, mask=real, other=0.0)
+            tl.store(u + here, shared * inverse, mask=real)
         if LOCAL:
             scale = tl.load(row_scale + here, mask=real, other=INFINITY)
             carried = tl.exp(c - scale)
@@ -75,14 +75,16 @@ def add_up_queries(
                 own = tl.load(runs + here, mask=real, other=-2)
                 carried = tl.where(own == run_at(runs + at, start - 1, delay, length), carried, 0.0)
             inverse *= carried
-            shared *= carried
         reading = operand(grad * inverse[:, None], HALF)
+        shared = -tl.sum(reading.to(tl.float32) * result, 1)
+        if DLSE:
+            shared += tl.load(dlse + here, mask=real, other=0.0) * inverse
         gauge = tl.load(q_gauge + here, mask=real, other=0.0)
         tile = load_inputs(q + (at + first) * d, rows, real, d, HALF, D)
         w = load_tile(weight, f, f < m, d, D)
-        phi = features(exponents(tile, w, shift, f, m, SHIFTED), gauge, f, m, EXPONENTIAL, F)
-        one += tl.sum(phi * shared[:, None], 0)
-        state = product(tl.trans(reading), operand(phi, HALF), state)
+        phi = operand(features(exponents(tile, w, shift, f, m, SHIFTED), gauge, f, m, EXPONENTIAL, F), HALF)
+        one += tl.sum(phi.to(tl.float32) * shared[:, None], 0)
+        state = product(tl.trans(reading), phi, state)
         if DECAY:
             c = c - rate * C
     put_state(sums + (n * tl.num_programs(0) + part) * m * (e + 1), f, state, one, m, e, F, E)
@@ -229,7 +231,7 @@ def visible_weights(b, scale, runs, first, rows, delay, length, RUNS: tl.constex
 
 @triton.jit(do_not_specialize=ANY_LENGTH)
 def keys_vjp(
-    q, k, v, dout, dlse, q_gauge, k_gauge, key_scale, row_scale, inverse_den, u, final_scale, runs, decay, before,
+    q, k, v, dout, out, dlse, q_gauge, k_gauge, key_scale, row_scale, inverse_den, u, final_scale, runs, decay, before,
     weight, shift, sums, dk, dv, flows, length, delay, steps, others, norm,
     m: tl.constexpr, d: tl.constexpr, e: tl.constexpr,
     EXPONENTIAL: tl.constexpr, SHIFTED: tl.constexpr, LOCAL: tl.constexpr, DLSE: tl.constexpr, FLOW: tl.constexpr,
@@ -281,8 +283,10 @@ def keys_vjp(
             _, entering, left = through(b, c, runs + at, first, rows, delay, length, RUNS)
             reads = state_reads(runs + at, first, rows, delay, length, RUNS)
             carried = tl.where(reads, tl.exp(c - scale), 0.0)
-            read_one = shared * carried
-            reading = operand(grad * (inverse * carried)[:, None], HALF)
+            reading = operand(operand(grad, HALF).to(tl.float32) * (inverse * carried)[:, None], HALF)
+            read_one = -tl.sum(reading.to(tl.float32) * load_tile(out + (at + first) * e, rows, real, e, E), 1)
+            if DLSE:
+                read_one += tl.load(dlse + here, mask=real, other=0.0) * inverse * carried
             attention = tl.zeros((C, C), tl.float32)
         else:
             entering = tl.exp(b - tl.load(final_scale + n))
@@ -302,7 +306,7 @@ def keys_vjp(
             if LOCAL:
                 query_phi = features(exponents(tile, w, shift, f, m, SHIFTED), gauge, f, m, EXPONENTIAL, F)
                 queries = operand(query_phi, HALF)
-                one_more = tl.sum(query_phi * read_one[:, None], 0)
+                one_more = tl.sum(queries.to(tl.float32) * read_one[:, None], 0)
             state, one = load_state(sums, f, m, e, F, E)
             read_state = operand(state, HALF)
             if LOCAL:  # noqa: SIM102 (it is known when this is compiled)

@@ -375,7 +375,7 @@ def run_through(
 
 @triton.jit(do_not_specialize=ANY_LENGTH)
 def attend(
-    q, k, v, k_gauge, key_scale, runs, decay, weight, shift, sums, begins, q_gauge, row_scale, before, after,
+    q, k, v, k_gauge, key_scale, runs, decay, weight, shift, sums, begins, q_gauge, row_scale, before,
     inverse_den, lse, out, length, delay, steps, norm, log_constant,
     m: tl.constexpr, d: tl.constexpr, e: tl.constexpr,
     EXPONENTIAL: tl.constexpr, SHIFTED: tl.constexpr, LOCAL: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr,
@@ -418,7 +418,6 @@ def attend(
             new, entering, left = through(b, c, runs + at, first, rows, delay, length, RUNS)
             enters = operand(load_tile(v + from_ * e, rows, keep, e, E).to(tl.float32) * entering[:, None], HALF)
             tl.store(before + n * chunks + chunk, c)
-            tl.store(after + n * chunks + chunk, new)
             key_gauge = tl.load(k_gauge + from_ + rows, mask=keep, other=0.0)
             keys = load_inputs(k + from_ * d, rows, keep, d, HALF, D)
             attention = tl.zeros((C, C), tl.float32)
@@ -439,8 +438,8 @@ def attend(
                     behind = product(tl.trans(enters), key_features, state * left)
                     put_state(sums, f, behind, one * left + one_more, m, e, F, E)
             phi = features(exponents(tile, w, shift, f, m, SHIFTED), gauge, f, m, EXPONENTIAL, F)
-            den += tl.sum(phi * one[None, :], 1)
             queries = operand(phi, HALF)
+            den += tl.sum(queries.to(tl.float32) * one[None, :], 1)
             num = product(queries, tl.trans(read_state), num)
             if LOCAL:
                 attention = product(queries, tl.trans(key_features), attention)
@@ -454,8 +453,10 @@ def attend(
             seen = seen_by(runs + at, first, rows, delay, length, RUNS)
             attention *= tl.where(seen, tl.exp2(b[None, :] * LOG2E - scale[:, None] * LOG2E), 0.0)
             value = load_tile(v + from_ * e, rows, keep, e, E)
-            num = product(operand(attention, HALF), operand(value, HALF), num * carried[:, None])
-            den = den * carried + tl.sum(attention, 1)
+            # The denominator sums what is multiplied: most of both may cancel in the backward pass.
+            weights = operand(attention, HALF)
+            num = product(weights, operand(value, HALF), num * carried[:, None])
+            den = den * carried + tl.sum(weights.to(tl.float32), 1)
             log_den = tl.log(den) + scale + q_scale
             if DECAY:
                 log_den -= rate * (rows + delay).to(tl.float32)
