@@ -53,15 +53,13 @@ test: $(VENV)/.tests
 test-long: $(VENV)/.tests
 	$(BIN)/python -m pytest -m long
 
-# The Triton that PyTorch 2.13 for CUDA brings; tests/gpu/ceilings.json has its counts.
-TRITON := 3.7.1
-
-.triton-$(TRITON)/.installed: | $(VENV)/.tests
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) triton==$(TRITON)
+# By the Triton of constraints.txt, whose counts are in tests/gpu/ceilings.json, and by the newest release.
+.triton-newest/.installed: | $(VENV)/.tests
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) triton
 	@touch $@
 
-test-compiled: $(VENV)/.tests .triton-$(TRITON)/.installed
-	LONGSEQ_TRITON=$(CURDIR)/.triton-$(TRITON) $(BIN)/python -m pytest -m compiled tests/gpu
+test-compiled: $(VENV)/.tests .triton-newest/.installed
+	LONGSEQ_TRITON=$(CURDIR)/.triton-newest $(BIN)/python -m pytest -m compiled tests/gpu
 
 # The sanitizers' libraries must be in the process before Python starts.
 test-sanitized: $(VENV)/.tests
@@ -86,4 +84,4 @@ constraints: $(VENV)/.tests
 	@mv constraints.txt.new constraints.txt
 
 clean:
-	rm -rf $(VENV) .triton-$(TRITON) .venv-newest .venv-oldest .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .triton-newest .venv-newest .venv-oldest .pytest_cache .mypy_cache .ruff_cache

@@ -248,8 +248,8 @@ def scan_backward(
                 length, part.delay, launch.steps, head_dim**-0.5, **kinds, **launch.tiles.queries,
             )  # fmt: skip
             gradients.keys_vjp[launch.segments, len(scales)](
-                q[n], part.x, part.values, dout[n], out[n], d_lse, *shared, begins, numbers, rates, before[n], *launch.map,
-                d_sums, dk[n], dv[n], flows[n], length, part.delay, launch.steps, programs,
+                q[n], part.x, part.values, dout[n], out[n], d_lse, *shared, begins, numbers, rates, before[n],
+                *launch.map, d_sums, dk[n], dv[n], flows[n], length, part.delay, launch.steps, programs,
                 head_dim**-0.5, DLSE=dlse is not None, FLOW=wants_decay, **kinds, **launch.tiles.keys,
             )  # fmt: skip
             del sums, d_sums, final
