@@ -9,7 +9,9 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from longseq.attention import bidirectional, scan, window
@@ -22,6 +24,7 @@ from longseq.attention.state import AttentionState
 BACKENDS = ("auto", "torch", "native", "triton")
 
 _log = logging.getLogger("longseq")
+_Result = TypeVar("_Result")
 
 
 class Backend:
@@ -45,12 +48,29 @@ class Torch(Backend):
     """Plain PyTorch operations, a chunk at a time: any device, any kernel."""
 
     def __init__(self) -> None:
-        self.scan_forward, self.scan_kept, self.scan_backward = scan.scan_forward, scan.scan_kept, scan.scan_backward
-        self.sum_up = bidirectional.sum_up
-        self.window_forward, self.window_backward = window.window_forward, window.window_backward
-        self.bidirectional_forward = bidirectional.bidirectional_forward
+        self.scan_forward, self.scan_backward = _in_fp32(scan.scan_forward), _in_fp32(scan.scan_backward)
+        self.scan_kept, self.sum_up = scan.scan_kept, _in_fp32(bidirectional.sum_up)
+        self.window_forward, self.window_backward = _in_fp32(window.window_forward), _in_fp32(window.window_backward)
+        self.bidirectional_forward = _in_fp32(bidirectional.bidirectional_forward)
         self.bidirectional_kept = bidirectional.bidirectional_kept
-        self.bidirectional_backward = bidirectional.bidirectional_backward
+        self.bidirectional_backward = _in_fp32(bidirectional.bidirectional_backward)
+
+
+def _in_fp32(operation: Callable[..., _Result]) -> Callable[..., _Result]:
+    """Its fp32 products in fp32, whatever linear layers may do: an exponent of size 20 in TF32 is 1 % off."""
+
+    @functools.wraps(operation)
+    def exactly(*arguments: Any, **named: Any) -> _Result:
+        allowed = torch.get_float32_matmul_precision()
+        if allowed == "highest":
+            return operation(*arguments, **named)
+        torch.set_float32_matmul_precision("highest")
+        try:
+            return operation(*arguments, **named)
+        finally:
+            torch.set_float32_matmul_precision(allowed)
+
+    return exactly
 
 
 class Native(Backend):
