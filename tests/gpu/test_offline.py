@@ -1,7 +1,7 @@
 """Every launch of our Triton kernels, compiled for GPUs that are not here: make test-compiled.
 
-LONGSEQ_TRITON is a folder with the release of Triton that PyTorch for CUDA brings: its counts are held against
-ceilings.json. The release that is installed here is compiled with too.
+By the release that is installed, which is the one that PyTorch for CUDA brings: its counts are held against
+ceilings.json. And by the one in the folder LONGSEQ_TRITON, the newest.
 """
 
 from __future__ import annotations
@@ -22,43 +22,40 @@ SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}
 TENSOR_MEMORY = 512  # columns
 TOLERANCE = 0.02  # of a count of instructions, in either direction
 MULTIPROCESSORS = 132  # of an H100 or H200
-PINNED = os.environ.get("LONGSEQ_TRITON")
+NEWEST = os.environ.get("LONGSEQ_TRITON")
 KNOWN = json.loads(offline.CEILINGS.read_text())
-# Kernels whose operands are still fp32, three TF32 products each: their bars are today's counts in ceilings.json.
-OLD = ()
 
 
 @pytest.fixture(
-    scope="module", params=[PINNED, None] if PINNED else [None], ids=lambda x: "pinned" if x else "installed"
+    scope="module", params=[None, NEWEST] if NEWEST else [None], ids=lambda x: "newest" if x else "installed"
 )
 def rows(request) -> list[offline.Found]:
     return offline.measure(offline.ARCHITECTURES, request.param)
 
 
 def _half(rows: list[offline.Found]) -> list[offline.Found]:
-    chosen = [row for row in rows if "float16" in row.case and not row.case.startswith(OLD)]
+    chosen = [row for row in rows if "float16" in row.case]
     assert chosen
     return chosen
 
 
 def test_every_launch_fits_its_chip(rows):
-    """Those that longseq.attention.triton_launch.unsupported would refuse are not launched there."""
+    """And needs no more than longseq.attention.triton_launch.unsupported asks for."""
     from longseq.attention.triton_launch import Chip, needed_memory
 
     for row in rows:
         chip = Chip(divmod(row.arch, 10), SHARED_MEMORY[row.arch])
         width = int(re.search(r" d(\d+) ", row.case)[1])
-        needed = needed_memory(row.case.startswith("window"), width)
-        assert row.shared <= needed.shared, row
-        assert row.tensor_memory <= needed.tensor_memory, row
-        if needed.fits(chip):
-            assert row.shared <= chip.shared_memory, row
-            assert row.tensor_memory <= TENSOR_MEMORY, row
+        needed = needed_memory(row.case.startswith("window"), width, chip)
+        assert needed.fits(chip), row
+        assert row.shared <= needed.shared <= chip.shared_memory, row
+        assert row.tensor_memory <= needed.tensor_memory <= TENSOR_MEMORY, row
 
 
 def test_16_bit_operands_are_multiplied_by_wgmma_at_least_64_wide(rows):
     for row in _half(rows):
-        if row.arch == 90:
+        narrow = " d128 " in row.case and not row.case.startswith("window")  # features in blocks of 64, by 8 warps
+        if row.arch == 90 and not narrow:
             for name in row.matrix:
                 shape = re.fullmatch(r"HGMMA\.64x(\d+)x16\.F32\.BF16", name)
                 assert shape, f"{row.case}: {row.kernel} {name}"
@@ -66,8 +63,9 @@ def test_16_bit_operands_are_multiplied_by_wgmma_at_least_64_wide(rows):
 
 
 def test_nothing_is_spilled_at_head_dim_64_and_little_at_128(rows):
+    """By the window's kernels; what those of features spill is in ceilings.json."""
     for row in _half(rows):
-        if row.arch in (80, 90):
+        if row.arch in (80, 90) and row.case.startswith("window"):
             plain = "hidden" not in row.case
             limit = 0 if " d64 " in row.case else 64 if plain else 128
             assert row.spilled <= limit, row
@@ -79,7 +77,7 @@ def test_another_length_compiles_nothing_again(rows):
 
 def test_large_kernels_have_four_programs_a_multiprocessor(rows):
     for row in _half(rows):
-        if row.arch == 90 and " d64 " in row.case:
+        if row.arch == 90 and " d64 " in row.case and row.matrix:  # the others add states up
             assert row.programs >= 4 * MULTIPROCESSORS, row
 
 
@@ -116,5 +114,5 @@ def test_instructions_and_spills_are_those_of_the_ceilings(rows):
 
 
 def test_a_layer_launches_no_more_than_the_ceiling():
-    found = offline.layer(PINNED)
+    found = offline.layer(None)
     assert sum(found.values()) <= KNOWN["launches"], found

@@ -68,12 +68,18 @@ class Needs:
 
 # By padded width. tests/gpu/test_offline.py holds them against what is compiled.
 _WINDOW = {64: Needs(36_864, 512), 128: Needs(98_312, 512)}
-_FEATURES = {64: Needs(73_872, 512), 128: Needs(167_936, 1024)}
+# Of features, whose tiles follow from the chip: by the shared memory that a chip has at least.
+_FEATURES = {
+    200_000: {64: Needs(73_872, 512), 128: Needs(147_456, 512)},
+    160_000: {64: Needs(73_872, 0), 128: Needs(118_784, 0)},
+    0: {64: Needs(73_872, 0), 128: Needs(90_112, 0)},
+}
 
 
-def needed_memory(window: bool, width: int) -> Needs:
-    """Of the window's kernels, or those of features, for rows that wide."""
-    return (_WINDOW if window else _FEATURES)[max(64, padded(width))]
+def needed_memory(window: bool, width: int, there: Chip) -> Needs:
+    """Of the window's kernels, or those of features, for rows that wide on that chip."""
+    tables = (table for least, table in _FEATURES.items() if there.shared_memory > least)
+    return (_WINDOW if window else next(tables))[max(64, padded(width))]
 
 
 def unsupported(feature_map: FeatureMap | None, rows: Sequence[Tensor]) -> str | None:
@@ -88,7 +94,8 @@ def unsupported(feature_map: FeatureMap | None, rows: Sequence[Tensor]) -> str |
         return f"the kernels take torch.float32, bfloat16 and float16, and the inputs are {rows[0].dtype}"
     if widest > WIDEST:
         return f"head_dim and value_dim may be up to {WIDEST}, and one is {widest}"
-    needed, there = needed_memory(feature_map is None, widest), chip(device)
+    there = chip(device)
+    needed = needed_memory(feature_map is None, widest, there)
     if not needed.fits(there):
         name, columns = "sm_{}{}".format(*there.capability), f" and {needed.tensor_memory} columns of tensor memory"
         return (
