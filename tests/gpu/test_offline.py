@@ -11,6 +11,7 @@ import os
 import re
 
 import pytest
+import torch
 from tests.gpu import offline
 
 from longseq.attention.scan import CHUNK
@@ -46,7 +47,8 @@ def test_every_launch_fits_its_chip(rows):
     for row in rows:
         chip = Chip(divmod(row.arch, 10), SHARED_MEMORY[row.arch])
         width = int(re.search(r" d(\d+) ", row.case)[1])
-        needed = needed_memory(row.case.startswith("window"), width, chip)
+        dtype = torch.float32 if "float32" in row.case else torch.bfloat16
+        needed = needed_memory(row.case.startswith("window"), width, chip, dtype)
         assert needed.fits(chip), row
         assert row.shared <= needed.shared <= chip.shared_memory, row
         assert row.tensor_memory <= needed.tensor_memory <= TENSOR_MEMORY, row

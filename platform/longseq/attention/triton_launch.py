@@ -68,17 +68,21 @@ class Needs:
 
 # By padded width. tests/gpu/test_offline.py holds them against what is compiled.
 _WINDOW = {64: Needs(36_864, 512), 128: Needs(98_312, 512)}
-# Of features, whose tiles follow from the chip: by the shared memory that a chip has at least.
+# Of features, whose tiles follow from the chip: by the shared memory that it has at least, and whether rows are 16 bits.
 _FEATURES = {
-    200_000: {64: Needs(73_872, 512), 128: Needs(147_456, 512)},
-    160_000: {64: Needs(73_872, 0), 128: Needs(118_784, 0)},
-    0: {64: Needs(73_872, 0), 128: Needs(90_112, 0)},
+    (200_000, True): {64: Needs(73_872, 512), 128: Needs(147_456, 512)},
+    (160_000, True): {64: Needs(73_872, 0), 128: Needs(118_784, 0)},
+    (0, True): {64: Needs(73_872, 0), 128: Needs(90_112, 0)},
+    (200_000, False): {64: Needs(163_840, 768), 128: Needs(311_296, 1120)},
+    (160_000, False): {64: Needs(114_688, 0), 128: Needs(311_296, 0)},
+    (0, False): {64: Needs(106_496, 0), 128: Needs(311_296, 0)},
 }
 
 
-def needed_memory(window: bool, width: int, there: Chip) -> Needs:
+def needed_memory(window: bool, width: int, there: Chip, dtype: torch.dtype) -> Needs:
     """Of the window's kernels, or those of features, for rows that wide on that chip."""
-    tables = (table for least, table in _FEATURES.items() if there.shared_memory > least)
+    half = dtype != torch.float32
+    tables = (table for (least, of), table in _FEATURES.items() if of == half and there.shared_memory > least)
     return (_WINDOW if window else next(tables))[max(64, padded(width))]
 
 
@@ -95,11 +99,11 @@ def unsupported(feature_map: FeatureMap | None, rows: Sequence[Tensor]) -> str |
     if widest > WIDEST:
         return f"head_dim and value_dim may be up to {WIDEST}, and one is {widest}"
     there = chip(device)
-    needed = needed_memory(feature_map is None, widest, there)
+    needed = needed_memory(feature_map is None, widest, there, rows[0].dtype)
     if not needed.fits(there):
         name, columns = "sm_{}{}".format(*there.capability), f" and {needed.tensor_memory} columns of tensor memory"
         return (
-            f"head_dim {widest} needs {needed.shared:,} bytes of shared memory a block"
+            f"head_dim {widest} in {rows[0].dtype} needs {needed.shared:,} bytes of shared memory a block"
             f"{columns if there.capability[0] == 10 else ''}, and {name} has {there.shared_memory:,}"
         )
     if len(rows[0]) > 65535:

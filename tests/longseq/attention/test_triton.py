@@ -264,12 +264,22 @@ except ValueError as error:
 
 @needs_kernels
 @pytest.mark.parametrize(
-    ("capability", "shared", "head_dim", "takes"),
-    [((8, 6), 101_376, 64, True), ((8, 6), 65_536, 128, False), ((9, 0), 232_448, 128, True)],
+    ("capability", "shared", "head_dim", "dtype", "takes"),
+    [
+        ((8, 6), 101_376, 128, torch.bfloat16, True),
+        ((8, 6), 101_376, 64, torch.float32, False),
+        ((8, 0), 166_912, 64, torch.float32, True),
+        ((9, 0), 232_448, 128, torch.float32, False),
+    ],
 )
-def test_a_chip_is_asked_for_the_memory_of_both_passes(monkeypatch, capability, shared, head_dim, takes):
+def test_a_chip_is_asked_for_the_memory_of_both_passes(monkeypatch, capability, shared, head_dim, dtype, takes):
     monkeypatch.setattr(triton_launch, "chip", lambda device: triton_launch.Chip(capability, shared))
-    rows_of = (torch.zeros(1, 4, head_dim, device=DEVICE),) * 3
+    rows_of = (torch.zeros(1, 4, head_dim, device=DEVICE, dtype=dtype),) * 3
     reason = triton_launch.unsupported(feature_map("softmax", 16, head_dim, device=DEVICE), rows_of)
     assert (reason is None) == takes
-    assert takes or "head_dim 128 needs 90,112 bytes of shared memory a block, and sm_86 has 65,536" in reason
+    if not takes:
+        needed = "106,496" if head_dim == 64 else "311,296"
+        chip = "sm_{}{} has {:,}".format(*capability, shared)
+        assert (
+            f"head_dim {head_dim} in torch.float32 needs {needed} bytes of shared memory a block, and {chip}" in reason
+        )
