@@ -68,7 +68,7 @@ class Needs:
 
 # By padded width. tests/gpu/test_offline.py holds them against what is compiled.
 _WINDOW = {64: Needs(36_864, 512), 128: Needs(98_312, 512)}
-# Of features, whose tiles follow from the chip: by the shared memory that it has at least, and whether rows are 16 bits.
+# Of features, whose tiles follow from the chip: by the shared memory that it has at least, and if rows are 16 bits.
 _FEATURES = {
     (200_000, True): {64: Needs(73_872, 512), 128: Needs(147_456, 512)},
     (160_000, True): {64: Needs(73_872, 0), 128: Needs(118_784, 0)},
