@@ -161,6 +161,9 @@ def scan_forward(rows: Rows, initial: AttentionState | None, learns: bool) -> Sc
         initial = AttentionState(initial.sums.contiguous(), initial.log_scale.contiguous())
     out, lse, inverse_den = (_floats(q, number, length, size) for size in (value_dim, 1, 1))
     q_gauge, k_gauge, key_scale, row_scale = (_floats(q, number, length) for _ in range(4))
+    if keys.delay:  # those of keys that no query is far enough from are not found
+        k_gauge.zero_()
+        key_scale.zero_()
     before = _floats(q, number, launch.chunks)
     log_scale = _floats(q, number, 1, 1)
     with on(q.device):
