@@ -83,6 +83,8 @@ def estimate(config: Config, vocabulary: int, *, on_cuda: bool = True) -> Memory
     tokens = config.batch_sequences * config.slice_length
     triton = on_cuda and runs_triton(spec)
     block, behind = block_bytes(spec, config, width, triton=triton), _backward(spec, width)
+    if width < 4 and spec.attention == "favor" and not triton:
+        behind += 4 * 3 * spec.dim  # queries, keys and values once more: these backends compute in fp32
     head = 3.0 * width * spec.dim  # a token's, but for the logits
     start = width * spec.dim  # what a recomputation starts from
     kept = 1.0 * tokens * spec.depth * (start if spec.activation_checkpointing else block)
