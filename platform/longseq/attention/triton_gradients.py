@@ -23,7 +23,6 @@ from longseq.attention.triton_kernels import (
     load_tile,
     operand,
     product,
-    put_rows,
     put_state,
     run_at,
     seen_by,
@@ -32,6 +31,7 @@ from longseq.attention.triton_kernels import (
     through,
     transposed,
 )
+from longseq.attention.triton_rows import put_rows
 
 
 @triton.jit(do_not_specialize=ANY_LENGTH)

@@ -20,37 +20,16 @@ import math
 import triton
 import triton.language as tl
 
-# Three TF32 products on tensor cores add up to nearly fp32 (relative error 1e-6); a single one has an error of 5e-4,
-# and an exponent of size 20 would turn it into 1 %. The interpreter multiplies in fp32 whatever this says.
-PRECISION = tl.constexpr("tf32x3")
+from longseq.attention.triton_rows import INTERPRETED, PRECISION, put_rows
+
 LOG2E = tl.constexpr(math.log2(math.e))
 FLOOR = tl.constexpr(-40.0 * math.log2(math.e))  # as in feature_maps: e^-40 of a row's largest feature is the least
 EPSILON = tl.constexpr(1e-3)  # as in feature_maps: relu(u) + ε
 NOTHING = tl.constexpr(-1e30)  # as in state: the log-scale of an empty state
 LEAST = tl.constexpr(1.1754943508222875e-38**0.75)  # as in state.inverse: a denominator below has seen no key
-# Columns of q, k, v multiplied at a time in fp32. A whole tile, in three TF32 parts, would overflow the registers.
-SLICE = tl.constexpr(32)
 INFINITY = tl.constexpr(math.inf)
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 # Arguments that follow from the length of the sequence: a new length is no reason to compile again.
 ANY_LENGTH = ("length", "offset", "delay", "steps", "segments", "chunks")
-
-
-@triton.jit
-def load_rows(base, rows, keep, width, first, COLUMNS: tl.constexpr):
-    """Columns ``first``… of rows of a matrix ``width`` wide; zeros where not to keep, and not even read there."""
-    columns = first + tl.arange(0, COLUMNS)
-    return tl.load(
-        base + rows[:, None] * width + columns[None, :], mask=keep[:, None] & (columns < width)[None, :], other=0.0
-    )
-
-
-@triton.jit
-def put_rows(base, rows, keep, width, values, COLUMNS: tl.constexpr):
-    columns = tl.arange(0, COLUMNS)
-    if base.dtype.element_ty == tl.bfloat16:
-        values = operand(values, True)
-    tl.store(base + rows[:, None] * width + columns[None, :], values, mask=keep[:, None] & (columns < width)[None, :])
 
 
 @triton.jit
@@ -72,17 +51,6 @@ def operand(x, HALF: tl.constexpr):
 def product(a, b, c=None):
     """a b + c of operands."""
     return tl.dot(a, b, c, input_precision=PRECISION)
-
-
-@triton.jit
-def rows_product(a, a_rows, a_keep, b, b_rows, b_keep, width, WIDTH: tl.constexpr):
-    """Products of rows of two matrices, (len(a_rows), len(b_rows)), a slice of their columns at a time."""
-    STEP: tl.constexpr = WIDTH if WIDTH < SLICE else SLICE
-    total = tl.zeros((a_rows.shape[0], b_rows.shape[0]), tl.float32)
-    for first in tl.static_range(0, WIDTH, STEP):
-        part = load_rows(a, a_rows, a_keep, width, first, STEP)
-        total += product(part, tl.trans(load_rows(b, b_rows, b_keep, width, first, STEP)))
-    return total
 
 
 @triton.jit
