@@ -6,7 +6,7 @@ Axes in names and comments: B batch, L length, H heads, D head_dim, E = H · D t
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from longseq.attention.carried import State, carried_attention
 from longseq.attention.context_group import ContextGroup, SlicedDocuments
 from longseq.attention.feature_maps import KERNELS
 from longseq.attention.functional import exact_attention, favor_attention
+from longseq.attention.operators import is_traced
 from longseq.attention.oprf import oprf_a_from_moments, oprf_moments
 from longseq.attention.recurrent import RecurrentState, decode, prefill, prefill_exact
 from longseq.attention.rotary import rotate
@@ -87,7 +88,8 @@ class FavorAttention(nn.Module):
             raise ValueError(f"unknown kernel {kernel!r}; the kernels are {', '.join(KERNELS)}")
         self.heads, self.head_dim, self.causal, self.kind = heads, dim // heads, causal, kind
         self.kernel, self.features, self.window, self.projection = kernel, features, window, projection
-        self.seed, self.layer, self.draw, self.backend = seed, layer, 0, backend
+        self.seed, self.layer, self.backend = seed, layer, backend
+        self.draw = 0
         self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
         self.out = nn.Linear(dim, dim, bias=bias)
         # The random features' variance grows with e^{4τ}: τ = 2 is sharp enough to select and cheap to approximate.
@@ -229,11 +231,21 @@ class FavorAttention(nn.Module):
             "decay": self.decay,
             "seed": self.seed,
             "layer": self.layer,
-            "draw": self.draw,
+            "draw": self._draw if is_traced() else self.draw,
             "projection": self.projection,
             "oprf_a": self.oprf_a or 0.0,
             "backend": self.backend,
         }
+
+    @property
+    def draw(self) -> int:
+        """How often the projections were drawn anew, from 0."""
+        return int(self._draw)
+
+    @draw.setter
+    def draw(self, value: SupportsIndex) -> None:
+        # A tensor, so that one compiled program serves all draws; no buffer, as it is a function of the step.
+        self._draw = torch.tensor(integer("draw", value), dtype=torch.int64, device="cpu")
 
     @property
     def decay(self) -> Tensor | None:

@@ -47,12 +47,12 @@ def _cached(draw: Draw) -> CachedDraw:
     def by_index(function: Draw) -> Draw:
         @functools.wraps(draw)
         def checked(features: SupportsIndex, head_dim: SupportsIndex, **options: Any) -> Tensor:
+            traced = is_traced()
             for name in options.keys() & {"seed", "layer", "draw"}:
-                options[name] = integer(name, options[name])
+                if not (traced and name == "draw" and isinstance(options[name], Tensor)):  # read when the program runs
+                    options[name] = integer(name, options[name])
             sizes = integer("features", features, least=1), integer("head_dim", head_dim, least=1)
-            if is_traced():
-                return _as_operator(*sizes, **options)
-            return function(*sizes, **options)
+            return _as_operator(*sizes, **options) if traced else function(*sizes, **options)
 
         return checked
 
@@ -127,13 +127,15 @@ def _as_operator(
     head_dim: int,
     seed: int = 0,
     layer: int = 0,
-    draw: int = 0,
+    draw: int | Tensor = 0,
     orthogonal: bool = True,
     rows: Rows = "chi",
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """In a traced program: drawn when it runs, for the draw of that step."""
+    if not isinstance(draw, Tensor):
+        draw = torch.full((), draw, dtype=torch.int64, device="cpu")
     numbers = features, head_dim, seed, layer, draw, orthogonal, rows
     matrix: Tensor = torch.ops.longseq.projection(*numbers, torch.device(device), dtype)
     return matrix
@@ -144,7 +146,7 @@ def _projection(
     head_dim: int,
     seed: int,
     layer: int,
-    draw: int,
+    draw: Tensor,
     orthogonal: bool,
     rows: Rows,
     device: torch.device,
@@ -161,7 +163,7 @@ def _projection_shape(features: int, head_dim: int, *others: Any) -> Tensor:
 
 
 LIBRARY.define(
-    "projection(SymInt features, SymInt head_dim, SymInt seed, SymInt layer, SymInt draw, bool orthogonal, str rows, "
+    "projection(SymInt features, SymInt head_dim, SymInt seed, SymInt layer, Tensor draw, bool orthogonal, str rows, "
     "Device device, ScalarType dtype) -> Tensor"
 )
 LIBRARY.impl("projection", _projection, "CompositeExplicitAutograd")

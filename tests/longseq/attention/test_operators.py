@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -171,6 +173,23 @@ def test_a_compiled_model_uses_the_projections_of_its_step():
         torch.testing.assert_close(losses(compiled, net), losses(net, net), rtol=1e-4, atol=1e-5)
         found.append(losses(net, net)[0])
     assert len({x.item() for x in found}) == 4
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_one_program_serves_all_draws(backend):
+    layer = FavorAttention(32, 2, causal=True, window=8, backend=backend)
+    programs = []
+
+    def keep(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        programs.append(graph)
+        return graph.forward
+
+    compiled, x, found = torch.compile(layer, fullgraph=True, backend=keep), torch.randn(1, 100, 32), []
+    for layer.draw in range(12):  # more than a function may be compiled for
+        found.append(compiled(x))
+        assert torch.equal(found[-1], layer(x))
+    assert len(programs) == 1
+    assert not any(torch.equal(a, b) for a, b in pairwise(found))
 
 
 def test_a_traced_projection_is_the_one_that_is_drawn():
