@@ -42,12 +42,16 @@ quickstart: $(VENV)/.runs $(CORPUS)
 	@echo
 	@echo "See its curves:    $(BIN)/tensorboard --logdir runs/$(RUN)/tensorboard"
 
-# Tests that start no processes share the cores; those that do have them for themselves.
+# Tests that start no processes share the cores, also with those of SLURM, which wait most of the time. Of the others
+# that start processes two run at a time: one has its processes starting while the other's compute.
 test: $(VENV)/.tests
-	@status=0; \
+	@status=0; slurm=$$(mktemp); trap 'rm -f "$$slurm"' EXIT; \
+	$(BIN)/python -m pytest -m "distributed and not long" tests/cluster >"$$slurm" 2>&1 & job=$$!; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not distributed and not long and not compiled" --numprocesses logical \
 		--maxprocesses 8 --dist loadfile || status=1; \
-	$(BIN)/python -m pytest -m "distributed and not long" || status=1; \
+	wait $$job || status=1; cat "$$slurm"; \
+	$(BIN)/python -m pytest -m "distributed and not long" --ignore tests/cluster --numprocesses 2 --dist loadfile \
+		|| status=1; \
 	exit $$status
 
 test-long: $(VENV)/.tests
