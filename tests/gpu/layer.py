@@ -1,17 +1,30 @@
-"""Operations that one layer of a model puts on a GPU in a step, forward and backward: PyTorch's and our kernels'."""
+"""Operations that one layer of a model puts on a GPU in a step, forward and backward: PyTorch's and our kernels'.
+
+    python tests/gpu/layer.py [WAY ...]
+    python tests/gpu/layer.py --arch 90    what its small kernels spill
+
+The model's own code runs, on CPU tensors, and our kernels are counted instead of started: results are whatever was in
+memory. Kernels of the loss, the embedding and the optimiser are no layer's.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
-from tests.gpu.launches import Recorder
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.jit import JITFunction
 
-from longseq.attention import fused, isolation
+from longseq.attention import fused, isolation, rotary_table, triton_launch
+from longseq.attention.heads import split_heads
+from longseq.models.norm import Norm
 from longseq.models.performer import PerformerLM
 from longseq.models.spec import PerformerSpec
 
@@ -48,17 +61,17 @@ class _Count(TorchDispatchMode):
 class Way:
     """How a model is trained, as far as the launches of a layer depend on it."""
 
+    length: int = 8192
     weights: torch.dtype = torch.bfloat16  # bf16: DeepSpeed's; fp32: under autocast, as DDP's and of one process
     checkpoints: bool = False  # blocks are computed again in the backward pass
     dropout: float = 0.0
-    tile: int = 0
 
     @property
     def autocast(self) -> bool:
         return self.weights == torch.float32
 
 
-def launches_of_a_layer(recorder: Recorder, length: int, way: Way) -> Counter[str]:
+def launches_of_a_layer(way: Way) -> Counter[str]:
     """By operation; the difference of two models, of two layers and of one."""
     spec = PerformerSpec(
         vocabulary=32,
@@ -70,29 +83,89 @@ def launches_of_a_layer(recorder: Recorder, length: int, way: Way) -> Counter[st
         backend="triton",
         dropout=way.dropout,
         activation_checkpointing=way.checkpoints,
-        sequence_tile=way.tile,
     )
-    tokens = torch.zeros(1, length, dtype=torch.int64)
+    tokens = torch.zeros(1, way.length, dtype=torch.int64)
     model = PerformerLM(spec).train().to(way.weights)
     both = model.blocks
     found: list[Counter[str]] = []
     for depth in (1, 2):
         model.blocks = both[:depth]
         model.zero_grad()  # else the second's gradients are added to the first's
-        recorder.launches.clear()
         found.append(_operations(lambda: model(tokens, targets=tokens)[0], way.autocast))
-        found[-1].update(launch.kernel for launch in recorder.launches)
     one, two = found
     two.subtract(one)
     return +two
 
 
 def _operations(loss: Callable[[], torch.Tensor], autocast: bool) -> Counter[str]:
-    looked, fused.ELSEWHERE = isolation.is_traced, True
-    isolation.is_traced = lambda x=None: True  # no GPU is asked for NaN, and these tensors are played
-    try:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), _Count() as count:
-            loss().backward()
-    finally:
-        isolation.is_traced, fused.ELSEWHERE = looked, False
-    return count.operations
+    with _counted() as kernels, torch.autocast("cpu", torch.bfloat16, enabled=autocast), _Count() as count:
+        loss().backward()
+    return count.operations + kernels
+
+
+@contextlib.contextmanager
+def _counted() -> Iterator[Counter[str]]:
+    """Kernels of ours that would be started, by name; and all that is asked whether this is a GPU says so."""
+    kernels: Counter[str] = Counter()
+
+    def run(function: JITFunction, *args: Any, **kwargs: Any) -> None:
+        kernels[function.fn.__name__] += 1
+
+    def launcher(function: JITFunction, grid: Any) -> Callable[..., None]:
+        return lambda *args, **kwargs: function.run(*args, grid=grid, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "run", run)
+        patch.setattr(JITFunction, "__getitem__", launcher)
+        patch.setattr(triton_launch, "unsupported", lambda feature_map, rows: None)
+        patch.setattr(fused, "ELSEWHERE", True)
+        patch.setattr(isolation, "is_traced", lambda x=None: True)  # no GPU is asked for NaN
+        yield kernels
+
+
+FP32 = torch.float32
+WAYS = {
+    "autocast": Way(weights=FP32),
+    "autocast, dropout": Way(weights=FP32, dropout=0.1),
+    "autocast, checkpoints": Way(weights=FP32, checkpoints=True),
+    "bf16": Way(),
+    "bf16, dropout": Way(dropout=0.1),
+    "bf16, checkpoints": Way(checkpoints=True),
+    "autocast, 1M": Way(length=2**20, weights=FP32, checkpoints=True),
+    "bf16, 1M": Way(length=2**20, checkpoints=True),
+}
+
+
+def stacks(arch: int) -> dict[str, int]:
+    """Bytes of a thread's stack, where registers spill to, of the layer's kernels but attention's; the most of each."""
+    from tests.gpu.launches import Recorder
+    from tests.gpu.offline import _resources
+
+    fused.ELSEWHERE = True
+    found: dict[str, int] = {}
+    with Recorder(arch).installed() as recorder, torch.autocast("cpu", torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16):
+            for width in (512, 2048, 8192):
+                x, y = (torch.zeros(1, 64, width, dtype=of, requires_grad=True) for of in (dtype, torch.bfloat16))
+                outputs = Norm(width, 1e-5).to(dtype)(x, y)
+                torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
+            for head_dim in (32, 64, 128):
+                qkv = torch.zeros(1, 64, 6 * head_dim, dtype=dtype, requires_grad=True)
+                outputs = split_heads(qkv, 2, rotary_table(torch.arange(64), head_dim))
+                torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
+    for launch in recorder.launches:
+        stack = _resources(launch.compiled.asm["cubin"])[1]
+        found[launch.kernel] = max(stack, found.get(launch.kernel, 0))
+    return found
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--arch"]:
+        print(json.dumps({arch: stacks(int(arch)) for arch in sys.argv[2:]}))
+        return
+    for name in sys.argv[1:] or WAYS:
+        print(json.dumps({name: dict(launches_of_a_layer(WAYS[name]).most_common())}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

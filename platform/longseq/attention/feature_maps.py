@@ -20,6 +20,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from longseq.attention.arguments import HALF
 from longseq.attention.operators import is_traced
@@ -358,6 +359,20 @@ def _rounded(omega: Tensor, factors: tuple[float, ...], operands: torch.dtype, d
     """Rows of 16-bit operands, in ``dtype``."""
     with torch.inference_mode(False), torch.no_grad():
         return _scaled(omega, factors).to(operands).to(dtype)
+
+
+_narrow = WeakTensorKeyDictionary()  # a layer's rows are cached, and so are these as long as they live
+
+
+def as_operands(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A map's rows, contiguous and in the operands' dtype, to which they are rounded already: cast once for a draw."""
+    if weight.dtype == dtype or is_traced(weight):
+        return weight.to(dtype).contiguous()
+    found: dict[torch.dtype, Tensor] = _narrow.setdefault(weight, {})
+    if dtype not in found:
+        with torch.inference_mode(False):
+            found[dtype] = weight.detach().to(dtype).contiguous()
+    return found[dtype]
 
 
 _kept_rounded = functools.lru_cache(maxsize=512)(_rounded)  # ω is a cached tensor: each layer's is found by identity
