@@ -196,10 +196,10 @@ def _verdict(store: TCPStore, place: Place, limits: Limits) -> tuple[str, str]:
     for rank, (_, _, _, gpu) in hellos.items():
         if gpu:
             holders.setdefault((place.node_of(rank), gpu), []).append(rank)
-    for (node, identity), ranks in holders.items():
+    for (node, gpu), ranks in holders.items():
         if len(ranks) > 1:
             problems[
-                f"{node}: rank {', '.join(map(str, ranks))} have the same GPU ({identity}): let each task see all GPUs "
+                f"{node}: rank {', '.join(map(str, ranks))} have the same GPU ({gpu}): let each task see all GPUs "
                 "of its node (srun: [--gpu-bind=none] in the site's profile), or exactly one of its own "
                 "(--gpus-per-task=1)."
             ] = None
