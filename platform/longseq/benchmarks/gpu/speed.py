@@ -120,6 +120,11 @@ def decode(rows: Rows, device: str, folder: Path) -> None:
         difference = float((torch.stack(found, 1) - expected[:, half:]).norm() / expected[:, half:].norm())
         what = f"logits of {len(found)} tokens, one by one, against the forward pass's, {dtype}"
         rows.add(what, difference, most=most)
+        decoder = Decoder(model, model.prefill(tokens[:, :half], last_only=True)[1], in_place=True)
+        steps = torch.stack([decoder.step(token).clone() for token in tokens[:, half:].unbind(1)], 1)
+        difference = float((steps - torch.stack(found, 1)).abs().max())
+        graph = "no graph" if decoder.graph is None else "a CUDA graph"
+        rows.add(f"logits of the same tokens in place ({graph}), {dtype}", difference, most=most)
     if not large:
         return
     model = _model(PRESET, device).to(torch.bfloat16).eval()
@@ -136,7 +141,7 @@ def decode(rows: Rows, device: str, folder: Path) -> None:
         for _ in range(WARM_UP + 1):
             decoder.step(token)
         if decoder.graph is None:
-            rows.skipped(f"{what}, as a CUDA graph", "it was not captured, as said above")
+            rows.skipped(f"{what}, as a CUDA graph", "it was not captured: the log says why")
             continue
         seconds = seconds_a_call(partial(decoder.step, token), torch.device(device), 50)
         rows.add(f"{what}, as a CUDA graph", seconds * 1e3, "ms", note=f"{batch / seconds:,.0f} tokens/s")
