@@ -28,6 +28,11 @@ class GpuMachine:
         shown = [f"GPU-{name}" if name.isdigit() else name for name in shown if name]
         return shown[:1] if shown and shown[0].startswith("MIG-") else shown
 
+    def uuid(self, index: int) -> str:
+        """As of a driver for which MIG instances have their GPU's."""
+        name = self.visible()[index]
+        return "GPU-0" if name.startswith("MIG-") else name
+
     def set_device(self, device: Any) -> None:
         index = torch.device(device).index if not isinstance(device, int) else device
         if not 0 <= index < len(self.visible()):
@@ -53,7 +58,7 @@ class GpuMachine:
             "torch.cuda.device_count": lambda: len(self.visible()),
             "torch.cuda.set_device": self.set_device,
             "torch.cuda.synchronize": lambda device=None: None,
-            "torch.cuda.get_device_properties": lambda d: SimpleNamespace(uuid=self.visible()[torch.device(d).index]),
+            "torch.cuda.get_device_properties": lambda d: SimpleNamespace(uuid=self.uuid(torch.device(d).index)),
             "torch.distributed.init_process_group": init,
             **{f"torch.{name}": on_cpu(name) for name in makers},
         }

@@ -43,6 +43,22 @@ def claim(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
+def identity(device: torch.device) -> str:
+    """What tells a GPU, or a MIG instance, from the others of its node; nothing for a CPU, which processes share.
+
+    Drivers differ in whose UUID an instance has, its own or its GPU's, so it goes by the name that it was asked for by.
+    """
+    import torch
+
+    if device.type != "cuda":
+        return ""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    index = device.index or 0
+    if index < len(names) and names[index].strip().startswith("MIG-"):
+        return names[index].strip()
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
 def reading_device(accelerator: str) -> str:
     """Of a process that reads a model, by trainer.accelerator; in turns where there are more processes than devices."""
     import torch

@@ -183,15 +183,6 @@ def measure(architectures: Sequence[int], other_triton: str | None = None, part:
         return [row for rows in pool.map(one, architectures) for row in rows]
 
 
-def layer_here() -> dict[str, int]:
-    """Launches of a layer, see :mod:`tests.gpu.layer`; on any architecture the same."""
-    from tests.gpu.launches import Recorder
-    from tests.gpu.layer import launches_of_a_layer
-
-    with Recorder(90).installed() as recorder:
-        return dict(launches_of_a_layer(recorder, LENGTH).most_common())
-
-
 def _child(arguments: Sequence[str], other_triton: str | None, cache: str) -> str:
     """What this file prints, run with those arguments by a Python in which kernels are compiled."""
     path = [*([other_triton] if other_triton else []), str(ROOT), str(ROOT / "platform"), str(ROOT / "pipelines")]
@@ -207,12 +198,6 @@ def _child(arguments: Sequence[str], other_triton: str | None, cache: str) -> st
     if done.returncode:
         raise RuntimeError(f"{' '.join(arguments)}: {done.stderr[-4000:]}")
     return done.stdout
-
-
-def layer(other_triton: str | None = None) -> dict[str, int]:
-    with tempfile.TemporaryDirectory() as cache:
-        found: dict[str, int] = json.loads(_child(["--layer"], other_triton, cache))
-    return found
 
 
 def ceilings(rows: Sequence[Found]) -> dict[str, dict[str, list[int]]]:
@@ -249,13 +234,8 @@ def main() -> None:
     parser.add_argument("--triton", help="a folder with another release of Triton")
     parser.add_argument("--json", type=Path, help="write everything there")
     parser.add_argument("--write", action="store_true", help=f"write {CEILINGS.name}")
-    parser.add_argument("--layer", action="store_true", help="only count what one layer launches in a step")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if asked.layer:
-        found = layer_here() if asked.worker else layer(asked.triton)
-        print(json.dumps(found) if asked.worker else f"{sum(found.values())} launches a layer: {found}")
-        return
     if asked.worker:
         cases = [case for case in CASES if asked.case in case.name]
         print(json.dumps([asdict(row) for row in measure_here(asked.arch[0], cases)]))
@@ -265,7 +245,7 @@ def main() -> None:
     if asked.json:
         asked.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     if asked.write:
-        known = {"triton": rows[0].triton, "launches": sum(layer(asked.triton).values()), **ceilings(rows)}
+        known = {"triton": rows[0].triton, **ceilings(rows)}
         # One line a kernel, so that a change is seen line by line.
         text = re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", json.dumps(known, indent=1))
         CEILINGS.write_text(text + "\n")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from longseq.attention import KERNELS, triton_backend, triton_launch
+from longseq.attention import KERNELS, fused, triton_backend, triton_launch
 from longseq.attention.feature_maps import feature_map
 from longseq.attention.native import build
 from longseq.config import Config
@@ -74,9 +75,12 @@ def test_a_block_saves_what_the_estimate_says(loaded, kind, rows, backend, dtype
 
 
 @pytest.mark.parametrize("kind", ["causal", "masked", "window"])
+@pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_block_with_triton_saves_what_the_estimate_says(loaded, kind, dtype):
-    config = loaded(*KINDS[kind], "data.length=32", "data.batch_tokens=64", "attention.backend=triton")
+def test_a_block_with_triton_saves_what_the_estimate_says(monkeypatch, loaded, kind, rows, dtype):
+    monkeypatch.setattr(fused, "ELSEWHERE", True)
+    length = f"data.length={64 // rows}"
+    config = loaded(*KINDS[kind], length, "data.batch_tokens=64", "attention.backend=triton")
     spec = config.performer_spec(29)
     assert memory.runs_triton(spec)
     expected = block_bytes(spec, config, dtype.itemsize, triton=True)
@@ -87,8 +91,40 @@ def test_triton_keeps_no_states_of_the_scan(loaded):
     config = loaded("model.preset=regular", "model.dim=512", "model.heads=8", "attention.features=256")
     spec = config.performer_spec(29)
     states = 4 * 8 * 256 * 65 / 128
+    assert config.batch_sequences > 1
     fewer = block_bytes(spec, config, 4) - block_bytes(spec, config, 4, triton=True)
     assert fewer == pytest.approx(states * 128 / 16 - 4 * 4 * 8)  # rows of 16: a state each, against four numbers
+
+
+@pytest.mark.skipif(not triton_launch.INTERPRETED, reason="triton was imported uninterpreted")
+@pytest.mark.parametrize("given", [(), ("hidden", "runs", "decay")])
+def test_the_states_of_one_slice_are_gone_before_the_next(monkeypatch, given):
+    """Forward and backward: of three rows one fits at a time, and no more than its two states are ever in memory."""
+    monkeypatch.setattr(triton_backend, "STATE_BYTES", 1)
+    made: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+    empty = triton_backend._Launch.empty_sums
+
+    def noted(self: triton_backend._Launch, like: torch.Tensor, rows: int) -> torch.Tensor:
+        nonlocal most
+        sums = empty(self, like, rows)
+        made.append(weakref.ref(sums))
+        most = max(most, sum(x() is not None for x in made))
+        return sums
+
+    monkeypatch.setattr(triton_backend._Launch, "empty_sums", noted)
+    q, k, v = (torch.randn(3, 70, 8, requires_grad=True) for _ in range(3))
+    options = {
+        "hidden": torch.zeros(3, 70, dtype=torch.bool),
+        "runs": torch.arange(70).expand(3, 70) // 40,
+        "decay": torch.full((3, 1, 1), 0.1),
+    }
+    options = {name: options[name] for name in given}
+    out, lse = triton_backend.scan(q, k, v, feature_map("softmax", 16, 8), **options)
+    assert (len(made), most) == (3, 1)
+    (out.sum() + lse.sum()).backward()
+    assert (len(made), most) == (3 + 6, 2)
+    assert all(x() is None for x in made)
 
 
 def test_the_states_that_triton_makes_are_counted_once_and_up_to_its_limit(loaded):
@@ -110,8 +146,7 @@ def test_offloaded_inputs_of_blocks_are_in_the_memory_of_the_host(loaded, depth)
     plain = loaded(*step, "trainer.activation_checkpointing=true")
     offloaded = loaded(*step, "trainer.activation_checkpointing=true", "trainer.activation_offload=true")
     stream = 4096 * 64 * 4
-    assert estimate(plain, 29).host == 0
-    assert estimate(offloaded, 29).host == depth * stream
+    assert estimate(offloaded, 29).host - estimate(plain, 29).host == depth * stream
     # Of the inputs, one is in use and one on its way.
     assert estimate(plain, 29).activations - estimate(offloaded, 29).activations == (depth - 2) * stream
     on_cpu = estimate(offloaded, 29, on_cuda=False)

@@ -19,6 +19,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "reset": ("through", "reset"),
     "crop": ("random", "first"),
     "records": ("one", "two", "many"),  # of the validation and of the test split
+    "blocks": ("eager", "compiled"),
 }
 
 SETTINGS: dict[tuple[str, str], tuple[str, ...]] = {
@@ -31,12 +32,15 @@ SETTINGS: dict[tuple[str, str], tuple[str, ...]] = {
     ("attention", "exact"): ("attention.kind=exact",),
     ("reset", "reset"): ("data.reset=true",),
     ("crop", "first"): ("data.crop=first",),
+    ("blocks", "compiled"): ("trainer.compile=true",),
 }
 
 SENSELESS: tuple[Callable[[Way], bool], ...] = (
     lambda way: way["packing"] == "bucket" and way["source"] != "corpus",  # only a corpus knows all lengths
     lambda way: way["reset"] == "reset" and way["packing"] != "concat",  # one record has nothing to begin anew
     lambda way: way["crop"] == "first" and way["packing"] == "concat",  # joined records are cut and not cropped
+    # Of one source and number of records only: a compiler reads the model for each length, longer than all else takes.
+    lambda way: way["blocks"] == "compiled" and (way["source"], way["records"]) != ("corpus", "many"),
     lambda way: way["source"] == "pixels" and way["packing"] != "crop",  # joined images lose their rows and columns
 )
 

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import logging
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,9 @@ import pytest
 from longseq.cli import main
 from longseq.errors import LongseqError
 from longseq.launch import local
+from longseq.models.compiling import compile_blocks
 from longseq.run import Run
-from longseq.training import worker
+from longseq.training import fit, task, worker
 from ways import sources
 from ways.sources import Source
 
@@ -59,10 +62,15 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return code
 
     monkeypatch.setattr(local, "train", train)
+    # What torch.compile makes of the blocks, without the C++ compiler behind it: tests/distributed/test_compile.py.
+    monkeypatch.setattr(task, "compile_blocks", partial(compile_blocks, backend="aot_eager"))
+    monkeypatch.setattr(fit, "missing_compiler", lambda device: None)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # or programs of other ways would count
 
 
 @contextmanager

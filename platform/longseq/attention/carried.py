@@ -21,6 +21,7 @@ from torch import Tensor
 from longseq.attention.arguments import checked, dtypes
 from longseq.attention.feature_maps import feature_map
 from longseq.attention.functional import per_row
+from longseq.attention.heads import lay_out
 from longseq.attention.isolation import Inputs, Sight, isolated
 from longseq.attention.parts import Part, combine
 from longseq.attention.scan_operator import carried_scan
@@ -83,7 +84,7 @@ def carried_attention(
             raise ValueError(
                 f"kernel {kernel!r} has features of both signs and cannot share a denominator with a state"
             )
-    batch, heads, length = q.shape[:3]
+    batch = len(q)
     with torch.autocast(q.device.type, enabled=False):
         queries, keys, values = (t.flatten(0, 1).to(operands) for t in (q, k, v))
         rates = per_row(decay, batch, dtype)
@@ -123,4 +124,4 @@ def carried_attention(
         out = isolated(attend, rows, None, Sight(lambda: None, True, 0 if phi else window))[:, halo:]
         if window:
             behind = (*behind, keys[:, -window:], values[:, -window:])
-    return out.view(batch, heads, length, v.shape[-1]).to(v.dtype), behind
+    return lay_out(out, batch, v.dtype), behind

@@ -10,6 +10,7 @@ Throughout x = q·d^-1/4, u = ωᵀx, and m is the size of the feature axis. :fu
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -19,8 +20,10 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from longseq.attention.arguments import HALF
+from longseq.attention.operators import is_traced
 from longseq.attention.projections import projection_matrix
 
 _LOG2E = math.log2(math.e)
@@ -311,12 +314,9 @@ def feature_map(
     half = operands in HALF
     exact = torch.float64 if half else dtype  # rounded once, not twice
 
-    def rows(weight: Tensor) -> Tensor:
-        return weight.to(operands).to(dtype) if half else weight
-
     if kernel == "relu_direct":
         weight = torch.eye(head_dim, device=device, dtype=exact) * scale
-        return Generalised(rows(weight), _ACTIVATIONS["relu"], 0.0)
+        return Generalised(weight.to(operands).to(dtype) if half else weight, _ACTIVATIONS["relu"], 0.0)
     omega = projection_matrix(
         features // 2 if kernel in _PAIRED else features,
         head_dim,
@@ -328,8 +328,12 @@ def feature_map(
         device=device,
         dtype=exact,
     )
-    weight, log_constant, stretch = omega * scale, -0.5 * math.log(features), 1 - 4 * oprf_a
-    weight = rows(weight * stretch**0.5 if kernel == "oprf" else weight)
+    log_constant, stretch = -0.5 * math.log(features), 1 - 4 * oprf_a
+    factors = (scale, stretch**0.5) if kernel == "oprf" else (scale,)
+    if half and operands is not None:
+        weight = (_rounded if is_traced() else _kept_rounded)(omega, factors, operands, dtype)
+    else:
+        weight = _scaled(omega, factors)
     if kernel in ("softmax", "smreg"):
         return PositiveExponential(weight, None, log_constant)
     if kernel == "hyperbolic":
@@ -343,6 +347,35 @@ def feature_map(
     if kernel == "exp":
         return ShiftedExponential(weight)
     return Generalised(weight, _ACTIVATIONS[kernel], log_constant)
+
+
+def _scaled(omega: Tensor, factors: tuple[float, ...]) -> Tensor:
+    for factor in factors:
+        omega = omega * factor
+    return omega
+
+
+def _rounded(omega: Tensor, factors: tuple[float, ...], operands: torch.dtype, dtype: torch.dtype) -> Tensor:
+    """Rows of 16-bit operands, in ``dtype``."""
+    with torch.inference_mode(False), torch.no_grad():
+        return _scaled(omega, factors).to(operands).to(dtype)
+
+
+_narrow = WeakTensorKeyDictionary()  # a layer's rows are cached, and so are these as long as they live
+
+
+def as_operands(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A map's rows, contiguous and in the operands' dtype, to which they are rounded already: cast once for a draw."""
+    if weight.dtype == dtype or is_traced(weight):
+        return weight.to(dtype).contiguous()
+    found: dict[torch.dtype, Tensor] = _narrow.setdefault(weight, {})
+    if dtype not in found:
+        with torch.inference_mode(False):
+            found[dtype] = weight.detach().to(dtype).contiguous()
+    return found[dtype]
+
+
+_kept_rounded = functools.lru_cache(maxsize=512)(_rounded)  # ω is a cached tensor: each layer's is found by identity
 
 
 def _powers(exponent: Tensor) -> tuple[Tensor, Tensor]:

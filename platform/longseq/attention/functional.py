@@ -14,6 +14,7 @@ from longseq.attention.context_halo import neighbourhood
 from longseq.attention.context_parallel import relay
 from longseq.attention.context_whole import whole
 from longseq.attention.feature_maps import KERNELS, FeatureMap, feature_map
+from longseq.attention.heads import lay_out
 from longseq.attention.isolation import Inputs, Sight, isolated
 from longseq.attention.parts import Part, combine
 from longseq.attention.scan_operator import scan
@@ -146,7 +147,7 @@ def favor_attention(
 
         sight = Sight(lambda: _whole_runs(segments, heads, context), causal, 0 if phi else window, context)
         out = isolated(attend, rows, hidden, sight)
-    return out.view(batch, heads, length, v.shape[-1]).to(v.dtype)
+    return lay_out(out, batch, v.dtype)
 
 
 def _nothing(q: Tensor, k: Tensor, v: Tensor, *per_head: Tensor | None) -> Tensor:

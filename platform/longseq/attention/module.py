@@ -19,6 +19,7 @@ from longseq.attention.carried import State, carried_attention
 from longseq.attention.context_group import ContextGroup, SlicedDocuments
 from longseq.attention.feature_maps import KERNELS
 from longseq.attention.functional import exact_attention, favor_attention
+from longseq.attention.heads import split_heads
 from longseq.attention.operators import is_traced
 from longseq.attention.oprf import oprf_a_from_moments, oprf_moments
 from longseq.attention.recurrent import RecurrentState, decode, prefill, prefill_exact
@@ -185,12 +186,13 @@ class FavorAttention(nn.Module):
     def project(self, x: Tensor, rotary: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, H, L, D) of x (B, L, E), normalised and rotated."""
         floating(x=x)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
+        turn = rotary if self.log_temperature is None else None  # else after the normalisation
+        q, k, v = split_heads(self.qkv(x), self.heads, turn, self.backend)
         if self.log_temperature is not None:
             scale = torch.exp(0.5 * self.log_temperature) * self.head_dim**0.25
             q, k = (F.normalize(t.float(), dim=-1).to(t.dtype) * scale for t in (q, k))
-        if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
+            if rotary is not None:
+                q, k = rotate(q, rotary), rotate(k, rotary)
         return q.to(v.dtype), k.to(v.dtype), v
 
     def mix(

@@ -21,7 +21,7 @@ from longseq.attention import bidirectional_operator, scan_operator
 from longseq.attention import triton_gradients as gradients
 from longseq.attention import triton_kernels as kernels
 from longseq.attention.bidirectional import Total
-from longseq.attention.feature_maps import FeatureMap, Generalised, PositiveExponential
+from longseq.attention.feature_maps import FeatureMap, Generalised, PositiveExponential, as_operands
 from longseq.attention.parts import Part
 from longseq.attention.scan import Rows, ScanGradients, Scanned
 from longseq.attention.state import AttentionState
@@ -89,7 +89,7 @@ class _Launch:
     def __init__(self, feature_map: FeatureMap, q: Tensor, length: int, value_dim: int):
         assert isinstance(feature_map, (PositiveExponential, Generalised))
         exponential, half = isinstance(feature_map, PositiveExponential), q.dtype != torch.float32
-        weight = feature_map.weight.to(q.dtype).contiguous()
+        weight = as_operands(feature_map.weight, q.dtype)
         shift = feature_map.shift if isinstance(feature_map, PositiveExponential) else None
         self.map = weight, pointer(None if shift is None else shift.float().contiguous(), weight)
         self.features, self.head_dim, self.value_dim = len(weight), q.shape[-1], value_dim
@@ -165,13 +165,13 @@ def scan_forward(rows: Rows, initial: AttentionState | None, learns: bool) -> Sc
         k_gauge.zero_()
         key_scale.zero_()
     before = _floats(q, number, launch.chunks)
-    log_scale = _floats(q, number, 1, 1)
+    log_scales: list[Tensor] = []
     with on(q.device):
         for n in launch.slices(number, states=1):
             part = keys[n]
             sums, scales = launch.add_up(part, k_gauge[n], key_scale[n])
             begins, final = launch.run_through(sums, scales, part, _cut(initial, n))
-            log_scale[n] = final.log_scale
+            log_scales.append(final.log_scale)
             kernels.attend[launch.segments, len(scales)](
                 q[n], part.x, part.values, k_gauge[n], key_scale[n], pointer(part.runs, q), pointer(part.decay, q),
                 *launch.map, sums, begins, q_gauge[n], row_scale[n], before[n],
@@ -180,6 +180,7 @@ def scan_forward(rows: Rows, initial: AttentionState | None, learns: bool) -> Sc
                 **launch.kinds, **launch.tiles.outputs,
             )  # fmt: skip
             del sums, final  # or those of two slices would be in memory
+    log_scale = log_scales[0] if len(log_scales) == 1 else torch.cat(log_scales)
     begin = (None, None) if initial is None else (initial.sums.clone(), initial.log_scale.clone())
     return Scanned(out, lse, inverse_den, (q_gauge, k_gauge, key_scale, row_scale, before, *begin), log_scale)
 

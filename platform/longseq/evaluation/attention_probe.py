@@ -42,13 +42,14 @@ def probe(model: PerformerLM, batch: dict[str, Tensor]) -> list[LayerProbe]:
     def look(attention: FavorAttention, q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None) -> None:
         error = _error(FavorAttention.mix(attention, q, k, v, None, segments), _exact(attention, q, k, v, segments))
         shown = slice(0, MAP_LENGTH)
-        q, k = q[:, :, shown].float(), k[:, :, shown].float()
+        q, k = q[:, :, shown], k[:, :, shown]
         segments = None if segments is None else segments[:, shown]
         size = q.shape[2]
-        one_hot = torch.eye(size, device=q.device).expand(*q.shape[:2], size, size)
+        # In the model's own dtype, for its ω is rounded to that.
+        one_hot = torch.eye(size, device=q.device, dtype=v.dtype).expand(*q.shape[:2], size, size)
         own_map = FavorAttention.mix(attention, q, k, one_hot, None, segments)
         exact_map = _exact(attention, q, k, one_hot, segments)
-        layers.append(LayerProbe(error, own_map[0].cpu(), exact_map[0].cpu()))
+        layers.append(LayerProbe(error, own_map[0].float().cpu(), exact_map[0].cpu()))
 
     look_through(model, batch, look)
     return layers

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from longseq.evaluation.predictions import log_probabilities, of_tokens
-from longseq.models.performer import DecodingState, PerformerLM
+from longseq.models.decoding import Decoder
+from longseq.models.performer import PerformerLM
 from longseq_data.randomness import uniforms
 from longseq_data.vocabulary import Vocabulary
 
@@ -78,18 +79,19 @@ def draw(
     never[vocabulary.eos] = not settings.stop
     last = model.head(hidden[:, -1]).expand(BLOCK, -1)
     block = state.select(torch.zeros(BLOCK, dtype=torch.long, device=device))
+    decoder = Decoder(model, block)
     for first in range(0, number, BLOCK):
         rows = min(BLOCK, number - first)
-        yield from _block(model, vocabulary, list(prompt), before, last, block, never, first, rows, settings, clock)
+        decoder.begin(block)
+        yield from _block(decoder, vocabulary, list(prompt), before, last, never, first, rows, settings, clock)
 
 
 def _block(
-    model: PerformerLM,
+    decoder: Decoder,
     vocabulary: Vocabulary,
     prompt: list[int],
     before: float,
     logits: Tensor,
-    state: DecodingState,
     never: Tensor,
     first: int,
     rows: int,
@@ -116,7 +118,7 @@ def _block(
         if ended.all():
             break
         if at < settings.length - 1:
-            logits, state = model.decode(torch.from_numpy(chosen).to(logits.device), state)
+            logits = decoder.step(torch.from_numpy(chosen).to(logits.device))
     table = np.stack(tokens, axis=1) if tokens else np.zeros((BLOCK, 0), np.int64)
     return [
         Drawn(

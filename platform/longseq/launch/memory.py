@@ -13,7 +13,9 @@ P is the number of weights, n the number of ranks, w the bytes of a weight in tr
     activations   what the backward pass needs of every block (or with activation checkpointing of one block, and every
                   block's input), and what it holds at its most besides; with tiles of the sequence see :func:`_tiled`
     in the step   the fp32 gradients of this rank's part
-    in the CPU's  what is offloaded: the optimiser, weights, and what recomputations start from
+    in the CPU's  what is offloaded: the optimiser, weights, and what recomputations start from; and the
+                  copies that a checkpoint is written from: 12 P of fp32 weights and moments (ZeRO 1-3 divide by n),
+                  and rank 0's w P. Pinned memory rounds each tensor up to a power of two: up to twice as much
 
 The peak is that of three moments: the beginning of the backward pass, its end, and the optimiser's step.
 """
@@ -46,7 +48,7 @@ class MemoryEstimate:
     optimizer: int
     activations: int
     peak: int  # less than their sum: they do not need their most at the same time
-    host: int  # next to a GPU: what is offloaded to the CPU's memory
+    host: int  # next to a GPU: what is offloaded to the CPU's memory, and what rank 0 copies for a checkpoint
 
     def line(self) -> str:
         """For people."""
@@ -107,6 +109,8 @@ def estimate(config: Config, vocabulary: int, *, on_cuda: bool = True) -> Memory
         offloaded, optimizer, step = offloaded + optimizer + 4 * part, 0, 4 * part  # and the fp32 gradients it reads
     if trainer.offload_params != "none":
         offloaded, weights = offloaded + weights, 0
+    if on_cuda:  # rank 0's: where all ranks hold the same, it alone writes
+        offloaded += 12 * part + (width if deepspeed else 4) * count
     always = weights + optimizer + mean
     # What ZeRO-3 has for good, the others have from the backward pass to the step.
     early, late, left = (gradients, gradients, gradients) if stage == 3 else (bucket, gradients, part_gradients)
@@ -162,19 +166,20 @@ def block_bytes(spec: PerformerSpec, config: Config, width: int, *, triton: bool
     """
     dim, heads = spec.dim, spec.heads
     total = width * (5.0 * dim + 2 * spec.ffn_dim) + 2 * 2 * 4  # and the norms' means and deviations
-    # q, k and v are slices of one tensor. It lives on as long as one of them is needed as it is.
+    # q, k and v are slices of one tensor, which lives on as long as one of them is needed as it is; but not where
+    # longseq.attention.triton_heads takes them apart.
     whole_qkv = spec.attention == "exact" or config.batch_sequences == 1
     if spec.attention == "exact":
         total += width * (3 + 2 + 1) * dim + 4 * heads
         total += _mask(spec, config)
     else:
-        total += width * (3 if whole_qkv else 1) * dim  # all of them, or the values
+        total += width * (3 if whole_qkv and not triton else 1) * dim  # all of them, or the values
         total += width * 2 * dim + 4 * dim  # queries and keys, and the output in fp32
         total += _favor(spec, config, width, triton)
     if spec.qk_norm:
         # Normalised q and k, what they were before (in fp32 the slices themselves), and the norms.
         total += width * 2 * dim + 4 * 2 * heads
-        total += 0 if whole_qkv and width == 4 else width * 3 * dim if width == 4 else 4 * 2 * dim
+        total += 0 if whole_qkv and width == 4 and not triton else width * 3 * dim if width == 4 else 4 * 2 * dim
     if spec.dropout:
         total += width * 2 * dim  # what was dropped
     return total

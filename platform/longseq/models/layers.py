@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 from torch import Tensor, nn
 
 from longseq.attention import FavorAttention, RecurrentState, SlicedDocuments
 from longseq.attention.carried import State
 from longseq.attention.tiles import pointwise
+from longseq.models.narrow import narrowed, narrows
+from longseq.models.norm import Norm
 from longseq.models.spec import PerformerSpec
 
 
@@ -17,7 +21,8 @@ class Block(nn.Module):
         super().__init__()
         self.tile = spec.tile
         self.post_norm = spec.norm == "post"
-        self.attention_norm = nn.LayerNorm(spec.dim, eps=spec.norm_eps)
+        backend = "torch" if self.post_norm else spec.backend  # a norm's result is the residual then: in fp32
+        self.attention_norm = Norm(spec.dim, spec.norm_eps, backend)
         self.attention = FavorAttention(
             spec.dim,
             spec.heads,
@@ -35,7 +40,7 @@ class Block(nn.Module):
             layer=layer,
             backend=spec.backend,
         )
-        self.mlp_norm = nn.LayerNorm(spec.dim, eps=spec.norm_eps)
+        self.mlp_norm = Norm(spec.dim, spec.norm_eps, backend)
         self.mlp = nn.Sequential(nn.Linear(spec.dim, spec.ffn_dim), nn.GELU(), nn.Linear(spec.ffn_dim, spec.dim))
         self.dropout = nn.Dropout(spec.dropout)
 
@@ -43,11 +48,13 @@ class Block(nn.Module):
         self, x_BLE: Tensor, padding: Tensor | None, segments: Tensor | SlicedDocuments | None, rotary: Tensor | None
     ) -> Tensor:
         """x (B, L, E); padding (B, L) bool, True where a token is real; segments (B, L) integers; or None."""
-        tile = self.tile if self.tile < x_BLE.shape[1] else 0
-        norm = None if self.post_norm else self.attention_norm
+        if not 0 < self.tile < x_BLE.shape[1]:
+            with self._narrowed():
+                x_BLE, normed = self._begin(x_BLE)
+                mixed = self.attention(normed, padding=padding, segments=segments, rotary=rotary)
+                return self._add(x_BLE, mixed)
+        tile, norm = self.tile, None if self.post_norm else self.attention_norm
         mixed = self.attention(x_BLE, padding=padding, segments=segments, rotary=rotary, norm=norm, tile=tile)
-        if not tile:
-            return self._add(x_BLE, mixed)
         learned = [*self.mlp_norm.parameters(), *self.mlp.parameters()]
         learned += self.attention_norm.parameters() if self.post_norm else []
         random = self.training and self.dropout.p > 0
@@ -55,26 +62,35 @@ class Block(nn.Module):
 
     def carry(self, x_BTE: Tensor, state: State, rotary: Tensor | None) -> tuple[Tensor, State]:
         """The forward pass of a causal block over the next tile of a sequence, and the attention's state behind it."""
-        norm = None if self.post_norm else self.attention_norm
-        mixed, state = self.attention(x_BTE, rotary=rotary, norm=norm, carried=state)
-        return self._add(x_BTE, mixed), state
+        with self._narrowed():
+            x_BTE, normed = self._begin(x_BTE)
+            mixed, state = self.attention(normed, rotary=rotary, carried=state)
+            return self._add(x_BTE, mixed), state
 
     def prefill(self, x_BLE: Tensor, padding: Tensor | None, rotary: Tensor | None) -> tuple[Tensor, RecurrentState]:
         """The forward pass over a prompt, and the attention's state after it."""
-        mixed, state = self.attention.prefill(self._before(x_BLE), padding=padding, rotary=rotary)
+        x_BLE, normed = self._begin(x_BLE)
+        mixed, state = self.attention.prefill(normed, padding=padding, rotary=rotary)
         return self._add(x_BLE, mixed), state
 
     def decode(self, x_BLE: Tensor, state: RecurrentState, rotary: Tensor | None) -> tuple[Tensor, RecurrentState]:
         """The next position, or the next few."""
-        mixed, state = self.attention.decode(self._before(x_BLE), state, rotary=rotary)
+        x_BLE, normed = self._begin(x_BLE)
+        mixed, state = self.attention.decode(normed, state, rotary=rotary)
         return self._add(x_BLE, mixed), state
 
-    def _before(self, x_BLE: Tensor) -> Tensor:
-        return x_BLE if self.post_norm else self.attention_norm(x_BLE)
+    def _narrowed(self) -> AbstractContextManager[None]:
+        maps = [self.attention.qkv, self.attention.out, self.mlp[0], self.mlp[2]]
+        return narrowed(maps) if narrows(maps) else nullcontext()  # type: ignore[arg-type]
+
+    def _begin(self, x_BLE: Tensor) -> tuple[Tensor, Tensor]:
+        """x, and what attention reads of it."""
+        return (x_BLE, x_BLE) if self.post_norm else self.attention_norm(x_BLE, sums=True)
 
     def _add(self, x_BLE: Tensor, mixed: Tensor) -> Tensor:
+        mixed = self.dropout(mixed)
         if self.post_norm:
-            x_BLE = self.attention_norm(x_BLE + self.dropout(mixed))
+            x_BLE = self.attention_norm(x_BLE + mixed)
             return self.mlp_norm(x_BLE + self.dropout(self.mlp(x_BLE)))
-        x_BLE = x_BLE + self.dropout(mixed)
-        return x_BLE + self.dropout(self.mlp(self.mlp_norm(x_BLE)))
+        x_BLE, normed = self.mlp_norm(x_BLE, mixed)
+        return x_BLE + self.dropout(self.mlp(normed))

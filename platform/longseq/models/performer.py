@@ -170,6 +170,14 @@ class PerformerLM(nn.Module):
             layers.append(after)
         return self.head(self.norm(x[:, 0])), DecodingState(tuple(layers), state.positions + 1)
 
+    def check_position(self, position: int) -> None:
+        """Raise a LongseqError if the model has not learned this position."""
+        if self.positions is not None and position >= self.spec.max_positions:
+            raise LongseqError(
+                f"a sequence of {position + 1:,} tokens or more, but the model has learned "
+                f"{self.spec.max_positions:,} positions (model.max_positions): give it shorter ones."
+            )
+
     def set_step(self, step: int) -> None:
         """Use the projections that belong to optimiser step ``step``."""
         for module in self.modules():
@@ -235,12 +243,11 @@ class PerformerLM(nn.Module):
         if self.positions is not None:
             if padding is not None:  # it may reach beyond the last position, where slices are padded to equal lengths
                 positions = positions.where(padding, 0)
-            reads = not torch.compiler.is_compiling()  # in a compiled program the lookup itself fails
-            if reads and positions.numel() and int(positions.max()) >= self.spec.max_positions:
-                raise LongseqError(
-                    f"a sequence of {int(positions.max()) + 1:,} tokens or more, but the model has learned "
-                    f"{self.spec.max_positions:,} positions (model.max_positions): give it shorter ones."
-                )
+            # In a compiled program the lookup itself fails, and who captures a graph has looked.
+            captured = positions.is_cuda and torch.cuda.is_current_stream_capturing()
+            reads = not torch.compiler.is_compiling() and not captured
+            if reads and positions.numel():
+                self.check_position(int(positions.max()))
             x = x + self.positions(positions)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)

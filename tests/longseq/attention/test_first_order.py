@@ -6,6 +6,7 @@ The functions are found in the source, so that a new one without an example fail
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,14 +19,17 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import longseq
-from longseq.attention import ContextGroup, FavorAttention, favor_attention, rotary_table
+from longseq.attention import ContextGroup, FavorAttention, favor_attention, fused, rotary_table
 from longseq.attention.carried import carried_attention
 from longseq.attention.context_group import GatherSequence
 from longseq.attention.context_halo import neighbourhood
+from longseq.attention.heads import lay_out, split_heads
 from longseq.attention.rotary import rotate
 from longseq.attention.tiles import pointwise, recurrence
 from longseq.benchmarks import half_precision
 from longseq.models.head import Head
+from longseq.models.narrow import _Narrowed
+from longseq.models.norm import Norm
 
 BATCH, HEADS, LENGTH, DIM = 1, 2, 70, 8
 Function = Callable[..., Tensor]
@@ -120,6 +124,26 @@ def rounded(context: ContextGroup, *qkv: Tensor) -> Tensor:
     return half_precision.mix(layer, *qkv)
 
 
+def fused_(way: Function) -> Function:
+    """On a CPU too."""
+
+    def function(context: ContextGroup, *qkv: Tensor) -> Tensor:
+        with pytest.MonkeyPatch.context() as here:
+            here.setattr(fused, "ELSEWHERE", True)
+            return way(context, *qkv)
+
+    return with_triton(function)
+
+
+def heads(context: ContextGroup, *qkv: Tensor) -> Tensor:
+    q, k, v = split_heads(torch.cat(qkv, -1).flatten(0, 1), 1, rotary_table(torch.arange(LENGTH), DIM))
+    return q.square() * k + v
+
+
+def narrowed(context: ContextGroup, *qkv: Tensor) -> Tensor:
+    return _Narrowed.apply(torch.bfloat16, *qkv)[0].float().square() * qkv[1]
+
+
 def sliced(**options: object) -> Function:
     def function(context: ContextGroup, *qkv: Tensor) -> Tensor:
         return favor_attention(*qkv, features=12, context=context, causal=True, decay=decay(qkv), **options)
@@ -150,12 +174,18 @@ EXAMPLES: dict[str, list[Function]] = {
     "attention/rotary.py:_Rotation": [
         lambda context, *qkv: rotate(qkv[0], rotary_table(torch.arange(LENGTH), DIM)).square() * qkv[1]
     ],
+    "attention/heads.py:_Heads": [fused_(heads)],
+    "attention/heads.py:_Rounded": [
+        lambda context, *qkv: lay_out(qkv[0].flatten(0, 1), BATCH, torch.bfloat16).float().square() * qkv[1]
+    ],
+    "models/norm.py:_Norm": [fused_(lambda context, *qkv: math.prod(Norm(DIM, 1e-5)(qkv[0], qkv[1])))],
+    "models/narrow.py:_Narrowed": [narrowed],
     "attention/tiles.py:_Pointwise": [pointwise_],
     "attention/tiles.py:_Recurrence": [recurrence_],
     "models/head.py:_Loss": [loss],
     "benchmarks/half_precision.py:_Operand": [rounded],
 }
-LINEAR = ("GatherSequence", "_Halo", "_Rotation")
+LINEAR = ("GatherSequence", "_Halo", "_Rotation", "_Heads", "_Rounded", "_Narrowed")
 REFUSAL = "_Final"  # the node that refuses
 WAYS = [pytest.param(name, way, id=f"{name}-{n}") for name, ways in EXAMPLES.items() for n, way in enumerate(ways)]
 every_way = pytest.mark.parametrize(("name", "way"), WAYS)

@@ -14,7 +14,7 @@ import torch
 
 from command_line import Command, alive, longseq
 from longseq.attention import favor_attention
-from longseq.benchmarks.gpu import kernels, speed, worker
+from longseq.benchmarks.gpu import blocks, kernels, speed, worker
 from longseq.benchmarks.gpu.parts import PARTS, Part
 from longseq.benchmarks.gpu.rows import Row, Rows, read_rows
 from longseq.benchmarks.gpu.running import Found, Runner
@@ -112,6 +112,17 @@ def test_a_part_for_which_there_is_no_time_is_not_a_part_that_passed(tmp_path, s
 def test_every_part_has_work_and_only_parts_of_times_are_no_proofs():
     assert PARTS.keys() == worker.WORK.keys()
     assert all(part.alone for part in PARTS.values() if not part.correct)
+
+
+def test_what_a_block_fuses_is_held_against_float64_and_a_wrong_one_is_found(tmp_path, monkeypatch):
+    blocks.check(Rows(tmp_path / "right"), "cpu", tmp_path)
+    right = read_rows(tmp_path / "right")
+    assert len(right) == 10
+    assert all(row.met and row.seen > 0 for row in right if "float16" in row.what)
+    split = blocks.split_heads
+    monkeypatch.setattr(blocks, "split_heads", lambda x, *args: tuple(1.01 * t for t in split(x, *args)))
+    blocks.check(Rows(tmp_path / "wrong"), "cpu", tmp_path)
+    assert [row.met for row in read_rows(tmp_path / "wrong")] == ["heads" not in row.what for row in right]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -114,6 +114,22 @@ def test_a_crash_comes_back_and_a_second_one_after_the_same_step_does_not(job):
     assert "crashed twice after step 9" in (job.run / "STOPPED").read_text()
 
 
+@pytest.mark.parametrize("said", ["", "crashed rank 1 on n2: lost its peers."])
+def test_a_crash_names_the_collectives_that_ranks_have_left(job, said):
+    """NCCL has ended the processes: they say nothing, or what the others say who have lost one."""
+    words = f'echo "{said}" >"$start.end"; ' if said else ""
+    ended = job.start(f'{words}touch "$start.collectives-0" "$start.collectives-1"; exit 134')
+    folder = job.run / "starts"
+    command = f"`torchfrtrace --prefix 00001.collectives- {folder}`"
+    why = said.partition(" ")[2].rstrip(".") or "srun's exit code is 134"
+    sentence = f"{why}. What each rank's last collectives were: {command}."
+    assert sentence in ended.said
+    assert sentence in (folder / "00001.end").read_text()
+    assert "torchfrtrace" not in job.start("exit 134").said  # the next start's have left none
+    told = f'echo "lost n2: silent. See {command}" >"$start.end"; touch "$start.collectives-0"; exit 134'
+    assert job.start(told.replace("`", "\\`")).said.count("torchfrtrace") == 1
+
+
 def test_a_start_that_never_began_between_two_crashes_excuses_neither(job):
     crash = 'echo "9 20 2.5 100 0" >"$start.step"; exit 137'
     assert job.start(crash).requeued

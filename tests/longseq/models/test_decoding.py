@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from longseq.errors import LongseqError
+from longseq.models import decoding
+from longseq.models.decoding import Decoder
 from longseq.models.performer import DecodingState, PerformerLM
 from longseq.models.spec import PerformerSpec
 
@@ -150,3 +153,58 @@ def test_a_bf16_model_decodes_close_to_fp32():
 def test_a_masked_model_is_refused(attention):
     with pytest.raises(ValueError, match="bidirectional attention cannot be decoded"):
         build(causal=False, attention=attention).prefill(sample(5))
+
+
+@attentions
+def test_steps_in_place_are_those_that_leave_the_state_alone(attention):
+    """What a GPU captures as a graph, launched operation by operation; the same numbers, to the last bit."""
+    model, tokens = build(**attention), sample(90)
+    _, state = model.prefill(tokens[:, :40])
+    expected, _ = decoded(model, tokens[:, 40:], state)
+    decoder = Decoder(model, state, in_place=True)
+    for _ in range(2):  # twice from the same state, which stays as it was
+        held = [x.data_ptr() for x in decoding._moving(decoder.state)]
+        found = torch.stack([decoder.step(token).clone() for token in tokens[:, 40:].unbind(1)], dim=1)
+        assert torch.equal(found, expected)
+        if model.spec.attention == "favor":
+            assert held == [x.data_ptr() for x in decoding._moving(decoder.state)]
+        decoder.begin(state)
+
+
+def test_exact_attention_says_why_its_steps_are_no_graph(caplog):
+    decoding._say_once.cache_clear()
+    model = build(attention="exact")
+    _, state = model.prefill(sample(5))
+    assert not Decoder(model, state, in_place=True).in_place
+    assert caplog.messages == [
+        "Decoding launches every operation of a token by itself, not a CUDA graph: exact attention's state grows with "
+        "every token."
+    ]
+    Decoder(model, state, in_place=True)
+    assert len(caplog.messages) == 1
+
+
+def test_a_capture_that_fails_is_said_and_decoding_goes_on(monkeypatch, caplog):
+    """Here it fails for want of CUDA."""
+    decoding._say_once.cache_clear()
+    model, tokens = build(window=7), sample(60)
+    _, state = model.prefill(tokens[:, :10])
+    expected, _ = decoded(model, tokens[:, 10:], state)
+    decoder = Decoder(model, state, in_place=True)
+    monkeypatch.setattr(decoder, "captures", True)
+    found = torch.stack([decoder.step(token) for token in tokens[:, 10:].unbind(1)], dim=1)
+    assert torch.equal(found, expected)
+    assert decoder.graph is None
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("Decoding launches every operation of a token by itself, not a CUDA graph: ")
+
+
+def test_steps_in_place_end_with_the_positions_that_were_learned():
+    model = build(position="learned", max_positions=12)
+    _, state = model.prefill(sample(10))
+    decoder = Decoder(model, state, in_place=True)
+    token = sample(1)[:, 0]
+    decoder.step(token)
+    decoder.step(token)
+    with pytest.raises(LongseqError, match="13 tokens or more, but the model has learned 12 positions"):
+        decoder.step(token)

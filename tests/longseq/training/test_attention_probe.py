@@ -42,6 +42,25 @@ def test_error_and_maps_are_those_of_the_definition(task, batch, objective):
     torch.testing.assert_close(layers[0].own.double(), own_map, atol=1e-5, rtol=0)
 
 
+def test_maps_of_a_bf16_model_are_those_of_its_rounded_projection(task, batch):
+    task = task("model.objective=causal").to(torch.bfloat16)
+    row = {"tokens": batch["tokens"][:1]}
+    with torch.no_grad():
+        for block in task.model.blocks:
+            block.attention.qkv.weight.mul_(20)  # so that the weights depend on ω
+        q, k, _ = first_layer(task, row["tokens"])
+    own = probe(task.model, row)[0].own
+    omega = projection_matrix(32, 16, seed=0, layer=0, draw=0, dtype=torch.float64)
+    rounded = (omega * 16**-0.25).bfloat16().double() * 16**0.25
+    eye = torch.eye(17).expand(1, 2, 17, 17)
+
+    def off(omega: torch.Tensor) -> float:
+        expected = quadratic_attention(q.double(), k.double(), eye.double(), omega, causal=True)[0]
+        return float((own.double() - expected).norm() / expected.norm())
+
+    assert off(rounded) < 2e-3 < off(omega) / 2
+
+
 def test_exact_attention_has_no_error(task, batch):
     row = {"tokens": batch["tokens"][:1]}
     for overrides in (("attention.kind=exact",), ("attention.window=17", "attention.learned_decay=true")):

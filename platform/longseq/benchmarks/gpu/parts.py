@@ -34,6 +34,7 @@ PARTS: dict[str, Part] = {
         Part("kernels-bf16", "every kernel in bf16 against float64 with the same ω", 210),
         Part("kernels-fp32", "the same in fp32", 210),
         Part("kernels-fp16", "the same in fp16", 210),
+        Part("blocks", "heads, rotary positions, sums and norms against float64", 60),
         Part("later-keys", "causal outputs whatever the later keys are, bit for bit", 120),
         Part("strategies", "20 steps of single, DDP and ZeRO 0-3 in fp32, against those of a CPU", 240),
         Part("precisions", "20 steps in bf16 and fp16 against the CPU's in fp32", 150),

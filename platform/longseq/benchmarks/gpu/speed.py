@@ -5,7 +5,6 @@ The bars are those that were set for an H200 (8 heads of 64, 256 features, causa
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -17,11 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from longseq.benchmarks import attention as attention_benchmark
 from longseq.benchmarks import step as step_benchmark
-from longseq.benchmarks.gpu.rows import Rows, first_line
+from longseq.benchmarks.gpu.rows import Rows
 from longseq.benchmarks.memory import PeakMeter
 from longseq.benchmarks.request import CAUSAL, AttentionRequest, StepRequest
 from longseq.benchmarks.results import Results, ratios
 from longseq.benchmarks.timing import seconds_a_call
+from longseq.models.decoding import WARM_UP, Decoder
 from longseq.models.performer import PerformerLM
 from longseq.models.presets import PRESETS
 from longseq.models.spec import PerformerSpec
@@ -120,6 +120,11 @@ def decode(rows: Rows, device: str, folder: Path) -> None:
         difference = float((torch.stack(found, 1) - expected[:, half:]).norm() / expected[:, half:].norm())
         what = f"logits of {len(found)} tokens, one by one, against the forward pass's, {dtype}"
         rows.add(what, difference, most=most)
+        decoder = Decoder(model, model.prefill(tokens[:, :half], last_only=True)[1], in_place=True)
+        steps = torch.stack([decoder.step(token).clone() for token in tokens[:, half:].unbind(1)], 1)
+        difference = float((steps - torch.stack(found, 1)).abs().max())
+        graph = "no graph" if decoder.graph is None else "a CUDA graph"
+        rows.add(f"logits of the same tokens in place ({graph}), {dtype}", difference, most=most)
     if not large:
         return
     model = _model(PRESET, device).to(torch.bfloat16).eval()
@@ -132,19 +137,14 @@ def decode(rows: Rows, device: str, folder: Path) -> None:
         seconds = seconds_a_call(partial(model.decode, token, state), torch.device(device), 50)
         what = f"a token of {batch} sequences behind 2,048, bf16"
         rows.add(what, seconds * 1e3, "ms", note=f"{batch / seconds:,.0f} tokens/s")
-        _captured(rows, f"{what}, as a CUDA graph", partial(model.decode, token, state))
-
-
-def _captured(rows: Rows, what: str, call: Callable[[], object]) -> None:
-    """The device's own time for a call: what is left of it where the host has nothing to do."""
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            call()
-    except RuntimeError as error:
-        rows.skipped(what, first_line(error))
-        return
-    rows.add(what, seconds_a_call(graph.replay, torch.device("cuda"), 50) * 1e3, "ms")
+        decoder = Decoder(model, state)
+        for _ in range(WARM_UP + 1):
+            decoder.step(token)
+        if decoder.graph is None:
+            rows.skipped(f"{what}, as a CUDA graph", "it was not captured: the log says why")
+            continue
+        seconds = seconds_a_call(partial(decoder.step, token), torch.device(device), 50)
+        rows.add(f"{what}, as a CUDA graph", seconds * 1e3, "ms", note=f"{batch / seconds:,.0f} tokens/s")
 
 
 def _attention_rows(rows: Rows, results: Results, length: int, bar: float) -> None:

@@ -17,6 +17,7 @@ WORK = {
     "kernels-bf16": ("kernels", "bf16"),
     "kernels-fp32": ("kernels", "fp32"),
     "kernels-fp16": ("kernels", "fp16"),
+    "blocks": ("blocks", "check"),
     "later-keys": ("kernels", "later_keys"),
     "strategies": ("training", "strategies"),
     "precisions": ("training", "precisions"),

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
-from longseq.devices import claim
+from longseq.devices import claim, identity
 from longseq.errors import EXIT_UNFIT, LongseqError
 from longseq.launch.memory import gib
 from longseq.launch.slurm.interfaces import choose_interface, own_address
@@ -106,11 +106,6 @@ def _problem(device: torch.device, room: int, limits: Limits) -> str:
     return "" if right else f"GPU {local} gives wrong products."
 
 
-def _identity(device: torch.device) -> str:
-    """What tells a GPU from the others of its node; nothing for a CPU, which processes share."""
-    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
-
-
 def _all_there(place: Place, device: torch.device, problem: str, limits: Limits, port_file: Path | None) -> TCPStore:
     port = place.port
     try:
@@ -119,8 +114,8 @@ def _all_there(place: Place, device: torch.device, problem: str, limits: Limits,
         else:
             port = _port(place, limits, port_file)
             store = TCPStore(place.address, port, timeout=timedelta(seconds=limits.seconds), wait_for_workers=False)
-        identity = "" if problem else _identity(device)
-        hello = [socket.gethostname(), problem, own_address(place.address), identity]
+        own = "" if problem else identity(device)
+        hello = [socket.gethostname(), problem, own_address(place.address), own]
         store.set(f"hello/{place.rank}", json.dumps(hello))
         if place.rank == 0:
             store.set("verdict", json.dumps(_verdict(store, place, limits)))
@@ -198,13 +193,13 @@ def _verdict(store: TCPStore, place: Place, limits: Limits) -> tuple[str, str]:
     hellos = {rank: json.loads(store.get(f"hello/{rank}")) for rank in range(place.world)}
     problems = {f"{place.node_of(rank)}: {hello[1]}": None for rank, hello in hellos.items() if hello[1]}
     holders: dict[tuple[str, str], list[int]] = {}
-    for rank, (_, _, _, identity) in hellos.items():
-        if identity:
-            holders.setdefault((place.node_of(rank), identity), []).append(rank)
-    for (node, identity), ranks in holders.items():
+    for rank, (_, _, _, gpu) in hellos.items():
+        if gpu:
+            holders.setdefault((place.node_of(rank), gpu), []).append(rank)
+    for (node, gpu), ranks in holders.items():
         if len(ranks) > 1:
             problems[
-                f"{node}: rank {', '.join(map(str, ranks))} have the same GPU ({identity}): let each task see all GPUs "
+                f"{node}: rank {', '.join(map(str, ranks))} have the same GPU ({gpu}): let each task see all GPUs "
                 "of its node (srun: [--gpu-bind=none] in the site's profile), or exactly one of its own "
                 "(--gpus-per-task=1)."
             ] = None

@@ -1,0 +1,75 @@
+"""Layer norm together with the addition of a residual branch in front of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longseq.attention.first_order import Saved, first_order
+from longseq.attention.fused import fuses
+
+WIDEST = 16384  # a row is in the registers of one program
+
+
+class Norm(nn.LayerNorm):
+    """nn.LayerNorm over the last axis, which can add a branch first and hand the sum on.
+
+    On a GPU that is one kernel forward and two backward; under autocast it gives what linear maps read, rounded to
+    their dtype, where PyTorch's gives fp32 for a cast to come.
+    """
+
+    def __init__(self, width: int, eps: float, backend: str = "auto"):
+        super().__init__(width, eps=eps)
+        self.backend = backend
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, branch: Tensor | None = None, *, sums: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """norm(x), with ``sums`` (x, norm(x)); or, with a branch, (x + branch, norm(x + branch)).
+
+        x and branch: (..., E) of any floating dtypes; the sum has the wider one.
+        """
+        if not (fuses(x, self.backend) and x.shape[-1] <= WIDEST and x.numel()):
+            total = x if branch is None else x + branch
+            normed = super().forward(total)
+            return (total, normed) if sums or branch is not None else normed
+        kind = x.device.type
+        total, normed = _Norm.apply(
+            x,
+            branch,
+            self.weight,
+            self.bias,
+            self.eps,
+            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
+        )
+        return (total, normed) if sums or branch is not None else normed
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor]:
+        from longseq.models import triton_norm
+
+        total, normed, mean, scale = triton_norm.add_and_norm(x, branch, weight, bias, eps, dtype)
+        ctx.save_for_backward(total, mean, scale, weight, bias)
+        ctx.branch = None if branch is None else branch.dtype
+        ctx.set_materialize_grads(False)
+        return total, normed
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, saved: Saved, d_total: Tensor | None, d_normed: Tensor | None) -> tuple[Tensor | None, ...]:
+        from longseq.models import triton_norm
+
+        total, mean, scale, weight, bias = saved
+        if d_normed is None:
+            d_branch = None if d_total is None or ctx.branch is None else d_total.to(ctx.branch)
+            return d_total, d_branch, None, None, None, None
+        dx, d_branch, d_weight, d_bias = triton_norm.vjp(
+            d_total, d_normed, total, mean, scale, weight, bias, ctx.branch
+        )
+        return dx, d_branch, d_weight, d_bias, None, None

@@ -1,0 +1,54 @@
+"""How many kernels one layer of a model starts on a GPU in a step: the host must be quicker than the chip."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[2]
+
+
+def _printed(*arguments: str) -> dict[str, dict[str, int]]:
+    """Counted where kernels are not interpreted, which a process decides once."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "platform"), str(ROOT / "pipelines"), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tests/gpu/layer.py"), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: dict[str, dict[str, int]] = {}
+    for line in done.stdout.splitlines():
+        found |= json.loads(line)
+    return found
+
+
+def test_a_layer_starts_at_most_40_kernels_in_a_step():
+    ceilings = {"autocast": 39, "bf16": 36, "autocast, dropout": 43, "bf16, dropout": 40, "autocast, checkpoints": 53,
+                "bf16, checkpoints": 49}  # fmt: skip
+    found = _printed(*ceilings)
+    for name, ceiling in ceilings.items():
+        kernels = found[name]
+        # What a layer cannot do without: 4 linear maps forward and 8 products backward.
+        products = 12 + 4 * name.endswith("checkpoints")
+        assert kernels["mm"] + kernels["addmm"] == products
+        assert kernels["attend"] == 1 + name.endswith("checkpoints")
+        assert products < sum(kernels.values()) <= ceiling, (name, kernels)
+
+
+@pytest.mark.compiled
+def test_a_layer_starts_at_most_60_kernels_for_a_million_tokens():
+    for name, kernels in _printed("autocast, 1M", "bf16, 1M").items():
+        assert kernels["mm"] + kernels["addmm"] == 16
+        assert sum(kernels.values()) <= 60, (name, kernels)
+
+
+@pytest.mark.compiled
+def test_the_small_kernels_of_a_layer_spill_nothing():
+    for arch, stacks in _printed("--arch", "80", "89", "90", "100").items():
+        assert stacks == {"norm_rows": 0, "norm_rows_vjp": 0, "add_parts": 0, "move_heads": 0}, arch
