@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -53,20 +53,25 @@ class Reading:
         """What the sources consist of, folders opened up, in their order."""
         return [leaf for source in sources for leaf in leaves(source, self.format)]
 
-    def encoder(self, strict: bool, warn: bool = False) -> DocumentEncoder:
-        return Encoder(strict, warn) if self.tokens == "protein" else DocumentEncoder(self.vocabulary)
+    def encoder(self, strict: bool, tell: Callable[[str], object] | None = None) -> DocumentEncoder:
+        return Encoder(strict, tell) if self.tokens == "protein" else DocumentEncoder(self.vocabulary)
 
-    def documents(self, leaf: Leaf, *, strict: bool, measured: bool = False) -> Generator[Document, None, None]:
+    @property
+    def written(self) -> bool:
+        """Whether the tokens are a tokenizer's: what they stand for shows in the text alone."""
+        return self.tokens not in TOKENS
+
+    def documents(self, leaf: Leaf, *, strict: bool) -> Generator[Document, None, None]:
         """Stream the documents of one leaf that is no FASTA.
 
-        strict: refuse text that is not UTF-8. measured: documents can say what their tokens stand for.
+        strict: refuse text that is not UTF-8.
 
         Raises DataError, one sentence with file and line or row, for what cannot be read, and where there is nothing.
         """
         if self.tokens == "pixels":
             yield from self._images(leaf)
             return
-        yield from _filled(leaf, (self._document(text, leaf, strict, measured) for text in self.texts(leaf, strict)))
+        yield from _filled(leaf, (self._document(text, leaf, strict) for text in self.texts(leaf, strict)))
 
     def untokenised(self, leaf: Leaf, strict: bool) -> Generator[Document, None, None]:
         """The documents of one leaf as bytes, for a look at them: tokenizers are slow. Raises what documents() does."""
@@ -93,14 +98,14 @@ class Reading:
             return read_jsonl(leaf.source, column, self.part_bytes, strict)
         return (read_text if leaf.format == "text" else read_lines)(leaf.source, self.part_bytes)
 
-    def _document(self, text: Text, leaf: Leaf, strict: bool, measured: bool) -> Document:
+    def _document(self, text: Text, leaf: Leaf, strict: bool) -> Document:
         if self.tokens == "bytes":
             return ByteDocument(text.identifier, text.source, text.line, text.data)
         if self.tokens == "protein":
             return _protein(text, "rows" if leaf.format in ("parquet", "hub") else "lines")
         from .tokenization import tokenise
 
-        return tokenise(text, self.tokens, strict, measured)
+        return tokenise(text, self.tokens, strict)
 
     def _images(self, leaf: Leaf) -> Generator[Document, None, None]:
         from .images import read_images
