@@ -16,7 +16,7 @@ import numpy as np
 
 from .fasta import PIR, PRINTABLE, UNKNOWN_BYTE, Record, _line_of, parse_records
 from .proteins import read_proteins
-from .sources import open_binary, reading_error
+from .sources import Watch, open_binary, reading_error
 from .vocabulary import EOS, TABLE
 
 READ_SIZE = 1 << 19  # parsed at once: what stays in a core's cache
@@ -77,12 +77,12 @@ class Bulk(NamedTuple):
     ids: list[bytes]
 
 
-def read_bulk(source: str) -> Generator[tuple[Bulk | None, Chunk], None, None]:
+def read_bulk(source: str, watch: Watch | None = None) -> Generator[tuple[Bulk | None, Chunk], None, None]:
     """The records of one path or URL, some at a time: (plain ones, nothing) or (None, those that need a closer look).
 
     Raises what read_proteins raises, after the records before it.
     """
-    for text, line, records in _blocks(source):
+    for text, line, records in _blocks(source, watch):
         found = None if records else plain_ids(text, b"\n", with_headers=True)
         if found is not None:
             items, headers = found
@@ -92,17 +92,17 @@ def read_bulk(source: str) -> Generator[tuple[Bulk | None, Chunk], None, None]:
             yield None, chunk
 
 
-def _blocks(source: str) -> Generator[tuple[bytes, int, Chunk], None, None]:
+def _blocks(source: str, watch: Watch | None) -> Generator[tuple[bytes, int, Chunk], None, None]:
     """(text of whole records that begins with '>', its first line, nothing), or (nothing, 0, records) of what is no
     FASTA."""
-    with open_binary(source, "FASTA") as handle:
+    with open_binary(source, "FASTA", watch) as handle:
         plain = begins_with_record(handle)
         if plain:
             with closing(_texts(handle, source)) as texts:
                 for text, line in texts:
                     yield text, line, []
     if not plain:
-        for record in read_proteins(source):
+        for record in read_proteins(source, watch):
             yield b"", 0, [record]
 
 

@@ -221,7 +221,7 @@ def test_target_counts_are_the_targets_of_an_evaluation_pass(packing, make_spec,
 
 def test_target_counts_stop_at_their_limit(make_spec, proteins):
     order = [window.pieces[0].record for window in evaluation_windows(make_spec(length=100), 37)]
-    first, second = (len(record.sequence) + 1 for record in order[:2])
+    first, second = (record.length + 1 for record in order[:2])
     assert target_counts(make_spec(), first).sum() == first
     assert target_counts(make_spec(), first + 1).sum() == first + second
     assert target_counts(make_spec(), 10**6).tolist() == target_counts(make_spec()).tolist()

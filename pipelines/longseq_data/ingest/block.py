@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,6 +62,13 @@ class Block:
         data, size = memoryview(self.tokens).cast("B"), self.tokens.itemsize  # type: ignore[arg-type]
         borders = (self.offsets * size).tolist()
         return [bytes(data[borders[row] : borders[row + 1]]) for row in rows]
+
+    def spilled(self) -> Block:
+        """The same with its tokens in a nameless file: buffers count pictures by their names, and hold many."""
+        with tempfile.TemporaryFile() as file:
+            file.write(self.tokens.tobytes())
+            file.flush()
+            return replace(self, tokens=np.memmap(file, self.tokens.dtype, "r"), mapped=True)
 
     def document(self, row: int, source: str, vocabulary: Vocabulary) -> BlockDocument:
         tokens = self.tokens[self.offsets[row] : self.offsets[row + 1]]

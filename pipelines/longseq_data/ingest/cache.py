@@ -27,7 +27,9 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def default_folder() -> Path:
-    """``$XDG_CACHE_HOME/longseq``, else ``~/.cache/longseq``."""
+    """``$LONGSEQ_CACHE``, else ``longseq`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    if own := os.environ.get("LONGSEQ_CACHE"):
+        return Path(own).absolute()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache") / "longseq"
 

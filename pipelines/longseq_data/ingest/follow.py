@@ -84,7 +84,7 @@ class Road:
                     self.tell(f"{error} {ALONE}")
         with closing(parsed(self.reading, leaf, strict=self.strict)) as blocks:
             for block in islice(blocks, number, None):
-                yield self._told(block)
+                yield self._told(block.spilled() if self.reading.tokens == "pixels" else block)
 
     def _told(self, block: Block) -> Block:
         if self.tell is not None:

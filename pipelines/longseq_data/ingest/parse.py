@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 
 from longseq_data.documents import DocumentEncoder
@@ -10,15 +10,14 @@ from longseq_data.fasta import Record
 from longseq_data.fasta_blocks import Protein, read_bulk
 from longseq_data.formats import Leaf
 from longseq_data.reading import Reading
+from longseq_data.sources import Watch
 
 from .block import Block, Builder, Records, stored_dtype
 
 SOME = 256  # documents at a time, of those that are read one by one
 
 
-def parsed(
-    reading: Reading, leaf: Leaf, *, strict: bool, watch: Callable[[memoryview], object] | None = None
-) -> Generator[Block, None, None]:
+def parsed(reading: Reading, leaf: Leaf, *, strict: bool, watch: Watch | None = None) -> Generator[Block, None, None]:
     """The blocks of a leaf, in their order; before an error those of the records before it.
 
     They are a function of the leaf's content, ``reading`` and ``strict``.
@@ -30,7 +29,7 @@ def parsed(
     builder = Builder(reading.vocabulary)
     encoder = reading.encoder(strict, tell=lambda note: builder.notes.append(note))
     fasta = leaf.format == "fasta"
-    read = _proteins(leaf.source, encoder) if fasta else _documents(reading, leaf, strict, encoder)
+    read = _proteins(leaf.source, encoder, watch) if fasta else _documents(reading, leaf, strict, encoder, watch)
     with closing(read):
         try:
             for records in read:
@@ -41,8 +40,8 @@ def parsed(
     yield from builder.rest()
 
 
-def _proteins(source: str, encoder: DocumentEncoder) -> Generator[Records, None, None]:
-    with closing(read_bulk(source)) as read:
+def _proteins(source: str, encoder: DocumentEncoder, watch: Watch | None) -> Generator[Records, None, None]:
+    with closing(read_bulk(source, watch)) as read:
         for bulk, records in read:
             if bulk is not None:
                 yield Records(bulk.identifiers, bulk.ids, list(map(len, bulk.ids)))
@@ -60,11 +59,13 @@ def _encoded(records: list[Protein | Record], encoder: DocumentEncoder) -> Itera
         yield Records([record.identifier.encode() for record in some], tokens, list(map(len, tokens)))
 
 
-def _documents(reading: Reading, leaf: Leaf, strict: bool, encoder: DocumentEncoder) -> Generator[Records, None, None]:
+def _documents(
+    reading: Reading, leaf: Leaf, strict: bool, encoder: DocumentEncoder, watch: Watch | None
+) -> Generator[Records, None, None]:
     """A few at a time; before an error those that came before it."""
     dtype, written = stored_dtype(reading.vocabulary), reading.written
     some = Records([], [], [], [] if written else None)
-    with closing(reading.documents(leaf, strict=strict)) as documents:
+    with closing(reading.documents(leaf, strict=strict, watch=watch)) as documents:
         try:
             for document in documents:
                 tokens = encoder.encode(document)
