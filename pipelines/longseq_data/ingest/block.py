@@ -44,14 +44,19 @@ class Block:
     tokens: Tokens
     offsets: Integers
     identifiers: Sequence[bytes]
-    places: npt.NDArray[np.float64]  # in [0, 1): what decides the split, see splits.in_split
     held: Integers
     texts: Sequence[bytes] | None
+    stored_places: npt.NDArray[np.float64] | None = None
     notes: tuple[str, ...] = ()  # what is worth a warning
     mapped: bool = False  # lies in a file: a view of it holds no memory
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.held)
+
+    @property
+    def places(self) -> npt.NDArray[np.float64]:
+        """In [0, 1), of each record: what decides its split, see splits.in_split."""
+        return places(self.identifiers) if self.stored_places is None else self.stored_places
 
     @property
     def lengths(self) -> Integers:
@@ -180,10 +185,9 @@ class Builder:
             np.frombuffer(b"".join(tokens), dtype=self._dtype),
             np.concatenate([[0], np.cumsum(sizes)]),
             identifiers,
-            places(identifiers),
             np.array(held, dtype=np.int64),
             texts,
-            tuple(self.notes),
+            notes=tuple(self.notes),
         )
         self._made += 1
         self._parts, self._bytes, self._records, self.notes = [], 0, 0, []
@@ -220,9 +224,9 @@ def open_block(path: Path) -> Block:
         tokens.values.to_numpy(),
         tokens.offsets.to_numpy(),
         _Bytes(batch.column("id")),
-        batch.column("place").to_numpy(),
         batch.column("held").to_numpy(),
         _Bytes(batch.column("text")) if "text" in batch.schema.names else None,
+        batch.column("place").to_numpy(),
         tuple(notes),
         mapped=True,
     )
