@@ -227,7 +227,8 @@ def _streamed(
     sources: list[str], packing: str, length: int, samples: int, cache: Path | None = None
 ) -> Iterator[object]:
     """One epoch, as training reads it, but for its last incomplete batch: an endless stream does not tell its end."""
-    spec = StreamSpec(
+    folder = None if cache is None else str(cache)
+    spec = StreamSpec(tuple(sources), None, 0.0, 0.0, length, packing, "causal", seed=0, cache=folder)
         tuple(sources), None, 0.0, 0.0, length, packing, "causal", seed=0, cache=None if cache is None else str(cache)
     )
     rows = STEP_TOKENS // length
