@@ -36,6 +36,7 @@ from .parse import parsed
 
 OPEN = 16  # leaves read in turn: as many as are mixed while shuffling
 RESERVE = 1 << 30  # bytes of the disk that are left to others
+AHEAD = 64  # blocks that training waits for; from then on it goes first
 LOOK = 0.5  # seconds between looks at what is wanted
 ALONE = "Until then each process reads the files for itself."
 
@@ -78,8 +79,6 @@ def work() -> None:
     """What the process does."""
     job: Job = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with suppress(OSError):
-        os.nice(5)  # training goes first
     job.lock.write_bytes(b"")
     try:
         ingest(job)
@@ -105,7 +104,7 @@ def ingest(job: Job) -> None:
     """Read every leaf to its end, or to what is wrong with it. Raises OSError where blocks cannot be kept."""
     waiting = deque(job.entries)
     turns: deque[Generator[None, None, None]] = deque()
-    looked = time.monotonic()
+    looked, steps = time.monotonic(), 0
     while waiting or turns:
         for _ in range(len(waiting) if len(turns) < OPEN else 0):
             _open(waiting, waiting.popleft(), turns, job)
@@ -117,6 +116,10 @@ def ingest(job: Job) -> None:
                 _open(waiting, entry, turns, job)
             looked = time.monotonic()
         if turns:
+            steps += 1
+            if steps == AHEAD:
+                with suppress(OSError):
+                    os.nice(5)
             turn = turns.popleft()
             if next(turn, _END) is not _END:
                 turns.append(turn)

@@ -229,8 +229,6 @@ def _streamed(
     """One epoch, as training reads it, but for its last incomplete batch: an endless stream does not tell its end."""
     folder = None if cache is None else str(cache)
     spec = StreamSpec(tuple(sources), None, 0.0, 0.0, length, packing, "causal", seed=0, cache=folder)
-        tuple(sources), None, 0.0, 0.0, length, packing, "causal", seed=0, cache=None if cache is None else str(cache)
-    )
     rows = STEP_TOKENS // length
     share = TrainingBatches(spec, batch_sequences=rows, accumulate=1, rank=0, world=1)
     return islice(Loader(share, workers=0), samples // rows)  # in this process, as the decompression beside it
