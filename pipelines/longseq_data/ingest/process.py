@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +81,7 @@ def work() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     job.lock.write_bytes(b"")
     try:
-        ingest(job)
+        ingest(job, ahead=_give_way)
     except OSError as error:
         sentence = f"data.cache: {explained(error)}."
         print(f"longseq: warning: {sentence} {ALONE}", file=sys.stderr, flush=True)
@@ -94,14 +94,22 @@ def work() -> None:
         os._exit(0)
 
 
+def _give_way() -> None:
+    with suppress(OSError):
+        os.nice(5)
+
+
 def _end_with_parent() -> None:
     while sys.stdin.buffer.read(1 << 16):
         pass
     os._exit(0)
 
 
-def ingest(job: Job) -> None:
-    """Read every leaf to its end, or to what is wrong with it. Raises OSError where blocks cannot be kept."""
+def ingest(job: Job, ahead: Callable[[], object] = bool) -> None:
+    """Read every leaf to its end, or to what is wrong with it. Raises OSError where blocks cannot be kept.
+
+    ahead: called once there are AHEAD blocks.
+    """
     waiting = deque(job.entries)
     turns: deque[Generator[None, None, None]] = deque()
     looked, steps = time.monotonic(), 0
@@ -118,8 +126,7 @@ def ingest(job: Job) -> None:
         if turns:
             steps += 1
             if steps == AHEAD:
-                with suppress(OSError):
-                    os.nice(5)
+                ahead()
             turn = turns.popleft()
             if next(turn, _END) is not _END:
                 turns.append(turn)
