@@ -33,6 +33,7 @@ WAYS = {
     "streamed": {"packing": "concat"},
     "streamed-reset": {"packing": "concat", "reset": True},
     "streamed-crop": {"packing": "crop"},
+    "streamed-kept": {"packing": "concat"},
     "concat": {"packing": "concat"},
     "reset": {"packing": "concat", "reset": True},
     "crop": {"packing": "crop"},
@@ -53,7 +54,10 @@ def spec_of(place: Path, way: str, objective: str) -> Samples:
     settings = {"length": 64, "objective": objective, "seed": 11, **WAYS[way]}
     if way.startswith("streamed"):
         sources = tuple(sorted(map(str, (place / "files").iterdir())))
-        return StreamSpec(sources, "train", valid_fraction=0.05, test_fraction=0.05, shuffle_buffer=50, **settings)
+        cache = str(place / "cache") if way == "streamed-kept" else None
+        return StreamSpec(
+            sources, "train", valid_fraction=0.05, test_fraction=0.05, shuffle_buffer=50, cache=cache, **settings
+        )
     return CorpusSpec(str(place / "corpus"), "train", **settings)
 
 

@@ -16,6 +16,7 @@ from longseq_data.errors import DataError
 from longseq_data.formats import Leaf
 from longseq_data.os_errors import explained, lock
 from longseq_data.reading import Reading
+from longseq_data.sources import URL
 
 from .block import Block, open_block
 from .cache import Entry, entry_of, group_lock
@@ -82,6 +83,11 @@ class Road:
             except _NoCacheError as error:
                 if self.tell is not None:
                     self.tell(f"{error} {ALONE}")
+        elif self.folder is not None and (URL.match(leaf.source) or leaf.format == "hub") and self.tell is not None:
+            self.tell(
+                f"{leaf.source}: neither a tag nor a time of change tells its content from another, so it is not kept "
+                "in data.cache, and each process reads it for itself."
+            )
         with closing(parsed(self.reading, leaf, strict=self.strict)) as blocks:
             for block in islice(blocks, number, None):
                 yield self._told(block.spilled() if self.reading.tokens == "pixels" else block)
