@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from .chunks import Chunk
 from .corpus_cuts import residues_of
 from .fasta_blocks import EOS_BYTE
 from .masking import mask_rows, masked_counts
 from .randomness import uniforms
 from .sharing import Arrays, MakeBatch, Share, filler
-from .shuffling import Chunk, endless, shuffled_tokens
+from .shuffling import endless, shuffled_tokens
 from .vocabulary import BOS, IGNORE, PAD, PROTEIN
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ more than reading it. The order does not depend on the chunks, nor on when the b
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from .chunks import Chunk, Integers
 from .documents import Document
 from .errors import DataError
 from .formats import Leaf
 from .ingest.follow import Road
+from .permuting import permuted
 from .randomness import generator
 from .splits import Identifiers, in_split
 
@@ -29,33 +31,6 @@ if TYPE_CHECKING:
 
 OPEN_SOURCES = 16  # read in turn while shuffling
 BUFFER_RESIDUES = 1 << 26  # bytes: a shuffle buffer of whole proteomes must still fit in a worker's memory
-
-Integers = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Some documents, in the order in which they come."""
-
-    items: npt.NDArray[np.object_]  # Document; None: of another split. Of ``shuffled_tokens``: bytes
-    sizes: Integers  # what they count for in a buffer: bytes of memory, about
-
-    @classmethod
-    def of(cls, items: Sequence[object], sizes: Sequence[int]) -> Chunk:
-        return cls(np.fromiter(items, object, len(items)), np.array(sizes, dtype=np.int64))
-
-    @classmethod
-    def joined(cls, chunks: Sequence[Chunk]) -> Chunk:
-        return cls(np.concatenate([chunk.items for chunk in chunks]), np.concatenate([chunk.sizes for chunk in chunks]))
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    def __getitem__(self, which: slice | npt.NDArray) -> Chunk:
-        return Chunk(self.items[which], self.sizes[which])
-
-    def put(self, where: slice | npt.NDArray, chunk: Chunk) -> None:
-        self.items[where], self.sizes[where] = chunk.items, chunk.sizes
 
 
 def road(spec: StreamSpec, leaves: list[Leaf]) -> Road:
@@ -126,6 +101,10 @@ def endless(
 
 
 def _shuffled(spec: StreamSpec, epoch: int, bulk: bool) -> Iterator[Chunk]:
+    if epoch and spec.later_epochs == "permutation" and spec.shuffle_buffer > 1:
+        files = spec.reading.leaves(spec.sources)
+        yield from _of_split(spec, permuted(spec, epoch, files, road(spec, files), bulk))
+        return
     files = leaves_of(spec, epoch)
     blocks = road(spec, files)
     waiting = (_chunks(spec, leaf, blocks, bulk) for leaf in files)
@@ -141,11 +120,11 @@ def _one_by_one(chunks: Iterator[Chunk]) -> Iterator[Document]:
 def _chunks(
     spec: StreamSpec, leaf: Leaf, road: Road, bulk: bool = False, hollow: bool = False
 ) -> Generator[Chunk, None, None]:
-    everything, vocabulary = _everything(spec), spec.vocabulary
+    vocabulary = spec.vocabulary
     with closing(road.blocks(leaf)) as blocks:
         for block in blocks:
             there = np.arange(len(block)) if hollow else np.flatnonzero(block.lengths)
-            if everything:
+            if spec.whole:
                 wanted = there
             else:
                 kept = in_split(block.places[there], spec.split or "", spec.valid_fraction, spec.test_fraction)
@@ -156,16 +135,10 @@ def _chunks(
             yield Chunk(items[there], block.held[there])
 
 
-def _everything(spec: StreamSpec) -> bool:
-    """Whether all records are of the split."""
-    return spec.split is None or (spec.split == "train" and not spec.valid_fraction and not spec.test_fraction)
-
-
 def _of_split(spec: StreamSpec, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
     seen = kept = 0
-    everything = _everything(spec)
     for chunk in chunks:
-        chosen = chunk if everything else chunk[chunk.items != None]  # noqa: E711 - of each entry
+        chosen = chunk if spec.whole else chunk[chunk.items != None]  # noqa: E711 - of each entry
         seen += len(chunk)
         kept += len(chosen)
         if len(chosen):

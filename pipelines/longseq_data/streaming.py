@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import cropped_tokens, joined_tokens
+from .chunks import Chunk
 from .documents import Document, DocumentEncoder, Extent
 from .ingest.follow import Tell
 from .masking import mask_tokens, masked_count
@@ -23,7 +24,7 @@ from .packing import Piece, Window, crop, cut, document
 from .randomness import uniforms
 from .reading import FASTA, Reading
 from .sharing import Arrays, MakeBatch, Share, collate, filler
-from .shuffling import Chunk, documents_in_file_order, endless, leaves_of, road, shuffled_chunks, shuffled_documents
+from .shuffling import documents_in_file_order, endless, leaves_of, road, shuffled_chunks, shuffled_documents
 from .vocabulary import IGNORE, Tokens, Vocabulary
 
 SAMPLE_BUFFER = 2048  # records of a split among which the sample of an evaluation is drawn
@@ -56,10 +57,14 @@ class StreamSpec:
     reset: bool = False  # "concat": documents [BOS] ... [EOS] that do not see each other, with segment numbers
     crop: str = "random"  # "crop": where a record longer than the window is cropped, "random" or its "first" tokens
     measured: bool = False  # samples know how many bytes and words their targets stand for; slower, for evaluation
+    later_epochs: str = "buffer"  # the order after the first: through the buffer as well, or a "permutation" of all
+    # records, which needs a cache
     cache: str | None = None  # the folder of the sources' blocks; None: every reader parses for itself
     tell: Tell | None = field(default=None, compare=False)  # gets what is worth a warning
 
     def __post_init__(self) -> None:
+        if self.later_epochs not in ("buffer", "permutation"):
+            raise ValueError(f"later_epochs must be 'buffer' or 'permutation', not {self.later_epochs!r}")
         if self.crop not in ("random", "first"):
             raise ValueError(f"crop must be 'random' or 'first', not {self.crop!r}")
         if self.reset and self.packing != "concat":
@@ -85,9 +90,19 @@ class StreamSpec:
         return self.reading.vocabulary
 
     @property
+    def whole(self) -> bool:
+        """Whether all records are of the split."""
+        return self.split is None or (self.split == "train" and not self.valid_fraction and not self.test_fraction)
+
+    @property
     def encoder(self) -> DocumentEncoder:
         """What turns this stream's windows into tokens."""
         return DocumentEncoder(self.vocabulary)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether all sources have a place in the cache."""
+        return road(self, leaves_of(self, 0)).keeps_all
 
     def begin(self) -> None:
         """See sharing.Samples."""

@@ -157,6 +157,13 @@ class DataConfig:
         "it is, a proteome say; a prepared corpus is shuffled as a whole",
         at_least=1,
     )
+    later_epochs: str = key(
+        "auto",
+        "order of files after the first epoch: a permutation of all records, from the blocks in data.cache, or through "
+        "the buffer like the first; auto: of a new run permutation, where it has a cache and data.shuffle_buffer is "
+        "above 1",
+        choices=("auto", "buffer", "permutation"),
+    )
     cache: str = key(
         "auto",
         "folder for what files are turned into, blocks of tokens, once for all processes and runs; auto: "

@@ -209,6 +209,7 @@ def split_spec(config: Config, split: str) -> Samples:
         reading=reading(config),
         reset=data.reset,
         crop=data.crop,
+        later_epochs="permutation" if data.later_epochs == "permutation" else "buffer",
         cache=_cache(data.cache),
     )
 
@@ -222,6 +223,17 @@ def begin_reading(config: Config) -> None:
     for split in wanted:
         with suppress(*USER_ERRORS):
             split_spec(config, split).begin()
+
+
+def fix_order(config: Config) -> None:
+    """For a new run: write down the order of later epochs, which must not change with the version. The sources are
+    resolved."""
+    data = config.data
+    if data.later_epochs != "auto" or is_corpus(data.train[0]):
+        return
+    samples = split_spec(config, "train")
+    kept = data.shuffle_buffer > 1 and isinstance(samples, StreamSpec) and samples.keeps_all
+    data.later_epochs = "permutation" if kept else "buffer"
 
 
 def _cache(name: str) -> str | None:

@@ -54,10 +54,9 @@ def spec_of(place: Path, way: str, objective: str) -> Samples:
     settings = {"length": 64, "objective": objective, "seed": 11, **WAYS[way]}
     if way.startswith("streamed"):
         sources = tuple(sorted(map(str, (place / "files").iterdir())))
-        cache = str(place / "cache") if way == "streamed-kept" else None
-        return StreamSpec(
-            sources, "train", valid_fraction=0.05, test_fraction=0.05, shuffle_buffer=50, cache=cache, **settings
-        )
+        if way == "streamed-kept":
+            settings |= {"cache": str(place / "cache"), "later_epochs": "permutation"}
+        return StreamSpec(sources, "train", valid_fraction=0.05, test_fraction=0.05, shuffle_buffer=50, **settings)
     return CorpusSpec(str(place / "corpus"), "train", **settings)
 
 

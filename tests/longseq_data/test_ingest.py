@@ -35,7 +35,8 @@ from longseq_data.ingest.process import Job, ingest
 from longseq_data.os_errors import lock
 from longseq_data.reading import FASTA, Reading
 from longseq_data.sharing import Share
-from longseq_data.streaming import StreamSpec
+from longseq_data.shuffling import documents_in_file_order, shuffled_chunks, shuffled_documents
+from longseq_data.streaming import StreamSpec, training_samples
 from longseq_data.vocabulary import BYTES, PROTEIN
 
 
@@ -194,6 +195,46 @@ def order_of(write, kind: str, packing: str, cache: str | None) -> str:
                 for key in sorted(batch):
                     digest.update(key.encode() + np.ascontiguousarray(batch[key]).astype("<i4").tobytes())
     return digest.hexdigest()[:16]
+
+
+@pytest.mark.parametrize("way", [{}, {"reset": True}, {"packing": "crop", "crop": "first"}])
+def test_later_epochs_are_permutations_of_all_records(write, cache, small, way) -> None:
+    sources = [write(f"{i}.fasta", fasta(str(i), 40, i)) for i in range(20)]
+    spec = spec_of(*sources, cache=cache, later_epochs="permutation", **way)
+    epochs = [[item.identifier for chunk in shuffled_chunks(spec, epoch) for item in chunk.items] for epoch in range(3)]
+    names = {document.identifier for document in documents_in_file_order(spec)}
+    assert [len(epoch) for epoch in epochs] == [len(names)] * 3
+    assert all(set(epoch) == names for epoch in epochs)
+    assert epochs[1] != epochs[2]
+    places = {name: place for place, name in enumerate(epochs[0])}
+    far = np.abs(np.diff([places[name] for name in epochs[1]])).mean()
+    assert abs(far / (len(names) / 3) - 1) < 0.15  # neighbours lie as far apart as two places drawn at random
+    assert epochs[0] == [item.identifier for item in shuffled_documents(spec_of(*sources, **way), 0)]
+
+
+@pytest.mark.parametrize("way", [{}, {"reset": True}, {"packing": "crop"}, {"objective": "masked"}])
+def test_starting_late_equals_skipping_in_permuted_epochs(write, cache, way) -> None:
+    sources = [write(f"{i}.fasta", fasta(str(i), 20, i)) for i in range(3)]
+    spec = spec_of(*sources, cache=cache, later_epochs="permutation", **way)
+    epoch = 54 if "packing" in way else 255  # samples, about
+    whole = batches(spec, 3 * epoch // 4 + 1)
+    for start in (epoch // 4 * 4, 2 * epoch // 4 * 4, 2 * epoch // 4 * 4 + 8):
+        assert batches(spec, 9, start=start) == whole[start // 4 : start // 4 + 9]
+    one_by_one = islice(training_samples(spec, 2 * epoch), 12)
+    made = (make() for make in spec.training(2 * epoch, Share(1, 1, 0, 1)))
+    for sample, batch in zip(one_by_one, made, strict=False):
+        assert (batch["tokens"][0] == sample.tokens).all()
+        assert (batch["targets"][0] == sample.targets).all()
+
+
+def test_permuted_epochs_without_a_cache_are_refused_in_a_sentence(write, tmp_path) -> None:
+    source = write("a.fasta", fasta("a", 20))
+    (tmp_path / "file").write_text("no folder")
+    for folder, reason in ((None, f"{source} is not kept in data.cache"), (tmp_path / "file", "part of this path")):
+        endless = spec_of(source, cache=folder, later_epochs="permutation").training(0, Share(4, 1, 0, 1))
+        with pytest.raises(DataError, match=f"{reason}.*data.later_epochs=permutation.*data.cache.$"):
+            for _ in endless:
+                pass
 
 
 # --- one parse for all

@@ -65,8 +65,9 @@ class Block:
     def ids(self, rows: Sequence[int]) -> list[bytes]:
         """The tokens of some records, as bytes of their own."""
         data, size = memoryview(self.tokens).cast("B"), self.tokens.itemsize  # type: ignore[arg-type]
-        borders = (self.offsets * size).tolist()
-        return [bytes(data[borders[row] : borders[row + 1]]) for row in rows]
+        where = np.asarray(rows, dtype=np.int64)
+        begins, ends = (self.offsets[where] * size).tolist(), (self.offsets[where + 1] * size).tolist()
+        return [bytes(data[begin:end]) for begin, end in zip(begins, ends, strict=True)]
 
     def spilled(self) -> Block:
         """The same with its tokens in a nameless file: buffers count pictures by their names, and hold many."""

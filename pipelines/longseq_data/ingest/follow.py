@@ -92,6 +92,27 @@ class Road:
             for block in islice(blocks, number, None):
                 yield self._told(block.spilled() if self.reading.tokens == "pixels" else block)
 
+    def kept(self, leaf: Leaf) -> list[Block]:
+        """All blocks of a leaf, once they are all in the cache. Raises DataError, also where they cannot be kept."""
+        entry = self._entries.get(leaf)
+        blocks: list[Block] = []
+        try:
+            if entry is None:
+                raise _NoCacheError(f"{leaf.source} is not kept in data.cache.")
+            while (block := self._await(entry, len(blocks))) is not None:
+                blocks.append(block)
+        except _NoCacheError as error:
+            raise DataError(
+                f"{error} Epochs after the first are permutations of all records (data.later_epochs=permutation), "
+                "which need the blocks: make room, or name another folder in data.cache."
+            ) from None
+        return blocks
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every leaf has a place in the cache."""
+        return len(self._entries) == len(self.leaves)
+
     def _told(self, block: Block) -> Block:
         if self.tell is not None:
             for note in block.notes:
