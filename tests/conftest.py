@@ -23,7 +23,7 @@ longseq.allocator._mallopt = lambda parameter, value: True
 
 
 # Blocks of the tests' files, for all processes of this session.
-_CACHE = tempfile.TemporaryDirectory(prefix="longseq-tests-")
+_CACHE = tempfile.TemporaryDirectory(prefix="longseq-tests-", ignore_cleanup_errors=True)
 os.environ["LONGSEQ_CACHE"] = _CACHE.name
 
 
