@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 
 import pytest
 import torch
@@ -19,6 +20,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Commands that tests call in this process must not make its heap keep what tests free: it would outgrow the machine's
 # memory, of which each process that is forked afterwards has to be promised as much.
 longseq.allocator._mallopt = lambda parameter, value: True
+
+
+# Blocks of the tests' files, for all processes of this session.
+_CACHE = tempfile.TemporaryDirectory(prefix="longseq-tests-", ignore_cleanup_errors=True)
+os.environ["LONGSEQ_CACHE"] = _CACHE.name
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -77,6 +77,9 @@ class CorpusSpec:
         """Samples of one pass over the corpus."""
         return self.cut.epoch
 
+    def begin(self) -> None:
+        """Nothing is left to do."""
+
     def measuring(self) -> CorpusSpec:
         return self
 

@@ -1,4 +1,4 @@
-"""Cropped proteins in bulk: packing "crop" of FASTA, a batch at a time.
+"""Cropped proteins in bulk: packing "crop", a batch at a time.
 
 The same samples as streaming.training_windows and StreamSpec.sample give one by one, many times as fast.
 """
@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from .chunks import Chunk
 from .corpus_cuts import residues_of
-from .fasta import Encoder
 from .fasta_blocks import EOS_BYTE
 from .masking import mask_rows, masked_counts
 from .randomness import uniforms
 from .sharing import Arrays, MakeBatch, Share, filler
-from .shuffling import Chunk, endless, shuffled_tokens
+from .shuffling import endless, shuffled_tokens
 from .vocabulary import BOS, IGNORE, PAD, PROTEIN
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ Integers = npt.NDArray[np.int64]
 BOS_BYTE, PAD_BYTE = bytes([BOS]), bytes([PAD])
 
 
-def training(spec: StreamSpec, start: int, share: Share, encoder: Encoder) -> Iterator[MakeBatch]:
-    """StreamSpec.training of FASTA that is cropped."""
+def training(spec: StreamSpec, start: int, share: Share) -> Iterator[MakeBatch]:
+    """StreamSpec.training of proteins that are cropped."""
     most = spec.length + spec.overlap
     rows = share.batch_sequences
     consumed = start
@@ -52,13 +52,12 @@ def training(spec: StreamSpec, start: int, share: Share, encoder: Encoder) -> It
         items = step.items[mine]
         for begin in range(0, len(mine), rows):
             here = slice(begin, begin + rows)
-            yield partial(_batch, spec, encoder, Chunk(items[here], lengths[here]), starts[here], sizes[here],
+            yield partial(_batch, spec, Chunk(items[here], lengths[here]), starts[here], sizes[here],
                           numbers[here], rows, facts)  # fmt: skip
 
 
 def _batch(
     spec: StreamSpec,
-    encoder: Encoder,
     records: Chunk,
     starts: Integers,
     sizes: Integers,
@@ -72,11 +71,7 @@ def _batch(
     places = zip(records.items.tolist(), first.tolist(), last.tolist(), begun.tolist(), ended.tolist(), strict=True)
     text = b"".join(
         [
-            (
-                BOS_BYTE * bos
-                + (item[low:high] if isinstance(item, bytes) else encoder.encode(item, low, high).tobytes())
-                + EOS_BYTE * eos
-            ).ljust(width, PAD_BYTE)
+            (BOS_BYTE * bos + item[low:high] + EOS_BYTE * eos).ljust(width, PAD_BYTE)
             for item, low, high, bos, eos in places
         ]
     )

@@ -43,6 +43,7 @@ class SequenceDataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> Loader:
         rank, world = self._place()
+        self.train.begin()
         batches = TrainingBatches(
             self.train,
             batch_sequences=self.batch_sequences,
@@ -57,6 +58,7 @@ class SequenceDataModule(lightning.LightningDataModule):
         if self.valid is None:
             return []
         rank, world = self._place()
+        self.valid.begin()
         batches = EvaluationBatches(
             self.valid, batch_sequences=self.batch_sequences, rank=rank, world=world, max_samples=self.valid_samples
         )

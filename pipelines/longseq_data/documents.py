@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol, cast
 
 import numpy as np
@@ -91,7 +90,6 @@ class ByteDocument:
     source: str
     line: int
     data: bytes
-    _words: npt.NDArray[np.int64] | None = field(default=None, repr=False)
 
     closed = True
 
@@ -106,22 +104,16 @@ class ByteDocument:
     def encode(self, start: int, stop: int | None) -> Tokens:
         return np.frombuffer(self.data[start:stop], dtype=np.uint8).astype(BYTES.dtype)
 
-    def measure(self, start: int, stop: int) -> Extent:
-        if self._words is None:
-            self._words = words_before(self.data)
-        return Extent(stop - start, int(self._words[stop] - self._words[start]))
-
 
 @dataclass(slots=True)
 class TokenDocument:
-    """A text as a tokenizer's ids. ``extents`` gives bytes and words before each token, (length + 1,) each."""
+    """A text as a tokenizer's ids."""
 
     identifier: str
     source: str
     line: int
     tokens: Tokens
-    extents: Callable[[], tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] | None = field(default=None, repr=False)
-    _extents: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None = field(default=None, repr=False)
+    text: bytes  # UTF-8, or what should be
 
     closed = True
 
@@ -135,14 +127,6 @@ class TokenDocument:
 
     def encode(self, start: int, stop: int | None) -> Tokens:
         return self.tokens[start:stop]
-
-    def measure(self, start: int, stop: int) -> Extent:
-        if self._extents is None:
-            if self.extents is None:
-                raise ValueError("this document was read without measures")
-            self._extents = self.extents()
-        n_bytes, n_words = self._extents
-        return Extent(int(n_bytes[stop] - n_bytes[start]), int(n_words[stop] - n_words[start]))
 
 
 _ASCII_SPACE = np.array([chr(byte).isspace() and byte < 128 for byte in range(256)])

@@ -5,7 +5,6 @@ Biopython parses; what is added here is the line number of every problem.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -192,14 +191,14 @@ class Encoder(DocumentEncoder):
     """Turns records into residue ids, and keeps count of the letters that have none.
 
     strict: refuse such letters (DataError) instead of mapping them to X.
-    warn: log the first one of each source as a warning of the logger "longseq_data".
+    tell: gets a sentence about the first one of each source.
     unknown: how often each was mapped to X.
     """
 
-    def __init__(self, strict: bool, warn: bool = False) -> None:
+    def __init__(self, strict: bool, tell: Callable[[str], object] | None = None) -> None:
         super().__init__(PROTEIN)
         self.strict = strict
-        self.warn = warn
+        self.tell = tell
         self.unknown: Counter[str] = Counter()
         self._warned: set[str] = set()  # sources
         self._first: tuple[Record, int] | None = None  # record, offset in its sequence
@@ -232,16 +231,12 @@ class Encoder(DocumentEncoder):
         self.unknown.update(letters.translate(None, KNOWN).decode().upper())
         if self._first is None:
             self._first = record, first
-        if self.warn and record.source not in self._warned:
+        if self.tell and record.source not in self._warned:
             self._warned.add(record.source)
             # the line of the header: that of the letter would take reading the source again, while training waits
-            logging.getLogger("longseq_data").warning(
-                "%s, %s %d: '%s' in record '%s' is read as X; data.strict=true refuses it.",
-                record.source,
-                "row" if record.counted == "rows" else "line",
-                record.line,
-                record.sequence[first],
-                record.identifier,
+            self.tell(
+                f"{record.source}, {'row' if record.counted == 'rows' else 'line'} {record.line}: "
+                f"'{record.sequence[first]}' in record '{record.identifier}' is read as X; data.strict=true refuses it."
             )
 
 
@@ -278,8 +273,8 @@ def scan(
     sources: Sequence[str],
     *,
     strict: bool,
-    max_bytes: int = 64 * MIB,
-    total_bytes: int = 256 * MIB,
+    max_bytes: int = 16 * MIB,
+    total_bytes: int = 64 * MIB,
     valid_fraction: float = 0.0,
     test_fraction: float = 0.0,
     read: Callable[[str], Iterable[Record]] = read_records,

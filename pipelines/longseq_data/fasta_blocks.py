@@ -7,18 +7,16 @@ lines is handed to its parser, record by record.
 from __future__ import annotations
 
 import io
-import itertools
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from typing import ClassVar, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from .fasta import PIR, PRINTABLE, UNKNOWN_BYTE, Record, _line_of, parse_records
 from .proteins import read_proteins
-from .sources import open_binary, reading_error
+from .sources import Watch, open_binary, reading_error
 from .vocabulary import EOS, TABLE
 
 READ_SIZE = 1 << 19  # parsed at once: what stays in a core's cache
@@ -70,51 +68,41 @@ class Protein(_Fields):
 
 
 Chunk = list["Protein | Record"]
-Choose = Callable[[list[bytes]], npt.NDArray[np.bool_]]  # of identifiers: which records are wanted
 
 
-class Tokens(NamedTuple):
-    """Some records in bulk."""
+class Bulk(NamedTuple):
+    """Some records of plain letters."""
 
-    items: Sequence[bytes | Protein | Record | None]  # ids; a record where they do not say it all; None: unwanted
-    sizes: list[int]  # residues; 0 of what is unwanted
-    plain: bool  # all items are ids
-
-
-def read_chunks(source: str) -> Generator[Chunk, None, None]:
-    """The records of one path or URL, some at a time; raises what read_proteins raises, after the records before it."""
-    for text, line, records in _blocks(source):
-        yield from [records] if records else _parsed(text, source, line)
+    identifiers: list[bytes]
+    ids: list[bytes]
 
 
-def read_tokens(source: str, choose: Choose | None = None) -> Generator[Tokens, None, None]:
-    """The same records in the same order, several times as fast: their ids.
+def read_bulk(source: str, watch: Watch | None = None) -> Generator[tuple[Bulk | None, Chunk], None, None]:
+    """The records of one path or URL, some at a time: (plain ones, nothing) or (None, those that need a closer look).
 
-    A record with letters outside the alphabet stays a record, for the encoder to count or refuse them.
+    Raises what read_proteins raises, after the records before it.
     """
-    for text, line, records in _blocks(source):
-        tokens = None if records else _translated(text, choose)
-        if tokens is not None:
-            yield tokens
+    for text, line, records in _blocks(source, watch):
+        found = None if records else plain_ids(text, b"\n", with_headers=True)
+        if found is not None:
+            items, headers = found
+            yield Bulk([header.split(None, 1)[0] for header in headers], items), []
             continue
         for chunk in [records] if records else _parsed(text, source, line):
-            chunk = [record for record in chunk if record.length]  # see fasta.HOLLOW
-            wanted = itertools.repeat(True) if choose is None else choose([r.identifier.encode() for r in chunk])
-            some = [record if yes else None for record, yes in zip(chunk, wanted, strict=False)]
-            yield Tokens(some, [record.length if record else 0 for record in some], plain=False)
+            yield None, chunk
 
 
-def _blocks(source: str) -> Generator[tuple[bytes, int, Chunk], None, None]:
+def _blocks(source: str, watch: Watch | None) -> Generator[tuple[bytes, int, Chunk], None, None]:
     """(text of whole records that begins with '>', its first line, nothing), or (nothing, 0, records) of what is no
     FASTA."""
-    with open_binary(source, "FASTA") as handle:
+    with open_binary(source, "FASTA", watch) as handle:
         plain = begins_with_record(handle)
         if plain:
             with closing(_texts(handle, source)) as texts:
                 for text, line in texts:
                     yield text, line, []
     if not plain:
-        for record in read_proteins(source):
+        for record in read_proteins(source, watch):
             yield b"", 0, [record]
 
 
@@ -190,20 +178,6 @@ def plain_ids(text: bytes, deleted: bytes, with_headers: bool) -> tuple[list[byt
     items = ids.split(EOS_BYTE)
     del items[0]  # before the first mark
     return (items, headers) if len(items) == count and b"" not in items else None
-
-
-def _translated(text: bytes, choose: Choose | None) -> Tokens | None:
-    """The records of some text that begins with '>'; None: not all of them are plain."""
-    found = plain_ids(text, b"\n", choose is not None)
-    if found is None:
-        return None
-    items, headers = found
-    sizes = list(map(len, items))
-    if choose is None:
-        return Tokens(items, sizes, plain=True)
-    wanted = choose([header.split(None, 1)[0] for header in headers]).tolist()
-    some = [ids if yes else None for ids, yes in zip(items, wanted, strict=True)]
-    return Tokens(some, [size if yes else 0 for size, yes in zip(sizes, wanted, strict=True)], plain=False)
 
 
 def _parsed(text: bytes, source: str, line: int) -> Iterator[Chunk]:

@@ -29,6 +29,7 @@ FORMATS = tuple(SUFFIXES)
 HUB = "hub:"
 LOOK = 10_000  # files of a folder, to tell its format
 
+_COMPRESSED = re.compile(r"\.(gz|bgz|zst|zstd|xz|bz2)$")
 _HUB = re.compile(r"hub:(?P<path>[^:@#]+)(?::(?P<config>[^@#]+))?(?:@(?P<revision>[^#]+))?(?:#(?P<split>[\w.+-]+))?")
 
 
@@ -133,13 +134,18 @@ _KNOWN = tuple(suffix for kind in ("fasta", *_GUESSED) for suffix in SUFFIXES[ki
 
 def _by_name(source: str) -> str | None:
     path = urlsplit(source).path if "://" in source else source
-    name = path.lower().removesuffix(".gz")
+    name = _unpacked(path)
     return next((kind for kind in _GUESSED if name.endswith(SUFFIXES[kind])), None)
+
+
+def _unpacked(name: str) -> str:
+    """A name as it was before the file was compressed."""
+    return _COMPRESSED.sub("", name.lower())
 
 
 def _files(folder: str, suffixes: tuple[str, ...]) -> Iterator[str]:
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
-            if not name.startswith(".") and name.lower().removesuffix(".gz").endswith(suffixes):
+            if not name.startswith(".") and _unpacked(name).endswith(suffixes):
                 yield str(Path(parent) / name)

@@ -10,7 +10,6 @@ from typing import ClassVar
 
 import numpy as np
 
-from .documents import Extent
 from .errors import DataError
 from .formats import SUFFIXES
 from .os_errors import explained
@@ -29,7 +28,6 @@ class ImageDocument:
     line: int  # of a table the row; 0 for a file of its own
     size: int
     content: bytes | str  # an encoded picture, or the path of its file
-    _tokens: Tokens | None = None
 
     closed: ClassVar[bool] = False
 
@@ -42,18 +40,8 @@ class ImageDocument:
         return len(self.content)
 
     def encode(self, start: int, stop: int | None) -> Tokens:
-        if start == 0 and (stop is None or stop >= self.length):
-            return self._decoded()
-        if self._tokens is None:  # several windows of one picture come one after the other
-            self._tokens = self._decoded()
-        return self._tokens[start:stop]
-
-    def measure(self, start: int, stop: int) -> Extent:
-        return Extent(stop - start, 0)
-
-    def _decoded(self) -> Tokens:
         place = f"{self.source}, row {self.line}" if self.line else self.source
-        return pixels(self.content, self.size, place)
+        return pixels(self.content, self.size, place)[start:stop]
 
 
 def values_of(size: int) -> int:

@@ -9,7 +9,7 @@ from typing import Literal, TextIO
 
 from .errors import DataError
 from .fasta import PIR, Record, parse_records
-from .sources import open_text
+from .sources import Watch, open_text
 from .uniprot_flat import read_flat
 from .uniprot_xml import read_xml
 
@@ -24,7 +24,7 @@ READERS: dict[Format, Callable[[TextIO, str], Iterator[Record]]] = {
 ENTRY = re.compile(rb"ID {3}\S")
 
 
-def read_proteins(source: str) -> Generator[Record, None, None]:
+def read_proteins(source: str, watch: Watch | None = None) -> Generator[Record, None, None]:
     """Stream the records of one path or URL, plain or gzipped, in the format that its first bytes show.
 
     Flat text and XML give the header that the same entry has in UniProt's FASTA, so an entry has one identifier,
@@ -32,7 +32,7 @@ def read_proteins(source: str) -> Generator[Record, None, None]:
 
     Raises DataError, one sentence with file and line, for what cannot be read, is none of the formats, or is damaged.
     """
-    with open_text(source) as handle:
+    with open_text(source, watch) as handle:
         yield from READERS[_format_of(handle, source)](handle, source)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,6 +10,7 @@ from .documents import ByteDocument, Document, DocumentEncoder, Text
 from .errors import DataError
 from .fasta import Encoder, Record
 from .formats import Leaf, format_of, leaves
+from .sources import Watch
 from .vocabulary import BYTES, PIXELS, PROTEIN, Vocabulary
 
 TOKENS = ("protein", "bytes", "pixels")  # and a tokenizer's file
@@ -53,20 +54,25 @@ class Reading:
         """What the sources consist of, folders opened up, in their order."""
         return [leaf for source in sources for leaf in leaves(source, self.format)]
 
-    def encoder(self, strict: bool, warn: bool = False) -> DocumentEncoder:
-        return Encoder(strict, warn) if self.tokens == "protein" else DocumentEncoder(self.vocabulary)
+    def encoder(self, strict: bool, tell: Callable[[str], object] | None = None) -> DocumentEncoder:
+        return Encoder(strict, tell) if self.tokens == "protein" else DocumentEncoder(self.vocabulary)
 
-    def documents(self, leaf: Leaf, *, strict: bool, measured: bool = False) -> Generator[Document, None, None]:
+    @property
+    def written(self) -> bool:
+        """Whether the tokens are a tokenizer's: what they stand for shows in the text alone."""
+        return self.tokens not in TOKENS
+
+    def documents(self, leaf: Leaf, *, strict: bool, watch: Watch | None = None) -> Generator[Document, None, None]:
         """Stream the documents of one leaf that is no FASTA.
 
-        strict: refuse text that is not UTF-8. measured: documents can say what their tokens stand for.
+        strict: refuse text that is not UTF-8. watch: see sources.open_binary.
 
         Raises DataError, one sentence with file and line or row, for what cannot be read, and where there is nothing.
         """
         if self.tokens == "pixels":
             yield from self._images(leaf)
             return
-        yield from _filled(leaf, (self._document(text, leaf, strict, measured) for text in self.texts(leaf, strict)))
+        yield from _filled(leaf, (self._document(text, leaf, strict) for text in self.texts(leaf, strict, watch)))
 
     def untokenised(self, leaf: Leaf, strict: bool) -> Generator[Document, None, None]:
         """The documents of one leaf as bytes, for a look at them: tokenizers are slow. Raises what documents() does."""
@@ -79,7 +85,7 @@ class Reading:
 
         yield from _filled(leaf, map(plain, self.texts(leaf, strict)))
 
-    def texts(self, leaf: Leaf, strict: bool) -> Iterator[Text]:
+    def texts(self, leaf: Leaf, strict: bool, watch: Watch | None = None) -> Iterator[Text]:
         """The texts of one leaf before they are tokenised."""
         column = self.column or "text"
         if leaf.format in ("parquet", "hub"):
@@ -90,17 +96,17 @@ class Reading:
         from .text import read_jsonl, read_lines, read_text
 
         if leaf.format == "jsonl":
-            return read_jsonl(leaf.source, column, self.part_bytes, strict)
-        return (read_text if leaf.format == "text" else read_lines)(leaf.source, self.part_bytes)
+            return read_jsonl(leaf.source, column, self.part_bytes, strict, watch)
+        return (read_text if leaf.format == "text" else read_lines)(leaf.source, self.part_bytes, watch)
 
-    def _document(self, text: Text, leaf: Leaf, strict: bool, measured: bool) -> Document:
+    def _document(self, text: Text, leaf: Leaf, strict: bool) -> Document:
         if self.tokens == "bytes":
             return ByteDocument(text.identifier, text.source, text.line, text.data)
         if self.tokens == "protein":
             return _protein(text, "rows" if leaf.format in ("parquet", "hub") else "lines")
         from .tokenization import tokenise
 
-        return tokenise(text, self.tokens, strict, measured)
+        return tokenise(text, self.tokens, strict)
 
     def _images(self, leaf: Leaf) -> Generator[Document, None, None]:
         from .images import read_images

@@ -96,6 +96,10 @@ class Samples(Protocol):
         """Training samples of one pass over the split; None where only a whole pass would tell."""
         ...
 
+    def begin(self) -> None:
+        """Begin now with what takes a while and is done once for all processes: reading files."""
+        ...
+
     def training(self, start: int, share: Share, warn: bool = False) -> Iterator[MakeBatch]:
         """The micro-batches of a rank without end, from the step that begins with sample ``start`` on."""
         ...

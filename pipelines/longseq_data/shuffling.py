@@ -1,26 +1,28 @@
 """The order of streamed documents: files in turn, a split of them, a shuffle buffer.
 
 Documents move in chunks, and the draws of a chunk are made at once, because a step of Python for each document costs
-more than reading it. The order does not depend on the chunks.
+more than reading it. The order does not depend on the chunks, nor on when the blocks come that they are cut from.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from itertools import chain, islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from .chunks import Chunk, Integers
 from .documents import Document
 from .errors import DataError
-from .fasta_blocks import read_chunks, read_tokens
 from .formats import Leaf
+from .ingest.follow import Road
+from .permuting import permuted
 from .randomness import generator
 from .splits import Identifiers, in_split
 
@@ -29,34 +31,19 @@ if TYPE_CHECKING:
 
 OPEN_SOURCES = 16  # read in turn while shuffling
 BUFFER_RESIDUES = 1 << 26  # bytes: a shuffle buffer of whole proteomes must still fit in a worker's memory
-CHUNK_RESIDUES, CHUNK_DOCUMENTS = 1 << 18, 256  # of documents that are read one by one
-
-Integers = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Some documents, in the order in which they come."""
+def road(spec: StreamSpec, leaves: list[Leaf]) -> Road:
+    """Where the blocks of a stream's leaves come from."""
+    folder = Path(spec.cache) if spec.cache else None
+    return Road(spec.reading, leaves, spec.strict, folder, spec.tell)
 
-    items: npt.NDArray[np.object_]  # Document; None: of another split. Of ``shuffled_tokens``: bytes or Document
-    sizes: Integers  # bytes of memory, about
 
-    @classmethod
-    def of(cls, items: Sequence[object], sizes: Sequence[int]) -> Chunk:
-        return cls(np.fromiter(items, object, len(items)), np.array(sizes, dtype=np.int64))
-
-    @classmethod
-    def joined(cls, chunks: Sequence[Chunk]) -> Chunk:
-        return cls(np.concatenate([chunk.items for chunk in chunks]), np.concatenate([chunk.sizes for chunk in chunks]))
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    def __getitem__(self, which: slice | npt.NDArray) -> Chunk:
-        return Chunk(self.items[which], self.sizes[which])
-
-    def put(self, where: slice | npt.NDArray, chunk: Chunk) -> None:
-        self.items[where], self.sizes[where] = chunk.items, chunk.sizes
+def leaves_of(spec: StreamSpec, epoch: int) -> list[Leaf]:
+    """What the sources consist of, in the order of an epoch."""
+    files = spec.reading.leaves(spec.sources)
+    priorities = generator(spec.seed, "sources", epoch).random(len(files))
+    return [files[i] for i in np.argsort(priorities, kind="stable")]
 
 
 def documents_in_file_order(spec: StreamSpec, hollow: bool = False) -> Iterator[Document]:
@@ -65,7 +52,9 @@ def documents_in_file_order(spec: StreamSpec, hollow: bool = False) -> Iterator[
     hollow: proteins without residues too, which no training and no evaluation looks at.
     """
     files = spec.reading.leaves(spec.sources)
-    return _one_by_one(_of_split(spec, chain.from_iterable(_chunks(spec, leaf, hollow) for leaf in files)))
+    blocks = road(spec, files)
+    chunks = chain.from_iterable(_chunks(spec, leaf, blocks, hollow=hollow) for leaf in files)
+    return _one_by_one(_of_split(spec, chunks))
 
 
 def shuffled_documents(spec: StreamSpec, epoch: int) -> Iterator[Document]:
@@ -75,12 +64,12 @@ def shuffled_documents(spec: StreamSpec, epoch: int) -> Iterator[Document]:
 
 def shuffled_chunks(spec: StreamSpec, epoch: int) -> Iterator[Chunk]:
     """The same in chunks."""
-    return _shuffled(spec, epoch, _chunks)
+    return _shuffled(spec, epoch, bulk=False)
 
 
 def shuffled_tokens(spec: StreamSpec, epoch: int) -> Iterator[Chunk]:
-    """The same in chunks and in bulk, of FASTA: ids as ``bytes``, or a document where they do not say it all."""
-    return _shuffled(spec, epoch, _token_chunks)
+    """The same in chunks, of proteins: their ids as ``bytes`` alone."""
+    return _shuffled(spec, epoch, bulk=True)
 
 
 def endless(
@@ -111,12 +100,14 @@ def endless(
         epoch += 1
 
 
-def _shuffled(
-    spec: StreamSpec, epoch: int, read: Callable[[StreamSpec, Leaf], Generator[Chunk, None, None]]
-) -> Iterator[Chunk]:
-    files = spec.reading.leaves(spec.sources)
-    priorities = generator(spec.seed, "sources", epoch).random(len(files))
-    waiting = (read(spec, files[i]) for i in np.argsort(priorities, kind="stable"))
+def _shuffled(spec: StreamSpec, epoch: int, bulk: bool) -> Iterator[Chunk]:
+    if epoch and spec.later_epochs == "permutation" and spec.shuffle_buffer > 1:
+        files = spec.reading.leaves(spec.sources)
+        yield from _of_split(spec, permuted(spec, epoch, files, road(spec, files), bulk))
+        return
+    files = leaves_of(spec, epoch)
+    blocks = road(spec, files)
+    waiting = (_chunks(spec, leaf, blocks, bulk) for leaf in files)
     with closing(_in_turn(waiting, OPEN_SOURCES if spec.shuffle_buffer > 1 else 1)) as chunks:
         yield from _through_buffer(spec, epoch, _of_split(spec, chunks))
 
@@ -126,69 +117,28 @@ def _one_by_one(chunks: Iterator[Chunk]) -> Iterator[Document]:
         yield from chunk.items.tolist()
 
 
-def _chunks(spec: StreamSpec, leaf: Leaf, hollow: bool = False) -> Generator[Chunk, None, None]:
-    choose = _choice(spec)
-    if leaf.format == "fasta":
-        read: Generator[Sequence[Document], None, None] = read_chunks(leaf.source)
-    else:
-        read = _some(spec.reading.documents(leaf, strict=spec.strict, measured=spec.measured))
-    with closing(read):
-        for documents in read:
-            sizes = [document.held for document in documents]
-            if 0 in sizes and not hollow:
-                documents = [document for document in documents if document.length]
-                sizes = [document.held for document in documents]
-            if choose is None:
-                yield Chunk.of(documents, sizes)
+def _chunks(
+    spec: StreamSpec, leaf: Leaf, road: Road, bulk: bool = False, hollow: bool = False
+) -> Generator[Chunk, None, None]:
+    vocabulary = spec.vocabulary
+    with closing(road.blocks(leaf)) as blocks:
+        for block in blocks:
+            there = np.arange(len(block)) if hollow else np.flatnonzero(block.lengths)
+            if spec.whole:
+                wanted = there
             else:
-                wanted = choose([document.identifier.encode() for document in documents]).tolist()
-                yield Chunk.of([item if yes else None for item, yes in zip(documents, wanted, strict=True)], sizes)
-
-
-def _token_chunks(spec: StreamSpec, leaf: Leaf) -> Generator[Chunk, None, None]:
-    with closing(read_tokens(leaf.source, _choice(spec))) as read:
-        for tokens in read:
-            if tokens.plain:
-                items = np.empty(len(tokens.items), dtype=object)
-                items[:] = tokens.items  # several times as fast, but it would take records apart, which are tuples
-                yield Chunk(items, np.array(tokens.sizes, dtype=np.int64))
-            else:
-                yield Chunk.of(tokens.items, tokens.sizes)
-
-
-def _some(documents: Generator[Document, None, None]) -> Generator[list[Document], None, None]:
-    """A few at a time; before an error those that came before it."""
-    some: list[Document] = []
-    held = 0
-    with closing(documents):
-        try:
-            for document in documents:
-                some.append(document)
-                held += document.held
-                if held >= CHUNK_RESIDUES or len(some) >= CHUNK_DOCUMENTS:
-                    yield some
-                    some, held = [], 0
-        except Exception:
-            if some:
-                yield some
-            raise
-    if some:
-        yield some
-
-
-def _choice(spec: StreamSpec) -> Callable[[list[bytes]], npt.NDArray[np.bool_]] | None:
-    """Which records are of the split, by their identifiers; None: all are."""
-    valid, test, split = spec.valid_fraction, spec.test_fraction, spec.split
-    if split is None or (split == "train" and not valid and not test):
-        return None
-    return partial(in_split, split=split, valid_fraction=valid, test_fraction=test)
+                kept = in_split(block.places[there], spec.split or "", spec.valid_fraction, spec.test_fraction)
+                wanted = there[kept]
+            items = np.empty(len(block), dtype=object)
+            rows = wanted.tolist()
+            items[wanted] = block.ids(rows) if bulk else [block.document(row, leaf.source, vocabulary) for row in rows]
+            yield Chunk(items[there], block.held[there])
 
 
 def _of_split(spec: StreamSpec, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
     seen = kept = 0
-    everything = _choice(spec) is None
     for chunk in chunks:
-        chosen = chunk if everything else chunk[chunk.items != None]  # noqa: E711 - of each entry
+        chosen = chunk if spec.whole else chunk[chunk.items != None]  # noqa: E711 - of each entry
         seen += len(chunk)
         kept += len(chosen)
         if len(chosen):
@@ -216,9 +166,8 @@ def _empty_split(spec: StreamSpec, seen: int) -> str:
         return said
     found = Identifiers()
     whole = replace(spec, split=None)
-    for chunk in chain.from_iterable(_chunks(whole, leaf) for leaf in spec.reading.leaves(spec.sources)):
-        for document in chunk.items.tolist():
-            found.add(document.identifier, spec.valid_fraction, spec.test_fraction)
+    for document in documents_in_file_order(whole):
+        found.add(document.identifier, spec.valid_fraction, spec.test_fraction)
     others = "data.valid and data.test" if spec.split == "train" else f"data.{spec.split}"
     shares = spec.valid_fraction, spec.test_fraction
     fixed = spec.split == "test"  # which a trained model is scored on

@@ -17,6 +17,7 @@ from .errors import DataError
 from .formats import HUB, HubAddress, folder_format
 from .gunzip import MAGIC, Gunzip
 from .os_errors import explained
+from .unpack import CutOffError, DamagedError, unpacker
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)")
 HTTP = re.compile(r"https?://", re.IGNORECASE)
@@ -24,11 +25,13 @@ LOCAL_URL = re.compile(r"(file|local)://", re.IGNORECASE)
 
 READ_SIZE = 1 << 18  # bytes a read
 
+Watch = Callable[[memoryview], object]
+
 # First bytes of what users hand over by mistake -> its name.
 FOREIGN = {
-    b"BZh": "bzip2-compressed",
-    b"\xfd7zXZ\x00": "xz-compressed",
-    b"\x28\xb5\x2f\xfd": "Zstandard-compressed",
+    b"BZh": "bzip2-compressed twice",
+    b"\xfd7zXZ\x00": "xz-compressed twice",
+    b"\x28\xb5\x2f\xfd": "Zstandard-compressed twice",
     b"PK\x03\x04": "a zip archive",
     b"7z\xbc\xaf\x27\x1c": "a 7z archive",
     b"Rar!": "a RAR archive",
@@ -148,21 +151,19 @@ def _expand_url(pattern: str) -> list[str]:
 
 
 @contextmanager
-def open_text(source: str) -> Iterator[TextIO]:
+def open_text(source: str, watch: Watch | None = None) -> Iterator[TextIO]:
     """Open a FASTA file by path or URL for reading lines: see open_binary.
 
     Lines may end in LF, CRLF or CR. Bytes that are not UTF-8 read as U+FFFD: a header from another century is no reason
     to stop.
     """
-    with open_binary(source, "FASTA") as handle:
+    with open_binary(source, "FASTA", watch) as handle:
         yield io.TextIOWrapper(handle, encoding="utf-8-sig", errors="replace")
 
 
 @contextmanager
-def open_binary(
-    source: str, kind: str, watch: Callable[[memoryview], object] | None = None
-) -> Iterator[io.BufferedReader]:
-    """Open a path or URL; gzip is recognised by its first bytes, whatever the name says.
+def open_binary(source: str, kind: str, watch: Watch | None = None) -> Iterator[io.BufferedReader]:
+    """Open a path or URL; gzip, zstd, xz and bzip2 are recognised by their first bytes, whatever the name says.
 
     kind: what it should be, "FASTA", "text" or "JSON Lines".
     watch: called with each piece of the source as it is stored, still compressed, in order.
@@ -183,7 +184,9 @@ def open_binary(
 
         try:
             buffered = opened()
-            if buffered.peek(2)[:2] == MAGIC:
+            if unpack := unpacker(buffered.peek(6)):
+                buffered = io.BufferedReader(unpack(buffered), READ_SIZE)
+            elif buffered.peek(2)[:2] == MAGIC:
                 buffered = io.BufferedReader(Gunzip(buffered, again=opened), READ_SIZE)
             if buffered.peek(2)[:2] == MAGIC:  # compressed twice, as by a server and by hand
                 buffered = io.BufferedReader(Gunzip(buffered), READ_SIZE)
@@ -221,7 +224,7 @@ class _Filled(io.RawIOBase):
 class _Watched(io.RawIOBase):
     """A raw file that shows everything read from it to a function, after the first ``seen`` bytes."""
 
-    def __init__(self, raw: io.RawIOBase, watch: Callable[[memoryview], object], seen: int) -> None:
+    def __init__(self, raw: io.RawIOBase, watch: Watch, seen: int) -> None:
         self._raw = raw
         self._watch = watch
         self._place = 0
@@ -280,7 +283,12 @@ def reading_error(source: str, line: int | None, error: BaseException) -> DataEr
     """The sentence for an exception met while opening ``source``, or reading on after its line ``line``."""
     where = source if line is None else f"{source}, after line {line}"
     if isinstance(error, EOFError):
-        return DataError(f"{where}: the gzip data ends too early, so the file is truncated; download or copy it again.")
+        kind = error.kind if isinstance(error, CutOffError) else "gzip"
+        return DataError(
+            f"{where}: the {kind} data ends too early, so the file is truncated; download or copy it again."
+        )
+    if isinstance(error, DamagedError):
+        return DataError(f"{where}: the compressed data is damaged ({one_line(error)}); download or copy it again.")
     if isinstance(error, (gzip.BadGzipFile, zlib.error)):
         return DataError(f"{where}: the gzip data is damaged ({one_line(error)}); download or copy it again.")
     if isinstance(error, FileNotFoundError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -110,12 +110,16 @@ class Identifiers:
         return None
 
 
-def in_split(
-    identifiers: Iterable[bytes], split: str, valid_fraction: float, test_fraction: float
-) -> npt.NDArray[np.bool_]:
-    """Whether each record is in ``split``: split_of in bulk, of identifiers as UTF-8."""
+def places(identifiers: Sequence[bytes]) -> npt.NDArray[np.float64]:
+    """Where each record stands in [0, 1), by its identifier as UTF-8: what the splits are shares of."""
     hashed = hashlib.blake2b
     digests = b"".join([hashed(identifier, digest_size=8).digest() for identifier in identifiers])
-    u = (np.frombuffer(digests, dtype=">u8") >> np.uint64(11)).astype(np.float64) / 2**53
-    valid, held_out = u < valid_fraction, u < valid_fraction + test_fraction
+    return (np.frombuffer(digests, dtype=">u8") >> np.uint64(11)).astype(np.float64) / 2**53
+
+
+def in_split(
+    places: npt.NDArray[np.float64], split: str, valid_fraction: float, test_fraction: float
+) -> npt.NDArray[np.bool_]:
+    """Whether each record is in ``split``: split_of in bulk."""
+    valid, held_out = places < valid_fraction, places < valid_fraction + test_fraction
     return {"valid": valid, "test": held_out & ~valid, "train": ~(held_out | valid)}[split]

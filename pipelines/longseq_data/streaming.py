@@ -5,8 +5,9 @@ The order is a pure function of a StreamSpec, so the only state of a run is how 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import NamedTuple
@@ -15,14 +16,15 @@ import numpy as np
 import numpy.typing as npt
 
 from . import cropped_tokens, joined_tokens
+from .chunks import Chunk
 from .documents import Document, DocumentEncoder, Extent
-from .fasta import Encoder
+from .ingest.follow import Tell
 from .masking import mask_tokens, masked_count
 from .packing import Piece, Window, crop, cut, document
 from .randomness import uniforms
 from .reading import FASTA, Reading
 from .sharing import Arrays, MakeBatch, Share, collate, filler
-from .shuffling import Chunk, documents_in_file_order, endless, shuffled_chunks, shuffled_documents
+from .shuffling import documents_in_file_order, endless, leaves_of, road, shuffled_chunks, shuffled_documents
 from .vocabulary import IGNORE, Tokens, Vocabulary
 
 SAMPLE_BUFFER = 2048  # records of a split among which the sample of an evaluation is drawn
@@ -55,8 +57,14 @@ class StreamSpec:
     reset: bool = False  # "concat": documents [BOS] ... [EOS] that do not see each other, with segment numbers
     crop: str = "random"  # "crop": where a record longer than the window is cropped, "random" or its "first" tokens
     measured: bool = False  # samples know how many bytes and words their targets stand for; slower, for evaluation
+    later_epochs: str = "buffer"  # the order after the first: through the buffer as well, or a "permutation" of all
+    # records, which needs a cache
+    cache: str | None = None  # the folder of the sources' blocks; None: every reader parses for itself
+    tell: Tell | None = field(default=None, compare=False)  # gets what is worth a warning
 
     def __post_init__(self) -> None:
+        if self.later_epochs not in ("buffer", "permutation"):
+            raise ValueError(f"later_epochs must be 'buffer' or 'permutation', not {self.later_epochs!r}")
         if self.crop not in ("random", "first"):
             raise ValueError(f"crop must be 'random' or 'first', not {self.crop!r}")
         if self.reset and self.packing != "concat":
@@ -81,9 +89,24 @@ class StreamSpec:
     def vocabulary(self) -> Vocabulary:
         return self.reading.vocabulary
 
-    def encoder(self, warn: bool = False) -> DocumentEncoder:
-        """What turns this stream's windows into tokens; ``warn`` of letters that are read as X."""
-        return self.reading.encoder(self.strict, warn)
+    @property
+    def whole(self) -> bool:
+        """Whether all records are of the split."""
+        return self.split is None or (self.split == "train" and not self.valid_fraction and not self.test_fraction)
+
+    @property
+    def encoder(self) -> DocumentEncoder:
+        """What turns this stream's windows into tokens."""
+        return DocumentEncoder(self.vocabulary)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether all sources have a place in the cache."""
+        return road(self, leaves_of(self, 0)).keeps_all
+
+    def begin(self) -> None:
+        """See sharing.Samples."""
+        road(self, leaves_of(self, 0)).begin()
 
     @property
     def overlap(self) -> int:
@@ -123,11 +146,12 @@ class StreamSpec:
 
     def training(self, start: int, share: Share, warn: bool = False) -> Iterator[MakeBatch]:
         """See sharing.Samples. Raises DataError for bad data, and for a split without records."""
-        encoder = self.encoder(warn)
-        if self._plain and isinstance(encoder, Encoder):
+        spec = replace(self, tell=_once()) if warn else self
+        if self.reading.tokens == "protein" and not self.reset and not self.measured:
             bulk = joined_tokens if self.packing == "concat" else cropped_tokens
-            yield from bulk.training(self, start, share, encoder)
-        windows = enumerate(training_windows(self, start), start)
+            yield from bulk.training(spec, start, share)
+        encoder = self.encoder
+        windows = enumerate(training_windows(spec, start), start)
         consumed = start
         while True:
             consumed += share.step_samples
@@ -139,16 +163,10 @@ class StreamSpec:
 
     def evaluation(self, share: Share, max_samples: int | None = None) -> Iterator[MakeBatch]:
         """See sharing.Samples."""
-        encoder = self.encoder()
+        encoder = self.encoder
         windows = enumerate(evaluation_windows(self, max_samples))
         while rows := list(islice(windows, share.step_samples)):
             yield partial(self._batch, rows[share.rank :: share.world], share.batch_sequences, encoder, {})
-
-    @property
-    def _plain(self) -> bool:
-        """Whether the samples are made of FASTA alone, joined or cropped, and of nothing else."""
-        plain = not self.reset and not self.measured
-        return plain and all(leaf.format == "fasta" for leaf in self.reading.leaves(self.sources))
 
     def _batch(
         self, windows: list[tuple[int, Window]], rows: int, encoder: DocumentEncoder, facts: dict[str, int]
@@ -170,7 +188,7 @@ def training_samples(spec: StreamSpec, start: int = 0) -> Iterator[Sample]:
 
     Raises DataError for bad data, and for a split without records.
     """
-    encoder = spec.encoder()
+    encoder = spec.encoder
     for index, window in enumerate(training_windows(spec, start), start):
         yield spec.sample(window, index, encoder)
 
@@ -178,8 +196,7 @@ def training_samples(spec: StreamSpec, start: int = 0) -> Iterator[Sample]:
 def training_windows(spec: StreamSpec, start: int = 0) -> Iterator[Window]:
     """The windows of training_samples, not yet tokenised; number ``start`` comes first.
 
-    Windows before ``start`` cost parsing and hashing only, and whole epochs nothing beyond the first one. With a
-    tokenizer's file they cost tokenising too, as nothing else tells how long a text is: a few MB a second.
+    Windows before ``start`` cost reading the blocks' lengths, and whole epochs nothing beyond the first one.
     """
     if spec.packing == "concat":
         joined = _documents_joined if spec.reset else _joined
@@ -198,7 +215,7 @@ def evaluation_samples(spec: StreamSpec, max_samples: int | None = None) -> Iter
 
     Which ones, and in which order, is said at evaluation_windows.
     """
-    encoder = spec.encoder()
+    encoder = spec.encoder
     for index, window in enumerate(evaluation_windows(spec, max_samples)):
         yield spec.sample(window, index, encoder)
 
@@ -242,7 +259,7 @@ def target_counts(spec: StreamSpec, max_targets: int | None = None) -> npt.NDArr
     evaluation_windows, in its order, up to the one that reaches ``max_targets``.
     """
     counts = np.zeros(spec.vocabulary.size, dtype=np.int64)
-    encoder = spec.encoder()
+    encoder = spec.encoder
     causal = spec.objective == "causal"
     seen = 0
     for record in documents_in_file_order(spec) if max_targets is None else _fair_order(spec):
@@ -257,6 +274,18 @@ def target_counts(spec: StreamSpec, max_targets: int | None = None) -> npt.NDArr
         if max_targets is not None and seen >= max_targets:
             break
     return counts
+
+
+def _once() -> Tell:
+    """A warning for each sentence, the first time that it comes."""
+    said: set[str] = set()
+
+    def tell(sentence: str) -> None:
+        if sentence not in said:
+            said.add(sentence)
+            logging.getLogger("longseq_data").warning("%s", sentence)
+
+    return tell
 
 
 def _fair_order(spec: StreamSpec) -> Iterator[Document]:

@@ -21,8 +21,8 @@ def survey(
     sources: Sequence[str],
     *,
     strict: bool,
-    max_bytes: int = 64 * MIB,
-    total_bytes: int = 256 * MIB,
+    max_bytes: int = 16 * MIB,
+    total_bytes: int = 64 * MIB,
     valid_fraction: float = 0.0,
     test_fraction: float = 0.0,
 ) -> ScanReport:

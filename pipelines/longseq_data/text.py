@@ -10,17 +10,17 @@ from urllib.parse import urlsplit
 
 from .documents import Text
 from .errors import DataError
-from .sources import URL, in_line, one_line, open_binary, reading_error
+from .sources import URL, Watch, in_line, one_line, open_binary, reading_error
 
 BOM = b"\xef\xbb\xbf"
 LINE_LIMIT = 1 << 26  # bytes of one line: more is no line but another format
 
 
-def read_text(source: str, part_bytes: int) -> Generator[Text, None, None]:
+def read_text(source: str, part_bytes: int, watch: Watch | None = None) -> Generator[Text, None, None]:
     """A file as one document, or as parts of at most ``part_bytes`` where it is longer (see parts)."""
     name, line = short_name(source), 1
     rest, ended, number = b"", False, 0
-    with open_binary(source, "text") as handle:
+    with open_binary(source, "text", watch) as handle:
         while not ended:
             try:
                 # a byte more than a part tells whether there is a part after it
@@ -36,20 +36,22 @@ def read_text(source: str, part_bytes: int) -> Generator[Text, None, None]:
             rest, number = data[end:], number + 1
 
 
-def read_lines(source: str, part_bytes: int) -> Generator[Text, None, None]:
+def read_lines(source: str, part_bytes: int, watch: Watch | None = None) -> Generator[Text, None, None]:
     """Every line that is not blank as a document."""
     name = short_name(source)
-    for number, line in _lines(source, "text"):
+    for number, line in _lines(source, "text", watch):
         yield from parts(Text(f"{name}:{number}", source, number, line), part_bytes)
 
 
-def read_jsonl(source: str, column: str, part_bytes: int, strict: bool) -> Generator[Text, None, None]:
+def read_jsonl(
+    source: str, column: str, part_bytes: int, strict: bool, watch: Watch | None = None
+) -> Generator[Text, None, None]:
     """The field ``column`` of every line's object as a document; a field ``id`` is its identifier.
 
     Raises DataError with the line for what is no JSON object, or has no such text.
     """
     name = short_name(source)
-    for number, line in _lines(source, "JSON Lines"):
+    for number, line in _lines(source, "JSON Lines", watch):
         place = f"{source}, line {number}"
         try:
             row = json.loads(line)
@@ -145,10 +147,10 @@ def _cut(data: bytes, most: int) -> int:
     return end
 
 
-def _lines(source: str, kind: str) -> Iterator[tuple[int, bytes]]:
+def _lines(source: str, kind: str, watch: Watch | None) -> Iterator[tuple[int, bytes]]:
     """Lines that are not blank, numbered from 1, without their ends."""
     number = 0
-    with open_binary(source, kind) as handle:
+    with open_binary(source, kind, watch) as handle:
         try:
             while line := handle.readline(LINE_LIMIT + 1):
                 number += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,14 +84,13 @@ def tokenizer_vocabulary(path: str) -> Vocabulary:
     return Vocabulary(path, size, **found, ordinary=ordinary, replacements=ordinary)
 
 
-def tokenise(text: Text, path: str, strict: bool, measured: bool) -> TokenDocument:
-    """A text as ids. ``measured``: the document can say how many bytes and words its tokens stand for."""
+def tokenise(text: Text, path: str, strict: bool) -> TokenDocument:
+    """A text as ids."""
     vocabulary, written = tokenizer_vocabulary(path), decoded(text, strict)
     # "fast" leaves out where in the text each token stands, which takes half of the time
     (encoding,) = load_tokenizer(path).encode_batch_fast([written], add_special_tokens=False)
     tokens = np.array(encoding.ids, dtype=vocabulary.dtype)
-    extents = partial(_extents, written, path) if measured else None
-    return TokenDocument(text.identifier, text.source, text.line, tokens, extents)
+    return TokenDocument(text.identifier, text.source, text.line, tokens, text.data)
 
 
 def decoded(text: Text, strict: bool) -> str:
@@ -108,7 +107,7 @@ def decoded(text: Text, strict: bool) -> str:
         return text.data.decode(errors="replace")
 
 
-def _extents(text: str, path: str) -> tuple[Counts, Counts]:
+def extents(text: str, path: str) -> tuple[Counts, Counts]:
     """Bytes and words before each token of a text, and in all: (tokens + 1,) each.
 
     What a tokenizer leaves out, white space mostly, counts to the token after it, and at the end to the last one: so

@@ -157,6 +157,19 @@ class DataConfig:
         "it is, a proteome say; a prepared corpus is shuffled as a whole",
         at_least=1,
     )
+    later_epochs: str = key(
+        "auto",
+        "order of files after the first epoch: a permutation of all records, from the blocks in data.cache, or through "
+        "the buffer like the first; auto: of a new run permutation, where it has a cache and data.shuffle_buffer is "
+        "above 1",
+        choices=("auto", "buffer", "permutation"),
+    )
+    cache: str = key(
+        "auto",
+        "folder for what files are turned into, blocks of tokens, once for all processes and runs; auto: "
+        "$LONGSEQ_CACHE, or longseq in $XDG_CACHE_HOME or ~/.cache; none: nothing is kept, and each process reads the "
+        "files for itself",
+    )
     strict: bool = key(
         False, "refuse letters outside the alphabet instead of reading them as X, and bytes that are not UTF-8"
     )

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 from longseq.config import Config, DataConfig
 from longseq.config_checks import check_pixels
-from longseq.errors import ConfigError
+from longseq.errors import USER_ERRORS, ConfigError
 from longseq_data.corpus import is_corpus
 from longseq_data.corpus_samples import CorpusSpec
 from longseq_data.errors import DataError
 from longseq_data.files import user_path
 from longseq_data.identity import identity_of
+from longseq_data.ingest.cache import default_folder
 from longseq_data.manifest import Manifest, read_manifest
 from longseq_data.reading import TABLES, TOKENS, Reading, agree
 from longseq_data.sharing import Samples
@@ -37,6 +39,8 @@ def resolve_sources(config: Config) -> None:
         setattr(data, split, _resolved(split, getattr(data, split), data.format))
     if data.tokenizer not in ("auto", *TOKENS):
         data.tokenizer = str(user_path(data.tokenizer).absolute())
+    if data.cache not in ("auto", "none"):
+        data.cache = str(user_path(data.cache).absolute())
     if config.model.init_from:
         config.model.init_from = str(user_path(config.model.init_from).absolute())
     if data.packing == "bucket" and not is_corpus(data.train[0]):
@@ -205,7 +209,37 @@ def split_spec(config: Config, split: str) -> Samples:
         reading=reading(config),
         reset=data.reset,
         crop=data.crop,
+        later_epochs="permutation" if data.later_epochs == "permutation" else "buffer",
+        cache=_cache(data.cache),
     )
+
+
+def begin_reading(config: Config) -> None:
+    """Have the files of a training read, once for all its processes, while everything else is started.
+
+    What is wrong with them is said where they are looked at.
+    """
+    wanted = ["train", *(["valid"] if config.trainer.valid_every else [])]
+    for split in wanted:
+        with suppress(*USER_ERRORS):
+            split_spec(config, split).begin()
+
+
+def fix_order(config: Config) -> None:
+    """For a new run: write down the order of later epochs, which must not change with the version. The sources are
+    resolved."""
+    data = config.data
+    if data.later_epochs != "auto" or is_corpus(data.train[0]):
+        return
+    samples = split_spec(config, "train")
+    kept = data.shuffle_buffer > 1 and isinstance(samples, StreamSpec) and samples.keeps_all
+    data.later_epochs = "permutation" if kept else "buffer"
+
+
+def _cache(name: str) -> str | None:
+    if name == "none":
+        return None
+    return str(default_folder() if name == "auto" else user_path(name).absolute())
 
 
 def identities(config: Config) -> dict[str, list[str | None]]:

@@ -173,7 +173,7 @@ def test_a_single_text_is_held_out_of_in_smaller_parts(folder: Path, capsys) -> 
         documents = list(documents_in_file_order(split_spec(config, split)))
         assert documents
         parts[split] = sum(document.length for document in documents)
-        parts |= {document.identifier: document.data for document in documents}
+        parts |= {document.identifier: document.tokens.tobytes() for document in documents}
     pieces = sorted((key for key in parts if key.startswith("book")), key=lambda key: int(key.partition("#")[2] or 0))
     assert b"".join(parts[key] for key in pieces) == text.encode()
     assert 0 < parts["valid"] < 0.1 * len(text)

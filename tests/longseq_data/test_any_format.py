@@ -97,7 +97,7 @@ def make(tmp_path, trained):
 
 def documents(spec: StreamSpec) -> list[bytes]:
     """The tokens of every document, in file order."""
-    encoder = spec.encoder()
+    encoder = spec.encoder
     records = [piece.record for w in evaluation_windows(spec_with(spec, length=10_000)) for piece in w.pieces]
     return [encoder.encode(record).tobytes() for record in records]
 

@@ -9,11 +9,9 @@ from itertools import islice
 import numpy as np
 import pytest
 
+from blocks import by_line, in_blocks
 from longseq_data import cropped_tokens, joined_tokens
 from longseq_data.errors import DataError
-from longseq_data.fasta import Encoder
-from longseq_data.fasta_blocks import read_chunks
-from longseq_data.proteins import read_proteins
 from longseq_data.randomness import generator
 from longseq_data.sharing import Share
 from longseq_data.shuffling import shuffled_documents
@@ -49,14 +47,13 @@ def sources(write) -> tuple[str, ...]:
 def test_in_bulk_as_one_by_one(sources, packing, objective, length, start):
     crop, packing = ("first", "crop") if packing == "first" else ("random", packing)
     spec = StreamSpec(sources, "train", 0.1, 0.1, length, packing, objective, 4, shuffle_buffer=9, crop=crop)
-    one_by_one, bulk = Encoder(strict=False), Encoder(strict=False)
     windows = islice(enumerate(training_windows(spec, start), start), 48)
-    expected = [(window, spec.sample(window, g, one_by_one)) for g, window in windows]
+    expected = [(window, spec.sample(window, g, spec.encoder)) for g, window in windows]
     training = {"concat": joined_tokens, "crop": cropped_tokens}[packing].training
     found = {}
     for rank in range(3):
         share = Share(batch_sequences=4, accumulate=2, rank=rank, world=3)
-        for step, batches in enumerate(batched(training(spec, start, share, bulk), 2, 2)):
+        for step, batches in enumerate(batched(training(spec, start, share), 2, 2)):
             mine = [g for g in range(start + step * 24, start + (step + 1) * 24) if g % 3 == rank]
             rows = [row for batch in batches for row in zip(batch["tokens"], batch["targets"], strict=True)]
             found.update(zip(mine, rows, strict=True))
@@ -69,7 +66,6 @@ def test_in_bulk_as_one_by_one(sources, packing, objective, length, start):
         for values, real, fill in zip(found[g], (sample.tokens, sample.targets), (PAD, IGNORE), strict=True):
             np.testing.assert_array_equal(values[: len(real)], real)
             assert (values[len(real) :] == fill).all()
-    assert bulk.unknown == one_by_one.unknown
 
 
 @pytest.mark.parametrize("residues", [1, 900, 10**9])
@@ -108,7 +104,7 @@ def batched(batches, size: int, count: int):
 def test_a_strict_stream_names_the_line_of_the_first_letter_it_refuses(write):
     source = write("a.fasta", ">a\nACD\n>b\nACDEF\nGHJ\n")
     spec = StreamSpec((source,), None, 0, 0, 4, "concat", "causal", 0, strict=True)
-    makes = joined_tokens.training(spec, 0, Share(2, 1, 0, 1), Encoder(strict=True))
+    makes = joined_tokens.training(spec, 0, Share(2, 1, 0, 1))
     with pytest.raises(DataError, match=r"a\.fasta, line 5: character 'J' in record 'b'"):
         list(make() for make in islice(makes, 9))  # noqa: C400
 
@@ -118,12 +114,10 @@ def test_a_strict_stream_names_the_line_of_the_first_letter_it_refuses(write):
 def test_blocks_give_the_records_of_lines(write, monkeypatch, end, pack):
     text = "\ufeff" + fasta(5, 60).replace("\n", end)
     source = write("a.fasta", pack(text.encode()))
-    expected = [(r.identifier, r.description, r.sequence, r.line, r.length) for r in read_proteins(source)]
+    expected = by_line(source)
     for size in (1 << 20, 1, 7, 64):
         monkeypatch.setattr("longseq_data.fasta_blocks.READ_SIZE", size)
-        chunks = list(read_chunks(source))
-        found = [(r.identifier, r.description, r.sequence, r.line, r.length) for chunk in chunks for r in chunk]
-        assert found == expected
+        assert in_blocks(source) == expected
     assert len(expected) == 60
 
 
@@ -149,13 +143,4 @@ def test_blocks_give_the_records_of_lines(write, monkeypatch, end, pack):
 def test_blocks_refuse_what_lines_refuse_in_the_same_words_after_the_same_records(write, content):
     source = write("a.fasta", content)
 
-    def read(reader) -> tuple[list[str], str]:
-        found: list[str] = []
-        try:
-            for item in reader(source):
-                found += [record.identifier for record in (item if isinstance(item, list) else [item])]
-        except DataError as error:
-            return found, str(error)
-        return found, ""
-
-    assert read(read_chunks) == read(read_proteins)
+    assert in_blocks(source) == by_line(source)

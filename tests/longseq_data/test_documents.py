@@ -8,7 +8,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from longseq_data.documents import ByteDocument, words_before
+from longseq_data.documents import words_before
+from longseq_data.ingest.block import BlockDocument
+from longseq_data.vocabulary import BYTES
 
 SPACES = [chr(code) for code in range(0x110000) if chr(code).isspace()]
 
@@ -39,7 +41,7 @@ def test_bytes_that_are_no_text_are_words_too():
 
 def test_parts_of_a_document_add_up():
     data = "one two  drei\u00a0vier\n".encode()
-    document = ByteDocument("a", "a", 1, data)
+    document = BlockDocument(b"a", "a", np.frombuffer(data, np.uint8), len(data), BYTES)
     for cuts in ([3, 7], [1, 2, 13, 14, 15], []):
         edges = [0, *cuts, len(data)]
         extents = [document.measure(a, b) for a, b in pairwise(edges)]

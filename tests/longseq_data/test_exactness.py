@@ -33,6 +33,7 @@ WAYS = {
     "streamed": {"packing": "concat"},
     "streamed-reset": {"packing": "concat", "reset": True},
     "streamed-crop": {"packing": "crop"},
+    "streamed-kept": {"packing": "concat"},
     "concat": {"packing": "concat"},
     "reset": {"packing": "concat", "reset": True},
     "crop": {"packing": "crop"},
@@ -53,6 +54,8 @@ def spec_of(place: Path, way: str, objective: str) -> Samples:
     settings = {"length": 64, "objective": objective, "seed": 11, **WAYS[way]}
     if way.startswith("streamed"):
         sources = tuple(sorted(map(str, (place / "files").iterdir())))
+        if way == "streamed-kept":
+            settings |= {"cache": str(place / "cache"), "later_epochs": "permutation"}
         return StreamSpec(sources, "train", valid_fraction=0.05, test_fraction=0.05, shuffle_buffer=50, **settings)
     return CorpusSpec(str(place / "corpus"), "train", **settings)
 

@@ -11,9 +11,8 @@ import json
 import os
 import re
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,15 +21,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from blocks import by_line, in_blocks
 from longseq_data.errors import DataError
-from longseq_data.fasta import Encoder, Record
-from longseq_data.fasta_blocks import read_chunks, read_tokens
+from longseq_data.fasta import Encoder
 from longseq_data.prepare import prepare
 from longseq_data.prepare_config import PrepareConfig
 from longseq_data.proteins import read_proteins
 from longseq_data.reading import Reading
 from longseq_data.verify import verify
-from longseq_data.vocabulary import TABLE
 
 SECONDS = 30.0  # one file may take; a hundred bytes that take longer hang
 PROTEINS = b">a first\nACDEFGHIKL\nMNPQ\n>b TaxID=9606\nwyx*\n\n>c\nBOUXZ-J\n" * 3
@@ -125,55 +123,18 @@ def read_fasta(path: Path) -> None:
 
 
 def fuzz_reading(path: Path, content: bytes, placed: bool = False) -> None:
-    """By lines, by blocks and in bulk, which must give the same records and the same sentence.
+    """By lines and in blocks, which must give the same records and the same sentence.
 
     Where gzip data break off inside a header, blocks look at the record before it, and lines do not.
     """
     read_or_refused(path, content, lambda: read_fasta(path), placed)
-    by_line, by_block = (
-        all_said(records) for records in (read_proteins(str(path)), chain.from_iterable(read_chunks(str(path))))
-    )
-    if by_line and "the gzip data" in str(by_line[-1]):
-        assert by_block[: len(by_line) - 1] == by_line[:-1]
-        assert len(by_block) - len(by_line) in (0, 1)
-        assert isinstance(by_block[-1], str)
+    lines, blocks = by_line(str(path)), in_blocks(str(path))
+    if lines and "the gzip data" in str(lines[-1]):
+        assert blocks[: len(lines) - 1] == lines[:-1]
+        assert len(blocks) - len(lines) in (0, 1)
+        assert isinstance(blocks[-1], str)
     else:
-        assert by_line == by_block
-    assert ids_in_bulk(path) == ids(path)
-
-
-def ids(path: Path) -> list[bytes | str]:
-    """The ids of the records by blocks, with UNKNOWN where they have none, and the sentence that ends them."""
-    found: list[bytes | str] = []
-    try:
-        for record in chain.from_iterable(read_chunks(str(path))):
-            found.append(record.letters.translate(TABLE))  # noqa: PERF401 - those before an error
-    except DataError as error:
-        found.append(str(error))
-    return found
-
-
-def ids_in_bulk(path: Path) -> list[bytes | str]:
-    found: list[bytes | str] = []
-    try:
-        for tokens in read_tokens(str(path)):
-            for item, size in zip(tokens.items, tokens.sizes, strict=True):
-                found.append(item if isinstance(item, bytes) else item.letters.translate(TABLE))
-                assert len(found[-1]) == size
-    except DataError as error:
-        found.append(str(error))
-    return found
-
-
-def all_said(records: Iterable[Record]) -> list[object]:
-    """The records, and the sentence that ends them."""
-    said: list[object] = []
-    try:
-        for r in records:
-            said.append((r.identifier, r.description, r.sequence, r.line))  # noqa: PERF401 - those before an error
-    except DataError as error:
-        said.append(str(error))
-    return said
+        assert lines == blocks
 
 
 def read_texts(path: Path, format: str) -> None:

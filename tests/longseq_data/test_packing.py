@@ -1,7 +1,9 @@
+import numpy as np
 import pytest
 
-from longseq_data.documents import ByteDocument, DocumentEncoder, Extent
+from longseq_data.documents import DocumentEncoder, Extent
 from longseq_data.fasta import Encoder, Record
+from longseq_data.ingest.block import BlockDocument
 from longseq_data.packing import Piece, Window, crop, cut, document
 from longseq_data.vocabulary import BYTES, decode
 
@@ -45,19 +47,23 @@ def test_segments_number_the_documents_of_a_window(size):
         assert segments == expected
 
 
+def of_bytes(data: bytes) -> BlockDocument:
+    return BlockDocument(b"a", "a", np.frombuffer(data, np.uint8), len(data), BYTES)
+
+
 @pytest.mark.parametrize("overlap", [0, 1])
 @pytest.mark.parametrize("size", [2, 3, 5, 9, 100])
 def test_measures_of_windows_add_up_to_the_documents(size, overlap):
     texts = [b"one two", b"x", b" a  bc \n"]
     encoder = DocumentEncoder(BYTES)
     total = Extent(0, 0)
-    for window in cut((document(ByteDocument("a", "a", 1, data)) for data in texts), size, overlap):
+    for window in cut((document(of_bytes(data)) for data in texts), size, overlap):
         total = total.plus(window.measure(encoder, overlap))
     assert total == Extent(sum(map(len, texts)), sum(len(data.split()) for data in texts))
 
 
 def test_a_lone_special_token_stands_for_nothing():
-    record = ByteDocument("a", "a", 1, b"abc")
+    record = of_bytes(b"abc")
     for start, stop in [(0, 1), (4, 5)]:
         for skip in (0, 1):
             assert Window((Piece(record, start, stop),)).measure(DocumentEncoder(BYTES), skip) == Extent(0, 0)

@@ -12,11 +12,11 @@ from xml.sax.saxutils import escape
 
 import pytest
 
+from blocks import by_line, in_blocks
 from corpora import config, found
 from longseq_data import uniprot_xml
 from longseq_data.errors import DataError
 from longseq_data.fasta import Encoder, read_records
-from longseq_data.fasta_blocks import read_chunks
 from longseq_data.prepare import prepare
 from longseq_data.proteins import read_proteins
 from longseq_data.uniprot import parse_header
@@ -458,6 +458,6 @@ def said_of(source: str) -> str | None:
 def test_pir_is_refused_as_such(tmp_path: Path, mark: bytes) -> None:
     path = tmp_path / "a.pir"
     path.write_bytes(mark + b">P1;CRAB_ANAPL\nALPHA CRYSTALLIN B CHAIN\n  MDITIHNPLI RRPLFSWLAP*\n")
-    for read in (read_proteins, read_chunks):
-        with pytest.raises(DataError, match=r"a\.pir, line 1: PIR format"):
-            list(read(str(path)))
+    with pytest.raises(DataError, match=r"a\.pir, line 1: PIR format"):
+        list(read_proteins(str(path)))
+    assert in_blocks(str(path)) == by_line(str(path))

@@ -1,7 +1,10 @@
 """Paths, globs and URLs."""
 
+import bz2
 import gzip
+import lzma
 import os
+import random
 import socket
 import threading
 import time
@@ -9,10 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow
 import pytest
 
 from longseq_data.errors import DataError
 from longseq_data.fasta import read_records
+from longseq_data.formats import leaves
 from longseq_data.sources import expand_sources
 
 FASTA = ">a first\nMKV\nLA\n>b\nACD\n"
@@ -211,6 +216,44 @@ def test_gzip_within_gzip_is_read_through_and_its_end_is_known(write) -> None:
         list(read_records(write("cut.fasta.gz", cut)))
 
 
+PACKED = {"zst": lambda text: pyarrow.compress(text, "zstd", asbytes=True), "xz": lzma.compress, "bz2": bz2.compress}
+TEXT = "".join(f">r{i} é\n{'ACDEFGHIKL' * (i % 9 + 1)}\n" for i in range(20_000)).encode()
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_zstd_xz_and_bzip2_are_read_whatever_their_names(write, http_address, kind) -> None:
+    expected = contents(write("plain.fasta", TEXT))
+    half = TEXT.index(b">r9000 ")
+    members = PACKED[kind](TEXT[:half]) + PACKED[kind](TEXT[half:])
+    assert contents(write("a.fasta", PACKED[kind](TEXT))) == expected
+    assert contents(write(f"b.fasta.{kind}", members)) == expected
+    assert contents(f"{http_address}/b.fasta.{kind}") == expected
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_cut_and_damaged_packed_files_are_said_after_the_records_before(write, kind) -> None:
+    packed = PACKED[kind](random.Random(1).randbytes(3_000_000).hex().upper().encode().translate(LETTERS_ALONE))
+    packed = PACKED[kind](b">a\nACD\n>b\n") + packed
+    for content, sentence in (
+        (packed[:-4], "ends too early, so the file is truncated"),
+        (packed[: len(packed) // 2] + b"\0" * 99 + packed[len(packed) // 2 + 99 :], "is damaged"),
+    ):
+        found = []
+        with pytest.raises(DataError, match=rf"a\.fasta, after line [23]: the .*{sentence}"):
+            found.extend(record.identifier for record in read_records(write("a.fasta", content)))
+        assert found in ([], ["a"])
+
+
+def test_packed_texts_of_a_folder_are_its_files(write, tmp_path) -> None:
+    for name in ("a.txt.zst", "b.TXT.xz", "c.txt.bz2", "d.txt.bgz", "e.txt", "f.bin.xz"):
+        write(name, b"x")
+    found = [Path(leaf.source).name for leaf in leaves(str(tmp_path), "auto")]
+    assert found == ["a.txt.zst", "b.TXT.xz", "c.txt.bz2", "d.txt.bgz", "e.txt"]
+
+
+LETTERS_ALONE = bytes.maketrans(b"0123456789", b"ACDEFGHIKL")
+
+
 def thrice(content: bytes) -> bytes:
     """Compressed, without the time in it: parameters of tests have the same names in every process."""
     for _ in range(3):
@@ -222,7 +265,7 @@ def thrice(content: bytes) -> bytes:
     ("content", "name"),
     [
         (thrice(b">a\nMK\n"), "gzip-compressed three times"),
-        (gzip.compress(b"BZh91AY&SY", mtime=0), "bzip2-compressed"),
+        (bz2.compress(bz2.compress(b">a\nMK\n")), "bzip2-compressed twice"),
         (b"7z\xbc\xaf\x27\x1c\x00\x04", "a 7z archive"),
         (b"PAR1\x15\x00", "a Parquet file"),
         (b"\x1f\x9d\x90", "compress-compressed"),

@@ -10,7 +10,7 @@ import pytest
 from Bio import SeqIO
 
 from longseq_data.errors import DataError
-from longseq_data.fasta import read_records
+from longseq_data.ingest.parse import parsed
 from longseq_data.splits import split_of
 from longseq_data.streaming import (
     evaluation_samples,
@@ -221,7 +221,7 @@ def test_target_counts_are_the_targets_of_an_evaluation_pass(packing, make_spec,
 
 def test_target_counts_stop_at_their_limit(make_spec, proteins):
     order = [window.pieces[0].record for window in evaluation_windows(make_spec(length=100), 37)]
-    first, second = (len(record.sequence) + 1 for record in order[:2])
+    first, second = (record.length + 1 for record in order[:2])
     assert target_counts(make_spec(), first).sum() == first
     assert target_counts(make_spec(), first + 1).sum() == first + second
     assert target_counts(make_spec(), 10**6).tolist() == target_counts(make_spec()).tolist()
@@ -263,17 +263,17 @@ def test_sources_take_turns_a_few_at_a_time_and_are_closed(sources, make_spec, w
     opened: list[str] = []
     most = 0
 
-    def watched(source: str):
+    def watched(reading, leaf, **settings):
         nonlocal most
-        opened.append(source)
+        opened.append(leaf.source)
         most = max(most, len(opened))
         try:
-            for record in read_records(source):
-                yield [record]
+            yield from parsed(reading, leaf, **settings)
         finally:
-            opened.remove(source)
+            opened.remove(leaf.source)
 
-    monkeypatch.setattr("longseq_data.shuffling.read_chunks", watched)
+    monkeypatch.setattr("longseq_data.ingest.follow.parsed", watched)
+    monkeypatch.setattr("longseq_data.ingest.block.MOST_RECORDS", 1)
     names = [f"f{i:02}" for i in range(sources)]
     spec = make_spec(sources=tuple(numbered(write, name, 3 + i % 5) for i, name in enumerate(names)), shuffle_buffer=2)
     records = sum(3 + i % 5 for i in range(sources))

@@ -19,8 +19,11 @@ from longseq_data.batches import Loader, TrainingBatches
 from longseq_data.corpus import Corpus
 from longseq_data.corpus_samples import CorpusSpec
 from longseq_data.fasta import scan
+from longseq_data.ingest.cache import entry_of, group_lock
+from longseq_data.ingest.process import Job, ingest
 from longseq_data.prepare import prepare
 from longseq_data.prepare_config import PrepareConfig
+from longseq_data.reading import FASTA
 from longseq_data.sharing import Samples
 from longseq_data.streaming import StreamSpec
 from longseq_data.synthetic import SyntheticSpec, write_fasta
@@ -35,6 +38,8 @@ CONTENDERS: dict[str, tuple[str, str]] = {
     "decompress": ("MB", "gzip.open(...).read: the text of FASTA.gz, nothing more"),
     "fasta": ("MB", f"one shuffled epoch of FASTA.gz in batches of {LONG} joined tokens, no worker"),
     "fasta crops": ("MB", f"one shuffled epoch of FASTA.gz in batches of crops of {SHORT}, no worker"),
+    "blocks": ("MB", f"the same in batches of {LONG} joined tokens, from the blocks of an earlier pass"),
+    "ingest": ("MB", "FASTA.gz to blocks in data.cache"),
     "biopython": ("MB", "Bio.SeqIO.parse over gzip.open, nothing done with the records"),
     "datasets": ("MB", "datasets.load_dataset('text', streaming=True): its lines, nothing done with them"),
     "corpus": ("tokens", f"prepared corpus, {LONG} joined tokens, one worker"),
@@ -165,10 +170,14 @@ def _works(
     report = scan(sources, strict=False, max_bytes=1 << 62, total_bytes=1 << 62)
     records, stream = report.records, report.records + report.residues
 
+    for _ in _ingested(sources, request.folder / "cache"):
+        pass
     return {
         "decompress": all_of(lambda: _decompressed(sources)),
         "fasta": all_of(lambda: _streamed(sources, "concat", LONG, stream // LONG)),
         "fasta crops": all_of(lambda: _streamed(sources, "crop", SHORT, records)),
+        "blocks": all_of(lambda: _streamed(sources, "concat", LONG, stream // LONG, request.folder / "cache")),
+        "ingest": all_of(lambda: _ingested(sources, request.folder / "ingested")),
         "biopython": all_of(lambda: _biopython(sources)),
         "datasets": all_of(lambda: _datasets(sources)),
         "corpus": of_corpus("concat", LONG, "causal", "tokens"),
@@ -201,9 +210,25 @@ def _decompressed(sources: list[str]) -> Iterator[bytes]:
                 yield piece
 
 
-def _streamed(sources: list[str], packing: str, length: int, samples: int) -> Iterator[object]:
+def _ingested(sources: list[str], folder: Path) -> Iterator[object]:
+    """Into a folder of its own, in this process."""
+    leaves = FASTA.leaves(sources)
+    entries = tuple(entry for leaf in leaves if (entry := entry_of(folder, FASTA, leaf, strict=False)) is not None)
+    for entry in entries:
+        entry.clear()
+    lock = group_lock(folder, entries)
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    lock.touch()
+    ingest(Job(entries, FASTA, strict=False, lock=lock))
+    yield from entries
+
+
+def _streamed(
+    sources: list[str], packing: str, length: int, samples: int, cache: Path | None = None
+) -> Iterator[object]:
     """One epoch, as training reads it, but for its last incomplete batch: an endless stream does not tell its end."""
-    spec = StreamSpec(tuple(sources), None, 0.0, 0.0, length, packing, "causal", seed=0)
+    folder = None if cache is None else str(cache)
+    spec = StreamSpec(tuple(sources), None, 0.0, 0.0, length, packing, "causal", seed=0, cache=folder)
     rows = STEP_TOKENS // length
     share = TrainingBatches(spec, batch_sequences=rows, accumulate=1, rank=0, world=1)
     return islice(Loader(share, workers=0), samples // rows)  # in this process, as the decompression beside it

@@ -12,7 +12,7 @@ from pathlib import Path
 from longseq.commands.key_help import help_on_keys
 from longseq.commands.training import check_data, check_disk, check_origin, train
 from longseq.config_loading import load_config
-from longseq.data import fit_parts, identities, resolve_sources
+from longseq.data import begin_reading, fit_parts, fix_order, identities, resolve_sources
 from longseq.launch.slurm.place import refuse_several_tasks
 from longseq.run import Run
 from longseq.training.deepspeed_settings import check_deepspeed
@@ -30,7 +30,9 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     resolve_sources(config)
     fit_parts(config)
+    fix_order(config)
     Run.new(config, default_name=args.config.stem)  # a taken name is said before the data are read
+    begin_reading(config)
     check_data(config)
     origin = check_origin(config)
     check_deepspeed(config)

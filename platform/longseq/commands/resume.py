@@ -25,7 +25,7 @@ from longseq.commands.training import (
 )
 from longseq.config import Config
 from longseq.config_loading import save_config
-from longseq.data import identities, resolve_sources
+from longseq.data import begin_reading, identities, resolve_sources
 from longseq.errors import LongseqError, RunError
 from longseq.launch.slurm.place import refuse_several_tasks
 from longseq.launch.slurm.state import check_free
@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
                     f"{run.path}: finished at step {checkpoint.position.step}. To train on, raise the last step: "
                     f"`{run.resume_command} trainer.max_steps={2 * checkpoint.position.step}`."
                 )
+        begin_reading(config)
         check_data(config)
         origin = None if checkpoint else check_origin(config)
         check_deepspeed(config)

@@ -24,7 +24,7 @@ from longseq.commands.training import (
 )
 from longseq.config import Config
 from longseq.config_loading import load_config, save_config
-from longseq.data import fit_parts, identities, resolve_sources, vocabulary
+from longseq.data import fit_parts, fix_order, identities, resolve_sources, vocabulary
 from longseq.errors import ConfigError, LongseqError, RunError
 from longseq.launch.memory import estimate, gib
 from longseq.launch.slurm import queue
@@ -135,6 +135,7 @@ def _training(args: argparse.Namespace, site: Site) -> int:
     for config in configs:
         _check(config, site, request)
         fit_parts(config)
+        fix_order(config)
     least = request.min_nodes or nodes
     if any(layouts(config, nodes, least, devices) != layouts(configs[0], nodes, least, devices) for config in configs):
         raise ConfigError("--array: jobs of one array share a step in the same way; submit these runs one by one.")

@@ -43,7 +43,7 @@ def records(source: Source, file: str) -> Iterator[Record]:
         DataError, LongseqError: for what cannot be read as the model's tokens.
     """
     samples = _samples(source, file)
-    encoder, vocabulary = samples.encoder(), source.vocabulary
+    encoder, vocabulary = samples.encoder, source.vocabulary
     for each in documents_in_file_order(samples, hollow=True):
         tokens = Window((document(each),)).tokens(encoder)
         body = tokens[1 : 1 + each.length]

@@ -53,6 +53,7 @@ def samples_of(source: Source, part: str) -> Samples:
     # The file alone: where the training data are now, and whether they still are, does not matter.
     config.data.train, config.data.valid, config.data.test = [], [], []
     config.data.tokenizer = source.vocabulary.name
+    config.data.cache = "none"  # it is read once
     config.data.ood = list(expand_sources([part], config.data.format))
     return split_spec(config, "ood")
 

@@ -143,11 +143,12 @@ def _begin(run: Run, config: Config) -> tuple[str, str]:
         without checkpoints begins with, if with any.
     """
     from longseq.commands.training import check_data, check_origin, check_precision
-    from longseq.data import identities
+    from longseq.data import begin_reading, identities
     from longseq.training.deepspeed_settings import check_deepspeed
 
     run.check_start()
     check_deepspeed(config)
+    begin_reading(config)
     check_data(config)
     run.check_data(config, identities(config))
     remove_partials(run.checkpoints_dir)

@@ -1,0 +1,246 @@
+"""Token blocks: some records of one source as Arrow, memory-mapped where they lie in a file."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from longseq_data.documents import Extent, words_before
+from longseq_data.splits import places
+from longseq_data.vocabulary import Tokens, Vocabulary
+
+FORMAT = 1  # of the files; counted up when what they hold, or how it is made, changes
+FIRST_BYTES, MOST_BYTES = 1 << 16, 1 << 22  # of tokens: the first blocks are small, so that training begins early
+MOST_RECORDS = 1 << 16
+
+Integers = npt.NDArray[np.int64]
+
+
+class Records(NamedTuple):
+    """Some records on their way into a block, one entry each."""
+
+    identifiers: list[bytes]
+    tokens: list[bytes]  # ids in the dtype of ``stored_dtype``
+    held: list[int]  # what they count for in a shuffle buffer
+    texts: list[bytes] | None = None  # what a tokenizer read
+
+    def some(self, begin: int, end: int) -> Records:
+        here = slice(begin, end)
+        texts = None if self.texts is None else self.texts[here]
+        return Records(self.identifiers[here], self.tokens[here], self.held[here], texts)
+
+
+@dataclass(frozen=True)
+class Block:
+    """The tokens of its records one after another: record r has [offsets[r], offsets[r + 1])."""
+
+    tokens: Tokens
+    offsets: Integers
+    identifiers: Sequence[bytes]
+    held: Integers
+    texts: Sequence[bytes] | None
+    stored_places: npt.NDArray[np.float64] | None = None
+    notes: tuple[str, ...] = ()  # what is worth a warning
+    mapped: bool = False  # lies in a file: a view of it holds no memory
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+    @property
+    def places(self) -> npt.NDArray[np.float64]:
+        """In [0, 1), of each record: what decides its split, see splits.in_split."""
+        return places(self.identifiers) if self.stored_places is None else self.stored_places
+
+    @property
+    def lengths(self) -> Integers:
+        return np.diff(self.offsets)
+
+    def ids(self, rows: Sequence[int]) -> list[bytes]:
+        """The tokens of some records, as bytes of their own."""
+        data, size = memoryview(self.tokens).cast("B"), self.tokens.itemsize  # type: ignore[arg-type]
+        where = np.asarray(rows, dtype=np.int64)
+        begins, ends = (self.offsets[where] * size).tolist(), (self.offsets[where + 1] * size).tolist()
+        return [bytes(data[begin:end]) for begin, end in zip(begins, ends, strict=True)]
+
+    def spilled(self) -> Block:
+        """The same with its tokens in a nameless file: buffers count pictures by their names, and hold many."""
+        with tempfile.TemporaryFile() as file:
+            file.write(self.tokens.tobytes())
+            file.flush()
+            return replace(self, tokens=np.memmap(file, self.tokens.dtype, "r"), mapped=True)
+
+    def document(self, row: int, source: str, vocabulary: Vocabulary) -> BlockDocument:
+        tokens = self.tokens[self.offsets[row] : self.offsets[row + 1]]
+        if not self.mapped:
+            tokens = tokens.copy()  # a view would keep the whole block
+        text = None if self.texts is None else bytes(self.texts[row])
+        return BlockDocument(bytes(self.identifiers[row]), source, tokens, int(self.held[row]), vocabulary, text)
+
+
+@dataclass(slots=True, eq=False)
+class BlockDocument:
+    """A record of a block. See documents.Document."""
+
+    name: bytes
+    source: str
+    tokens: Tokens
+    held: int
+    vocabulary: Vocabulary
+    text: bytes | None = field(default=None, repr=False)
+    line: int = 0  # nobody asks for it once a record has been read
+    _before: tuple[Integers, Integers] | None = field(default=None, repr=False)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, BlockDocument):
+            return NotImplemented
+        return (self.name, self.source) == (other.name, other.source) and np.array_equal(self.tokens, other.tokens)
+
+    @property
+    def identifier(self) -> str:
+        return self.name.decode("utf-8", "surrogateescape")
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def closed(self) -> bool:
+        return self.vocabulary.name != "pixels"  # pictures all end alike
+
+    def encode(self, start: int, stop: int | None) -> Tokens:
+        return self.tokens[start:stop].astype(self.vocabulary.dtype, copy=False)
+
+    def measure(self, start: int, stop: int) -> Extent:
+        """What the tokens [start, stop) stand for."""
+        if self.vocabulary.name == "pixels":
+            return Extent(stop - start, 0)
+        if self._before is None:
+            self._before = self._counted()
+        n_bytes, n_words = self._before
+        return Extent(int(n_bytes[stop] - n_bytes[start]), int(n_words[stop] - n_words[start]))
+
+    def _counted(self) -> tuple[Integers, Integers]:
+        if self.text is None:
+            return np.arange(len(self.tokens) + 1), words_before(self.tokens.tobytes())
+        from longseq_data.tokenization import extents
+
+        return extents(self.text.decode(errors="replace"), self.vocabulary.name)
+
+
+def stored_dtype(vocabulary: Vocabulary) -> np.dtype[np.unsignedinteger]:
+    """The smallest type of the ordinary tokens: blocks hold no others."""
+    ordinary = vocabulary.ordinary
+    return np.dtype(np.uint8 if ordinary <= 1 << 8 else np.uint16 if ordinary <= 1 << 16 else np.uint32)
+
+
+class Builder:
+    """Cuts records into blocks. Where they are cut depends on the records alone, not on how many come at a time."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._dtype = stored_dtype(vocabulary)
+        self._made = 0
+        self._parts: list[Records] = []
+        self._bytes = self._records = 0
+        self.notes: list[str] = []
+
+    def add(self, records: Records) -> Iterator[Block]:
+        """The blocks that are full with these."""
+        sizes = np.cumsum([0, *map(len, records.tokens)])
+        begin, count = 0, len(records.tokens)
+        while begin < count:
+            # up to the record with which the block is full
+            room = self._limit - self._bytes
+            end = min(int(np.searchsorted(sizes, sizes[begin] + room)), begin + MOST_RECORDS - self._records, count)
+            end = max(end, begin + 1)
+            self._parts.append(records.some(begin, end))
+            self._bytes += int(sizes[end] - sizes[begin])
+            self._records += end - begin
+            begin = end
+            if self._bytes >= self._limit or self._records >= MOST_RECORDS:
+                yield self._block()
+
+    def rest(self) -> Iterator[Block]:
+        """What is left, as a block."""
+        if self._records or self.notes:
+            yield self._block()
+
+    @property
+    def _limit(self) -> int:
+        return min(FIRST_BYTES << min(self._made, 10), MOST_BYTES)
+
+    def _block(self) -> Block:
+        parts = self._parts
+        identifiers = [name for part in parts for name in part.identifiers]
+        tokens = [each for part in parts for each in part.tokens]
+        held = [size for part in parts for size in part.held]
+        texts = [text for part in parts for text in part.texts or ()] if parts and parts[0].texts is not None else None
+        sizes = np.fromiter(map(len, tokens), np.int64, len(tokens)) // self._dtype.itemsize
+        block = Block(
+            np.frombuffer(b"".join(tokens), dtype=self._dtype),
+            np.concatenate([[0], np.cumsum(sizes)]),
+            identifiers,
+            np.array(held, dtype=np.int64),
+            texts,
+            notes=tuple(self.notes),
+        )
+        self._made += 1
+        self._parts, self._bytes, self._records, self.notes = [], 0, 0, []
+        return block
+
+
+def write_block(block: Block, path: Path) -> None:
+    """One Arrow IPC file of one batch. Raises OSError."""
+    import pyarrow as pa
+
+    binary = pa.large_binary()
+    columns = {
+        "id": pa.array(block.identifiers, binary),
+        "place": pa.array(block.places),
+        "held": pa.array(block.held),
+        "tokens": pa.LargeListArray.from_arrays(pa.array(block.offsets), pa.array(block.tokens)),
+    }
+    if block.texts is not None:
+        columns["text"] = pa.array(block.texts, binary)
+    batch = pa.record_batch(columns, metadata={"longseq": json.dumps({"notes": block.notes})})
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
+        writer.write_batch(batch)
+
+
+def open_block(path: Path) -> Block:
+    """A block of write_block. Raises OSError or pyarrow.ArrowInvalid for what is none."""
+    import pyarrow as pa
+
+    with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
+        batch = reader.get_batch(0)
+        notes = json.loads(reader.schema.metadata[b"longseq"])["notes"]
+    tokens = batch.column("tokens")
+    return Block(
+        tokens.values.to_numpy(),
+        tokens.offsets.to_numpy(),
+        _Bytes(batch.column("id")),
+        batch.column("held").to_numpy(),
+        _Bytes(batch.column("text")) if "text" in batch.schema.names else None,
+        batch.column("place").to_numpy(),
+        tuple(notes),
+        mapped=True,
+    )
+
+
+class _Bytes(Sequence[bytes]):
+    """A column of Arrow's as Python's bytes, each made when it is asked for."""
+
+    def __init__(self, column: object) -> None:
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._column)  # type: ignore[arg-type]
+
+    def __getitem__(self, row):  # type: ignore[no-untyped-def]
+        return self._column[row].as_py()  # type: ignore[index]

@@ -1,0 +1,188 @@
+"""Where blocks are kept: FOLDER/blocks/NAME-FINGERPRINT/NUMBER.arrow, and what tells that they are all there.
+
+A fingerprint is of everything that blocks depend on: the source's content, as its address, size and time of change or
+the server's tag tell it, and how it is read. Seeds, splits, lengths and packing are no part of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from longseq_data.files import aside, sha256_of, write_text
+from longseq_data.formats import HUB, HubAddress, Leaf
+from longseq_data.reading import TOKENS, Reading
+from longseq_data.sources import URL
+from longseq_data.text import short_name
+
+from .block import FORMAT, Block, write_block
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def default_folder() -> Path:
+    """``$LONGSEQ_CACHE``, else ``longseq`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    if own := os.environ.get("LONGSEQ_CACHE"):
+        return Path(own).absolute()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache") / "longseq"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a leaf was once it has been read to its end."""
+
+    source: str
+    records: tuple[int, ...]  # of each block
+    tokens: tuple[int, ...]
+    bytes_read: int  # of the source as it is stored; 0: of a table or a folder, which are not read front to back
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a leaf could not be read to its end. ``rest``: whether there is a block of records before that."""
+
+    sentence: str
+    blocks: int  # whole ones before it
+    rest: bool
+    attempt: str  # no two are alike
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The blocks of one leaf."""
+
+    leaf: Leaf
+    folder: Path
+
+    def block(self, number: int) -> Path:
+        return self.folder / f"{number:06}.arrow"
+
+    @property
+    def rest(self) -> Path:
+        return self.folder / "rest.arrow"
+
+    @property
+    def wanted(self) -> Path:
+        """Something waits for the first block."""
+        return self.folder / "wanted"
+
+    def manifest(self) -> Manifest | None:
+        values = _read(self.folder / "manifest.json")
+        return None if values is None else Manifest(**{**values, "records": tuple(values["records"])})
+
+    def failure(self) -> Failure | None:
+        values = _read(self.folder / "failed.json")
+        return None if values is None else Failure(**values)
+
+    def publish(self, number: int, block: Block) -> None:
+        self._put(self.block(number), block)
+
+    def finish(self, manifest: Manifest) -> None:
+        write_text(self.folder / "manifest.json", json.dumps(asdict(manifest)))
+
+    def fail(self, failure: Failure, rest: Block | None) -> None:
+        if rest is not None:
+            self._put(self.rest, rest)
+        write_text(self.folder / "failed.json", json.dumps(asdict(failure)))
+
+    def begin(self) -> None:
+        """Take over what an earlier process has left. Blocks stay: they would come out alike."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in (self.folder / "failed.json", self.rest, self.wanted, *self.folder.glob(".*.partial")):
+            path.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Give its room back."""
+        with suppress(OSError):
+            (self.folder / "manifest.json").unlink(missing_ok=True)
+            for path in self.folder.iterdir():
+                path.unlink(missing_ok=True)
+            self.folder.rmdir()
+
+    def _put(self, path: Path, block: Block) -> None:
+        with aside(path) as partial:
+            write_block(block, partial)
+
+
+def entry_of(folder: Path, reading: Reading, leaf: Leaf, strict: bool) -> Entry | None:
+    """Where a leaf's blocks lie; None where nothing tells whether its content is still the same."""
+    content = _content(leaf)
+    if content is None:
+        return None
+    how: dict[str, object] = {"format": FORMAT, "as": leaf.format, "tokens": reading.tokens, "strict": strict}
+    if reading.tokens not in TOKENS:
+        how["tokens"] = sha256_of(Path(reading.tokens))
+    if leaf.format in ("text", "lines", "jsonl", "parquet", "hub"):
+        how.update(column=reading.column, part_bytes=reading.part_bytes)
+    if reading.tokens == "pixels":
+        how["image_size"] = reading.image_size
+    digest = hashlib.sha256(json.dumps([leaf.source, content, how]).encode("utf-8", "surrogateescape")).hexdigest()
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", short_name(leaf.source))[:40]
+    return Entry(leaf, folder / "blocks" / f"{name}-{digest[:24]}")
+
+
+def group_lock(folder: Path, entries: Sequence[Entry]) -> Path:
+    """The file whose lock the process has that reads these leaves."""
+    names = sorted(entry.folder.name for entry in entries)
+    return folder / "locks" / hashlib.sha256("\n".join(names).encode()).hexdigest()[:24]
+
+
+def _content(leaf: Leaf) -> list[object] | None:
+    """What another content of the same source would not have."""
+    source = leaf.source
+    try:
+        if source.startswith(HUB):
+            return _of_hub(HubAddress.parse(source))
+        if URL.match(source):
+            import fsspec
+
+            filesystem, path = fsspec.core.url_to_fs(source)
+            info = filesystem.info(path)
+            stamps = ("ETag", "etag", "md5Hash", "Last-Modified", "LastModified", "mtime", "created")
+            stamp = next((str(info[name]) for name in stamps if info.get(name)), None)
+            return None if stamp is None else [info.get("size"), stamp]
+        if Path(source).is_dir():
+            return _of_folder(source)
+        status = Path(source).stat()
+        return [status.st_size, status.st_mtime_ns]
+    except Exception:  # those of every filesystem plugin; reading it says what is wrong
+        return None
+
+
+def _of_folder(folder: str) -> list[object]:
+    digest = hashlib.sha256()
+    with os.scandir(folder) as found:
+        for item in sorted(found, key=lambda item: item.name):
+            if item.is_file():
+                status = item.stat()
+                digest.update(os.fsencode(item.name) + f" {status.st_size} {status.st_mtime_ns}\n".encode())
+    return [digest.hexdigest()]
+
+
+def _of_hub(address: HubAddress) -> list[object] | None:
+    folder = Path(address.path)
+    if folder.is_dir():
+        return [[parent, *_of_folder(parent)] for parent, _, _ in sorted(os.walk(folder))]
+    if address.revision and COMMIT.fullmatch(address.revision):
+        return [address.revision]
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return None
+    return [HfApi().dataset_info(address.path, revision=address.revision, timeout=5).sha]
+
+
+def _read(path: Path) -> dict | None:
+    """A JSON file that appears whole; None where there is none."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
