@@ -10,6 +10,7 @@ import re
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from .documents import DocumentEncoder
 from .errors import DataError
 from .sources import open_text, reading_error
-from .splits import Identifiers, Split
+from .splits import Identifiers, Split, SplitRule
 from .vocabulary import LETTERS, PROTEIN, TABLE, UNKNOWN, Tokens, X
 
 UNKNOWN_BYTE = bytes([UNKNOWN])
@@ -37,6 +38,7 @@ NUCLEOTIDES_SENTENCE = (
 PIR = re.compile(rb">(P1|F1|DL|DC|RL|RC|N1|N3|XX);")  # how a record of that format begins
 
 MIB = 1 << 20
+EVERYTHING = SplitRule(0.0, 0.0)  # is for training
 
 # What begins a line of its own, met inside a sequence -> how it came there, and what to do.
 MISPLACED = {
@@ -79,6 +81,12 @@ class Record:
         if self.counted != "headers":
             return self.counted.removesuffix("s"), self.line
         return "line", _line_of(self.source, self.line, offset)
+
+
+def residue_ids(record: Record) -> bytes:
+    """All of a record's ids, X for letters outside the alphabet: what SplitRule hashes, however it is written."""
+    ids = record.part(0, None).translate(TABLE)
+    return ids.translate(UNKNOWN_TO_X) if UNKNOWN_BYTE in ids else ids
 
 
 def read_records(source: str) -> Generator[Record, None, None]:
@@ -280,14 +288,13 @@ def scan(
     strict: bool,
     max_bytes: int = 64 * MIB,
     total_bytes: int = 256 * MIB,
-    valid_fraction: float = 0.0,
-    test_fraction: float = 0.0,
+    rule: SplitRule = EVERYTHING,
     read: Callable[[str], Iterable[Record]] = read_records,
 ) -> ScanReport:
     """Read the start of every source before a run is started: what is wrong should be said in its first second.
 
     Reads at most ``max_bytes`` of text of each source and ``total_bytes`` of all, but the first record of each in any
-    case. The fractions are those of ``split_of``; without them every record counts as training. A split that has no
+    case. Without a ``rule`` every record counts as training. A split that has no
     record in a complete report is empty. ``read`` gives a source's records. Raises its DataErrors and ``Encoder``'s.
     """
     report = ScanReport()
@@ -300,7 +307,7 @@ def scan(
                 report.complete = False
                 break
             report.records += 1
-            report.identifiers.add(record.identifier, valid_fraction, test_fraction)
+            report.identifiers.add(record.identifier, rule, partial(residue_ids, record))
             report.residues += len(encoder.encode(record))
             report.look_at(record)
             total += len(record.description) + len(record.sequence)

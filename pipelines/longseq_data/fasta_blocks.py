@@ -16,7 +16,8 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .fasta import PIR, PRINTABLE, UNKNOWN_BYTE, Record, _line_of, parse_records
+from .documents import Document
+from .fasta import PIR, PRINTABLE, UNKNOWN_BYTE, Record, _line_of, parse_records, residue_ids
 from .proteins import read_proteins
 from .sources import open_binary, reading_error
 from .vocabulary import EOS, TABLE
@@ -70,7 +71,18 @@ class Protein(_Fields):
 
 
 Chunk = list["Protein | Record"]
-Choose = Callable[[list[bytes]], npt.NDArray[np.bool_]]  # of identifiers: which records are wanted
+
+
+class Choose(NamedTuple):
+    """Which records are wanted. of: what ``wanted`` looks at, "id" (identifiers) or "sequence" (ids of residues)."""
+
+    of: str
+    wanted: Callable[[list[bytes]], npt.NDArray[np.bool_]]
+
+    def __call__(self, records: Sequence[Document]) -> npt.NDArray[np.bool_]:
+        if self.of == "sequence":
+            return self.wanted([residue_ids(record) for record in records])  # type: ignore[arg-type]
+        return self.wanted([record.identifier.encode() for record in records])
 
 
 class Tokens(NamedTuple):
@@ -99,7 +111,7 @@ def read_tokens(source: str, choose: Choose | None = None) -> Generator[Tokens, 
             continue
         for chunk in [records] if records else _parsed(text, source, line):
             chunk = [record for record in chunk if record.length]  # see fasta.HOLLOW
-            wanted = itertools.repeat(True) if choose is None else choose([r.identifier.encode() for r in chunk])
+            wanted = itertools.repeat(True) if choose is None else choose(chunk)
             some = [record if yes else None for record, yes in zip(chunk, wanted, strict=False)]
             yield Tokens(some, [record.length if record else 0 for record in some], plain=False)
 
@@ -194,14 +206,15 @@ def plain_ids(text: bytes, deleted: bytes, with_headers: bool) -> tuple[list[byt
 
 def _translated(text: bytes, choose: Choose | None) -> Tokens | None:
     """The records of some text that begins with '>'; None: not all of them are plain."""
-    found = plain_ids(text, b"\n", choose is not None)
+    found = plain_ids(text, b"\n", choose is not None and choose.of == "id")
     if found is None:
         return None
     items, headers = found
     sizes = list(map(len, items))
     if choose is None:
         return Tokens(items, sizes, plain=True)
-    wanted = choose([header.split(None, 1)[0] for header in headers]).tolist()
+    named = items if choose.of == "sequence" else [header.split(None, 1)[0] for header in headers]
+    wanted = choose.wanted(named).tolist()
     some = [ids if yes else None for ids, yes in zip(items, wanted, strict=True)]
     return Tokens(some, [size if yes else 0 for size, yes in zip(sizes, wanted, strict=True)], plain=False)
 

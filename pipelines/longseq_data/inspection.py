@@ -152,6 +152,7 @@ def corpus_lines(folder: Path, show: int) -> Iterator[str]:
 def report_lines(name: str, manifest: Manifest) -> Iterator[str]:
     """What became of the sources, and what is in the splits."""
     report, unit = manifest.report, "residues" if manifest.vocabulary.name == "protein" else "tokens"
+    split_by = str(manifest.settings.get("split_by", "id"))
     files = len(manifest.sources)
     records = sum(split.records for split in manifest.splits.values())
     tokens = sum(split.tokens for split in manifest.splits.values())
@@ -164,6 +165,14 @@ def report_lines(name: str, manifest: Manifest) -> Iterator[str]:
         if number:
             yield f"  dropped    {number:,} {reason}"
     yield from _unknown_lines(report["unknown_letters"])  # type: ignore[arg-type]
+    if repeated := report.get("repeated_ids"):
+        how = {"id": "equal ones are in one split", "cluster": "clusters decide the splits"}
+        yield (
+            f"  note       {repeated['again']:,} of {repeated['records']:,} records have an id that others have "  # type: ignore[index]
+            f"({in_line(repeated['first'])[:40]}): {how.get(split_by, 'a hash of the sequences decides the splits')}"  # type: ignore[index]
+        )
+    if clusters := report.get("clusters"):
+        yield f"  clusters   {', '.join(_cluster_words(clusters))}"  # type: ignore[arg-type]
     if report["held_out_families"]:
         yield f"  held out   families {', '.join(report['held_out_families'])}"  # type: ignore[arg-type]
     if (report["held_out_names"] or manifest.settings.get("ood_taxids")) and "ood" not in manifest.splits:
@@ -177,6 +186,15 @@ def report_lines(name: str, manifest: Manifest) -> Iterator[str]:
     for split, info in manifest.splits.items():
         yield f"\n{split} lengths:"
         yield from length_lines(info.lengths, info.tokens, info.records)
+
+
+def _cluster_words(clusters: dict[str, int]) -> Iterator[str]:
+    if "rows" in clusters:
+        yield f"{clusters['rows']:,} rows of the table"
+    elif clusters:
+        yield f"{clusters['clusters']:,} by {clusters['program']}"
+        yield f"{clusters['moved']:,} held-out records went to train, with relatives there"
+        yield f"{clusters['searches']} searches until there was none"
 
 
 def length_lines(lengths: Lengths, tokens: int, records: int) -> Iterator[str]:

@@ -49,6 +49,11 @@ class Reading:
 
         return tokenizer_vocabulary(self.tokens)
 
+    @property
+    def has_residues(self) -> bool:
+        """Whether the documents are sequences of residues, and not texts or pictures."""
+        return self.tokens == "protein"
+
     def leaves(self, sources: Iterable[str]) -> list[Leaf]:
         """What the sources consist of, folders opened up, in their order."""
         return [leaf for source in sources for leaf in leaves(source, self.format)]

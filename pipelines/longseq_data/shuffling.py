@@ -19,10 +19,11 @@ import numpy.typing as npt
 
 from .documents import Document
 from .errors import DataError
-from .fasta_blocks import read_chunks, read_tokens
+from .fasta import residue_ids
+from .fasta_blocks import Choose, read_chunks, read_tokens
 from .formats import Leaf
 from .randomness import generator
-from .splits import Identifiers, in_split
+from .splits import Identifiers, identifier_places, sequence_places
 
 if TYPE_CHECKING:
     from .streaming import StreamSpec
@@ -141,7 +142,7 @@ def _chunks(spec: StreamSpec, leaf: Leaf, hollow: bool = False) -> Generator[Chu
             if choose is None:
                 yield Chunk.of(documents, sizes)
             else:
-                wanted = choose([document.identifier.encode() for document in documents]).tolist()
+                wanted = choose(documents).tolist()
                 yield Chunk.of([item if yes else None for item, yes in zip(documents, wanted, strict=True)], sizes)
 
 
@@ -176,12 +177,13 @@ def _some(documents: Generator[Document, None, None]) -> Generator[list[Document
         yield some
 
 
-def _choice(spec: StreamSpec) -> Callable[[list[bytes]], npt.NDArray[np.bool_]] | None:
-    """Which records are of the split, by their identifiers; None: all are."""
-    valid, test, split = spec.valid_fraction, spec.test_fraction, spec.split
-    if split is None or (split == "train" and not valid and not test):
+def _choice(spec: StreamSpec) -> Choose | None:
+    """Which records are of the split; None: all are."""
+    rule, split = spec.rule, spec.split
+    if split is None or (split == "train" and not rule.valid and not rule.test):
         return None
-    return partial(in_split, split=split, valid_fraction=valid, test_fraction=test)
+    places = sequence_places if rule.by == "sequence" else identifier_places
+    return Choose(rule.by, lambda names: rule.chosen(split, places(names)))
 
 
 def _of_split(spec: StreamSpec, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
@@ -218,7 +220,7 @@ def _empty_split(spec: StreamSpec, seen: int) -> str:
     whole = replace(spec, split=None)
     for chunk in chain.from_iterable(_chunks(whole, leaf) for leaf in spec.reading.leaves(spec.sources)):
         for document in chunk.items.tolist():
-            found.add(document.identifier, spec.valid_fraction, spec.test_fraction)
+            found.add(document.identifier, spec.rule, partial(residue_ids, document))
     others = "data.valid and data.test" if spec.split == "train" else f"data.{spec.split}"
     shares = spec.valid_fraction, spec.test_fraction
     fixed = spec.split == "test"  # which a trained model is scored on

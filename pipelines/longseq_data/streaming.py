@@ -23,6 +23,7 @@ from .randomness import uniforms
 from .reading import FASTA, Reading
 from .sharing import Arrays, MakeBatch, Share, collate, filler
 from .shuffling import Chunk, documents_in_file_order, endless, shuffled_chunks, shuffled_documents
+from .splits import SplitRule
 from .vocabulary import IGNORE, Tokens, Vocabulary
 
 SAMPLE_BUFFER = 2048  # records of a split among which the sample of an evaluation is drawn
@@ -43,7 +44,7 @@ class StreamSpec:
 
     sources: tuple[str, ...]  # as expand_sources gives them; see ``reading``
     split: str | None  # "train", "valid" or "test"; None: every record
-    valid_fraction: float  # of the records, by a hash of their identifiers
+    valid_fraction: float  # of the records, by a hash: see ``split_by``
     test_fraction: float
     length: int  # tokens that the model sees at once
     packing: str  # "crop": one record one sample; "concat": records joined by EOS, cut into full windows
@@ -54,6 +55,7 @@ class StreamSpec:
     reading: Reading = FASTA  # the sources' format, and what their tokens are
     reset: bool = False  # "concat": documents [BOS] ... [EOS] that do not see each other, with segment numbers
     crop: str = "random"  # "crop": where a record longer than the window is cropped, "random" or its "first" tokens
+    split_by: str = "id"  # or "sequence", of records that have residues: see splits.SplitRule
     measured: bool = False  # samples know how many bytes and words their targets stand for; slower, for evaluation
 
     def __post_init__(self) -> None:
@@ -76,6 +78,11 @@ class StreamSpec:
                 f"valid_fraction {self.valid_fraction} and test_fraction {self.test_fraction} must not be negative, "
                 f"nor more than 1 together"
             )
+
+    @property
+    def rule(self) -> SplitRule:
+        by = self.split_by if self.reading.has_residues else "id"
+        return SplitRule(self.valid_fraction, self.test_fraction, by)
 
     @property
     def vocabulary(self) -> Vocabulary:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from .documents import Document
-from .fasta import MIB, Encoder, Record, ScanReport, scan
+from .fasta import EVERYTHING, MIB, Encoder, Record, ScanReport, residue_ids, scan
 from .formats import Leaf
 from .images import ImageDocument
 from .proteins import read_proteins
 from .reading import Reading
+from .splits import SplitRule
 
 UNITS = {"protein": "residues", "pixels": "colour values"}
 HUB_BYTES = 4 * MIB  # of each dataset, as they come over the network
@@ -23,25 +25,23 @@ def survey(
     strict: bool,
     max_bytes: int = 64 * MIB,
     total_bytes: int = 256 * MIB,
-    valid_fraction: float = 0.0,
-    test_fraction: float = 0.0,
+    rule: SplitRule = EVERYTHING,
 ) -> ScanReport:
     """What fasta.scan does for proteins, for every format: what is wrong should be said in a run's first second.
 
     Reads at most ``max_bytes`` of each file and ``total_bytes`` of all, but something of each source in any case. Texts
     are not tokenised and few pictures decoded, for speed. Raises the readers' DataErrors.
     """
-    shares = {"valid_fraction": valid_fraction, "test_fraction": test_fraction}
     opened = [(source, reading.leaves([source])) for source in sources]
     if all(leaf.format == "fasta" for _, leaves in opened for leaf in leaves):
-        return scan(sources, strict=strict, max_bytes=max_bytes, total_bytes=total_bytes, read=read_proteins, **shares)
+        return scan(sources, strict=strict, max_bytes=max_bytes, total_bytes=total_bytes, read=read_proteins, rule=rule)
     report, encoder = ScanReport(unit=UNITS.get(reading.tokens, "bytes of text")), Encoder(strict)
     for _, leaves in opened:
         for number, leaf in enumerate(leaves):
             if number and report.residues >= total_bytes:
                 report.complete = False
                 break
-            _look(reading, leaf, strict, HUB_BYTES if leaf.format == "hub" else max_bytes, shares, encoder, report)
+            _look(reading, leaf, strict, HUB_BYTES if leaf.format == "hub" else max_bytes, rule, encoder, report)
     report.unknown, report.first_unknown = encoder.unknown, encoder.first_unknown
     return report
 
@@ -51,7 +51,7 @@ def _look(
     leaf: Leaf,
     strict: bool,
     most: int,
-    shares: dict[str, float],
+    rule: SplitRule,
     encoder: Encoder,
     report: ScanReport,
 ) -> None:
@@ -69,7 +69,8 @@ def _look(
         seen += document.held if leaf.format != "images" else 0
         report.records += 1
         report.residues += document.length
-        report.identifiers.add(document.identifier, **shares)
+        content = partial(residue_ids, document) if isinstance(document, Record) else None
+        report.identifiers.add(document.identifier, rule, content)
 
 
 def _documents(reading: Reading, leaf: Leaf, strict: bool) -> Iterator[Document]:

@@ -59,6 +59,9 @@ PIXELS = Vocabulary("pixels", 260, bos=256, eos=257, pad=258, mask=259, ordinary
 # Byte -> id. Lower case marks low-complexity regions (soft masking) and means the same residue.
 TABLE = bytes(LETTERS.find(chr(byte).upper()) % 256 if byte < 128 else UNKNOWN for byte in range(256))
 
+# Id -> letter, of residues.
+TO_LETTERS = LETTERS.encode().ljust(256, b"X")
+
 
 def decode(tokens: Iterable[int]) -> str:
     """Letters of residue ids; special tokens read <bos>, <eos>, <pad>, <mask>. IndexError for an id beyond 28."""

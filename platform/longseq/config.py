@@ -115,7 +115,14 @@ class DataConfig:
     valid: list[str] = key([], "files for validation while training; empty: data.valid_fraction of train")
     test: list[str] = key([], "files for `longseq evaluate --split test`; empty: data.test_fraction of train")
     ood: list[str] = key([], "out-of-distribution files for `longseq evaluate --split ood`")
-    valid_fraction: float = key(0.05, "share of train held out by a hash of the record's id", at_least=0, below=1)
+    split_by: str = key(
+        "sequence",
+        "what is hashed to hold a share of train out: the sequence of a protein, so that it stays where it is whatever "
+        "file and identifier it comes with, or the record's id; texts and images go by their ids. A run without this "
+        "key, of a version before, goes by ids",
+        choices=("sequence", "id"),
+    )
+    valid_fraction: float = key(0.05, "share of train held out by data.split_by", at_least=0, below=1)
     test_fraction: float = key(0.05, "another such share, never looked at while training", at_least=0, below=1)
     format: str = key(
         "auto",

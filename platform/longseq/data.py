@@ -194,6 +194,7 @@ def split_spec(config: Config, split: str) -> Samples:
         # A share is held out only where no files were named for that split.
         valid_fraction=0.0 if data.valid else data.valid_fraction,
         test_fraction=0.0 if data.test else data.test_fraction,
+        split_by=data.split_by,
         length=data.length,
         packing="crop"
         if data.packing == "bucket"

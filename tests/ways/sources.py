@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from corpora import tables
+from corpora import by_sequence, tables
 from longseq_data.prepare import prepare
 from longseq_data.prepare_config import PrepareConfig
-from longseq_data.splits import split_of
 from longseq_data.tokenization import save_tokenizer, train_tokenizer
 
 LENGTH = 24  # data.length of every way
@@ -86,14 +85,17 @@ def _fasta(folder: Path, sizes: dict[str, list[int]]) -> Source:
 
 
 def _corpus(folder: Path, sizes: dict[str, list[int]]) -> Source:
-    """A corpus whose splits get so many records by their identifiers."""
+    """A corpus whose splits get so many records by their sequences."""
     rng, rows, number = random.Random(2), [], 0
     left = {split: list(lengths) for split, lengths in sizes.items()}
     while any(left.values()):
         name, number = f"r{number}", number + 1
-        split = split_of(name, 0.2, 0.2)
-        if left[split]:
-            rows.append((name, _proteins(rng, left[split].pop(0))))
+        size = next(iter(filter(None, left.values())))[0]
+        sequence = _proteins(rng, size)
+        split = by_sequence(name, sequence, 0.2, 0.2)
+        if size in left[split]:
+            left[split].remove(size)
+            rows.append((name, sequence))
     _write_fasta(folder / "all.fasta", rows)
     settings = {"valid_fraction": 0.2, "test_fraction": 0.2, "deduplicate": False, "workers": 1}
     prepare(PrepareConfig([str(folder / "all.fasta")], str(folder / "corpus"), **settings))
