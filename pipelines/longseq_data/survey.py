@@ -10,10 +10,11 @@ from .fasta import EVERYTHING, MIB, Encoder, Record, ScanReport, residue_ids, sc
 from .formats import Leaf
 from .images import ImageDocument
 from .proteins import read_proteins
-from .reading import Reading
+from .reading import TOKENS, Reading
 from .splits import SplitRule
+from .vocabulary import ALPHABETS, PROTEINS
 
-UNITS = {"protein": "residues", "pixels": "colour values"}
+UNITS = {"protein": "residues", "dna": "bases", "pixels": "colour values"}
 HUB_BYTES = 4 * MIB  # of each dataset, as they come over the network
 DECODED = 4  # pictures of each folder or table
 
@@ -33,9 +34,19 @@ def survey(
     are not tokenised and few pictures decoded, for speed. Raises the readers' DataErrors.
     """
     opened = [(source, reading.leaves([source])) for source in sources]
+    alphabet = ALPHABETS.get(reading.tokens, PROTEINS)
     if all(leaf.format == "fasta" for _, leaves in opened for leaf in leaves):
-        return scan(sources, strict=strict, max_bytes=max_bytes, total_bytes=total_bytes, read=read_proteins, rule=rule)
-    report, encoder = ScanReport(unit=UNITS.get(reading.tokens, "bytes of text")), Encoder(strict)
+        return scan(
+            sources,
+            strict=strict,
+            max_bytes=max_bytes,
+            total_bytes=total_bytes,
+            read=read_proteins,
+            rule=rule,
+            alphabet=alphabet,
+        )
+    report = ScanReport(unit=UNITS.get(reading.tokens, "bytes of text"), other=alphabet.other)
+    encoder = Encoder(strict, alphabet=alphabet)
     for _, leaves in opened:
         for number, leaf in enumerate(leaves):
             if number and report.residues >= total_bytes:
@@ -77,7 +88,7 @@ def _documents(reading: Reading, leaf: Leaf, strict: bool) -> Iterator[Document]
     """The leaf's documents; texts for a tokenizer as bytes, but decoded once where ``strict`` asks for UTF-8."""
     if leaf.format == "fasta":
         return read_proteins(leaf.source)
-    if reading.tokens in ("bytes", "protein", "pixels"):
+    if reading.tokens in TOKENS:
         return reading.documents(leaf, strict=strict)
     reading.vocabulary  # noqa: B018 - a tokenizer that cannot be read is said now
     return reading.untokenised(leaf, strict)

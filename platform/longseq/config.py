@@ -132,7 +132,8 @@ class DataConfig:
     )
     tokenizer: str = key(
         "auto",
-        "what the tokens are: protein (residues), bytes (of text), pixels, or a Hugging Face tokenizers FILE.json; "
+        "what the tokens are: protein (residues), dna (A, C, G, T, N), bytes (of text), pixels, or a "
+        "Hugging Face tokenizers FILE.json; "
         "auto: protein for FASTA, pixels for images, else bytes",
     )
     column: str | None = key(None, "field of a table with the text or image; default: text, or image with pixels")
@@ -163,6 +164,9 @@ class DataConfig:
         "records held to shuffle the stream, 64 MiB of them at most; 1: files come in a random order, each read as "
         "it is, a proteome say; a prepared corpus is shuffled as a whole",
         at_least=1,
+    )
+    reverse_complement: bool = key(
+        False, "with data.tokenizer=dna: half of the training sequences, drawn by run.seed, come as the other strand"
     )
     strict: bool = key(
         False, "refuse letters outside the alphabet instead of reading them as X, and bytes that are not UTF-8"

@@ -52,12 +52,12 @@ def make(kind: str, records: str, folder: Path) -> Source:
     """The data of a way, in a new folder."""
     folder.mkdir(parents=True)
     sizes = {"train": TRAIN, "valid": SIZES[records], "test": SIZES[records]}
-    return {"fasta": _fasta, "corpus": _corpus, "bytes": _lines, "tokenizer": _tokenizer, "pixels": _pixels}[kind](
-        folder, sizes
-    )
+    makers = {"fasta": _fasta, "dna": _dna, "corpus": _corpus, "bytes": _lines, "tokenizer": _tokenizer}
+    return {**makers, "pixels": _pixels}[kind](folder, sizes)
 
 
 _PROTEIN = Special(25, 26, 28, 25)
+_DNA = Special(5, 6, 8, 5)
 _BYTES = Special(256, 257, 259, 256)
 
 
@@ -82,6 +82,20 @@ def _fasta(folder: Path, sizes: dict[str, list[int]]) -> Source:
         documents[split] = [[LETTERS.index(letter) for letter in text] for _, text in rows]
         names = [name for name, _ in rows]
     return Source(_keys(folder, ".fasta"), _PROTEIN, documents, names, folder / "test.fasta")
+
+
+def _dna(folder: Path, sizes: dict[str, list[int]]) -> Source:
+    """Upper and lower case, N, RNA's U, and a letter for two bases."""
+    read = dict(zip("ACGTNacgtUuR", [0, 1, 2, 3, 4, 0, 1, 2, 3, 3, 3, 4], strict=True))
+    rng, documents, names = random.Random(6), {}, []
+    for split, lengths in sizes.items():
+        texts = ["".join(rng.choices(list(read), [9, 3, 3, 5, 1, 5, 2, 2, 2, 1, 1, 1], k=size)) for size in lengths]
+        rows = [(f"{split}{i}", text) for i, text in enumerate(texts)]
+        _write_fasta(folder / f"{split}.fasta", rows)
+        documents[split] = [[read[letter] for letter in text] for text in texts]
+        names = [name for name, _ in rows]
+    keys = ("data.tokenizer=dna", "data.reverse_complement=true")
+    return Source((*_keys(folder, ".fasta"), *keys), _DNA, documents, names, folder / "test.fasta")
 
 
 def _corpus(folder: Path, sizes: dict[str, list[int]]) -> Source:

@@ -236,7 +236,7 @@ def say(name: str, report: ScanReport) -> None:
         first = report.first_unknown
         place = f", first at {first[0]}:{first[1]}" if first else ""
         print(
-            f"longseq: warning: letters outside the alphabet are read as X: {letters}{place}. "
+            f"longseq: warning: letters outside the alphabet are read as {report.other}: {letters}{place}. "
             "Refuse them with data.strict=true.",
             file=sys.stderr,
         )
