@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import random
 from pathlib import Path
 
@@ -50,6 +51,17 @@ def write_files(
     return names
 
 
+def by_sequence(identifier: str, letters: str, valid: float, test: float) -> str:
+    """The split by a hash of the sequence."""
+    digest = hashlib.blake2b(bytes(map(ALPHABET.index, letters)), digest_size=16).digest()
+    place = (int.from_bytes(digest[8:], "big") >> 11) / 2**53
+    return "valid" if place < valid else "test" if place < valid + test else "train"
+
+
+def by_id(identifier: str, letters: str, valid: float, test: float) -> str:
+    return split_of(identifier, valid, test)
+
+
 def expected(
     names: list[str],
     *,
@@ -58,6 +70,7 @@ def expected(
     valid: float = 0.05,
     test: float = 0.05,
     deduplicate: bool = True,
+    split=None,
 ) -> dict[str, dict[str, tuple[str, int]]]:
     """{split: {id: (letters, TaxID)}} by Biopython and a dictionary of all sequences."""
     from Bio import SeqIO
@@ -77,8 +90,8 @@ def expected(
         kept = [min(group)] if deduplicate else group
         ood = [any(held_out(*row) for row in group)] if deduplicate else [held_out(*row) for row in group]
         for (identifier, taxid), out in zip(kept, ood, strict=True):
-            split = "ood" if out else split_of(identifier, valid, test)
-            splits.setdefault(split, {})[identifier] = (letters, taxid)
+            name = "ood" if out else (split or by_sequence)(identifier, letters, valid, test)
+            splits.setdefault(name, {})[identifier] = (letters, taxid)
     return splits
 
 

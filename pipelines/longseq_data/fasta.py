@@ -16,8 +16,8 @@ import numpy as np
 from .documents import DocumentEncoder
 from .errors import DataError
 from .sources import open_text, reading_error
-from .splits import Identifiers, Split
-from .vocabulary import LETTERS, PROTEIN, TABLE, UNKNOWN, Tokens, X
+from .splits import Identifiers, Split, SplitRule
+from .vocabulary import PROTEINS, TABLE, UNKNOWN, Alphabet, Tokens, X
 
 UNKNOWN_BYTE = bytes([UNKNOWN])
 UNKNOWN_TO_X = bytes.maketrans(UNKNOWN_BYTE, bytes([X]))
@@ -30,12 +30,13 @@ NUCLEOTIDES = b"ACGTUNacgtun"
 PEPTIDE = 10  # residues; fewer may be of these letters by chance
 NUCLEOTIDES_SENTENCE = (
     "every residue is A, C, G, T, U or N, so these are probably nucleotides, read as the amino acids of the same "
-    "letters; translate them into proteins first."
+    "letters; train on the files with data.tokenizer=dna, or translate them into proteins first."
 )
 
 PIR = re.compile(rb">(P1|F1|DL|DC|RL|RC|N1|N3|XX);")  # how a record of that format begins
 
 MIB = 1 << 20
+EVERYTHING = SplitRule(0.0, 0.0)  # is for training
 
 # What begins a line of its own, met inside a sequence -> how it came there, and what to do.
 MISPLACED = {
@@ -190,13 +191,18 @@ def _line_of(source: str, header: int, offset: int) -> int:
 class Encoder(DocumentEncoder):
     """Turns records into residue ids, and keeps count of the letters that have none.
 
-    strict: refuse such letters (DataError) instead of mapping them to X.
+    strict: refuse such letters (DataError) instead of mapping them to X, or N in DNA.
     tell: gets a sentence about the first one of each source.
     unknown: how often each was mapped to X.
     """
 
-    def __init__(self, strict: bool, tell: Callable[[str], object] | None = None) -> None:
-        super().__init__(PROTEIN)
+    def __init__(
+        self, strict: bool, tell: Callable[[str], object] | None = None, alphabet: Alphabet = PROTEINS
+    ) -> None:
+        super().__init__(alphabet.vocabulary)
+        self.alphabet = alphabet
+        self._to_other = bytes.maketrans(UNKNOWN_BYTE, bytes([alphabet.letters.index(alphabet.other)]))
+        self._known = bytes(byte for byte in range(256) if alphabet.table[byte] != UNKNOWN)
         self.strict = strict
         self.tell = tell
         self.unknown: Counter[str] = Counter()
@@ -212,23 +218,24 @@ class Encoder(DocumentEncoder):
         return record.source, record.place_of(offset)[1], record.sequence[offset]
 
     def encode(self, record: Record, start: int = 0, stop: int | None = None) -> Tokens:  # type: ignore[override]
-        """Ids of residues [start, stop), read-only, shape (stop - start,), all below RESIDUES."""
+        """Ids of residues [start, stop), read-only, shape (stop - start,), all ordinary tokens."""
         letters = record.part(start, stop)
-        ids = letters.translate(TABLE)
+        ids = letters.translate(self.alphabet.table)
         if UNKNOWN_BYTE in ids:
             self._note(record, start, letters, ids)
-            ids = ids.translate(UNKNOWN_TO_X)
+            ids = ids.translate(self._to_other)
         return np.frombuffer(ids, dtype=np.uint8)
 
     def _note(self, record: Record, start: int, letters: bytes, ids: bytes) -> None:
         first = start + ids.index(UNKNOWN_BYTE)
         if self.strict:
+            known = self.alphabet.letters
             raise DataError(
                 f"{record.source}, {' '.join(map(str, record.place_of(first)))}: character "
-                f"'{record.sequence[first]}' in record '{record.identifier}' is none of {LETTERS}; correct it, or set "
-                f"data.strict=false, which maps such characters to X."
+                f"'{record.sequence[first]}' in record '{record.identifier}' is none of {known}; correct it, or set "
+                f"data.strict=false, which maps such characters to {self.alphabet.other}."
             )
-        self.unknown.update(letters.translate(None, KNOWN).decode().upper())
+        self.unknown.update(letters.translate(None, self._known).decode().upper())
         if self._first is None:
             self._first = record, first
         if self.tell and record.source not in self._warned:
@@ -236,7 +243,8 @@ class Encoder(DocumentEncoder):
             # the line of the header: that of the letter would take reading the source again, while training waits
             self.tell(
                 f"{record.source}, {'row' if record.counted == 'rows' else 'line'} {record.line}: "
-                f"'{record.sequence[first]}' in record '{record.identifier}' is read as X; data.strict=true refuses it."
+                f"'{record.sequence[first]}' in record '{record.identifier}' is read as {self.alphabet.other}; "
+                f"data.strict=true refuses it."
             )
 
 
@@ -252,6 +260,7 @@ class ScanReport:
     first_unknown: tuple[str, int, str] | None = None  # source, line, letter
     complete: bool = True  # False: the budget ended before the data did
     proteins: bool = False  # whether any record has a letter that nucleotides do not have
+    other: str = "X"  # what unknown letters were mapped to
 
     @property
     def splits(self) -> Counter[Split]:
@@ -275,18 +284,18 @@ def scan(
     strict: bool,
     max_bytes: int = 16 * MIB,
     total_bytes: int = 64 * MIB,
-    valid_fraction: float = 0.0,
-    test_fraction: float = 0.0,
+    rule: SplitRule = EVERYTHING,
     read: Callable[[str], Iterable[Record]] = read_records,
+    alphabet: Alphabet = PROTEINS,
 ) -> ScanReport:
     """Read the start of every source before a run is started: what is wrong should be said in its first second.
 
     Reads at most ``max_bytes`` of text of each source and ``total_bytes`` of all, but the first record of each in any
-    case. The fractions are those of ``split_of``; without them every record counts as training. A split that has no
-    record in a complete report is empty. ``read`` gives a source's records. Raises its DataErrors and ``Encoder``'s.
+    case. Without a ``rule`` every record counts as training. A split that has no record in a complete report is empty.
+    ``read`` gives a source's records. Raises its DataErrors and ``Encoder``'s.
     """
-    report = ScanReport()
-    encoder = Encoder(strict)
+    report = ScanReport(unit=alphabet.unit, other=alphabet.other)
+    encoder = Encoder(strict, alphabet=alphabet)
     total = 0
     for source in sources:
         before = total
@@ -295,8 +304,9 @@ def scan(
                 report.complete = False
                 break
             report.records += 1
-            report.identifiers.add(record.identifier, valid_fraction, test_fraction)
-            report.residues += len(encoder.encode(record))
+            ids = encoder.encode(record)
+            report.identifiers.add(record.identifier, rule, ids.tobytes)
+            report.residues += len(ids)
             report.look_at(record)
             total += len(record.description) + len(record.sequence)
     report.unknown, report.first_unknown = encoder.unknown, encoder.first_unknown

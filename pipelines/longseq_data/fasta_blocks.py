@@ -77,13 +77,17 @@ class Bulk(NamedTuple):
     ids: list[bytes]
 
 
-def read_bulk(source: str, watch: Watch | None = None) -> Generator[tuple[Bulk | None, Chunk], None, None]:
+def read_bulk(
+    source: str, watch: Watch | None = None, *, proteins: bool = True
+) -> Generator[tuple[Bulk | None, Chunk], None, None]:
     """The records of one path or URL, some at a time: (plain ones, nothing) or (None, those that need a closer look).
+
+    proteins: whether letters stand for residues of proteins; of another alphabet all need a closer look.
 
     Raises what read_proteins raises, after the records before it.
     """
     for text, line, records in _blocks(source, watch):
-        found = None if records else plain_ids(text, b"\n", with_headers=True)
+        found = plain_ids(text, b"\n", with_headers=True) if proteins and not records else None
         if found is not None:
             items, headers = found
             yield Bulk([header.split(None, 1)[0] for header in headers], items), []

@@ -86,7 +86,7 @@ def _hashed(names: Iterator[str]) -> Iterator[Words]:
 def _ids(path: str) -> Iterator[str]:
     """The first word of each line, without the '>' of a header; '#' begins a comment."""
     empty = True
-    for _, line in _lines(path):
+    for _, line in lines(path):
         words = line.partition("#")[0].lstrip(">").split()
         if words:
             empty = False
@@ -116,7 +116,7 @@ def _members(path: str, wanted: frozenset[str]) -> Iterator[str]:
 def _pfam_rows(path: str) -> Iterator[tuple[str, list[str]]]:
     """(id, its Pfam accessions) of each row. Without a header the first two columns are taken."""
     entry, pfam, first = 0, 1, True
-    for number, line in _lines(path):
+    for number, line in lines(path):
         if not line.strip():
             continue
         cells = line.rstrip("\n").split("\t")
@@ -140,7 +140,7 @@ def _pfam_rows(path: str) -> Iterator[tuple[str, list[str]]]:
         yield cells[entry].strip(), families
 
 
-def _lines(path: str) -> Iterator[tuple[int, str]]:
+def lines(path: str) -> Iterator[tuple[int, str]]:
     """The lines of a local file, plain or gzipped, with their numbers."""
     number = 0
     try:

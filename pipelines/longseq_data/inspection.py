@@ -21,8 +21,9 @@ from .prepare_reader import ProteinReader, Row, Stored, cut
 from .proteins import read_proteins
 from .reading import Reading
 from .sources import in_line
+from .survey import UNITS
 from .uniprot import Header, parse_header
-from .vocabulary import TOKENS
+from .vocabulary import ALPHABETS, TOKENS
 
 BLOCK_BYTES = 4 << 20
 SHOWN = 60  # tokens of a record
@@ -113,10 +114,10 @@ def document_lines(read: Reading, sources: Sequence[str], show: int) -> Iterator
                 if len(first) < show:
                     first.append(_document_line(document, encoder))
     records, tokens = by_length.total(), sum(length * number for length, number in by_length.items())
-    unit = {"bytes": "bytes of text", "protein": "residues", "pixels": "colour values"}.get(read.tokens, "tokens")
+    unit = {"bytes": "bytes of text", **UNITS}.get(read.tokens, "tokens")
     yield f"{len(leaves)} file{'s' * (len(leaves) > 1)}: {records:,} records, {tokens:,} {unit}"
     if isinstance(encoder, Encoder):
-        yield from _unknown_lines(dict(encoder.unknown))
+        yield from _unknown_lines(dict(encoder.unknown), encoder.alphabet.other)
     yield from length_lines(describe_lengths(dict(by_length), min(by_length), max(by_length)), tokens, records)
     yield from first
 
@@ -125,8 +126,8 @@ def _document_line(document: Document, encoder: DocumentEncoder) -> str:
     """A document's name, length and beginning."""
     start = encoder.encode(document, 0, min(document.length, 4 * SHOWN))
     name = encoder.vocabulary.name
-    if name == "protein":
-        shown = "".join(TOKENS[token] for token in start.tolist())
+    if name in ALPHABETS:
+        shown = ALPHABETS[name].decode(start.tolist())
     elif name == "pixels":
         shown = " ".join(map(str, start.tolist()))
     elif name == "bytes":
@@ -152,6 +153,7 @@ def corpus_lines(folder: Path, show: int) -> Iterator[str]:
 def report_lines(name: str, manifest: Manifest) -> Iterator[str]:
     """What became of the sources, and what is in the splits."""
     report, unit = manifest.report, "residues" if manifest.vocabulary.name == "protein" else "tokens"
+    split_by = str(manifest.settings.get("split_by", "id"))
     files = len(manifest.sources)
     records = sum(split.records for split in manifest.splits.values())
     tokens = sum(split.tokens for split in manifest.splits.values())
@@ -164,6 +166,14 @@ def report_lines(name: str, manifest: Manifest) -> Iterator[str]:
         if number:
             yield f"  dropped    {number:,} {reason}"
     yield from _unknown_lines(report["unknown_letters"])  # type: ignore[arg-type]
+    if repeated := report.get("repeated_ids"):
+        how = {"id": "equal ones are in one split", "cluster": "clusters decide the splits"}
+        yield (
+            f"  note       {repeated['again']:,} of {repeated['records']:,} records have an id that others have "  # type: ignore[index]
+            f"({in_line(repeated['first'])[:40]}): {how.get(split_by, 'a hash of the sequences decides the splits')}"  # type: ignore[index]
+        )
+    if clusters := report.get("clusters"):
+        yield f"  clusters   {', '.join(_cluster_words(clusters))}"  # type: ignore[arg-type]
     if report["held_out_families"]:
         yield f"  held out   families {', '.join(report['held_out_families'])}"  # type: ignore[arg-type]
     if (report["held_out_names"] or manifest.settings.get("ood_taxids")) and "ood" not in manifest.splits:
@@ -177,6 +187,15 @@ def report_lines(name: str, manifest: Manifest) -> Iterator[str]:
     for split, info in manifest.splits.items():
         yield f"\n{split} lengths:"
         yield from length_lines(info.lengths, info.tokens, info.records)
+
+
+def _cluster_words(clusters: dict[str, int]) -> Iterator[str]:
+    if "rows" in clusters:
+        yield f"{clusters['rows']:,} rows of the table"
+    elif clusters:
+        yield f"{clusters['clusters']:,} by {clusters['program']}"
+        yield f"{clusters['moved']:,} held-out records went to train, with relatives there"
+        yield f"{clusters['searches']} searches until there was none"
 
 
 def length_lines(lengths: Lengths, tokens: int, records: int) -> Iterator[str]:
@@ -197,7 +216,7 @@ def _record_line(identifier: str, taxon: str, tokens: npt.NDArray[np.uint8]) -> 
     return f"  {identifier}  TaxID {taxon}  {len(tokens):,}  {letters}{more}"
 
 
-def _unknown_lines(unknown: dict[str, int]) -> Iterator[str]:
+def _unknown_lines(unknown: dict[str, int], other: str = "X") -> Iterator[str]:
     if unknown:
         letters = ", ".join(f"{letter!r} {number:,}" for letter, number in sorted(unknown.items()))
-        yield f"  unknown    {letters}: read as X"
+        yield f"  unknown    {letters}: read as {other}"

@@ -9,7 +9,6 @@ import numpy as np
 
 from .chunks import Chunk
 from .order import permutation
-from .splits import in_split
 
 if TYPE_CHECKING:
     from .formats import Leaf
@@ -42,9 +41,7 @@ def permuted(spec: StreamSpec, epoch: int, files: list[Leaf], road: Road, bulk: 
             full[here] = block.offsets[rows + 1] > block.offsets[rows]
             wanted = full[here]
             if not spec.whole:
-                wanted = wanted & in_split(
-                    block.places[rows], spec.split or "", spec.valid_fraction, spec.test_fraction
-                )
+                wanted = wanted & spec.rule.chosen(spec.split or "", block.places(spec.rule.by)[rows])
             chosen = rows[wanted].tolist()
             documents = block.ids(chosen) if bulk else [block.document(row, source, spec.vocabulary) for row in chosen]
             items[here[wanted]] = documents

@@ -6,6 +6,7 @@ done, so an interrupted preparation goes on from there; the corpus gets its own 
 
     NAME.partial/parts/plan.json       what was asked for
                        sources/*.json   sources that were read to their end
+                       clusters/*       a table of clusters sorted, or what MMseqs2 has found
                        map/*.arrow      rows put aside, one file a block
                        shards/*         finished shards, with notes
 """
@@ -14,26 +15,30 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from .cluster_split import split_clusters, splits_of
+from .cluster_table import ClusterTable, read_clusters
 from .errors import DataError
 from .files import sha256_of, user_path, write_text
 from .held_out import read_held_out
 from .manifest import Manifest, Source
+from .mmseqs import program
 from .os_errors import explained, is_full
-from .prepare_config import PrepareConfig
+from .prepare_config import ADDED, PrepareConfig
 from .prepare_map import Counts, MapTask, map_block, map_whole, read_notes
-from .prepare_plan import PARTS, Plan, begin, locked, taken
+from .prepare_plan import PARTS, Plan, begin, earlier_settings, locked, taken
 from .prepare_pool import Workers, in_threads
 from .prepare_publish import finish, publish
 from .prepare_reader import Block, Stored, cut
-from .prepare_reduce import ReduceTask, identifiers, read_parts, reduce_shard, shard_count
+from .prepare_reduce import ReduceTask, read_parts, records_of, reduce_shard, shard_count
 from .sources import expand_sources
 from .splits import Identifiers, Split
 from .vocabulary import PROTEIN
@@ -42,6 +47,7 @@ from .vocabulary import PROTEIN
 Progress = Callable[[str, int, "int | None"], object]
 
 MIB = 1 << 20
+NOTES, TABLE, HELD_OUT = "clusters.json", "table.npy", "held_out.npy"  # of parts/clusters
 BLOCKS = 32  # of small inputs at most, so that workers share them evenly
 SMALLEST_BLOCK, LARGEST_BLOCK = MIB, 64 * MIB
 MAP_MEMORY = 16  # a block takes up to so many times its size, text and rows and columns together
@@ -62,7 +68,12 @@ def prepare(
     config.check()
     sources = sorted(expand_sources(config.sources))
     output = user_path(config.output).absolute()
+    if config.split_by == "cluster" and config.clusters == "mmseqs":
+        program()  # said before hours of reading
     with locked(output):
+        earlier = earlier_settings(output, overwrite, restart) if config.split_by is None else None
+        if earlier is not None:
+            config = replace(config, split_by=str((ADDED | earlier)["split_by"]))
         plan = Plan.of(config, sources, _block_bytes(config, sources))
         there = taken(output, plan, overwrite)
         if there is not None:
@@ -98,12 +109,15 @@ class _Preparation:
     def __init__(self, config: PrepareConfig, plan: Plan, folder: Path, progress: Progress, workers: Workers) -> None:
         self.config, self.plan, self.folder, self.progress, self.workers = config, plan, folder, progress, workers
         self.parts = folder / PARTS
-        for name in ("sources", "map", "shards"):
+        for name in ("sources", "map", "shards", "clusters"):
             (self.parts / name).mkdir(exist_ok=True)
+        for rest in (self.parts / "clusters").glob("mmseqs-*"):  # of processes that were killed
+            shutil.rmtree(rest, ignore_errors=True)
         _sweep(self.parts)  # after processes that were killed
 
     def run(self) -> None:
         inputs = self._hold_out()
+        self._read_clusters()
         stored = self._map()
         names = [self._map_task().path(i, k) for i, source in enumerate(stored) for k in range(source.blocks)]
         counts = Counts()
@@ -127,13 +141,42 @@ class _Preparation:
             shards,
             ranges=max(1, math.ceil(size / shards / room)),
         )
+        clusters = self._cluster(task) if self.config.split_by == "cluster" else None
+        if clusters is not None and self.config.clusters == "mmseqs":
+            task = replace(task, split=partial(splits_of, self.parts / "clusters" / HELD_OUT))
         self._reduce(task)
         _refuse_lost_splits(self.config, task)
         sources = [
             Source(source.name, each.size, each.sha256) for source, each in zip(self.plan.sources, stored, strict=True)
         ]
         held_out = json.loads((self.parts / "held_out.json").read_text())
-        finish(self.folder, task, self.plan, sources, inputs, counts, held_out["families"], held_out["names"])
+        finish(self.folder, task, self.plan, sources, inputs, counts, held_out["families"], held_out["names"], clusters)
+
+    def _read_clusters(self) -> None:
+        """Sort the table of clusters, where there is one."""
+        table, notes = self.config.cluster_table, self.parts / "clusters" / NOTES
+        if table is not None and not notes.exists():
+            rows = read_clusters(str(user_path(table)), notes.with_name(TABLE))
+            write_text(notes, json.dumps({"rows": rows}))
+
+    def _cluster(self, task: ReduceTask) -> dict[str, object]:
+        """What the manifest says of the clusters; those of MMseqs2 are made now, once."""
+        notes = self.parts / "clusters" / NOTES
+        if self.config.clusters == "repid":
+            return {}
+        if not notes.exists():
+            config = self.config
+            found = split_clusters(
+                task,
+                config.rule,
+                config.cluster_identity,
+                config.cluster_coverage,
+                (program(), config.processes, config.memory_mb),
+                lambda done: self.progress("clusters", done, None),
+                notes.with_name(HELD_OUT),
+            )
+            write_text(notes, json.dumps(found))
+        return json.loads(notes.read_text())
 
     def _hold_out(self) -> list[Source]:
         """Read the lists of the ood split once; what they are."""
@@ -153,7 +196,11 @@ class _Preparation:
 
     def _map_task(self) -> MapTask:
         names = self.parts / "held_out.npy"
-        return MapTask(self.parts / "map", self.config, names if names.exists() else None, self.plan.block_bytes)
+        table = self.parts / "clusters" / TABLE
+        clusters = ClusterTable(table) if self.config.cluster_table is not None else None
+        return MapTask(
+            self.parts / "map", self.config, names if names.exists() else None, self.plan.block_bytes, clusters
+        )
 
     def _map(self) -> list[Stored]:
         """Put the rows of every source aside; what each source is made of."""
@@ -189,15 +236,21 @@ def _refuse_lost_splits(config: PrepareConfig, task: ReduceTask) -> None:
     lost: Split | None = next((name for name, share in wanted if share and name not in there), None)
     if lost is None or not there - {"ood"}:
         return
+    otherwise = "set valid_fraction=0" if lost == "valid" else "set valid_fraction=0 and test_fraction=0"
+    if config.split_by == "cluster":
+        kind = "validate" if lost == "valid" else "train"
+        raise DataError(
+            f"{config.output}: no cluster is left to {kind} on with valid_fraction={shares[0]:g} and test_fraction="
+            f"{shares[1]:g}; change them, or {otherwise}; then start over with --restart."
+        )
     found = Identifiers()
     for name in sorted(there - {"ood"}):
         for shard in range(task.shards):
             if task.arrow(shard, name).exists():
-                for identifier in identifiers(task.arrow(shard, name)):
-                    found.add(identifier, *shares)
+                for identifier, tokens in records_of(task.arrow(shard, name)):
+                    found.add(identifier, config.rule, tokens.tobytes)
     if lost == "valid" and not found.repeated:  # too few records, which the report says
         return
-    otherwise = "set valid_fraction=0" if lost == "valid" else "set valid_fraction=0 and test_fraction=0"
     raise DataError(
         f"{config.output}: {found.lost(lost, *shares, prefix='', otherwise=otherwise)}; then start over with --restart."
     )

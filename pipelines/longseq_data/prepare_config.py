@@ -8,8 +8,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import DataError
+from .splits import SplitRule
 
 PFAM = re.compile(r"PF\d{5}")
+
+SPLIT_BY = ("sequence", "id", "cluster")
+
+# Keys that came later, with what the versions before did.
+ADDED: dict[str, object] = {
+    "split_by": "id",
+    "clusters": "mmseqs",
+    "cluster_identity": 0.3,
+    "cluster_coverage": 0.8,
+}
 
 # Keys that change how the work is done, and not what comes out.
 NOT_CONTENT = ("output", "workers", "memory_mb")
@@ -52,7 +63,25 @@ class PrepareConfig:
     deduplicate: bool = key(
         True, "of records with the same sequence keep the one with the smallest id; held out if one of them is"
     )
-    valid_fraction: float = key(0.05, "share of the records held out by a hash of their id", at_least=0, below=1)
+    split_by: str | None = key(
+        None,
+        "what is hashed to hold records out: sequence; id; or cluster, which holds whole clusters of similar sequences "
+        "out; null: sequence, but id where a corpus or an unfinished preparation of a version before goes on",
+        choices=SPLIT_BY,
+    )
+    clusters: str = key(
+        "mmseqs",
+        "with split_by=cluster: a TSV of representative and member, plain or gzipped, as MMseqs2 and UniRef have it; "
+        "repid: RepID of UniRef's headers; mmseqs: MMseqs2 clusters the records, then clusters of held-out records "
+        "that have a relative in train go there, until a search finds none",
+    )
+    cluster_identity: float = key(
+        0.3, "with clusters=mmseqs: records at least this identical are relatives", at_least=0.2, below=1
+    )
+    cluster_coverage: float = key(
+        0.8, "with clusters=mmseqs: where the alignment covers at least this share of a record", at_least=0.1, below=1
+    )
+    valid_fraction: float = key(0.05, "share of the records, or clusters, held out by a hash", at_least=0, below=1)
     test_fraction: float = key(0.05, "another such share", at_least=0, below=1)
     ood_ids: str | None = key(None, "file of ids or accessions, one a line: these records form the ood split")
     ood_taxids: list[int] = key([], "records of these TaxIDs, as headers give them, form the ood split")
@@ -99,6 +128,18 @@ class PrepareConfig:
             raise DataError("ood_pfam and ood_pfam_random are both set: keep one of them.")
 
     @property
+    def rule(self) -> SplitRule:
+        """Where records go that no cluster decides on."""
+        by = "sequence" if self.split_by in (None, "cluster") else str(self.split_by)
+        return SplitRule(self.valid_fraction, self.test_fraction, by)
+
+    @property
+    def cluster_table(self) -> str | None:
+        """The TSV of clusters, where one is named."""
+        named = self.split_by == "cluster" and self.clusters not in ("mmseqs", "repid")
+        return self.clusters if named else None
+
+    @property
     def processes(self) -> int:
         """``workers``, or the number of cores that this process may use."""
         if self.workers:
@@ -108,4 +149,5 @@ class PrepareConfig:
     def content(self) -> dict[str, object]:
         """The keys that decide what comes out, with their values; lists without order are sorted."""
         values = {name: value for name, value in vars(self).items() if name not in (*NOT_CONTENT, "sources")}
+        values["split_by"] = self.rule.by if self.split_by != "cluster" else "cluster"
         return {name: sorted(set(value)) if isinstance(value, list) else value for name, value in values.items()}

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from .cluster_table import ClusterTable
 from .fasta import NUCLEOTIDES
 from .files import aside
-from .held_out import HeldOut, hashes
+from .held_out import HeldOut, Words, accession, hashes
 from .prepare_config import PrepareConfig
 from .prepare_reader import Block, ProteinReader, Row, Stored, checksum
+from .splits import Floats, SplitRule, fractions
 from .vocabulary import TABLE, X
 
 if TYPE_CHECKING:
@@ -64,6 +66,12 @@ class MapTask:
     config: PrepareConfig
     names: Path | None  # .npy of HeldOut.names
     block_bytes: int
+    clusters: ClusterTable | None = None  # that a TSV lists
+
+    def reader(self) -> ProteinReader:
+        config = self.config
+        by_repid = config.split_by == "cluster" and config.clusters == "repid"
+        return ProteinReader(refuse=config.unknown == "refuse", repids=by_repid)
 
     def held_out(self) -> HeldOut:
         return HeldOut(np.load(self.names, mmap_mode="r") if self.names else np.empty(0, dtype=np.uint64))
@@ -74,13 +82,13 @@ class MapTask:
 
 def map_block(task: MapTask, source: int, block: Block) -> None:
     """Put the rows of a block aside. Raises DataError for bad records, OSError where the disk is full."""
-    reader = ProteinReader(refuse=task.config.unknown == "refuse")
+    reader = task.reader()
     store(task, task.path(source, block.number), reader.block(block), reader.unknown, block.checksum)
 
 
 def map_whole(task: MapTask, source: int, name: str) -> Stored:
     """Put the rows of a source aside that is not cut into blocks; gives its size and checksum."""
-    reader = ProteinReader(refuse=task.config.unknown == "refuse")
+    reader = task.reader()
     rows = reader.whole(name)
     number = 0
     while some := list(_first(rows, task.block_bytes)):
@@ -109,6 +117,7 @@ def store(task: MapTask, path: Path, rows: Iterable[Row], unknown: Counter[str],
     names: list[str] = []
     tokens: list[bytes] = []
     taxids: list[int] = []
+    clusters: list[str] = []
     keep = _filter(config)
     for row in rows:
         counts.records += 1
@@ -119,6 +128,7 @@ def store(task: MapTask, path: Path, rows: Iterable[Row], unknown: Counter[str],
             names.append(row.identifier)
             tokens.append(row.tokens)
             taxids.append(row.taxid)
+            clusters.append(row.cluster or accession(row.identifier))
         else:
             counts.filtered[reason] += 1
     identifiers = [name.encode() for name in names]
@@ -126,12 +136,12 @@ def store(task: MapTask, path: Path, rows: Iterable[Row], unknown: Counter[str],
     counts.kept_bytes = sum(map(len, tokens)) + sum(map(len, identifiers))
     counts.unknown = unknown
     taxid = np.array(taxids, dtype=np.int64)
-    split = _splits(config, names)
+    digests = np.frombuffer(b"".join(map(digest, tokens)), dtype=">u8").astype(np.uint64).reshape(-1, 2)
+    split = numbers(config.rule, _places(task, names, clusters, digests))
     listed = task.held_out().holds(names)
     by_taxid = np.isin(taxid, np.array(config.ood_taxids, dtype=np.int64))
     split[listed | by_taxid] = OOD
     counts.held_out = +Counter({"list": int(listed.sum()), "taxid": int(by_taxid.sum())})
-    digests = np.frombuffer(b"".join(map(digest, tokens)), dtype=">u8").astype(np.uint64).reshape(-1, 2)
     order, split = ordered(digests, split, identifiers.__getitem__, taxid, config.deduplicate)
     batch = pa.record_batch(
         {
@@ -174,11 +184,23 @@ def _filter(config: PrepareConfig) -> Callable[[Row], str | None]:
     return reason
 
 
-def _splits(config: PrepareConfig, names: list[str]) -> npt.NDArray[np.uint8]:
-    """splits.split_of for many records: an index of SPLITS for each."""
-    u = (hashes(names) >> np.uint64(11)).astype(np.float64) / 2**53
-    held_out = config.valid_fraction + config.test_fraction
-    return np.where(u < config.valid_fraction, 1, np.where(u < held_out, 2, 0)).astype(np.uint8)
+def _places(task: MapTask, names: list[str], clusters: list[str], digests: Words) -> Floats:
+    """Where the records stand in [0, 1), by what decides their splits; see splits.SplitRule.
+
+    clusters: RepIDs, or else accessions. With clusters of MMseqs2 all are in train until those are known.
+    """
+    config = task.config
+    if config.split_by != "cluster":
+        return fractions(hashes(names) if config.rule.by == "id" else digests[:, 1])
+    if config.clusters == "mmseqs":
+        return np.ones(len(names))
+    return fractions(hashes(clusters) if task.clusters is None else task.clusters.of(names))
+
+
+def numbers(rule: SplitRule, places: Floats) -> npt.NDArray[np.uint8]:
+    """An index of SPLITS for each place."""
+    valid, test = rule.chosen("valid", places), rule.chosen("test", places)
+    return np.where(valid, 1, np.where(test, 2, 0)).astype(np.uint8)
 
 
 def ordered(

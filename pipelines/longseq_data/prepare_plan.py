@@ -14,7 +14,7 @@ from .errors import DataError
 from .files import sha256_of, user_path, write_text
 from .manifest import MANIFEST, Manifest, read_manifest
 from .os_errors import lock
-from .prepare_config import PrepareConfig
+from .prepare_config import ADDED, PrepareConfig
 from .sources import URL
 
 PARTS = "parts"  # of NAME.partial: what is gone once the corpus is whole
@@ -40,10 +40,12 @@ class Plan:
     @classmethod
     def of(cls, config: PrepareConfig, sources: list[str], block_bytes: int) -> Plan:
         """Raises DataError for a list that does not exist."""
-        inputs = [str(user_path(name).absolute()) for name in (config.ood_ids, config.ood_pfam_map) if name]
-        for name in inputs:
+        lists = {"ood_ids": config.ood_ids, "ood_pfam_map": config.ood_pfam_map, "clusters": config.cluster_table}
+        files = {key: str(user_path(name).absolute()) for key, name in lists.items() if name}
+        for key, name in files.items():
             if not Path(name).is_file():
-                raise DataError(f"{name}: no such file; correct ood_ids or ood_pfam_map.")
+                raise DataError(f"{name}: no such file; correct {key}.")
+        inputs = list(files.values())
         return cls(
             config.output, config.content(), list(map(identify, sources)), list(map(identify, inputs)), block_bytes
         )
@@ -81,7 +83,21 @@ def identify(source: str) -> Identity:
         return Identity(source, None, None)
 
 
+def earlier_settings(output: Path, overwrite: bool, restart: bool) -> dict[str, object] | None:
+    """Those of the corpus or the unfinished preparation that has the name already and is to be kept."""
+    partial = output.with_name(output.name + ".partial")
+    if (output / MANIFEST).is_file():
+        return None if overwrite else read_manifest(output).settings
+    if restart:
+        return None
+    if (partial / MANIFEST).is_file():
+        return read_manifest(partial, partial=True).settings
+    path = partial / PARTS / "plan.json"
+    return Plan.read(path).settings if path.is_file() else None
+
+
 def _settings_difference(before: dict[str, object], now: dict[str, object]) -> str | None:
+    before = ADDED | before
     for name in sorted({*before, *now}):
         if before.get(name) != now.get(name):
             return f"{name} was {_shown(before.get(name))} and is {_shown(now.get(name))}"

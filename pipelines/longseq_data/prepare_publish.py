@@ -27,7 +27,8 @@ from .manifest import (
 )
 from .prepare_map import SPLITS, Counts
 from .prepare_plan import PARTS, Plan
-from .prepare_reduce import Part, ReduceTask, read_parts, schema, split_digest
+from .prepare_reduce import Part, ReduceTask, read_parts, records_of, schema, split_digest
+from .splits import LOOKED_AT, Identifiers
 from .vocabulary import Vocabulary
 
 OFFSETS = "offsets.npy"
@@ -43,6 +44,7 @@ def finish(
     counts: Counts,
     families: list[str],
     listed: int,
+    clusters: dict[str, object] | None = None,
 ) -> Manifest:
     """Put the shards in their places, and write what describes them; the manifest last. May be called again."""
     parts = [read_parts(task, shard) for shard in range(task.shards)]
@@ -75,12 +77,32 @@ def finish(
             "held_out_families": families,
             "held_out_names": listed,
             "held_out": dict(sorted(counts.held_out.items())),
+            **({} if clusters is None else {"clusters": clusters}),
+            **_repeated(folder, splits),
             **({} if counts.proteins or counts.tokens < PEPTIDE else {"nucleotides": True}),
         },
         versions={"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
     )
     write_text(folder / MANIFEST, manifest.text())
     return manifest
+
+
+def _repeated(folder: Path, splits: dict[str, SplitInfo]) -> dict[str, object]:
+    """How many of some records have an identifier that others have too; nothing where none has.
+
+    Those at the beginning of a corpus are a random part of it.
+    """
+    found = Identifiers()
+    files = [folder / file.name for name in SPLITS if name in splits for file in splits[name].files if file.rows]
+    for file in files:
+        for identifier, _ in records_of(file):
+            if found.records == LOOKED_AT:
+                break
+            found.records += 1
+            found.name(identifier)
+    if not found.again:
+        return {}
+    return {"repeated_ids": {"records": found.records, "again": found.again, "first": found.first_again}}
 
 
 def publish(folder: Path, output: Path) -> Manifest:

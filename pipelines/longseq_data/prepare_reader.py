@@ -18,7 +18,7 @@ from .fasta import KNOWN, UNKNOWN_BYTE, UNKNOWN_TO_X, Record, _line_of, parse_re
 from .fasta_blocks import begins_with_record, plain_ids, with_line_feeds
 from .proteins import read_proteins
 from .sources import open_binary, reading_error
-from .uniprot import taxid_of
+from .uniprot import parse_header, taxid_of
 from .vocabulary import LETTERS, PROTEIN, TABLE, Vocabulary
 
 READ_SIZE = 1 << 20
@@ -34,6 +34,7 @@ class Row(NamedTuple):
     identifier: str
     tokens: bytes
     taxid: int
+    cluster: str = ""  # RepID of the header, where the reader was asked for it
 
 
 class Reader(Protocol):
@@ -167,9 +168,11 @@ class ProteinReader:
 
     refuse: raise DataError for such a letter instead of reading it as X.
     unknown: how often each was read as X.
+    repids: rows have the RepIDs of their headers.
     """
 
     refuse: bool = False
+    repids: bool = False
     unknown: Counter[str] = field(default_factory=Counter)
     vocabulary: Vocabulary = PROTEIN
 
@@ -189,7 +192,8 @@ class ProteinReader:
             else:
                 titles = b"\n".join(found[1]).decode("ascii").split("\n")
                 names = [title.split(None, 1)[0] for title in titles]
-                yield from map(Row._make, zip(names, found[0], map(taxid, titles), strict=True))
+                clusters = list(map(self._repid, titles)) if self.repids else [""] * len(titles)
+                yield from map(Row._make, zip(names, found[0], map(taxid, titles), clusters, strict=True))
             line += text.count(b"\n")
 
     def _one_by_one(self, text: bytes, source: str, line: int) -> Iterator[Row]:
@@ -202,7 +206,7 @@ class ProteinReader:
                 record = io.StringIO(">" + part.decode("utf-8", "replace") + "\n")
                 yield from map(self._row, parse_records(record, source, line))
             else:
-                yield Row(words[0], tokens, taxid(title))
+                yield Row(words[0], tokens, taxid(title), self._repid(title))
             line += part.count(b"\n") + 1
 
     def _row(self, record: Record) -> Row:
@@ -218,7 +222,10 @@ class ProteinReader:
                 )
             self.unknown.update(letters.translate(None, KNOWN).decode().upper())
             tokens = tokens.translate(UNKNOWN_TO_X)
-        return Row(record.identifier, tokens, taxid(record.description))
+        return Row(record.identifier, tokens, taxid(record.description), self._repid(record.description))
+
+    def _repid(self, header: str) -> str:
+        return (parse_header(header).representative or "") if self.repids else ""
 
 
 def taxid(header: str) -> int:

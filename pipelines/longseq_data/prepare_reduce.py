@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, TypedDict
@@ -56,6 +56,8 @@ class ReduceTask:
     deduplicate: bool
     shards: int
     ranges: int
+    split: Callable[[npt.NDArray[np.uint64], npt.NDArray[np.uint8]], npt.NDArray[np.uint8]] | None = None
+    # of (keys, splits so far): where it was not known in the first half
 
     def arrow(self, shard: int, split: str) -> Path:
         return self.folder / f"{shard:03d}-{split}.arrow"
@@ -94,13 +96,22 @@ def read_parts(task: ReduceTask, shard: int) -> dict[str, Part]:
     return json.loads(task.notes(shard).read_text())
 
 
-def identifiers(path: Path) -> Iterator[str]:
-    """Those of a finished file."""
+def records_of(path: Path) -> Iterator[tuple[str, npt.NDArray]]:
+    """(identifier, tokens) of each record of a finished file."""
     import pyarrow as pa
 
     with pa.memory_map(str(path)) as handle, pa.ipc.open_stream(handle) as reader:
         for batch in reader:
-            yield from batch.column("id").to_pylist()
+            tokens = batch.column("tokens")
+            for number, identifier in enumerate(batch.column("id").to_pylist()):
+                yield identifier, tokens[number].values.to_numpy()
+
+
+def all_rows(task: ReduceTask) -> Iterator[Rows]:
+    """All rows, in the order of the corpus; duplicates dropped."""
+    for shard in range(task.shards):
+        for start, stop in _borders(task, shard):
+            yield _rows(task, start, stop)
 
 
 def _borders(task: ReduceTask, shard: int) -> Iterator[tuple[int, int]]:
@@ -153,9 +164,10 @@ def _rows(task: ReduceTask, start: int, stop: int) -> Rows:
     column = {name: table.column(name).chunk(0) for name in table.column_names}
     digests = np.stack([column["key"].to_numpy(), column["rest"].to_numpy()], axis=1)
     identifiers, taxid = column["id"], column["taxid"].to_numpy()
-    order, split = ordered(
-        digests, column["split"].to_numpy(), lambda row: identifiers[row].as_py(), taxid, task.deduplicate
-    )
+    split = column["split"].to_numpy()
+    if task.split is not None:
+        split = task.split(digests[:, 0], split)
+    order, split = ordered(digests, split, lambda row: identifiers[row].as_py(), taxid, task.deduplicate)
     return Rows(digests, split, taxid, identifiers, column["tokens"], order)
 
 

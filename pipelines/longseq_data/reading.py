@@ -11,18 +11,18 @@ from .errors import DataError
 from .fasta import Encoder, Record
 from .formats import Leaf, format_of, leaves
 from .sources import Watch
-from .vocabulary import BYTES, PIXELS, PROTEIN, Vocabulary
+from .vocabulary import ALPHABETS, BYTES, DNA, PIXELS, PROTEIN, Vocabulary
 
-TOKENS = ("protein", "bytes", "pixels")  # and a tokenizer's file
+TOKENS = ("protein", "dna", "bytes", "pixels")  # and a tokenizer's file
 
 # format: the tokens it can be read as, its own first. "file" stands for a tokenizer's file.
 READ_AS: dict[str, tuple[str, ...]] = {
-    "fasta": ("protein",),
+    "fasta": ("protein", "dna"),
     "text": ("bytes", "file"),
-    "lines": ("bytes", "file", "protein"),
-    "jsonl": ("bytes", "file", "protein"),
-    "parquet": ("bytes", "file", "protein", "pixels"),
-    "hub": ("bytes", "file", "protein", "pixels"),
+    "lines": ("bytes", "file", "protein", "dna"),
+    "jsonl": ("bytes", "file", "protein", "dna"),
+    "parquet": ("bytes", "file", "protein", "dna", "pixels"),
+    "hub": ("bytes", "file", "protein", "dna", "pixels"),
     "images": ("pixels",),
 }
 TABLES = ("jsonl", "parquet", "hub")  # which have columns
@@ -43,19 +43,25 @@ class Reading:
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """Raises DataError for a tokenizer's file that cannot be read."""
-        for built_in in (PROTEIN, BYTES, PIXELS):
+        for built_in in (PROTEIN, DNA, BYTES, PIXELS):
             if self.tokens == built_in.name:
                 return built_in
         from .tokenization import tokenizer_vocabulary
 
         return tokenizer_vocabulary(self.tokens)
 
+    @property
+    def has_residues(self) -> bool:
+        """Whether the documents are sequences of residues, and not texts or pictures."""
+        return self.tokens in ALPHABETS
+
     def leaves(self, sources: Iterable[str]) -> list[Leaf]:
         """What the sources consist of, folders opened up, in their order."""
         return [leaf for source in sources for leaf in leaves(source, self.format)]
 
     def encoder(self, strict: bool, tell: Callable[[str], object] | None = None) -> DocumentEncoder:
-        return Encoder(strict, tell) if self.tokens == "protein" else DocumentEncoder(self.vocabulary)
+        alphabet = ALPHABETS.get(self.tokens)
+        return DocumentEncoder(self.vocabulary) if alphabet is None else Encoder(strict, tell, alphabet)
 
     @property
     def written(self) -> bool:
@@ -102,7 +108,7 @@ class Reading:
     def _document(self, text: Text, leaf: Leaf, strict: bool) -> Document:
         if self.tokens == "bytes":
             return ByteDocument(text.identifier, text.source, text.line, text.data)
-        if self.tokens == "protein":
+        if self.has_residues:
             return _protein(text, "rows" if leaf.format in ("parquet", "hub") else "lines")
         from .tokenization import tokenise
 

@@ -24,7 +24,7 @@ from .formats import Leaf
 from .ingest.follow import Road
 from .permuting import permuted
 from .randomness import generator
-from .splits import Identifiers, in_split
+from .splits import Identifiers
 
 if TYPE_CHECKING:
     from .streaming import StreamSpec
@@ -127,8 +127,7 @@ def _chunks(
             if spec.whole:
                 wanted = there
             else:
-                kept = in_split(block.places[there], spec.split or "", spec.valid_fraction, spec.test_fraction)
-                wanted = there[kept]
+                wanted = there[spec.rule.chosen(spec.split or "", block.places(spec.rule.by)[there])]
             items = np.empty(len(block), dtype=object)
             rows = wanted.tolist()
             items[wanted] = block.ids(rows) if bulk else [block.document(row, leaf.source, vocabulary) for row in rows]
@@ -167,7 +166,8 @@ def _empty_split(spec: StreamSpec, seen: int) -> str:
     found = Identifiers()
     whole = replace(spec, split=None)
     for document in documents_in_file_order(whole):
-        found.add(document.identifier, spec.valid_fraction, spec.test_fraction)
+        residues = spec.encoder.encode(document).astype(np.uint8)
+        found.add(document.identifier, spec.rule, residues.tobytes)
     others = "data.valid and data.test" if spec.split == "train" else f"data.{spec.split}"
     shares = spec.valid_fraction, spec.test_fraction
     fixed = spec.split == "test"  # which a trained model is scored on

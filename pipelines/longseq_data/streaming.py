@@ -25,7 +25,8 @@ from .randomness import uniforms
 from .reading import FASTA, Reading
 from .sharing import Arrays, MakeBatch, Share, collate, filler
 from .shuffling import documents_in_file_order, endless, leaves_of, road, shuffled_chunks, shuffled_documents
-from .vocabulary import IGNORE, Tokens, Vocabulary
+from .splits import SplitRule
+from .vocabulary import IGNORE, Tokens, Vocabulary, reverse_complement
 
 SAMPLE_BUFFER = 2048  # records of a split among which the sample of an evaluation is drawn
 
@@ -45,7 +46,7 @@ class StreamSpec:
 
     sources: tuple[str, ...]  # as expand_sources gives them; see ``reading``
     split: str | None  # "train", "valid" or "test"; None: every record
-    valid_fraction: float  # of the records, by a hash of their identifiers
+    valid_fraction: float  # of the records, by a hash: see ``split_by``
     test_fraction: float
     length: int  # tokens that the model sees at once
     packing: str  # "crop": one record one sample; "concat": records joined by EOS, cut into full windows
@@ -56,6 +57,8 @@ class StreamSpec:
     reading: Reading = FASTA  # the sources' format, and what their tokens are
     reset: bool = False  # "concat": documents [BOS] ... [EOS] that do not see each other, with segment numbers
     crop: str = "random"  # "crop": where a record longer than the window is cropped, "random" or its "first" tokens
+    split_by: str = "id"  # or "sequence", of records that have residues: see splits.SplitRule
+    reverse_complement: bool = False  # of DNA: half of the training samples come as the other strand
     measured: bool = False  # samples know how many bytes and words their targets stand for; slower, for evaluation
     later_epochs: str = "buffer"  # the order after the first: through the buffer as well, or a "permutation" of all
     # records, which needs a cache
@@ -84,6 +87,11 @@ class StreamSpec:
                 f"valid_fraction {self.valid_fraction} and test_fraction {self.test_fraction} must not be negative, "
                 f"nor more than 1 together"
             )
+
+    @property
+    def rule(self) -> SplitRule:
+        by = self.split_by if self.reading.has_residues else "id"
+        return SplitRule(self.valid_fraction, self.test_fraction, by)
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -119,9 +127,11 @@ class StreamSpec:
             return masked_count(window.residues())
         return window.size() - (len(window.pieces) if self.reset else 1)
 
-    def sample(self, window: Window, index: int, encoder: DocumentEncoder) -> Sample:
-        """Tokenise a window; ``index`` is its number in the stream, which decides its mask."""
+    def sample(self, window: Window, index: int, encoder: DocumentEncoder, training: bool = False) -> Sample:
+        """Tokenise a window; ``index`` is its number in the stream, which decides its mask and, in training, strand."""
         tokens = window.tokens(encoder)
+        if training and self.reverse_complement and float(uniforms(self.seed, "strand", index)) < 0.5:
+            tokens = reverse_complement(tokens)
         segments = window.segments() if self.reset else None
         extent = window.measure(encoder, self.overlap) if self.measured else None
         if self.objective == "masked":
@@ -139,7 +149,7 @@ class StreamSpec:
 
     def measuring(self) -> StreamSpec:
         """The same with ``measured`` where the losses add up to the probability of text or images."""
-        return replace(self, measured=self.vocabulary.name != "protein" and self.objective == "causal")
+        return replace(self, measured=not self.reading.has_residues and self.objective == "causal")
 
     def target_counts(self, max_targets: int | None = None) -> npt.NDArray[np.int64]:
         return target_counts(self, max_targets)
@@ -159,7 +169,7 @@ class StreamSpec:
             facts = {"step_targets": sum(self.scored(window) for _, window in mine), "samples": consumed}
             for first in range(0, len(mine), share.batch_sequences):
                 rows = mine[first : first + share.batch_sequences]
-                yield partial(self._batch, rows, share.batch_sequences, encoder, facts)
+                yield partial(self._batch, rows, share.batch_sequences, encoder, facts, training=True)
 
     def evaluation(self, share: Share, max_samples: int | None = None) -> Iterator[MakeBatch]:
         """See sharing.Samples."""
@@ -169,9 +179,14 @@ class StreamSpec:
             yield partial(self._batch, rows[share.rank :: share.world], share.batch_sequences, encoder, {})
 
     def _batch(
-        self, windows: list[tuple[int, Window]], rows: int, encoder: DocumentEncoder, facts: dict[str, int]
+        self,
+        windows: list[tuple[int, Window]],
+        rows: int,
+        encoder: DocumentEncoder,
+        facts: dict[str, int],
+        training: bool = False,
     ) -> Arrays:
-        samples = [self.sample(window, g, encoder) for g, window in windows]
+        samples = [self.sample(window, g, encoder, training) for g, window in windows]
         batch = collate(samples, rows, self.vocabulary) if samples else filler(rows, 1, self.vocabulary, self.reset)
         if self.measured:
             extents = [sample.extent for sample in samples if sample.extent is not None]
@@ -190,7 +205,7 @@ def training_samples(spec: StreamSpec, start: int = 0) -> Iterator[Sample]:
     """
     encoder = spec.encoder
     for index, window in enumerate(training_windows(spec, start), start):
-        yield spec.sample(window, index, encoder)
+        yield spec.sample(window, index, encoder, training=True)
 
 
 def training_windows(spec: StreamSpec, start: int = 0) -> Iterator[Window]:

@@ -18,7 +18,7 @@ from .os_errors import explained
 from .prepare_map import digest
 from .prepare_reduce import CELL_BITS, WORD, RowDigest, split_digest
 from .randomness import generator
-from .splits import split_of
+from .splits import SplitRule
 
 CELLS = 1 << CELL_BITS
 SAMPLE = 4  # cells whose rows are compared, unless all are, as in a corpus of at most
@@ -41,9 +41,9 @@ def verify(path: str | Path, *, full: bool = False, progress: Progress | None = 
     """Read a corpus again and compare it with its manifest.
 
     Always: size and SHA-256 of every file, rows, ranges of tokens, offsets, and the fingerprint of the manifest. Of
-    SAMPLE in CELLS parts of the records: that they are in their places, each in the split of its id, and where
-    duplicates were dropped that no sequence comes twice in all splits. With ``full``, and of a small corpus, this of
-    all records, and that ids, tokens and TaxIDs are those of the fingerprint.
+    SAMPLE in CELLS parts of the records: that they are in their places, each in the split of its hash unless clusters
+    decided it, and where duplicates were dropped that no sequence comes twice in all splits. With ``full``, and of a
+    small corpus, this of all records, and that ids, tokens and TaxIDs are those of the fingerprint.
 
     Raises DataError, one sentence that names what is damaged.
     """
@@ -132,6 +132,8 @@ class _Cell:
         self.digests: dict[str, str] = {}
         self._problems: list[str] = []
         valid, test = (manifest.settings[f"{name}_fraction"] for name in ("valid", "test"))
+        by = str(manifest.settings.get("split_by", "id"))
+        rule = None if by == "cluster" else SplitRule(float(valid), float(test), by)  # type: ignore[arg-type]
         deduplicate = manifest.settings["deduplicate"]
         seen: dict[bytes, str] = {}
         for name, corpus in corpora.items():
@@ -145,8 +147,8 @@ class _Cell:
                     self._problems.append(f"{where} is not in its place")
                 elif deduplicate and this in seen:
                     self._problems.append(f"{where} stands in {seen[this]} too")
-                if name != "ood" and split_of(row.identifier, valid, test) != name:  # type: ignore[arg-type]
-                    self._problems.append(f"{where} belongs to another split by its id")
+                if name != "ood" and rule is not None and rule.split(row.identifier, row.tokens.tobytes()) != name:
+                    self._problems.append(f"{where} belongs to another split by its {rule.by}")
                 seen[this] = name
                 last = this
                 hashes.append(this)

@@ -32,7 +32,7 @@ TOKENS = (*LETTERS, "<bos>", "<eos>", "<pad>", "<mask>")
 class Vocabulary:
     """A token set: ids [0, ordinary) stand for data, and the four special tokens have ids of their own above them."""
 
-    name: str  # "protein", "bytes", "pixels", or a tokenizer's file
+    name: str  # "protein", "dna", "bytes", "pixels", or a tokenizer's file
     size: int  # all ids, special ones included
     bos: int
     eos: int
@@ -56,10 +56,57 @@ PROTEIN = Vocabulary("protein", VOCABULARY_SIZE, BOS, EOS, PAD, MASK, ordinary=R
 BYTES = Vocabulary("bytes", 260, bos=256, eos=257, pad=258, mask=259, ordinary=256, replacements=256)
 PIXELS = Vocabulary("pixels", 260, bos=256, eos=257, pad=258, mask=259, ordinary=256, replacements=256)
 
+# Bases, and N for any of them and for the letters of several (R, Y, ...). U is T in RNA.
+BASES = "ACGTN"
+DNA = Vocabulary("dna", 9, bos=5, eos=6, pad=7, mask=8, ordinary=5, replacements=4)
+
 # Byte -> id. Lower case marks low-complexity regions (soft masking) and means the same residue.
 TABLE = bytes(LETTERS.find(chr(byte).upper()) % 256 if byte < 128 else UNKNOWN for byte in range(256))
+_BASE_OF = {byte: chr(byte).upper().replace("U", "T") for byte in range(128)}
+DNA_TABLE = bytes(BASES.find(_BASE_OF.get(byte, "?")) % 256 for byte in range(256))
+
+# Id -> letter, of residues.
+TO_LETTERS = LETTERS.encode().ljust(256, b"X")
+
+
+@dataclass(frozen=True)
+class Alphabet:
+    """Tokens that are one letter each."""
+
+    vocabulary: Vocabulary
+    letters: str
+    other: str  # what letters outside of it are read as
+    table: bytes  # byte -> id, UNKNOWN for those
+    unit: str  # what a token is called, in the plural
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """A name for each id; special tokens read <bos>, <eos>, <pad>, <mask>."""
+        return (*self.letters, "<bos>", "<eos>", "<pad>", "<mask>")
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """IndexError for an id beyond the vocabulary."""
+        names = self.tokens
+        return "".join(names[token] for token in tokens)
+
+
+PROTEINS = Alphabet(PROTEIN, LETTERS, "X", TABLE, "residues")
+NUCLEIC_ACIDS = Alphabet(DNA, BASES, "N", DNA_TABLE, "bases")
+ALPHABETS = {alphabet.vocabulary.name: alphabet for alphabet in (PROTEINS, NUCLEIC_ACIDS)}
 
 
 def decode(tokens: Iterable[int]) -> str:
-    """Letters of residue ids; special tokens read <bos>, <eos>, <pad>, <mask>. IndexError for an id beyond 28."""
-    return "".join(TOKENS[token] for token in tokens)
+    """PROTEINS.decode."""
+    return PROTEINS.decode(tokens)
+
+
+COMPLEMENT = np.array([3, 2, 1, 0, 4], dtype=np.uint8)  # of bases
+
+
+def reverse_complement(tokens: Tokens) -> Tokens:
+    """The other strand of each stretch of bases; special tokens stay where they are. tokens: (n,), of DNA."""
+    out = tokens.copy()
+    special = np.flatnonzero(tokens >= DNA.ordinary)
+    for start, stop in zip([0, *(special + 1).tolist()], [*special.tolist(), len(tokens)], strict=True):
+        out[start:stop] = COMPLEMENT[tokens[start:stop][::-1]]
+    return out

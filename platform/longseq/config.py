@@ -115,7 +115,14 @@ class DataConfig:
     valid: list[str] = key([], "files for validation while training; empty: data.valid_fraction of train")
     test: list[str] = key([], "files for `longseq evaluate --split test`; empty: data.test_fraction of train")
     ood: list[str] = key([], "out-of-distribution files for `longseq evaluate --split ood`")
-    valid_fraction: float = key(0.05, "share of train held out by a hash of the record's id", at_least=0, below=1)
+    split_by: str = key(
+        "sequence",
+        "what is hashed to hold a share of train out: the sequence of a protein, so that it stays where it is whatever "
+        "file and identifier it comes with, or the record's id; texts and images go by their ids. A run without this "
+        "key, of a version before, goes by ids",
+        choices=("sequence", "id"),
+    )
+    valid_fraction: float = key(0.05, "share of train held out by data.split_by", at_least=0, below=1)
     test_fraction: float = key(0.05, "another such share, never looked at while training", at_least=0, below=1)
     format: str = key(
         "auto",
@@ -125,7 +132,8 @@ class DataConfig:
     )
     tokenizer: str = key(
         "auto",
-        "what the tokens are: protein (residues), bytes (of text), pixels, or a Hugging Face tokenizers FILE.json; "
+        "what the tokens are: protein (residues), dna (A, C, G, T, N), bytes (of text), pixels, or a "
+        "Hugging Face tokenizers FILE.json; "
         "auto: protein for FASTA, pixels for images, else bytes",
     )
     column: str | None = key(None, "field of a table with the text or image; default: text, or image with pixels")
@@ -169,6 +177,9 @@ class DataConfig:
         "folder for what files are turned into, blocks of tokens, once for all processes and runs; auto: "
         "$LONGSEQ_CACHE, or longseq in $XDG_CACHE_HOME or ~/.cache; none: nothing is kept, and each process reads the "
         "files for itself",
+    )
+    reverse_complement: bool = key(
+        False, "with data.tokenizer=dna: half of the training sequences, drawn by run.seed, come as the other strand"
     )
     strict: bool = key(
         False, "refuse letters outside the alphabet instead of reading them as X, and bytes that are not UTF-8"

@@ -52,7 +52,7 @@ def read_config(path: Path | str, overrides: Sequence[str] = (), *, resolved: bo
     """
     files = list(_layers(Path(path), ()))
     if resolved:
-        _name_seconds(files)
+        _as_of_before(files)
     layers = [*files, *map(_override_layer, overrides)]
     origin = next((name for layer in reversed(layers) if (name := layer.init_from())), None)
     if origin and not resolved:
@@ -65,9 +65,11 @@ def read_config(path: Path | str, overrides: Sequence[str] = (), *, resolved: bo
     return _merged(layers, str(path))
 
 
-def _name_seconds(files: Sequence[_Layer]) -> None:
-    """Runs of before may hold a time limit without a unit: it meant seconds."""
+def _as_of_before(files: Sequence[_Layer]) -> None:
+    """Runs of versions before: a time limit without a unit meant seconds, and ids decided the splits."""
     for layer in files:
+        if "data" in layer.values:
+            layer.values["data"] = {"split_by": "id", **(layer.values["data"] or {})}
         trainer = layer.values.get("trainer") or {}
         if re.fullmatch(r"\d+(\.\d+)?", limit := str(trainer.get("time_limit"))):
             trainer["time_limit"] = f"{limit}s"

@@ -53,6 +53,11 @@ def resolve_sources(config: Config) -> None:
     tokens = vocabulary(config)
     if tokens.name == "pixels":
         check_pixels(config)
+    if data.reverse_complement and (tokens.name != "dna" or is_corpus(data.train[0])):
+        raise ConfigError(
+            f"data.reverse_complement=true turns the strands of DNA files, and data.train is read as {tokens.name}"
+            f"{' from a prepared corpus' if is_corpus(data.train[0]) else ''}: set data.tokenizer=dna, or leave it out."
+        )
     if config.model.mask_scaling and tokens.mask != tokens.size - 1:
         raise ConfigError(
             f"model.mask_scaling=true knows MASK as the last token, but of {tokens.name} it is {tokens.mask} of "
@@ -198,6 +203,8 @@ def split_spec(config: Config, split: str) -> Samples:
         # A share is held out only where no files were named for that split.
         valid_fraction=0.0 if data.valid else data.valid_fraction,
         test_fraction=0.0 if data.test else data.test_fraction,
+        split_by=data.split_by,
+        reverse_complement=data.reverse_complement,
         length=data.length,
         packing="crop"
         if data.packing == "bucket"

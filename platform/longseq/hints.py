@@ -92,7 +92,11 @@ _VALUES = {
     "optim.implementation": {"torch": "adamw adam", "cpu": "cpuadam deepspeedcpuadam", "fused": "fusedadam"},
     "data.packing": {"concat": "packed pack join", "crop": "pad padding none single", "bucket": "sort buckets sorted"},
     "data.format": {"fasta": "fa faa protein proteins", "text": "txt plain", "jsonl": "json", "images": "image"},
-    "data.tokenizer": {"protein": "aa amino amino_acids residues", "bytes": "byte char chars characters utf8 utf-8"},
+    "data.tokenizer": {
+        "protein": "aa amino amino_acids residues",
+        "dna": "rna nucleotides bases genome",
+        "bytes": "byte char chars characters utf8 utf-8",
+    },
     "model.position": {"rotary": "rope", "learned": "absolute embedding"},
     "trainer.offload_optimizer": {"cpu": "true ram", "none": "false null off", "nvme": "disk ssd"},
     "trainer.offload_params": {"cpu": "true ram", "none": "false null off", "nvme": "disk ssd"},

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import string
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longseq_data.tokenization import SPECIAL_NAMES
-from longseq_data.vocabulary import LETTERS, TOKENS, Vocabulary
+from longseq_data.vocabulary import ALPHABETS, UNKNOWN, Alphabet, Vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -25,8 +26,10 @@ def write_tokenizer(folder: Path, vocabulary: Vocabulary, *, first: int, causal:
     """
     if vocabulary.name == "pixels":
         return False
-    makers = {"protein": _protein, "bytes": _bytes}
-    tokenizer = makers[vocabulary.name]() if vocabulary.name in makers else _file(vocabulary)
+    if vocabulary.name in ALPHABETS:
+        tokenizer = _letters(ALPHABETS[vocabulary.name])
+    else:
+        tokenizer = _bytes() if vocabulary.name == "bytes" else _file(vocabulary)
     names = {role: str(tokenizer.id_to_token(getattr(vocabulary, role))) for role in SPECIAL_NAMES}
     _frame(tokenizer, names, vocabulary, first, causal)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -43,13 +46,23 @@ def write_tokenizer(folder: Path, vocabulary: Vocabulary, *, first: int, causal:
     return True
 
 
-def _protein() -> Tokenizer:
-    """A residue a token; lower case reads as upper case, a final * and white space as nothing, other letters as X."""
+def _letters(alphabet: Alphabet) -> Tokenizer:
+    """A letter a token; lower case reads as upper case, a final * and white space as nothing, other letters as X, or N.
+
+    Letters that stand for another one, as U for T in DNA, read as that.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    tokenizer = Tokenizer(models.WordLevel({name: id_ for id_, name in enumerate(TOKENS)}, unk_token="X"))
-    tokenizer.add_special_tokens(list(TOKENS[len(LETTERS) :]))
-    upper = [normalizers.Replace(letter.lower(), letter) for letter in LETTERS]
+    tokenizer = Tokenizer(
+        models.WordLevel({name: id_ for id_, name in enumerate(alphabet.tokens)}, unk_token=alphabet.other)
+    )
+    tokenizer.add_special_tokens(list(alphabet.tokens[len(alphabet.letters) :]))
+    read = {letter: alphabet.table[ord(letter)] for letter in string.ascii_letters}
+    upper = [
+        normalizers.Replace(letter, alphabet.letters[id_])
+        for letter, id_ in read.items()
+        if id_ != UNKNOWN and letter != alphabet.letters[id_]
+    ]
     tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s|\*\s*$"), ""), *upper])
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()

@@ -12,7 +12,7 @@ import pytest
 from Bio import SeqIO
 
 from command_line import Ended, checkpoint, curve, longseq
-from longseq_data.splits import split_of
+from corpora import by_sequence
 
 pytestmark = pytest.mark.distributed
 
@@ -80,7 +80,7 @@ def test_baseline_is_an_independent_count(folder: Path, report: dict) -> None:
     train: Counter[str] = Counter()
     test: Counter[str] = Counter()
     for record in SeqIO.parse(folder / "proteins.fasta", "fasta"):
-        counts = {"train": train, "test": test}.get(split_of(record.id, *FRACTIONS))
+        counts = {"train": train, "test": test}.get(by_sequence(record.id, str(record.seq), *FRACTIONS))
         if counts is not None:
             counts.update([*str(record.seq), "EOS"])
     total = sum(train.values()) + 29

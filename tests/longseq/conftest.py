@@ -14,7 +14,7 @@ from longseq.run import Run
 from longseq.training.shards import write
 from positions import position
 
-FASTA = "".join(f">r{i}\n{'MKVLAACDEFGHIKLMNPQ'[i % 7 :]}\n" for i in range(40))
+FASTA = "".join(f">r{i}\n{'MKVLAACDEFGHIKLMNP'[i % 7 :]}{'QRSTVW'[i // 7]}\n" for i in range(40))  # no two alike
 # Small enough to be refused in no time, and to be trained in no time if a refusal is missing.
 SMALL = "model: {preset: tiny}\ndata: {length: 16, batch_tokens: 64}\ntrainer: {max_steps: 8, accelerator: cpu}\n"
 

@@ -30,7 +30,7 @@ def test_a_shipped_configuration_loads_and_its_model_can_be_built(path):
 
 
 def test_configurations_are_shipped():
-    assert {path.parent.name for path in RUNS} == {"protein", "text", "pixels"}
+    assert {path.parent.name for path in RUNS} == {"protein", "genome", "text", "pixels"}
     assert len(PREPARE) == 2
 
 

@@ -153,5 +153,5 @@ def test_a_resumed_run_needs_room_only_for_what_it_has_not_written(config, run, 
 def test_an_empty_split_is_refused_before_anything_is_made(refusal, folder):
     (folder / "two.fasta").write_text(">a\nMKV\n>b\nMJ\n")
     refused = refusal("data.train=two.fasta", "trainer.valid_every=5")
-    assert refused.startswith("data.train: the hash of the identifiers puts none of the 2 records into validation")
+    assert refused.startswith("data.train: the hash of the sequences puts none of the 2 records into validation")
     assert "trainer.valid_every=0" in refused

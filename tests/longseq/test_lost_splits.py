@@ -23,6 +23,7 @@ from longseq.data import fit_parts, identities, resolve_sources, split_spec
 from longseq.errors import RunError
 from longseq.run import Run
 from longseq_data.errors import DataError
+from longseq_data.inspection import report_lines
 from longseq_data.prepare import prepare
 from longseq_data.prepare_config import PrepareConfig
 from longseq_data.shuffling import documents_in_file_order
@@ -46,12 +47,78 @@ def splits_of(config) -> dict[str, list[str]]:
     return found
 
 
+def sequence(number: int) -> str:
+    """A protein that no other number has."""
+    return "MKV" + "".join("ACDEFGHIKL"[int(digit)] for digit in f"{number:05d}")
+
+
+def place(number: int) -> float:
+    """Where it stands, by the definition, in words of its own."""
+    tokens = bytes("ACDEFGHIKLMNPQRSTVWYBOUXZ".index(letter) for letter in sequence(number))
+    return (int.from_bytes(hashlib.blake2b(tokens, digest_size=16).digest()[8:], "big") // 2**11) / 2**53
+
+
 @pytest.mark.parametrize("header", [">seq {}", "> protein {}"])
-def test_records_of_one_identifier_are_refused_and_the_advice_works(folder: Path, header: str) -> None:
+def test_records_of_one_identifier_are_split_by_their_sequences_and_it_is_said(
+    folder: Path, capsys: pytest.CaptureFixture[str], header: str
+) -> None:
+    (folder / "same.fasta").write_text("".join(f"{header.format(i)}\n{sequence(i)}\n" for i in range(400)))
+    name = header.split()[0].lstrip(">") or header.split()[1]
+    config = checked("data.train=same.fasta")
+    said = capsys.readouterr().err
+    assert f"399 of 400 records have an identifier that came before (the first: '{name}')" in said
+    found = {}
+    for split in ("train", "valid", "test"):
+        documents = documents_in_file_order(split_spec(config, split))  # type: ignore[arg-type]
+        found[split] = [document.sequence for document in documents]
+    places = {sequence(i): place(i) for i in range(400)}
+    assert found["valid"] == [letters for letters, at in places.items() if at < 0.05]
+    assert found["test"] == [letters for letters, at in places.items() if 0.05 <= at < 0.1]
+    assert found["train"] == [letters for letters, at in places.items() if at >= 0.1]
+    assert all(found.values())
+
+
+def test_a_sequence_stays_in_its_split_whatever_it_is_called_and_however_it_is_written(folder: Path) -> None:
+    (folder / "a.fasta").write_text("".join(f">seq {i}\n{sequence(i)}\n" for i in range(400)))
+    entry = ">sp|P{0:05d}|X a protein\n{1}\n{2}*\n"
+    text = "".join(entry.format(i, sequence(i)[:4].lower(), sequence(i)[4:]) for i in reversed(range(400)))
+    (folder / "b.fasta").write_text(text)
+    table = "".join(json.dumps({"id": "same", "seq": sequence(i)}) + "\n" for i in range(400))
+    (folder / "c.jsonl").write_text(table)
+    keys = {"a.fasta": [], "b.fasta": [], "c.jsonl": ["data.tokenizer=protein", "data.column=seq"]}
+    found = {}
+    for name, more in keys.items():
+        config = checked(f"data.train={name}", *more)
+        documents = documents_in_file_order(split_spec(config, "valid"))  # type: ignore[arg-type]
+        found[name] = {document.sequence.upper() for document in documents}
+    assert found["a.fasta"] == {sequence(i) for i in range(400) if place(i) < 0.05}
+    assert found["b.fasta"] == found["a.fasta"]
+    assert found["c.jsonl"] == found["a.fasta"]
+
+
+def test_a_run_of_the_version_before_keeps_its_splits(folder: Path) -> None:
+    (folder / "few.fasta").write_text("".join(f">r{i}\n{sequence(i)}\n" for i in range(400)))
+    config = checked("data.train=few.fasta")
+    run = Run.create(config, "one")
+    assert run.config().data.split_by == "sequence"
+    lines = run.config_path.read_text().splitlines(keepends=True)
+    run.config_path.write_text("".join(line for line in lines if "split_by" not in line))  # as it was written before
+    before = run.config()
+    assert before.data.split_by == "id"
+    found = splits_of(before)
+    for name in found["valid"]:
+        digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+        assert (int.from_bytes(digest, "big") // 2**11) / 2**53 < 0.05
+    assert found["valid"] != splits_of(config)["valid"]
+    assert sorted(name for names in found.values() for name in names) == sorted(f"r{i}" for i in range(400))
+
+
+@pytest.mark.parametrize("header", [">seq {}", "> protein {}"])
+def test_records_of_one_identifier_are_refused_by_id_and_the_advice_works(folder: Path, header: str) -> None:
     (folder / "same.fasta").write_text("".join(f"{header.format(i)}\nMKVLAACDEF\n" for i in range(80)))
     name = header.split()[0].lstrip(">") or header.split()[1]
     with pytest.raises(DataError, match=f"all of them have the identifier '{name}'") as caught:
-        checked("data.train=same.fasta")
+        checked("data.train=same.fasta", "data.split_by=id")
     program = re.search(r"awk '(.*)' OLD > NEW", str(caught.value))
     assert program
     assert program[1] == '/^>/{print ">r" ++n " " substr($0, 2); next} 1'
@@ -59,20 +126,25 @@ def test_records_of_one_identifier_are_refused_and_the_advice_works(folder: Path
     heads = iter(range(1, 81))
     new = [f">r{next(heads)} {line[1:]}" if line.startswith(">") else line for line in lines]  # as awk does
     (folder / "new.fasta").write_text("\n".join(new) + "\n")
-    assert all(splits_of(checked("data.train=new.fasta")).values())
+    assert all(splits_of(checked("data.train=new.fasta", "data.split_by=id")).values())
 
 
 @pytest.mark.parametrize("header", [">seq {}", "> protein {}"])
-def test_prepare_refuses_records_of_one_identifier(folder: Path, header: str) -> None:
+def test_prepare_refuses_records_of_one_identifier_by_id(folder: Path, header: str) -> None:
     (folder / "same.fasta").write_text("".join(f"{header.format(i)}\n{'MKVLAACDEF' * (i + 1)}\n" for i in range(80)))
     with pytest.raises(DataError, match=r"80 records into .* all of them have the identifier"):
-        prepare(PrepareConfig(sources=["same.fasta"], output="corpus", workers=1))
+        prepare(PrepareConfig(sources=["same.fasta"], output="corpus", workers=1, split_by="id"))
     assert not (folder / "corpus").exists()
+    manifest, _ = prepare(PrepareConfig(sources=["same.fasta"], output="other", workers=1))
+    assert manifest.splits["valid"].records
+    again = {"records": 80, "again": 79, "first": header.split()[0].lstrip(">") or header.split()[1]}
+    assert manifest.report["repeated_ids"] == again
+    assert any("a hash of the sequences decides the splits" in line for line in report_lines("other", manifest))
 
 
 @pytest.mark.parametrize("records", [2, 3, 8])
 def test_the_fraction_that_is_advised_fills_the_split(folder: Path, records: int) -> None:
-    (folder / "few.fasta").write_text("".join(f">r{i}\nMKVLAACDEF\n" for i in range(records)))
+    (folder / "few.fasta").write_text("".join(f">r{i}\n{sequence(5 + i)}\n" for i in range(records)))
     with pytest.raises(DataError, match="into validation") as caught:
         checked("data.train=few.fasta")
     advised = re.search(r"set (data.valid_fraction=[\d.]+)(?: and (data.test_fraction=[\d.]+))?", str(caught.value))

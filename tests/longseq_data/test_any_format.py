@@ -17,7 +17,7 @@ from longseq_data.batches import EvaluationBatches, Loader, TrainingBatches
 from longseq_data.errors import DataError
 from longseq_data.fasta import read_records
 from longseq_data.reading import Reading
-from longseq_data.splits import split_of
+from longseq_data.splits import SplitRule, split_of
 from longseq_data.streaming import (
     StreamSpec,
     evaluation_samples,
@@ -204,7 +204,7 @@ def test_the_split_is_by_identifier_and_a_partition(format, make):
     for split in ("train", "valid", "test"):
         parts += Counter(documents(make(format, split=split)))
     assert parts == whole
-    report = survey(make(format).reading, make(format).sources, strict=False, valid_fraction=0.2, test_fraction=0.1)
+    report = survey(make(format).reading, make(format).sources, strict=False, rule=SplitRule(0.2, 0.1))
     assert report.records == whole.total()
     assert report.splits["valid"] == len(documents(make(format, split="valid")))
     assert report.complete

@@ -337,7 +337,10 @@ def test_rows_out_of_place_are_found(copy):
         verify(copy)
 
 
-def test_another_id_is_found_by_its_split_or_by_the_fingerprint(copy):
+def test_another_id_is_found_by_its_split_or_by_the_fingerprint(tmp_path):
+    copy = tmp_path / "corpus"
+    prepare(PrepareConfig(sources=write_files(tmp_path / "files"), output=str(copy), workers=1, split_by="id"))
+
     def change(table: pa.Table, name: str) -> pa.Table:
         identifiers = table["id"].to_pylist()
         identifiers[0] = name
@@ -349,6 +352,11 @@ def test_another_id_is_found_by_its_split_or_by_the_fingerprint(copy):
     assert "record 0 of train belongs to another split by its id" in damage(copy)
     rewritten(copy, "train", lambda table: change(table, same))
     assert "the rows of train are not those of the fingerprint" in damage(copy)
+
+
+def test_a_record_of_another_split_is_found_by_its_sequence(copy):
+    changed_manifest(copy, lambda manifest: manifest["settings"].update(valid_fraction=0.9))
+    assert "of train belongs to another split by its sequence" in damage(copy)
 
 
 def test_another_taxid_is_found_by_the_fingerprint(copy):

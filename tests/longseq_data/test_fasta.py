@@ -15,7 +15,7 @@ from longseq_data.fasta import Encoder, Record, read_records, scan
 from longseq_data.inspection import count, raw_lines
 from longseq_data.reading import Reading
 from longseq_data.sharing import Share
-from longseq_data.splits import split_of
+from longseq_data.splits import SplitRule, split_of
 from longseq_data.streaming import StreamSpec
 from longseq_data.survey import survey
 from longseq_data.vocabulary import LETTERS, X, decode
@@ -204,10 +204,10 @@ def test_scan_reads_at_least_one_record_of_every_source(proteins):
 
 def test_scan_counts_the_records_of_each_split(proteins):
     found = [split_of(record.identifier, 0.2, 0.3) for source in proteins for record in read_records(source)]
-    assert scan(proteins, strict=True, valid_fraction=0.2, test_fraction=0.3).splits == Counter(found)
+    assert scan(proteins, strict=True, rule=SplitRule(0.2, 0.3)).splits == Counter(found)
     assert set(found) == {"train", "valid", "test"}
     assert scan(proteins, strict=True).splits == {"train": 37}
-    assert scan(proteins, strict=True, valid_fraction=1.0).splits["train"] == 0
+    assert scan(proteins, strict=True, rule=SplitRule(1.0, 0.0)).splits["train"] == 0
 
 
 def test_scan_of_single_records_over_the_budget_is_complete(write):

@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from corpora import tables
+from corpora import by_sequence, tables
 from longseq_data.prepare import prepare
 from longseq_data.prepare_config import PrepareConfig
-from longseq_data.splits import split_of
 from longseq_data.tokenization import save_tokenizer, train_tokenizer
 
 LENGTH = 24  # data.length of every way
@@ -53,12 +52,12 @@ def make(kind: str, records: str, folder: Path) -> Source:
     """The data of a way, in a new folder."""
     folder.mkdir(parents=True)
     sizes = {"train": TRAIN, "valid": SIZES[records], "test": SIZES[records]}
-    return {"fasta": _fasta, "corpus": _corpus, "bytes": _lines, "tokenizer": _tokenizer, "pixels": _pixels}[kind](
-        folder, sizes
-    )
+    makers = {"fasta": _fasta, "dna": _dna, "corpus": _corpus, "bytes": _lines, "tokenizer": _tokenizer}
+    return {**makers, "pixels": _pixels}[kind](folder, sizes)
 
 
 _PROTEIN = Special(25, 26, 28, 25)
+_DNA = Special(5, 6, 8, 5)
 _BYTES = Special(256, 257, 259, 256)
 
 
@@ -85,15 +84,32 @@ def _fasta(folder: Path, sizes: dict[str, list[int]]) -> Source:
     return Source(_keys(folder, ".fasta"), _PROTEIN, documents, names, folder / "test.fasta")
 
 
+def _dna(folder: Path, sizes: dict[str, list[int]]) -> Source:
+    """Upper and lower case, N, RNA's U, and a letter for two bases."""
+    read = dict(zip("ACGTNacgtUuR", [0, 1, 2, 3, 4, 0, 1, 2, 3, 3, 3, 4], strict=True))
+    rng, documents, names = random.Random(6), {}, []
+    for split, lengths in sizes.items():
+        texts = ["".join(rng.choices(list(read), [9, 3, 3, 5, 1, 5, 2, 2, 2, 1, 1, 1], k=size)) for size in lengths]
+        rows = [(f"{split}{i}", text) for i, text in enumerate(texts)]
+        _write_fasta(folder / f"{split}.fasta", rows)
+        documents[split] = [[read[letter] for letter in text] for text in texts]
+        names = [name for name, _ in rows]
+    keys = ("data.tokenizer=dna", "data.reverse_complement=true")
+    return Source((*_keys(folder, ".fasta"), *keys), _DNA, documents, names, folder / "test.fasta")
+
+
 def _corpus(folder: Path, sizes: dict[str, list[int]]) -> Source:
-    """A corpus whose splits get so many records by their identifiers."""
+    """A corpus whose splits get so many records by their sequences."""
     rng, rows, number = random.Random(2), [], 0
     left = {split: list(lengths) for split, lengths in sizes.items()}
     while any(left.values()):
         name, number = f"r{number}", number + 1
-        split = split_of(name, 0.2, 0.2)
-        if left[split]:
-            rows.append((name, _proteins(rng, left[split].pop(0))))
+        size = next(iter(filter(None, left.values())))[0]
+        sequence = _proteins(rng, size)
+        split = by_sequence(name, sequence, 0.2, 0.2)
+        if size in left[split]:
+            left[split].remove(size)
+            rows.append((name, sequence))
     _write_fasta(folder / "all.fasta", rows)
     settings = {"valid_fraction": 0.2, "test_fraction": 0.2, "deduplicate": False, "workers": 1}
     prepare(PrepareConfig([str(folder / "all.fasta")], str(folder / "corpus"), **settings))

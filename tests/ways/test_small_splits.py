@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from corpora import by_sequence
 from longseq_data.prepare import prepare
 from longseq_data.prepare_config import PrepareConfig
-from longseq_data.splits import split_of
 from ways.sources import LENGTH
 from ways.test_ways import SETTINGS
 
@@ -18,9 +18,10 @@ EMPTY = {"nothing": "", "blank": "\n\n", "a header": ">only\n"}
 
 
 def fasta(path: Path, split: str | None = None, fraction: float = 0.2) -> str:
-    """Thirty records; with a split, those alone that their identifiers put elsewhere."""
-    names = [name for name in map("r{}".format, range(200)) if split_of(name, fraction, fraction) != split][:30]
-    path.write_text("".join(f">{name}\n{'MKVLAEDGH'[i % 8 :] * 4}\n" for i, name in enumerate(names)))
+    """Thirty records; with a split, those alone that their sequences put elsewhere."""
+    proteins = [f"{'MKVLAEDGH'[i % 8 :] * 4}{'ACDEFGHIKL'[i // 8 % 10]}{'ACDEFGHIKL'[i // 80]}" for i in range(200)]
+    chosen = [protein for protein in proteins if by_sequence("", protein, fraction, fraction) != split][:30]
+    path.write_text("".join(f">r{i}\n{protein}\n" for i, protein in enumerate(chosen)))
     return str(path)
 
 

@@ -154,6 +154,12 @@ def sampled(way: Way, source: Source, longseq: Callable[..., str], refused: Call
             first, second = (record.sequence for record in read_records("filled.fasta"))
             assert (len(first), second[:2], second[3]) == (1, "MK", "V")
             assert {first, second[2]} <= set(LETTERS)
+        if way["source"] == "dna":
+            Path("holes.fasta").write_text(">a\nAu?n\n")
+            longseq("sample", "runs/two", "--infill", "holes.fasta", "--out", "filled.fasta")
+            (record,) = read_records("filled.fasta")
+            assert (record.sequence[:2], record.sequence[3]) == ("AT", "N")
+            assert record.sequence[2] in "ACGTN"
         return
     words = ("sample", "runs/two", "--number", 3, "--length", 12, "--seed", 4)
     text = longseq(*words)

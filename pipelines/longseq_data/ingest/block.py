@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -13,12 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from longseq_data.documents import Extent, words_before
-from longseq_data.splits import places
-from longseq_data.vocabulary import Tokens, Vocabulary
+from longseq_data.splits import identifier_places, sequence_places
+from longseq_data.vocabulary import ALPHABETS, Tokens, Vocabulary
 
 FORMAT = 1  # of the files; counted up when what they hold, or how it is made, changes
 FIRST_BYTES, MOST_BYTES = 1 << 16, 1 << 22  # of tokens: the first blocks are small, so that training begins early
 MOST_RECORDS = 1 << 16
+_PLACES = {"id": "place", "sequence": "sequence_place"}  # columns by what decides a split
 
 Integers = npt.NDArray[np.int64]
 
@@ -46,17 +47,19 @@ class Block:
     identifiers: Sequence[bytes]
     held: Integers
     texts: Sequence[bytes] | None
-    stored_places: npt.NDArray[np.float64] | None = None
+    stored_places: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # what is worth a warning
     mapped: bool = False  # lies in a file: a view of it holds no memory
+    residues: bool = False  # of sequences, whose splits may go by their tokens
 
     def __len__(self) -> int:
         return len(self.held)
 
-    @property
-    def places(self) -> npt.NDArray[np.float64]:
-        """In [0, 1), of each record: what decides its split, see splits.in_split."""
-        return places(self.identifiers) if self.stored_places is None else self.stored_places
+    def places(self, by: str) -> npt.NDArray[np.float64]:
+        """In [0, 1), of each record: what decides its split. by: "id" or "sequence", see splits.SplitRule."""
+        if by in self.stored_places:
+            return self.stored_places[by]
+        return identifier_places(self.identifiers) if by == "id" else sequence_places(self.ids(range(len(self))))
 
     @property
     def lengths(self) -> Integers:
@@ -145,6 +148,7 @@ class Builder:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._dtype = stored_dtype(vocabulary)
+        self._residues = vocabulary.name in ALPHABETS
         self._made = 0
         self._parts: list[Records] = []
         self._bytes = self._records = 0
@@ -189,6 +193,7 @@ class Builder:
             np.array(held, dtype=np.int64),
             texts,
             notes=tuple(self.notes),
+            residues=self._residues,
         )
         self._made += 1
         self._parts, self._bytes, self._records, self.notes = [], 0, 0, []
@@ -202,7 +207,7 @@ def write_block(block: Block, path: Path) -> None:
     binary = pa.large_binary()
     columns = {
         "id": pa.array(block.identifiers, binary),
-        "place": pa.array(block.places),
+        **{_PLACES[by]: pa.array(block.places(by)) for by in (_PLACES if block.residues else ("id",))},
         "held": pa.array(block.held),
         "tokens": pa.LargeListArray.from_arrays(pa.array(block.offsets), pa.array(block.tokens)),
     }
@@ -227,7 +232,7 @@ def open_block(path: Path) -> Block:
         _Bytes(batch.column("id")),
         batch.column("held").to_numpy(),
         _Bytes(batch.column("text")) if "text" in batch.schema.names else None,
-        batch.column("place").to_numpy(),
+        {by: batch.column(name).to_numpy() for by, name in _PLACES.items() if name in batch.schema.names},
         tuple(notes),
         mapped=True,
     )

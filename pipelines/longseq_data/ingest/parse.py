@@ -29,7 +29,8 @@ def parsed(reading: Reading, leaf: Leaf, *, strict: bool, watch: Watch | None = 
     builder = Builder(reading.vocabulary)
     encoder = reading.encoder(strict, tell=lambda note: builder.notes.append(note))
     fasta = leaf.format == "fasta"
-    read = _proteins(leaf.source, encoder, watch) if fasta else _documents(reading, leaf, strict, encoder, watch)
+    bulk = reading.tokens == "protein"
+    read = _sequences(leaf.source, encoder, watch, bulk) if fasta else _documents(reading, leaf, strict, encoder, watch)
     with closing(read):
         try:
             for records in read:
@@ -40,8 +41,10 @@ def parsed(reading: Reading, leaf: Leaf, *, strict: bool, watch: Watch | None = 
     yield from builder.rest()
 
 
-def _proteins(source: str, encoder: DocumentEncoder, watch: Watch | None) -> Generator[Records, None, None]:
-    with closing(read_bulk(source, watch)) as read:
+def _sequences(
+    source: str, encoder: DocumentEncoder, watch: Watch | None, proteins: bool
+) -> Generator[Records, None, None]:
+    with closing(read_bulk(source, watch, proteins=proteins)) as read:
         for bulk, records in read:
             if bulk is not None:
                 yield Records(bulk.identifiers, bulk.ids, list(map(len, bulk.ids)))

@@ -20,7 +20,7 @@ from longseq.commands.options import add_model, add_overrides, output, ready
 from longseq.errors import LongseqError
 from longseq.opening import Source, find
 from longseq_data.fasta import read_records
-from longseq_data.vocabulary import LETTERS, MASK, TABLE, UNKNOWN
+from longseq_data.vocabulary import ALPHABETS, UNKNOWN, Alphabet
 
 if TYPE_CHECKING:
     from longseq.evaluation.sampling import Drawn, Settings
@@ -112,7 +112,7 @@ def _write(out: TextIO, source: Source, drawn: Drawn, args: argparse.Namespace) 
     facts = f"seed={args.seed} run={source.name} step={source.step} tokens={len(drawn.tokens)}"
     facts += f" log_likelihood={drawn.log_likelihood:.4f} ended={'eos' if drawn.ended else 'length'}"
     text = plain_text(drawn.tokens, source.vocabulary)
-    if source.vocabulary.name == "protein":
+    if source.vocabulary.name in ALPHABETS:
         _fasta(out, f"sample-{drawn.number} {facts}", text)
     else:
         print(f"=== sample-{drawn.number} {facts}\n{text}", file=out)
@@ -142,9 +142,10 @@ def speed(clock: list[float], length: int) -> str:
 
 def _infill(source: Source, args: argparse.Namespace) -> int:
     source.require("masked", "--infill needs a masked one; a causal one continues a --prompt.")
-    if source.vocabulary.name != "protein":
-        raise LongseqError(f"{source.folder}: a model of text; --infill works on proteins.")
-    records = list(_masked_records(args.infill))
+    alphabet = ALPHABETS.get(source.vocabulary.name)
+    if alphabet is None:
+        raise LongseqError(f"{source.folder}: a model of text; --infill works on proteins and DNA.")
+    records = list(_masked_records(args.infill, alphabet))
 
     from longseq.evaluation.infilling import fill
     from longseq.evaluation.tokens import plain_text
@@ -155,13 +156,14 @@ def _infill(source: Source, args: argparse.Namespace) -> int:
         settings = _settings(args, temperature=0.0)
         for number, (identifier, tokens) in enumerate(records):
             filled = fill(model, source.vocabulary, source.begins, tokens, args.rounds or 0, settings, number)
-            facts = f"filled={tokens.count(MASK)} seed={args.seed} run={source.name} step={source.step}"
+            hidden = tokens.count(source.vocabulary.mask)
+            facts = f"filled={hidden} seed={args.seed} run={source.name} step={source.step}"
             header = f"{identifier} {facts} log_likelihood={filled.log_likelihood:.4f}"
             _fasta(out, header, plain_text(filled.tokens, source.vocabulary))
     return 0
 
 
-def _masked_records(file: str) -> Iterator[tuple[str, list[int]]]:
+def _masked_records(file: str, alphabet: Alphabet) -> Iterator[tuple[str, list[int]]]:
     """Identifier and ids of each record, '?' as MASK.
 
     Raises:
@@ -169,15 +171,16 @@ def _masked_records(file: str) -> Iterator[tuple[str, list[int]]]:
     """
     hidden = 0
     for record in read_records(file):
-        tokens = [MASK if letter == _HIDDEN else TABLE[ord(letter)] for letter in record.sequence]
+        mask, table = alphabet.vocabulary.mask, alphabet.table
+        tokens = [mask if letter == _HIDDEN else table[ord(letter)] for letter in record.sequence]
         if UNKNOWN in tokens:
             at = tokens.index(UNKNOWN)
             line = record.place_of(at)[1]
             raise LongseqError(
                 f"{file}, line {line}: {record.sequence[at]!r} in record '{record.identifier}' is neither one of "
-                f"{LETTERS} nor '{_HIDDEN}'; correct it."
+                f"{alphabet.letters} nor '{_HIDDEN}'; correct it."
             )
-        hidden += tokens.count(MASK)
+        hidden += tokens.count(mask)
         yield record.identifier, tokens
     if not hidden:
         raise LongseqError(f"{file}: no '{_HIDDEN}' in any record: write one for each residue to be filled in.")

@@ -27,6 +27,7 @@ from longseq_data.errors import DataError
 from longseq_data.fasta import NUCLEOTIDES_SENTENCE, ScanReport
 from longseq_data.identity import identity_of
 from longseq_data.manifest import read_manifest
+from longseq_data.splits import SplitRule
 from longseq_data.survey import UNITS, survey
 
 TAKE_OVER_HELP = (
@@ -200,12 +201,22 @@ def check_data(config: Config) -> None:
             read,
             sources,
             strict=data.strict,
-            valid_fraction=data.valid_fraction if shares and not data.valid else 0.0,
-            test_fraction=data.test_fraction if shares and not data.test else 0.0,
+            rule=SplitRule(
+                data.valid_fraction if shares and not data.valid else 0.0,
+                data.test_fraction if shares and not data.test else 0.0,
+                data.split_by if read.has_residues else "id",
+            ),
         )
         if shares and report.complete:
             _refuse_empty_splits(config, report)
-        if shares and report.identifiers.repeated:
+        found = report.identifiers
+        if shares and found.again and found.by == "sequence":
+            print(
+                f"longseq: note: data.train: {found.again:,} of {report.records:,} records have an identifier that "
+                f"came before (the first: '{found.first_again[:40]}'): a hash of the sequences decides the splits.",
+                file=sys.stderr,
+            )
+        elif shares and found.repeated:
             print(
                 f"longseq: warning: data.train: {report.records:,} records have {len(report.identifiers.places):,} "
                 "different identifiers, which decide their splits: the splits may be uneven, or empty.",
@@ -225,7 +236,7 @@ def say(name: str, report: ScanReport) -> None:
         first = report.first_unknown
         place = f", first at {first[0]}:{first[1]}" if first else ""
         print(
-            f"longseq: warning: letters outside the alphabet are read as X: {letters}{place}. "
+            f"longseq: warning: letters outside the alphabet are read as {report.other}: {letters}{place}. "
             "Refuse them with data.strict=true.",
             file=sys.stderr,
         )

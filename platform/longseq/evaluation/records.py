@@ -16,7 +16,7 @@ from longseq_data.shuffling import documents_in_file_order
 from longseq_data.streaming import StreamSpec
 from longseq_data.survey import survey
 from longseq_data.tokenization import load_tokenizer
-from longseq_data.vocabulary import LETTERS, TABLE, UNKNOWN, Tokens, Vocabulary
+from longseq_data.vocabulary import ALPHABETS, UNKNOWN, Tokens, Vocabulary
 
 BATCH_TOKENS = 4096  # read by a model at once, padding included; a longer record is read alone
 
@@ -85,11 +85,12 @@ def prompt_tokens(text: str, vocabulary: Vocabulary, what: str) -> list[int]:
         text.encode()
     except UnicodeEncodeError as error:
         raise LongseqError(f"{what}: not UTF-8 from position {error.start + 1} on; write it in UTF-8.") from None
-    if vocabulary.name == "protein":
-        ids = list(text.encode("ascii", "replace").translate(TABLE))
+    if vocabulary.name in ALPHABETS:
+        alphabet = ALPHABETS[vocabulary.name]
+        ids = list(text.encode("ascii", "replace").translate(alphabet.table))
         if UNKNOWN in ids:
             at = ids.index(UNKNOWN)
-            raise LongseqError(f"{what}: {text[at]!r} at position {at + 1} is none of {LETTERS}; correct it.")
+            raise LongseqError(f"{what}: {text[at]!r} at position {at + 1} is none of {alphabet.letters}; correct it.")
         return ids
     if vocabulary.name == "bytes":
         return list(text.encode())

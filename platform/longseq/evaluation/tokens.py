@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from longseq_data.vocabulary import TOKENS, Vocabulary
+from longseq_data.vocabulary import ALPHABETS, Vocabulary
 
 
 def token_names(vocabulary: Vocabulary) -> list[str]:
-    """A name for each id: residues are letters, bytes their character, special tokens <bos>, <eos>, <pad>, <mask>."""
-    if vocabulary.name == "protein":
-        return list(TOKENS)
+    """A name for each id: residues and bases are letters, bytes characters, specials <bos>, <eos>, <pad>, <mask>."""
+    if vocabulary.name in ALPHABETS:
+        return list(ALPHABETS[vocabulary.name].tokens)
     if vocabulary.name == "bytes":
         names = [repr(chr(byte))[1:-1] if byte < 128 else f"0x{byte:02x}" for byte in range(256)]
     elif vocabulary.name == "pixels":
@@ -29,8 +29,8 @@ def token_names(vocabulary: Vocabulary) -> list[str]:
 def plain_text(tokens: Iterable[int], vocabulary: Vocabulary) -> str:
     """The text that ordinary tokens stand for; bytes that are no UTF-8 read U+FFFD."""
     ids = list(tokens)
-    if vocabulary.name == "protein":
-        return "".join(TOKENS[token] for token in ids)
+    if vocabulary.name in ALPHABETS:
+        return ALPHABETS[vocabulary.name].decode(ids)
     if vocabulary.name == "bytes":
         return bytes(ids).decode(errors="replace")
     from longseq_data.tokenization import load_tokenizer

@@ -25,7 +25,9 @@ HEAVY = {"torch", "lightning", "deepspeed", "tensorboard", "datasets"}
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    (tmp_path / "proteins.fasta").write_text("".join(f">r{i}\nMKVLAACDEFGHIKLMNPQ\n" for i in range(40)))
+    (tmp_path / "proteins.fasta").write_text(
+        "".join(f">r{i}\n{'MKVLAACDEFGHIKLMNP'[i % 7 :]}{'QRSTVW'[i // 7]}\n" for i in range(40))
+    )
     text = "model: {preset: tiny}\ndata: {train: proteins.fasta, length: 16, batch_tokens: 64}\n"
     (tmp_path / "small.yaml").write_text(f"{text}trainer: {{max_steps: 8, accelerator: cpu}}\n")
     (tmp_path / "tools").mkdir()

@@ -9,6 +9,7 @@ import importlib
 ACTIONS = {
     "fetch": "download UniRef or UniProtKB, checked against the release's checksums",
     "inspect": "counts, lengths and first records of a prepared corpus or of sequence files",
+    "leaks": "relatives of test and valid records in train, by MMseqs2",
     "prepare": "make a corpus of sequence files: filtered, without duplicates, split, shuffled",
     "synth": "write a synthetic protein corpus",
     "tokenizer": "train a tokenizer on texts",

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     sources = expand_sources(args.what, "auto")
     read = Reading("auto", agree(sources, "auto", args.tokenizer), args.column)
-    if any(leaf.format != "fasta" for leaf in read.leaves(sources)):
+    if read.tokens != "protein" or any(leaf.format != "fasta" for leaf in read.leaves(sources)):
         for line in inspection.document_lines(read, sources, show):
             print(line)
         return 0

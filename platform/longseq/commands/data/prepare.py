@@ -39,7 +39,9 @@ def run(args: argparse.Namespace) -> int:
     except DataError as error:
         raise ConfigError(f"{args.config}{' and its overrides' if args.overrides else ''}: {error}") from None
     try:
-        with Bar({"bytes": ("reading", "B"), "shards": ("writing", " shards")}) as bar:
+        with Bar(
+            {"bytes": ("reading", "B"), "clusters": ("clustering", " steps"), "shards": ("writing", " shards")}
+        ) as bar:
             manifest, new = prepare(config, overwrite=args.overwrite, restart=args.restart, progress=bar)
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on from here.", file=sys.stderr)

@@ -19,7 +19,7 @@ from longseq.training.callbacks.steps import due, sharded_weights
 from longseq.training.task import LanguageModelling
 from longseq.training.tensorboard import writer
 from longseq_data.randomness import generator
-from longseq_data.vocabulary import Vocabulary, decode
+from longseq_data.vocabulary import ALPHABETS, Vocabulary
 
 _SEQUENCES = 4
 
@@ -62,8 +62,8 @@ class Samples(StepBoundary):
 
 def readable(tokens: Sequence[int], vocabulary: Vocabulary) -> str:
     """Tokens as text; special ones read <bos>, <eos>, <pad>, <mask>."""
-    if vocabulary.name == "protein":
-        return decode(tokens)
+    if vocabulary.name in ALPHABETS:
+        return ALPHABETS[vocabulary.name].decode(tokens)
     special = {getattr(vocabulary, name): f"<{name}>" for name in ("bos", "eos", "pad", "mask")}
     pieces: list[str] = []
     run: list[int] = []
