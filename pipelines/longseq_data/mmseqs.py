@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -91,16 +92,28 @@ class MMseqs:
     def _run(self, *arguments: str) -> str:
         """What the program prints. Raises DataError with its last words where it fails."""
         quiet = [] if arguments[0] == "version" else ["-v", "1"]
-        done = subprocess.run(
-            [self.program, *arguments, *quiet], capture_output=True, text=True, stdin=subprocess.DEVNULL
+        # A group of its own: it starts others, which an interruption has to end too.
+        running = subprocess.Popen(
+            [self.program, *arguments, *quiet],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
         )
-        if done.returncode:
-            words = " ".join((done.stderr + done.stdout).split())[-300:] or f"exit code {done.returncode}"
+        try:
+            said, _ = running.communicate()
+        except BaseException:
+            os.killpg(running.pid, signal.SIGKILL)
+            running.wait()
+            raise
+        if running.returncode:
+            words = " ".join(said.split())[-300:] or f"exit code {running.returncode}"
             raise DataError(
                 f"mmseqs {arguments[0]} failed ({words}); give it more room in memory_mb and on the disk of "
                 f"{self.folder}, and start the same command again."
             )
-        return done.stdout
+        return said
 
 
 def program() -> str:

@@ -110,6 +110,8 @@ def test_a_run_of_the_version_before_keeps_its_splits(folder: Path) -> None:
         digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
         assert (int.from_bytes(digest, "big") // 2**11) / 2**53 < 0.05
     assert found["valid"] != splits_of(config)["valid"]
+    with pytest.raises(RunError, match=r"data\.split_by"):
+        refuse_changes(before, run.config(("data.split_by=sequence",)), run, FIXED)
     assert sorted(name for names in found.values() for name in names) == sorted(f"r{i}" for i in range(400))
 
 

@@ -6,7 +6,10 @@ import gzip
 import json
 import random
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from longseq_data.cluster_table import ClusterTable, read_clusters
 from longseq_data.errors import DataError
 from longseq_data.held_out import hashes
 from longseq_data.manifest import read_manifest
+from longseq_data.mmseqs import MMseqs
 from longseq_data.prepare import prepare
 from longseq_data.verify import verify
 
@@ -191,3 +195,29 @@ def test_without_mmseqs_a_sentence_says_how_to_get_it(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"no program mmseqs on the PATH: install it \(apt-get install mmseqs2,"):
         prepare(config([source], tmp_path / "c", split_by="cluster"))
     assert not list(tmp_path.glob("c*"))
+
+
+def test_an_interruption_ends_what_mmseqs_has_started(tmp_path):
+    """The program is a script that starts others; here one that starts a process which would wait for ever."""
+    script = tmp_path / "mmseqs"
+    pid = tmp_path / "pid"
+    script.write_text(f"#!/bin/sh\nsleep 1000 &\necho $! > {pid}.new\nmv {pid}.new {pid}\nwait\n")
+    script.chmod(0o755)
+    code = "import sys; from longseq_data.mmseqs import MMseqs; MMseqs(sys.argv[1], None, 1, 1).version()"
+    with subprocess.Popen([sys.executable, "-c", code, str(script)], stderr=subprocess.DEVNULL) as caller:
+        while not pid.exists():
+            assert caller.poll() is None
+            time.sleep(0.01)
+        caller.send_signal(signal.SIGINT)
+        assert caller.wait() != 0
+    waiting = int(pid.read_text())
+    while Path(f"/proc/{waiting}").exists() and Path(f"/proc/{waiting}/stat").read_text().split()[2] != "Z":
+        time.sleep(0.01)
+
+
+def test_what_mmseqs_says_of_a_failure_is_passed_on(tmp_path):
+    script = tmp_path / "mmseqs"
+    script.write_text("#!/bin/sh\necho no room left >&2\nexit 3\n")
+    script.chmod(0o755)
+    with pytest.raises(DataError, match=r"mmseqs version failed \(no room left\)"):
+        MMseqs(str(script), tmp_path, 1, 1).version()

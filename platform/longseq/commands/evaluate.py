@@ -169,7 +169,7 @@ def _parts(source: Source, args: argparse.Namespace, looked: list[object]) -> tu
     if splits:
         data = config.data
         files = [getattr(data, split) for split in SPLITS]
-        what = (reading(config), files, data.strict, data.valid_fraction, data.test_fraction)
+        what = (reading(config), files, data.strict, data.valid_fraction, data.test_fraction, data.split_by)
         if what not in looked:
             check_data(config)
             looked.append(what)

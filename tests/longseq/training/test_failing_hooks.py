@@ -63,7 +63,7 @@ ONLY_RESUMED = {"on_load_checkpoint", "load_state_dict"}
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("failing")
-    records = (f">r{i}\n{'MKVLAACDEFGHIKLMNPQ'[i % 7 :]}\n" for i in range(40))
+    records = (f">r{i}\n{'MKVLAACDEFGHIKLMNP'[i % 7 :]}{'QRSTVW'[i // 7]}\n" for i in range(40))
     (folder / "proteins.fasta").write_text("".join(records))
     (folder / "tiny.yaml").write_text("model: {preset: tiny}\ntrainer: {accelerator: cpu}\n")
     given = [f"data.train=['{folder}/proteins.fasta']", f"run.dir={folder}/runs", *EVERYTHING]
