@@ -65,6 +65,7 @@ class Way:
     weights: torch.dtype = torch.bfloat16  # bf16: DeepSpeed's; fp32: under autocast, as DDP's and of one process
     checkpoints: bool = False  # blocks are computed again in the backward pass
     dropout: float = 0.0
+    qk_norm: bool = False
 
     @property
     def autocast(self) -> bool:
@@ -82,6 +83,7 @@ def launches_of_a_layer(way: Way) -> Counter[str]:
         causal=True,
         backend="triton",
         dropout=way.dropout,
+        qk_norm=way.qk_norm,
         activation_checkpointing=way.checkpoints,
     )
     tokens = torch.zeros(1, way.length, dtype=torch.int64)
@@ -128,7 +130,9 @@ WAYS = {
     "autocast": Way(weights=FP32),
     "autocast, dropout": Way(weights=FP32, dropout=0.1),
     "autocast, checkpoints": Way(weights=FP32, checkpoints=True),
+    "autocast, qk_norm": Way(weights=FP32, qk_norm=True),
     "bf16": Way(),
+    "bf16, qk_norm": Way(qk_norm=True),
     "bf16, dropout": Way(dropout=0.1),
     "bf16, checkpoints": Way(checkpoints=True),
     "autocast, 1M": Way(length=2**20, weights=FP32, checkpoints=True),
@@ -151,8 +155,9 @@ def stacks(arch: int) -> dict[str, int]:
                 torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
             for head_dim in (32, 64, 128):
                 qkv = torch.zeros(1, 64, 6 * head_dim, dtype=dtype, requires_grad=True)
-                outputs = split_heads(qkv, 2, rotary_table(torch.arange(64), head_dim))
-                torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
+                for temperature in (None, torch.zeros(2, 1, 1, dtype=dtype, requires_grad=True)):
+                    outputs = split_heads(qkv, 2, rotary_table(torch.arange(64), head_dim), temperature)
+                    torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
     for launch in recorder.launches:
         stack = _resources(launch.compiled.asm["cubin"])[1]
         found[launch.kernel] = max(stack, found.get(launch.kernel, 0))

@@ -28,9 +28,17 @@ def _printed(*arguments: str) -> dict[str, dict[str, int]]:
     return found
 
 
-def test_a_layer_starts_at_most_40_kernels_in_a_step():
-    ceilings = {"autocast": 39, "bf16": 36, "autocast, dropout": 43, "bf16, dropout": 40, "autocast, checkpoints": 53,
-                "bf16, checkpoints": 49}  # fmt: skip
+def test_a_layer_starts_about_40_kernels_in_a_step():
+    ceilings = {
+        "autocast": 39,
+        "bf16": 36,
+        "autocast, qk_norm": 40,
+        "bf16, qk_norm": 38,
+        "autocast, dropout": 43,
+        "bf16, dropout": 40,
+        "autocast, checkpoints": 53,
+        "bf16, checkpoints": 49,
+    }
     found = _printed(*ceilings)
     for name, ceiling in ceilings.items():
         kernels = found[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from longseq.attention.first_order import Saved, first_order
@@ -13,18 +14,27 @@ from longseq.attention.rotary import rotate
 
 
 def split_heads(
-    qkv: Tensor, heads: int, rotary: Tensor | None = None, backend: str = "auto"
+    qkv: Tensor,
+    heads: int,
+    rotary: Tensor | None = None,
+    log_temperature: Tensor | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values (B, H, L, D) of qkv (B, L, 3E), queries and keys rotated by a table if there is one.
 
-    On a GPU it is one kernel, forward and backward, which writes what attention reads as it lies in memory.
+    With log τ, (H, 1, 1), queries and keys first get the length τ^1/2 · D^1/4. On a GPU all of it is one kernel,
+    forward and backward, which writes what attention reads as it lies in memory.
     """
     if fuses(qkv, backend) and qkv.shape[-1] % (6 * heads) == 0 and qkv.numel():
-        return _Heads.apply(qkv, heads, rotary)
+        made = _Heads.apply(qkv, heads, rotary, log_temperature)
+        return made[0], made[1], made[2]
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in qkv.chunk(3, dim=-1))
+    if log_temperature is not None:
+        scale = torch.exp(0.5 * log_temperature) * q.shape[-1] ** 0.25
+        q, k = (F.normalize(t.float(), dim=-1).to(t.dtype) * scale for t in (q, k))
     if rotary is not None:
         q, k = rotate(q, rotary), rotate(k, rotary)
-    return q, k, v
+    return q.to(v.dtype), k.to(v.dtype), v
 
 
 def lay_out(out: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
@@ -40,19 +50,25 @@ def lay_out(out: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
 
 class _Heads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, heads: int, rotary: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, qkv: Tensor, heads: int, rotary: Tensor | None, log_temperature: Tensor | None
+    ) -> tuple[Tensor, ...]:
         from longseq.attention import triton_heads
 
-        ctx.save_for_backward(rotary)
-        return triton_heads.apart(qkv.contiguous(), heads, rotary)
+        q, k, v, lengths = triton_heads.apart(qkv.contiguous(), heads, rotary, log_temperature)
+        # Attention keeps q and k itself.
+        normalised = (None, None, None) if lengths is None else (q, k, lengths)
+        ctx.save_for_backward(rotary, log_temperature, *normalised)
+        return q, k, v
 
     @staticmethod
     @first_order
     def backward(ctx: Any, saved: Saved, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from longseq.attention import triton_heads
 
-        q, k, v = grads
-        return triton_heads.together(q, k, v, saved[0]), None, None
+        dq, dk, dv = grads
+        d_qkv, d_log_temperature = triton_heads.together(dq, dk, dv, *saved)
+        return d_qkv, None, None, d_log_temperature
 
 
 class _Rounded(torch.autograd.Function):

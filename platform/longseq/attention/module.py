@@ -10,7 +10,6 @@ from typing import Any, SupportsIndex
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longseq.attention.arguments import floating, integer
@@ -23,7 +22,6 @@ from longseq.attention.heads import split_heads
 from longseq.attention.operators import is_traced
 from longseq.attention.oprf import oprf_a_from_moments, oprf_moments
 from longseq.attention.recurrent import RecurrentState, decode, prefill, prefill_exact
-from longseq.attention.rotary import rotate
 from longseq.attention.tiles import pointwise
 
 KINDS = ("favor", "exact")
@@ -186,14 +184,7 @@ class FavorAttention(nn.Module):
     def project(self, x: Tensor, rotary: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, H, L, D) of x (B, L, E), normalised and rotated."""
         floating(x=x)
-        turn = rotary if self.log_temperature is None else None  # else after the normalisation
-        q, k, v = split_heads(self.qkv(x), self.heads, turn, self.backend)
-        if self.log_temperature is not None:
-            scale = torch.exp(0.5 * self.log_temperature) * self.head_dim**0.25
-            q, k = (F.normalize(t.float(), dim=-1).to(t.dtype) * scale for t in (q, k))
-            if rotary is not None:
-                q, k = rotate(q, rotary), rotate(k, rotary)
-        return q.to(v.dtype), k.to(v.dtype), v
+        return split_heads(self.qkv(x), self.heads, rotary, self.log_temperature, self.backend)
 
     def mix(
         self,

@@ -176,10 +176,12 @@ def block_bytes(spec: PerformerSpec, config: Config, width: int, *, triton: bool
         total += width * (3 if whole_qkv and not triton else 1) * dim  # all of them, or the values
         total += width * 2 * dim + 4 * dim  # queries and keys, and the output in fp32
         total += _favor(spec, config, width, triton)
-    if spec.qk_norm:
+    if spec.qk_norm and triton:
+        total += 2 * 4 * heads  # lengths
+    elif spec.qk_norm:
         # Normalised q and k, what they were before (in fp32 the slices themselves), and the norms.
         total += width * 2 * dim + 4 * 2 * heads
-        total += 0 if whole_qkv and width == 4 and not triton else width * 3 * dim if width == 4 else 4 * 2 * dim
+        total += 0 if whole_qkv and width == 4 else width * 3 * dim if width == 4 else 4 * 2 * dim
     if spec.dropout:
         total += width * 2 * dim  # what was dropped
     return total

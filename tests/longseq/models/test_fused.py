@@ -56,7 +56,8 @@ def _off(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize(("heads", "head_dim", "length"), [(3, 24, 70), (1, 2, 1), (2, 64, 33)])
 @pytest.mark.parametrize("positions", ["none", "shared", "own", "tile"])
-def test_heads_are_split_and_turned_as_by_pytorch(dtype, heads, head_dim, length, positions):
+@pytest.mark.parametrize("normalised", [False, True])
+def test_heads_are_split_normalised_and_turned_as_in_float64(dtype, heads, head_dim, length, positions, normalised):
     qkv = _random(2, length, 3 * heads * head_dim, dtype=dtype)
     at = torch.arange(length, device=DEVICE) + 5
     if positions == "own":
@@ -67,18 +68,28 @@ def test_heads_are_split_and_turned_as_by_pytorch(dtype, heads, head_dim, length
     elif positions == "tile":  # a part of a longer table, as tiles of a sequence have it
         table = rotary_table(torch.arange(length + 9, device=DEVICE), head_dim)[:, 5 : 5 + length]
     grads = [_random(2, heads, length, head_dim, dtype=dtype, seed=i).detach() for i in range(3)]
-    found = split_heads(qkv, heads, table)
+    temperature = _random(heads, 1, 1, dtype=dtype) if normalised else None
+    found = split_heads(qkv, heads, table, temperature)
     assert all(x.is_contiguous() and x.dtype == dtype for x in found)
     torch.autograd.backward(found, grads)
 
     exact = qkv.detach().double().requires_grad_()
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in exact.chunk(3, -1))
+    if temperature is not None:
+        sharp = temperature.detach().double().requires_grad_()
+        q, k = (nn.functional.normalize(x, dim=-1) * torch.exp(sharp / 2) * head_dim**0.25 for x in (q, k))
     if table is not None:
         cos, sin = table.double()
         q, k = (torch.cat((a * cos - b * sin, a * sin + b * cos), -1) for a, b in (q.chunk(2, -1), k.chunk(2, -1)))
     torch.autograd.backward((q, k, v), [x.double() for x in grads])
     assert max(map(_off, found, (q, k, v))) < ROUNDING[dtype]
-    assert _off(qkv.grad, exact.grad) < ROUNDING[dtype]
+    # What is normalised is known as it was rounded, and in two dimensions its gradient nearly vanishes.
+    assert _off(qkv.grad, exact.grad) < (3 * ROUNDING[dtype] if normalised else ROUNDING[dtype])
+    if temperature is not None:
+        # A sum over all positions, whose terms cancel.
+        error = float((temperature.grad.double() - sharp.grad).abs().max())
+        terms = sum(float((x.detach() * g.double()).abs().sum()) for x, g in zip((q, k), grads, strict=False))
+        assert error < 3 * ROUNDING[dtype] * terms
 
 
 @pytest.mark.parametrize(("x_dtype", "y_dtype"), [(F32, F32), (F32, BF16), (BF16, BF16), (F32, None), (BF16, None)])
