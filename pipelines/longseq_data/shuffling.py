@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .streaming import StreamSpec
 
 OPEN_SOURCES = 16  # read in turn while shuffling
+CHUNK_TOKENS = 1 << 18  # of a block, at a time: they are held several times on their way
 BUFFER_RESIDUES = 1 << 26  # bytes: a shuffle buffer of whole proteomes must still fit in a worker's memory
 
 
@@ -125,13 +126,18 @@ def _chunks(
         for block in blocks:
             there = np.arange(len(block)) if hollow else np.flatnonzero(block.lengths)
             if spec.whole:
-                wanted = there
+                wanted = np.ones(len(there), dtype=bool)
             else:
-                wanted = there[spec.rule.chosen(spec.split or "", block.places(spec.rule.by)[there])]
-            items = np.empty(len(block), dtype=object)
-            rows = wanted.tolist()
-            items[wanted] = block.ids(rows) if bulk else [block.document(row, leaf.source, vocabulary) for row in rows]
-            yield Chunk(items[there], block.held[there])
+                wanted = spec.rule.chosen(spec.split or "", block.places(spec.rule.by)[there])
+            step = max(1, CHUNK_TOKENS * len(block) // max(1, len(block.tokens)))
+            for first in range(0, len(there), step):
+                here, chosen = there[first : first + step], wanted[first : first + step]
+                rows = here[chosen].tolist()
+                items = np.empty(len(here), dtype=object)
+                items[chosen] = (
+                    block.ids(rows) if bulk else [block.document(row, leaf.source, vocabulary) for row in rows]
+                )
+                yield Chunk(items, block.held[here])
 
 
 def _of_split(spec: StreamSpec, chunks: Iterator[Chunk]) -> Iterator[Chunk]:

@@ -17,7 +17,7 @@ from longseq_data.splits import identifier_places, sequence_places
 from longseq_data.vocabulary import ALPHABETS, Tokens, Vocabulary
 
 FORMAT = 1  # of the files; counted up when what they hold, or how it is made, changes
-FIRST_BYTES, MOST_BYTES = 1 << 16, 1 << 22  # of tokens: the first blocks are small, so that training begins early
+FIRST_BYTES, MOST_BYTES = 1 << 16, 1 << 21  # of tokens: the first blocks are small, so that training begins early
 MOST_RECORDS = 1 << 16
 _PLACES = {"id": "place", "sequence": "sequence_place"}  # columns by what decides a split
 
