@@ -72,7 +72,8 @@ def split_clusters(
         first, searches, others = held["key"], 0, partial(_outside, held["key"])
         while held.size:
             _choose(records, queries, partial(_among, held["key"]))
-            _choose(records, targets, others)
+            if not _choose(records, targets, others):
+                break  # all are held out
             hits = tool.search(queries, targets, identity - MARGIN, coverage - MARGIN, EVALUE)
             found = np.unique(np.fromiter((int(hit.query, 16) for hit in hits), dtype=np.uint64))
             searches += 1
@@ -132,14 +133,17 @@ def _held_out(pairs: Iterable[tuple[str, str]], rule: SplitRule) -> tuple[npt.ND
     return np.sort(np.concatenate(parts), order="key"), clusters
 
 
-def _choose(records: Path, path: Path, wanted: Callable[[Words], npt.NDArray[np.bool_]]) -> None:
-    """Copy the records whose keys are wanted; each is two lines."""
+def _choose(records: Path, path: Path, wanted: Callable[[Words], npt.NDArray[np.bool_]]) -> int:
+    """Copy the records whose keys are wanted, each of two lines; how many they are."""
+    count = 0
     with records.open("rb") as source, path.open("wb") as copy:
         while some := list(islice(_pairs_of_lines(source), SOME)):
             keys = np.array([int(header[1:], 16) for header, _ in some], dtype=np.uint64)
             for yes, (header, letters) in zip(wanted(keys).tolist(), some, strict=True):
                 if yes:
                     copy.write(header + letters)
+                    count += 1
+    return count
 
 
 def _pairs_of_lines(source: BinaryIO) -> Iterator[tuple[bytes, bytes]]:

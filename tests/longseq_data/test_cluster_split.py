@@ -155,6 +155,18 @@ def test_clusters_of_mmseqs_give_the_same_corpus_for_any_workers_and_order_of_fi
 
 
 @needs_mmseqs
+@pytest.mark.parametrize("valid", [0.001, 0.98])
+def test_too_few_clusters_for_a_split_are_refused_with_a_sentence(tmp_path, valid):
+    source = write_families(tmp_path / "a.fasta", 2, 2, 0.02)
+    asked = config([source], tmp_path / "c", split_by="cluster", valid_fraction=valid, test_fraction=0.01)
+    with pytest.raises(
+        DataError, match=r"no cluster is left to (train|validate) on with valid_fraction=0\.\d+"
+    ) as said:
+        prepare(asked)
+    assert str(said.value).endswith("--restart.")
+
+
+@needs_mmseqs
 def test_leaks_counts_records_with_relatives_by_their_identity(tmp_path, capsys):
     rng = random.Random(8)
     train = ["".join(rng.choices(LETTERS, k=150)) for _ in range(40)]
