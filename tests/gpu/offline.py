@@ -115,12 +115,12 @@ class Found:
     compiled_again: int = 0  # launches of another length that are another kernel
     matrix: dict[str, int] = field(default_factory=dict)  # matrix instructions in the code
 
-    def add(self, launch: "Launch", recorder: "Recorder") -> None:  # noqa: F821, UP037
+    def add(self, launch: "Launch", recorder: "Recorder", count: bool) -> None:  # noqa: F821, UP037
         from tests.gpu.sass import matrix_flops
 
         metadata = launch.compiled.metadata
         registers, stack = _resources(launch.compiled.asm["cubin"])
-        issued = recorder.instructions(launch)
+        issued = recorder.instructions(launch) if count else {}
         warps = launch.programs * metadata.num_warps
         self.registers, self.spilled = max(self.registers, registers), max(self.spilled, stack)
         self.threads = max(self.threads, 32 * metadata.num_warps)
@@ -182,6 +182,8 @@ def measure_here(arch: int, cases: Sequence[Case]) -> list[Found]:
         recorder.where = "forward"
 
     found: dict[tuple[str, str, str], Found] = {}
+    # In the code of Triton 3.9 for sm_100 a loop hangs on a barrier in memory, which the count cannot follow.
+    count = arch != 100 or triton.__version__ == json.loads(CEILINGS.read_text())["triton"]
     torch.set_num_threads(1)
     with Recorder(arch).installed() as recorder:
         for case in cases:
@@ -189,7 +191,7 @@ def measure_here(arch: int, cases: Sequence[Case]) -> list[Found]:
             both_passes(recorder, call(case))
             for launch in recorder.launches:
                 key = (case.name, launch.where, launch.kernel)
-                found.setdefault(key, Found(*key, arch, triton.__version__)).add(launch, recorder)
+                found.setdefault(key, Found(*key, arch, triton.__version__)).add(launch, recorder, count)
             known = {launch.compiled.hash for launch in recorder.launches}
             if case.dtype != "float32":  # a length that is no multiple of anything
                 recorder.launches.clear()
