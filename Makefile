@@ -2,7 +2,8 @@
 # make test         everything that this machine can run
 # make test-long    proofs that take minutes: 100,000 damaged files, 2 GB of FASTA, runs killed at random, every change of
 #                   world and stage
-# make test-compiled    every launch of the Triton kernels, compiled for sm_80, 89, 90 and 100, with counts of instructions
+# make test-compiled    every Triton kernel compiled for sm_80, 89, 90 and 100 by two releases of Triton, with counts of
+#                   instructions (all cases and chips: pytest -m "compiled and long" tests/gpu)
 # make test-sanitized   the native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make test-newest  the tests of other packages' interfaces, with the newest releases that pyproject.toml allows
 # make test-oldest  the same, with the oldest that were tried (tests/environments)
@@ -55,7 +56,7 @@ test: $(VENV)/.tests
 	exit $$status
 
 test-long: $(VENV)/.tests
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest -m "long and not compiled"
 
 # By the Triton of constraints.txt, whose counts are in tests/gpu/ceilings.json, and by the newest release.
 .triton-newest/.installed: | $(VENV)/.tests
@@ -63,7 +64,7 @@ test-long: $(VENV)/.tests
 	@touch $@
 
 test-compiled: $(VENV)/.tests .triton-newest/.installed
-	LONGSEQ_TRITON=$(CURDIR)/.triton-newest $(BIN)/python -m pytest -m compiled tests/gpu
+	LONGSEQ_TRITON=$(CURDIR)/.triton-newest $(BIN)/python -m pytest -m "compiled and not long" tests/gpu
 
 # The sanitizers' libraries must be in the process before Python starts.
 test-sanitized: $(VENV)/.tests

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import triton
+from tests.gpu.offline import SHARED_MEMORY
 from tests.gpu.sass import Program, constant_bank
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -23,9 +24,6 @@ from triton.runtime.jit import JITFunction
 from longseq.attention import triton_launch
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# Shared memory that a block may ask for: CUDA Programming Guide, "Technical Specifications per Compute Capability".
-SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
-TENSOR_MEMORY = 512  # columns, on sm_100
 
 
 class _Driver:

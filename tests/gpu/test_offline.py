@@ -19,8 +19,8 @@ from longseq.benchmarks import flops
 
 pytestmark = pytest.mark.compiled
 
-SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}
 TENSOR_MEMORY = 512  # columns
+REGISTERS = 65_536  # of a multiprocessor
 TOLERANCE = 0.02  # of a count of instructions, in either direction
 MULTIPROCESSORS = 132  # of an H100 or H200
 NEWEST = os.environ.get("LONGSEQ_TRITON")
@@ -28,10 +28,18 @@ KNOWN = json.loads(offline.CEILINGS.read_text())
 
 
 @pytest.fixture(
-    scope="module", params=[None, NEWEST] if NEWEST else [None], ids=lambda x: "newest" if x else "installed"
+    scope="module",
+    params=[
+        pytest.param(("decisive", None), id="installed"),
+        pytest.param(("every-kernel", NEWEST), id="newest"),
+        pytest.param(("all", None), id="all", marks=pytest.mark.long),
+    ],
 )
 def rows(request) -> list[offline.Found]:
-    return offline.measure(offline.ARCHITECTURES, request.param)
+    cases, triton = request.param
+    if cases == "every-kernel" and triton is None:
+        pytest.skip("LONGSEQ_TRITON names no folder with the newest Triton: make test-compiled")
+    return offline.measure(cases, triton)
 
 
 def _half(rows: list[offline.Found]) -> list[offline.Found]:
@@ -45,13 +53,14 @@ def test_every_launch_fits_its_chip(rows):
     from longseq.attention.triton_launch import Chip, needed_memory
 
     for row in rows:
-        chip = Chip(divmod(row.arch, 10), SHARED_MEMORY[row.arch])
+        chip = Chip(divmod(row.arch, 10), offline.SHARED_MEMORY[row.arch])
         width = int(re.search(r" d(\d+) ", row.case)[1])
         dtype = torch.float32 if "float32" in row.case else torch.bfloat16
         needed = needed_memory(row.case.startswith("window"), width, chip, dtype)
         assert needed.fits(chip), row
         assert row.shared <= needed.shared <= chip.shared_memory, row
         assert row.tensor_memory <= needed.tensor_memory <= TENSOR_MEMORY, row
+        assert row.registers * row.threads <= REGISTERS, row
 
 
 def test_16_bit_operands_are_multiplied_by_wgmma_at_least_64_wide(rows):
@@ -73,6 +82,13 @@ def test_nothing_is_spilled_at_head_dim_64_and_little_at_128(rows):
             assert row.spilled <= limit, row
 
 
+def test_the_scan_issues_no_more_instructions_than_a_quarter_of_the_peak_allows(rows):
+    """On sm_90, of one scheduler for 64 tokens of one head: then issuing takes 25 % of 790 TFLOP/s at least."""
+    for where, most in (("forward", 9_000), ("backward", 20_000)):
+        chosen = [row for row in rows if (row.case, row.arch, row.where) == (offline.Case("scan").name, 90, where)]
+        assert 0 < sum(row.instructions for row in chosen) <= most
+
+
 def test_another_length_compiles_nothing_again(rows):
     assert [row for row in _half(rows) if row.compiled_again] == []
 
@@ -85,14 +101,17 @@ def test_large_kernels_have_four_programs_a_multiprocessor(rows):
 
 def test_matrix_instructions_do_at_least_the_flops_that_mfu_counts(rows):
     """So the share of the peak that a training shows is never more than what the matrix units did."""
-    for case in offline.CASES:
+    found = {row.case for row in rows}
+    for case in offline.CASES["all"]:
+        if case.name not in found:
+            continue
         d, m = case.head_dim, case.features
         if case.operation == "window":
             near = case.reach - case.reach * (case.reach - 1) / (2 * offline.LENGTH)
             counted = flops.exact(d, d, near if case.causal else 2 * near - 1)
         else:
             counted = flops.favor(d, d, m, CHUNK if case.operation == "scan" else 0)
-        for arch in (80, 90):
+        for arch in {row.arch for row in rows if row.case == case.name} - {100}:  # whose instructions do not say
             done = sum(row.flops for row in rows if row.case == case.name and row.arch == arch)
             assert done >= counted.both.strict, f"{case.name} on sm_{arch}: {done} < {counted.both.strict}"
 
@@ -100,11 +119,10 @@ def test_matrix_instructions_do_at_least_the_flops_that_mfu_counts(rows):
 def test_instructions_and_spills_are_those_of_the_ceilings(rows):
     if rows[0].triton != KNOWN["triton"]:
         pytest.skip(f"the ceilings are those of Triton {KNOWN['triton']}")
-    found = offline.ceilings(rows)
-    assert set(found) == set(KNOWN) - {"triton"}
+    decisive = {(case.name, arch) for case in offline.CASES["decisive"] for arch in case.architectures}
+    found = offline.ceilings([row for row in rows if (row.case, row.arch) in decisive])
     wrong = []
     for arch, kernels in found.items():
-        assert set(kernels) == set(KNOWN[arch])
         for name, (instructions, spilled) in kernels.items():
             ceiling, most = KNOWN[arch][name]
             if abs(instructions - ceiling) > max(TOLERANCE * ceiling, 2) or spilled > most:

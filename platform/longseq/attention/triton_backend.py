@@ -25,7 +25,7 @@ from longseq.attention.feature_maps import FeatureMap, Generalised, PositiveExpo
 from longseq.attention.parts import Part
 from longseq.attention.scan import Rows, ScanGradients, Scanned
 from longseq.attention.state import AttentionState
-from longseq.attention.triton_launch import on, padded, pointer, shared_memory
+from longseq.attention.triton_launch import chip, on, padded, pointer
 from longseq.attention.triton_tiles import CHUNK, tiles
 
 # Programs of a kernel: eight for each multiprocessor of an H200, where the sequences are long enough.
@@ -101,7 +101,7 @@ class _Launch:
             **self.sizes, "EXPONENTIAL": exponential, "SHIFTED": shift is not None, "HALF": half,
             "C": CHUNK, "D": padded(self.head_dim), "E": padded(value_dim),
         }  # fmt: skip
-        self.tiles = tiles(shared_memory(q.device), self.features, self.head_dim, value_dim, half=half)
+        self.tiles = tiles(chip(q.device), self.features, self.head_dim, value_dim, half=half)
         self.blocks = triton.cdiv(self.features, self.tiles.sums["F"])  # programs that share a segment's sums
         self.state_blocks = triton.cdiv(
             self.features * (value_dim + 1), self.tiles.states["B"]
@@ -224,7 +224,7 @@ def scan_backward(
     dq, dk, dv, u = torch.empty_like(q), new(keys.x), new(keys.values), torch.empty_like(row_scale)
     d_initial = _floats(q, number, launch.features, launch.value_dim + 1)
     programs = launch.state_blocks
-    flows = torch.empty(number, programs + launch.segments, dtype=torch.float64, device=q.device)
+    flows = torch.empty(number, programs + 2 * launch.segments, dtype=torch.float64, device=q.device)
     wants_decay = wants_decay and rows.decay is not None
     kinds = {"LOCAL": True, "RUNS": keys.runs is not None, "DECAY": keys.decay is not None, **launch.kinds}
     with on(q.device):
@@ -249,7 +249,8 @@ def scan_backward(
             shared = (q_gauge[n], k_gauge[n], key_scale[n], row_scale[n], inverse_den[n], u[n])
             gradients.queries_vjp[launch.segments, len(scales)](
                 q[n], part.x, part.values, dout[n], *shared, numbers, rates, before[n], *launch.map, sums, dq[n],
-                length, part.delay, launch.steps, head_dim**-0.5, **kinds, **launch.tiles.queries,
+                flows[n], length, part.delay, launch.steps, programs, head_dim**-0.5, FLOW=wants_decay, **kinds,
+                **launch.tiles.queries,
             )  # fmt: skip
             gradients.keys_vjp[launch.segments, len(scales)](
                 q[n], part.x, part.values, dout[n], out[n], d_lse, *shared, begins, numbers, rates, before[n],
@@ -345,7 +346,7 @@ def bidirectional_backward(
         rows = (q, k, v, dout)
         gradients.queries_vjp[launch.chunks, len(q)](
             *rows, q_gauge, k_gauge, key_scale, u, inverse_den, u, u, u, u, *launch.map, sums, dq,
-            q.shape[1], 0, 1, launch.head_dim**-0.5, **kinds, **launch.tiles.queries,
+            u, q.shape[1], 0, 1, 0, launch.head_dim**-0.5, FLOW=False, **kinds, **launch.tiles.queries,
         )  # fmt: skip
         gradients.keys_vjp[triton.cdiv(k.shape[1], CHUNK), len(k)](
             *rows, out, u, q_gauge, k_gauge, key_scale, u, inverse_den, u, log_scale, u, u, u, *launch.map, d_state,

@@ -15,6 +15,7 @@ from longseq.attention.triton_kernels import (
     EPSILON,
     INFINITY,
     LOG2E,
+    again,
     exponents,
     features,
     key_logs,
@@ -22,7 +23,6 @@ from longseq.attention.triton_kernels import (
     load_state,
     load_tile,
     operand,
-    product,
     put_state,
     run_at,
     seen_by,
@@ -31,7 +31,7 @@ from longseq.attention.triton_kernels import (
     through,
     transposed,
 )
-from longseq.attention.triton_rows import put_rows
+from longseq.attention.triton_rows import product, put_rows
 
 
 @triton.jit(do_not_specialize=ANY_LENGTH)
@@ -44,7 +44,8 @@ def add_up_queries(
     """Σ_i e^{c − M_i} φ(q_i) g_iᵀ of every ``steps`` chunks, c that before them; and g's last component u, (N, L)."""
     n = tl.program_id(1).to(tl.int64)
     part = tl.program_id(0)
-    f = tl.program_id(2) * F + tl.arange(0, F)
+    block = tl.program_id(2) * F
+    f = block + tl.arange(0, F)
     rows = tl.arange(0, C)
     at = n * length
     rate = 0.0
@@ -60,13 +61,12 @@ def add_up_queries(
         real = rows < length - first
         here = at + first + rows
         # Rounded as for the products dout_iᵀv_j, from which dout_iᵀout_i is taken: most of both may cancel.
-        grad = operand(load_tile(dout + (at + first) * e, rows, real, e, E), HALF).to(tl.float32)
+        grad = operand(load_tile(dout + (at + first) * e, rows, real, e, E), HALF)
         inverse = tl.load(inverse_den + here, mask=real, other=0.0)
-        result = load_tile(out + (at + first) * e, rows, real, e, E)
+        shared = -tl.sum(grad.to(tl.float32) * load_tile(out + (at + first) * e, rows, real, e, E), 1)
+        if DLSE:
+            shared += tl.load(dlse + here, mask=real, other=0.0)
         if tl.program_id(2) == 0:
-            shared = -tl.sum(grad * result, 1)
-            if DLSE:
-                shared += tl.load(dlse + here, mask=real, other=0.0)
             tl.store(u + here, shared * inverse, mask=real)
         if LOCAL:
             scale = tl.load(row_scale + here, mask=real, other=INFINITY)
@@ -75,16 +75,12 @@ def add_up_queries(
                 own = tl.load(runs + here, mask=real, other=-2)
                 carried = tl.where(own == run_at(runs + at, start - 1, delay, length), carried, 0.0)
             inverse *= carried
-        reading = operand(grad * inverse[:, None], HALF)
-        shared = -tl.sum(reading.to(tl.float32) * result, 1)
-        if DLSE:
-            shared += tl.load(dlse + here, mask=real, other=0.0) * inverse
         gauge = tl.load(q_gauge + here, mask=real, other=0.0)
         tile = load_inputs(q + (at + first) * d, rows, real, d, HALF, D)
-        w = load_tile(weight, f, f < m, d, D)
-        phi = operand(features(exponents(tile, w, shift, f, m, SHIFTED), gauge, f, m, EXPONENTIAL, F), HALF)
+        u_ = exponents(tile, q + (at + first) * d, rows, real, weight, shift, block, length, m, d, SHIFTED, HALF, F, D)
+        phi = operand(features(u_, gauge, f, m, EXPONENTIAL, F) * inverse[:, None], HALF)
         one += tl.sum(phi.to(tl.float32) * shared[:, None], 0)
-        state = product(tl.trans(reading), phi, state)
+        state = product(tl.trans(grad), phi, state)
         if DECAY:
             c = c - rate * C
     put_state(sums + (n * tl.num_programs(0) + part) * m * (e + 1), f, state, one, m, e, F, E)
@@ -129,21 +125,24 @@ def run_back(
             flow -= tl.where(s > 0, steps * C, 0).to(tl.float64) * both.to(tl.float64)
     tl.store(d_initial + there, state, mask=inside)
     if FLOW:
-        tl.store(flows + n * (tl.num_programs(0) + segments) + tl.program_id(0), flow)
+        tl.store(flows + n * (tl.num_programs(0) + 2 * segments) + tl.program_id(0), flow)
 
 
 @triton.jit(do_not_specialize=ANY_LENGTH)
 def queries_vjp(
     q, k, v, dout, q_gauge, k_gauge, key_scale, row_scale, inverse_den, u, runs, decay, before, weight, shift,
-    sums, dq, length, delay, steps, norm, m: tl.constexpr, d: tl.constexpr, e: tl.constexpr,
-    EXPONENTIAL: tl.constexpr, SHIFTED: tl.constexpr, LOCAL: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr,
+    sums, dq, flows, length, delay, steps, others, norm, m: tl.constexpr, d: tl.constexpr, e: tl.constexpr,
+    EXPONENTIAL: tl.constexpr, SHIFTED: tl.constexpr, LOCAL: tl.constexpr, FLOW: tl.constexpr,
+    RUNS: tl.constexpr, DECAY: tl.constexpr,
     HALF: tl.constexpr, C: tl.constexpr, F: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """dq of one segment:
 
         dφ(q_i) = Σ_j dA_ij φ(k_j) + e^{c − M_i} S g_i,    dA_ij = (dout_iᵀv_j / ñ_i[e] + u_i) · exp(b_j − M_i)
 
-    The state before the segment is left as it is before its last chunk.
+    The state before the segment is left as it is before its last chunk. FLOW: the queries' share of the decay's
+    gradient, −Σ_i i Σ_j dA_ij A_ij, counted from the segment's start. The inner sum is dlse_i, but what is taken is
+    the sum of what :func:`keys_vjp` adds up by keys: a pair's rounding error must count by its distance, not its place.
     """
     n = tl.program_id(1).to(tl.int64)
     part = tl.program_id(0)
@@ -158,6 +157,7 @@ def queries_vjp(
     else:
         sums += n * m * (e + 1)
     stop = tl.minimum((part + 1) * steps, chunks)
+    flow = tl.full((), 0.0, tl.float64)
     for chunk in tl.range(part * steps, stop, disable_licm=True):
         first = chunk * C
         real = rows < length - first
@@ -194,32 +194,51 @@ def queries_vjp(
         row_sum = tl.zeros((C,), tl.float32)
         for block in tl.range(0, m, F, disable_licm=True):
             f = block + tl.arange(0, F)
-            w = load_tile(weight, f, f < m, d, D)
             if LOCAL:
-                key_phi = features(exponents(keys, w, shift, f, m, SHIFTED), key_gauge, f, m, EXPONENTIAL, F)
+                key_u = exponents(
+                    keys, k + from_ * d, rows, keep, weight, shift, block, length, m, d, SHIFTED, HALF, F, D
+                )
+                key_phi = features(key_u, key_gauge, f, m, EXPONENTIAL, F)
                 key_features = operand(key_phi, HALF)
                 one_more = tl.sum(key_phi * entering[:, None], 0)
             state, one = load_state(sums, f, m, e, F, E)
             read_state = operand(state, HALF)
+            if FLOW and HALF:
+                rest = operand(state - read_state.to(tl.float32), HALF)
             if LOCAL:  # noqa: SIM102 (it is known when this is compiled)
                 if chunk + 1 < stop:
-                    behind = product(tl.trans(enters), key_features, state * left)
+                    behind = product(tl.trans(again(enters, block, length, HALF)), key_features, state * left)
                     put_state(sums, f, behind, one * left + one_more, m, e, F, E)
-            d_phi = product(reading, read_state) * read[:, None] + read_one[:, None] * one[None, :]
+            d_phi = product(again(reading, block, length, HALF), read_state)
+            if FLOW and HALF:
+                d_phi = product(reading, rest, d_phi)
+            d_phi = d_phi * read[:, None] + read_one[:, None] * one[None, :]
             if LOCAL:
-                d_phi = product(d_weights, key_features, d_phi)
-            phi = features(exponents(tile, w, shift, f, m, SHIFTED), gauge, f, m, EXPONENTIAL, F)
-            if EXPONENTIAL:
-                d_log = d_phi * phi
+                d_phi = product(again(d_weights, block, length, HALF), key_features, d_phi)
+            query_u = exponents(
+                tile, q + (at + first) * d, rows, real, weight, shift, block, length, m, d, SHIFTED, HALF, F, D
+            )
+            phi = features(query_u, gauge, f, m, EXPONENTIAL, F)
+            d_log = d_phi * phi
+            if FLOW:
+                # Of the features that the other side sees: the sum of a pair's terms is the same from either.
+                row_sum += tl.sum(d_phi * operand(phi, HALF).to(tl.float32), 1)
+            elif EXPONENTIAL:
                 row_sum += tl.sum(d_log, 1)
-            else:
+            if not EXPONENTIAL:
                 d_log = tl.where(phi > EPSILON, d_phi, 0.0)
+            w = load_tile(weight, f, f < m, d, D)
             gradient = product(operand(d_log, HALF), operand(w, HALF), gradient)
         if EXPONENTIAL:
             gradient -= (norm * row_sum)[:, None] * load_tile(q + (at + first) * d, rows, real, d, D).to(tl.float32)
         put_rows(dq + (at + first) * d, rows, real, d, gradient, D)
+        if FLOW:
+            place = (chunk - part * steps) * C + rows
+            flow -= tl.sum(row_sum.to(tl.float64) * place.to(tl.float64), 0)
         if LOCAL:
             tl.debug_barrier()  # before others read what this thread has written of the state
+    if FLOW:
+        tl.store(flows + n * (others + 2 * tl.num_programs(0)) + others + part, flow)
 
 
 @triton.jit
@@ -242,8 +261,8 @@ def keys_vjp(
 
         dφ(k_j) = Σ_i dA_ij φ(q_i) + e^{b_j − c'} R ṽ_j,    dv_j = Σ_i A_ij g_i + e^{b_j − c'} Rᵀφ(k_j)
 
-    R is that behind the segment, and is left as it is behind its first chunk. FLOW: the decay's gradient, counted
-    from the segment's start.
+    R is that behind the segment, and is left as it is behind its first chunk. FLOW: the keys' share of the decay's
+    gradient, Σ_j (j + delay) Σ_i dA_ij A_ij, counted from the segment's start; the state is then read in two parts.
     """
     n = tl.program_id(1).to(tl.int64)
     part = tl.program_id(0)
@@ -290,7 +309,7 @@ def keys_vjp(
             attention = tl.zeros((C, C), tl.float32)
         else:
             entering = tl.exp(b - tl.load(final_scale + n))
-        enters = operand(value.to(tl.float32) * entering[:, None], HALF)
+        values = operand(value, HALF)
         # Loaded here and not before: all rows at once would overflow the registers.
         key_gauge = tl.load(k_gauge + from_ + rows, mask=keep, other=0.0)
         keys = load_inputs(k + from_ * d, rows, keep, d, HALF, D)
@@ -302,29 +321,42 @@ def keys_vjp(
         row_sum = tl.zeros((C,), tl.float32)
         for block in tl.range(0, m, F, disable_licm=True):
             f = block + tl.arange(0, F)
-            w = load_tile(weight, f, f < m, d, D)
             if LOCAL:
-                query_phi = features(exponents(tile, w, shift, f, m, SHIFTED), gauge, f, m, EXPONENTIAL, F)
+                query_u = exponents(
+                    tile, q + (at + first) * d, rows, real, weight, shift, block, length, m, d, SHIFTED, HALF, F, D
+                )
+                query_phi = features(query_u, gauge, f, m, EXPONENTIAL, F)
                 queries = operand(query_phi, HALF)
                 one_more = tl.sum(queries.to(tl.float32) * read_one[:, None], 0)
             state, one = load_state(sums, f, m, e, F, E)
             read_state = operand(state, HALF)
+            if FLOW and HALF:
+                rest = operand(state - read_state.to(tl.float32), HALF)
             if LOCAL:  # noqa: SIM102 (it is known when this is compiled)
                 if back + 1 < stop - start:
-                    before_ = product(tl.trans(reading), queries, state * left)
+                    before_ = product(tl.trans(again(reading, block, length, HALF)), queries, state * left)
                     put_state(sums, f, before_, one * left + one_more, m, e, F, E)
-            d_phi = product(enters, read_state, entering[:, None] * one[None, :])
+            d_phi = product(again(values, block, length, HALF), read_state)
+            if FLOW and HALF:
+                d_phi = product(values, rest, d_phi)
+            d_phi = (d_phi + one[None, :]) * entering[:, None]
             if LOCAL:
-                d_phi = product(tl.trans(d_weights), queries, d_phi)
-            phi = features(exponents(keys, w, shift, f, m, SHIFTED), key_gauge, f, m, EXPONENTIAL, F)
+                d_phi = product(tl.trans(again(d_weights, block, length, HALF)), queries, d_phi)
+            key_u = exponents(keys, k + from_ * d, rows, keep, weight, shift, block, length, m, d, SHIFTED, HALF, F, D)
+            phi = features(key_u, key_gauge, f, m, EXPONENTIAL, F)
             key_features = operand(phi, HALF)
             d_value = product(key_features, tl.trans(read_state), d_value)
             if LOCAL:
                 attention = product(key_features, tl.trans(queries), attention)
             d_log = d_phi * phi
-            row_sum += tl.sum(d_log, 1)
+            if FLOW:
+                # Of the features that the other side sees: the sum of a pair's terms is the same from either.
+                row_sum += tl.sum(d_phi * operand(phi, HALF).to(tl.float32), 1)
+            elif EXPONENTIAL:
+                row_sum += tl.sum(d_log, 1)
             if not EXPONENTIAL:
                 d_log = tl.where(phi > EPSILON, d_phi, 0.0)
+            w = load_tile(weight, f, f < m, d, D)
             gradient = product(operand(d_log, HALF), operand(w, HALF), gradient)
         if EXPONENTIAL:
             gradient -= (norm * row_sum)[:, None] * load_tile(k + from_ * d, rows, keep, d, D).to(tl.float32)
@@ -344,10 +376,8 @@ def keys_vjp(
         if FLOW:
             place = (chunk - start) * C + rows
             flow += tl.sum(row_sum.to(tl.float64) * (place - delay).to(tl.float64), 0)
-            if DLSE:
-                d_log_den = tl.load(dlse + here, mask=real, other=0.0).to(tl.float64)
-                flow -= tl.sum(d_log_den * place.to(tl.float64), 0)
         if LOCAL:
             tl.debug_barrier()  # before others read what this thread has written of the state
     if FLOW:
-        tl.store(flows + n * (others + tl.num_programs(0)) + others + part, flow)
+        segments = tl.num_programs(0)
+        tl.store(flows + n * (others + 2 * segments) + others + segments + part, flow)

@@ -5,8 +5,8 @@ The sequence is cut into segments of whole chunks of C rows. :func:`add_up` form
 that state, which it keeps up to date where it lies: one (m, e) state a segment, used by one program, stays in the
 cache. Features φ exist for one block of F features at a time, in registers.
 
-Operands of products are bf16 where the inputs are bf16 or fp16 (features of fp16 would lose their small values), else
-fp32; sums, exponents and log-scales are fp32.
+Operands of products are bf16 where the inputs are bf16 or fp16, else fp32, see :mod:`longseq.attention.triton_rows`;
+sums, exponents and log-scales are fp32.
 
 Names: C rows of a chunk, F features of a block, D and E the widths d and e padded to powers of two. Rows of queries
 are counted by position i, keys by the position t = j + delay at which they become visible: query i sees t ≤ i.
@@ -20,7 +20,7 @@ import math
 import triton
 import triton.language as tl
 
-from longseq.attention.triton_rows import INTERPRETED, PRECISION, put_rows
+from longseq.attention.triton_rows import INTERPRETED, product, put_rows, rounded, sliced_product
 
 LOG2E = tl.constexpr(math.log2(math.e))
 FLOOR = tl.constexpr(-40.0 * math.log2(math.e))  # as in feature_maps: e^-40 of a row's largest feature is the least
@@ -34,23 +34,16 @@ ANY_LENGTH = ("length", "offset", "delay", "steps", "segments", "chunks")
 
 @triton.jit
 def operand(x, HALF: tl.constexpr):
-    """x as a product takes it: rounded to bf16 if HALF."""
-    if HALF:
-        if INTERPRETED:  # which cannot multiply bf16, and would cut digits off instead of rounding
-            bits = x.to(tl.float32).to(tl.int32, bitcast=True)
-            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-            x = bits.to(tl.float32, bitcast=True)
-        else:
-            x = x.to(tl.bfloat16)
-    else:
-        x = x.to(tl.float32)
-    return x
+    """x as products with features take it."""
+    return rounded(x, tl.bfloat16 if HALF else tl.float32)
 
 
 @triton.jit
-def product(a, b, c=None):
-    """a b + c of operands."""
-    return tl.dot(a, b, c, input_precision=PRECISION)
+def again(x, block, length, HALF: tl.constexpr):
+    """x for the products of one more block of features: split into its parts there, and not for the whole loop."""
+    if not HALF:
+        x += (block * (length >> 31)).to(tl.float32)  # 0, which a compiler cannot know
+    return x
 
 
 @triton.jit
@@ -66,11 +59,19 @@ def load_tile(base, rows, keep, width: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def exponents(x, w, shift, f, m: tl.constexpr, SHIFTED: tl.constexpr):
-    """u = ωᵀx + shift of rows x (C, D) and features f, whose weights are w (F, D): (C, F)."""
-    if x.dtype == tl.float32:
-        w = w.to(tl.float32)
-    u = product(x, tl.trans(w))
+def exponents(
+    x, base, rows, keep, weight, shift, block, length, m: tl.constexpr, d: tl.constexpr,
+    SHIFTED: tl.constexpr, HALF: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """u = ωᵀx + shift of rows x (C, D) and a block of features: (C, F). x lies at ``base``, and fp32 is read there."""
+    f = block + tl.arange(0, F)
+    if HALF:
+        w = load_tile(weight, f, f < m, d, D)
+        if INTERPRETED:
+            w = w.to(tl.float32)
+        u = product(x, tl.trans(w))
+    else:
+        u = sliced_product(base + block * (length >> 31), rows, keep, weight, f, f < m, d, D)
     if SHIFTED:
         u += tl.load(shift + f, mask=f < m, other=0.0)[None, :]
     return u
@@ -78,13 +79,14 @@ def exponents(x, w, shift, f, m: tl.constexpr, SHIFTED: tl.constexpr):
 
 @triton.jit
 def largest(
-    x, weight, shift, m: tl.constexpr, d: tl.constexpr, SHIFTED: tl.constexpr, F: tl.constexpr, D: tl.constexpr
-):
+    x, base, rows, keep, weight, shift, length, m: tl.constexpr, d: tl.constexpr,
+    SHIFTED: tl.constexpr, HALF: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
     """The largest u of each row of x, (C,)."""
     best = tl.full((x.shape[0], F), -INFINITY, tl.float32)
     for block in tl.range(0, m, F, disable_licm=True):
         f = block + tl.arange(0, F)
-        u = exponents(x, load_tile(weight, f, f < m, d, D), shift, f, m, SHIFTED)
+        u = exponents(x, base, rows, keep, weight, shift, block, length, m, d, SHIFTED, HALF, F, D)
         if m % F != 0:
             u = tl.where((f < m)[None, :], u, -INFINITY)
         best = tl.maximum(best, u)
@@ -226,7 +228,8 @@ def add_up(
     """
     n = tl.program_id(1).to(tl.int64)
     part = tl.program_id(0)
-    f = tl.program_id(2) * F + tl.arange(0, F)
+    block = tl.program_id(2) * F
+    f = block + tl.arange(0, F)
     rows = tl.arange(0, C)
     at = n * length
     rate = 0.0
@@ -256,7 +259,10 @@ def add_up(
             b = tl.zeros((C,), tl.float32) + log_constant
             g = tl.zeros((C,), tl.float32)
             if EXPONENTIAL:
-                top = largest(tile, weight, shift, m, d, SHIFTED, F if F < 64 else 64, D)
+                top = largest(
+                    tile, x + from_ * d, rows, visible, weight, shift, length, m, d, SHIFTED, HALF,
+                    F if F < 64 else 64, D,
+                )  # fmt: skip
                 g = top * LOG2E
                 b += top - norm * tl.sum(tile.to(tl.float32) * tile.to(tl.float32), 1)
             if WEIGHTED:
@@ -268,14 +274,15 @@ def add_up(
         if DECAY:
             b += rate * rows.to(tl.float32)
         c, entering, left = through(b, c, runs + at, first, rows, delay, length, RUNS)
-        ends = entering
+        u = exponents(tile, x + from_ * d, rows, visible, weight, shift, block, length, m, d, SHIFTED, HALF, F, D)
+        # Not the values: these are in 16 bits already, and would be rounded once more.
+        phi = features(u, g, f, m, EXPONENTIAL, F) * entering[:, None]
+        ends = phi
         if LAST:
-            ends = entering * tl.load(last + from_ + rows, mask=visible, other=0.0)
-        u = exponents(tile, load_tile(weight, f, f < m, d, D), shift, f, m, SHIFTED)
-        phi = features(u, g, f, m, EXPONENTIAL, F)
-        one = one * left + tl.sum(phi * ends[:, None], 0)
-        value = load_tile(values + from_ * e, rows, visible, e, E).to(tl.float32) * entering[:, None]
-        state = product(tl.trans(operand(value, HALF)), operand(phi, HALF), state * left)
+            ends = phi * tl.load(last + from_ + rows, mask=visible, other=0.0)[:, None]
+        one = one * left + tl.sum(ends, 0)
+        value = operand(load_tile(values + from_ * e, rows, visible, e, E), HALF)
+        state = product(tl.trans(value), operand(phi, HALF), state * left)
         if DECAY:
             c = c - rate * C
     put_state(sums + (n * tl.num_programs(0) + part) * m * (e + 1), f, state, one, m, e, F, E)
@@ -375,7 +382,7 @@ def attend(
         q_scale = tl.zeros((C,), tl.float32) + log_constant
         gauge = tl.zeros((C,), tl.float32)
         if EXPONENTIAL:
-            top = largest(tile, weight, shift, m, d, SHIFTED, F, D)
+            top = largest(tile, q + (at + first) * d, rows, real, weight, shift, length, m, d, SHIFTED, HALF, F, D)
             gauge = top * LOG2E
             q_scale += top - norm * tl.sum(tile.to(tl.float32) * tile.to(tl.float32), 1)
         tl.store(q_gauge + at + first + rows, gauge, mask=real)
@@ -394,18 +401,21 @@ def attend(
         for block in tl.range(0, m, F, disable_licm=True):
             f = block + tl.arange(0, F)
             # The state is done with before the queries' features are made: both would overflow the registers.
-            w = load_tile(weight, f, f < m, d, D)
             if LOCAL:
-                key_phi = features(exponents(keys, w, shift, f, m, SHIFTED), key_gauge, f, m, EXPONENTIAL, F)
+                u = exponents(keys, k + from_ * d, rows, keep, weight, shift, block, length, m, d, SHIFTED, HALF, F, D)
+                key_phi = features(u, key_gauge, f, m, EXPONENTIAL, F)
                 key_features = operand(key_phi, HALF)
                 one_more = tl.sum(key_phi * entering[:, None], 0)
             state, one = load_state(sums, f, m, e, F, E)
             read_state = operand(state, HALF)
             if LOCAL:  # noqa: SIM102 (it is known when this is compiled)
                 if chunk + 1 < stop:
-                    behind = product(tl.trans(enters), key_features, state * left)
+                    behind = product(tl.trans(again(enters, block, length, HALF)), key_features, state * left)
                     put_state(sums, f, behind, one * left + one_more, m, e, F, E)
-            phi = features(exponents(tile, w, shift, f, m, SHIFTED), gauge, f, m, EXPONENTIAL, F)
+            u = exponents(
+                tile, q + (at + first) * d, rows, real, weight, shift, block, length, m, d, SHIFTED, HALF, F, D
+            )
+            phi = features(u, gauge, f, m, EXPONENTIAL, F)
             queries = operand(phi, HALF)
             den += tl.sum(queries.to(tl.float32) * one[None, :], 1)
             num = product(queries, tl.trans(read_state), num)

@@ -19,7 +19,7 @@ INTERPRETED = triton_rows.INTERPRETED.value
 
 
 WIDEST = 128  # head_dim and value_dim; wider tiles do not fit beside each other
-CAPABILITY = (8, 0)  # TF32 tensor cores
+CAPABILITY = (8, 0)  # tensor cores for bf16
 TENSOR_MEMORY = 512  # columns of sm_100
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -73,9 +73,8 @@ _FEATURES = {
     (200_000, True): {64: Needs(73_872, 512), 128: Needs(147_456, 512)},
     (160_000, True): {64: Needs(73_872, 0), 128: Needs(118_784, 0)},
     (0, True): {64: Needs(73_872, 0), 128: Needs(90_112, 0)},
-    (200_000, False): {64: Needs(163_840, 768), 128: Needs(311_296, 1120)},
-    (160_000, False): {64: Needs(114_688, 0), 128: Needs(311_296, 0)},
-    (0, False): {64: Needs(106_496, 0), 128: Needs(311_296, 0)},
+    (160_000, False): {64: Needs(81_920, 0), 128: Needs(131_072, 0)},
+    (0, False): {64: Needs(81_920, 0), 128: Needs(90_112, 0)},
 }
 
 

@@ -1,4 +1,8 @@
-"""Tiles of rows in Triton kernels: loaded, stored and multiplied."""
+"""Tiles of rows in Triton kernels: loaded, stored and multiplied.
+
+Operands of a product have the inputs' dtype, and sums are fp32. But features, which go down to e^-40, and what is
+multiplied with them are bf16 where the inputs are fp16, whose range they do not fit.
+"""
 
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
@@ -6,10 +10,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Three TF32 products on tensor cores add up to nearly fp32 (relative error 1e-6); a single one has an error of 5e-4,
-# and an exponent of size 20 would turn it into 1 %. The interpreter multiplies in fp32 whatever this says.
-PRECISION = tl.constexpr("tf32x3")
-# Columns of fp32 rows multiplied at a time. All of a tile, split into three TF32 parts, would overflow the registers.
+# fp32 numbers are the sum of three bf16 ones; the six largest products of these add up to nearly fp32 (relative error
+# 1e-6). A single TF32 product has an error of 5e-4, and an exponent of size 20 would turn it into 1 %; three of them
+# are as good as six of bf16, in more memory. The interpreter multiplies in fp32.
+PRECISION = tl.constexpr("bf16x6")
+# Columns of fp32 rows multiplied at a time. All of a tile, split into its parts, would overflow the registers.
 SLICE = tl.constexpr(32)
 
 
@@ -29,8 +34,8 @@ INTERPRETED = tl.constexpr(not isinstance(load_rows, triton.runtime.JITFunction)
 @triton.jit
 def rounded(x, TYPE: tl.constexpr):
     """x in an operand's type, the nearest numbers."""
-    if INTERPRETED and x.dtype == tl.float32 and tl.bfloat16 == TYPE:
-        bits = x.to(tl.uint32, bitcast=True)
+    if INTERPRETED and tl.bfloat16 == TYPE:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         bits = bits + 0x7FFF + ((bits >> 16) & 1)
         x = ((bits >> 16) << 16).to(tl.float32, bitcast=True)
     return x.to(TYPE)
@@ -45,10 +50,10 @@ def put_rows(base, rows, keep, width, values, COLUMNS: tl.constexpr):
 
 @triton.jit
 def product(a, b, total=None):
-    """a b [+ total] in fp32; fp32 operands as three TF32 products."""
+    """a b [+ total] in fp32."""
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    PART: tl.constexpr = PRECISION if a.dtype == tl.float32 else "ieee"
+    PART: tl.constexpr = PRECISION if a.dtype == tl.float32 and not INTERPRETED else "ieee"
     return tl.dot(a, b, total, input_precision=PART)
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import triton
 
+from longseq.attention.triton_launch import Chip
+
 # Rows that a program holds at a time.
 CHUNK = 64
 
@@ -25,20 +27,24 @@ class Tiles:
     keys: dict[str, Any]
 
 
-def tiles(shared_bytes: int, features: int, head_dim: int, value_dim: int, *, half: bool) -> Tiles:
-    """The tiles for a chip on which a block may have that many bytes of shared memory."""
+def tiles(there: Chip, features: int, head_dim: int, value_dim: int, *, half: bool) -> Tiles:
+    """The tiles for rows that wide, of 16 bits or fp32, on that chip."""
     most = triton.next_power_of_2(features)
     wide = max(head_dim, value_dim) > 64
     # The chips with the most shared memory multiply 64 rows by 64 and more columns at a time from there; 4 warps share
     # 64 rows. The others multiply from registers: less at a time, by more warps.
-    tensor_memory = shared_bytes > 200_000
-    warps = 4 if tensor_memory and not wide else 8
+    wgmma = there.capability[0] in (9, 10)
+    warps = 4 if wgmma and not wide else 8
 
     def options(block: int, num_warps: int) -> dict[str, Any]:
         return {"F": max(16, min(block, most)), "num_warps": num_warps, "num_stages": 1}
 
     if not half:
-        block = 32 if shared_bytes > 160_000 else 16
-        return Tiles(options(32, 4), STATES, *(options(block, 8) for _ in range(3)))
-    block = 64 if tensor_memory else 16 if wide and shared_bytes < 110_000 else 32
-    return Tiles(options(64 if wide else 128, 4), STATES, *(options(block, warps) for _ in range(3)))
+        if there.capability[0] == 10:  # of 16 warps, products go without tensor memory, where their parts do not fit
+            return Tiles(options(64, 16), STATES, *(options(32, 16) for _ in range(3)))
+        small = there.shared_memory < 110_000
+        block = 16 if wide and not wgmma else 32
+        sums = options(32 if wide and small else 64, 8 if wide else 4)
+        return Tiles(sums, STATES, *(options(block, 8) for _ in range(3)))
+    block = 64 if wgmma else 16 if wide and there.shared_memory < 110_000 else 32
+    return Tiles(options(64 if wide else 128, 4 if wgmma else 8), STATES, *(options(block, warps) for _ in range(3)))

@@ -5,8 +5,8 @@ a block of keys; so every number has one writer, and a repeated run gives the sa
 L / 64 for each of N.
 
 bf16 and fp16 rows are operands as they are; p, ds and dout, the other factors, are rounded to their type. Sums,
-exponents and log-denominators are fp32. fp32 rows are read again for each block, in slices, as three TF32 products need
-the registers: ``zero``, an argument that is 0, keeps the compiler from carrying them through the loop.
+exponents and log-denominators are fp32. fp32 rows are read again for each block, in slices, as the parts of their
+numbers need the registers: ``zero``, an argument that is 0, keeps the compiler from carrying them through the loop.
 
 Inside, exponents are of 2: s and lse times log2 e.
 """
@@ -152,6 +152,8 @@ def queries_vjp_near(
         put_rows(half_dout + (at + first) * e, rows, real, e, grad_half, E)
     gradient = tl.zeros((B, D), tl.float32)
     moment = tl.zeros((B,), tl.float32)
+    row_sum = tl.zeros((B,), tl.float32)
+    mean = tl.zeros((B,), tl.float32)
     stop = tl.minimum(length, first + B + before)
     for start in range(tl.maximum(0, first - window + 1) // STEP * STEP, stop, STEP):
         keep = _visible(hidden + at, start + near, length, HIDDEN)
@@ -167,12 +169,19 @@ def queries_vjp_near(
             scores, first + rows, start + near, first, keep, runs + at, gamma, length, window, before, scale,
             False, CAUSAL, HIDDEN, RUNS, DECAY,
         )  # fmt: skip
-        d_scores = (d_scores + shift[:, None]) * tl.exp2(scores - log_den[:, None])
+        weights = tl.exp2(scores - log_den[:, None])
+        d_scores = (d_scores + shift[:, None]) * weights
         if DECAY:
             moment += tl.sum(d_scores * distance, 1)
+            row_sum += tl.sum(d_scores, 1)
+            mean += tl.sum(weights * distance, 1)
         gradient = product(rounded(d_scores, key.dtype), key, gradient)
     put_rows(dq + (at + first) * d, rows, real, d, gradient * scale, D)
     if DECAY:
+        # A row's sum is dlse. What it is off, by the rounding of the weights in out, is off at every distance.
+        if DLSE:
+            row_sum -= tl.load(dlse + at + first + rows, mask=real, other=0.0)
+        moment -= row_sum * mean
         tl.store(d_decay + n * tl.num_programs(0) + tl.program_id(0), -tl.sum(moment, 0))
 
 
@@ -338,7 +347,9 @@ def _tiles(q: Tensor, v: Tensor, *, backward: bool = False, keys: bool = False) 
     wgmma = chip(q.device).capability[0] in (9, 10)  # a product is 64 rows of four warps, and no narrower than 64
     wide = padded(max(q.shape[2], v.shape[2])) > 64
     if q.dtype == torch.float32:
-        block, step, warps = 64, STEP_FP32 // 2 if keys and not wgmma else STEP_FP32, 4
+        # Of 16 warps, products on sm_100 go without tensor memory, where the parts of fp32 numbers do not fit.
+        warps = 16 if chip(q.device).capability[0] == 10 else 4
+        block, step = 64, STEP_FP32 // 2 if keys and not wgmma else STEP_FP32
     elif wgmma:
         block, step, warps = (128, 64, 8) if wide and backward else (64, 64, 4)
     else:

@@ -23,7 +23,9 @@ pytestmark = [
         DEVICE == "cpu" and not triton_launch.INTERPRETED, reason="no GPU, and triton was imported uninterpreted"
     ),
 ]
-HALF_PRECISION = 6e-3  # gradients where exponents are large; outputs are within 2.5e-3
+HALF_PRECISION = 5e-3  # outputs are within 2.5e-3
+# One number a head, a sum over all pairs whose terms nearly cancel; rounding errors of the state's terms do not.
+DECAY = 4e-2
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +68,7 @@ def rows(
         ("relu", 100, 24, 40, 150, 9, 1.0, torch.bfloat16, ("hidden",)),
         ("softmax", 100, 16, 24, 203, 37, 1.0, torch.bfloat16, ("hidden", "runs")),
         ("softmax", 64, 32, 16, 130, 0, 1.0, torch.float16, ()),
+        ("softmax", 64, 64, 64, 321, 0, 1.0, torch.bfloat16, ("decay",)),
     ],
 )
 def test_half_precision_scan_and_its_gradients_are_near_float64(
@@ -77,6 +80,8 @@ def test_half_precision_scan_and_its_gradients_are_near_float64(
     found = results(lambda q, k, v, **x: triton_backend.scan(q, k, v, phi, delay=delay, **x), poison_hidden(given))
     assert found["out"].dtype == found["lse"].dtype == torch.float32
     assert all(found["d" + name].dtype == dtype for name in "qkv")
+    if "decay" in kinds:
+        assert_same({"ddecay": found["ddecay"]}, {"ddecay": expected.pop("ddecay")}, DECAY)
     assert_same(found, expected, HALF_PRECISION)
     assert_same({"out": found["out"]}, {"out": expected["out"]}, HALF_PRECISION / 2)
 
