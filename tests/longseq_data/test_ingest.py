@@ -506,19 +506,19 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(("name", "content", "whole"), DAMAGES)
-def test_what_is_damaged_is_made_again(write, cache, small, name, content, whole) -> None:
+def test_what_is_damaged_is_made_again(write, cache, name, content, whole) -> None:
     """content: what the file is replaced by, or how many bytes are left of it."""
-    source = write("a.fasta", fasta("a", 30))
+    source = write("a.fasta", fasta("a", 300))  # two blocks
     spec = spec_of(source, cache=cache)
-    expected = batches(spec_of(source), 60)  # more than an epoch
-    assert batches(spec, 60) == expected
+    expected = batches(spec_of(source), 24, batch_sequences=64)  # more than an epoch
+    assert batches(spec, 24, batch_sequences=64) == expected
     entry = next(cache.glob("blocks/*"))
     before = [open_block(path).ids(range(3)) for path in sorted(entry.glob("*.arrow"))]
     if not whole:
         (entry / "manifest.json").unlink()
     for path in cache.glob("locks/*") if name == "lock" else [entry / name]:
         path.write_bytes(path.read_bytes()[:content] if isinstance(content, int) else content)
-    assert batches(spec, 60) == expected
+    assert batches(spec, 24, batch_sequences=64) == expected
     assert [open_block(path).ids(range(3)) for path in sorted(entry.glob("*.arrow"))] == before
     records = json.loads((entry / "manifest.json").read_bytes())["records"]
     assert records == [len(open_block(path)) for path in sorted(entry.glob("*.arrow"))]
