@@ -328,6 +328,16 @@ def test_what_blocks_depend_on_has_places_of_its_own(write, cache) -> None:
     assert entry_of(cache, *ways[0]) == entries[0]
 
 
+def test_a_relative_path_is_no_other_folders(write, cache, tmp_path, monkeypatch) -> None:
+    for name in ("one", "two"):  # alike but for their content, as what was unpacked together
+        (tmp_path / name).mkdir()
+        write(f"{name}/a.fasta", fasta("a", 20, seed=ord(name[0])))
+        os.utime(tmp_path / name / "a.fasta", (1e9, 1e9))
+        monkeypatch.chdir(tmp_path / name)
+        assert batches(spec_of("a.fasta", cache=cache), 5) == batches(spec_of("a.fasta"), 5)
+    assert len(list(cache.glob("blocks/*"))) == 2
+
+
 def test_a_source_that_nothing_tells_apart_is_not_kept(cache) -> None:
     assert entry_of(cache, FASTA, Leaf("http://127.0.0.1:9/none.fasta", "fasta"), False) is None
 

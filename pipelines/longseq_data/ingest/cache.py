@@ -148,7 +148,9 @@ def entry_of(folder: Path, reading: Reading, leaf: Leaf, strict: bool) -> Entry 
         how.update(column=reading.column, part_bytes=reading.part_bytes)
     if reading.tokens == "pixels":
         how["image_size"] = reading.image_size
-    digest = hashlib.sha256(json.dumps([leaf.source, content, how]).encode("utf-8", "surrogateescape")).hexdigest()
+    local = not leaf.source.startswith(HUB) and not URL.match(leaf.source)
+    source = os.path.abspath(leaf.source) if local else leaf.source  # noqa: PTH100 - links stay
+    digest = hashlib.sha256(json.dumps([source, content, how]).encode("utf-8", "surrogateescape")).hexdigest()
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", short_name(leaf.source))[:40]
     return Entry(leaf, folder / "blocks" / f"{name}-{digest[:24]}")
 
