@@ -225,7 +225,16 @@ def begin_reading(config: Config) -> None:
     """Have the files of a training read, once for all its processes, while everything else is started.
 
     What is wrong with them is said where they are looked at.
+
+    Raises:
+        ConfigError: for an order that needs the blocks, which are not kept.
     """
+    data = config.data
+    if data.later_epochs == "permutation" and data.cache == "none" and not is_corpus(data.train[0]):
+        raise ConfigError(
+            "data.later_epochs=permutation needs the blocks of data.cache, and data.cache=none keeps none: leave "
+            "data.cache out or name a folder; a new run may set data.later_epochs=buffer."
+        )
     wanted = ["train", *(["valid"] if config.trainer.valid_every else [])]
     for split in wanted:
         with suppress(*USER_ERRORS):

@@ -155,3 +155,8 @@ def test_an_empty_split_is_refused_before_anything_is_made(refusal, folder):
     refused = refusal("data.train=two.fasta", "trainer.valid_every=5")
     assert refused.startswith("data.train: the hash of the sequences puts none of the 2 records into validation")
     assert "trainer.valid_every=0" in refused
+
+
+def test_an_order_that_needs_the_cache_is_refused_without_it(refusal):
+    refused = refusal("data.train=proteins.fasta", "data.later_epochs=permutation", "data.cache=none")
+    assert refused.startswith("data.later_epochs=permutation needs the blocks of data.cache, and data.cache=none ")

@@ -28,7 +28,7 @@ from longseq_data.errors import DataError
 from longseq_data.formats import Leaf
 from longseq_data.ingest import process
 from longseq_data.ingest.block import Builder, Records, open_block, write_block
-from longseq_data.ingest.cache import Failure, entry_of, group_lock
+from longseq_data.ingest.cache import Failure, default_folder, entry_of, group_lock
 from longseq_data.ingest.follow import Road
 from longseq_data.ingest.parse import parsed
 from longseq_data.ingest.process import Job, ingest
@@ -328,6 +328,16 @@ def test_what_blocks_depend_on_has_places_of_its_own(write, cache) -> None:
     assert entry_of(cache, *ways[0]) == entries[0]
 
 
+def test_a_relative_path_is_no_other_folders(write, cache, tmp_path, monkeypatch) -> None:
+    for name in ("one", "two"):  # alike but for their content, as what was unpacked together
+        (tmp_path / name).mkdir()
+        write(f"{name}/a.fasta", fasta("a", 20, seed=ord(name[0])))
+        os.utime(tmp_path / name / "a.fasta", (1e9, 1e9))
+        monkeypatch.chdir(tmp_path / name)
+        assert batches(spec_of("a.fasta", cache=cache), 5) == batches(spec_of("a.fasta"), 5)
+    assert len(list(cache.glob("blocks/*"))) == 2
+
+
 def test_a_source_that_nothing_tells_apart_is_not_kept(cache) -> None:
     assert entry_of(cache, FASTA, Leaf("http://127.0.0.1:9/none.fasta", "fasta"), False) is None
 
@@ -483,6 +493,84 @@ def test_a_block_that_was_removed_is_made_again(write, cache) -> None:
     expected = batches(spec, 230, batch_sequences=64)  # more than an epoch
     next(cache.glob("blocks/*/000001.arrow")).unlink()
     assert batches(spec, 230, batch_sequences=64) == expected
+
+
+SHORT = b'{"source": "a.fasta", "records": [200]}'
+
+
+DAMAGES = [
+    ("000000.arrow", 0, True),
+    ("000001.arrow", 700, True),
+    ("000001.arrow", 700, False),
+    ("000000.arrow", bytes(2000), False),
+    ("000000.arrow", b"\xff" * 2000, True),
+    ("manifest.json", 0, True),
+    ("manifest.json", b"\xff" * 2000, True),
+    ("manifest.json", b"[1]", True),
+    ("manifest.json", SHORT, True),
+    ("failed.json", b"{", False),
+    ("failed.json", SHORT, False),
+    ("lock", b"[1]", False),
+    ("lock", b'{"attempt": 3}', False),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "whole"), DAMAGES)
+def test_what_is_damaged_is_made_again(write, cache, name, content, whole) -> None:
+    """content: what the file is replaced by, or how many bytes are left of it."""
+    source = write("a.fasta", fasta("a", 300))  # two blocks
+    spec = spec_of(source, cache=cache)
+    expected = batches(spec_of(source), 24, batch_sequences=64)  # more than an epoch
+    assert batches(spec, 24, batch_sequences=64) == expected
+    entry = next(cache.glob("blocks/*"))
+    before = [open_block(path).ids(range(3)) for path in sorted(entry.glob("*.arrow"))]
+    if not whole:
+        (entry / "manifest.json").unlink()
+    for path in cache.glob("locks/*") if name == "lock" else [entry / name]:
+        path.write_bytes(path.read_bytes()[:content] if isinstance(content, int) else content)
+    assert batches(spec, 24, batch_sequences=64) == expected
+    assert [open_block(path).ids(range(3)) for path in sorted(entry.glob("*.arrow"))] == before
+    records = json.loads((entry / "manifest.json").read_bytes())["records"]
+    assert records == [len(open_block(path)) for path in sorted(entry.glob("*.arrow"))]
+
+
+@pytest.mark.parametrize("name", ["000000.arrow", "manifest.json", "failed.json"])
+def test_a_cache_that_cannot_be_read_is_said_and_each_reads_for_itself(write, cache, name) -> None:
+    source, said = write("a.fasta", fasta("a", 30)), []
+    spec = spec_of(source, cache=cache, tell=said.append)
+    spec.begin()
+    assert batches(spec, 60) == batches(spec_of(source), 60)
+    (entry,) = cache.glob("blocks/*")
+    (entry / "manifest.json").unlink()
+    (entry / name).unlink(missing_ok=True)
+    (entry / name).mkdir()  # whoever is root may read and remove all files
+    assert not said
+    spec.begin()
+    assert batches(spec, 60) == batches(spec_of(source), 60)
+    assert said[0].startswith(f"data.cache: {entry / name}: Is a directory; ")
+    assert said[0].endswith(f". {process.ALONE}")
+    with pytest.raises(DataError, match=f"{name}: Is a directory; .*data.later_epochs=permutation.*data.cache.$"):
+        batches(replace(spec, later_epochs="permutation"), 60)
+
+
+def test_a_cache_is_counted_on_only_where_it_is_or_can_be_made(write, cache, tmp_path, monkeypatch) -> None:
+    source = write("a.fasta", fasta("a", 30))
+    twice = spec_of(source, source, cache=cache)
+    assert twice.keeps_all
+    assert not spec_of(source).keeps_all
+    (tmp_path / "file").write_text("no folder")
+    assert not spec_of(source, cache=tmp_path / "file").keeps_all
+    monkeypatch.setattr("longseq_data.ingest.follow.RESERVE", 1 << 60)  # more than any disk has
+    assert not twice.keeps_all
+    batches(twice)
+    assert twice.keeps_all  # nothing has to be written
+
+
+def test_a_user_without_a_home_has_the_one_of_containers(monkeypatch) -> None:
+    for name in ("HOME", "XDG_CACHE_HOME", "LONGSEQ_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)  # of no user
+    assert default_folder() == Path("/.cache/longseq")
 
 
 def test_parsing_may_be_left_in_the_middle(write, small) -> None:

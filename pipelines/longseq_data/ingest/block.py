@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -214,28 +215,46 @@ def write_block(block: Block, path: Path) -> None:
     if block.texts is not None:
         columns["text"] = pa.array(block.texts, binary)
     batch = pa.record_batch(columns, metadata={"longseq": json.dumps({"notes": block.notes})})
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
-        writer.write_batch(batch)
+    try:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
+            writer.write_batch(batch)
+    except OSError as error:
+        raise _with_its_file(error, path) from None
+
+
+class BadBlockError(Exception):
+    """A file that is none of write_block."""
 
 
 def open_block(path: Path) -> Block:
-    """A block of write_block. Raises OSError or pyarrow.ArrowInvalid for what is none."""
+    """A block of write_block. Its tokens are not looked at. Raises OSError, or BadBlockError for what is none."""
     import pyarrow as pa
 
-    with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
-        batch = reader.get_batch(0)
-        notes = json.loads(reader.schema.metadata[b"longseq"])["notes"]
-    tokens = batch.column("tokens")
-    return Block(
-        tokens.values.to_numpy(),
-        tokens.offsets.to_numpy(),
-        _Bytes(batch.column("id")),
-        batch.column("held").to_numpy(),
-        _Bytes(batch.column("text")) if "text" in batch.schema.names else None,
-        {by: batch.column(name).to_numpy() for by, name in _PLACES.items() if name in batch.schema.names},
-        tuple(notes),
-        mapped=True,
-    )
+    try:
+        with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
+            batch = reader.get_batch(0)
+            notes = json.loads(reader.schema.metadata[b"longseq"])["notes"]
+        batch.validate()
+        tokens = batch.column("tokens")
+        return Block(
+            tokens.values.to_numpy(),
+            tokens.offsets.to_numpy(),
+            _Bytes(batch.column("id")),
+            batch.column("held").to_numpy(),
+            _Bytes(batch.column("text")) if "text" in batch.schema.names else None,
+            {by: batch.column(name).to_numpy() for by, name in _PLACES.items() if name in batch.schema.names},
+            tuple(notes),
+            mapped=True,
+        )
+    except (OSError, pa.ArrowException, ValueError, LookupError, TypeError, AttributeError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise _with_its_file(error, path) from None
+        raise BadBlockError(f"{path}: {error}") from error  # cut off, or another program's
+
+
+def _with_its_file(error: OSError, path: Path) -> OSError:
+    """Arrow's has the file in its words alone."""
+    return OSError(error.errno, os.strerror(error.errno), str(path)) if error.errno else error
 
 
 class _Bytes(Sequence[bytes]):

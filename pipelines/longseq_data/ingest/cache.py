@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from longseq_data.files import aside, sha256_of, write_text
 from longseq_data.formats import HUB, HubAddress, Leaf
@@ -31,7 +32,12 @@ def default_folder() -> Path:
     if own := os.environ.get("LONGSEQ_CACHE"):
         return Path(own).absolute()
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache") / "longseq"
+    if base and Path(base).is_absolute():
+        return Path(base) / "longseq"
+    try:
+        return Path.home() / ".cache" / "longseq"
+    except RuntimeError:  # a user without an entry in passwd, as in containers
+        return Path("/.cache/longseq")
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,14 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """Why a process could not keep blocks, in its lock."""
+
+    sentence: str
+    attempt: str  # no two are alike
+
+
+@dataclass(frozen=True)
 class Entry:
     """The blocks of one leaf."""
 
@@ -75,12 +89,17 @@ class Entry:
         return self.folder / "wanted"
 
     def manifest(self) -> Manifest | None:
-        values = _read(self.folder / "manifest.json")
-        return None if values is None else Manifest(**{**values, "records": tuple(values["records"])})
+        """None where there is none that makes sense. Raises OSError."""
+        values = read_json(self.folder / "manifest.json")
+        with suppress(TypeError, KeyError):
+            return Manifest(**{**values, "records": tuple(map(int, values["records"]))})
+        return None
 
     def failure(self) -> Failure | None:
-        values = _read(self.folder / "failed.json")
-        return None if values is None else Failure(**values)
+        """As of manifest."""
+        with suppress(TypeError):
+            return Failure(**read_json(self.folder / "failed.json"))
+        return None
 
     def publish(self, number: int, block: Block) -> None:
         self._put(self.block(number), block)
@@ -98,6 +117,11 @@ class Entry:
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in (self.folder / "failed.json", self.rest, self.wanted, *self.folder.glob(".*.partial")):
             path.unlink(missing_ok=True)
+
+    def remake(self, number: int) -> None:
+        """Have a block made that is missing or damaged. Others stay, and their readers. Raises OSError."""
+        (self.folder / "manifest.json").unlink(missing_ok=True)
+        self.block(number).unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Give its room back."""
@@ -124,7 +148,9 @@ def entry_of(folder: Path, reading: Reading, leaf: Leaf, strict: bool) -> Entry 
         how.update(column=reading.column, part_bytes=reading.part_bytes)
     if reading.tokens == "pixels":
         how["image_size"] = reading.image_size
-    digest = hashlib.sha256(json.dumps([leaf.source, content, how]).encode("utf-8", "surrogateescape")).hexdigest()
+    local = not leaf.source.startswith(HUB) and not URL.match(leaf.source)
+    source = os.path.abspath(leaf.source) if local else leaf.source  # noqa: PTH100 - links stay
+    digest = hashlib.sha256(json.dumps([source, content, how]).encode("utf-8", "surrogateescape")).hexdigest()
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", short_name(leaf.source))[:40]
     return Entry(leaf, folder / "blocks" / f"{name}-{digest[:24]}")
 
@@ -180,9 +206,10 @@ def _of_hub(address: HubAddress) -> list[object] | None:
     return [HfApi().dataset_info(address.path, revision=address.revision, timeout=5).sha]
 
 
-def _read(path: Path) -> dict | None:
-    """A JSON file that appears whole; None where there is none."""
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object in a file; empty where there is none. Raises OSError."""
     try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+        values = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing, suppress
@@ -18,10 +19,10 @@ from longseq_data.os_errors import explained, lock
 from longseq_data.reading import Reading
 from longseq_data.sources import URL
 
-from .block import Block, open_block
-from .cache import Entry, entry_of, group_lock
+from .block import BadBlockError, Block, open_block
+from .cache import Entry, Refusal, entry_of, group_lock, read_json
 from .parse import parsed
-from .process import ALONE, Job, start
+from .process import ALONE, RESERVE, Job, start
 
 PAUSE = 0.02  # seconds between looks for a block
 TEND = 0.25  # between looks whether somebody makes it
@@ -60,14 +61,15 @@ class Road:
             entry = entry_of(self.folder, self.reading, leaf, self.strict)
             if entry is not None:
                 self._entries[leaf] = entry
-                if failure := entry.failure():
-                    self._known.add(failure.attempt)
+                with suppress(OSError):  # said when a block is wanted
+                    if failure := entry.failure():
+                        self._known.add(failure.attempt)
         if refusal := self._refusal():
-            self._known.add(refusal["attempt"])
+            self._known.add(refusal.attempt)
 
     def begin(self) -> None:
         """Have the leaves read, unless that is done or under way."""
-        with suppress(_NoCacheError):
+        with suppress(_NoCacheError, OSError):  # said when a block is wanted
             if any(entry.manifest() is None for entry in self._entries.values()):
                 self._tend(None)
 
@@ -110,8 +112,18 @@ class Road:
 
     @property
     def keeps_all(self) -> bool:
-        """Whether every leaf has a place in the cache."""
-        return len(self._entries) == len(self.leaves)
+        """Whether every leaf lies in the cache, or has a place there that can be written."""
+        if self.folder is None or len(self._entries) < len(set(self.leaves)):
+            return False
+        try:
+            if all(entry.manifest() is not None for entry in self._entries.values()):
+                return True
+            for path in (self.folder / "blocks", self._lock.parent):
+                path.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=path).close()
+            return shutil.disk_usage(self.folder).free >= RESERVE
+        except OSError:
+            return False
 
     def _told(self, block: Block) -> Block:
         if self.tell is not None:
@@ -121,46 +133,50 @@ class Road:
 
     def _await(self, entry: Entry, number: int) -> Block | None:
         """Block ``number``; None: there are no more."""
-        begun, beat = time.monotonic(), 0.0
-        while True:
-            if (block := _opened(entry.block(number))) is not None:
-                return block
-            manifest = entry.manifest()
-            if manifest is not None:
-                if number >= len(manifest.records):
-                    return None
-                if (block := _opened(entry.block(number))) is not None:
+        try:
+            begun, beat = time.monotonic(), 0.0
+            while True:
+                if (block := _opened(entry, number)) is not None:
                     return block
-                entry.clear()  # somebody has removed a part of it
-            failed = entry.failure()
-            if failed is not None and failed.attempt not in self._known:
-                if failed.rest and number == failed.blocks and (block := _opened(entry.rest)) is not None:
-                    return block
-                if number >= failed.blocks:
-                    raise DataError(failed.sentence)
-            self._tend(entry)
-            with suppress(OSError):
-                os.close(os.open(entry.folder, os.O_RDONLY))  # NFS looks for new names when a folder is opened
-                now = self._lock.stat().st_mtime
-                begun, beat = (time.monotonic(), now) if now != beat else (begun, beat)
-            if time.monotonic() - begun > LIMIT:
-                raise DataError(
-                    f"{entry.leaf.source}: no block of it has come into {entry.folder} for {LIMIT / 60:.0f} minutes, "
-                    f"though a process has {self._lock}; see what it waits for, end it, or set data.cache=none."
-                )
-            time.sleep(PAUSE)
+                manifest = entry.manifest()
+                if manifest is not None:
+                    if number >= len(manifest.records):
+                        return None
+                    if (block := _opened(entry, number)) is not None:
+                        return block
+                    entry.remake(number)  # somebody has removed it
+                failed = entry.failure()
+                if failed is not None and failed.attempt not in self._known:
+                    if failed.rest and number == failed.blocks:
+                        with suppress(FileNotFoundError):
+                            return open_block(entry.rest)
+                    if number >= failed.blocks:
+                        raise DataError(failed.sentence)
+                self._tend(entry)
+                with suppress(OSError):
+                    os.close(os.open(entry.folder, os.O_RDONLY))  # NFS looks for new names when a folder is opened
+                    now = self._lock.stat().st_mtime
+                    begun, beat = (time.monotonic(), now) if now != beat else (begun, beat)
+                if time.monotonic() - begun > LIMIT:
+                    raise DataError(
+                        f"{entry.leaf.source}: no block of it has come into {entry.folder} for {LIMIT / 60:.0f} "
+                        f"minutes, though a process has {self._lock}; see what it waits for, end it, or set "
+                        "data.cache=none."
+                    )
+                time.sleep(PAUSE)
+        except OSError as error:
+            raise _NoCacheError(f"data.cache: {explained(error)}.") from error
 
     @property
     def _lock(self) -> Path:
         assert self.folder is not None
         return group_lock(self.folder, list(self._entries.values()))
 
-    def _refusal(self) -> dict[str, str] | None:
+    def _refusal(self) -> Refusal | None:
         """Why the last process could not keep blocks."""
-        try:
-            return json.loads(self._lock.read_bytes() or b"null")
-        except (OSError, ValueError):
-            return None
+        with suppress(OSError, TypeError):
+            return Refusal(**read_json(self._lock))
+        return None
 
     def _tend(self, entry: Entry | None) -> None:
         """See to it that a process reads the leaves. Raises _NoCacheError where none can."""
@@ -183,8 +199,8 @@ class Road:
                 if all(each.manifest() is not None for each in self._entries.values()):
                     return
                 refusal = self._refusal()
-                if refusal and refusal["attempt"] not in self._known:
-                    raise _NoCacheError(refusal["sentence"])
+                if refusal and refusal.attempt not in self._known:
+                    raise _NoCacheError(refusal.sentence)
                 if self._tries >= TRIES:
                     raise _NoCacheError(f"data.cache: the process that fills {self.folder} has ended {TRIES} times.")
                 self._tries += 1
@@ -198,12 +214,13 @@ class _NoCacheError(Exception):
     """The cache cannot be used."""
 
 
-def _opened(path: Path) -> Block | None:
-    if not path.exists():
-        return None
+def _opened(entry: Entry, number: int) -> Block | None:
+    """None: it is not there, or was none. Raises OSError."""
+    path = entry.block(number)
     try:
         return open_block(path)
     except FileNotFoundError:
         return None
-    except Exception as error:  # Arrow's
-        raise DataError(f"{path}: a damaged block ({error}); remove the folder that it is in.") from error
+    except BadBlockError:
+        entry.remake(number)
+        return None

@@ -21,7 +21,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
@@ -31,7 +31,7 @@ from longseq_data.os_errors import explained, lock
 from longseq_data.reading import Reading
 
 from .block import Block
-from .cache import Entry, Failure, Manifest
+from .cache import Entry, Failure, Manifest, Refusal
 from .parse import parsed
 
 OPEN = 16  # leaves read in turn: as many as are mixed while shuffling
@@ -86,7 +86,7 @@ def work() -> None:
         sentence = f"data.cache: {explained(error)}."
         print(f"longseq: warning: {sentence} {ALONE}", file=sys.stderr, flush=True)
         with suppress(OSError):
-            job.lock.write_text(json.dumps({"attempt": secrets.token_hex(8), "sentence": sentence}))
+            job.lock.write_text(json.dumps(asdict(Refusal(sentence, secrets.token_hex(8)))))
     except BaseException:
         traceback.print_exc()
     finally:  # the thread that watches the parent cannot be ended otherwise
