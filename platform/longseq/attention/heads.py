@@ -25,8 +25,7 @@ def split_heads(
     With log τ, (H, 1, 1), queries and keys first get the length τ^1/2 · D^1/4. On a GPU all of it is one kernel,
     forward and backward, which writes what attention reads as it lies in memory.
     """
-    fits = qkv.shape[-1] % (6 * heads) == 0 and qkv.numel() > 0 and len(qkv) * heads <= MOST_ROWS
-    if fits and fuses(qkv, backend):
+    if fuses(qkv, backend) and _fits(qkv, heads, rotary):  # a compiler is to guard no sizes
         made = _Heads.apply(qkv, heads, rotary, log_temperature)
         return made[0], made[1], made[2]
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in qkv.chunk(3, dim=-1))
@@ -36,6 +35,15 @@ def split_heads(
     if rotary is not None:
         q, k = rotate(q, rotary), rotate(k, rotary)
     return q.to(v.dtype), k.to(v.dtype), v
+
+
+def _fits(qkv: Tensor, heads: int, rotary: Tensor | None) -> bool:
+    """Whether a kernel, which looks at no shapes, can read these; PyTorch's operations refuse what does not match."""
+    batch, length, width = qkv.shape
+    if width % (6 * heads) or not qkv.numel() or batch * heads > MOST_ROWS:
+        return False
+    angles = length, width // (6 * heads)
+    return rotary is None or rotary.shape in ((2, *angles), (2, 1, 1, *angles), (2, batch, 1, *angles))
 
 
 def lay_out(out: Tensor, batch: int, heads: int, dtype: torch.dtype) -> Tensor:

@@ -99,6 +99,31 @@ def test_more_heads_than_a_grid_has_programs_are_split_by_pytorch():
     assert "_Heads" in type(split_heads(qkv[:5], 3)[0].grad_fn).__name__
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 4), (2, 12, 4), (2, 9, 8), (2, 9, 2), (2, 3, 1, 9, 4), (2, 2, 1, 8, 4)])
+def test_angles_that_do_not_match_are_refused(shape):
+    with pytest.raises(RuntimeError, match=r"must match the size"):
+        split_heads(_random(2, 9, 48), 2, torch.ones(shape, device=DEVICE))
+
+
+def test_angles_of_each_head_turn_as_those_of_all():
+    qkv = _random(2, 9, 48)
+    table = rotary_table(torch.arange(18, device=DEVICE).view(2, 9), 8)
+    found = split_heads(qkv, 2, table)
+    for head in range(2):
+        expected = split_heads(qkv, 2, table[:, head])
+        assert all(_off(x[:, head], y[:, head].detach().double()) < 1e-6 for x, y in zip(found, expected, strict=True))
+
+
+def test_a_norm_refuses_another_width_and_adds_rows_to_all():
+    norm = Norm(24, 1e-5).to(DEVICE)
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        norm(_random(2, 9, 16))
+    x, row = _random(2, 9, 24), _random(24)
+    total, normed = norm(x, row)
+    assert torch.equal(total, x + row)
+    assert _off(normed, nn.functional.layer_norm((x + row).double(), (24,))) < 1e-6
+
+
 @pytest.mark.parametrize(("x_dtype", "y_dtype"), [(F32, F32), (F32, BF16), (BF16, BF16), (F32, None), (BF16, None)])
 @pytest.mark.parametrize(("rows", "width"), [(70, 24), (1, 3), (300, 130)])
 @pytest.mark.parametrize("uses", ["both", "norm", "sum"])
