@@ -84,7 +84,7 @@ def carried_attention(
             raise ValueError(
                 f"kernel {kernel!r} has features of both signs and cannot share a denominator with a state"
             )
-    batch = len(q)
+    batch, heads = q.shape[:2]
     with torch.autocast(q.device.type, enabled=False):
         queries, keys, values = (t.flatten(0, 1).to(operands) for t in (q, k, v))
         rates = per_row(decay, batch, dtype)
@@ -124,4 +124,4 @@ def carried_attention(
         out = isolated(attend, rows, None, Sight(lambda: None, True, 0 if phi else window))[:, halo:]
         if window:
             behind = (*behind, keys[:, -window:], values[:, -window:])
-    return lay_out(out, batch, v.dtype), behind
+    return lay_out(out, batch, heads, v.dtype), behind

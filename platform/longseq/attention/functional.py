@@ -147,7 +147,7 @@ def favor_attention(
 
         sight = Sight(lambda: _whole_runs(segments, heads, context), causal, 0 if phi else window, context)
         out = isolated(attend, rows, hidden, sight)
-    return lay_out(out, batch, v.dtype)
+    return lay_out(out, batch, heads, v.dtype)
 
 
 def _nothing(q: Tensor, k: Tensor, v: Tensor, *per_head: Tensor | None) -> Tensor:

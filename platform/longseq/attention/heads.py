@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longseq.attention.first_order import Saved, first_order
-from longseq.attention.fused import fuses
+from longseq.attention.fused import MOST_ROWS, fuses
 from longseq.attention.rotary import rotate
 
 
@@ -25,7 +25,7 @@ def split_heads(
     With log τ, (H, 1, 1), queries and keys first get the length τ^1/2 · D^1/4. On a GPU all of it is one kernel,
     forward and backward, which writes what attention reads as it lies in memory.
     """
-    if fuses(qkv, backend) and qkv.shape[-1] % (6 * heads) == 0 and qkv.numel():
+    if fuses(qkv, backend) and _fits(qkv, heads, rotary):  # a compiler is to guard no sizes
         made = _Heads.apply(qkv, heads, rotary, log_temperature)
         return made[0], made[1], made[2]
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in qkv.chunk(3, dim=-1))
@@ -37,15 +37,24 @@ def split_heads(
     return q.to(v.dtype), k.to(v.dtype), v
 
 
-def lay_out(out: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
+def _fits(qkv: Tensor, heads: int, rotary: Tensor | None) -> bool:
+    """Whether a kernel, which looks at no shapes, can read these; PyTorch's operations refuse what does not match."""
+    batch, length, width = qkv.shape
+    if width % (6 * heads) or not qkv.numel() or batch * heads > MOST_ROWS:
+        return False
+    angles = length, width // (6 * heads)
+    return rotary is None or rotary.shape in ((2, *angles), (2, 1, 1, *angles), (2, batch, 1, *angles))
+
+
+def lay_out(out: Tensor, batch: int, heads: int, dtype: torch.dtype) -> Tensor:
     """Attention's result (B·H, L, e) as (B, H, L, e) of ``dtype``.
 
     Where it is rounded it is laid out as the output's linear map reads it, the heads of a position side by side: one
     pass over it instead of two, and backward as well.
     """
     if out.dtype == dtype or torch.compiler.is_compiling():
-        return out.unflatten(0, (batch, -1)).to(dtype)
-    return _Rounded.apply(out, batch, dtype)
+        return out.unflatten(0, (batch, heads)).to(dtype)
+    return _Rounded.apply(out, batch, heads, dtype)
 
 
 class _Heads(torch.autograd.Function):
@@ -73,14 +82,14 @@ class _Heads(torch.autograd.Function):
 
 class _Rounded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, out: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
-        number, length, width = out.shape
+    def forward(ctx: Any, out: Tensor, batch: int, heads: int, dtype: torch.dtype) -> Tensor:
+        _, length, width = out.shape
         ctx.dtype = out.dtype
-        laid = out.new_empty(batch, length, number // batch, width, dtype=dtype).transpose(1, 2)
-        return laid.copy_(out.view(batch, -1, length, width))
+        laid = out.new_empty(batch, length, heads, width, dtype=dtype).transpose(1, 2)
+        return laid.copy_(out.unflatten(0, (batch, heads)))
 
     @staticmethod
     @first_order
     def backward(ctx: Any, saved: Saved, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows = torch.empty(grad.shape, dtype=ctx.dtype, device=grad.device)
-        return rows.copy_(grad).flatten(0, 1), None, None
+        return rows.copy_(grad).flatten(0, 1), None, None, None

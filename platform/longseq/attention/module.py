@@ -19,6 +19,7 @@ from longseq.attention.context_group import ContextGroup, SlicedDocuments
 from longseq.attention.feature_maps import KERNELS
 from longseq.attention.functional import exact_attention, favor_attention
 from longseq.attention.heads import split_heads
+from longseq.attention.narrow import Linear
 from longseq.attention.operators import is_traced
 from longseq.attention.oprf import oprf_a_from_moments, oprf_moments
 from longseq.attention.recurrent import RecurrentState, decode, prefill, prefill_exact
@@ -89,8 +90,8 @@ class FavorAttention(nn.Module):
         self.kernel, self.features, self.window, self.projection = kernel, features, window, projection
         self.seed, self.layer, self.backend = seed, layer, backend
         self.draw = 0
-        self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
-        self.out = nn.Linear(dim, dim, bias=bias)
+        self.qkv = Linear(dim, 3 * dim, bias=bias)
+        self.out = Linear(dim, dim, bias=bias)
         # The random features' variance grows with e^{4τ}: τ = 2 is sharp enough to select and cheap to approximate.
         self.log_temperature = nn.Parameter(torch.full((heads, 1, 1), math.log(2.0))) if qk_norm else None
         # Features estimate each far weight without bias but with noise: begin by trusting them little.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longseq.attention import triton_rows
 from longseq.attention.feature_maps import FeatureMap, Generalised, PositiveExponential
+from longseq.attention.fused import MOST_ROWS
 
 # Without a GPU the kernels can only be interpreted: TRITON_INTERPRET=1, set before triton is imported.
 INTERPRETED = triton_rows.INTERPRETED.value
@@ -105,8 +106,8 @@ def unsupported(feature_map: FeatureMap | None, rows: Sequence[Tensor]) -> str |
             f"head_dim {widest} in {rows[0].dtype} needs {needed.shared:,} bytes of shared memory a block"
             f"{columns if there.capability[0] == 10 else ''}, and {name} has {there.shared_memory:,}"
         )
-    if len(rows[0]) > 65535:
-        return f"batch · heads may be up to 65535 and is {len(rows[0])}"
+    if len(rows[0]) > MOST_ROWS:
+        return f"batch · heads may be up to {MOST_ROWS} and is {len(rows[0])}"
     exponential = feature_map is None or isinstance(feature_map, PositiveExponential)
     relu = isinstance(feature_map, Generalised) and feature_map.activation.value is torch.relu_
     if not exponential and not relu:

@@ -39,14 +39,22 @@ class Decoder:
         self.captures = self.in_place and self.on_gpu
         self.steps = 0
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.state = state.select(torch.arange(len(state.positions), device=state.positions.device))
-        self.token = torch.zeros_like(state.positions)
+        # Buffers that are written to in inference mode and out of it.
+        with torch.inference_mode(False), torch.no_grad():
+            self.state = state.select(torch.arange(len(state.positions), device=state.positions.device))
+            self.token = torch.zeros_like(state.positions)
         self.logits: Tensor | None = None
         self.begin(state)
 
     @torch.no_grad()
     def begin(self, state: DecodingState) -> None:
-        """Go on from this state, of as many sequences as the first."""
+        """Go on from this state, of as many sequences as the first.
+
+        Raises:
+            ValueError: for another number of sequences.
+        """
+        if state.positions.shape != self.token.shape:
+            raise ValueError(f"the decoder has {len(self.token)} sequences; got a state of {len(state.positions)}")
         self.position = int(state.positions.max()) if self.in_place and len(state.positions) else 0
         if self.in_place:
             torch._foreach_copy_(_moving(self.state), _moving(state))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
 
 from longseq.attention import FavorAttention, RecurrentState, SlicedDocuments
 from longseq.attention.carried import State
+from longseq.attention.narrow import Linear, narrowed
 from longseq.attention.tiles import pointwise
-from longseq.models.narrow import narrowed, narrows
 from longseq.models.norm import Norm
 from longseq.models.spec import PerformerSpec
 
@@ -41,7 +41,7 @@ class Block(nn.Module):
             backend=spec.backend,
         )
         self.mlp_norm = Norm(spec.dim, spec.norm_eps, backend)
-        self.mlp = nn.Sequential(nn.Linear(spec.dim, spec.ffn_dim), nn.GELU(), nn.Linear(spec.ffn_dim, spec.dim))
+        self.mlp = nn.Sequential(Linear(spec.dim, spec.ffn_dim), nn.GELU(), Linear(spec.ffn_dim, spec.dim))
         self.dropout = nn.Dropout(spec.dropout)
 
     def forward(
@@ -80,8 +80,7 @@ class Block(nn.Module):
         return self._add(x_BLE, mixed), state
 
     def _narrowed(self) -> AbstractContextManager[None]:
-        maps = [self.attention.qkv, self.attention.out, self.mlp[0], self.mlp[2]]
-        return narrowed(maps) if narrows(maps) else nullcontext()  # type: ignore[arg-type]
+        return narrowed([self.attention.qkv, self.attention.out, self.mlp[0], self.mlp[2]])
 
     def _begin(self, x_BLE: Tensor) -> tuple[Tensor, Tensor]:
         """x, and what attention reads of it."""

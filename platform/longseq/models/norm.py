@@ -31,7 +31,7 @@ class Norm(nn.LayerNorm):
 
         x and branch: (..., E) of any floating dtypes; the sum has the wider one.
         """
-        if not (fuses(x, self.backend) and x.shape[-1] <= WIDEST and x.numel()):
+        if not (fuses(x, self.backend) and self._fits(x, branch)):
             total = x if branch is None else x + branch
             normed = super().forward(total)
             return (total, normed) if sums or branch is not None else normed
@@ -45,6 +45,11 @@ class Norm(nn.LayerNorm):
             torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
         )
         return (total, normed) if sums or branch is not None else normed
+
+    def _fits(self, x: Tensor, branch: Tensor | None) -> bool:
+        """Whether a kernel, which looks at no shapes, can read these; PyTorch refuses what does not match."""
+        fits = (x.shape[-1],) == self.normalized_shape and x.shape[-1] <= WIDEST and x.numel() > 0
+        return fits and (branch is None or branch.shape == x.shape)
 
 
 class _Norm(torch.autograd.Function):

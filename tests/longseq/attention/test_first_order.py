@@ -24,11 +24,11 @@ from longseq.attention.carried import carried_attention
 from longseq.attention.context_group import GatherSequence
 from longseq.attention.context_halo import neighbourhood
 from longseq.attention.heads import lay_out, split_heads
+from longseq.attention.narrow import _Narrowed
 from longseq.attention.rotary import rotate
 from longseq.attention.tiles import pointwise, recurrence
 from longseq.benchmarks import half_precision
 from longseq.models.head import Head
-from longseq.models.narrow import _Narrowed
 from longseq.models.norm import Norm
 
 BATCH, HEADS, LENGTH, DIM = 1, 2, 70, 8
@@ -176,10 +176,10 @@ EXAMPLES: dict[str, list[Function]] = {
     ],
     "attention/heads.py:_Heads": [fused_(heads)],
     "attention/heads.py:_Rounded": [
-        lambda context, *qkv: lay_out(qkv[0].flatten(0, 1), BATCH, torch.bfloat16).float().square() * qkv[1]
+        lambda context, *qkv: lay_out(qkv[0].flatten(0, 1), BATCH, HEADS, torch.bfloat16).float().square() * qkv[1]
     ],
     "models/norm.py:_Norm": [fused_(lambda context, *qkv: math.prod(Norm(DIM, 1e-5)(qkv[0], qkv[1])))],
-    "models/narrow.py:_Narrowed": [narrowed],
+    "attention/narrow.py:_Narrowed": [narrowed],
     "attention/tiles.py:_Pointwise": [pointwise_],
     "attention/tiles.py:_Recurrence": [recurrence_],
     "models/head.py:_Loss": [loss],

@@ -208,3 +208,24 @@ def test_steps_in_place_end_with_the_positions_that_were_learned():
     decoder.step(token)
     with pytest.raises(LongseqError, match="13 tokens or more, but the model has learned 12 positions"):
         decoder.step(token)
+
+
+def test_buffers_made_in_inference_mode_are_written_to_outside_too():
+    model, tokens = build(window=7), sample(60)
+    _, state = model.prefill(tokens[:, :10])
+    expected, _ = decoded(model, tokens[:, 10:], state)
+    with torch.inference_mode():
+        _, state = model.prefill(tokens[:, :10])
+        decoder = Decoder(model, state, in_place=True)
+        first = decoder.step(tokens[:, 10]).clone()
+    rest = [decoder.step(token) for token in tokens[:, 11:].unbind(1)]
+    assert torch.equal(torch.stack([first, *rest], dim=1), expected)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_decoder_goes_on_with_as_many_sequences_as_it_began_with(in_place):
+    model, tokens = build(heads=1), sample(10)
+    _, state = model.prefill(tokens)
+    decoder = Decoder(model, state, in_place=in_place)
+    with pytest.raises(ValueError, match="the decoder has 2 sequences; got a state of 1"):
+        decoder.begin(state.select(torch.tensor([0])))

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from longseq.attention import fused, rotary_table
 from longseq.attention.heads import lay_out, split_heads
-from longseq.models.layers import Block
-from longseq.models.narrow import narrowed
 from longseq.models.norm import Norm
 from longseq.models.performer import PerformerLM
 from longseq.models.spec import PerformerSpec
@@ -90,6 +88,40 @@ def test_heads_are_split_normalised_and_turned_as_in_float64(dtype, heads, head_
         error = float((temperature.grad.double() - sharp.grad).abs().max())
         terms = sum(float((x.detach() * g.double()).abs().sum()) for x, g in zip((q, k), grads, strict=False))
         assert error < 3 * ROUNDING[dtype] * terms
+
+
+def test_more_heads_than_a_grid_has_programs_are_split_by_pytorch():
+    qkv = _random(fused.MOST_ROWS // 3 + 1, 1, 18)
+    found = split_heads(qkv, 3)
+    expected = qkv.unflatten(-1, (3, 3, 2)).permute(2, 0, 3, 1, 4)
+    assert all(map(torch.equal, found, expected))
+    assert "_Heads" not in type(found[0].grad_fn).__name__
+    assert "_Heads" in type(split_heads(qkv[:5], 3)[0].grad_fn).__name__
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 4), (2, 12, 4), (2, 9, 8), (2, 9, 2), (2, 3, 1, 9, 4), (2, 2, 1, 8, 4)])
+def test_angles_that_do_not_match_are_refused(shape):
+    with pytest.raises(RuntimeError, match=r"must match the size"):
+        split_heads(_random(2, 9, 48), 2, torch.ones(shape, device=DEVICE))
+
+
+def test_angles_of_each_head_turn_as_those_of_all():
+    qkv = _random(2, 9, 48)
+    table = rotary_table(torch.arange(18, device=DEVICE).view(2, 9), 8)
+    found = split_heads(qkv, 2, table)
+    for head in range(2):
+        expected = split_heads(qkv, 2, table[:, head])
+        assert all(_off(x[:, head], y[:, head].detach().double()) < 1e-6 for x, y in zip(found, expected, strict=True))
+
+
+def test_a_norm_refuses_another_width_and_adds_rows_to_all():
+    norm = Norm(24, 1e-5).to(DEVICE)
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        norm(_random(2, 9, 16))
+    x, row = _random(2, 9, 24), _random(24)
+    total, normed = norm(x, row)
+    assert torch.equal(total, x + row)
+    assert _off(normed, nn.functional.layer_norm((x + row).double(), (24,))) < 1e-6
 
 
 @pytest.mark.parametrize(("x_dtype", "y_dtype"), [(F32, F32), (F32, BF16), (BF16, BF16), (F32, None), (BF16, None)])
@@ -200,49 +232,14 @@ def test_a_model_learns_the_same_with_and_without_fused_kernels(monkeypatch, way
         assert _off(found, exact) < 1.25 * error
 
 
-@pytest.mark.parametrize("dtype", [BF16, torch.float16])
-def test_the_weights_of_a_block_are_rounded_as_autocast_rounds_them(monkeypatch, dtype):
-    monkeypatch.setattr(fused, "ELSEWHERE", False)
-    spec = PerformerSpec(vocabulary=11, dim=24, depth=1, heads=2, ffn_dim=40, causal=True, features=32)
-    torch.manual_seed(0)
-    block = Block(spec, 0).to(DEVICE)
-    x = _random(2, 20, 24)
-    names = {name for name, _ in block.named_parameters()}
-
-    def results() -> list[Tensor]:
-        x.grad = None
-        block.zero_grad()
-        with torch.autocast(DEVICE, dtype):
-            out = block(x, None, None, None)
-        out.float().square().sum().backward()
-        assert {name for name, _ in block.named_parameters()} == names
-        assert all(p.dtype == p.grad.dtype == F32 for p in block.parameters())
-        return [out.detach(), x.grad, *(p.grad for p in block.parameters())]
-
-    found = results()
-    monkeypatch.setattr("longseq.models.layers.narrows", lambda maps: False)
-    assert all(map(torch.equal, found, results()))
-
-
-def test_weights_are_their_own_again_after_an_error():
-    linear = nn.Linear(3, 3)
-    weight = linear.weight
-    with (
-        torch.autocast("cpu", BF16),
-        pytest.raises(RuntimeError, match=r"shapes cannot be multiplied"),
-        narrowed([linear]),
-    ):
-        linear(torch.ones(2, 4))
-    assert linear.weight is weight
-
-
 def test_a_rounded_result_lies_as_the_next_map_reads_it():
     out = _random(6, 10, 4)
-    laid = lay_out(out, 2, BF16)
+    laid = lay_out(out, 2, 3, BF16)
     assert laid.shape == (2, 3, 10, 4)
+    assert lay_out(out[:0], 0, 3, BF16).shape == (0, 3, 10, 4)
     assert laid.transpose(1, 2).is_contiguous()
     assert torch.equal(laid, out.view(2, 3, 10, 4).to(BF16))
     grad = _random(2, 3, 10, 4, dtype=BF16, seed=1).detach()
     laid.backward(grad)
     assert torch.equal(out.grad, grad.float().flatten(0, 1))
-    assert lay_out(out, 2, F32).data_ptr() == out.data_ptr()
+    assert lay_out(out, 2, 3, F32).data_ptr() == out.data_ptr()

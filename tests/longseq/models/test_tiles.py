@@ -154,3 +154,15 @@ def test_the_loss_never_holds_all_logits(kind):
         return ()
 
     assert peak(score, x.device)[0] < 4 * 40_960 * 4096 / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("carry", [False, True])
+def test_a_batch_without_rows_has_gradients_of_zero(carry, dtype):
+    model = build(replace(SPEC, window=7, sequence_tile=16, carry=carry))
+    tokens = torch.zeros(0, 40, dtype=torch.long)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        loss, correct = model(tokens, targets=tokens)
+    loss.backward()
+    assert (float(loss.detach()), int(correct)) == (0.0, 0)
+    assert all(not p.grad.any() for p in model.parameters())
