@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,16 @@ from .errors import DataError
 SENSITIVITY = 7.5  # its most sensitive search: relatives of 30 % identity are hard to find
 RESULTS = 1000  # candidates of a record that are aligned; the best ones come first
 LEAST_MEMORY = 2048  # MiB: the index of all 6-mers takes more than 1 GiB, whatever is searched
+# Runs a program, and ends it and all that it has started once the standard input ends: with the parent, however that
+# ends.
+_UNDER_WATCH = """
+import os, signal, subprocess, sys, threading
+def watch():
+    os.read(0, 1)
+    os.killpg(0, signal.SIGKILL)
+threading.Thread(target=watch, daemon=True).start()
+os._exit(subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL).wait() & 255)
+"""
 
 
 class Hit(NamedTuple):
@@ -92,21 +103,31 @@ class MMseqs:
     def _run(self, *arguments: str) -> str:
         """What the program prints. Raises DataError with its last words where it fails."""
         quiet = [] if arguments[0] == "version" else ["-v", "1"]
-        # A group of its own: it starts others, which an interruption has to end too.
-        running = subprocess.Popen(
-            [self.program, *arguments, *quiet],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        ours, theirs = os.pipe()[::-1]
         try:
-            said, _ = running.communicate()
-        except BaseException:
-            os.killpg(running.pid, signal.SIGKILL)
-            running.wait()
-            raise
+            # A group of its own: it starts others, which an interruption has to end too.
+            running = subprocess.Popen(
+                [sys.executable, "-ISc", _UNDER_WATCH, self.program, *arguments, *quiet],
+                stdin=theirs,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+            os.close(theirs)
+            try:
+                said, _ = running.communicate()
+            except BaseException:
+                os.killpg(running.pid, signal.SIGKILL)
+                running.wait()
+                raise
+        finally:
+            os.close(ours)
+        if running.returncode and "No k-mer could be extracted" in said:
+            raise DataError(
+                "MMseqs2 compares k-mers, and the records of a split, or all, are too short to have one: split by "
+                "something else (split_by=sequence, or clusters=FILE.tsv of another program)."
+            )
         if running.returncode:
             words = " ".join(said.split())[-300:] or f"exit code {running.returncode}"
             raise DataError(

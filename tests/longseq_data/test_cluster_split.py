@@ -233,3 +233,50 @@ def test_what_mmseqs_says_of_a_failure_is_passed_on(tmp_path):
     script.chmod(0o755)
     with pytest.raises(DataError, match=r"mmseqs version failed \(no room left\)"):
         MMseqs(str(script), tmp_path, 1, 1).version()
+
+
+def _at_work(number: int) -> bool:
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_what_mmseqs_has_started_ends_with_its_parent(tmp_path, how):
+    program, child = tmp_path / "mmseqs", tmp_path / "child"
+    program.write_text(f"#!/bin/sh\nsleep 600 &\necho $! > {child}.partial\nmv {child}.partial {child}\nwait\n")
+    program.chmod(0o755)
+    code = (
+        "import signal, sys; from pathlib import Path; from longseq_data.mmseqs import MMseqs; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "MMseqs(sys.argv[1], Path(sys.argv[2]), 1, 2048).version()"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, program, tmp_path], stderr=subprocess.DEVNULL)
+    while not child.exists():
+        assert parent.poll() is None
+        time.sleep(0.02)
+    number = int(child.read_text())
+    assert _at_work(number)
+    parent.send_signal(how)
+    assert parent.wait(60) != 0
+    end = time.monotonic() + 60
+    while _at_work(number):
+        assert time.monotonic() < end, "it is still there"
+        time.sleep(0.02)
+
+
+def test_a_program_that_fails_is_said_with_its_last_words(tmp_path):
+    program = tmp_path / "mmseqs"
+    program.write_text("#!/bin/sh\necho no such command >&2\nexit 3\n")
+    program.chmod(0o755)
+    with pytest.raises(DataError, match=r"^mmseqs version failed \(no such command\); give it more room"):
+        MMseqs(str(program), tmp_path, 1, 2048).version()
+
+
+@needs_mmseqs
+def test_records_too_short_for_mmseqs_are_refused_with_a_sentence(tmp_path):
+    source = tmp_path / "peptides.fasta"
+    source.write_text("".join(f">p{i}\n{'ACDE'[: 1 + i % 4]}\n" for i in range(40)))
+    with pytest.raises(DataError, match=r"^MMseqs2 compares k-mers, .*split_by=sequence"):
+        prepare(config([str(source)], tmp_path / "c", split_by="cluster", **HALVES))
