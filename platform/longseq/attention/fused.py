@@ -17,7 +17,7 @@ from longseq.attention.operators import is_traced
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)
 MOST_ROWS = 65535  # programs that CUDA starts along a grid's second axis, one for each sequence and head
-# Whether tensors on other devices take the kernels too: where they are interpreted, or compiled for another machine.
+# Whether tensors on other devices go these ways too: where kernels are interpreted, or compiled for another machine.
 ELSEWHERE = False
 
 

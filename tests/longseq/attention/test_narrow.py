@@ -20,6 +20,11 @@ BF16, F32 = torch.bfloat16, torch.float32
 SPEC = PerformerSpec(vocabulary=11, dim=24, depth=1, heads=2, ffn_dim=40, causal=True, features=32)
 
 
+@pytest.fixture(autouse=True)
+def on_a_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longseq.attention.fused.ELSEWHERE", True)
+
+
 def _block() -> Block:
     torch.manual_seed(0)
     return Block(SPEC, 0)
