@@ -64,9 +64,13 @@ class Command:
             time.sleep(0.01)
 
     def workers(self) -> list[int]:
-        """Process ids of the training processes, by rank."""
+        """Process ids of the training processes, by rank: not the one that reads the sources."""
         pid = self.process.pid
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        # a child that has ended has no command, and between vfork and exec one has its parent's
+        others = (b"", _command(pid))
+        found = {child: _command(child) for child in children}
+        return [child for child, its in found.items() if its not in others and b"longseq_data.ingest" not in its]
 
     def interrupt(self) -> None:
         """Ctrl-C: SIGINT to the terminal's foreground group."""
@@ -91,6 +95,13 @@ class Command:
 def longseq(*arguments: object, folder: Path, **settings: object) -> Ended:
     """Run a command to its end."""
     return Command(*arguments, folder=folder, **settings).end()  # type: ignore[arg-type]
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
 
 
 def alive(pid: int) -> bool:
