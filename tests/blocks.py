@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from longseq_data.errors import DataError
-from longseq_data.fasta import Encoder
-from longseq_data.formats import Leaf
 from longseq_data.ingest.parse import parsed
-from longseq_data.proteins import read_proteins
-from longseq_data.reading import FASTA
+from longseq_data.readers.fasta import Encoder
+from longseq_data.readers.formats import Leaf
+from longseq_data.readers.proteins import read_proteins
+from longseq_data.readers.reading import FASTA
 
 Said = list[tuple[str, bytes] | str]  # (identifier, ids) of each record, and the sentence that ends them
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from longseq_data.prepare import prepare
-from longseq_data.prepare_config import PrepareConfig
+from longseq_data.prepare.config import PrepareConfig
+from longseq_data.prepare.prepare import prepare
 from longseq_data.splits import split_of
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWY"

@@ -6,8 +6,8 @@ import hashlib
 import random
 from pathlib import Path
 
-from longseq_data.download import Patience
-from longseq_data.partial import Promise
+from longseq_data.fetch.download import Patience
+from longseq_data.fetch.partial import Promise
 
 CONTENT = random.Random(1).randbytes(300_017)
 OTHER = random.Random(2).randbytes(300_017)

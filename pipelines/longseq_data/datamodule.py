@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import lightning
 
-from .batches import EvaluationBatches, Loader, TrainingBatches
-from .sharing import Samples
+from longseq_data.samples.batches import EvaluationBatches, Loader, TrainingBatches
+from longseq_data.samples.sharing import Samples
 
 
 class SequenceDataModule(lightning.LightningDataModule):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import DataError
+from longseq_data.errors import DataError
 
 
 def user_path(name: str | Path) -> Path:

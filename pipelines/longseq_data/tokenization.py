@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from .documents import Text, TokenDocument, words_before
-from .errors import DataError
-from .files import write_text
-from .os_errors import explained
-from .sources import one_line
-from .vocabulary import Vocabulary
+from longseq_data.errors import DataError
+from longseq_data.files import write_text
+from longseq_data.os_errors import explained
+from longseq_data.readers.documents import Text, TokenDocument, words_before
+from longseq_data.readers.sources import one_line
+from longseq_data.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -14,7 +14,7 @@ from longseq.durations import duration_seconds
 from longseq.errors import ConfigError
 from longseq.models.presets import PRESETS
 from longseq.models.spec import KERNELS, ROTARY_BASE, PerformerSpec
-from longseq_data.formats import FORMATS
+from longseq_data.readers.formats import FORMATS
 
 
 def key(

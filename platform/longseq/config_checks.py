@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from longseq.errors import ConfigError
 from longseq.models.spec import SIGNED_KERNELS
-from longseq_data.images import values_of
-from longseq_data.reading import TABLES, TOKENS, disagreement
+from longseq_data.readers.images import values_of
+from longseq_data.readers.reading import TABLES, TOKENS, disagreement
 
 if TYPE_CHECKING:
     from longseq.config import Config

@@ -10,18 +10,18 @@ from pathlib import Path
 from longseq.config import Config, DataConfig
 from longseq.config_checks import check_pixels
 from longseq.errors import USER_ERRORS, ConfigError
-from longseq_data.corpus import is_corpus
-from longseq_data.corpus_samples import CorpusSpec
+from longseq_data.corpus.corpus import is_corpus
+from longseq_data.corpus.manifest import Manifest, read_manifest
 from longseq_data.errors import DataError
 from longseq_data.files import user_path
-from longseq_data.identity import identity_of
 from longseq_data.ingest.cache import default_folder
-from longseq_data.manifest import Manifest, read_manifest
-from longseq_data.reading import TABLES, TOKENS, Reading, agree
-from longseq_data.sharing import Samples
-from longseq_data.sources import expand_sources
+from longseq_data.prepare.identity import identity_of
+from longseq_data.readers.reading import TABLES, TOKENS, Reading, agree
+from longseq_data.readers.sources import expand_sources
+from longseq_data.samples.corpus_samples import CorpusSpec
+from longseq_data.samples.sharing import Samples
+from longseq_data.samples.streaming import StreamSpec
 from longseq_data.splits import split_of
-from longseq_data.streaming import StreamSpec
 from longseq_data.vocabulary import Vocabulary
 
 SPLITS = ("train", "valid", "test", "ood")

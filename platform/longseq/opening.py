@@ -63,7 +63,7 @@ class Source:
     def begins(self) -> int:
         """The token before a record: the end of another where records were joined, else BOS.
 
-        The one that evaluations begin with too; longseq_data.streaming.evaluation_windows says why.
+        The one that evaluations begin with too; longseq_data.samples.streaming.evaluation_windows says why.
         """
         data = self.config.data
         return self.vocabulary.eos if data.packing == "concat" and not data.reset else self.vocabulary.bos

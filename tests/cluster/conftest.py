@@ -16,7 +16,7 @@ from cluster.slurm import Cluster, missing
 from command_line import LONGSEQ, longseq
 from longseq import starts
 from longseq.starts import Progress
-from longseq_data.synthetic import SyntheticSpec, write_fasta
+from longseq_data.synth.synthetic import SyntheticSpec, write_fasta
 
 TINY = """
 model: {dim: 32, depth: 2, heads: 2, ffn_dim: 64}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from command_line import checkpoint, checkpoints, longseq
-from longseq_data.synthetic import SyntheticSpec, write_fasta
+from longseq_data.synth.synthetic import SyntheticSpec, write_fasta
 
 # 2 blocks of width 32; 8 sequences × 64 tokens = 512 tokens a step; projections are drawn anew at steps 7, 14, ...
 # The constant schedule makes a step independent of the last step, so runs of different lengths compare.

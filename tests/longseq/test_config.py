@@ -13,7 +13,7 @@ from longseq.config_loading import described_keys, load_config
 from longseq.errors import ConfigError
 from longseq.flat_config import load_flat
 from longseq.models.presets import PRESETS
-from longseq_data.prepare_config import PrepareConfig
+from longseq_data.prepare.config import PrepareConfig
 
 SHIPPED = Path(__file__).parents[2] / "configs"
 PREPARE = sorted((SHIPPED / "prepare").glob("*.yaml"))

@@ -13,12 +13,12 @@ from longseq.config_loading import load_config
 from longseq.data import corpus_of, identities, resolve_sources, split_spec, vocabulary
 from longseq.errors import ConfigError, RunError
 from longseq.run import Run
-from longseq_data.corpus_samples import CorpusSpec
 from longseq_data.errors import DataError
-from longseq_data.prepare import prepare
-from longseq_data.prepare_config import PrepareConfig
-from longseq_data.streaming import StreamSpec
-from longseq_data.synthetic import SyntheticSpec, write_fasta
+from longseq_data.prepare.config import PrepareConfig
+from longseq_data.prepare.prepare import prepare
+from longseq_data.samples.corpus_samples import CorpusSpec
+from longseq_data.samples.streaming import StreamSpec
+from longseq_data.synth.synthetic import SyntheticSpec, write_fasta
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_a_file_is_known_by_its_size_and_ends_and_not_by_its_time(resolved, fold
 
 
 def test_a_folder_of_texts_is_known_by_its_files(tmp_path):
-    from longseq_data.identity import identity_of
+    from longseq_data.prepare.identity import identity_of
 
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "one.txt").write_text("one")

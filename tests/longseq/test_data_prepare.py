@@ -18,9 +18,9 @@ from corpora import contents, expected, found, write_files
 from longseq.commands.key_help import help_on_flat_keys
 from longseq.errors import ConfigError
 from longseq.flat_config import load_flat
-from longseq_data.corpus import Corpus
+from longseq_data.corpus.corpus import Corpus
 from longseq_data.errors import DataError
-from longseq_data.prepare_config import PrepareConfig
+from longseq_data.prepare.config import PrepareConfig
 from real_files import folder_of
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWY"

@@ -23,11 +23,11 @@ from longseq.data import fit_parts, identities, resolve_sources, split_spec
 from longseq.errors import RunError
 from longseq.run import Run
 from longseq_data.errors import DataError
-from longseq_data.inspection import report_lines
-from longseq_data.prepare import prepare
-from longseq_data.prepare_config import PrepareConfig
-from longseq_data.shuffling import documents_in_file_order
-from longseq_data.streaming import StreamSpec
+from longseq_data.prepare.config import PrepareConfig
+from longseq_data.prepare.inspection import report_lines
+from longseq_data.prepare.prepare import prepare
+from longseq_data.samples.shuffling import documents_in_file_order
+from longseq_data.samples.streaming import StreamSpec
 from longseq_data.vocabulary import decode
 
 

@@ -11,11 +11,11 @@ import pytest
 
 from corpora import write_files
 from downloads import CONTENT, PATH, PROMISE, QUICK
-from longseq_data import prepare as preparing
-from longseq_data import prepare_reduce
-from longseq_data.download import Patience, download
-from longseq_data.partial import Promise
-from longseq_data.streaming import StreamSpec
+from longseq_data.fetch.download import Patience, download
+from longseq_data.fetch.partial import Promise
+from longseq_data.prepare import prepare as preparing
+from longseq_data.prepare import reduce_stage
+from longseq_data.samples.streaming import StreamSpec
 from uniprot_server import File, Server, serve
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWYX"
@@ -58,7 +58,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks a source and several shards a split, of a corpus of one megabyte."""
     monkeypatch.setattr(preparing, "SMALLEST_BLOCK", 60_000)
-    monkeypatch.setattr(prepare_reduce, "SHARD_BYTES", 200_000)
+    monkeypatch.setattr(reduce_stage, "SHARD_BYTES", 200_000)
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from longseq_data.batches import EvaluationBatches, Loader, TrainingBatches
 from longseq_data.errors import DataError
-from longseq_data.fasta import read_records
-from longseq_data.reading import Reading
-from longseq_data.splits import SplitRule, split_of
-from longseq_data.streaming import (
+from longseq_data.readers.fasta import read_records
+from longseq_data.readers.reading import Reading
+from longseq_data.readers.survey import survey
+from longseq_data.samples.batches import EvaluationBatches, Loader, TrainingBatches
+from longseq_data.samples.streaming import (
     StreamSpec,
     evaluation_samples,
     evaluation_windows,
@@ -26,7 +26,7 @@ from longseq_data.streaming import (
     training_samples,
     training_windows,
 )
-from longseq_data.survey import survey
+from longseq_data.splits import SplitRule, split_of
 from longseq_data.tokenization import save_tokenizer, train_tokenizer
 from longseq_data.vocabulary import BYTES, IGNORE, PROTEIN
 

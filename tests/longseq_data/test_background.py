@@ -15,18 +15,18 @@ import numpy as np
 import pytest
 import torch
 
-from longseq_data.batches import EvaluationBatches, Loader, TrainingBatches
-from longseq_data.corpus_samples import CorpusSpec
 from longseq_data.errors import DataError
-from longseq_data.prepare import prepare
-from longseq_data.prepare_config import PrepareConfig
+from longseq_data.prepare.config import PrepareConfig
+from longseq_data.prepare.prepare import prepare
+from longseq_data.samples.batches import EvaluationBatches, Loader, TrainingBatches
+from longseq_data.samples.corpus_samples import CorpusSpec
 
 # A script without `if __name__ == "__main__":`, as people write them; argv: data, what to do.
 SCRIPT = """
 import os, signal, sys, threading
 from itertools import islice
-from longseq_data.batches import Loader, TrainingBatches
-from longseq_data.streaming import StreamSpec
+from longseq_data.samples.batches import Loader, TrainingBatches
+from longseq_data.samples.streaming import StreamSpec
 
 got = []
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
@@ -98,7 +98,7 @@ def test_a_process_with_threads_is_not_forked(make_spec):
     ready.set()
     assert len(workers) == 2
     for pid in workers:
-        assert "longseq_data.background" in command_of(pid)
+        assert "longseq_data.samples.background" in command_of(pid)
         assert not any("libtorch" in line for line in Path(f"/proc/{pid}/maps").read_text().splitlines())
     batches.close()
     assert set(children(os.getpid())) & workers == set()

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from longseq_data.batches import EvaluationBatches, Loader, TrainingBatches
 from longseq_data.errors import DataError
-from longseq_data.fasta import scan
-from longseq_data.streaming import evaluation_samples, training_samples
+from longseq_data.readers.fasta import scan
+from longseq_data.samples.batches import EvaluationBatches, Loader, TrainingBatches
+from longseq_data.samples.streaming import evaluation_samples, training_samples
 from longseq_data.vocabulary import IGNORE, PAD
 
 Row = tuple[tuple[int, ...], tuple[int, ...]]
@@ -156,7 +156,7 @@ def test_ranks_without_samples_get_filler_rows(make_spec):
 def test_only_the_first_worker_of_the_first_rank_warns_of_unknown_letters(make_spec, write, caplog, monkeypatch):
     spec = make_spec(sources=(write("a.fasta", ">a\nAJ\n"),), split=None)
     for rank, worker, warnings in [(0, (0, 1), 1), (0, (0, 2), 1), (0, (1, 2), 0), (1, (0, 1), 0)]:
-        monkeypatch.setattr("longseq_data.batches._this_worker", lambda worker=worker: worker)
+        monkeypatch.setattr("longseq_data.samples.batches._this_worker", lambda worker=worker: worker)
         caplog.clear()
         batches = TrainingBatches(spec, batch_sequences=1, accumulate=1, rank=rank, world=2)
         list(islice(batches, 3))

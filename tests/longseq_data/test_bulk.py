@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from blocks import by_line, in_blocks
-from longseq_data import cropped_tokens, joined_tokens
 from longseq_data.errors import DataError
 from longseq_data.randomness import generator
-from longseq_data.sharing import Share
-from longseq_data.shuffling import shuffled_documents
-from longseq_data.streaming import StreamSpec, training_windows
+from longseq_data.samples import cropped_tokens, joined_tokens
+from longseq_data.samples.sharing import Share
+from longseq_data.samples.shuffling import shuffled_documents
+from longseq_data.samples.streaming import StreamSpec, training_windows
 from longseq_data.vocabulary import IGNORE, PAD
 
 
@@ -71,13 +71,13 @@ def test_in_bulk_as_one_by_one(sources, packing, objective, length, start):
 @pytest.mark.parametrize("residues", [1, 900, 10**9])
 @pytest.mark.parametrize("buffer", [2, 7, 40, 1000])
 def test_draws_made_at_once_are_those_of_a_buffer_that_gives_one_for_one(sources, monkeypatch, buffer, residues):
-    monkeypatch.setattr("longseq_data.shuffling.BUFFER_RESIDUES", residues)
+    monkeypatch.setattr("longseq_data.samples.shuffling.BUFFER_RESIDUES", residues)
     spec = StreamSpec(sources, None, 0, 0, 9, "crop", "causal", 4, shuffle_buffer=buffer)
     plain = StreamSpec(sources, None, 0, 0, 9, "crop", "causal", 4, shuffle_buffer=2)
-    monkeypatch.setattr("longseq_data.shuffling._through_buffer", lambda spec, epoch, chunks: chunks)
+    monkeypatch.setattr("longseq_data.samples.shuffling._through_buffer", lambda spec, epoch, chunks: chunks)
     turns = list(shuffled_documents(plain, 1))
     monkeypatch.undo()
-    monkeypatch.setattr("longseq_data.shuffling.BUFFER_RESIDUES", residues)
+    monkeypatch.setattr("longseq_data.samples.shuffling.BUFFER_RESIDUES", residues)
     random, held, expected = generator(4, "shuffle", 1), [], []
 
     def leave() -> None:
@@ -116,7 +116,7 @@ def test_blocks_give_the_records_of_lines(write, monkeypatch, end, pack):
     source = write("a.fasta", pack(text.encode()))
     expected = by_line(source)
     for size in (1 << 20, 1, 7, 64):
-        monkeypatch.setattr("longseq_data.fasta_blocks.READ_SIZE", size)
+        monkeypatch.setattr("longseq_data.readers.fasta_blocks.READ_SIZE", size)
         assert in_blocks(source) == expected
     assert len(expected) == 60
 

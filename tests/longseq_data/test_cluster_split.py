@@ -17,13 +17,13 @@ import pytest
 
 from corpora import LETTERS, config, contents, data_files, found
 from longseq.cli import main
-from longseq_data.cluster_table import ClusterTable, read_clusters
+from longseq_data.corpus.manifest import read_manifest
 from longseq_data.errors import DataError
-from longseq_data.held_out import hashes
-from longseq_data.manifest import read_manifest
-from longseq_data.mmseqs import MMseqs
-from longseq_data.prepare import prepare
-from longseq_data.verify import verify
+from longseq_data.prepare.cluster_table import ClusterTable, read_clusters
+from longseq_data.prepare.held_out import hashes
+from longseq_data.prepare.mmseqs import MMseqs
+from longseq_data.prepare.prepare import prepare
+from longseq_data.prepare.verify import verify
 
 needs_mmseqs = pytest.mark.skipif(shutil.which("mmseqs") is None, reason="needs MMseqs2 (apt-get install mmseqs2)")
 HALVES = {"valid_fraction": 0.25, "test_fraction": 0.25}
@@ -113,7 +113,7 @@ def test_a_table_is_the_same_in_pieces_of_any_size(tmp_path, monkeypatch):
     text = "".join(f"c{i % 97}\tm{i}\n" for i in range(5000))
     (tmp_path / "t.tsv").write_text(text)
     read_clusters(str(tmp_path / "t.tsv"), tmp_path / "one.npy")
-    monkeypatch.setattr("longseq_data.cluster_table.ROWS", 37)
+    monkeypatch.setattr("longseq_data.prepare.cluster_table.ROWS", 37)
     read_clusters(str(tmp_path / "t.tsv"), tmp_path / "two.npy")
     assert (tmp_path / "one.npy").read_bytes() == (tmp_path / "two.npy").read_bytes()
     names = [f"m{i}" for i in range(5000)]
@@ -215,7 +215,7 @@ def test_an_interruption_ends_what_mmseqs_has_started(tmp_path):
     pid = tmp_path / "pid"
     script.write_text(f"#!/bin/sh\nsleep 1000 &\necho $! > {pid}.new\nmv {pid}.new {pid}\nwait\n")
     script.chmod(0o755)
-    code = "import sys; from longseq_data.mmseqs import MMseqs; MMseqs(sys.argv[1], None, 1, 1).version()"
+    code = "import sys; from longseq_data.prepare.mmseqs import MMseqs; MMseqs(sys.argv[1], None, 1, 1).version()"
     with subprocess.Popen([sys.executable, "-c", code, str(script)], stderr=subprocess.DEVNULL) as caller:
         while not pid.exists():
             assert caller.poll() is None
@@ -248,7 +248,7 @@ def test_what_mmseqs_has_started_ends_with_its_parent(tmp_path, how):
     program.write_text(f"#!/bin/sh\nsleep 600 &\necho $! > {child}.partial\nmv {child}.partial {child}\nwait\n")
     program.chmod(0o755)
     code = (
-        "import signal, sys; from pathlib import Path; from longseq_data.mmseqs import MMseqs; "
+        "import signal, sys; from pathlib import Path; from longseq_data.prepare.mmseqs import MMseqs; "
         "signal.signal(signal.SIGINT, signal.default_int_handler); "
         "MMseqs(sys.argv[1], Path(sys.argv[2]), 1, 2048).version()"
     )

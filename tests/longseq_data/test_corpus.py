@@ -16,15 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpora import flat_and_stream, tables, write_files
-from longseq_data import prepare_reduce
-from longseq_data.corpus import Corpus
+from longseq_data.corpus.corpus import Corpus
+from longseq_data.corpus.manifest import read_manifest
 from longseq_data.errors import DataError
 from longseq_data.files import sha256_of
-from longseq_data.manifest import read_manifest
-from longseq_data.prepare import prepare
-from longseq_data.prepare_config import PrepareConfig
+from longseq_data.prepare import reduce_stage
+from longseq_data.prepare.config import PrepareConfig
+from longseq_data.prepare.prepare import prepare
+from longseq_data.prepare.verify import verify
 from longseq_data.splits import split_of
-from longseq_data.verify import verify
 from longseq_data.vocabulary import EOS, PAD, PROTEIN
 
 
@@ -33,9 +33,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus of several shards, each of several record batches."""
     base = tmp_path_factory.mktemp("corpus")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(prepare_reduce, "SHARD_BYTES", 100_000)
-        patched.setattr(prepare_reduce, "BATCH_TOKENS", 9_000)
-        patched.setattr(prepare_reduce, "BATCH_ROWS", 70)
+        patched.setattr(reduce_stage, "SHARD_BYTES", 100_000)
+        patched.setattr(reduce_stage, "BATCH_TOKENS", 9_000)
+        patched.setattr(reduce_stage, "BATCH_ROWS", 70)
         sources = write_files(base / "files", records=4000)
         prepare(PrepareConfig(sources=sources, output=str(base / "c"), workers=1, ood_taxids=[10239]))
     return base / "c"
@@ -261,7 +261,7 @@ def test_a_whole_corpus_is_verified(folder):
 
 
 def test_of_a_large_corpus_a_part_is_compared_unless_all_is_asked_for(folder, monkeypatch):
-    from longseq_data import verify as verifying
+    from longseq_data.prepare import verify as verifying
 
     monkeypatch.setattr(verifying, "SMALL", 100)
     part = verify(folder)

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from corpora import tables, write_files
-from longseq_data.batches import EvaluationBatches, Loader, TrainingBatches
-from longseq_data.corpus_samples import CorpusSpec
-from longseq_data.prepare import prepare
-from longseq_data.prepare_config import PrepareConfig
+from longseq_data.prepare.config import PrepareConfig
+from longseq_data.prepare.prepare import prepare
+from longseq_data.samples.batches import EvaluationBatches, Loader, TrainingBatches
+from longseq_data.samples.corpus_samples import CorpusSpec
 from longseq_data.vocabulary import BOS, EOS, IGNORE, MASK, PAD, RESIDUES
 
 PACKINGS = {
@@ -120,7 +120,7 @@ def test_with_reset_each_document_has_bos_and_eos_and_its_own_number(make_spec):
 
 
 def test_streaming_and_corpus_give_a_reset_document_the_same_tokens_targets_and_segments(make_spec, proteins, tmp_path):
-    from longseq_data.streaming import StreamSpec, evaluation_samples
+    from longseq_data.samples.streaming import StreamSpec, evaluation_samples
     from longseq_data.vocabulary import decode
 
     path = tmp_path / "same.fasta"
@@ -152,7 +152,7 @@ FEW = {"one": ["M"], "one long": ["MKVLA" * 20], "two": ["M", "MK"], "two long":
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("objective", ["causal", "masked"])
 def test_a_split_of_one_or_two_records_is_read_as_it_is(tmp_path, packing, objective, records):
-    from longseq_data.streaming import StreamSpec, evaluation_samples
+    from longseq_data.samples.streaming import StreamSpec, evaluation_samples
     from longseq_data.vocabulary import decode
 
     path, output = tmp_path / "few.fasta", tmp_path / "few"

@@ -6,10 +6,10 @@ import lightning
 import pytest
 import torch
 
-from longseq_data.batches import TrainingBatches
 from longseq_data.datamodule import SequenceDataModule
 from longseq_data.errors import DataError
-from longseq_data.streaming import evaluation_samples
+from longseq_data.samples.batches import TrainingBatches
+from longseq_data.samples.streaming import evaluation_samples
 
 
 class Recorder(lightning.LightningModule):

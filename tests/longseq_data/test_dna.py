@@ -15,11 +15,11 @@ from longseq.config_loading import load_config
 from longseq.data import resolve_sources, split_spec
 from longseq.errors import ConfigError
 from longseq.tokenizer_files import write_tokenizer
-from longseq_data.batches import Loader, TrainingBatches
-from longseq_data.fasta import read_records
-from longseq_data.reading import Reading
-from longseq_data.streaming import StreamSpec, evaluation_samples, training_samples
-from longseq_data.survey import survey
+from longseq_data.readers.fasta import read_records
+from longseq_data.readers.reading import Reading
+from longseq_data.readers.survey import survey
+from longseq_data.samples.batches import Loader, TrainingBatches
+from longseq_data.samples.streaming import StreamSpec, evaluation_samples, training_samples
 from longseq_data.vocabulary import DNA, NUCLEIC_ACIDS, reverse_complement
 
 WRITTEN = "ACGTNacgtnUuRyx"

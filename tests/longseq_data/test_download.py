@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from downloads import CONTENT, OTHER, PATH, PROMISE, assert_part, assert_whole, files
-from longseq_data.download import ChangedError
 from longseq_data.errors import DataError
-from longseq_data.partial import Promise
+from longseq_data.fetch.download import ChangedError
+from longseq_data.fetch.partial import Promise
 from uniprot_server import MONDAY, TUESDAY, File, Mood, Server
 
 

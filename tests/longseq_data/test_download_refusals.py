@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from downloads import CONTENT, OTHER, PATH, PROMISE, QUICK, assert_part, assert_whole, files
-from longseq_data.download import ChangedError, MissingError, download, read_document
 from longseq_data.errors import DataError
-from longseq_data.partial import Promise
+from longseq_data.fetch.download import ChangedError, MissingError, download, read_document
+from longseq_data.fetch.partial import Promise
 from uniprot_server import File, Mood, Server
 
 
@@ -240,7 +240,7 @@ def test_a_document_is_read_with_the_same_patience(server: Server, said: list[st
 
 
 def test_a_document_without_end_is_not_read_into_memory(server: Server, monkeypatch: pytest.MonkeyPatch):
-    from longseq_data import download as module
+    from longseq_data.fetch import download as module
 
     monkeypatch.setattr(module, "MAX_DOCUMENT", 1000)
     with pytest.raises(DataError, match="more than 16 MiB"):

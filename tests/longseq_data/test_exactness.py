@@ -21,12 +21,12 @@ from pathlib import Path
 import pytest
 
 from corpora import write_files
-from longseq_data.batches import Loader, TrainingBatches
-from longseq_data.corpus_samples import CorpusSpec
-from longseq_data.prepare import prepare
-from longseq_data.prepare_config import PrepareConfig
-from longseq_data.sharing import Samples
-from longseq_data.streaming import StreamSpec
+from longseq_data.prepare.config import PrepareConfig
+from longseq_data.prepare.prepare import prepare
+from longseq_data.samples.batches import Loader, TrainingBatches
+from longseq_data.samples.corpus_samples import CorpusSpec
+from longseq_data.samples.sharing import Samples
+from longseq_data.samples.streaming import StreamSpec
 
 GROUP = 8  # sequences a step; with buckets as many as there are
 WAYS = {

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from longseq_data.errors import DataError
-from longseq_data.fasta import Encoder, Record, read_records, scan
-from longseq_data.inspection import count, raw_lines
-from longseq_data.reading import Reading
-from longseq_data.sharing import Share
+from longseq_data.prepare.inspection import count, raw_lines
+from longseq_data.readers.fasta import Encoder, Record, read_records, scan
+from longseq_data.readers.reading import Reading
+from longseq_data.readers.survey import survey
+from longseq_data.samples.sharing import Share
+from longseq_data.samples.streaming import StreamSpec
 from longseq_data.splits import SplitRule, split_of
-from longseq_data.streaming import StreamSpec
-from longseq_data.survey import survey
 from longseq_data.vocabulary import LETTERS, X, decode
 from real_files import folder_of
 

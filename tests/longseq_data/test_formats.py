@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from longseq_data.errors import DataError
-from longseq_data.formats import HubAddress, Leaf, format_of, leaves
-from longseq_data.reading import agree
-from longseq_data.sources import expand_sources
+from longseq_data.readers.formats import HubAddress, Leaf, format_of, leaves
+from longseq_data.readers.reading import agree
+from longseq_data.readers.sources import expand_sources
 
 
 @pytest.fixture

@@ -23,12 +23,12 @@ from hypothesis import strategies as st
 
 from blocks import by_line, in_blocks
 from longseq_data.errors import DataError
-from longseq_data.fasta import Encoder
-from longseq_data.prepare import prepare
-from longseq_data.prepare_config import PrepareConfig
-from longseq_data.proteins import read_proteins
-from longseq_data.reading import Reading
-from longseq_data.verify import verify
+from longseq_data.prepare.config import PrepareConfig
+from longseq_data.prepare.prepare import prepare
+from longseq_data.prepare.verify import verify
+from longseq_data.readers.fasta import Encoder
+from longseq_data.readers.proteins import read_proteins
+from longseq_data.readers.reading import Reading
 
 SECONDS = 30.0  # one file may take; a hundred bytes that take longer hang
 PROTEINS = b">a first\nACDEFGHIKL\nMNPQ\n>b TaxID=9606\nwyx*\n\n>c\nBOUXZ-J\n" * 3

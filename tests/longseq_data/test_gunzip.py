@@ -9,8 +9,8 @@ import zlib
 
 import pytest
 
-from longseq_data.gunzip import Gunzip
-from longseq_data.sources import open_binary
+from longseq_data.readers.gunzip import Gunzip
+from longseq_data.readers.sources import open_binary
 
 pytestmark = pytest.mark.interfaces
 

@@ -8,8 +8,8 @@ import pytest
 
 from corpora import LETTERS, config, expected, found, made
 from longseq_data.errors import DataError
-from longseq_data.fasta import read_records
-from longseq_data.prepare import prepare
+from longseq_data.prepare.prepare import prepare
+from longseq_data.readers.fasta import read_records
 
 
 def rows_of(split: dict[str, tuple[str, int]]) -> set[str]:

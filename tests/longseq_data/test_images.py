@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from longseq_data.errors import DataError
-from longseq_data.formats import Leaf
-from longseq_data.images import pixels, read_images, values_of
-from longseq_data.reading import Reading
-from longseq_data.streaming import StreamSpec, evaluation_samples, target_counts, training_samples
+from longseq_data.readers.formats import Leaf
+from longseq_data.readers.images import pixels, read_images, values_of
+from longseq_data.readers.reading import Reading
+from longseq_data.samples.streaming import StreamSpec, evaluation_samples, target_counts, training_samples
 from longseq_data.vocabulary import PIXELS
 
 pytestmark = pytest.mark.interfaces

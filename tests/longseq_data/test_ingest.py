@@ -23,9 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from longseq_data.batches import Loader, TrainingBatches
 from longseq_data.errors import DataError
-from longseq_data.formats import Leaf
 from longseq_data.ingest import process
 from longseq_data.ingest.block import Builder, Records, open_block, write_block
 from longseq_data.ingest.cache import Failure, default_folder, entry_of, group_lock
@@ -33,10 +31,12 @@ from longseq_data.ingest.follow import Road
 from longseq_data.ingest.parse import parsed
 from longseq_data.ingest.process import Job, ingest
 from longseq_data.os_errors import lock
-from longseq_data.reading import FASTA, Reading
-from longseq_data.sharing import Share
-from longseq_data.shuffling import documents_in_file_order, shuffled_chunks, shuffled_documents
-from longseq_data.streaming import StreamSpec, training_samples
+from longseq_data.readers.formats import Leaf
+from longseq_data.readers.reading import FASTA, Reading
+from longseq_data.samples.batches import Loader, TrainingBatches
+from longseq_data.samples.sharing import Share
+from longseq_data.samples.shuffling import documents_in_file_order, shuffled_chunks, shuffled_documents
+from longseq_data.samples.streaming import StreamSpec, training_samples
 from longseq_data.vocabulary import BYTES, PROTEIN
 
 
@@ -271,8 +271,8 @@ def counted(tmp_path: Path) -> Iterator[tuple[str, list[int], type[Counting]]]:
 READER = """
 import sys
 from itertools import islice
-from longseq_data.sharing import Share
-from longseq_data.streaming import StreamSpec
+from longseq_data.samples.sharing import Share
+from longseq_data.samples.streaming import StreamSpec
 url, cache, rank, world = sys.argv[1], sys.argv[2] or None, int(sys.argv[3]), int(sys.argv[4])
 spec = StreamSpec((url,), None, 0.0, 0.0, 64, "concat", "causal", 3, shuffle_buffer=50, cache=cache)
 for make in islice(spec.training(0, Share(4, 1, rank, world)), 2000 // world):

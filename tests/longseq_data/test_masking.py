@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from longseq_data.masking import mask_rows, mask_tokens, masked_count
 from longseq_data.randomness import generator
 from longseq_data.randomness import stream_words as WORDS
+from longseq_data.samples.masking import mask_rows, mask_tokens, masked_count
 from longseq_data.vocabulary import BOS, BYTES, EOS, IGNORE, MASK, PAD, RESIDUES, STANDARD, Vocabulary
 
 
@@ -68,7 +68,9 @@ def test_a_row_is_masked_alike_whatever_stands_beside_and_behind_it(together_row
 
 
 def test_equal_random_words_leave_the_count_exact(monkeypatch):
-    monkeypatch.setattr("longseq_data.masking.stream_words", lambda states, counters: WORDS(states, counters) % 3)
+    monkeypatch.setattr(
+        "longseq_data.samples.masking.stream_words", lambda states, counters: WORDS(states, counters) % 3
+    )
     tokens = np.full((50, 41), 5, dtype=np.uint8)
     assert ((mask_rows(tokens, 0, np.arange(50))[1] != IGNORE).sum(axis=1) == masked_count(41)).all()
 

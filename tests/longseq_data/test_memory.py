@@ -20,19 +20,19 @@ import pytest
 LETTERS = np.frombuffer(b"ACDEFGHIKLMNPQRSTVWY", dtype=np.uint8)
 
 PREPARE = """
-from longseq_data.prepare import prepare
-from longseq_data.prepare_config import PrepareConfig
+from longseq_data.prepare.prepare import prepare
+from longseq_data.prepare.config import PrepareConfig
 prepare(PrepareConfig(sources=["big.fasta"], output="corpus", workers=2, memory_mb={memory_mb}))
 """
 READ = """
 from itertools import islice
-from longseq_data.batches import Loader, TrainingBatches
-from longseq_data.corpus_samples import CorpusSpec
+from longseq_data.samples.batches import Loader, TrainingBatches
+from longseq_data.samples.corpus_samples import CorpusSpec
 for packing in ("concat", "crop", "bucket"):
     spec = CorpusSpec("corpus", "train", 512, packing, "causal", 0, batch_tokens=65536)
     for batch in islice(Loader(TrainingBatches(spec, batch_sequences=128, accumulate=1, rank=0, world=1), 1), {steps}):
         pass
-from longseq_data.streaming import StreamSpec
+from longseq_data.samples.streaming import StreamSpec
 spec = StreamSpec(("big.fasta",), "train", 0.05, 0.05, 512, "concat", "causal", 0, shuffle_buffer=1000)
 for batch in islice(Loader(TrainingBatches(spec, batch_sequences=128, accumulate=1, rank=0, world=1), 1), {steps}):
     pass

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longseq_data.order import TABLE_LIMIT, Permutation, endless_order, permutation, samples_of_rank
 from longseq_data.randomness import generator, uniforms
+from longseq_data.samples.order import TABLE_LIMIT, Permutation, endless_order, permutation, samples_of_rank
 
 SIZES = [1, 2, 3, 4, 5, 7, 31, 32, 33, 127, 1009]
 SIZES += [TABLE_LIMIT - 1, TABLE_LIMIT, TABLE_LIMIT + 1, 1031, 2047, 2048, 2049, 4095, 4096, 4097, 65537, 99_991]

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from longseq_data.documents import DocumentEncoder, Extent
-from longseq_data.fasta import Encoder, Record
 from longseq_data.ingest.block import BlockDocument
-from longseq_data.packing import Piece, Window, crop, cut, document
+from longseq_data.readers.documents import DocumentEncoder, Extent
+from longseq_data.readers.fasta import Encoder, Record
+from longseq_data.samples.packing import Piece, Window, crop, cut, document
 from longseq_data.vocabulary import BYTES, decode
 
 RECORDS = [Record(s, s, s, "a.fasta", 1) for s in ("ACDEF", "G", "HI", "KLMNPQRSTVWYA")]

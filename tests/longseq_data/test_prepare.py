@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from corpora import ALPHABET, LETTERS, config, data_files, expected, found, made, tables
-from longseq_data import prepare as preparing
-from longseq_data import prepare_reduce
-from longseq_data.fasta import read_records
-from longseq_data.prepare import prepare
+from longseq_data.prepare import prepare as preparing
+from longseq_data.prepare import reduce_stage
+from longseq_data.prepare.prepare import prepare
+from longseq_data.readers.fasta import read_records
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -77,7 +77,7 @@ def test_bytes_depend_on_the_records_alone(files, tmp_path, small_parts, monkeyp
 
 def test_the_fingerprint_is_that_of_the_content_not_of_its_cutting(files, tmp_path, small_parts, monkeypatch):
     first, _ = prepare(config(files, tmp_path / "a"))
-    monkeypatch.setattr(prepare_reduce, "SHARD_BYTES", 1 << 30)
+    monkeypatch.setattr(reduce_stage, "SHARD_BYTES", 1 << 30)
     second, _ = prepare(config(files, tmp_path / "b"))
     assert len(first.splits["train"].files) > len(second.splits["train"].files)
     assert first.fingerprint == second.fingerprint
@@ -98,8 +98,8 @@ def test_the_order_is_that_of_hashes_and_so_unrelated_to_the_input(files, tmp_pa
 def test_record_batches_are_closed_when_full(files, tmp_path, monkeypatch):
     import pyarrow as pa
 
-    monkeypatch.setattr(prepare_reduce, "BATCH_TOKENS", 20_000)
-    monkeypatch.setattr(prepare_reduce, "BATCH_ROWS", 150)
+    monkeypatch.setattr(reduce_stage, "BATCH_TOKENS", 20_000)
+    monkeypatch.setattr(reduce_stage, "BATCH_ROWS", 150)
     prepare(config(files, tmp_path / "c"))
     assert found(tmp_path / "c") == expected(files)
     with pa.memory_map(str(next((tmp_path / "c" / "train").glob("*.arrow")))) as handle:
@@ -195,8 +195,8 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
                 handle.write(b"".join(b">r%d\n%s\n" % (start + i, row.tobytes()) for i, row in enumerate(rows)))
         names = f"sources=[{str(source)!r}], output={str(source) + '.c'!r}"
         code = (
-            "import resource; from longseq_data.prepare import prepare\n"
-            "from longseq_data.prepare_config import PrepareConfig\n"
+            "import resource; from longseq_data.prepare.prepare import prepare\n"
+            "from longseq_data.prepare.config import PrepareConfig\n"
             f"prepare(PrepareConfig({names}, workers=1, memory_mb=64))\n"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
         )

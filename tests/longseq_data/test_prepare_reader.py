@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from corpora import LETTERS, config, made
 from longseq_data.errors import DataError
-from longseq_data.prepare import prepare
-from longseq_data.prepare_reader import ProteinReader, Stored, cut
-from longseq_data.uniprot import parse_header
+from longseq_data.prepare.prepare import prepare
+from longseq_data.prepare.reader import ProteinReader, Stored, cut
+from longseq_data.readers.uniprot import parse_header
 
 
 def test_refused_letters_are_said_with_their_line(write, tmp_path):
@@ -73,7 +73,7 @@ def test_blocks_are_read_as_records_are(lines, ends, size, tmp_path_factory):
 
 
 def test_a_block_that_begins_inside_a_read_is_cut_at_a_header(tmp_path, monkeypatch):
-    from longseq_data import prepare_reader
+    from longseq_data.prepare import reader as prepare_reader
 
     monkeypatch.setattr(prepare_reader, "READ_SIZE", 7)
     source = tmp_path / "a.fasta"

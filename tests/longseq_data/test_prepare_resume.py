@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from corpora import config, data_files, expected, found
-from longseq_data import prepare as preparing
-from longseq_data import prepare_map, prepare_reduce
 from longseq_data.errors import DataError
-from longseq_data.prepare import prepare
+from longseq_data.prepare import map_stage
+from longseq_data.prepare import prepare as preparing
+from longseq_data.prepare import reduce_stage
+from longseq_data.prepare.prepare import prepare
 
 
 def test_an_interruption_at_any_step_changes_nothing(files, tmp_path, small_parts, monkeypatch):
@@ -46,8 +47,8 @@ def test_an_interruption_at_any_step_changes_nothing(files, tmp_path, small_part
 
 def test_nothing_is_done_twice(files, tmp_path, small_parts, monkeypatch):
     stored, shards = [], []
-    store, reduce = prepare_map.store, preparing.reduce_shard
-    monkeypatch.setattr(prepare_map, "store", lambda task, path, *rest: (stored.append(path), store(task, path, *rest)))
+    store, reduce = map_stage.store, preparing.reduce_shard
+    monkeypatch.setattr(map_stage, "store", lambda task, path, *rest: (stored.append(path), store(task, path, *rest)))
 
     def stop_at_two(task, shard):
         if len(shards) == 2:
@@ -138,7 +139,7 @@ def test_a_second_preparation_of_the_same_name_is_told(files, tmp_path, monkeypa
     def second(*_: object) -> None:
         # a process of its own: a lock holds between processes
         code = (
-            "from longseq_data.prepare import prepare\nfrom longseq_data.prepare_config import PrepareConfig\n"
+            "from longseq_data.prepare.prepare import prepare\nfrom longseq_data.prepare.config import PrepareConfig\n"
             f"prepare(PrepareConfig(sources=[{files[0]!r}], output={str(tmp_path / 'c')!r}, workers=1))"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -152,16 +153,16 @@ def test_a_second_preparation_of_the_same_name_is_told(files, tmp_path, monkeypa
 
 def test_a_full_disk_is_said_and_the_work_goes_on_after(files, tmp_path, small_parts, monkeypatch):
 
-    write = prepare_reduce._Hashed.write
+    write = reduce_stage._Hashed.write
 
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(prepare_reduce._Hashed, "write", full)
+    monkeypatch.setattr(reduce_stage._Hashed, "write", full)
     with pytest.raises(DataError, match=r"c: cannot be written \(No space left on device\); make room"):
         prepare(config(files, tmp_path / "c"))
     assert not list((tmp_path / "c.partial").rglob("*.partial"))
-    monkeypatch.setattr(prepare_reduce._Hashed, "write", write)
+    monkeypatch.setattr(reduce_stage._Hashed, "write", write)
     prepare(config(files, tmp_path / "c"))
     assert found(tmp_path / "c") == expected(files)
 

@@ -14,12 +14,12 @@ import pytest
 
 from blocks import by_line, in_blocks
 from corpora import config, found
-from longseq_data import uniprot_xml
 from longseq_data.errors import DataError
-from longseq_data.fasta import Encoder, read_records
-from longseq_data.prepare import prepare
-from longseq_data.proteins import read_proteins
-from longseq_data.uniprot import parse_header
+from longseq_data.prepare.prepare import prepare
+from longseq_data.readers import uniprot_xml
+from longseq_data.readers.fasta import Encoder, read_records
+from longseq_data.readers.proteins import read_proteins
+from longseq_data.readers.uniprot import parse_header
 
 Write = Callable[..., str]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from corpora import write_files
-from longseq_data.prepare import prepare
-from longseq_data.prepare_config import PrepareConfig
+from longseq_data.prepare.config import PrepareConfig
+from longseq_data.prepare.prepare import prepare
 
 README = Path(__file__).parents[2] / "README.md"
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from longseq_data.download import Patience
 from longseq_data.errors import DataError
-from longseq_data.proteins import read_proteins
-from longseq_data.releases import DATASETS, MIRRORS, fetch, parse_metalink
+from longseq_data.fetch.download import Patience
+from longseq_data.fetch.releases import DATASETS, MIRRORS, fetch, parse_metalink
+from longseq_data.readers.proteins import read_proteins
 from uniprot_server import CURRENT, TUESDAY, File, Mood, Server, metalink, serve
 
 QUICK = Patience(timeout=0.4, tries=2, first_wait=0.01, longest_wait=0.02)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from longseq_data.slices import sliced
+from longseq_data.samples.slices import sliced
 from longseq_data.vocabulary import IGNORE
 
 

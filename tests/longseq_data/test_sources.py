@@ -16,9 +16,9 @@ import pyarrow
 import pytest
 
 from longseq_data.errors import DataError
-from longseq_data.fasta import read_records
-from longseq_data.formats import leaves
-from longseq_data.sources import expand_sources
+from longseq_data.readers.fasta import read_records
+from longseq_data.readers.formats import leaves
+from longseq_data.readers.sources import expand_sources
 
 FASTA = ">a first\nMKV\nLA\n>b\nACD\n"
 

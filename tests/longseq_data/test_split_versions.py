@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from corpora import by_id, by_sequence, config, contents, expected, found, write_files
-from longseq_data import prepare as preparing
 from longseq_data.errors import DataError
-from longseq_data.prepare import prepare
-from longseq_data.prepare_config import ADDED
-from longseq_data.verify import verify
+from longseq_data.prepare import prepare as preparing
+from longseq_data.prepare.config import ADDED
+from longseq_data.prepare.prepare import prepare
+from longseq_data.prepare.verify import verify
 
 
 def as_before(path: Path) -> None:

@@ -11,14 +11,14 @@ from Bio import SeqIO
 
 from longseq_data.errors import DataError
 from longseq_data.ingest.parse import parsed
-from longseq_data.splits import split_of
-from longseq_data.streaming import (
+from longseq_data.samples.streaming import (
     evaluation_samples,
     evaluation_windows,
     target_counts,
     training_samples,
     training_windows,
 )
+from longseq_data.splits import split_of
 from longseq_data.vocabulary import BOS, EOS, IGNORE, MASK, RESIDUES, decode
 
 EVERY_MODE = [(packing, objective) for packing in ("crop", "concat") for objective in ("causal", "masked")]
@@ -193,7 +193,7 @@ def test_a_sampled_evaluation_comes_from_all_of_the_split(make_spec, write):
 
 
 def test_a_sample_of_large_files_comes_from_several_of_them(make_spec, write, monkeypatch):
-    monkeypatch.setattr("longseq_data.streaming.SAMPLE_BUFFER", 30)
+    monkeypatch.setattr("longseq_data.samples.streaming.SAMPLE_BUFFER", 30)
     sources = tuple(numbered(write, name, 500) for name in "abcde")
     found = Counter(name[0] for name in identifiers(evaluation_windows(make_spec(sources=sources), 50)))
     assert all(2 <= found[name] <= 20 for name in "abcde")
@@ -368,7 +368,7 @@ def test_masks_differ_between_epochs(make_spec, write):
 
 
 def test_a_shuffle_buffer_of_residues_bounds_memory_and_loses_nothing(make_spec, proteins, monkeypatch):
-    monkeypatch.setattr("longseq_data.shuffling.BUFFER_RESIDUES", 30)
+    monkeypatch.setattr("longseq_data.samples.shuffling.BUFFER_RESIDUES", 30)
     spec = make_spec(length=100, shuffle_buffer=10_000)
     epoch = [decode(sample.tokens[1:]) for sample in islice(training_samples(spec), 37)]
     assert Counter(epoch) == Counter(sequences(proteins))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from Bio.Align import substitution_matrices
 
-from longseq_data.substitution import AMINO_ACIDS, blosum62_process, draw_background, substitute
+from longseq_data.synth.substitution import AMINO_ACIDS, blosum62_process, draw_background, substitute
 
 pytestmark = pytest.mark.interfaces
 

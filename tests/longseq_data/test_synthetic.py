@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from Bio import SeqIO
 
-from longseq_data import synthetic
 from longseq_data.errors import DataError
-from longseq_data.substitution import AMINO_ACIDS, blosum62_process
-from longseq_data.synthetic import (
+from longseq_data.synth import synthetic
+from longseq_data.synth.substitution import AMINO_ACIDS, blosum62_process
+from longseq_data.synth.synthetic import (
     SyntheticReport,
     SyntheticSpec,
     synthesize,

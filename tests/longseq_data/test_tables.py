@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from longseq_data.batches import EvaluationBatches, Loader
 from longseq_data.errors import DataError
-from longseq_data.formats import Leaf
-from longseq_data.reading import Reading
-from longseq_data.streaming import StreamSpec
-from longseq_data.tables import read_hub, read_parquet
+from longseq_data.readers.formats import Leaf
+from longseq_data.readers.reading import Reading
+from longseq_data.readers.tables import read_hub, read_parquet
+from longseq_data.samples.batches import EvaluationBatches, Loader
+from longseq_data.samples.streaming import StreamSpec
 from longseq_data.vocabulary import BYTES
 
 pytestmark = pytest.mark.interfaces
@@ -97,7 +97,7 @@ def test_a_large_file_is_never_in_memory(tmp_path):
     writer.close()
     pq.write_table(pa.table({"text": [text]}), tmp_path / "small.parquet")
     code = (
-        "import sys; from pathlib import Path; from longseq_data.tables import read_parquet\n"
+        "import sys; from pathlib import Path; from longseq_data.readers.tables import read_parquet\n"
         "def read(path): return sum(len(text.data) for text in read_parquet(path, 'text', 1 << 20, False)) >> 20\n"
         "def peak(): return int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]) >> 10\n"
         "read(sys.argv[1]); before = peak(); print(read(sys.argv[2]), peak() - before)"
@@ -250,7 +250,7 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
 
 def test_a_hub_that_does_not_answer_is_said_after_two_tries(tmp_path: Path) -> None:
     program = (
-        "from longseq_data.errors import DataError\nfrom longseq_data.tables import read_hub\n"
+        "from longseq_data.errors import DataError\nfrom longseq_data.readers.tables import read_hub\n"
         "try: list(read_hub('hub:nobody/none#train', 'text', 64, False))\nexcept DataError as error: print(error)"
     )
     with socket.socket() as closed:  # bound and not listening: connections are refused

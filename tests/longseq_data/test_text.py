@@ -9,11 +9,11 @@ import tracemalloc
 
 import pytest
 
-from longseq_data.documents import Text
 from longseq_data.errors import DataError
-from longseq_data.formats import Leaf
-from longseq_data.reading import Reading
-from longseq_data.text import parts, read_jsonl, read_lines, read_text
+from longseq_data.readers.documents import Text
+from longseq_data.readers.formats import Leaf
+from longseq_data.readers.reading import Reading
+from longseq_data.readers.text import parts, read_jsonl, read_lines, read_text
 from real_files import folder_of
 
 BOOK = "".join(f"Line {i} of the book, naïve and 日本語.\n" + "\n" * (i % 3 == 0) for i in range(200)).encode()
@@ -144,7 +144,7 @@ def test_bad_text_is_refused_with_one_sentence(format, content, sentence, write)
 
 
 def test_a_line_without_end_is_no_line(write, monkeypatch):
-    monkeypatch.setattr("longseq_data.text.LINE_LIMIT", 1 << 20)
+    monkeypatch.setattr("longseq_data.readers.text.LINE_LIMIT", 1 << 20)
     source = write("a.txt", b"a\n" + b"b" * (3 << 20))
     with pytest.raises(DataError, match=r"line 2: longer than 1 MiB, so this is no text"):
         list(read_lines(source, 100))

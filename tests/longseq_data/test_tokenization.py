@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
-from longseq_data.documents import Text
 from longseq_data.errors import DataError
 from longseq_data.ingest.block import BlockDocument
-from longseq_data.reading import Reading
-from longseq_data.streaming import StreamSpec, evaluation_samples, training_samples
+from longseq_data.readers.documents import Text
+from longseq_data.readers.reading import Reading
+from longseq_data.samples.streaming import StreamSpec, evaluation_samples, training_samples
 from longseq_data.tokenization import load_tokenizer, save_tokenizer, tokenise, tokenizer_vocabulary, train_tokenizer
 
 pytestmark = pytest.mark.interfaces

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longseq_data.fasta import read_records
-from longseq_data.uniprot import Header, parse_header, taxid_of
+from longseq_data.readers.fasta import read_records
+from longseq_data.readers.uniprot import Header, parse_header, taxid_of
 from real_files import folder_of
 
 REAL = folder_of("proteins")

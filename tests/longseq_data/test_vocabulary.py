@@ -71,9 +71,9 @@ def test_tokens_take_the_smallest_type_that_holds_them(size, dtype, targets):
 
 def test_reading_fasta_imports_neither_torch_nor_other_heavy_packages():
     code = (
-        "import sys, longseq_data.fasta, longseq_data.vocabulary, longseq_data.errors, longseq_data.streaming;"
-        "import longseq_data.survey, longseq_data.text, longseq_data.tables, longseq_data.images;"
-        "import longseq_data.tokenization;"
+        "import sys, longseq_data.vocabulary, longseq_data.tokenization, longseq_data.errors;"
+        "from longseq_data.readers import fasta, images, survey, tables, text;"
+        "import longseq_data.samples.streaming;"
         "heavy = {'torch', 'lightning', 'Bio', 'fsspec', 'aiohttp', 'datasets', 'pyarrow', 'tokenizers', 'PIL'};"
         "print(heavy & set(sys.modules))"
     )
@@ -82,6 +82,6 @@ def test_reading_fasta_imports_neither_torch_nor_other_heavy_packages():
 
 
 def test_batches_need_no_lightning():
-    code = "import sys, longseq_data.batches; print({'lightning', 'datasets', 'tokenizers'} & set(sys.modules))"
+    code = "import sys, longseq_data.samples.batches; print({'lightning', 'datasets', 'tokenizers'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from longseq_data.masking import mask_tokens
+from longseq_data.samples.masking import mask_tokens
 from longseq_data.vocabulary import IGNORE, Vocabulary
 from ways.axes import Way
 from ways.sources import LENGTH, Source

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from corpora import by_sequence, tables
-from longseq_data.prepare import prepare
-from longseq_data.prepare_config import PrepareConfig
+from longseq_data.prepare.config import PrepareConfig
+from longseq_data.prepare.prepare import prepare
 from longseq_data.tokenization import save_tokenizer, train_tokenizer
 
 LENGTH = 24  # data.length of every way

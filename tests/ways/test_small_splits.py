@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from corpora import by_sequence
-from longseq_data.prepare import prepare
-from longseq_data.prepare_config import PrepareConfig
+from longseq_data.prepare.config import PrepareConfig
+from longseq_data.prepare.prepare import prepare
 from ways.sources import LENGTH
 from ways.test_ways import SETTINGS
 

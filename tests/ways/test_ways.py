@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from command_line import checkpoint, checkpoints, curve, weights_checksum
 from longseq.evaluation.sampling import Settings, draw
 from longseq.opening import find
-from longseq_data.fasta import read_records
+from longseq_data.readers.fasta import read_records
 from ways import axes, oracle
 from ways.axes import Way
 from ways.sources import LENGTH, LETTERS, Source

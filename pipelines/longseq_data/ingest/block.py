@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from longseq_data.documents import Extent, words_before
+from longseq_data.readers.documents import Extent, words_before
 from longseq_data.splits import identifier_places, sequence_places
 from longseq_data.vocabulary import ALPHABETS, Tokens, Vocabulary
 

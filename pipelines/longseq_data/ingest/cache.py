@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from longseq_data.files import aside, sha256_of, write_text
-from longseq_data.formats import HUB, HubAddress, Leaf
-from longseq_data.reading import TOKENS, Reading
-from longseq_data.sources import URL
-from longseq_data.text import short_name
+from longseq_data.readers.formats import HUB, HubAddress, Leaf
+from longseq_data.readers.reading import TOKENS, Reading
+from longseq_data.readers.sources import URL
+from longseq_data.readers.text import short_name
 
 from .block import FORMAT, Block, write_block
 

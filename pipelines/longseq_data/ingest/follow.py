@@ -14,10 +14,10 @@ from itertools import islice
 from pathlib import Path
 
 from longseq_data.errors import DataError
-from longseq_data.formats import Leaf
 from longseq_data.os_errors import explained, lock
-from longseq_data.reading import Reading
-from longseq_data.sources import URL
+from longseq_data.readers.formats import Leaf
+from longseq_data.readers.reading import Reading
+from longseq_data.readers.sources import URL
 
 from .block import BadBlockError, Block, open_block
 from .cache import Entry, Refusal, entry_of, group_lock, read_json

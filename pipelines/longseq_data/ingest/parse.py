@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from contextlib import closing
 
-from longseq_data.documents import DocumentEncoder
-from longseq_data.fasta import Record
-from longseq_data.fasta_blocks import Protein, read_bulk
-from longseq_data.formats import Leaf
-from longseq_data.reading import Reading
-from longseq_data.sources import Watch
+from longseq_data.readers.documents import DocumentEncoder
+from longseq_data.readers.fasta import Record
+from longseq_data.readers.fasta_blocks import Protein, read_bulk
+from longseq_data.readers.formats import Leaf
+from longseq_data.readers.reading import Reading
+from longseq_data.readers.sources import Watch
 
 from .block import Block, Builder, Records, stored_dtype
 

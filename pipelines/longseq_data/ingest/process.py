@@ -25,10 +25,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
-from longseq_data.background import _FOR_THE_PARENT
 from longseq_data.errors import DataError
 from longseq_data.os_errors import explained, lock
-from longseq_data.reading import Reading
+from longseq_data.readers.reading import Reading
+from longseq_data.samples.background import _FOR_THE_PARENT
 
 from .block import Block
 from .cache import Entry, Failure, Manifest, Refusal

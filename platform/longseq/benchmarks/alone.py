@@ -14,7 +14,7 @@ from longseq.config_loading import load_config
 from longseq.launch.local import environment_of, free_port
 from longseq.training.callbacks.stopping import StopRequested
 from longseq.training.worker import quiet
-from longseq_data.synthetic import SyntheticSpec, write_fasta
+from longseq_data.synth.synthetic import SyntheticSpec, write_fasta
 
 _RECORDS = SyntheticSpec(families=4, records=400, mean_length=120)
 

@@ -15,18 +15,18 @@ from itertools import islice
 from pathlib import Path
 from statistics import median
 
-from longseq_data.batches import Loader, TrainingBatches
-from longseq_data.corpus import Corpus
-from longseq_data.corpus_samples import CorpusSpec
-from longseq_data.fasta import scan
+from longseq_data.corpus.corpus import Corpus
 from longseq_data.ingest.cache import entry_of, group_lock
 from longseq_data.ingest.process import Job, ingest
-from longseq_data.prepare import prepare
-from longseq_data.prepare_config import PrepareConfig
-from longseq_data.reading import FASTA
-from longseq_data.sharing import Samples
-from longseq_data.streaming import StreamSpec
-from longseq_data.synthetic import SyntheticSpec, write_fasta
+from longseq_data.prepare.config import PrepareConfig
+from longseq_data.prepare.prepare import prepare
+from longseq_data.readers.fasta import scan
+from longseq_data.readers.reading import FASTA
+from longseq_data.samples.batches import Loader, TrainingBatches
+from longseq_data.samples.corpus_samples import CorpusSpec
+from longseq_data.samples.sharing import Samples
+from longseq_data.samples.streaming import StreamSpec
+from longseq_data.synth.synthetic import SyntheticSpec, write_fasta
 
 MIB = 1 << 20
 LONG, SHORT = 8192, 512  # tokens of a joined sequence, and of a crop

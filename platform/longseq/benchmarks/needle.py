@@ -26,7 +26,7 @@ from longseq.models.head import IGNORE
 from longseq.models.performer import PerformerLM
 from longseq.models.spec import PerformerSpec
 from longseq_data.os_errors import explained
-from longseq_data.synthetic import SyntheticSpec, synthesize
+from longseq_data.synth.synthetic import SyntheticSpec, synthesize
 
 _BYTES = 256
 _MOST_ROWS, _WARMUP = 64, 20

@@ -33,7 +33,7 @@ from longseq.training.callbacks.stopping import StopFlag
 from longseq.training.fit import build_trainer, training_data
 from longseq.training.optim import build_optimizer
 from longseq.training.task import LanguageModelling
-from longseq_data.batches import Loader, TrainingBatches
+from longseq_data.samples.batches import Loader, TrainingBatches
 from longseq_data.vocabulary import IGNORE
 
 STEP_GOAL, STALL_GOAL = 1.15, 1.5

@@ -28,9 +28,9 @@ from longseq.opening import TARGET_HELP, Source, checkpoints_of, find, of_checkp
 from longseq_data.errors import DataError
 from longseq_data.files import user_path
 from longseq_data.os_errors import explained
-from longseq_data.sharing import Samples
-from longseq_data.streaming import StreamSpec
-from longseq_data.survey import survey
+from longseq_data.readers.survey import survey
+from longseq_data.samples.sharing import Samples
+from longseq_data.samples.streaming import StreamSpec
 
 if TYPE_CHECKING:
     from longseq.evaluation.metrics import Counts

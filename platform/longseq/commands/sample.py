@@ -19,7 +19,7 @@ from longseq.commands.numbers import natural, positive, real, share
 from longseq.commands.options import add_model, add_overrides, output, ready
 from longseq.errors import LongseqError
 from longseq.opening import Source, find
-from longseq_data.fasta import read_records
+from longseq_data.readers.fasta import read_records
 from longseq_data.vocabulary import ALPHABETS, UNKNOWN, Alphabet
 
 if TYPE_CHECKING:

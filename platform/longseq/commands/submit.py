@@ -256,7 +256,7 @@ def _evaluation(args: argparse.Namespace, site: Site) -> _Job:
 
 def _preparation(args: argparse.Namespace, site: Site) -> _Job:
     from longseq.flat_config import load_flat
-    from longseq_data.prepare_config import PrepareConfig
+    from longseq_data.prepare.config import PrepareConfig
 
     wanted = load_flat(PrepareConfig, args.target, args.overrides, "longseq data prepare --help")
     wanted.check()

@@ -22,13 +22,13 @@ from longseq.opening import find
 from longseq.owner import Process, words_of
 from longseq.run import Run, as_typed
 from longseq.training.schedule import schedule_change
-from longseq_data.corpus import Corpus
+from longseq_data.corpus.corpus import Corpus
+from longseq_data.corpus.manifest import read_manifest
 from longseq_data.errors import DataError
-from longseq_data.fasta import NUCLEOTIDES_SENTENCE, ScanReport
-from longseq_data.identity import identity_of
-from longseq_data.manifest import read_manifest
+from longseq_data.prepare.identity import identity_of
+from longseq_data.readers.fasta import NUCLEOTIDES_SENTENCE, ScanReport
+from longseq_data.readers.survey import UNITS, survey
 from longseq_data.splits import SplitRule
-from longseq_data.survey import UNITS, survey
 
 TAKE_OVER_HELP = (
     "start although what had the run cannot be asked whether it still trains: a process of another machine, or a job "

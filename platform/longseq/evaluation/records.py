@@ -11,10 +11,10 @@ import numpy as np
 from longseq.errors import LongseqError
 from longseq.evaluation.request import samples_of
 from longseq.opening import Source
-from longseq_data.packing import Window, document
-from longseq_data.shuffling import documents_in_file_order
-from longseq_data.streaming import StreamSpec
-from longseq_data.survey import survey
+from longseq_data.readers.survey import survey
+from longseq_data.samples.packing import Window, document
+from longseq_data.samples.shuffling import documents_in_file_order
+from longseq_data.samples.streaming import StreamSpec
 from longseq_data.tokenization import load_tokenizer
 from longseq_data.vocabulary import ALPHABETS, UNKNOWN, Tokens, Vocabulary
 

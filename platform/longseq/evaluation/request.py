@@ -10,8 +10,8 @@ from pathlib import Path
 from longseq.config import Config
 from longseq.data import SPLITS, resolve_sources, split_spec
 from longseq.opening import Source, find
-from longseq_data.sharing import Samples
-from longseq_data.sources import expand_sources
+from longseq_data.readers.sources import expand_sources
+from longseq_data.samples.sharing import Samples
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from torch import Tensor
 from longseq.evaluation.predictions import in_pieces, refuse_what_is_not_finite
 from longseq.evaluation.tally import BINS, Tally
 from longseq.models.performer import PerformerLM
-from longseq_data.batches import unpack
 from longseq_data.errors import DataError
-from longseq_data.parcels import pack
-from longseq_data.sharing import Samples, Share
+from longseq_data.samples.batches import unpack
+from longseq_data.samples.parcels import pack
+from longseq_data.samples.sharing import Samples, Share
 from longseq_data.vocabulary import IGNORE, Vocabulary
 
 _HELD = 256  # batches whose counts are held before they are added up

@@ -18,7 +18,7 @@ from longseq.models.compiling import compile_blocks
 from longseq.models.performer import PerformerLM
 from longseq.training.collectives import all_sum, context_group
 from longseq.training.optim import build_optimizer, build_schedule, follow_config
-from longseq_data.slices import sliced
+from longseq_data.samples.slices import sliced
 from longseq_data.vocabulary import IGNORE
 
 Batch = dict[str, Tensor]

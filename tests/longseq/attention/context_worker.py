@@ -18,7 +18,7 @@ from longseq.attention import ContextGroup, exact_attention, favor_attention
 from longseq.attention.context_group import Traffic
 from longseq.models.performer import PerformerLM
 from longseq.models.spec import PerformerSpec
-from longseq_data.slices import sliced
+from longseq_data.samples.slices import sliced
 from longseq_data.vocabulary import IGNORE
 
 BATCH, HEADS, HEAD_DIM, VALUE_DIM, FEATURES = 2, 2, 8, 6, 24

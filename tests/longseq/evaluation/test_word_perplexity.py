@@ -13,8 +13,8 @@ from longseq.evaluation.summary import summary
 from longseq.evaluation.tokens import token_names
 from longseq.models.performer import PerformerLM
 from longseq.models.spec import PerformerSpec
-from longseq_data.reading import Reading
-from longseq_data.streaming import StreamSpec
+from longseq_data.readers.reading import Reading
+from longseq_data.samples.streaming import StreamSpec
 from longseq_data.tokenization import save_tokenizer, train_tokenizer
 from longseq_data.vocabulary import Vocabulary
 

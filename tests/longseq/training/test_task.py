@@ -14,10 +14,10 @@ from longseq.data import resolve_sources, split_spec
 from longseq.evaluation.scoring import score
 from longseq.training.rehearsal import _Watch
 from longseq.training.task import LanguageModelling
-from longseq_data.batches import EvaluationBatches, unpack
-from longseq_data.parcels import pack
-from longseq_data.sharing import collate
-from longseq_data.streaming import Sample, evaluation_samples
+from longseq_data.samples.batches import EvaluationBatches, unpack
+from longseq_data.samples.parcels import pack
+from longseq_data.samples.sharing import collate
+from longseq_data.samples.streaming import Sample, evaluation_samples
 from longseq_data.vocabulary import BYTES, IGNORE
 
 LINES = [f"document {i} says {'abc' * (i % 4)}" for i in range(9)]

@@ -22,7 +22,7 @@ from longseq.benchmarks.gpu.rows import Rows, first_line
 from longseq.checkpoint import checkpoints_in
 from longseq.config import TrainerConfig
 from longseq.curves import Curve, read_curves
-from longseq_data.synthetic import SyntheticSpec, write_fasta
+from longseq_data.synth.synthetic import SyntheticSpec, write_fasta
 
 STEPS = 20
 # Nats. A record in another place, or a step more or less, moves a loss by about 1e-2. fp32 has room for TF32; on a CPU,

@@ -30,7 +30,7 @@ def run_data(args: argparse.Namespace) -> int:
     check_folder(args.out)
 
     from longseq.benchmarks import data
-    from longseq_data.sources import expand_sources
+    from longseq_data.readers.sources import expand_sources
 
     names = tuple(name.strip() for name in args.contenders.split(",") if name.strip()) or tuple(data.CONTENDERS)
     for name in names:

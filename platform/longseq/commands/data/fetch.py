@@ -20,7 +20,7 @@ LOG_EVERY = 30.0  # seconds between two lines where there is no terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from longseq_data.releases import DATASETS, MIRRORS
+    from longseq_data.fetch.releases import DATASETS, MIRRORS
 
     parser.add_argument("name", choices=DATASETS, metavar="NAME", help=", ".join(DATASETS))
     parser.add_argument("--release", default="current", help="such as 2024_01 (default: %(default)s)")
@@ -42,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from longseq_data.download import Patience
-    from longseq_data.releases import fetch
+    from longseq_data.fetch.download import Patience
+    from longseq_data.fetch.releases import fetch
 
     with Display(args.name) as display:
         fetched = fetch(

@@ -23,11 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from longseq.commands.data.progress import Bar
-    from longseq_data import inspection
-    from longseq_data.corpus import is_corpus
-    from longseq_data.formats import folder_format
-    from longseq_data.reading import Reading, agree
-    from longseq_data.sources import expand_sources
+    from longseq_data.corpus.corpus import is_corpus
+    from longseq_data.prepare import inspection
+    from longseq_data.readers.formats import folder_format
+    from longseq_data.readers.reading import Reading, agree
+    from longseq_data.readers.sources import expand_sources
 
     def folder_of_fasta(name: str) -> bool:
         folder = user_path(name)

@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from longseq.commands.data.progress import Bar
     from longseq.run import as_typed
-    from longseq_data.leaks import find_leaks
-    from longseq_data.prepare_config import PrepareConfig
+    from longseq_data.prepare.config import PrepareConfig
+    from longseq_data.prepare.leaks import find_leaks
 
     if not 0 < args.coverage <= 1:
         raise ConfigError(f"--coverage {args.coverage}: take a share above 0, and at most 1.")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from longseq.commands.key_help import help_on_flat_keys
 from longseq_data.files import user_path
-from longseq_data.prepare_config import PrepareConfig
+from longseq_data.prepare.config import PrepareConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,8 +30,8 @@ def run(args: argparse.Namespace) -> int:
     from longseq.flat_config import load_flat
     from longseq.run import as_typed
     from longseq_data.errors import DataError
-    from longseq_data.inspection import report_lines
-    from longseq_data.prepare import prepare
+    from longseq_data.prepare.inspection import report_lines
+    from longseq_data.prepare.prepare import prepare
 
     config = load_flat(PrepareConfig, args.config, args.overrides, "longseq data prepare --help")
     try:

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from longseq_data.synthetic import SyntheticSpec, write_fasta
+    from longseq_data.synth.synthetic import SyntheticSpec, write_fasta
 
     spec = SyntheticSpec(
         families=args.families,

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longseq.errors import ConfigError
-from longseq_data.formats import FORMATS, format_of
+from longseq_data.readers.formats import FORMATS, format_of
 
 if TYPE_CHECKING:
-    from longseq_data.reading import Reading
+    from longseq_data.readers.reading import Reading
 
 _TEXTS = ("auto", *(name for name in FORMATS if name not in ("fasta", "images")))
 
@@ -50,8 +50,8 @@ def run(args: argparse.Namespace) -> int:
     if args.file.exists() and not args.overwrite:
         raise ConfigError(f"{args.file} exists already: choose another name, or replace it with --overwrite.")
 
-    from longseq_data.reading import Reading
-    from longseq_data.sources import expand_sources
+    from longseq_data.readers.reading import Reading
+    from longseq_data.readers.sources import expand_sources
     from longseq_data.tokenization import save_tokenizer, train_tokenizer
 
     sources = expand_sources(args.sources, args.format)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from longseq.config import Config
 from longseq.data import split_spec
-from longseq_data.batches import EvaluationBatches, Loader
+from longseq_data.samples.batches import EvaluationBatches, Loader
 
 # Exact attention is quadratic, and a probe should cost less than a step: longer sequences are cut.
 PROBE_LENGTH = 512

@@ -1,0 +1,1 @@
+"""Downloads of public releases: resumed, checked, written aside."""

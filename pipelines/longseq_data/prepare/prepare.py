@@ -1,0 +1,317 @@
+"""Prepare a corpus: sequence files become Arrow files on disk, in memory that does not depend on their size.
+
+First half: sources are read once, and their rows put aside, sorted by hash (map_stage). Second half: one range of
+hashes after another is merged and written (reduce_stage). Every step leaves a file under its final name when it is
+done, so an interrupted preparation goes on from there; the corpus gets its own name last.
+
+    NAME.partial/parts/plan.json       what was asked for
+                       sources/*.json   sources that were read to their end
+                       clusters/*       a table of clusters sorted, or what MMseqs2 has found
+                       map/*.arrow      rows put aside, one file a block
+                       shards/*         finished shards, with notes
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from longseq_data.corpus.manifest import Manifest, Source
+from longseq_data.errors import DataError
+from longseq_data.files import sha256_of, user_path, write_text
+from longseq_data.os_errors import explained, is_full
+from longseq_data.readers.sources import expand_sources
+from longseq_data.splits import Identifiers, Split
+from longseq_data.vocabulary import PROTEIN
+
+from .cluster_split import split_clusters, splits_of
+from .cluster_table import ClusterTable, read_clusters
+from .config import ADDED, PrepareConfig
+from .held_out import read_held_out
+from .map_stage import Counts, MapTask, map_block, map_whole, read_notes
+from .mmseqs import program
+from .plan import PARTS, Plan, begin, earlier_settings, locked, taken
+from .pool import Workers, in_threads
+from .publish import finish, publish
+from .reader import Block, Stored, cut
+from .reduce_stage import ReduceTask, read_parts, records_of, reduce_shard, shard_count
+
+# called with (stage, done, of how many): bytes of the sources, then shards. None: their size is not known
+Progress = Callable[[str, int, "int | None"], object]
+
+MIB = 1 << 20
+NOTES, TABLE, HELD_OUT = "clusters.json", "table.npy", "held_out.npy"  # of parts/clusters
+BLOCKS = 32  # of small inputs at most, so that workers share them evenly
+SMALLEST_BLOCK, LARGEST_BLOCK = MIB, 64 * MIB
+MAP_MEMORY = 16  # a block takes up to so many times its size, text and rows and columns together
+REDUCE_MEMORY = 6
+
+
+def prepare(
+    config: PrepareConfig, *, overwrite: bool = False, restart: bool = False, progress: Progress | None = None
+) -> tuple[Manifest, bool]:
+    """Make the corpus that ``config`` describes, or go on making it; gives its manifest and whether it is new.
+
+    overwrite: replace a corpus of the same name. restart: forget what an interrupted preparation has done. With several
+    workers a script that calls this needs ``if __name__ == "__main__":``, as for all of multiprocessing.
+
+    Raises DataError for bad settings and bad data, for a name that is taken, for an interrupted preparation that had
+    other settings or other sources, for a second one under way, and where the disk is full.
+    """
+    config.check()
+    sources = sorted(expand_sources(config.sources))
+    output = user_path(config.output).absolute()
+    if config.split_by == "cluster" and config.clusters == "mmseqs":
+        program()  # said before hours of reading
+    with locked(output):
+        earlier = earlier_settings(output, overwrite, restart) if config.split_by is None else None
+        if earlier is not None:
+            config = replace(config, split_by=str((ADDED | earlier)["split_by"]))
+        plan = Plan.of(config, sources, _block_bytes(config, sources))
+        there = taken(output, plan, overwrite)
+        if there is not None:
+            return there, False
+        try:
+            folder, plan, finished = begin(output, plan, restart)
+            if finished is None:
+                with Workers(config.processes) as workers:
+                    _Preparation(config, plan, folder, progress or (lambda *_: None), workers).run()
+            return publish(folder, output), True
+        except OSError as error:
+            _sweep(output.with_name(f"{output.name}.partial") / PARTS)
+            where = output if is_full(error) else None
+            raise DataError(
+                f"{explained(error, where or error.filename or output, 'cannot be written')}. Then start the same "
+                f"command again: it goes on."
+            ) from error
+
+
+def _sweep(parts: Path) -> None:
+    """Remove the files that were being written by processes that are no more."""
+    for rest in [*parts.glob("*/*.partial"), *parts.glob("*/.*.partial")]:
+        rest.unlink(missing_ok=True)
+
+
+def _block_bytes(config: PrepareConfig, sources: list[str]) -> int:
+    known = sum(Path(source).stat().st_size for source in sources if Path(source).is_file())
+    most = min(LARGEST_BLOCK, config.memory_mb * MIB // (MAP_MEMORY * config.processes))
+    return max(SMALLEST_BLOCK, min(most, known // BLOCKS) if known else most)
+
+
+class _Preparation:
+    def __init__(self, config: PrepareConfig, plan: Plan, folder: Path, progress: Progress, workers: Workers) -> None:
+        self.config, self.plan, self.folder, self.progress, self.workers = config, plan, folder, progress, workers
+        self.parts = folder / PARTS
+        for name in ("sources", "map", "shards", "clusters"):
+            (self.parts / name).mkdir(exist_ok=True)
+        for rest in (self.parts / "clusters").glob("mmseqs-*"):  # of processes that were killed
+            shutil.rmtree(rest, ignore_errors=True)
+        _sweep(self.parts)  # after processes that were killed
+
+    def run(self) -> None:
+        inputs = self._hold_out()
+        self._read_clusters()
+        stored = self._map()
+        names = [self._map_task().path(i, k) for i, source in enumerate(stored) for k in range(source.blocks)]
+        counts = Counts()
+        size = 0
+        for name in names:
+            part, _, _ = read_notes(name)
+            counts.add(part)
+            size += name.stat().st_size
+        if not counts.kept:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.filtered.items()))
+            raise DataError(
+                f"{self.plan.output}: no record passes the filters ({reasons}); change them and add --restart."
+            )
+        shards = shard_count(counts.kept_bytes)
+        room = self.config.memory_mb * MIB / self.config.processes / REDUCE_MEMORY
+        task = ReduceTask(
+            self.parts / "shards",
+            tuple(names),
+            PROTEIN,
+            self.config.deduplicate,
+            shards,
+            ranges=max(1, math.ceil(size / shards / room)),
+        )
+        clusters = self._cluster(task) if self.config.split_by == "cluster" else None
+        if clusters is not None and self.config.clusters == "mmseqs":
+            task = replace(task, split=partial(splits_of, self.parts / "clusters" / HELD_OUT))
+        self._reduce(task)
+        _refuse_lost_splits(self.config, task)
+        sources = [
+            Source(source.name, each.size, each.sha256) for source, each in zip(self.plan.sources, stored, strict=True)
+        ]
+        held_out = json.loads((self.parts / "held_out.json").read_text())
+        finish(self.folder, task, self.plan, sources, inputs, counts, held_out["families"], held_out["names"], clusters)
+
+    def _read_clusters(self) -> None:
+        """Sort the table of clusters, where there is one."""
+        table, notes = self.config.cluster_table, self.parts / "clusters" / NOTES
+        if table is not None and not notes.exists():
+            rows = read_clusters(str(user_path(table)), notes.with_name(TABLE))
+            write_text(notes, json.dumps({"rows": rows}))
+
+    def _cluster(self, task: ReduceTask) -> dict[str, object]:
+        """What the manifest says of the clusters; those of MMseqs2 are made now, once."""
+        notes = self.parts / "clusters" / NOTES
+        if self.config.clusters == "repid":
+            return {}
+        if not notes.exists():
+            config = self.config
+            found = split_clusters(
+                task,
+                config.rule,
+                config.cluster_identity,
+                config.cluster_coverage,
+                (program(), config.processes, config.memory_mb),
+                lambda done: self.progress("clusters", done, None),
+                notes.with_name(HELD_OUT),
+            )
+            write_text(notes, json.dumps(found))
+        return json.loads(notes.read_text())
+
+    def _hold_out(self) -> list[Source]:
+        """Read the lists of the ood split once; what they are."""
+        notes = self.parts / "held_out.json"
+        if not notes.exists():
+            held_out = read_held_out(self.config)
+            if held_out.names.size:
+                np.save(self.parts / "held_out.npy", held_out.names)
+            inputs = [Source(file.name, file.size or 0, sha256_of(Path(file.name))) for file in self.plan.inputs]
+            values = {
+                "families": held_out.families,
+                "names": int(held_out.names.size),
+                "inputs": list(map(asdict, inputs)),
+            }
+            write_text(notes, json.dumps(values))
+        return [Source(**source) for source in json.loads(notes.read_text())["inputs"]]
+
+    def _map_task(self) -> MapTask:
+        names = self.parts / "held_out.npy"
+        table = self.parts / "clusters" / TABLE
+        clusters = ClusterTable(table) if self.config.cluster_table is not None else None
+        return MapTask(
+            self.parts / "map", self.config, names if names.exists() else None, self.plan.block_bytes, clusters
+        )
+
+    def _map(self) -> list[Stored]:
+        """Put the rows of every source aside; what each source is made of."""
+        notes = [self.parts / "sources" / f"{i:05d}.json" for i in range(len(self.plan.sources))]
+        todo = [i for i, note in enumerate(notes) if not note.exists()]
+        task = self._map_task()
+        reading = _Reading(self.plan, task, self.progress, done=[i for i in range(len(notes)) if i not in set(todo)])
+        work = partial(_map_any, task)
+        # starting a process takes longer than reading a small file
+        most = 1 if reading.left is not None and reading.left < SMALLEST_BLOCK else self.config.processes
+        blocks = in_threads([partial(reading.blocks, i) for i in todo], min(most, len(todo)))
+        for (index, _, block), whole in self.workers.share(work, blocks, most):
+            for i, stored in reading.note(index, block, whole):
+                write_text(notes[i], json.dumps(asdict(stored)))
+        for i, stored in reading.finished():
+            write_text(notes[i], json.dumps(asdict(stored)))
+        return [Stored(**json.loads(note.read_text())) for note in notes]
+
+    def _reduce(self, task: ReduceTask) -> None:
+        todo = [shard for shard in range(task.shards) if not task.notes(shard).exists()]
+        done = task.shards - len(todo)
+        self.progress("shards", done, task.shards)
+        for _ in self.workers.share(partial(reduce_shard, task), todo, len(todo)):
+            done += 1
+            self.progress("shards", done, task.shards)
+
+
+def _refuse_lost_splits(config: PrepareConfig, task: ReduceTask) -> None:
+    """Raise DataError where there would be nothing to train on, or equal identifiers leave nothing to validate on."""
+    there = {name for shard in range(task.shards) for name in read_parts(task, shard)}
+    shares = config.valid_fraction, config.test_fraction
+    wanted: tuple[tuple[Split, float], ...] = (("train", 1.0), ("valid", shares[0]))
+    lost: Split | None = next((name for name, share in wanted if share and name not in there), None)
+    if lost is None or not there - {"ood"}:
+        return
+    otherwise = "set valid_fraction=0" if lost == "valid" else "set valid_fraction=0 and test_fraction=0"
+    if config.split_by == "cluster":
+        kind = "validate" if lost == "valid" else "train"
+        raise DataError(
+            f"{config.output}: no cluster is left to {kind} on with valid_fraction={shares[0]:g} and test_fraction="
+            f"{shares[1]:g}; change them, or {otherwise}; then start over with --restart."
+        )
+    found = Identifiers()
+    for name in sorted(there - {"ood"}):
+        for shard in range(task.shards):
+            if task.arrow(shard, name).exists():
+                for identifier, tokens in records_of(task.arrow(shard, name)):
+                    found.add(identifier, config.rule, tokens.tobytes)
+    if lost == "valid" and not found.repeated:  # too few records, which the report says
+        return
+    raise DataError(
+        f"{config.output}: {found.lost(lost, *shares, prefix='', otherwise=otherwise)}; then start over with --restart."
+    )
+
+
+# (number of the source, its name, block; None: the source is to be read whole)
+Task = tuple[int, str, "Block | None"]
+
+
+def _map_any(task: MapTask, item: Task) -> Stored | None:
+    index, name, block = item
+    if block is None:
+        return map_whole(task, index, name)
+    map_block(task, index, block)
+    return None
+
+
+class _Reading:
+    """Which sources have been read to their end, and which of their blocks are still with a worker."""
+
+    def __init__(self, plan: Plan, task: MapTask, progress: Progress, done: list[int]) -> None:
+        self.plan, self.task, self.progress = plan, task, progress
+        sizes = [source.size for source in plan.sources]
+        self.total = None if None in sizes else sum(size or 0 for size in sizes)
+        self.read = sum(sizes[i] or 0 for i in done)
+        self.left = None if self.total is None else self.total - self.read
+        self.sent: Counter[int] = Counter()
+        self.back: Counter[int] = Counter()
+        self.stored: dict[int, Stored] = {}
+
+    def blocks(self, index: int) -> Iterator[Task]:
+        """The blocks of a source that are not put aside yet."""
+        name = self.plan.sources[index].name
+        stored = Stored()
+        for block in cut(name, self.task.block_bytes, stored, self._advance):
+            path = self.task.path(index, block.number)
+            if path.exists():
+                if read_notes(path)[1] != block.checksum:
+                    raise DataError(f"{name} has changed since the preparation began; start over with --restart.")
+                continue
+            self.sent[index] += 1
+            yield index, name, block
+        if stored.blocks:
+            self.stored[index] = stored
+        else:
+            self.sent[index] += 1
+            yield index, name, None
+
+    def note(self, index: int, block: Block | None, whole: Stored | None) -> Iterator[tuple[int, Stored]]:
+        """A task came back; the sources that are finished with it."""
+        self.back[index] += 1
+        if whole is not None:
+            self.stored[index] = whole
+            self._advance(whole.size)
+        yield from self.finished()
+
+    def finished(self) -> Iterator[tuple[int, Stored]]:
+        for index in [i for i in list(self.stored) if self.sent[i] == self.back[i]]:
+            yield index, self.stored.pop(index)
+
+    def _advance(self, size: int) -> None:
+        self.read += size
+        self.progress("bytes", self.read, self.total)

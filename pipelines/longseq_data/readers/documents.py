@@ -1,0 +1,146 @@
+"""Documents: what a source is made of. Their lengths are known early, their tokens are made when they are asked for."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from longseq_data.vocabulary import BYTES, Tokens, Vocabulary
+
+
+class Document(Protocol):
+    """A protein, a text or an image: ``length`` ordinary tokens.
+
+    In a stream, BOS comes before them, and EOS after them where the document is ``closed``.
+    """
+
+    @property
+    def identifier(self) -> str: ...  # decides the split
+
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def line(self) -> int: ...  # where it begins, counted from 1; of tables the row
+
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def closed(self) -> bool: ...
+
+    @property
+    def held(self) -> int: ...  # bytes of memory, about
+
+
+class Extent(NamedTuple):
+    """How much data tokens stand for."""
+
+    bytes: int  # of UTF-8 text; of an image the colour values
+    words: int  # those that begin in it; separated by white space
+
+    def plus(self, other: Extent) -> Extent:
+        return Extent(self.bytes + other.bytes, self.words + other.words)
+
+
+class DocumentEncoder:
+    """Gives the tokens of documents that can encode themselves; see fasta.Encoder for proteins."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+        self.bos: Tokens = np.array([vocabulary.bos], dtype=vocabulary.dtype)
+        self.eos: Tokens = np.array([vocabulary.eos], dtype=vocabulary.dtype)
+
+    def encode(self, document: Document, start: int = 0, stop: int | None = None) -> Tokens:
+        """Ids of the ordinary tokens [start, stop), in the vocabulary's dtype."""
+        return cast(SelfEncoding, document).encode(start, stop)
+
+    def measure(self, document: Document, start: int, stop: int) -> Extent:
+        """What the ordinary tokens [start, stop) stand for."""
+        return cast(SelfEncoding, document).measure(start, stop)
+
+
+class SelfEncoding(Document, Protocol):
+    """A document that knows its tokens."""
+
+    def encode(self, start: int, stop: int | None) -> Tokens: ...
+
+    def measure(self, start: int, stop: int) -> Extent: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A text as its file has it, before any tokenizer."""
+
+    identifier: str
+    source: str
+    line: int
+    data: bytes  # UTF-8, or what should be
+
+
+@dataclass(slots=True)
+class ByteDocument:
+    """A text whose bytes are its tokens."""
+
+    identifier: str
+    source: str
+    line: int
+    data: bytes
+
+    closed = True
+
+    @property
+    def length(self) -> int:
+        return len(self.data)
+
+    @property
+    def held(self) -> int:
+        return len(self.data)
+
+    def encode(self, start: int, stop: int | None) -> Tokens:
+        return np.frombuffer(self.data[start:stop], dtype=np.uint8).astype(BYTES.dtype)
+
+
+@dataclass(slots=True)
+class TokenDocument:
+    """A text as a tokenizer's ids."""
+
+    identifier: str
+    source: str
+    line: int
+    tokens: Tokens
+    text: bytes  # UTF-8, or what should be
+
+    closed = True
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def held(self) -> int:
+        return self.tokens.nbytes
+
+    def encode(self, start: int, stop: int | None) -> Tokens:
+        return self.tokens[start:stop]
+
+
+_ASCII_SPACE = np.array([chr(byte).isspace() and byte < 128 for byte in range(256)])
+# The white space of str.split() beyond ASCII, as UTF-8.
+_WIDE_SPACE = re.compile(
+    rb"\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80",
+)
+
+
+def words_before(text: bytes) -> npt.NDArray[np.int64]:
+    """How many words begin before each byte, and in all: (len(text) + 1,). A word is what ``str.split()`` gives."""
+    space = _ASCII_SPACE[np.frombuffer(text, dtype=np.uint8)]
+    for wide in _WIDE_SPACE.finditer(text):
+        space[wide.start() : wide.end()] = True
+    begins = ~space
+    begins[1:] &= space[:-1]
+    return np.concatenate([[0], np.cumsum(begins, dtype=np.int64)])

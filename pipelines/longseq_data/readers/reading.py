@@ -1,0 +1,181 @@
+"""How sources become documents: the formats and the tokens that go together, and the readers behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from longseq_data.errors import DataError
+from longseq_data.vocabulary import ALPHABETS, BYTES, DNA, PIXELS, PROTEIN, Vocabulary
+
+from .documents import ByteDocument, Document, DocumentEncoder, Text
+from .fasta import Encoder, Record
+from .formats import Leaf, format_of, leaves
+from .sources import Watch
+
+TOKENS = ("protein", "dna", "bytes", "pixels")  # and a tokenizer's file
+
+# format: the tokens it can be read as, its own first. "file" stands for a tokenizer's file.
+READ_AS: dict[str, tuple[str, ...]] = {
+    "fasta": ("protein", "dna"),
+    "text": ("bytes", "file"),
+    "lines": ("bytes", "file", "protein", "dna"),
+    "jsonl": ("bytes", "file", "protein", "dna"),
+    "parquet": ("bytes", "file", "protein", "dna", "pixels"),
+    "hub": ("bytes", "file", "protein", "dna", "pixels"),
+    "images": ("pixels",),
+}
+TABLES = ("jsonl", "parquet", "hub")  # which have columns
+
+PART_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Everything that decides which documents the sources hold."""
+
+    format: str = "fasta"  # one of formats.FORMATS, or "auto": by each source's name
+    tokens: str = "protein"  # one of TOKENS, or the path of a tokenizer's file
+    column: str | None = None  # of a table; None: "text", and "image" with pixels
+    image_size: int = 64  # pixels on each side
+    part_bytes: int = PART_BYTES  # a longer text is several documents
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Raises DataError for a tokenizer's file that cannot be read."""
+        for built_in in (PROTEIN, DNA, BYTES, PIXELS):
+            if self.tokens == built_in.name:
+                return built_in
+        from longseq_data.tokenization import tokenizer_vocabulary
+
+        return tokenizer_vocabulary(self.tokens)
+
+    @property
+    def has_residues(self) -> bool:
+        """Whether the documents are sequences of residues, and not texts or pictures."""
+        return self.tokens in ALPHABETS
+
+    def leaves(self, sources: Iterable[str]) -> list[Leaf]:
+        """What the sources consist of, folders opened up, in their order."""
+        return [leaf for source in sources for leaf in leaves(source, self.format)]
+
+    def encoder(self, strict: bool, tell: Callable[[str], object] | None = None) -> DocumentEncoder:
+        alphabet = ALPHABETS.get(self.tokens)
+        return DocumentEncoder(self.vocabulary) if alphabet is None else Encoder(strict, tell, alphabet)
+
+    @property
+    def written(self) -> bool:
+        """Whether the tokens are a tokenizer's: what they stand for shows in the text alone."""
+        return self.tokens not in TOKENS
+
+    def documents(self, leaf: Leaf, *, strict: bool, watch: Watch | None = None) -> Generator[Document, None, None]:
+        """Stream the documents of one leaf that is no FASTA.
+
+        strict: refuse text that is not UTF-8. watch: see sources.open_binary.
+
+        Raises DataError, one sentence with file and line or row, for what cannot be read, and where there is nothing.
+        """
+        if self.tokens == "pixels":
+            yield from self._images(leaf)
+            return
+        yield from _filled(leaf, (self._document(text, leaf, strict) for text in self.texts(leaf, strict, watch)))
+
+    def untokenised(self, leaf: Leaf, strict: bool) -> Generator[Document, None, None]:
+        """The documents of one leaf as bytes, for a look at them: tokenizers are slow. Raises what documents() does."""
+        from longseq_data.tokenization import decoded
+
+        def plain(text: Text) -> Document:
+            if strict:
+                decoded(text, strict)
+            return ByteDocument(text.identifier, text.source, text.line, text.data)
+
+        yield from _filled(leaf, map(plain, self.texts(leaf, strict)))
+
+    def texts(self, leaf: Leaf, strict: bool, watch: Watch | None = None) -> Iterator[Text]:
+        """The texts of one leaf before they are tokenised."""
+        column = self.column or "text"
+        if leaf.format in ("parquet", "hub"):
+            from .tables import read_hub, read_parquet
+
+            read = read_parquet if leaf.format == "parquet" else read_hub
+            return read(leaf.source, column, self.part_bytes, strict)
+        from .text import read_jsonl, read_lines, read_text
+
+        if leaf.format == "jsonl":
+            return read_jsonl(leaf.source, column, self.part_bytes, strict, watch)
+        return (read_text if leaf.format == "text" else read_lines)(leaf.source, self.part_bytes, watch)
+
+    def _document(self, text: Text, leaf: Leaf, strict: bool) -> Document:
+        if self.tokens == "bytes":
+            return ByteDocument(text.identifier, text.source, text.line, text.data)
+        if self.has_residues:
+            return _protein(text, "rows" if leaf.format in ("parquet", "hub") else "lines")
+        from longseq_data.tokenization import tokenise
+
+        return tokenise(text, self.tokens, strict)
+
+    def _images(self, leaf: Leaf) -> Generator[Document, None, None]:
+        from .images import read_images
+        from .tables import read_hub_images, read_parquet_images
+
+        if leaf.format == "images":
+            yield from read_images(leaf.source, self.image_size)
+        else:
+            read = read_parquet_images if leaf.format == "parquet" else read_hub_images
+            yield from read(leaf.source, self.column or "image", self.image_size)
+
+
+FASTA = Reading()
+
+
+def agree(sources: Sequence[str], format: str, tokens: str) -> str:
+    """The tokens that all ``sources`` can be read as: ``tokens`` itself, or for "auto" those of their format.
+
+    Raises DataError where they do not go together.
+    """
+    kinds = {format_of(source, format): source for source in reversed(sources)}
+    if tokens == "auto":
+        own = {READ_AS[kind][0]: source for kind, source in kinds.items()}
+        if len(own) > 1:
+            examples = ", ".join(f"{source} as {name}" for name, source in sorted(own.items()))
+            raise DataError(
+                f"One model cannot read {examples}; train on one of them, or say what they are in data.format."
+            )
+        return next(iter(own), "protein")
+    for kind, source in kinds.items():
+        refusal = disagreement(kind, tokens)
+        if refusal:
+            raise DataError(f"{source}: {refusal}")
+    return tokens
+
+
+def disagreement(format: str, tokens: str) -> str | None:
+    """Why a format cannot be read as ``tokens``, as the rest of a sentence; None: it can."""
+    able = READ_AS[format]
+    if (tokens if tokens in TOKENS else "file") in able:
+        return None
+    names = ", ".join("a tokenizer's file" if name == "file" else name for name in able)
+    return f"data.format={format} cannot be read as data.tokenizer={tokens}; choose from {names}."
+
+
+def _filled(leaf: Leaf, documents: Iterable[Document]) -> Generator[Document, None, None]:
+    """Those with something in them. Raises DataError where there is none."""
+    empty = True
+    for document in documents:
+        if document.length:
+            empty = False
+            yield document
+    if empty:
+        raise DataError(f"{leaf.source}: nothing but white space in it; give text, or remove it from the list.")
+
+
+def _protein(text: Text, counted: str) -> Record:
+    """A sequence that stands in a table. Letters outside the alphabet pass, as in FASTA: Encoder deals with them."""
+    sequence = b"".join(text.data.split()).removesuffix(b"*")
+    if not all(32 < byte < 127 for byte in set(sequence)):
+        place = f"{text.source}, {counted.removesuffix('s')} {text.line}"
+        raise DataError(
+            f"{place}: a character in a sequence that is no ASCII letter; correct it, or name another column."
+        )
+    return Record(text.identifier, text.identifier, sequence.decode("ascii"), text.source, text.line, counted)  # type: ignore[arg-type]

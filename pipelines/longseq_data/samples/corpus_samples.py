@@ -1,0 +1,181 @@
+"""Samples of a prepared corpus in an endless, stateless order: any of them is found without those before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import count
+
+import numpy as np
+import numpy.typing as npt
+
+from longseq_data.corpus.corpus import Corpus
+from longseq_data.randomness import generator
+from longseq_data.vocabulary import IGNORE, Vocabulary
+
+from .buckets import block_samples, cut_block
+from .corpus_cuts import Crops, Cut, Joined, Plan, rounds
+from .masking import mask_rows
+from .order import permutation, samples_of_rank
+from .sharing import Arrays, MakeBatch, Share, filler
+
+PLANNED = 4096  # samples of a rank, at once: a plan costs a hundred small steps of NumPy
+LOOK = 1 << 16  # records from which the mean length is taken; they are stored in a random order
+
+
+@dataclass(frozen=True)
+class CorpusSpec:
+    """Everything that the samples of a prepared corpus and their order depend on. See streaming.StreamSpec."""
+
+    path: str
+    split: str  # "train", "valid", "test" or "ood"
+    length: int  # tokens that the model sees at once
+    packing: str  # "concat": the stream of all records in full windows; "crop": one record a sample;
+    # "bucket": the same, in steps of similar lengths within batch_tokens
+    objective: str  # "causal" or "masked"
+    seed: int
+    reset: bool = False  # "concat": documents [BOS] ... [EOS] that do not see each other, with segment numbers
+    crop: str = "random"  # where a record longer than the window is cropped, "random" or its "first" tokens
+    batch_tokens: int = 0  # "bucket": of one step over all ranks, padding included
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("packing", ("concat", "crop", "bucket")),
+            ("objective", ("causal", "masked")),
+            ("crop", ("random", "first")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        if self.reset and self.packing != "concat":
+            raise ValueError("reset is about concatenated documents: packing must be 'concat'")
+        if self.length < 2:
+            raise ValueError(f"length must be at least 2 tokens, not {self.length}")
+        if self.packing == "bucket" and self.batch_tokens < self.length:
+            raise ValueError(f"batch_tokens {self.batch_tokens} must be at least one sample of {self.length} tokens")
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """Raises DataError where there is no whole corpus with this split."""
+        return Corpus.open(self.path, self.split)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self.corpus.vocabulary
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.path,)
+
+    @cached_property
+    def cut(self) -> Cut:
+        if self.packing == "concat":
+            return Joined(self.corpus, self.length, self.objective, self.seed, self.reset)
+        return Crops(self.corpus, self.length, self.objective, self.seed, self.crop)
+
+    @property
+    def epoch_samples(self) -> int:
+        """Samples of one pass over the corpus."""
+        return self.cut.epoch
+
+    def begin(self) -> None:
+        """Nothing is left to do."""
+
+    def measuring(self) -> CorpusSpec:
+        return self
+
+    def training(self, start: int, share: Share, warn: bool = False) -> Iterator[MakeBatch]:
+        """See sharing.Samples. With packing "bucket" rows vary from step to step; inside a step its rest comes first.
+
+        Raises DataError where there is no whole corpus.
+        """
+        return self._bucketed(start, share) if self.packing == "bucket" else self._even(start, share)
+
+    def evaluation(self, share: Share, max_samples: int | None = None) -> Iterator[MakeBatch]:
+        """See sharing.Samples. The whole split in its order, or ``max_samples`` drawn from it whatever the seed."""
+        plans = self.cut.evaluation(sampled=max_samples is not None)
+        for plan in rounds(plans, share.step_samples, max_samples):
+            yield partial(self._batch, plan[share.rank :: share.world], share.batch_sequences, {})
+
+    def target_counts(self, max_targets: int | None = None) -> npt.NDArray[np.int64]:
+        """See sharing.Samples; ``max_targets``: of about so many, from records drawn at random."""
+        corpus, counts, seen, chunk = self.corpus, np.zeros(self.vocabulary.size, dtype=np.int64), 0, 256
+        causal, first = self.objective == "causal", self.packing != "concat" and self.crop == "first"
+        for begin in range(0, len(corpus), chunk):
+            records = np.arange(begin, min(begin + chunk, len(corpus)))
+            if max_targets is not None:
+                records = permutation(len(corpus), 0, 0)(records)
+            lengths = corpus.lengths(records)
+            kept = np.minimum(lengths, self.length if causal else self.length - 1) if first else lengths
+            for start, size in zip(corpus.offsets[records].tolist(), kept.tolist(), strict=True):
+                counts += np.bincount(corpus.read(start, start + size), minlength=counts.size)
+            if causal:
+                counts[self.vocabulary.eos] += int((kept < self.length).sum()) if first else len(records)
+            seen = int(counts.sum())
+            if max_targets is not None and seen >= max_targets:
+                break
+        return counts
+
+    def _even(self, start: int, share: Share) -> Iterator[MakeBatch]:
+        steps = max(1, PLANNED // share.rank_samples)
+        rows = share.batch_sequences
+        for first in count(start, steps * share.step_samples):
+            mine = self.cut.plan(samples_of_rank(first, steps * share.step_samples, share.rank, share.world))
+            scored = mine.scored.reshape(steps, -1).sum(1).tolist()
+            for number in range(steps * share.accumulate):
+                step = number // share.accumulate
+                facts = {"step_targets": scored[step], "samples": first + (step + 1) * share.step_samples}
+                yield partial(self._batch, mine[number * rows : (number + 1) * rows], rows, facts)
+
+    def _bucketed(self, start: int, share: Share) -> Iterator[MakeBatch]:
+        whole = self.corpus.lengths(np.arange(min(LOOK, len(self.corpus)))) + 2
+        extra = self.objective == "causal"  # the token that is only a target
+        size = block_samples(float(np.minimum(whole - extra, self.length).mean()), self.batch_tokens)
+        for block in count(start // size):
+            plan = self.cut.plan(np.arange(block * size, (block + 1) * size))
+            steps = cut_block(plan.sizes - extra, self.batch_tokens)
+            consumed = block * size
+            for number in np.argsort(generator(self.seed, "bucket", block).random(len(steps)), kind="stable").tolist():
+                before, consumed = consumed, consumed + len(steps[number])
+                if consumed <= start:
+                    continue
+                step = steps[number][max(0, start - before) :]  # a run in other steps may have stopped inside this one
+                mine = step[share.rank :: share.world]
+                facts = {"step_targets": int(plan.scored[mine].sum()), "samples": consumed}
+                rows = -(-len(step) // (share.world * share.accumulate))
+                for micro_batch in range(share.accumulate):
+                    yield partial(self._batch, plan[mine[micro_batch :: share.accumulate]], rows, facts)
+
+    def _batch(self, plan: Plan, rows: int, facts: dict[str, int]) -> Arrays:
+        batch = self._filled(plan, rows) if len(plan) else filler(rows, 1, self.vocabulary, self.reset)
+        return {**batch, **{name: np.array(value, dtype=np.int64) for name, value in facts.items()}}
+
+    def _filled(self, plan: Plan, rows: int) -> Arrays:
+        shape = (len(plan), int(plan.sizes.max()))
+        tokens = np.empty(shape, dtype=self.vocabulary.target_dtype)
+        segments = np.empty(shape, dtype=np.int32) if self.reset else None
+        self.cut.tokens(plan, tokens, segments)
+        if self.objective == "causal":
+            batch = self._causal(plan, tokens, segments)
+        else:
+            batch = self._masked(plan, tokens, segments)
+        missing = rows - len(plan)
+        if missing:
+            rest = filler(missing, next(iter(batch.values())).shape[1], self.vocabulary, self.reset)
+            batch = {name: np.concatenate([array, rest[name]]) for name, array in batch.items()}
+        return batch
+
+    def _causal(self, plan: Plan, tokens: npt.NDArray, segments: npt.NDArray | None) -> Arrays:
+        seen, targets = tokens[:, :-1], tokens[:, 1:]  # views of one array: half as much to hand from a worker
+        if plan.sizes.min() < tokens.shape[1]:
+            seen = np.where(targets < 0, seen.dtype.type(self.vocabulary.pad), seen)
+        if segments is None:
+            return {"tokens": seen, "targets": targets}
+        targets = np.where(segments[:, 1:] != segments[:, :-1], targets.dtype.type(IGNORE), targets)
+        segments = np.where(segments[:, 1:] < 0, np.int32(-1), segments[:, :-1])
+        return {"tokens": seen, "targets": targets, "segments": segments}
+
+    def _masked(self, plan: Plan, tokens: npt.NDArray, segments: npt.NDArray | None) -> Arrays:
+        tokens[tokens < 0] = self.vocabulary.pad
+        inputs, targets = mask_rows(tokens, self.seed, plan.numbers, self.vocabulary)
+        return {"tokens": inputs, "targets": targets, **({} if segments is None else {"segments": segments})}

@@ -1,0 +1,1 @@
+"""Synthetic proteins with a known entropy."""
