@@ -12,9 +12,8 @@ import pytest
 
 from corpora import config, data_files, expected, found
 from longseq_data.errors import DataError
-from longseq_data.prepare import map_stage
+from longseq_data.prepare import map_stage, reduce_stage
 from longseq_data.prepare import prepare as preparing
-from longseq_data.prepare import reduce_stage
 from longseq_data.prepare.prepare import prepare
 
 
