@@ -155,8 +155,7 @@ def test_what_fails_in_a_worker_is_raised_as_it_is(make_spec):
     object.__setattr__(spec, "shuffle_buffer", "many")  # a fault of a program, not of data
     with pytest.raises(TypeError) as caught:
         next(iter(Loader(TrainingBatches(spec, batch_sequences=1, accumulate=1, rank=0, world=1), 1)))
-    if sys.version_info >= (3, 11):
-        assert "in training" in "".join(caught.value.__notes__)
+    assert "in training" in "".join(caught.value.__notes__)
 
 
 def test_warnings_of_a_worker_are_logged_here_once(make_spec, write, caplog):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 from xml.etree import ElementTree
@@ -289,7 +289,7 @@ def _note_origin(fetched: Fetched) -> None:
             "release": fetched.release,
             "size": fetched.size,
             fetched.algorithm: fetched.checksum,
-            "fetched": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "fetched": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         path.write_text(json.dumps(origin, indent=1) + "\n")
 
