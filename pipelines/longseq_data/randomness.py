@@ -42,7 +42,8 @@ def _index(number: SupportsIndex) -> int:
 
 def uniforms(seed: int, what: str, counters: npt.ArrayLike) -> npt.NDArray[np.float64]:
     """A number in [0, 1) for each counter, of the shape of ``counters``: as generator(...).random(), for millions."""
-    return ((words(seed, what, counters) >> np.uint64(11)) * 2.0**-53).reshape(np.shape(counters))
+    values: npt.NDArray[np.float64] = (words(seed, what, counters) >> np.uint64(11)) * 2.0**-53
+    return values.reshape(np.shape(counters))
 
 
 def words(seed: int, what: str, counters: npt.ArrayLike) -> npt.NDArray[np.uint64]:

@@ -1,3 +1,66 @@
-"""longseq: distributed pretraining of Performers (FAVOR+ linear attention) on very long sequences."""
+"""longseq: distributed pretraining of Performers (FAVOR+ linear attention) on very long sequences.
+
+Every verb of the command line that returns something is a function here, imported when it is first used::
+
+    import longseq
+    training = longseq.fit("configs/protein/base.yaml", ["data.train=proteins.fasta.gz"])
+    (evaluation,) = longseq.evaluate([training.run.path])
+    print(evaluation.splits["test"]["perplexity"])
+"""
+
+from __future__ import annotations
 
 __version__ = "0.1.0"
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from longseq.evaluation.embed import embed
+    from longseq.evaluation.evaluate import Evaluation, evaluate
+    from longseq.evaluation.evaluate import Settings as EvaluationSettings
+    from longseq.evaluation.sample import infill, sample
+    from longseq.evaluation.score import score, variant_effects
+    from longseq.launch.start import Training, fit, resume
+    from longseq.opening import find
+
+# name: the module that has it, and its name there. Imported late: `longseq --help` needs none of them.
+_PUBLIC = {
+    "fit": "longseq.launch.start",
+    "resume": "longseq.launch.start",
+    "Training": "longseq.launch.start",
+    "evaluate": "longseq.evaluation.evaluate",
+    "Evaluation": "longseq.evaluation.evaluate",
+    "EvaluationSettings": "longseq.evaluation.evaluate:Settings",
+    "score": "longseq.evaluation.score",
+    "variant_effects": "longseq.evaluation.score",
+    "sample": "longseq.evaluation.sample",
+    "infill": "longseq.evaluation.sample",
+    "embed": "longseq.evaluation.embed",
+    "find": "longseq.opening",
+}
+__all__ = [
+    "Evaluation",
+    "EvaluationSettings",
+    "Training",
+    "embed",
+    "evaluate",
+    "find",
+    "fit",
+    "infill",
+    "resume",
+    "sample",
+    "score",
+    "variant_effects",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'longseq' has no attribute {name!r}")
+    import importlib
+
+    module, _, there = _PUBLIC[name].partition(":")
+    return getattr(importlib.import_module(module), there or name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

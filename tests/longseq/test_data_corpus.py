@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from longseq.commands.training import check_data
 from longseq.config import Config
 from longseq.config_loading import load_config
 from longseq.data import corpus_of, identities, resolve_sources, split_spec, vocabulary
+from longseq.data_report import check_data
 from longseq.errors import ConfigError, RunError
 from longseq.run import Run
 from longseq_data.errors import DataError

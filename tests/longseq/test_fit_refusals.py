@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import pytest
 
 from longseq.cli import main
-from longseq.commands.training import check_data, check_disk
 from longseq.config_loading import load_config
 from longseq.data import resolve_sources
+from longseq.data_report import check_data
 from longseq.errors import LongseqError
+from longseq.launch.before import check_disk
 
 LONG = "".join(f">r{i}\n{'ACDEFGHIKL' * 20}\n" for i in range(500)).encode()
 

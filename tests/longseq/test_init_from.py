@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from longseq.cli import main
-from longseq.commands.training import check_origin
 from longseq.config_loading import load_config
 from longseq.data import identities, resolve_sources, vocabulary
 from longseq.errors import ConfigError, RunError
 from longseq.exporting import write_folder
+from longseq.launch.before import check_origin
 from longseq.launch.slurm.task import _begin
 from longseq.models.performer import PerformerLM
 from longseq.run import Run

@@ -138,7 +138,7 @@ def test_the_summary_counts_every_step_that_was_trained(run, publish):
     """Stopped at step 27 with a point in the curves every 10."""
     from torch.utils.tensorboard import SummaryWriter
 
-    from longseq.commands.training import results
+    from longseq.launch.start import results
 
     publish(27)
     started = run.begin("here")

@@ -13,6 +13,7 @@ from pathlib import Path
 from longseq.commands.numbers import natural
 from longseq.commands.options import add_model, add_overrides, output_file, ready
 from longseq.errors import LongseqError
+from longseq.evaluation.embed import embed
 from longseq.opening import find
 
 _SUFFIXES = (".parquet", ".npz")
@@ -38,20 +39,14 @@ def run(args: argparse.Namespace) -> int:
         raise LongseqError(
             f"--out {args.out}: embeddings are written to .parquet or .npz; give it one of these endings."
         )
-    spec = source.spec
-    if args.layer is not None and args.layer > spec.depth:
-        raise LongseqError(f"--layer {args.layer}: {source.name} has {spec.depth} blocks; take 0 to {spec.depth}.")
-    from longseq.evaluation.records import look, records
+    embedded = embed(source, args.file, layer=args.layer)
 
-    look(source, args.file)
-
-    from longseq.evaluation.embedding import embed
     from longseq.evaluation.vectors import write_npz, write_parquet
 
     write = write_parquet if args.out.suffix == ".parquet" else write_npz
+    width = source.spec.dim
     with output_file(args.out) as partial:
         ready()
-        vectors = embed(source.load(), source.vocabulary, records(source, args.file), args.layer)
-        written = write(vectors, partial, spec.dim, args.per_residue)
-    print(f"longseq: {written:,} sequences × {spec.dim} written to {args.out}", file=sys.stderr)
+        written = write(embedded, partial, width, args.per_residue)
+    print(f"longseq: {written:,} sequences × {width} written to {args.out}", file=sys.stderr)
     return 0

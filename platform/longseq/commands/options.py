@@ -15,6 +15,10 @@ from longseq.errors import LongseqError, place_of_errors
 from longseq.opening import TARGET_HELP
 from longseq_data.files import aside
 
+TAKE_OVER_HELP = (
+    "start although what had the run cannot be asked whether it still trains: a process of another machine, or a job "
+    "where SLURM does not answer"
+)
 _DEVICES = (Path("/dev"), Path("/dev/fd"))
 
 

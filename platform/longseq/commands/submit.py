@@ -13,19 +13,12 @@ from pathlib import Path
 
 from longseq.commands.key_help import help_on_flat_keys
 from longseq.commands.numbers import positive
-from longseq.commands.training import (
-    FIXED,
-    TAKE_OVER_HELP,
-    check_disk,
-    check_origin,
-    check_precision,
-    refuse_changes,
-    say_schedule,
-)
+from longseq.commands.options import TAKE_OVER_HELP
 from longseq.config import Config
 from longseq.config_loading import load_config, save_config
 from longseq.data import fit_parts, fix_order, identities, resolve_sources, vocabulary
 from longseq.errors import ConfigError, LongseqError, RunError
+from longseq.launch.before import check_disk, check_origin
 from longseq.launch.memory import estimate, gib
 from longseq.launch.slurm import queue
 from longseq.launch.slurm.mounts import check_mounts
@@ -41,6 +34,7 @@ from longseq.launch.slurm.render import (
 from longseq.launch.slurm.site import Site, load_site
 from longseq.launch.slurm.state import check_free, record_job
 from longseq.run import Run, as_typed
+from longseq.run_changes import FIXED, check_precision, refuse_changes, say_schedule
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -28,7 +28,7 @@ class Embedded(NamedTuple):
 
 
 @torch.inference_mode()
-def embed(
+def vectors(
     model: PerformerLM, vocabulary: Vocabulary, records: Iterable[Record], layer: int | None
 ) -> Iterator[Embedded]:
     """The vectors of each record, in their order. Memory holds one batch.
@@ -48,8 +48,8 @@ def embed(
                 into[: len(record.row)] = torch.from_numpy(record.row.astype(np.int64))
             real = tokens != vocabulary.pad
             model.hidden(tokens.to(device), None if bool(real.all()) else real.to(device))
-            vectors = caught.pop().float().cpu().numpy()  # (B, L, E)
-            for row, record in zip(vectors, group, strict=True):
+            found = caught.pop().float().cpu().numpy()  # (B, L, E)
+            for row, record in zip(found, group, strict=True):
                 yield Embedded(record.identifier, row[1 : 1 + record.length])
     finally:
         handle.remove()

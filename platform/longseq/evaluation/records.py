@@ -53,7 +53,7 @@ def records(source: Source, file: str) -> Iterator[Record]:
 
 def look(source: Source, file: str) -> None:
     """Say what a file holds, and which of its letters are read as X. Raises as ``records`` does."""
-    from longseq.commands.training import say
+    from longseq.data_report import say
 
     samples = _samples(source, file)
     say(file, survey(samples.reading, samples.sources, strict=samples.strict))

@@ -142,8 +142,10 @@ def _begin(run: Run, config: Config) -> tuple[str, str]:
         the name of a checkpoint, nothing for a run that has none, or "finished"; and where the weights lie that a run
         without checkpoints begins with, if with any.
     """
-    from longseq.commands.training import check_data, check_origin, check_precision
     from longseq.data import begin_reading, identities
+    from longseq.data_report import check_data
+    from longseq.launch.before import check_origin
+    from longseq.run_changes import check_precision
     from longseq.training.deepspeed_settings import check_deepspeed
 
     run.check_start()

@@ -1,0 +1,169 @@
+"""New sequences, and masked positions filled in: what ``longseq sample`` does, as functions that return data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from longseq.errors import LongseqError
+from longseq.evaluation.records import prompt_tokens
+from longseq.opening import Source, find
+from longseq_data.readers.fasta import read_records
+from longseq_data.vocabulary import ALPHABETS, UNKNOWN, Alphabet
+
+if TYPE_CHECKING:
+    from longseq.evaluation.sampling import Settings
+
+_HIDDEN = "?"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence that was drawn."""
+
+    number: int
+    text: str
+    tokens: int  # of the prompt and those drawn, without the end
+    log_likelihood: float  # of these, and of the end if it was drawn, in nats, under the model itself
+    ended: bool  # by the end of a sequence, not by the length
+
+
+@dataclass(frozen=True)
+class Filled:
+    """One record whose hidden positions were filled in."""
+
+    id: str
+    text: str
+    hidden: int  # positions that were filled
+    log_likelihood: float  # of the filled positions, in nats, each as it was when it was chosen
+
+
+def sample(
+    target: str | Path | Source,
+    overrides: Sequence[str] = (),
+    *,
+    ema: bool = False,
+    prompt: str = "",
+    number: int = 1,
+    length: int = 512,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    clock: list[float] | None = None,
+) -> Iterator[Sample]:
+    """Sequences drawn from a causal model. Each is a function of the model, these arguments and its number.
+
+    Args:
+        target: a run folder, a checkpoint, an exported folder, or what ``longseq.find`` returned for one of these.
+        overrides: ``section.key=value`` on top of the run's configuration.
+        ema: with the running mean of the weights.
+        prompt: what every sequence begins with.
+        length: tokens to draw at most.
+        temperature: logits are divided by it; 0 takes the most probable token.
+        top_k: only the k most probable tokens; 0: all.
+        top_p: of these, the fewest that together have this probability; 1: all.
+        clock: gets the time after each token; then ``length`` tokens are drawn, whatever they are.
+
+    Raises:
+        LongseqError: at once, for a model that is not causal, and a prompt of other letters.
+    """
+    source = _source(target, overrides, ema)
+    source.require("causal", "sample continues with causal models; fill in masked positions with --infill FASTA.")
+    begin = prompt_tokens(prompt, source.vocabulary, "--prompt")
+
+    from longseq.evaluation.sampling import Settings
+
+    settings = Settings(length, temperature, top_k, top_p, seed, stop=clock is None)
+    return _drawn(source, begin, number, settings, clock)
+
+
+def infill(
+    target: str | Path | Source,
+    file: str,
+    overrides: Sequence[str] = (),
+    *,
+    ema: bool = False,
+    rounds: int = 0,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[Filled]:
+    """The records of a FASTA file with each '?' filled in by a masked model.
+
+    Args:
+        rounds: passes, the surest positions first; 1: all at once; 0: one pass per position.
+
+    The other arguments are those of :func:`sample`.
+
+    Raises:
+        LongseqError, DataError: at once, for a model that is not masked, a file that is no FASTA, a letter that is no
+            residue, and a file without any '?'.
+    """
+    source = _source(target, overrides, ema)
+    source.require("masked", "--infill needs a masked one; a causal one continues a --prompt.")
+    alphabet = ALPHABETS.get(source.vocabulary.name)
+    if alphabet is None:
+        raise LongseqError(f"{source.folder}: a model of text; --infill works on proteins and DNA.")
+    records = list(_masked_records(file, alphabet))
+
+    from longseq.evaluation.sampling import Settings
+
+    return _filled(source, records, rounds, Settings(512, temperature, top_k, top_p, seed))
+
+
+def _source(target: str | Path | Source, overrides: Sequence[str], ema: bool) -> Source:
+    source = target if isinstance(target, Source) else find(Path(target), overrides, ema=ema)
+    if source.vocabulary.name == "pixels":
+        raise LongseqError(f"{source.folder}: a model of pixels; sample writes proteins and text.")
+    return source
+
+
+def _drawn(
+    source: Source, prompt: list[int], number: int, settings: Settings, clock: list[float] | None
+) -> Iterator[Sample]:
+    from longseq.evaluation.sampling import draw
+    from longseq.evaluation.tokens import plain_text
+
+    for each in draw(source.load(), source.vocabulary, source.begins, prompt, number, settings, clock):
+        text = plain_text(each.tokens, source.vocabulary)
+        yield Sample(each.number, text, len(each.tokens), each.log_likelihood, each.ended)
+
+
+def _filled(
+    source: Source, records: Sequence[tuple[str, list[int]]], rounds: int, settings: Settings
+) -> Iterator[Filled]:
+    from longseq.evaluation.infilling import fill
+    from longseq.evaluation.tokens import plain_text
+
+    model = source.load()
+    for number, (identifier, tokens) in enumerate(records):
+        filled = fill(model, source.vocabulary, source.begins, tokens, rounds, settings, number)
+        text = plain_text(filled.tokens, source.vocabulary)
+        yield Filled(identifier, text, tokens.count(source.vocabulary.mask), filled.log_likelihood)
+
+
+def _masked_records(file: str, alphabet: Alphabet) -> Iterator[tuple[str, list[int]]]:
+    """Identifier and ids of each record, '?' as MASK.
+
+    Raises:
+        DataError, LongseqError: for what is no FASTA, a letter that is no residue, and a file without any '?'.
+    """
+    hidden = 0
+    for record in read_records(file):
+        mask, table = alphabet.vocabulary.mask, alphabet.table
+        tokens = [mask if letter == _HIDDEN else table[ord(letter)] for letter in record.sequence]
+        if UNKNOWN in tokens:
+            at = tokens.index(UNKNOWN)
+            line = record.place_of(at)[1]
+            raise LongseqError(
+                f"{file}, line {line}: {record.sequence[at]!r} in record '{record.identifier}' is neither one of "
+                f"{alphabet.letters} nor '{_HIDDEN}'; correct it."
+            )
+        hidden += tokens.count(mask)
+        yield record.identifier, tokens
+    if not hidden:
+        raise LongseqError(f"{file}: no '{_HIDDEN}' in any record: write one for each residue to be filled in.")

@@ -1,0 +1,135 @@
+"""Log-likelihoods of sequences and effects of mutations: what ``longseq score`` does, as functions that return data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from longseq.errors import LongseqError
+from longseq.evaluation.records import batches, look, records
+from longseq.opening import Source, find
+
+if TYPE_CHECKING:
+    from longseq.evaluation.records import Record
+    from longseq.evaluation.variants import Variant
+
+
+@dataclass(frozen=True)
+class SequenceScore:
+    """One record's log-likelihood, in nats: of residues and end; pseudo: of a masked model, of residues alone."""
+
+    id: str
+    length: int
+    log_likelihood: float
+    pseudo: bool
+
+    @property
+    def mean(self) -> float:
+        """Per predicted token; NaN where there is none."""
+        targets = self.length + (not self.pseudo)  # with the end
+        return self.log_likelihood / targets if targets else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(-self.mean, 700.0))
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "id": self.id,
+            "length": self.length,
+            "pseudo_log_likelihood" if self.pseudo else "log_likelihood": self.log_likelihood,
+            "mean": self.mean,
+            "perplexity": self.perplexity,
+        }
+
+
+@dataclass(frozen=True)
+class VariantEffect:
+    """A variant's log-likelihood less the wild type's, in nats."""
+
+    id: str  # of the wild type
+    variant: str
+    changes: int
+    effect: float
+
+    def as_dict(self) -> dict[str, object]:
+        return {"id": self.id, "variant": self.variant, "changes": self.changes, "effect": self.effect}
+
+
+def score(
+    target: str | Path, file: str, overrides: Sequence[str] = (), *, ema: bool = False, passes: int = 0
+) -> Iterator[SequenceScore]:
+    """The log-likelihood of each record, in the file's order.
+
+    Args:
+        target: a run folder, a checkpoint or an exported folder.
+        file: FASTA or text, as the model was trained on.
+        overrides: ``section.key=value`` on top of the run's configuration.
+        ema: with the running mean of the weights.
+        passes: of a masked model: hide every passes-th position at once; 0: one pass per position, exact.
+
+    Raises:
+        LongseqError, DataError: at once, for a model or file that cannot be used; while it is read, for a bad record.
+    """
+    source = find(Path(target), overrides, ema=ema)
+    if passes and source.causal:
+        raise LongseqError("score: --passes, and a causal model takes one pass each in any case: leave it out.")
+    look(source, file)
+    return _scores(source, file, passes)
+
+
+def variant_effects(
+    target: str | Path,
+    file: str,
+    variants: Sequence[str] = (),
+    table: Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    ema: bool = False,
+) -> Iterator[VariantEffect]:
+    """The effect of each variant of one wild type, in the order given.
+
+    Args:
+        file: FASTA of the wild type alone.
+        variants: as ``A24G``, or several changes ``A24G:C30D``.
+        table: a file with one variant per line, after those.
+
+    The other arguments and the errors are those of :func:`score`.
+    """
+    source = find(Path(target), overrides, ema=ema)
+    look(source, file)
+    from longseq.evaluation.variants import read_variants
+
+    if source.vocabulary.name != "protein":
+        raise LongseqError(f"{source.folder}: a model of text; variants are those of proteins.")
+    found = list(islice(records(source, file), 2))
+    if len(found) != 1:
+        raise LongseqError(
+            f"{file}: more than one record, and variants are held against one wild type: give a FASTA of it alone."
+        )
+    (wild,) = found
+    return _effects(source, wild, read_variants(variants, table, wild))
+
+
+def _scores(source: Source, file: str, passes: int) -> Iterator[SequenceScore]:
+    from longseq.evaluation.likelihood import causal, pseudo
+
+    model, vocabulary = source.load(), source.vocabulary
+    for group in batches(records(source, file), lambda record: len(record.row)):
+        if source.causal:
+            found = causal(model, vocabulary, [record.row for record in group])
+        else:
+            found = [pseudo(model, vocabulary, record.row, passes) for record in group]
+        for record, value in zip(group, found, strict=True):
+            yield SequenceScore(record.identifier, record.length, value, pseudo=not source.causal)
+
+
+def _effects(source: Source, wild: Record, variants: list[Variant]) -> Iterator[VariantEffect]:
+    from longseq.evaluation.likelihood import effects
+
+    for variant, effect in effects(source.load(), source.vocabulary, wild, variants, source.causal):
+        yield VariantEffect(wild.identifier, variant.name, len(variant.changes), effect)

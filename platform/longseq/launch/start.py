@@ -1,0 +1,216 @@
+"""Train here, in processes of its own: what ``longseq fit`` and ``longseq resume`` do, as functions."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from longseq import starts
+from longseq.checkpoint import Checkpoint, go_back_to, remove_partials
+from longseq.config import Config
+from longseq.config_loading import load_config, save_config
+from longseq.curves import read_curves
+from longseq.data import begin_reading, fit_parts, fix_order, identities, resolve_sources
+from longseq.data_report import check_data
+from longseq.errors import EXIT_GO_ON, LongseqError, RunError
+from longseq.launch import local
+from longseq.launch.before import check_disk, check_origin
+from longseq.launch.slurm.place import refuse_several_tasks
+from longseq.launch.slurm.state import check_free
+from longseq.owner import Process, words_of
+from longseq.run import Run, as_typed
+from longseq.run_changes import FIXED, check_precision, refuse_changes, say_schedule
+from longseq.training.deepspeed_settings import check_deepspeed
+from longseq_data.files import user_path
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a training ended."""
+
+    run: Run
+    code: int  # the exit code of its processes: 0 finished, 75 stopped and saved
+    checkpoint: Checkpoint | None  # the newest whole one
+    report: tuple[str, ...]  # how it ended, what came of it and what to do next, for people
+
+    @property
+    def finished(self) -> bool:
+        """Whether trainer.max_steps was reached."""
+        return self.code == 0
+
+
+def fit(config: str | Path, overrides: Sequence[str] = ()) -> Training:
+    """Train a new run.
+
+    Args:
+        config: a YAML file.
+        overrides: ``section.key=value``, on top of it.
+
+    Raises:
+        LongseqError, DataError: in one sentence, for what cannot be trained; nothing is left of such a run.
+    """
+    path = Path(config)
+    refuse_several_tasks(os.environ, "fit")
+    settings = load_config(path, list(overrides))
+    resolve_sources(settings)
+    fit_parts(settings)
+    fix_order(settings)
+    Run.new(settings, default_name=path.stem)  # a taken name is said before the data are read
+    begin_reading(settings)
+    check_data(settings)
+    origin = check_origin(settings)
+    check_deepspeed(settings)
+    check_disk(settings, user_path(settings.run.dir).resolve())
+    run = Run.create(settings, default_name=path.stem)
+    with run.locked():
+        try:
+            run.record_data(identities(settings))
+            return _train(run, settings, checkpoint=None, origin=origin)
+        finally:
+            run.discard_if_untrained()
+
+
+def resume(folder: str | Path, overrides: Sequence[str] = (), *, take_over: bool = False) -> Training:
+    """Go on with a run from its newest whole checkpoint.
+
+    Args:
+        folder: of the run.
+        overrides: ``section.key=value``: what may change, such as trainer.devices or trainer.max_steps.
+        take_over: start although what had the run cannot be asked whether it still trains.
+
+    Raises:
+        LongseqError, DataError: in one sentence, for what would make another experiment of the run, and a run that is
+            finished or trains elsewhere.
+    """
+    refuse_several_tasks(os.environ, "resume")
+    run = Run.open(str(folder))
+    before, config = run.config(), run.config(tuple(overrides))
+    resolve_sources(config)
+    refuse_changes(before, config, run, FIXED)
+    data = identities(config)
+    if not config.data.accept_changes:
+        run.check_data(config, data)
+    config.data.accept_changes = False  # of these data, and not of the next ones
+    with run.locked():
+        check_free(run, take_over=take_over)
+        checkpoint, damaged = run.newest_checkpoint()
+        for problem in damaged:
+            print(f"longseq: warning: {problem} Going back to the one before it.", file=sys.stderr)
+        if checkpoint:
+            _compare(checkpoint, config)
+            say_schedule(before, config, checkpoint.position.step)
+            if checkpoint.position.step >= config.trainer.max_steps:
+                raise RunError(
+                    f"{run.path}: finished at step {checkpoint.position.step}. To train on, raise the last step: "
+                    f"`{run.resume_command} trainer.max_steps={2 * checkpoint.position.step}`."
+                )
+        begin_reading(config)
+        check_data(config)
+        origin = None if checkpoint else check_origin(config)
+        check_deepspeed(config)
+        check_disk(config, run.path)
+        save_config(config, run.config_path)
+        run.record_data(data)
+        run.mark_finished(None)
+        try:
+            for kept in go_back_to(checkpoint, damaged) if checkpoint else ():
+                print(f"longseq: warning: the damaged one is kept as {kept}", file=sys.stderr)
+            return _train(run, config, checkpoint, origin)
+        except LongseqError:
+            if run.last_good() == checkpoint:  # nothing came of the new settings
+                save_config(before, run.config_path)
+                if checkpoint and checkpoint.position.step >= before.trainer.max_steps:
+                    run.mark_finished(checkpoint.position.step)
+            raise
+
+
+def _compare(checkpoint: Checkpoint, config: Config) -> None:
+    """Say what is different from how the checkpoint was trained, and refuse what cannot be.
+
+    Raises:
+        RunError: for another precision.
+    """
+    check_precision(checkpoint, config)
+    position, trainer = checkpoint.position, config.trainer
+    changed = {
+        "processes": (position.world_size, config.processes),
+        "strategy": (position.strategy, trainer.strategy),
+        "ZeRO stage": (position.zero_stage, trainer.zero_stage),
+        "accumulated batches": (position.accumulate, trainer.accumulate),
+    }
+    words = [f"{what} {old} → {new}" for what, (old, new) in changed.items() if old != new]
+    if words:
+        print(
+            f"elastic  {', '.join(words)}; one step stays {config.samples_per_step} sequences, from step "
+            f"{position.step} (sample {position.samples:,}) on",
+            file=sys.stderr,
+        )
+
+
+def _train(run: Run, config: Config, checkpoint: Checkpoint | None, origin: Path | None = None) -> Training:
+    """origin: of a training that begins, what :func:`check_origin` has found."""
+    remove_partials(run.checkpoints_dir)  # of a start that was killed
+    run = run.begin(words_of(Process.this()))
+    began, end = time.monotonic(), "crashed"
+    try:
+        code = local.train(run, config.trainer.devices, checkpoint.path if checkpoint else None, origin)
+        end = {0: "finished", EXIT_GO_ON: "saved"}.get(code, "stopped at once")
+    except LongseqError as error:
+        end = f"error {error}"
+        raise
+    finally:
+        starts.note_end(run.starts_dir, run.start, end)
+        remove_partials(run.checkpoints_dir)
+    newest = run.last_good()
+    where = (
+        f"step {newest.position.step} of {config.trainer.max_steps}, {newest.path}" if newest else "no checkpoint yet"
+    )
+    report = [f"{_HOW_IT_ENDED.get(code, 'Stopped at once')}: {where}"]
+    report += results(run, checkpoint.position.step if checkpoint else 0, time.monotonic() - began)
+    if code == 0:
+        report.append(f"Evaluate it:   longseq evaluate {as_typed(run.path)}")
+        report.append(f"Look at it:    tensorboard --logdir {as_typed(run.tensorboard_dir)}")
+    elif newest:
+        report.append(f"Go on with:    {run.resume_command}")
+    return Training(run, code, newest, tuple(report))
+
+
+_HOW_IT_ENDED = {0: "Finished", EXIT_GO_ON: "Stopped and saved"}
+
+
+def results(run: Run, start: int, seconds: float) -> list[str]:
+    """What came of a start at step ``start`` that took so long, and where it is: lines for people."""
+    curves = read_curves(run.tensorboard_dir) if run.tensorboard_dir.exists() else {}
+    lines = []
+    speeds = {step: rate for step, rate in curves.get("train/tokens_per_second", {}).items() if step > start}
+    # Steps after the last point in the curves, and after the last checkpoint, were trained, too.
+    progress = starts.read_progress(run.starts_dir, run.start) if run.start else None
+    saved = [checkpoint.step for checkpoint in run.checkpoints()]
+    last = max([progress.step if progress else start, *(step for step in [*speeds, *saved] if step > start)])
+    if last > start:
+        speed = f", {sum(speeds.values()) / len(speeds):,.0f} tokens/s" if speeds else ""
+        steps = f"{last - start:,} step{'s' if last - start > 1 else ''}"
+        lines.append(f"Trained:       {steps} in {_duration(seconds)}{speed}")
+    valid = curves.get("valid/loss", {})
+    if valid:
+        best = min(valid, key=lambda step: valid[step])
+        perplexity, accuracy = (curves[f"valid/{name}"][best] for name in ("perplexity", "accuracy"))
+        quality = f"loss {valid[best]:.4f}, perplexity {perplexity:.2f}, accuracy {accuracy:.1%}"
+        lines.append(f"Best on valid: {quality}, at step {best}")
+    if saved:
+        steps = f"step{'s' if len(saved) > 1 else ''} {', '.join(map(str, saved))}"
+        lines.append(f"Checkpoints:   {steps}, in {as_typed(run.checkpoints_dir)}")
+    found = len(list(run.evaluations_dir.glob("*.json")))
+    if found:
+        lines.append(f"Evaluations:   {found}, in {as_typed(run.evaluations_dir)}")
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"
