@@ -42,8 +42,7 @@ def _index(number: SupportsIndex) -> int:
 
 def uniforms(seed: int, what: str, counters: npt.ArrayLike) -> npt.NDArray[np.float64]:
     """A number in [0, 1) for each counter, of the shape of ``counters``: as generator(...).random(), for millions."""
-    values: npt.NDArray[np.float64] = (words(seed, what, counters) >> np.uint64(11)) * 2.0**-53
-    return values.reshape(np.shape(counters))
+    return ((words(seed, what, counters) >> np.uint64(11)) * np.float64(2.0**-53)).reshape(np.shape(counters))
 
 
 def words(seed: int, what: str, counters: npt.ArrayLike) -> npt.NDArray[np.uint64]:
