@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,9 +9,13 @@ import pytest
 from longseq.cli import main
 from longseq.config_loading import load_config, save_config
 from longseq.errors import ConfigError, LongseqError
+from longseq.evaluation.evaluate import Evaluation
+from longseq.evaluation.evaluate import Settings as EvaluationSettings
 from longseq.experiments.plan import read_plan
 from longseq.experiments.running import Interrupted, Settings, arguments, perform, trials
 from longseq.experiments.tables import report
+from longseq.launch.start import Training
+from longseq.run import Run
 
 SHIPPED = sorted((Path(__file__).parents[2] / "configs" / "experiments").glob("*.yaml"))
 PLAN = """
@@ -29,33 +32,38 @@ differs: the size
 
 
 class Recorder:
-    """In the place of the command line: makes the folders that `fit` makes, and prints the scores it is given."""
+    """In the place of this machine: makes the folders that `fit` makes, and returns the scores it is given."""
 
-    def __init__(self, accuracy=0.25, stop_at: int | None = None):
-        self.calls: list[list[str]] = []
-        self.accuracy, self.stop_at = accuracy, stop_at
+    def __init__(self, accuracy=0.25, stop_at: int | None = None, code=0):
+        self.trained: list[str] = []
+        self.fits: list[list[str]] = []
+        self.evaluated: list[tuple[Path, EvaluationSettings]] = []
+        self.accuracy, self.stop_at, self.code = accuracy, stop_at, code
 
-    def __call__(self, words):
-        self.calls.append(list(words))
-        if words[0] == "evaluate":
-            scores = {"loss": 2.0, "perplexity": 7.39, "accuracy": self.accuracy, "sequences": 3, "targets": 9}
-            print(json.dumps({"splits": {"test": {**scores, "baseline": {"accuracy": 0.1, "perplexity": 18.0}}}}))
-            return 0
-        trained = len([call for call in self.calls if call[0] != "evaluate"])
-        if words[0] == "fit":
-            given = dict(word.split("=", 1) for word in words[2:])
-            folder = Path(given["run.dir"]) / given["run.name"]
-            (folder / "tensorboard").mkdir(parents=True)
-            save_config(load_config("small.yaml", words[2:], resolved=True), folder / "config.yaml")
-        else:
-            folder = Path(words[1])
-        if trained == self.stop_at:
-            return 75
-        (folder / "FINISHED").write_text("8")
-        return 0
+    def fit(self, config, overrides):
+        self.fits.append(list(overrides))
+        given = dict(word.split("=", 1) for word in overrides)
+        folder = Path(given["run.dir"]) / given["run.name"]
+        (folder / "tensorboard").mkdir(parents=True)
+        save_config(load_config(config, overrides, resolved=True), folder / "config.yaml")
+        return self._trained("fit", folder)
 
-    def trained(self) -> list[str]:
-        return [call[0] for call in self.calls if call[0] != "evaluate"]
+    def resume(self, folder):
+        return self._trained("resume", folder)
+
+    def _trained(self, verb, folder):
+        self.trained.append(verb)
+        code = 75 if len(self.trained) == self.stop_at else self.code
+        if not code:
+            (folder / "FINISHED").write_text("8")
+        return Training(Run.open(str(folder)), code, None, ())
+
+    def evaluate(self, run, settings):
+        self.evaluated.append((run, settings))
+        scores = {"loss": 2.0, "perplexity": 7.39, "accuracy": self.accuracy, "sequences": 3, "targets": 9}
+        baseline = {"accuracy": 0.1, "perplexity": 18.0}
+        splits = {"test": {**scores, "baseline": baseline}}
+        return Evaluation(run, run.name, 8, "causal", "last", settings.overrides, None, splits)
 
 
 @pytest.fixture
@@ -83,7 +91,7 @@ def test_every_run_of_a_shipped_experiment_has_a_valid_configuration(path, tmp_p
         return
     settings = Settings(tmp_path, plan.config, ("data.train=a.fasta", "data.ood=b.fasta"), (0, 1), None)
     for trial in trials(plan, settings.seeds):
-        config, *overrides = arguments(plan, settings, trial)
+        config, overrides = plan.config, arguments(plan, settings, trial)
         given = [word for word in overrides if not word.startswith("model.init_from")]
         loaded = load_config(config, given)
         assert loaded.run.name == trial.name
@@ -96,30 +104,29 @@ def test_every_run_of_a_shipped_experiment_has_a_valid_configuration(path, tmp_p
 def test_an_interrupted_experiment_goes_on_where_it_was(plan, settings):
     first = Recorder(stop_at=2)
     with pytest.raises(Interrupted):
-        perform(plan, settings(), first, print)
+        perform(plan, settings(), print, first)
     second = Recorder()
-    perform(plan, settings(), second, print)
-    assert first.trained() == ["fit", "fit"]
-    assert second.trained() == ["resume", "fit", "fit"]
+    perform(plan, settings(), print, second)
+    assert first.trained == ["fit", "fit"]
+    assert second.trained == ["resume", "fit", "fit"]
     third = Recorder()
-    perform(plan, settings(seeds=(0, 1)), third, print)
-    assert third.trained() == ["fit"] * 4  # the other seed alone
+    perform(plan, settings(seeds=(0, 1)), print, third)
+    assert third.trained == ["fit"] * 4  # the other seed alone
 
 
 def test_a_variant_begins_with_the_weights_of_the_run_that_it_is_from(plan, settings):
     recorder = Recorder()
-    perform(plan, settings(), recorder, print)
-    fits = [call for call in recorder.calls if call[0] == "fit"]
-    origin = next(word for word in fits[1] if word.startswith("model.init_from="))
+    perform(plan, settings(), print, recorder)
+    origin = next(word for word in recorder.fits[1] if word.startswith("model.init_from="))
     assert origin.endswith("/out/runs/uni-transformer-seed0")
-    before = [call for call in recorder.calls if call[0] == "evaluate" and "attention.kind=favor" in call]
-    assert all("attention.kernel=relu" in call for call in before)
-    assert [Path(call[1]).name for call in before] == ["uni-transformer-seed0", "bid-transformer-seed0"]
+    before = [(run, how) for run, how in recorder.evaluated if "attention.kind=favor" in how.overrides]
+    assert all("attention.kernel=relu" in how.overrides for _, how in before)
+    assert [run.name for run, _ in before] == ["uni-transformer-seed0", "bid-transformer-seed0"]
 
 
 def test_the_table_has_mean_and_spread_beside_the_papers_numbers(plan, settings):
-    perform(plan, settings(), Recorder(accuracy=0.25), print)
-    found = perform(plan, settings(seeds=(1,)), Recorder(accuracy=0.27), print)
+    perform(plan, settings(), print, Recorder(accuracy=0.25))
+    found = perform(plan, settings(seeds=(1,)), print, Recorder(accuracy=0.27))
     text = report(plan, found, "")
     ours, papers = text.split("## The paper")
     row = next(line for line in ours.splitlines() if line.startswith("| Transformer"))
@@ -131,36 +138,36 @@ def test_the_table_has_mean_and_spread_beside_the_papers_numbers(plan, settings)
 
 
 def test_a_folder_of_other_settings_is_refused(plan, settings):
-    perform(plan, settings(), Recorder(), print)
+    perform(plan, settings(), print, Recorder())
     with pytest.raises(LongseqError, match="choose another --out"):
-        perform(plan, settings("data.train=other.fasta"), Recorder(), print)
+        perform(plan, settings("data.train=other.fasta"), print, Recorder())
 
 
 def test_a_variant_that_was_changed_is_not_taken_for_the_one_before(folder, plan, settings):
     """Its results would be shown under the new one's name; variants that are added are no matter."""
-    perform(plan, settings(), Recorder(), print)
+    perform(plan, settings(), print, Recorder())
     more = PLAN.replace("splits:", "  Performer (window): [attention.window=4]\nsplits:")
     (folder / "two.yaml").write_text(more)
     recorder = Recorder()
-    perform(read_plan(folder / "two.yaml"), settings(), recorder, print)
-    assert recorder.trained() == ["fit"] * 2
+    perform(read_plan(folder / "two.yaml"), settings(), print, recorder)
+    assert recorder.trained == ["fit"] * 2
     (folder / "two.yaml").write_text(more.replace("window=4", "window=8"))
     with pytest.raises(LongseqError, match=r"uni-performer-window=.*window=4.*choose another --out"):
-        perform(read_plan(folder / "two.yaml"), settings(), Recorder(), print)
+        perform(read_plan(folder / "two.yaml"), settings(), print, Recorder())
 
 
 @pytest.mark.parametrize("name", ["settings.json", "results/uni-transformer-seed0.json"])
 @pytest.mark.parametrize("content", ["{", "[]", "{}"])
 def test_a_damaged_result_is_named(plan, settings, name, content):
-    perform(plan, settings(), Recorder(), print)
+    perform(plan, settings(), print, Recorder())
     (settings().out / name).write_text(content)
     with pytest.raises(LongseqError, match=f"{Path(name).name}: damaged"):
-        perform(plan, settings(), Recorder(), print)
+        perform(plan, settings(), print, Recorder())
 
 
 def test_a_run_that_fails_ends_the_experiment_and_says_so(plan, settings):
     with pytest.raises(LongseqError, match="uni-transformer-seed0: ended with exit code 1"):
-        perform(plan, settings(), lambda words: 1, print)
+        perform(plan, settings(), print, Recorder(code=1))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import argparse
 import io
 import shlex
 import sys
-from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -48,22 +47,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from longseq.cli import main
-
     plan = read_plan(args.experiment)
     out = user_path(args.out or Path("experiments") / plan.name).absolute()
     if plan.bench:
-        return _bench(plan, out, args, main)
+        return _bench(plan, out, args)
     steps = [f"trainer.max_steps={args.steps}"] if args.steps else []
     config = args.config or plan.config
     assert config  # of a plan that is no benchmark's
     settings = Settings(out, config, (*args.overrides, *steps), args.seeds, args.sequences)
     if args.list:
         for trial in trials(plan, args.seeds):
-            print(shlex.join(run_arguments(plan, settings, trial)[1:]))
+            print(shlex.join(run_arguments(plan, settings, trial)))
         return 0
     try:
-        found = results(plan, settings) if args.table else perform(plan, settings, main, _tell)
+        found = results(plan, settings) if args.table else perform(plan, settings, _tell)
     except Interrupted:
         print(f"longseq: interrupted: what is finished is kept in {out}; the same command goes on.", file=sys.stderr)
         return EXIT_GO_ON
@@ -80,16 +77,18 @@ def _tell(text: str) -> None:
     print(f"experiment  {text}", file=sys.stderr, flush=True)
 
 
-def _bench(plan: Plan, out: Path, args: argparse.Namespace, command: Callable[[Sequence[str]], int]) -> int:
+def _bench(plan: Plan, out: Path, args: argparse.Namespace) -> int:
     """A benchmark, its table kept with the paper's numbers behind it."""
     if args.overrides or args.steps or args.config or args.sequences or args.list or args.table:
         raise LongseqError(
             f"{plan.path}: is `longseq bench {plan.bench[0]}`, which has options of its own and no runs: give it --out "
             "alone, or change bench in a copy of the file."
         )
+    from longseq.cli import main
+
     written = io.StringIO()
     with redirect_stdout(written):
-        code = command(["bench", *plan.bench, "--out", str(out)])
+        code = main(["bench", *plan.bench, "--out", str(out)])
     table = written.getvalue()
     if code == 0:
         paper = f"## The paper (arXiv 2009.14794)\n\n{plan.paper}\n\n## What differs\n\n{plan.differs}\n"

@@ -1,4 +1,4 @@
-"""The runs of an experiment, one after another, each trained and scored as `longseq fit` and `longseq evaluate` do.
+"""The runs of an experiment, one after another, each trained by ``longseq.fit`` and scored by ``longseq.evaluate``.
 
 A run that is finished is not trained again, one that was interrupted goes on, and a score that is known is kept: the
 same command goes on where it was stopped, and with more seeds adds them.
@@ -6,24 +6,48 @@ same command goes on where it was stopped, and with more seeds adds them.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from longseq.config_loading import read_config
 from longseq.curves import read_curves
 from longseq.errors import EXIT_GO_ON, LongseqError
+from longseq.evaluation.evaluate import Evaluation, evaluate
+from longseq.evaluation.evaluate import Settings as EvaluationSettings
 from longseq.experiments.plan import Plan, Variant, slug
+from longseq.launch.start import Training, fit, resume
 from longseq.run import Run
 from longseq_data.files import write_text
 
 _LEARNED = ("qk_norm", "learned_share", "learned_decay")
 _RESULT = ("group", "variant", "seed", "splits", "curve")
-Command = Callable[[Sequence[str]], int]
+
+
+class Verbs(Protocol):
+    """What an experiment does with a run."""
+
+    def fit(self, config: Path, overrides: Sequence[str]) -> Training: ...
+
+    def resume(self, folder: Path) -> Training: ...
+
+    def evaluate(self, run: Path, settings: EvaluationSettings) -> Evaluation: ...
+
+
+class Here:
+    """On this machine."""
+
+    def fit(self, config: Path, overrides: Sequence[str]) -> Training:
+        return fit(config, overrides)
+
+    def resume(self, folder: Path) -> Training:
+        return resume(folder)
+
+    def evaluate(self, run: Path, settings: EvaluationSettings) -> Evaluation:
+        (evaluation,) = evaluate([run], settings)
+        return evaluation
 
 
 @dataclass(frozen=True)
@@ -63,7 +87,7 @@ def trials(plan: Plan, seeds: Sequence[int]) -> Iterator[Trial]:
 
 
 def arguments(plan: Plan, settings: Settings, trial: Trial) -> list[str]:
-    """What `longseq fit` is given for a run."""
+    """The overrides of a run's configuration."""
     words = [*plan.overrides, *settings.overrides, *plan.groups[trial.group], *trial.variant.overrides]
     words += [f"run.seed={trial.seed}", f"run.dir={settings.out / 'runs'}", f"run.name={trial.name}"]
     if plan.curve or trial.variant.steps < 1:
@@ -73,31 +97,35 @@ def arguments(plan: Plan, settings: Settings, trial: Trial) -> list[str]:
         words += [f"trainer.valid_every={max(1, steps // 10)}"] if plan.curve else []
     if trial.variant.origin:
         words.append(f"model.init_from={_folder(settings, _origin(plan, trial))}")
-    return [str(settings.config), *words]
+    return words
 
 
-def perform(plan: Plan, settings: Settings, command: Command, tell: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+def perform(
+    plan: Plan, settings: Settings, tell: Callable[[str], None], verbs: Verbs | None = None
+) -> dict[str, dict[str, Any]]:
     """Train and score what is not yet; everything that is known then, by the run's name.
 
     Args:
-        command: the command line, `longseq.cli.main`.
+        tell: gets what is done, a line at a time.
+        verbs: None: on this machine.
 
     Raises:
         LongseqError: if a run fails, or the folder holds another experiment.
         Interrupted: if one was stopped.
     """
+    verbs = verbs or Here()
     _claim(plan, settings)
     for trial in trials(plan, settings.seeds):
         kept = settings.out / "results" / f"{trial.name}.json"
         if kept.exists():
             continue
         tell(f"{trial.group}, {trial.variant.name}, seed {trial.seed}")
-        _train(plan, settings, trial, command)
+        _train(plan, settings, trial, tell, verbs)
         found: dict[str, Any] = {"group": trial.group, "variant": trial.variant.name, "seed": trial.seed}
-        found["splits"] = _scores(plan, settings, _folder(settings, trial), (), command)
+        found["splits"] = _scores(plan, settings, _folder(settings, trial), (), verbs)
         if trial.variant.origin:
             origin = _folder(settings, _origin(plan, trial))
-            found["before"] = _scores(plan, settings, origin, _attention(_folder(settings, trial), origin), command)
+            found["before"] = _scores(plan, settings, origin, _attention(_folder(settings, trial), origin), verbs)
         curves = read_curves(_folder(settings, trial) / "tensorboard")
         found["curve"] = {str(step): value for step, value in curves.get("valid/accuracy", {}).items()}
         _write(found, kept)
@@ -147,13 +175,20 @@ def _claim(plan: Plan, settings: Settings) -> None:
     _write({**mine, "runs": {**known, **runs}}, path)
 
 
-def _train(plan: Plan, settings: Settings, trial: Trial, command: Command) -> None:
+def _train(plan: Plan, settings: Settings, trial: Trial, tell: Callable[[str], None], verbs: Verbs) -> None:
     folder = _folder(settings, trial)
     if (folder / "FINISHED").exists():
         return
-    going_on = (folder / "config.yaml").exists()
-    code = command(["resume", str(folder)] if going_on else ["fit", *arguments(plan, settings, trial)])
-    _check(code, trial.name)
+    if (folder / "config.yaml").exists():
+        training = verbs.resume(folder)
+    else:
+        training = verbs.fit(settings.config, arguments(plan, settings, trial))
+    for line in training.report:
+        tell(line)
+    if training.code == EXIT_GO_ON:
+        raise Interrupted
+    if training.code:
+        raise LongseqError(f"{trial.name}: ended with exit code {training.code}; the same command goes on from here.")
 
 
 def _attention(run: Path, origin: Path) -> tuple[str, ...]:
@@ -166,26 +201,12 @@ def _attention(run: Path, origin: Path) -> tuple[str, ...]:
 
 
 def _scores(
-    plan: Plan, settings: Settings, run: Path, overrides: tuple[str, ...], command: Command
+    plan: Plan, settings: Settings, run: Path, overrides: tuple[str, ...], verbs: Verbs
 ) -> dict[str, dict[str, Any]]:
-    words = ["evaluate", str(run), "--json", *overrides]
-    words += [word for split in plan.splits for word in ("--split", split)]
-    if settings.sequences is not None:
-        words += ["--sequences", str(settings.sequences)]
-    written = io.StringIO()
-    with redirect_stdout(written):
-        code = command(words)
-    _check(code, run.name)
-    report = json.loads(written.getvalue())
+    how = EvaluationSettings(splits=plan.splits, overrides=overrides, sequences=settings.sequences)
+    evaluation = verbs.evaluate(run, how)
     wanted = ("loss", "perplexity", "accuracy", "sequences", "targets", "baseline")
-    return {split: {k: r[k] for k in wanted if k in r} for split, r in report["splits"].items()}
-
-
-def _check(code: int, name: str) -> None:
-    if code in (EXIT_GO_ON, 130):
-        raise Interrupted
-    if code:
-        raise LongseqError(f"{name}: ended with exit code {code}; the same command goes on from here.")
+    return {split: {k: r[k] for k in wanted if k in r} for split, r in evaluation.splits.items()}
 
 
 def _origin(plan: Plan, trial: Trial) -> Trial:
