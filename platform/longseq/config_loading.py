@@ -243,6 +243,11 @@ def bad_value(error: Exception) -> str:
     return f"not valid YAML: {yaml_problem(error)}. Close what is opened; a name with a comma stands in quotes."
 
 
+def _at(place: str, name: str, value: Any) -> str:
+    """Where a value is written, and what it is; an argument says both by itself."""
+    return place if place.startswith(f"argument '{name}=") else f"{place}: {name}={value}"
+
+
 def check_limits(name: str, value: Any, limits: Mapping[str, Any], place: str) -> None:
     """Refuse a value beyond the limits of its key.
 
@@ -254,11 +259,11 @@ def check_limits(name: str, value: Any, limits: Mapping[str, Any], place: str) -
     if limits["choices"] and value not in limits["choices"]:
         near = near_choice(name, str(value), limits["choices"])
         hint = f" Did you mean {near}?" if near else ""
-        raise ConfigError(f"{place}: {name}={value}: choose from {', '.join(limits['choices'])}.{hint}")
+        raise ConfigError(f"{_at(place, name, value)}: choose from {', '.join(limits['choices'])}.{hint}")
     if isinstance(value, list) and any(isinstance(part, (list, dict)) for part in value):
-        raise ConfigError(f"{place}: {name}={value}: a list in a list; write [a, b]: {limits['meaning']}.")
+        raise ConfigError(f"{_at(place, name, value)}: a list in a list; write [a, b]: {limits['meaning']}.")
     if any(isinstance(n, float) and not math.isfinite(n) for n in (value if isinstance(value, list) else [value])):
-        raise ConfigError(f"{place}: {name}={value} must be a finite number: {limits['meaning']}.")
+        raise ConfigError(f"{_at(place, name, value)} must be a finite number: {limits['meaning']}.")
     if isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:
         raise ConfigError(f"{place}: {name} must be at most 2**63 - 1: {limits['meaning']}.")
     low, high = limits["at_least"], limits["below"]
@@ -266,7 +271,7 @@ def check_limits(name: str, value: Any, limits: Mapping[str, Any], place: str) -
         bounds = " and ".join(
             f"{word} {limit:g}" for word, limit in (("at least", low), ("below", high)) if limit is not None
         )
-        raise ConfigError(f"{place}: {name}={value} must be {bounds}: {limits['meaning']}.")
+        raise ConfigError(f"{_at(place, name, value)} must be {bounds}: {limits['meaning']}.")
 
 
 def check_text(name: str, value: Any, meaning: str, place: str) -> None:

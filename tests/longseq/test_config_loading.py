@@ -205,7 +205,9 @@ def test_a_value_beyond_its_limits_is_refused_with_them(refusal, key, value, bou
 def test_the_place_shown_is_that_of_the_value_that_counts(refusal):
     write("base.yaml", "trainer: {devices: 2}\n")
     assert refusal("extends: base.yaml\ntrainer: {devices: 0}\n").startswith("c.yaml:4: trainer.devices=0")
-    assert refusal("trainer: {devices: 2}\n", "trainer.devices=0").startswith("argument 'trainer.devices=0': ")
+    assert refusal("trainer: {devices: 2}\n", "trainer.devices=0").startswith(
+        "argument 'trainer.devices=0' must be at least 1"
+    )
 
 
 def test_a_value_that_is_no_choice_is_refused_with_the_choices_and_the_nearest(refusal):

@@ -34,8 +34,8 @@ def gpu_settings(environment: Mapping[str, str]) -> dict[str, str]:
 def recorder_settings(environment: Mapping[str, str], run: Run) -> dict[str, str]:
     """Of NCCL's flight recorder: where each rank leaves its last collectives when one does not end in time."""
     settings = {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
-    if "TORCH_FR_BUFFER_SIZE" not in environment:
-        settings["TORCH_NCCL_TRACE_BUFFER_SIZE"] = str(_RECORDED)
+    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in environment:  # its former name
+        settings["TORCH_FR_BUFFER_SIZE"] = str(_RECORDED)
     if "TORCH_FR_DUMP_TEMP_FILE" not in environment:
         settings["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] = str(trace_of(run, ""))  # torch appends the rank
     return {name: value for name, value in settings.items() if name not in environment}

@@ -23,7 +23,7 @@ def test_a_process_of_a_training_finds_the_settings(temporary, run):
     assert found["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     assert found["TRITON_CACHE_DIR"] == str(temporary)
     assert temporary.stat().st_mode & 0o777 == 0o700
-    assert found["TORCH_NCCL_TRACE_BUFFER_SIZE"] == "2000"
+    assert found["TORCH_FR_BUFFER_SIZE"] == "2000"
     assert found["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
     # NCCL appends the rank.
     assert (
@@ -50,6 +50,7 @@ def test_the_users_settings_stay(temporary, name, value):
 def test_the_users_recorder_stays(run):
     given = {"TORCH_FR_BUFFER_SIZE": "0", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0", "TORCH_FR_DUMP_TEMP_FILE": "/fast/trace"}
     assert recorder_settings(given, run) == {}
+    assert "TORCH_FR_BUFFER_SIZE" not in recorder_settings({"TORCH_NCCL_TRACE_BUFFER_SIZE": "0"}, run)
 
 
 def test_kernels_are_not_kept_where_others_may_write(temporary):
