@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,25 +11,49 @@ from torch import Tensor
 
 from longseq import __version__, exported
 from longseq.config import Config
+from longseq.errors import LongseqError
 from longseq.model_card import model_card
-from longseq.opening import Source
+from longseq.opening import Source, find
 from longseq.tokenizer_files import write_tokenizer
 from longseq.training.weights import save_weights
 from longseq_data.vocabulary import Vocabulary
 
 
-def export(source: Source, out: Path, *, dtype: str = "float32") -> None:
+def export(
+    target: str | Path | Source,
+    out: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    ema: bool = False,
+    dtype: str = "float32",
+) -> Path:
     """Make the folder ``out`` of a trained model.
 
     Args:
-        dtype: "float32" or "bfloat16".
+        target: a run folder, a checkpoint, or what ``longseq.find`` returned for one of these.
+        overrides: ``section.key=value`` on top of the run's configuration.
+        ema: the running mean of the weights instead of the last ones.
+        dtype: of the weights, "float32" or "bfloat16".
+
+    Returns:
+        the folder.
 
     Raises:
         LongseqError: if ``out`` exists, or the weights are not those of the configured architecture.
     """
+    out = Path(out)
+    refuse_existing(out)
+    source = target if isinstance(target, Source) else find(Path(target), overrides, ema=ema)
     state = source.load(device="cpu").state_dict()
     card = model_card(source)
     write_folder(out, state, source.config, source.vocabulary, source.step, card, first=source.begins, dtype=dtype)
+    return out
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise LongseqError where a folder is to be made and something has its name."""
+    if out.exists():
+        raise LongseqError(f"{out}: exists already, and is not overwritten: remove it, or choose another name.")
 
 
 def write_folder(
