@@ -250,6 +250,10 @@ class Run:
             "run.name, or remove the folder."
         )
 
+    def rank_log(self, rank: int) -> Path:
+        """Where the output of a process is kept; but that of rank 0 of a job, which is the job's log."""
+        return self.logs_dir / f"rank-{rank}.log"
+
     def has_output(self) -> bool:
         """Whether a process other than rank 0 had something to say: a traceback, mostly."""
         return any(log.stat().st_size for log in self.logs_dir.glob("*") if log.name != "rank-0.log")

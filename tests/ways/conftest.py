@@ -16,7 +16,7 @@ from longseq.errors import LongseqError
 from longseq.launch import local
 from longseq.models.compiling import compile_blocks
 from longseq.run import Run
-from longseq.training import fit, task, worker
+from longseq.training import fit, signs, task, worker
 from ways import sources
 from ways.sources import Source
 
@@ -76,7 +76,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @contextmanager
 def _unchanged() -> Iterator[None]:
     """A worker takes signals and quiets libraries for the rest of its process."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, local.STOP_SIGNAL)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signs.STOP_SIGNAL)
     handlers = {number: signal.getsignal(number) for number in numbers}
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from longseq.commands.numbers import natural
 from longseq.errors import RunError
-from longseq.launch.local import rank_log
 from longseq.launch.slurm.queue import SlurmError, queue
 from longseq.launch.slurm.state import jobs_of, live_jobs, stopped
 from longseq.run import Run
@@ -53,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _log(run: Run, rank: int) -> Path | None:
-    own = [rank_log(run, rank)] if rank_log(run, rank).exists() else []  # of a run on this machine, or a rank from 1 on
+    own = [run.rank_log(rank)] if run.rank_log(rank).exists() else []  # of a run on this machine, or a rank from 1 on
     jobs = [] if rank else run.slurm_dir.glob("job-*.log")
     logs = sorted([*own, *jobs], key=lambda path: path.stat().st_mtime)
     return logs[-1] if logs else None

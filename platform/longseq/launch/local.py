@@ -24,11 +24,8 @@ from longseq.devices import environment_of_place
 from longseq.errors import EXIT_GO_ON, EXIT_SUPERSEDED, LongseqError, SupersededError
 from longseq.launch.gpu_settings import gpu_settings, recorder_settings, where_traces_are
 from longseq.run import Run
+from longseq.training.signs import PEER_LOST, STOP_SIGNAL, report_path
 
-# What a worker takes as "save at the next step and leave"; SIGTERM and SIGUSR1 have other owners inside it.
-STOP_SIGNAL = signal.SIGUSR2
-# How a worker ends that only lost its connection to another: that other one has the cause.
-PEER_LOST = 76
 # How long the others may take to notice that one process has died, before they are killed.
 _GRACE_SECONDS = 5.0
 _ECHO_SECONDS = 1.0
@@ -70,16 +67,6 @@ def train(
         finally:
             os.close(write_end)
         return _outcome(codes, requests, run, Path(reports))
-
-
-def report_path(directory: Path, rank: int) -> Path:
-    """Where the process of ``rank`` leaves the sentence that says why it failed."""
-    return directory / f"rank-{rank}.txt"
-
-
-def rank_log(run: Run, rank: int) -> Path:
-    """Where the output of a process is kept; but that of rank 0 of a job, which is the job's log."""
-    return run.logs_dir / f"rank-{rank}.log"
 
 
 # What other launchers (Open MPI, MPICH, MVAPICH, PMIx, torchrun) tell their processes, and libraries believe: DeepSpeed
@@ -136,8 +123,8 @@ def _start(
     command += ["--rehearse"] if rehearse else []
     output = None
     if rank:
-        rank_log(run, rank).parent.mkdir(exist_ok=True)
-        output = rank_log(run, rank).open("ab")
+        run.rank_log(rank).parent.mkdir(exist_ok=True)
+        output = run.rank_log(rank).open("ab")
     try:
         return subprocess.Popen(
             command,

@@ -17,9 +17,9 @@ from pathlib import Path
 from longseq import starts
 from longseq.allocator import keep_freed_memory
 from longseq.errors import EXIT_ERROR, EXIT_GO_ON, EXIT_SUPERSEDED, USER_ERRORS, SupersededError
-from longseq.launch.local import PEER_LOST, rank_log, report_path
 from longseq.run import Run
 from longseq.training.kept_output import keep_output
+from longseq.training.signs import PEER_LOST, report_path
 from longseq_data.os_errors import explained
 
 
@@ -37,7 +37,7 @@ def main() -> int:
 
     run = Run(Run.open(args.run).path, args.start)
     if os.environ["RANK"] == "0" and not args.rehearse:  # the others write to nothing else
-        keep_output(rank_log(run, 0))
+        keep_output(run.rank_log(0))
     report = report_path(args.reports, int(os.environ["RANK"]))
     if args.rehearse:
         code, sentence = outcome(lambda: _rehearse(run), run)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from longseq.config import Config
 from longseq.errors import ConfigError
-from longseq.launch.local import PEER_LOST
 from longseq.launch.slurm.site import Site
 from longseq.launch.slurm.templates import Shell, directive, fill, quoted
+from longseq.training.signs import PEER_LOST
 
 _DEPENDENCY = re.compile(r"singleton|[a-z]+(:\d+(_\d+)?(\+\d+)?)+([,?][a-z]+(:\d+(_\d+)?(\+\d+)?)+)*")
 _CONTROLLED = (  # options of sbatch that have a place of their own

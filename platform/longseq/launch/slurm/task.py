@@ -23,10 +23,11 @@ from longseq.config import Config
 from longseq.devices import environment_of_place, follow_scheduler, own_device
 from longseq.errors import EXIT_CRASHED, EXIT_ERROR, EXIT_GO_ON, EXIT_UNFIT
 from longseq.launch.gpu_settings import gpu_settings, recorder_settings, trace_of, where_traces_are
-from longseq.launch.local import PEER_LOST, rank_log, without_ranks
+from longseq.launch.local import without_ranks
 from longseq.launch.slurm.place import Limits, Place
 from longseq.run import Run
 from longseq.training.callbacks.stopping import StopFlag
+from longseq.training.signs import PEER_LOST
 from longseq.training.worker import leave, outcome, quiet, raise_open_files
 
 _FINISHED = "finished"
@@ -172,7 +173,7 @@ def _redirect(run: Run, rank: int) -> None:
     """Rank 0 writes to the job's log, every other one to its own."""
     if not rank:
         return
-    log = rank_log(run, rank)
+    log = run.rank_log(rank)
     log.parent.mkdir(exist_ok=True)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for stream in (1, 2):

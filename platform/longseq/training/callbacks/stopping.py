@@ -6,7 +6,7 @@ import signal
 import time
 from types import FrameType
 
-from longseq.launch.local import STOP_SIGNAL
+from longseq.training.signs import STOP_SIGNAL
 
 
 class StopRequested(Exception):
