@@ -12,22 +12,15 @@ from pathlib import Path
 
 from longseq_data.corpus.manifest import MANIFEST, Manifest, read_manifest
 from longseq_data.errors import DataError
-from longseq_data.files import sha256_of, user_path, write_text
+from longseq_data.files import user_path, write_text
 from longseq_data.os_errors import lock
-from longseq_data.readers.sources import URL
+from longseq_data.readers.formats import Leaf
+from longseq_data.readers.reading import Reading
 
 from .config import ADDED, PrepareConfig
+from .identity import Identity, checksum, identify
 
 PARTS = "parts"  # of NAME.partial: what is gone once the corpus is whole
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What tells whether a file is the same as before, without reading it. None: its server does not say."""
-
-    name: str
-    size: int | None
-    stamp: str | None  # time of the last change, or the server's tag
 
 
 @dataclass(frozen=True)
@@ -39,7 +32,7 @@ class Plan:
     block_bytes: int
 
     @classmethod
-    def of(cls, config: PrepareConfig, sources: list[str], block_bytes: int) -> Plan:
+    def of(cls, config: PrepareConfig, read: Reading, leaves: list[Leaf], block_bytes: int) -> Plan:
         """Raises DataError for a list that does not exist."""
         lists = {"ood_ids": config.ood_ids, "ood_pfam_map": config.ood_pfam_map, "clusters": config.cluster_table}
         files = {key: str(user_path(name).absolute()) for key, name in lists.items() if name}
@@ -47,9 +40,8 @@ class Plan:
             if not Path(name).is_file():
                 raise DataError(f"{name}: no such file; correct {key}.")
         inputs = list(files.values())
-        return cls(
-            config.output, config.content(), list(map(identify, sources)), list(map(identify, inputs)), block_bytes
-        )
+        sources = [identify(leaf.source) for leaf in leaves]
+        return cls(config.output, config.content(read, leaves), sources, list(map(identify, inputs)), block_bytes)
 
     @classmethod
     def read(cls, path: Path) -> Plan:
@@ -66,22 +58,6 @@ class Plan:
         return _settings_difference(earlier.settings, self.settings) or _files_difference(
             [*earlier.sources, *earlier.inputs], [*self.sources, *self.inputs]
         )
-
-
-def identify(source: str) -> Identity:
-    """Never fails: reading the source says what is wrong with it."""
-    try:
-        if not URL.match(source):
-            status = Path(source).stat()
-            return Identity(source, status.st_size, str(status.st_mtime_ns))
-        import fsspec
-
-        filesystem, path = fsspec.core.url_to_fs(source)
-        info = filesystem.info(path)
-        stamp = info.get("ETag") or info.get("mtime") or info.get("LastModified")
-        return Identity(source, info.get("size"), str(stamp) if stamp else None)
-    except Exception:  # those of every filesystem plugin
-        return Identity(source, None, None)
 
 
 def earlier_settings(output: Path, overwrite: bool, restart: bool) -> dict[str, object] | None:
@@ -173,8 +149,7 @@ def _content_difference(manifest: Manifest, plan: Plan) -> str | None:
         return difference
     for file in files:
         known = before[file.name]
-        local = not URL.match(file.name)
-        if file.size not in (None, known.size) or (local and sha256_of(Path(file.name)) != known.sha256):
+        if file.size not in (None, known.size) or checksum(file.name) not in ("", known.sha256):
             return f"{file.name} has changed"
     return None
 
