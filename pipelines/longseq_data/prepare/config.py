@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -185,7 +186,7 @@ class PrepareConfig:
             return self.workers
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    def content(self, read: Reading, leaves: list[Leaf]) -> dict[str, object]:
+    def content(self, read: Reading, leaves: Sequence[Leaf]) -> dict[str, object]:
         """The keys that decide what comes out, with their values; lists without order are sorted.
 
         Those that say how files are read come as what they mean, null where they mean nothing.

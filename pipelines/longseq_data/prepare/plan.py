@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ class Plan:
     block_bytes: int
 
     @classmethod
-    def of(cls, config: PrepareConfig, read: Reading, leaves: list[Leaf], block_bytes: int) -> Plan:
+    def of(cls, config: PrepareConfig, read: Reading, leaves: Sequence[Leaf], block_bytes: int) -> Plan:
         """Raises DataError for a list that does not exist."""
         lists = {"ood_ids": config.ood_ids, "ood_pfam_map": config.ood_pfam_map, "clusters": config.cluster_table}
         files = {key: str(user_path(name).absolute()) for key, name in lists.items() if name}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, TypeVar
 
 from longseq_data.errors import DataError
@@ -50,7 +51,7 @@ class Workers:
         from distributed import KilledWorker, as_completed
 
         client, under_way = self._started(), as_completed()
-        asked: dict[str, Item] = {}
+        asked: dict[object, Item] = {}
         try:
             for item in items:
                 future = client.submit(work, item, pure=False)
@@ -77,7 +78,9 @@ class Workers:
             dask.config.set(quiet)
             from distributed import Client, LocalCluster
 
-            # Ctrl-C reaches every process, and one of them speaks: the others inherit what is blocked here.
+            # Ctrl-C reaches every process, and one of them speaks: the others inherit what is blocked here. Its
+            # tracker of resources would unblock it when it is started.
+            resource_tracker.ensure_running()
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 self._cluster = LocalCluster(
