@@ -20,6 +20,7 @@ from longseq_data.readers.reading import Reading
 from .config import ADDED, PrepareConfig
 from .identity import Identity, checksum, identify
 
+FORMAT = 2  # of the parts
 PARTS = "parts"  # of NAME.partial: what is gone once the corpus is whole
 
 
@@ -30,6 +31,7 @@ class Plan:
     sources: list[Identity]  # by name
     inputs: list[Identity]  # lists that the settings name
     block_bytes: int
+    format: int = FORMAT
 
     @classmethod
     def of(cls, config: PrepareConfig, read: Reading, leaves: Sequence[Leaf], block_bytes: int) -> Plan:
@@ -46,7 +48,7 @@ class Plan:
     @classmethod
     def read(cls, path: Path) -> Plan:
         try:
-            values = json.loads(path.read_text())
+            values = {"format": 1, **json.loads(path.read_text())}
             for name in ("sources", "inputs"):
                 values[name] = [Identity(**identity) for identity in values[name]]
             return cls(**values)
@@ -175,7 +177,9 @@ def begin(output: Path, plan: Plan, restart: bool) -> tuple[Path, Plan, Manifest
     if path.is_file():
         earlier = Plan.read(path)
         _refuse(folder, plan.difference(earlier))
-        return folder, earlier, None
+        if earlier.format == plan.format:
+            return folder, earlier, None
+        shutil.rmtree(folder)  # a version before has begun it
     if folder.exists():
         if {entry.name for entry in folder.iterdir()} - {PARTS}:
             raise DataError(f"{folder} exists, and was not made by a preparation; remove it, or choose another output.")

@@ -45,7 +45,7 @@ from .mmseqs import program
 from .plan import PARTS, Plan, begin, earlier_settings, locked, taken
 from .publish import finish, publish
 from .reduce_stage import ReduceTask, read_parts, records_of, reduce_shard, shard_count
-from .workers import Workers
+from .workers import Nodes, Workers
 
 # called with (stage, done, of how many): bytes of the sources, then shards. None: their size is not known
 Progress = Callable[[str, int, "int | None"], object]
@@ -60,19 +60,25 @@ REDUCE_MEMORY = 6
 
 
 def prepare(
-    config: PrepareConfig, *, overwrite: bool = False, restart: bool = False, progress: Progress | None = None
+    config: PrepareConfig,
+    *,
+    overwrite: bool = False,
+    restart: bool = False,
+    progress: Progress | None = None,
+    nodes: Nodes | None = None,
 ) -> tuple[Manifest, bool]:
     """Make the corpus that ``config`` describes, or go on making it; gives its manifest and whether it is new.
 
-    overwrite: replace a corpus of the same name. restart: forget what an interrupted preparation has done. With several
-    workers a script that calls this needs ``if __name__ == "__main__":``, as for all of multiprocessing.
+    overwrite: replace a corpus of the same name. restart: forget what an interrupted preparation has done. nodes: that
+    help out, see workers.help_out. With several workers a script that calls this needs ``if __name__ == "__main__":``,
+    as for all of multiprocessing.
 
     Raises DataError for bad settings and bad data, for a name that is taken, for an interrupted preparation that had
     other settings or other sources, for a second one under way, and where the disk is full.
     """
     config.check()
     try:
-        return _prepare(config, overwrite, restart, progress or (lambda *_: None))
+        return _prepare(config, overwrite, restart, progress or (lambda *_: None), nodes)
     except DataError as error:  # readers speak of the keys of a training
         sentence = _KEYS.sub(r"\1", str(error).replace("data.strict=false", "unknown=x"))
         raise DataError(sentence) from error
@@ -81,7 +87,9 @@ def prepare(
 _KEYS = re.compile(r"\bdata\.(format|tokenizer|column|part_bytes|image_size)\b")
 
 
-def _prepare(config: PrepareConfig, overwrite: bool, restart: bool, progress: Progress) -> tuple[Manifest, bool]:
+def _prepare(
+    config: PrepareConfig, overwrite: bool, restart: bool, progress: Progress, nodes: Nodes | None
+) -> tuple[Manifest, bool]:
     sources = sorted(expand_sources(config.sources, config.format))
     read = config.reading(sources)
     leaves = tuple(read.leaves(sources))
@@ -101,7 +109,7 @@ def _prepare(config: PrepareConfig, overwrite: bool, restart: bool, progress: Pr
             folder, plan, finished = begin(output, plan, restart)
             if finished is None:
                 known = sum(source.size or ALONE for source in plan.sources)
-                with Workers(config.processes if known >= ALONE else 1, _say) as workers:
+                with Workers(config.processes if known >= ALONE or nodes else 1, _say, nodes) as workers:
                     _Preparation(config, read, leaves, plan, folder, progress, workers).run()
             return publish(folder, output), True
         except OSError as error:
