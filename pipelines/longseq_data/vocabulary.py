@@ -32,7 +32,7 @@ TOKENS = (*LETTERS, "<bos>", "<eos>", "<pad>", "<mask>")
 class Vocabulary:
     """A token set: ids [0, ordinary) stand for data, and the four special tokens have ids of their own above them."""
 
-    name: str  # "protein", "dna", "bytes", "pixels", or a tokenizer's file
+    name: str  # of BUILT_IN, or a tokenizer's file
     size: int  # all ids, special ones included
     bos: int
     eos: int
@@ -59,6 +59,8 @@ PIXELS = Vocabulary("pixels", 260, bos=256, eos=257, pad=258, mask=259, ordinary
 # Bases, and N for any of them and for the letters of several (R, Y, ...). U is T in RNA.
 BASES = "ACGTN"
 DNA = Vocabulary("dna", 9, bos=5, eos=6, pad=7, mask=8, ordinary=5, replacements=4)
+
+BUILT_IN = {each.name: each for each in (PROTEIN, DNA, BYTES, PIXELS)}
 
 # Byte -> id. Lower case marks low-complexity regions (soft masking) and means the same residue.
 TABLE = bytes(LETTERS.find(chr(byte).upper()) % 256 if byte < 128 else UNKNOWN for byte in range(256))

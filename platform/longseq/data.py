@@ -287,7 +287,7 @@ def _check_corpus(config: Config, manifest: Manifest) -> None:
     data, plain, corpus = config.data, DataConfig(), config.data.train[0]
     if not _files(config):
         for name in _OF_FILES:
-            if getattr(data, name) != getattr(plain, name):
+            if getattr(data, name) not in (getattr(plain, name), manifest.settings.get(name)):
                 raise ConfigError(
                     f"data.{name}={getattr(data, name)} says how files are read, and {corpus} has been prepared: leave "
                     "it out, or prepare another corpus."
@@ -297,6 +297,8 @@ def _check_corpus(config: Config, manifest: Manifest) -> None:
                 f"data.tokenizer={data.tokenizer}, but {corpus} was prepared as {manifest.vocabulary.name}: leave it "
                 "out, or prepare another corpus."
             )
+    if manifest.vocabulary.name == "pixels":
+        data.image_size = int(str(manifest.settings["image_size"]))
     for name in ("valid_fraction", "test_fraction"):
         prepared = manifest.settings.get(name)
         if getattr(data, name) not in (getattr(plain, name), prepared):

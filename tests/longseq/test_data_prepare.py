@@ -273,7 +273,7 @@ def test_arguments_go_before_the_file_and_one_value_needs_no_brackets(load):
         ("", ["duplicate=1"], "argument 'duplicate=1': unknown key 'duplicate'. Did you mean deduplicate ("),
         ("min_length: x", [], "p.yaml:1: min_length=x is not a whole number: leave out shorter records"),
         ("\nood_taxids: [a]", [], "p.yaml:2: ood_taxids=['a'] is not a list of whole numbers: records of these"),
-        ("min_length: 0", [], "p.yaml:1: min_length=0 must be at least 1: leave out shorter records (residues)."),
+        ("min_length: 0", [], "p.yaml:1: min_length=0 must be at least 1: leave out shorter records (tokens)."),
         ("", ["valid_fraction=1"], "argument 'valid_fraction=1' must be at least 0 and below 1:"),
         ("unknown: y", [], "p.yaml:1: unknown=y: choose from x, refuse, drop."),
         ("", ["min_length"], "argument 'min_length': an override is key=value."),

@@ -58,6 +58,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks a source and several shards a split, of a corpus of one megabyte."""
     monkeypatch.setattr(preparing, "SMALLEST_BLOCK", 60_000)
+    monkeypatch.setattr(preparing, "ALONE", 0)
     monkeypatch.setattr(reduce_stage, "SHARD_BYTES", 200_000)
 
 

@@ -1,21 +1,27 @@
-"""Sources cut into blocks: the same rows and errors as by the plain road."""
+"""Sources cut into blocks: the same rows and errors as by the plain parser."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
 import json
+import pickle
 import random
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corpora import LETTERS, config, made
+from corpora import ALPHABET, LETTERS, config, made
 from longseq_data.errors import DataError
+from longseq_data.ingest.parse import parse_lot
+from longseq_data.prepare.map_stage import MapTask, Stored, cut, taxid
 from longseq_data.prepare.prepare import prepare
-from longseq_data.prepare.reader import ProteinReader, Stored, cut
+from longseq_data.readers import fasta_blocks
+from longseq_data.readers.proteins import read_proteins
+from longseq_data.readers.reading import FASTA
 from longseq_data.readers.uniprot import parse_header
 
 
@@ -26,7 +32,34 @@ def test_refused_letters_are_said_with_their_line(write, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
-def test_a_description_that_looks_like_a_taxid_is_none(write):
+def task(source: str, folder: Path, block_bytes: int) -> MapTask:
+    return MapTask(folder, config([source], folder), FASTA, tuple(FASTA.leaves([source])), None, block_bytes)
+
+
+def rows_of_blocks(source: str, folder: Path, block_bytes: int) -> list[tuple[str, bytes, int]]:
+    """(id, tokens, TaxID) of the records of all blocks, in the order of the source."""
+    here, encoder = task(source, folder, block_bytes), FASTA.encoder(strict=False)
+    found = []
+    for lots in list(cut(here, 0))[:-1]:
+        for lot in pickle.loads(pickle.dumps(lots)):
+            for records in parse_lot(FASTA, here.leaves[0], lot, encoder, strict=False):
+                headers = [header.decode() for header in records.headers]
+                names = [name.decode() for name in records.identifiers]
+                found += zip(names, records.tokens, map(taxid, headers), strict=True)
+    return found
+
+
+def plain_rows(source: str) -> list[tuple[str, bytes, int]]:
+    """The same by the reader of records, letter by letter."""
+    found = []
+    for record in read_proteins(source):
+        letters = [letter if letter in ALPHABET else "X" for letter in record.sequence.upper()]
+        known = parse_header(record.description).taxid
+        found.append((record.identifier, bytes(map(ALPHABET.index, letters)), -1 if known is None else known))
+    return found
+
+
+def test_a_description_that_looks_like_a_taxid_is_none(write, tmp_path):
     headers = {
         "UniRef50_A binds OX=5 n=1 Tax=Homo sapiens TaxID=9606 RepID=A_HUMAN": 9606,
         "UniRef50_B TaxID=5 like n=1 Tax=Homo sapiens TaxID=9606 RepID=B_HUMAN": 9606,
@@ -35,8 +68,8 @@ def test_a_description_that_looks_like_a_taxid_is_none(write):
     }
     source = write("a.fasta", "".join(f">{header}\nACD\n" for header in headers))
     assert [parse_header(header).taxid or -1 for header in headers] == list(headers.values())
-    for rows in (ProteinReader().whole(source), *map(ProteinReader().block, cut(source, 1 << 20, Stored()))):
-        assert [row.taxid for row in rows] == list(headers.values())
+    for rows in (plain_rows(source), rows_of_blocks(source, tmp_path, 1 << 20)):
+        assert [row[2] for row in rows] == list(headers.values())
 
 
 ODD_LINES = st.sampled_from(
@@ -60,32 +93,36 @@ def test_blocks_are_read_as_records_are(lines, ends, size, tmp_path_factory):
     source.write_bytes("".join(f"{line}{end}" for line, end in zip([">first", *lines], ends, strict=False)).encode())
 
     def outcome(rows) -> tuple[list, str]:
-        got = []
         try:
-            got += rows
+            return rows(), ""
         except DataError as error:
             return [], str(error)
-        return got, ""
 
-    plain = outcome(ProteinReader().whole(str(source)))
-    blocks = outcome(row for block in cut(str(source), size, Stored()) for row in ProteinReader().block(block))
-    assert blocks == plain
+    plain = outcome(lambda: plain_rows(str(source)))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(fasta_blocks, "READ_SIZE", size)
+        assert outcome(lambda: rows_of_blocks(str(source), source.parent, size)) == plain
 
 
-def test_a_block_that_begins_inside_a_read_is_cut_at_a_header(tmp_path, monkeypatch):
-    from longseq_data.prepare import reader as prepare_reader
-
-    monkeypatch.setattr(prepare_reader, "READ_SIZE", 7)
+def test_a_source_is_cut_at_headers_and_hashed_as_it_is_stored(tmp_path, monkeypatch):
+    monkeypatch.setattr(fasta_blocks, "READ_SIZE", 7)
     source = tmp_path / "a.fasta"
     source.write_bytes(b"\xef\xbb\xbf" + b"".join(b">r%d x\r\nACD\r\nEF\r\n" % i for i in range(50)))
-    stored = Stored()
-    blocks = list(cut(str(source), 40, stored))
-    assert len(blocks) == stored.blocks > 10
-    assert stored.size == source.stat().st_size
-    assert stored.sha256 == hashlib.sha256(source.read_bytes()).hexdigest()
-    assert b"".join(block.text for block in blocks) == b"".join(b">r%d x\nACD\nEF\n" % i for i in range(50))
-    lines = [block.text.count(b"\n") for block in blocks]
-    assert [block.first_line for block in blocks] == [1 + sum(lines[:i]) for i in range(len(blocks))]
+    *pieces, stored = cut(task(str(source), tmp_path, 40), 0)
+    assert stored == Stored(source.stat().st_size, hashlib.sha256(source.read_bytes()).hexdigest(), len(pieces))
+    assert len(pieces) > 10
+    lots = [lot for block in pieces for lot in block]
+    assert b"".join(lot.text for lot in lots) == b"".join(b">r%d x\nACD\nEF\n" % i for i in range(50))
+    lines = [lot.text.count(b"\n") for lot in lots]
+    assert [lot.line for lot in lots] == [1 + sum(lines[:i]) for i in range(len(lots))]
+
+
+def test_a_record_that_memory_would_not_hold_is_refused(write, tmp_path, monkeypatch):
+    monkeypatch.setattr(fasta_blocks, "LONGEST", 3 << 20)
+    monkeypatch.setattr(fasta_blocks, "READ_SIZE", 1 << 18)
+    source = write("a.fasta", ">a\n" + "ACDEFGHI\n" * (1 << 19) + ">b\nAC\n")
+    with pytest.raises(DataError, match=r"a\.fasta: a record is longer than 3 MiB; check that it is FASTA"):
+        rows_of_blocks(source, tmp_path, 1 << 20)
 
 
 def test_an_error_in_a_far_block_names_its_line(tmp_path, small_parts):
@@ -133,6 +170,6 @@ def test_a_file_that_is_cut_off_is_refused_with_its_last_whole_line(write):
     whole = gzip.decompress(stored).count(b"\n")
     source = write("a.fasta.gz", stored[: len(stored) // 2])
     with pytest.raises(DataError) as refused:
-        list(cut(source, 1 << 20, Stored()))
+        list(cut(task(source, Path(source).parent, 1 << 20), 0))
     (line,) = re.findall(r"after line (\d+): the gzip data ends too early", str(refused.value))
     assert 0.4 * whole < int(line) < 0.6 * whole

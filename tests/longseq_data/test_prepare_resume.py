@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -166,12 +167,30 @@ def test_a_full_disk_is_said_and_the_work_goes_on_after(files, tmp_path, small_p
     assert found(tmp_path / "c") == expected(files)
 
 
-def test_a_worker_that_is_killed_is_said_and_the_work_goes_on_after(files, tmp_path, small_parts, monkeypatch):
-    monkeypatch.setattr(preparing, "_map_any", _die)
-    with pytest.raises(DataError, match="worker process was killed, perhaps because memory ended; lower workers"):
-        prepare(config(files, tmp_path / "c", workers=2))
-    monkeypatch.undo()
-    prepare(config(files, tmp_path / "c", workers=2))
+def test_a_worker_that_is_killed_has_its_work_done_by_another(files, tmp_path, small_parts, monkeypatch):
+    prepare(config(files, tmp_path / "whole"))
+    for stage in ("_map_any", "reduce_shard"):
+        mark = tmp_path / f"died in {stage}"
+        with monkeypatch.context() as patched:
+            patched.setattr(preparing, stage, partial(_die_once, mark, getattr(preparing, stage)))
+            prepare(config(files, tmp_path / stage, workers=2))
+        assert mark.exists()
+        assert data_files(tmp_path / stage) == data_files(tmp_path / "whole")
+
+
+def _die_once(mark: Path, work, *arguments):
+    if not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), 9)
+    return work(*arguments)
+
+
+def test_work_that_kills_every_worker_is_said_and_goes_on_after(files, tmp_path, small_parts, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(preparing, "_map_any", _die)
+        with pytest.raises(DataError, match="killed several worker processes, perhaps because memory ended; lower"):
+            prepare(config(files, tmp_path / "c", workers=2))
+    prepare(config(files, tmp_path / "c"))
     assert found(tmp_path / "c") == expected(files)
 
 

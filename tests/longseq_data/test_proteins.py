@@ -195,7 +195,8 @@ def test_every_format_is_prepared_as_the_fasta_file_is(zipped: bool, write: Writ
     for name, text in WRITERS.items():
         content = text(PROTEINS).encode()
         source = write(f"{name}.txt", gzip.compress(content) if zipped else content)
-        settings = {"valid_fraction": 0.2, "test_fraction": 0.2, "ood_taxids": [9606], "exclude_taxids": [11706]}
+        settings = {"format": "fasta", "valid_fraction": 0.2, "test_fraction": 0.2}
+        settings |= {"ood_taxids": [9606], "exclude_taxids": [11706]}
         manifest, _ = prepare(config([source], tmp_path / name, **settings))
         corpora[name] = (manifest.fingerprint, found(tmp_path / name))
     rows = {key: row for split in corpora["fasta"][1].values() for key, row in split.items()}

@@ -12,7 +12,7 @@ Way = dict[str, str]
 
 # axis: its values. What each value sets is said by its own name in ``data.py`` (sources, records) or in SETTINGS.
 AXES: dict[str, tuple[str, ...]] = {
-    "source": ("fasta", "dna", "corpus", "bytes", "tokenizer", "pixels"),
+    "source": ("fasta", "dna", "corpus", "bytes", "tokenizer", "pixels", "prepared text", "prepared pixels"),
     "packing": ("concat", "crop", "bucket"),
     "objective": ("causal", "masked"),
     "attention": ("favor", "window", "exact"),
@@ -36,12 +36,13 @@ SETTINGS: dict[tuple[str, str], tuple[str, ...]] = {
 }
 
 SENSELESS: tuple[Callable[[Way], bool], ...] = (
-    lambda way: way["packing"] == "bucket" and way["source"] != "corpus",  # only a corpus knows all lengths
+    # only a corpus knows all lengths
+    lambda way: way["packing"] == "bucket" and way["source"] not in ("corpus", "prepared text"),
     lambda way: way["reset"] == "reset" and way["packing"] != "concat",  # one record has nothing to begin anew
     lambda way: way["crop"] == "first" and way["packing"] == "concat",  # joined records are cut and not cropped
     # Of one source and number of records only: a compiler reads the model for each length, longer than all else takes.
     lambda way: way["blocks"] == "compiled" and (way["source"], way["records"]) != ("corpus", "many"),
-    lambda way: way["source"] == "pixels" and way["packing"] != "crop",  # joined images lose their rows and columns
+    lambda way: "pixels" in way["source"] and way["packing"] != "crop",  # joined images lose their rows and columns
 )
 
 

@@ -5,8 +5,11 @@ Every split holds documents of one token, of two, of just a sequence's length, a
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ from PIL import Image
 from corpora import by_sequence, tables
 from longseq_data.prepare.config import PrepareConfig
 from longseq_data.prepare.prepare import prepare
+from longseq_data.splits import split_of
 from longseq_data.tokenization import save_tokenizer, train_tokenizer
 
 LENGTH = 24  # data.length of every way
@@ -53,7 +57,8 @@ def make(kind: str, records: str, folder: Path) -> Source:
     folder.mkdir(parents=True)
     sizes = {"train": TRAIN, "valid": SIZES[records], "test": SIZES[records]}
     makers = {"fasta": _fasta, "dna": _dna, "corpus": _corpus, "bytes": _lines, "tokenizer": _tokenizer}
-    return {**makers, "pixels": _pixels}[kind](folder, sizes)
+    makers |= {"pixels": _pixels, "prepared text": _prepared_text, "prepared pixels": _prepared_pixels}
+    return makers[kind](folder, sizes)
 
 
 _PROTEIN = Special(25, 26, 28, 25)
@@ -121,8 +126,7 @@ def _corpus(folder: Path, sizes: dict[str, list[int]]) -> Source:
     assert {split: len(found) for split, found in documents.items()} == {s: len(n) for s, n in sizes.items()}
     test = {name: text for name, text in rows if name in names}
     _write_fasta(folder / "test.fasta", [(name, test[name]) for name in names])
-    keys = (f"data.train={folder / 'corpus'}", "data.valid_fraction=0.2", "data.test_fraction=0.2")
-    return Source(keys, _PROTEIN, documents, names, folder / "test.fasta")
+    return Source(_corpus_keys(folder), _PROTEIN, documents, names, folder / "test.fasta")
 
 
 def _texts(folder: Path, sizes: dict[str, list[int]]) -> dict[str, list[str]]:
@@ -180,3 +184,63 @@ def _pixels(folder: Path, sizes: dict[str, list[int]]) -> Source:
             documents[split].append(values.ravel().tolist())
     units = sum(map(len, documents["test"]))
     return Source((*_keys(folder, ""), f"data.image_size={SIDE}"), _BYTES, documents, [], None, units, closed=False)
+
+
+def _prepared_text(folder: Path, sizes: dict[str, list[int]]) -> Source:
+    """Tokenized JSON Lines, whose splits get so many records by their ids."""
+    import tokenizers
+
+    texts = _texts(folder, sizes)
+    save_tokenizer(train_tokenizer([TEXT] * 3, "bpe", 320), folder / "tokenizer.json")
+    plain = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    rows = {name: text for split, lines in texts.items() for name, text in zip(_ids(split, "{}"), lines, strict=False)}
+    _write_jsonl(folder / "all.jsonl", rows)
+    names = _prepared(folder, folder / "all.jsonl", sizes, tokenizer=str(folder / "tokenizer.json"))
+    documents = {
+        split: [plain.encode(rows[name], add_special_tokens=False).ids for name in ids] for split, ids in names.items()
+    }
+    _write_jsonl(folder / "test.jsonl", {name: rows[name] for name in names["test"]})
+    special = (plain.token_to_id(name) for name in ("<bos>", "<eos>", "<mask>"))
+    bos, eos, mask = special
+    test = [rows[name] for name in names["test"]]
+    units, words = sum(len(text.encode()) for text in test), sum(len(text.split()) for text in test)
+    kind = Special(bos, eos, mask, min(bos, eos, mask))
+    return Source(_corpus_keys(folder), kind, documents, names["test"], folder / "test.jsonl", units, words)
+
+
+def _prepared_pixels(folder: Path, sizes: dict[str, list[int]]) -> Source:
+    """Images, whose splits get so many by the names of their files."""
+    rng, values = np.random.default_rng(4), {}
+    counts = {split: min(len(lengths), 50) for split, lengths in sizes.items()}
+    (folder / "images").mkdir()
+    for split, number_of in counts.items():
+        for number, name in zip(range(number_of), _ids(split, "images/{}.png"), strict=False):
+            image = np.minimum(rng.integers(0, 40, (SIDE, SIDE, 3)) + 5 * (number % 40), 255).astype(np.uint8)
+            Image.fromarray(image).save(folder / name)
+            values[name] = image.ravel().tolist()
+    names = _prepared(folder, folder / "images", {split: [1] * each for split, each in counts.items()}, image_size=SIDE)
+    documents = {split: [values[name] for name in ids] for split, ids in names.items()}
+    units = sum(map(len, documents["test"]))
+    return Source(_corpus_keys(folder), _BYTES, documents, [], None, units, closed=False)
+
+
+def _ids(split: str, form: str) -> Iterator[str]:
+    """Identifiers of a split, without end."""
+    return (name for number in count() if split_of(name := form.format(number), 0.2, 0.2) == split)
+
+
+def _prepared(folder: Path, source: Path, sizes: dict[str, list[int]], **keys: object) -> dict[str, list[str]]:
+    """Prepare a corpus; the ids of each split in its order."""
+    shares = {"valid_fraction": 0.2, "test_fraction": 0.2, "deduplicate": False, "workers": 1}
+    prepare(PrepareConfig([str(source)], str(folder / "corpus"), **shares, **keys))  # type: ignore[arg-type]
+    names = {split: table["id"].to_pylist() for split, table in tables(folder / "corpus").items()}
+    assert {split: len(ids) for split, ids in names.items()} == {split: len(each) for split, each in sizes.items()}
+    return names
+
+
+def _corpus_keys(folder: Path) -> tuple[str, ...]:
+    return f"data.train={folder / 'corpus'}", "data.valid_fraction=0.2", "data.test_fraction=0.2"
+
+
+def _write_jsonl(path: Path, rows: dict[str, str]) -> None:
+    path.write_text("".join(json.dumps({"id": name, "text": text}) + chr(10) for name, text in rows.items()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,11 +19,12 @@ import numpy.typing as npt
 
 from longseq_data.errors import DataError
 from longseq_data.files import user_path
+from longseq_data.ingest.block import BlockDocument, stored_dtype
 from longseq_data.os_errors import explained
-from longseq_data.prepare.publish import OFFSETS
+from longseq_data.readers.documents import Extent
 from longseq_data.vocabulary import Vocabulary
 
-from .manifest import MANIFEST, DataFile, read_manifest
+from .manifest import MANIFEST, OFFSETS, DataFile, read_manifest
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -41,7 +43,7 @@ def is_corpus(source: str) -> bool:
 
 class CorpusRecord(NamedTuple):
     identifier: str
-    tokens: npt.NDArray[np.unsignedinteger]  # (length,), read-only
+    tokens: npt.NDArray[np.unsignedinteger]  # (length,), read-only, of stored_dtype(vocabulary)
     taxid: int  # -1: unknown
 
 
@@ -83,6 +85,7 @@ class Corpus:
         self._token_borders: list[int] = self._first_tokens.tolist()
         self._place_borders: list[int] = (self._first_tokens + self._first_rows).tolist()  # in the stream
         self._ends = memoryview(self.offsets)[1:]  # type: ignore[arg-type]
+        self._counted = lru_cache(maxsize=64)(self._document)
 
     @classmethod
     def open(cls, path: str | Path, split: str) -> Corpus:
@@ -97,6 +100,11 @@ class Corpus:
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    @property
+    def closed(self) -> bool:
+        """Whether EOS ends a record: pictures all end alike."""
+        return self.vocabulary.name != "pixels"
 
     @property
     def stream_tokens(self) -> int:
@@ -119,6 +127,16 @@ class Corpus:
         batch = self._batches[number]
         return CorpusRecord(batch["id"][row].as_py(), self._values[number][start:stop], batch["taxid"][row].as_py())
 
+    def measure(self, record: int, start: int, stop: int) -> Extent:
+        """What the tokens [start, stop) of a record stand for."""
+        return self._counted(record).measure(start, stop)
+
+    def _document(self, record: int) -> BlockDocument:
+        number = int(np.searchsorted(self._first_rows, record, "right")) - 1
+        batch, row = self._batches[number], record - int(self._first_rows[number])
+        text = batch["text"][row].as_py() if "text" in batch.schema.names else None
+        return BlockDocument(b"", "", self.record(record).tokens, 0, self.vocabulary, text)
+
     def rows(self, start: int, stop: int) -> Iterator[CorpusRecord]:
         """Records [start, stop) in their order, faster than one by one."""
         for number, begin, end in _pieces(self._first_rows.tolist(), start, stop):
@@ -134,10 +152,10 @@ class Corpus:
             yield first, batch.column("tokens").offsets.to_numpy(), values
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.unsignedinteger]:
-        """Tokens [start, stop) of the flat view, in the vocabulary's dtype; read-only where no copy is needed."""
+        """Tokens [start, stop) of the flat view, as they are stored; read-only where no copy is needed."""
         _check_range(np.array([start]), stop - start, self.tokens)
         parts = [self._values[n][first:last] for n, first, last in _pieces(self._token_borders, start, stop)]
-        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.vocabulary.dtype), *parts])
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, stored_dtype(self.vocabulary)), *parts])
 
     def gather(
         self, starts: npt.ArrayLike, lengths: npt.ArrayLike, out: npt.NDArray | None = None, fill: int | None = None

@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from longseq_data.errors import DataError
-from longseq_data.vocabulary import Vocabulary
+from longseq_data.vocabulary import BUILT_IN, Vocabulary
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+OFFSETS = "offsets.npy"  # of a split: where each record begins
 QUANTILES = (1, 5, 25, 50, 75, 95, 99)
 EXACT_LENGTHS = 4096  # longer ones are counted with three digits, so that there are few different ones
 
@@ -57,7 +58,7 @@ class SplitInfo:
 @dataclass
 class Manifest:
     fingerprint: str  # equal for corpora with the same samples in the same order
-    vocabulary: Vocabulary
+    vocabulary: Vocabulary  # a tokenizer's file lies in the corpus
     splits: dict[str, SplitInfo]
     settings: dict[str, object]  # the keys of PrepareConfig that decide the content
     sources: list[Source]
@@ -68,13 +69,18 @@ class Manifest:
     format: int = FORMAT
 
     def text(self) -> str:
-        return json.dumps(asdict(self), indent=1) + "\n"
+        return json.dumps({**asdict(self), "vocabulary": _stored(self.vocabulary)}, indent=1) + "\n"
+
+
+def _stored(vocabulary: Vocabulary) -> dict[str, object]:
+    """The same wherever the corpus lies."""
+    return asdict(replace(vocabulary, name=Path(vocabulary.name).name))
 
 
 def fingerprint(vocabulary: Vocabulary, splits: dict[str, SplitInfo]) -> str:
     """A hash of what decides the samples: the token set, and ids, tokens and TaxIDs of every split in their order."""
     content = {name: [split.records, split.tokens, split.digest] for name, split in sorted(splits.items())}
-    return hashlib.sha256(json.dumps([FORMAT, asdict(vocabulary), content]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([FORMAT, _stored(vocabulary), content]).encode()).hexdigest()
 
 
 def read_manifest(folder: Path, partial: bool = False) -> Manifest:
@@ -92,7 +98,10 @@ def read_manifest(folder: Path, partial: bool = False) -> Manifest:
                 f"{path}: format {values['format']} of another version of longseq; this one reads format {FORMAT}: "
                 f"prepare the corpus again."
             )
-        values["vocabulary"] = Vocabulary(**values["vocabulary"])
+        vocabulary = Vocabulary(**values["vocabulary"])
+        if vocabulary.name not in BUILT_IN:
+            vocabulary = replace(vocabulary, name=str(folder.absolute() / vocabulary.name))
+        values["vocabulary"] = vocabulary
         values["splits"] = {name: _split_info(split) for name, split in values["splits"].items()}
         values["sources"] = [Source(**source) for source in values["sources"]]
         values["inputs"] = [Source(**source) for source in values["inputs"]]

@@ -32,6 +32,7 @@ class Records(NamedTuple):
     tokens: list[bytes]  # ids in the dtype of ``stored_dtype``
     held: list[int]  # what they count for in a shuffle buffer
     texts: list[bytes] | None = None  # what a tokenizer read
+    headers: list[bytes] | None = None  # of FASTA and UniProt's formats; a block does not keep them
 
     def some(self, begin: int, end: int) -> Records:
         here = slice(begin, end)

@@ -138,7 +138,7 @@ class Entry:
 
 def entry_of(folder: Path, reading: Reading, leaf: Leaf, strict: bool) -> Entry | None:
     """Where a leaf's blocks lie; None where nothing tells whether its content is still the same."""
-    content = _content(leaf)
+    content = content_of(leaf.source)
     if content is None:
         return None
     how: dict[str, object] = {"format": FORMAT, "as": leaf.format, "tokens": reading.tokens, "strict": strict}
@@ -161,9 +161,8 @@ def group_lock(folder: Path, entries: Sequence[Entry]) -> Path:
     return folder / "locks" / hashlib.sha256("\n".join(names).encode()).hexdigest()[:24]
 
 
-def _content(leaf: Leaf) -> list[object] | None:
-    """What another content of the same source would not have."""
-    source = leaf.source
+def content_of(source: str) -> list[object] | None:
+    """What another content of the same source would not have; None where nothing tells."""
     try:
         if source.startswith(HUB):
             return _of_hub(HubAddress.parse(source))

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from contextlib import closing
 
-from longseq_data.readers.documents import DocumentEncoder
+from longseq_data.readers.documents import DocumentEncoder, Text
 from longseq_data.readers.fasta import Record
-from longseq_data.readers.fasta_blocks import Protein, read_bulk
+from longseq_data.readers.fasta_blocks import Piece, Protein, parse_piece, read_pieces
 from longseq_data.readers.formats import Leaf
-from longseq_data.readers.reading import Reading
+from longseq_data.readers.reading import Raw, Reading, nothing_in
 from longseq_data.readers.sources import Watch
 
 from .block import Block, Builder, Records, stored_dtype
 
-SOME = 256  # documents at a time, of those that are read one by one
+SOME, SOME_BYTES = 256, 1 << 20  # documents at a time, of those that are read one by one
+
+Lot = Piece | list[Raw]  # some records of a source as they are read
 
 
 def parsed(reading: Reading, leaf: Leaf, *, strict: bool, watch: Watch | None = None) -> Generator[Block, None, None]:
@@ -28,28 +30,78 @@ def parsed(reading: Reading, leaf: Leaf, *, strict: bool, watch: Watch | None = 
     """
     builder = Builder(reading.vocabulary)
     encoder = reading.encoder(strict, tell=lambda note: builder.notes.append(note))
-    fasta = leaf.format == "fasta"
-    bulk = reading.tokens == "protein"
-    read = _sequences(leaf.source, encoder, watch, bulk) if fasta else _documents(reading, leaf, strict, encoder, watch)
-    with closing(read):
+    empty = True
+    with closing(read_lots(reading, leaf, strict=strict, watch=watch)) as lots:
         try:
-            for records in read:
-                yield from builder.add(records)
+            for lot in lots:
+                for records in parse_lot(reading, leaf, lot, encoder, strict=strict):
+                    empty = empty and not records.tokens
+                    yield from builder.add(records)
+            if empty and leaf.format != "fasta" and reading.tokens != "pixels":
+                raise nothing_in(leaf)
         except Exception:
             yield from builder.rest()
             raise
     yield from builder.rest()
 
 
-def _sequences(
-    source: str, encoder: DocumentEncoder, watch: Watch | None, proteins: bool
+def read_lots(reading: Reading, leaf: Leaf, *, strict: bool, watch: Watch | None = None) -> Generator[Lot, None, None]:
+    """A leaf as it is read, some records at a time; before an error those that come before it.
+
+    Raises as ``parsed``.
+    """
+    if leaf.format == "fasta":
+        yield from read_pieces(leaf.source, watch)
+        return
+    some: list[Raw] = []
+    size = 0
+    try:
+        for raw in reading.raw(leaf, strict, watch):
+            some.append(raw)
+            size += raw_bytes(raw)
+            if len(some) >= SOME or size >= SOME_BYTES:
+                yield some
+                some, size = [], 0
+    except Exception:
+        yield some
+        raise
+    yield some
+
+
+def raw_bytes(raw: Raw) -> int:
+    """What it holds of memory, about."""
+    return len(raw.data) if isinstance(raw, Text) else raw.held
+
+
+def parse_lot(
+    reading: Reading, leaf: Leaf, lot: Lot, encoder: DocumentEncoder, *, strict: bool
 ) -> Generator[Records, None, None]:
-    with closing(read_bulk(source, watch, proteins=proteins)) as read:
-        for bulk, records in read:
+    """The records of ``read_lots`` as tokens; before an error those that come before it. Raises as ``parsed``."""
+    if isinstance(lot, Piece):
+        for bulk, records in parse_piece(lot, leaf.source, proteins=reading.tokens == "protein"):
             if bulk is not None:
-                yield Records(bulk.identifiers, bulk.ids, list(map(len, bulk.ids)))
+                names = [header.split(None, 1)[0] for header in bulk.headers]
+                yield Records(names, bulk.ids, list(map(len, bulk.ids)), headers=bulk.headers)
                 continue
             yield from _encoded(records, encoder)
+        return
+    dtype, written = stored_dtype(reading.vocabulary), reading.written
+    some = Records([], [], [], [] if written else None)
+    try:
+        for raw in lot:
+            document = reading.document(raw, leaf, strict)
+            if not document.length:
+                continue
+            tokens = encoder.encode(document).astype(dtype, copy=False).tobytes()
+            some.identifiers.append(document.identifier.encode("utf-8", "surrogateescape"))
+            some.tokens.append(tokens)
+            some.held.append(document.held)
+            if some.texts is not None:
+                some.texts.append(document.text)  # type: ignore[attr-defined]
+    except Exception:
+        yield some
+        raise
+    yield some
 
 
 def _encoded(records: list[Protein | Record], encoder: DocumentEncoder) -> Iterator[Records]:
@@ -59,28 +111,5 @@ def _encoded(records: list[Protein | Record], encoder: DocumentEncoder) -> Itera
             tokens.append(encoder.encode(record).tobytes())  # noqa: PERF401
     finally:  # what comes before a letter that is refused is whole
         some = records[: len(tokens)]
-        yield Records([record.identifier.encode() for record in some], tokens, list(map(len, tokens)))
-
-
-def _documents(
-    reading: Reading, leaf: Leaf, strict: bool, encoder: DocumentEncoder, watch: Watch | None
-) -> Generator[Records, None, None]:
-    """A few at a time; before an error those that came before it."""
-    dtype, written = stored_dtype(reading.vocabulary), reading.written
-    some = Records([], [], [], [] if written else None)
-    with closing(reading.documents(leaf, strict=strict, watch=watch)) as documents:
-        try:
-            for document in documents:
-                tokens = encoder.encode(document)
-                some.identifiers.append(document.identifier.encode("utf-8", "surrogateescape"))
-                some.tokens.append(tokens.astype(dtype, copy=False).tobytes())
-                some.held.append(document.held)
-                if some.texts is not None:
-                    some.texts.append(document.text)  # type: ignore[attr-defined]
-                if len(some.tokens) >= SOME:
-                    yield some
-                    some = Records([], [], [], [] if written else None)
-        except Exception:
-            yield some
-            raise
-    yield some
+        headers = [record.description.encode() for record in some]
+        yield Records([record.identifier.encode() for record in some], tokens, list(map(len, tokens)), headers=headers)

@@ -117,7 +117,7 @@ def _sequences(task: ReduceTask) -> Iterator[tuple[int, bytes]]:
         for row in rows.order.tolist():
             key = int(rows.digests[row, 0])
             if rows.split[row] != OOD and key != last:
-                yield key, rows.tokens[row].as_py()
+                yield key, rows.columns["tokens"][row].as_py()
                 last = key
 
 

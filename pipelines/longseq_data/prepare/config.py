@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from longseq_data.errors import DataError
+from longseq_data.files import user_path
+from longseq_data.readers.formats import FORMATS, Leaf
+from longseq_data.readers.reading import PART_BYTES, TABLES, TOKENS, Reading, agree
 from longseq_data.splits import SplitRule
 
 PFAM = re.compile(r"PF\d{5}")
@@ -20,6 +24,11 @@ ADDED: dict[str, object] = {
     "clusters": "mmseqs",
     "cluster_identity": 0.3,
     "cluster_coverage": 0.8,
+    "format": ["fasta"],
+    "tokenizer": "protein",
+    "column": None,
+    "part_bytes": None,
+    "image_size": None,
 }
 
 # Keys that change how the work is done, and not what comes out.
@@ -45,28 +54,47 @@ def key(
 class PrepareConfig:
     """A corpus to prepare. Call ``check`` before use."""
 
-    sources: list[str] = key([], "sequence files, plain or gzipped: paths, globs or URLs")
+    sources: list[str] = key(
+        [],
+        "files, plain or compressed: paths, globs, URLs; folders of text, tables or images; "
+        "hub:OWNER/NAME[:CONFIG]#SPLIT",
+    )
     output: str = key("", "folder of the prepared corpus, to be made")
-    min_length: int = key(1, "leave out shorter records (residues)", at_least=1)
-    max_length: int | None = key(None, "leave out longer records (residues); null: no limit", at_least=1)
+    format: str = key(
+        "auto",
+        "of all files; auto: by their names, FASTA where they say nothing (UniProt's .dat and .xml too); lines: a "
+        "document a line; jsonl, parquet and hub have columns",
+        choices=("auto", *FORMATS),
+    )
+    tokenizer: str = key(
+        "auto",
+        "what the tokens are: protein, dna, bytes (of text), pixels, or a Hugging Face tokenizers FILE.json, which is "
+        "copied into the corpus; auto: protein for FASTA, pixels for images, else bytes",
+    )
+    column: str | None = key(None, "field of a table with the text or image; default: text, or image with pixels")
+    part_bytes: int = key(PART_BYTES, "a longer text is several records, cut at the end of a line", at_least=64)
+    image_size: int = key(64, "pixels on each side of an image, cropped and scaled down to it", at_least=1)
+    min_length: int = key(1, "leave out shorter records (tokens)", at_least=1)
+    max_length: int | None = key(None, "leave out longer records (tokens); null: no limit", at_least=1)
     include_taxids: list[int] = key([], "keep only records of these TaxIDs, as headers give them; empty: all")
     exclude_taxids: list[int] = key([], "leave out records of these TaxIDs, as headers give them")
     unknown: str = key(
         "x",
-        "letters outside the alphabet: x reads them as X, refuse stops at the first one, drop leaves out records with "
-        "more X than max_unknown",
+        "letters outside the alphabet: x reads them as X (N in DNA), refuse stops at the first one, drop leaves out "
+        "records with more X than max_unknown; text that is not UTF-8 is refused by refuse, else read as U+FFFD",
         choices=("x", "refuse", "drop"),
     )
     max_unknown: float = key(
         0.1, "with unknown=drop: largest share of X in a record, of unknown letters too", at_least=0, below=1
     )
     deduplicate: bool = key(
-        True, "of records with the same sequence keep the one with the smallest id; held out if one of them is"
+        True, "of records with the same tokens keep the one with the smallest id; held out if one of them is"
     )
     split_by: str | None = key(
         None,
-        "what is hashed to hold records out: sequence; id; or cluster, which holds whole clusters of similar sequences "
-        "out; null: sequence, but id where a corpus or an unfinished preparation of a version before goes on",
+        "what is hashed to hold records out: sequence (the tokens); id; or cluster, which holds whole clusters of "
+        "similar sequences out; null: sequence, but id for text and images, as while streaming them, and where a "
+        "corpus or an unfinished preparation of a version before goes on",
         choices=SPLIT_BY,
     )
     clusters: str = key(
@@ -99,7 +127,7 @@ class PrepareConfig:
     def check(self) -> None:
         """Raise DataError for values that cannot go together; each sentence names the key."""
         if not self.sources:
-            raise DataError("sources is empty: name FASTA files, sources='[a.fasta.gz,b.fasta.gz]'.")
+            raise DataError("sources is empty: name files, sources='[a.fasta.gz,b.fasta.gz]'.")
         if not self.output.strip():
             raise DataError("output is missing: name the folder to be made, output=data/uniref50.")
         if self.max_length is not None and self.max_length < self.min_length:
@@ -127,6 +155,18 @@ class PrepareConfig:
         if self.ood_pfam and self.ood_pfam_random:
             raise DataError("ood_pfam and ood_pfam_random are both set: keep one of them.")
 
+    def reading(self, sources: list[str]) -> Reading:
+        """How the sources become tokens. Raises DataError where they do not go together, or keys do not fit them."""
+        name = self.tokenizer if self.tokenizer in ("auto", *TOKENS) else str(user_path(self.tokenizer).absolute())
+        tokens = agree(sources, self.format, name)
+        read = Reading(self.format, tokens, self.column, self.image_size, self.part_bytes)
+        if self.unknown == "drop" and not read.has_residues:
+            raise DataError(f"unknown=drop counts letters outside an alphabet, and {tokens} have none: leave it out.")
+        by = self.clusters if self.clusters in ("mmseqs", "repid") else None
+        if self.split_by == "cluster" and by and tokens != "protein":
+            raise DataError(f"clusters={by} is for proteins, and these are {tokens}: name a TSV, or another split_by.")
+        return read
+
     @property
     def rule(self) -> SplitRule:
         """Where records go that no cluster decides on."""
@@ -146,8 +186,18 @@ class PrepareConfig:
             return self.workers
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    def content(self) -> dict[str, object]:
-        """The keys that decide what comes out, with their values; lists without order are sorted."""
+    def content(self, read: Reading, leaves: Sequence[Leaf]) -> dict[str, object]:
+        """The keys that decide what comes out, with their values; lists without order are sorted.
+
+        Those that say how files are read come as what they mean, null where they mean nothing.
+        """
         values = {name: value for name, value in vars(self).items() if name not in (*NOT_CONTENT, "sources")}
         values["split_by"] = self.rule.by if self.split_by != "cluster" else "cluster"
+        formats = {leaf.format for leaf in leaves}
+        texts = read.tokens != "pixels" and formats != {"fasta"}
+        values["format"] = list(formats)
+        values["tokenizer"] = read.kept_name
+        values["column"] = (self.column or ("text" if texts else "image")) if formats & {*TABLES} else None
+        values["part_bytes"] = self.part_bytes if texts else None
+        values["image_size"] = self.image_size if read.tokens == "pixels" else None
         return {name: sorted(set(value)) if isinstance(value, list) else value for name, value in values.items()}

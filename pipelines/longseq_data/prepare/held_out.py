@@ -39,13 +39,14 @@ class HeldOut:
     names: Words
     families: tuple[str, ...] = ()
 
-    def holds(self, identifiers: list[str]) -> npt.NDArray[np.bool_]:
-        """Which of the records are listed, shape (len(identifiers),)."""
-        found = np.zeros(len(identifiers), dtype=bool)
+    def holds(self, names: list[bytes]) -> npt.NDArray[np.bool_]:
+        """Which of the records are listed, shape (len(names),)."""
+        found = np.zeros(len(names), dtype=bool)
         if self.names.size:
+            identifiers = [name.decode() for name in names]
             bare = list(map(accession, identifiers))
-            for names in (identifiers, bare, [ISOFORM.sub(r"\1", name) for name in bare]):
-                found |= np.isin(hashes(names), self.names)
+            for known in (identifiers, bare, [ISOFORM.sub(r"\1", name) for name in bare]):
+                found |= np.isin(hashes(known), self.names)
         return found
 
 

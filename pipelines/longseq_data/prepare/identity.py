@@ -3,18 +3,57 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from longseq_data.corpus.corpus import is_corpus
 from longseq_data.corpus.manifest import read_manifest
+from longseq_data.files import sha256_of
+from longseq_data.ingest.cache import content_of
 from longseq_data.readers.formats import HUB
 from longseq_data.readers.sources import URL
 
 EDGE = 1 << 16  # bytes at both ends of a file; the end of a gzip file holds the checksum of its content
 MEASURED = 10_000  # files of a folder whose sizes are looked at, beside their names
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What tells whether a source is the same as before, without reading it. None: its server does not say."""
+
+    name: str
+    size: int | None
+    stamp: str | None  # time of the last change, or the server's tag
+
+
+def identify(source: str) -> Identity:
+    """Never fails: reading the source says what is wrong with it."""
+    try:
+        if source.startswith(HUB) or (not URL.match(source) and Path(source).is_dir()):
+            content = content_of(source)
+            return Identity(source, None, None if content is None else json.dumps(content))
+        if not URL.match(source):
+            status = Path(source).stat()
+            return Identity(source, status.st_size, str(status.st_mtime_ns))
+        import fsspec
+
+        filesystem, path = fsspec.core.url_to_fs(source)
+        info = filesystem.info(path)
+        stamp = info.get("ETag") or info.get("mtime") or info.get("LastModified")
+        return Identity(source, info.get("size"), str(stamp) if stamp else None)
+    except Exception:  # those of every filesystem plugin
+        return Identity(source, None, None)
+
+
+def checksum(source: str) -> str:
+    """SHA-256 of a file; of a folder what its files' names and sizes tell; "" of what lies elsewhere."""
+    if Path(source).is_file():
+        return sha256_of(Path(source))
+    return identity_of(source) or "" if Path(source).is_dir() else ""
 
 
 def identity_of(source: str) -> str | None:
@@ -27,7 +66,7 @@ def identity_of(source: str) -> str | None:
     if source.startswith(HUB):
         return None
     if URL.match(source):
-        size = _size_of_url(source)
+        size = identify(source).size
         return None if size is None else f"size {size}"
     if is_corpus(source):
         return f"fingerprint {read_manifest(Path(source)).fingerprint[:32]}"
@@ -46,12 +85,6 @@ def identity_of(source: str) -> str | None:
         return f"size {size}, ends {digest.hexdigest()[:32]}"
     except OSError:  # reading it says what is wrong
         return None
-
-
-def _size_of_url(source: str) -> int | None:
-    from .plan import identify
-
-    return identify(source).size
 
 
 def _files(folder: Path) -> Iterator[str]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from longseq_data.corpus.corpus import Corpus
 from longseq_data.corpus.manifest import (
@@ -21,19 +20,18 @@ from longseq_data.corpus.manifest import (
     histogram_lines,
     read_manifest,
 )
+from longseq_data.ingest.parse import parse_lot, read_lots
 from longseq_data.readers.documents import Document, DocumentEncoder
 from longseq_data.readers.fasta import NUCLEOTIDES_SENTENCE, PEPTIDE, Encoder
 from longseq_data.readers.proteins import read_proteins
-from longseq_data.readers.reading import Reading
+from longseq_data.readers.reading import FASTA, Reading
 from longseq_data.readers.sources import in_line
 from longseq_data.readers.survey import UNITS
-from longseq_data.readers.uniprot import Header, parse_header
-from longseq_data.vocabulary import ALPHABETS, TOKENS
+from longseq_data.readers.uniprot import parse_header
+from longseq_data.vocabulary import ALPHABETS, PROTEIN, PROTEINS, Tokens, Vocabulary
 
 from .map_stage import NUCLEOTIDE_IDS
-from .reader import ProteinReader, Row, Stored, cut
 
-BLOCK_BYTES = 4 << 20
 SHOWN = 60  # tokens of a record
 
 
@@ -46,8 +44,7 @@ class RawCounts:
     unknown: Counter[str] = field(default_factory=Counter)  # letters outside the alphabet
     proteins: bool = False  # whether any record has a letter that nucleotides do not have
     lengths: Lengths = field(default_factory=Lengths)
-    first: list[Row] = field(default_factory=list)
-    headers: list[Header] = field(default_factory=list)  # of the first
+    first: list[tuple[bytes, bytes, bytes]] = field(default_factory=list)  # (id, tokens, header) of some
 
 
 def count(sources: Sequence[str], show: int, progress: Callable[[int], object] | None = None) -> RawCounts:
@@ -55,41 +52,25 @@ def count(sources: Sequence[str], show: int, progress: Callable[[int], object] |
 
     Raises DataError as preparing them would.
     """
-    counts, reader = RawCounts(unknown=Counter()), ProteinReader()
+    counts, encoder = RawCounts(), FASTA.encoder(strict=False)
+    assert isinstance(encoder, Encoder)
+    watch = None if progress is None else lambda piece: progress(len(piece))
     by_length: Counter[int] = Counter()
     shortest, longest = 1 << 62, 0
-    for rows in (rows for source in sources for rows in _rows(reader, source, progress)):
-        lengths = np.array([len(row.tokens) for row in rows], dtype=np.int64)
-        counts.records += len(rows)
-        counts.tokens += int(lengths.sum())
-        counts.proteins = counts.proteins or any(row.tokens.translate(None, NUCLEOTIDE_IDS) for row in rows)
-        by_length.update(count_lengths(lengths))
-        shortest, longest = min(shortest, int(lengths.min())), max(longest, int(lengths.max()))
-        counts.first += rows[: show - len(counts.first)]
-    counts.headers = list(_headers(sources, len(counts.first)))
-    counts.unknown = reader.unknown
+    for leaf in FASTA.leaves(sources):
+        for lot in read_lots(FASTA, leaf, strict=False, watch=watch):
+            for records in parse_lot(FASTA, leaf, lot, encoder, strict=False):
+                lengths = np.array(records.held, dtype=np.int64)
+                counts.records += lengths.size
+                counts.tokens += int(lengths.sum())
+                counts.proteins = counts.proteins or any(row.translate(None, NUCLEOTIDE_IDS) for row in records.tokens)
+                by_length.update(count_lengths(lengths))
+                shortest, longest = min([shortest, *records.held]), max([longest, *records.held])
+                some = zip(records.identifiers, records.tokens, records.headers or (), strict=False)
+                counts.first += itertools.islice(some, show - len(counts.first))
+    counts.unknown = encoder.unknown
     counts.lengths = describe_lengths(dict(by_length), shortest, longest)
     return counts
-
-
-def _rows(reader: ProteinReader, source: str, progress: Callable[[int], object] | None) -> Iterator[list[Row]]:
-    stored = Stored()
-    for block in cut(source, BLOCK_BYTES, stored, progress):
-        yield list(reader.block(block))
-    if not stored.blocks:
-        for row in reader.whole(source):
-            yield [row]
-
-
-def _headers(sources: Sequence[str], number: int) -> Iterator[Header]:
-    """Those of the first records."""
-    for source in sources:
-        with closing(read_proteins(source)) as records:
-            for record in itertools.islice(records, number):
-                yield parse_header(record.description)
-                number -= 1
-        if not number:
-            return
 
 
 def raw_lines(sources: Sequence[str], counts: RawCounts) -> Iterator[str]:
@@ -98,11 +79,12 @@ def raw_lines(sources: Sequence[str], counts: RawCounts) -> Iterator[str]:
         yield f"  warning    {NUCLEOTIDES_SENTENCE}"
     yield from _unknown_lines(dict(counts.unknown))
     yield from length_lines(counts.lengths, counts.tokens, counts.records)
-    for row, header in zip(counts.first, counts.headers, strict=True):
+    for name, tokens, line in counts.first:
+        header = parse_header(line.decode())
         members = f"{header.members:,} member{'s' * (header.members != 1)}" if header.members is not None else ""
         known = ", ".join(filter(None, (header.taxon, members)))
-        taxon = f"{row.taxid if row.taxid >= 0 else 'unknown'}{f' ({known})' if known else ''}"
-        yield _record_line(row.identifier, taxon, np.frombuffer(row.tokens, np.uint8))
+        taxon = f"TaxID {'unknown' if header.taxid is None else header.taxid}{f' ({known})' if known else ''}"
+        yield _line(name.decode(), taxon, np.frombuffer(tokens, np.uint8), PROTEIN)
 
 
 def document_lines(read: Reading, sources: Sequence[str], show: int) -> Iterator[str]:
@@ -133,7 +115,13 @@ def document_lines(read: Reading, sources: Sequence[str], show: int) -> Iterator
 def _document_line(document: Document, encoder: DocumentEncoder) -> str:
     """A document's name, length and beginning."""
     start = encoder.encode(document, 0, min(document.length, 4 * SHOWN))
-    name = encoder.vocabulary.name
+    return _line(document.identifier, "", start, encoder.vocabulary, document.length)
+
+
+def _line(identifier: str, taxon: str, tokens: Tokens, vocabulary: Vocabulary, length: int | None = None) -> str:
+    """A record's name, taxon, length and beginning. tokens: at least that."""
+    start, size = tokens[: 4 * SHOWN], len(tokens) if length is None else length
+    name = vocabulary.name
     if name in ALPHABETS:
         shown = ALPHABETS[name].decode(start.tolist())
     elif name == "pixels":
@@ -145,7 +133,8 @@ def _document_line(document: Document, encoder: DocumentEncoder) -> str:
 
         shown = load_tokenizer(name).decode(start.tolist())
     shown = in_line(shown)
-    return f"  {in_line(document.identifier)}  {document.length:,}  {shown[:SHOWN]}{'…' if len(shown) > SHOWN else ''}"
+    more = "…" if len(shown) > SHOWN else ""
+    return "  ".join(("", in_line(identifier), *([taxon] if taxon else []), f"{size:,}", f"{shown[:SHOWN]}{more}"))
 
 
 def corpus_lines(folder: Path, show: int) -> Iterator[str]:
@@ -155,12 +144,14 @@ def corpus_lines(folder: Path, show: int) -> Iterator[str]:
     for split in manifest.splits if show else ():
         corpus = Corpus.open(folder, split)
         yield f"\n{split}:"
-        yield from record_lines(corpus.rows(0, min(show, len(corpus))))
+        for identifier, tokens, taxid in corpus.rows(0, min(show, len(corpus))):
+            taxon = f"TaxID {taxid if taxid >= 0 else 'unknown'}" if manifest.vocabulary.name == "protein" else ""
+            yield _line(identifier, taxon, tokens, manifest.vocabulary)
 
 
 def report_lines(name: str, manifest: Manifest) -> Iterator[str]:
     """What became of the sources, and what is in the splits."""
-    report, unit = manifest.report, "residues" if manifest.vocabulary.name == "protein" else "tokens"
+    report, unit = manifest.report, {"bytes": "bytes of text", **UNITS}.get(manifest.vocabulary.name, "tokens")
     split_by = str(manifest.settings.get("split_by", "id"))
     files = len(manifest.sources)
     records = sum(split.records for split in manifest.splits.values())
@@ -173,7 +164,8 @@ def report_lines(name: str, manifest: Manifest) -> Iterator[str]:
     for reason, number in dropped.items():
         if number:
             yield f"  dropped    {number:,} {reason}"
-    yield from _unknown_lines(report["unknown_letters"])  # type: ignore[arg-type]
+    alphabet = ALPHABETS.get(manifest.vocabulary.name, PROTEINS)
+    yield from _unknown_lines(report["unknown_letters"], alphabet.other)  # type: ignore[arg-type]
     if repeated := report.get("repeated_ids"):
         how = {"id": "equal ones are in one split", "cluster": "clusters decide the splits"}
         yield (
@@ -210,18 +202,6 @@ def length_lines(lengths: Lengths, tokens: int, records: int) -> Iterator[str]:
     quantiles = ", ".join(f"{percent} % {length:,}" for percent, length in lengths.quantiles.items())
     yield f"  {lengths.shortest:,} to {lengths.longest:,}, mean {tokens / max(records, 1):,.1f}; up to: {quantiles}"
     yield from histogram_lines(lengths.histogram)
-
-
-def record_lines(records: Iterator[tuple]) -> Iterator[str]:
-    """(id, tokens, TaxID) of each record on a line, the tokens as letters."""
-    for identifier, tokens, taxid in records:
-        yield _record_line(identifier, str(taxid if taxid >= 0 else "unknown"), tokens)
-
-
-def _record_line(identifier: str, taxon: str, tokens: npt.NDArray[np.uint8]) -> str:
-    letters = "".join(TOKENS[token] for token in tokens[:SHOWN].tolist())
-    more = "…" if len(tokens) > SHOWN else ""
-    return f"  {identifier}  TaxID {taxon}  {len(tokens):,}  {letters}{more}"
 
 
 def _unknown_lines(unknown: dict[str, int], other: str = "X") -> Iterator[str]:

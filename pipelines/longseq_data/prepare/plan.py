@@ -5,29 +5,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from longseq_data.corpus.manifest import MANIFEST, Manifest, read_manifest
 from longseq_data.errors import DataError
-from longseq_data.files import sha256_of, user_path, write_text
+from longseq_data.files import user_path, write_text
 from longseq_data.os_errors import lock
-from longseq_data.readers.sources import URL
+from longseq_data.readers.formats import Leaf
+from longseq_data.readers.reading import Reading
 
 from .config import ADDED, PrepareConfig
+from .identity import Identity, checksum, identify
 
+FORMAT = 2  # of the parts
 PARTS = "parts"  # of NAME.partial: what is gone once the corpus is whole
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What tells whether a file is the same as before, without reading it. None: its server does not say."""
-
-    name: str
-    size: int | None
-    stamp: str | None  # time of the last change, or the server's tag
 
 
 @dataclass(frozen=True)
@@ -37,9 +31,10 @@ class Plan:
     sources: list[Identity]  # by name
     inputs: list[Identity]  # lists that the settings name
     block_bytes: int
+    format: int = FORMAT
 
     @classmethod
-    def of(cls, config: PrepareConfig, sources: list[str], block_bytes: int) -> Plan:
+    def of(cls, config: PrepareConfig, read: Reading, leaves: Sequence[Leaf], block_bytes: int) -> Plan:
         """Raises DataError for a list that does not exist."""
         lists = {"ood_ids": config.ood_ids, "ood_pfam_map": config.ood_pfam_map, "clusters": config.cluster_table}
         files = {key: str(user_path(name).absolute()) for key, name in lists.items() if name}
@@ -47,14 +42,13 @@ class Plan:
             if not Path(name).is_file():
                 raise DataError(f"{name}: no such file; correct {key}.")
         inputs = list(files.values())
-        return cls(
-            config.output, config.content(), list(map(identify, sources)), list(map(identify, inputs)), block_bytes
-        )
+        sources = [identify(leaf.source) for leaf in leaves]
+        return cls(config.output, config.content(read, leaves), sources, list(map(identify, inputs)), block_bytes)
 
     @classmethod
     def read(cls, path: Path) -> Plan:
         try:
-            values = json.loads(path.read_text())
+            values = {"format": 1, **json.loads(path.read_text())}
             for name in ("sources", "inputs"):
                 values[name] = [Identity(**identity) for identity in values[name]]
             return cls(**values)
@@ -66,22 +60,6 @@ class Plan:
         return _settings_difference(earlier.settings, self.settings) or _files_difference(
             [*earlier.sources, *earlier.inputs], [*self.sources, *self.inputs]
         )
-
-
-def identify(source: str) -> Identity:
-    """Never fails: reading the source says what is wrong with it."""
-    try:
-        if not URL.match(source):
-            status = Path(source).stat()
-            return Identity(source, status.st_size, str(status.st_mtime_ns))
-        import fsspec
-
-        filesystem, path = fsspec.core.url_to_fs(source)
-        info = filesystem.info(path)
-        stamp = info.get("ETag") or info.get("mtime") or info.get("LastModified")
-        return Identity(source, info.get("size"), str(stamp) if stamp else None)
-    except Exception:  # those of every filesystem plugin
-        return Identity(source, None, None)
 
 
 def earlier_settings(output: Path, overwrite: bool, restart: bool) -> dict[str, object] | None:
@@ -173,8 +151,7 @@ def _content_difference(manifest: Manifest, plan: Plan) -> str | None:
         return difference
     for file in files:
         known = before[file.name]
-        local = not URL.match(file.name)
-        if file.size not in (None, known.size) or (local and sha256_of(Path(file.name)) != known.sha256):
+        if file.size not in (None, known.size) or checksum(file.name) not in ("", known.sha256):
             return f"{file.name} has changed"
     return None
 
@@ -200,7 +177,9 @@ def begin(output: Path, plan: Plan, restart: bool) -> tuple[Path, Plan, Manifest
     if path.is_file():
         earlier = Plan.read(path)
         _refuse(folder, plan.difference(earlier))
-        return folder, earlier, None
+        if earlier.format == plan.format:
+            return folder, earlier, None
+        shutil.rmtree(folder)  # a version before has begun it
     if folder.exists():
         if {entry.name for entry in folder.iterdir()} - {PARTS}:
             raise DataError(f"{folder} exists, and was not made by a preparation; remove it, or choose another output.")

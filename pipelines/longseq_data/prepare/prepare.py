@@ -1,4 +1,4 @@
-"""Prepare a corpus: sequence files become Arrow files on disk, in memory that does not depend on their size.
+"""Prepare a corpus: files become Arrow files on disk, in memory that does not depend on their size.
 
 First half: sources are read once, and their rows put aside, sorted by hash (map_stage). Second half: one range of
 hashes after another is merged and written (reduce_stage). Every step leaves a file under its final name when it is
@@ -8,6 +8,7 @@ done, so an interrupted preparation goes on from there; the corpus gets its own 
                        sources/*.json   sources that were read to their end
                        clusters/*       a table of clusters sorted, or what MMseqs2 has found
                        map/*.arrow      rows put aside, one file a block
+                       map/*.pickle     blocks that wait for a worker
                        shards/*         finished shards, with notes
 """
 
@@ -15,34 +16,36 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
+import re
 import shutil
-from collections import Counter
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 
 from longseq_data.corpus.manifest import Manifest, Source
 from longseq_data.errors import DataError
-from longseq_data.files import sha256_of, user_path, write_text
+from longseq_data.files import aside, sha256_of, user_path, write_text
 from longseq_data.os_errors import explained, is_full
+from longseq_data.readers.formats import Leaf
+from longseq_data.readers.reading import Reading
 from longseq_data.readers.sources import expand_sources
 from longseq_data.splits import Identifiers, Split
-from longseq_data.vocabulary import PROTEIN
 
 from .cluster_split import split_clusters, splits_of
 from .cluster_table import ClusterTable, read_clusters
 from .config import ADDED, PrepareConfig
 from .held_out import read_held_out
-from .map_stage import Counts, MapTask, map_block, map_whole, read_notes
+from .map_stage import Counts, MapTask, Stored, cut, map_block, map_source, read_counts
 from .mmseqs import program
 from .plan import PARTS, Plan, begin, earlier_settings, locked, taken
-from .pool import Workers, in_threads
 from .publish import finish, publish
-from .reader import Block, Stored, cut
 from .reduce_stage import ReduceTask, read_parts, records_of, reduce_shard, shard_count
+from .workers import Nodes, Workers
 
 # called with (stage, done, of how many): bytes of the sources, then shards. None: their size is not known
 Progress = Callable[[str, int, "int | None"], object]
@@ -51,39 +54,63 @@ MIB = 1 << 20
 NOTES, TABLE, HELD_OUT = "clusters.json", "table.npy", "held_out.npy"  # of parts/clusters
 BLOCKS = 32  # of small inputs at most, so that workers share them evenly
 SMALLEST_BLOCK, LARGEST_BLOCK = MIB, 64 * MIB
+ALONE = 16 * MIB  # of input: starting processes takes longer
 MAP_MEMORY = 16  # a block takes up to so many times its size, text and rows and columns together
 REDUCE_MEMORY = 6
 
 
 def prepare(
-    config: PrepareConfig, *, overwrite: bool = False, restart: bool = False, progress: Progress | None = None
+    config: PrepareConfig,
+    *,
+    overwrite: bool = False,
+    restart: bool = False,
+    progress: Progress | None = None,
+    nodes: Nodes | None = None,
 ) -> tuple[Manifest, bool]:
     """Make the corpus that ``config`` describes, or go on making it; gives its manifest and whether it is new.
 
-    overwrite: replace a corpus of the same name. restart: forget what an interrupted preparation has done. With several
-    workers a script that calls this needs ``if __name__ == "__main__":``, as for all of multiprocessing.
+    overwrite: replace a corpus of the same name. restart: forget what an interrupted preparation has done. nodes: that
+    help out, see workers.help_out. With several workers a script that calls this needs ``if __name__ == "__main__":``,
+    as for all of multiprocessing.
 
     Raises DataError for bad settings and bad data, for a name that is taken, for an interrupted preparation that had
     other settings or other sources, for a second one under way, and where the disk is full.
     """
     config.check()
-    sources = sorted(expand_sources(config.sources))
+    try:
+        return _prepare(config, overwrite, restart, progress or (lambda *_: None), nodes)
+    except DataError as error:  # readers speak of the keys of a training
+        sentence = _KEYS.sub(r"\1", str(error).replace("data.strict=false", "unknown=x"))
+        raise DataError(sentence) from error
+
+
+_KEYS = re.compile(r"\bdata\.(format|tokenizer|column|part_bytes|image_size)\b")
+
+
+def _prepare(
+    config: PrepareConfig, overwrite: bool, restart: bool, progress: Progress, nodes: Nodes | None
+) -> tuple[Manifest, bool]:
+    sources = sorted(expand_sources(config.sources, config.format))
+    read = config.reading(sources)
+    leaves = tuple(read.leaves(sources))
     output = user_path(config.output).absolute()
     if config.split_by == "cluster" and config.clusters == "mmseqs":
         program()  # said before hours of reading
     with locked(output):
-        earlier = earlier_settings(output, overwrite, restart) if config.split_by is None else None
-        if earlier is not None:
-            config = replace(config, split_by=str((ADDED | earlier)["split_by"]))
-        plan = Plan.of(config, sources, _block_bytes(config, sources))
+        if config.split_by is None:
+            earlier = earlier_settings(output, overwrite, restart)
+            usual = "sequence" if read.has_residues else "id"
+            config = replace(config, split_by=usual if earlier is None else str((ADDED | earlier)["split_by"]))
+        plan = Plan.of(config, read, leaves, _block_bytes(config, leaves))
         there = taken(output, plan, overwrite)
         if there is not None:
             return there, False
         try:
             folder, plan, finished = begin(output, plan, restart)
             if finished is None:
-                with Workers(config.processes) as workers:
-                    _Preparation(config, plan, folder, progress or (lambda *_: None), workers).run()
+                known = sum(source.size or ALONE for source in plan.sources)
+                with Workers(config.processes if known >= ALONE or nodes else 1, _say, nodes) as workers:
+                    _Preparation(config, read, leaves, plan, folder, progress, workers).run()
             return publish(folder, output), True
         except OSError as error:
             _sweep(output.with_name(f"{output.name}.partial") / PARTS)
@@ -94,21 +121,35 @@ def prepare(
             ) from error
 
 
+def _say(sentence: str) -> None:
+    print(f"longseq: {sentence}", file=sys.stderr)
+
+
 def _sweep(parts: Path) -> None:
     """Remove the files that were being written by processes that are no more."""
-    for rest in [*parts.glob("*/*.partial"), *parts.glob("*/.*.partial")]:
+    for rest in [*parts.glob("*/*.partial"), *parts.glob("*/.*.partial"), *parts.glob("map/*.pickle")]:
         rest.unlink(missing_ok=True)
 
 
-def _block_bytes(config: PrepareConfig, sources: list[str]) -> int:
-    known = sum(Path(source).stat().st_size for source in sources if Path(source).is_file())
+def _block_bytes(config: PrepareConfig, leaves: tuple[Leaf, ...]) -> int:
+    known = sum(Path(leaf.source).stat().st_size for leaf in leaves if Path(leaf.source).is_file())
     most = min(LARGEST_BLOCK, config.memory_mb * MIB // (MAP_MEMORY * config.processes))
     return max(SMALLEST_BLOCK, min(most, known // BLOCKS) if known else most)
 
 
 class _Preparation:
-    def __init__(self, config: PrepareConfig, plan: Plan, folder: Path, progress: Progress, workers: Workers) -> None:
-        self.config, self.plan, self.folder, self.progress, self.workers = config, plan, folder, progress, workers
+    def __init__(
+        self,
+        config: PrepareConfig,
+        read: Reading,
+        leaves: tuple[Leaf, ...],
+        plan: Plan,
+        folder: Path,
+        progress: Progress,
+        workers: Workers,
+    ) -> None:
+        self.config, self.read, self.leaves, self.plan = config, read, leaves, plan
+        self.folder, self.progress, self.workers = folder, progress, workers
         self.parts = folder / PARTS
         for name in ("sources", "map", "shards", "clusters"):
             (self.parts / name).mkdir(exist_ok=True)
@@ -120,13 +161,11 @@ class _Preparation:
         inputs = self._hold_out()
         self._read_clusters()
         stored = self._map()
-        names = [self._map_task().path(i, k) for i, source in enumerate(stored) for k in range(source.blocks)]
+        names = [self.task.path(i, k) for i, source in enumerate(stored) for k in range(source.blocks)]
         counts = Counts()
-        size = 0
         for name in names:
-            part, _, _ = read_notes(name)
-            counts.add(part)
-            size += name.stat().st_size
+            counts.add(read_counts(name))
+        size = sum(name.stat().st_size for name in names)
         if not counts.kept:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.filtered.items()))
             raise DataError(
@@ -137,7 +176,8 @@ class _Preparation:
         task = ReduceTask(
             self.parts / "shards",
             tuple(names),
-            PROTEIN,
+            replace(self.read.vocabulary, name=self.read.kept_name),
+            self.read.written,
             self.config.deduplicate,
             shards,
             ranges=max(1, math.ceil(size / shards / room)),
@@ -147,6 +187,9 @@ class _Preparation:
             task = replace(task, split=partial(splits_of, self.parts / "clusters" / HELD_OUT))
         self._reduce(task)
         _refuse_lost_splits(self.config, task)
+        if self.read.written:
+            with aside(self.folder / self.read.kept_name) as copy:
+                shutil.copyfile(self.read.tokens, copy)
         sources = [
             Source(source.name, each.size, each.sha256) for source, each in zip(self.plan.sources, stored, strict=True)
         ]
@@ -195,36 +238,72 @@ class _Preparation:
             write_text(notes, json.dumps(values))
         return [Source(**source) for source in json.loads(notes.read_text())["inputs"]]
 
-    def _map_task(self) -> MapTask:
+    @cached_property
+    def task(self) -> MapTask:
         names = self.parts / "held_out.npy"
-        table = self.parts / "clusters" / TABLE
-        clusters = ClusterTable(table) if self.config.cluster_table is not None else None
-        return MapTask(
-            self.parts / "map", self.config, names if names.exists() else None, self.plan.block_bytes, clusters
-        )
+        table = ClusterTable(self.parts / "clusters" / TABLE) if self.config.cluster_table is not None else None
+        held_out = names if names.exists() else None
+        return MapTask(self.parts / "map", self.config, self.read, self.leaves, held_out, self.plan.block_bytes, table)
 
     def _map(self) -> list[Stored]:
         """Put the rows of every source aside; what each source is made of."""
         notes = [self.parts / "sources" / f"{i:05d}.json" for i in range(len(self.plan.sources))]
         todo = [i for i, note in enumerate(notes) if not note.exists()]
-        task = self._map_task()
-        reading = _Reading(self.plan, task, self.progress, done=[i for i in range(len(notes)) if i not in set(todo)])
-        work = partial(_map_any, task)
-        # starting a process takes longer than reading a small file
-        most = 1 if reading.left is not None and reading.left < SMALLEST_BLOCK else self.config.processes
-        blocks = in_threads([partial(reading.blocks, i) for i in todo], min(most, len(todo)))
-        for (index, _, block), whole in self.workers.share(work, blocks, most):
-            for i, stored in reading.note(index, block, whole):
+        for i in todo:
+            if self.plan.sources[i].stamp is None:  # nothing tells whether it is what was begun with
+                for begun in (self.parts / "map").glob(f"{i:05d}-*"):
+                    begun.unlink()
+        sizes = [source.size for source in self.plan.sources]
+        total = sum(size for size in sizes if size) if all(sizes) else None
+        read = sum(sizes[i] or 0 for i in range(len(notes)) if i not in {*todo})
+
+        def advance(size: int) -> None:
+            nonlocal read
+            read += size
+            self.progress("bytes", read, total)
+
+        # A worker reads a source from its beginning to its end. One that would take longer than all others together,
+        # shared among the workers, is read here, and parsed and written there.
+        most = (total or 0) / self.workers.count
+        alone = self.workers.count == 1
+        here = [i for i in todo if not alone and ((sizes[i] or 0) > most or len(todo) < self.workers.count)]
+        waiting: dict[int, set[int]] = {i: set() for i in here}
+        ended: dict[int, Stored] = {}
+
+        def tasks() -> Iterator[tuple[int, int | None]]:
+            for i in here:
+                for number, block in enumerate(cut(self.task, i, advance)):
+                    if isinstance(block, Stored):
+                        ended[i] = block
+                    elif not self.task.path(i, number).exists():
+                        with aside(self.task.text(i, number)) as text:
+                            text.write_bytes(pickle.dumps(block, protocol=5))
+                        waiting[i].add(number)
+                        yield i, number
+            for i in todo:
+                if i not in waiting:
+                    yield i, None
+
+        work = partial(_map_any, self.task, advance if alone else None)
+        for (i, number), stored in self.workers.share(work, tasks()):
+            if number is None:
+                assert stored is not None
                 write_text(notes[i], json.dumps(asdict(stored)))
-        for i, stored in reading.finished():
-            write_text(notes[i], json.dumps(asdict(stored)))
+                if not alone:
+                    advance(stored.size)
+            else:
+                waiting[i].discard(number)
+            for done in [i for i in ended if not waiting[i]]:
+                write_text(notes[done], json.dumps(asdict(ended.pop(done))))
+        for i, whole in ended.items():
+            write_text(notes[i], json.dumps(asdict(whole)))
         return [Stored(**json.loads(note.read_text())) for note in notes]
 
     def _reduce(self, task: ReduceTask) -> None:
         todo = [shard for shard in range(task.shards) if not task.notes(shard).exists()]
         done = task.shards - len(todo)
         self.progress("shards", done, task.shards)
-        for _ in self.workers.share(partial(reduce_shard, task), todo, len(todo)):
+        for _ in self.workers.share(partial(reduce_shard, task), todo):
             done += 1
             self.progress("shards", done, task.shards)
 
@@ -257,61 +336,10 @@ def _refuse_lost_splits(config: PrepareConfig, task: ReduceTask) -> None:
     )
 
 
-# (number of the source, its name, block; None: the source is to be read whole)
-Task = tuple[int, str, "Block | None"]
-
-
-def _map_any(task: MapTask, item: Task) -> Stored | None:
-    index, name, block = item
-    if block is None:
-        return map_whole(task, index, name)
-    map_block(task, index, block)
+def _map_any(task: MapTask, advance: Callable[[int], object] | None, item: tuple[int, int | None]) -> Stored | None:
+    """A block of a source that waits on the disk, or a whole source."""
+    source, number = item
+    if number is None:
+        return map_source(task, source, advance)
+    map_block(task, source, number)
     return None
-
-
-class _Reading:
-    """Which sources have been read to their end, and which of their blocks are still with a worker."""
-
-    def __init__(self, plan: Plan, task: MapTask, progress: Progress, done: list[int]) -> None:
-        self.plan, self.task, self.progress = plan, task, progress
-        sizes = [source.size for source in plan.sources]
-        self.total = None if None in sizes else sum(size or 0 for size in sizes)
-        self.read = sum(sizes[i] or 0 for i in done)
-        self.left = None if self.total is None else self.total - self.read
-        self.sent: Counter[int] = Counter()
-        self.back: Counter[int] = Counter()
-        self.stored: dict[int, Stored] = {}
-
-    def blocks(self, index: int) -> Iterator[Task]:
-        """The blocks of a source that are not put aside yet."""
-        name = self.plan.sources[index].name
-        stored = Stored()
-        for block in cut(name, self.task.block_bytes, stored, self._advance):
-            path = self.task.path(index, block.number)
-            if path.exists():
-                if read_notes(path)[1] != block.checksum:
-                    raise DataError(f"{name} has changed since the preparation began; start over with --restart.")
-                continue
-            self.sent[index] += 1
-            yield index, name, block
-        if stored.blocks:
-            self.stored[index] = stored
-        else:
-            self.sent[index] += 1
-            yield index, name, None
-
-    def note(self, index: int, block: Block | None, whole: Stored | None) -> Iterator[tuple[int, Stored]]:
-        """A task came back; the sources that are finished with it."""
-        self.back[index] += 1
-        if whole is not None:
-            self.stored[index] = whole
-            self._advance(whole.size)
-        yield from self.finished()
-
-    def finished(self) -> Iterator[tuple[int, Stored]]:
-        for index in [i for i in list(self.stored) if self.sent[i] == self.back[i]]:
-            yield index, self.stored.pop(index)
-
-    def _advance(self, size: int) -> None:
-        self.read += size
-        self.progress("bytes", self.read, self.total)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from longseq_data.corpus.manifest import (
     MANIFEST,
+    OFFSETS,
     DataFile,
     Manifest,
     Source,
@@ -32,7 +33,6 @@ from .map_stage import SPLITS, Counts
 from .plan import PARTS, Plan
 from .reduce_stage import Part, ReduceTask, read_parts, records_of, schema, split_digest
 
-OFFSETS = "offsets.npy"
 PACKAGES = ("datasets", "pyarrow", "numpy")
 
 
@@ -59,6 +59,7 @@ def finish(
         arrow = [Path(file.name).name for file in split.files if file.rows is not None]
         _describe(folder / name, arrow, f"{mark[:16]}-{name}", task)
         split.files += [_data_file(folder, f"{name}/{described}") for described in ("dataset_info.json", "state.json")]
+    tokens = task.vocabulary.name  # where it is a tokenizer's, its file lies in the folder
     write_text(folder / "dataset_dict.json", json.dumps({"splits": list(splits)}))
     records = sum(split.records for split in splits.values())
     manifest = Manifest(
@@ -68,7 +69,7 @@ def finish(
         settings=plan.settings,
         sources=sources,
         inputs=inputs,
-        files=[_data_file(folder, "dataset_dict.json")],
+        files=[_data_file(folder, name) for name in ("dataset_dict.json", *([tokens] if task.written else []))],
         report={
             "records": counts.records,
             "tokens": counts.tokens,
@@ -171,7 +172,7 @@ def _describe(folder: Path, files: list[str], mark: str, task: ReduceTask) -> No
     """The two files by which `datasets` knows the Arrow files of a split."""
     # as datasets.DatasetInfo writes it, whose import would take longer than a small corpus
     info = dict.fromkeys(("description", "citation", "homepage", "license"), "")
-    features = json.loads(schema(task.vocabulary).metadata[b"huggingface"])["info"]["features"]
+    features = json.loads(schema(task.vocabulary, task.written).metadata[b"huggingface"])["info"]["features"]
     write_text(folder / "dataset_info.json", json.dumps({**info, "features": features}))
     state: dict[str, object] = {
         "_data_files": [{"filename": name} for name in files],

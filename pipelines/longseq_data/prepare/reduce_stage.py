@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, TypedDict
 
@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from longseq_data.corpus.manifest import count_lengths
 from longseq_data.files import write_text
+from longseq_data.ingest.block import stored_dtype
 from longseq_data.vocabulary import Vocabulary
 
 from .map_stage import SPLITS, ordered
@@ -54,6 +55,7 @@ class ReduceTask:
     folder: Path
     parts: tuple[Path, ...]
     vocabulary: Vocabulary
+    written: bool  # by a tokenizer: rows have the text that it read
     deduplicate: bool
     shards: int
     ranges: int
@@ -83,7 +85,7 @@ def reduce_shard(task: ReduceTask, shard: int) -> None:
                 some = rows.of_split(number)
                 if some.records:
                     if name not in writers:
-                        writers[name] = ShardWriter(task.arrow(shard, name), task.vocabulary)
+                        writers[name] = ShardWriter(task.arrow(shard, name), schema(task.vocabulary, task.written))
                     writers[name].add(some)
         notes = {name: writer.close() for name, writer in writers.items()}
     except BaseException:
@@ -124,13 +126,12 @@ def _borders(task: ReduceTask, shard: int) -> Iterator[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows in the order of the corpus, some of one split: names and tokens are large_binary arrays."""
+    """Rows in the order of the corpus, some of one split."""
 
     digests: npt.NDArray[np.uint64]  # (n, 2)
     split: npt.NDArray[np.uint8]
     taxid: npt.NDArray[np.int64]
-    identifiers: pa.LargeBinaryArray
-    tokens: pa.LargeBinaryArray
+    columns: dict[str, pa.LargeBinaryArray]  # id, tokens, and the text of rows that have one
     order: npt.NDArray[np.int64]  # which rows, and in which order
 
     @property
@@ -139,7 +140,7 @@ class Rows:
 
     def of_split(self, split: int) -> Rows:
         order = self.order[self.split[self.order] == split]
-        return Rows(self.digests, self.split, self.taxid, self.identifiers, self.tokens, order)
+        return replace(self, order=order)
 
 
 def _rows(task: ReduceTask, start: int, stop: int) -> Rows:
@@ -159,17 +160,17 @@ def _rows(task: ReduceTask, start: int, stop: int) -> Rows:
     table = pa.Table.from_batches(parts).combine_chunks()
     del parts
     if not table.num_rows:
-        nothing = pa.array([], pa.large_binary())
         empty = np.empty(0, dtype=np.int64)
-        return Rows(np.empty((0, 2), np.uint64), empty.astype(np.uint8), empty, nothing, nothing, empty)
+        return Rows(np.empty((0, 2), np.uint64), empty.astype(np.uint8), empty, {}, empty)
     column = {name: table.column(name).chunk(0) for name in table.column_names}
     digests = np.stack([column["key"].to_numpy(), column["rest"].to_numpy()], axis=1)
-    identifiers, taxid = column["id"], column["taxid"].to_numpy()
-    split = column["split"].to_numpy()
+    taxid, split = column["taxid"].to_numpy(), column["split"].to_numpy()
+    columns = {name: column[name] for name in ("id", "tokens", "text") if name in column}
+    named = [columns[name] for name in ("id", "text") if name in columns]
     if task.split is not None:
         split = task.split(digests[:, 0], split)
-    order, split = ordered(digests, split, lambda row: identifiers[row].as_py(), taxid, task.deduplicate)
-    return Rows(digests, split, taxid, identifiers, column["tokens"], order)
+    order, split = ordered(digests, split, lambda row: [each[row].as_py() for each in named], taxid, task.deduplicate)
+    return Rows(digests, split, taxid, columns, order)
 
 
 class _Hashed:
@@ -214,32 +215,33 @@ def split_digest(cells: dict[int, str]) -> str:
     return hashlib.sha256(json.dumps(sorted(cells.items())).encode()).hexdigest()
 
 
-def schema(vocabulary: Vocabulary) -> pa.Schema:
-    """Columns of a corpus, with the note by which `datasets` knows their types."""
+def schema(vocabulary: Vocabulary, written: bool) -> pa.Schema:
+    """Columns of a corpus, with the note by which `datasets` knows their types. written: with the rows' texts."""
     import pyarrow as pa
 
-    tokens = str(vocabulary.dtype)
+    stored = stored_dtype(vocabulary)
     features = {
         "id": {"dtype": "string", "_type": "Value"},
-        "tokens": {"feature": {"dtype": tokens, "_type": "Value"}, "_type": "LargeList"},
+        "tokens": {"feature": {"dtype": str(stored), "_type": "Value"}, "_type": "LargeList"},
         "taxid": {"dtype": "int64", "_type": "Value"},
     }
-    return pa.schema(
-        {"id": pa.string(), "tokens": pa.large_list(pa.from_numpy_dtype(vocabulary.dtype)), "taxid": pa.int64()},
-        metadata={"huggingface": json.dumps({"info": {"features": features}})},
-    )
+    types = {"id": pa.string(), "tokens": pa.large_list(pa.from_numpy_dtype(stored)), "taxid": pa.int64()}
+    if written:
+        features["text"] = {"dtype": "large_binary", "_type": "Value"}
+        types["text"] = pa.large_binary()
+    return pa.schema(types, metadata={"huggingface": json.dumps({"info": {"features": features}})})
 
 
 class ShardWriter:
     """Writes rows of one split to an Arrow stream, in record batches whose borders depend on the rows alone."""
 
-    def __init__(self, path: Path, vocabulary: Vocabulary) -> None:
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
         import pyarrow as pa
 
         self._path, self._aside = path, path.with_suffix(f".{os.getpid()}.partial")
-        self._dtype = vocabulary.dtype
+        self._dtype = np.dtype(schema.field("tokens").type.value_type.to_pandas_dtype())
         self._file = _Hashed(self._aside.open("wb"))
-        self._schema = schema(vocabulary)
+        self._schema = schema
         self._writer = pa.ipc.new_stream(pa.PythonFile(self._file, mode="w"), self._schema)
         self._waiting: list[pa.RecordBatch] = []
         self._waiting_tokens = self._waiting_rows = 0
@@ -252,17 +254,13 @@ class ShardWriter:
         import pyarrow as pa
 
         order = pa.array(rows.order)
-        identifiers, tokens = rows.identifiers.take(order), rows.tokens.take(order)
-        offsets, values = _buffers(tokens, self._dtype)
-        self._note(rows, identifiers, np.diff(offsets))
-        batch = pa.record_batch(
-            [
-                identifiers.cast(pa.string()),
-                pa.LargeListArray.from_arrays(offsets, values),
-                pa.array(rows.taxid[rows.order]),
-            ],
-            schema=self._schema,
-        )
+        columns = {name: column.take(order) for name, column in rows.columns.items()}
+        offsets, values = _buffers(columns["tokens"], self._dtype)
+        self._note(rows, columns["id"], np.diff(offsets))
+        columns["id"] = columns["id"].cast(pa.string())
+        columns["tokens"] = pa.LargeListArray.from_arrays(offsets, values)
+        columns["taxid"] = pa.array(rows.taxid[rows.order])
+        batch = pa.record_batch([columns[name] for name in self._schema.names], schema=self._schema)
         start = 0
         while start < batch.num_rows:
             taken = np.cumsum(np.diff(offsets[start:])) + self._waiting_tokens

@@ -14,13 +14,15 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
+from longseq_data.errors import DataError
 from longseq_data.vocabulary import EOS, TABLE
 
 from .fasta import PIR, PRINTABLE, UNKNOWN_BYTE, Record, _line_of, parse_records
-from .proteins import read_proteins
+from .proteins import records_of
 from .sources import Watch, open_binary, reading_error
 
 READ_SIZE = 1 << 19  # parsed at once: what stays in a core's cache
+LONGEST = 1 << 30  # bytes of one record; beyond, memory would end before the file does
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 # A line that is a header whose identifier stands at once after the '>'.
@@ -71,49 +73,54 @@ class Protein(_Fields):
 Chunk = list["Protein | Record"]
 
 
+class Piece(NamedTuple):
+    """Whole records of one source: text that begins with '>', or records of what is no FASTA."""
+
+    text: bytes
+    line: int  # its first one
+    records: Chunk
+
+
 class Bulk(NamedTuple):
     """Some records of plain letters."""
 
-    identifiers: list[bytes]
+    headers: list[bytes]  # without '>'
     ids: list[bytes]
 
 
-def read_bulk(
-    source: str, watch: Watch | None = None, *, proteins: bool = True
-) -> Generator[tuple[Bulk | None, Chunk], None, None]:
-    """The records of one path or URL, some at a time: (plain ones, nothing) or (None, those that need a closer look).
+def read_pieces(source: str, watch: Watch | None = None) -> Generator[Piece, None, None]:
+    """The records of one path or URL, some at a time, unparsed where it is FASTA.
+
+    Raises what read_proteins raises, after the records before it.
+    """
+    with open_binary(source, "FASTA", watch) as handle:
+        if begins_with_record(handle):
+            with closing(_texts(handle, source)) as texts:
+                for text, line in texts:
+                    yield Piece(text, line, [])
+            return
+        for record in records_of(handle, source):
+            yield Piece(b"", 0, [record])
+
+
+def parse_piece(piece: Piece, source: str, *, proteins: bool = True) -> Iterator[tuple[Bulk | None, Chunk]]:
+    """Its records, some at a time: (plain ones, nothing) or (None, those that need a closer look).
 
     proteins: whether letters stand for residues of proteins; of another alphabet all need a closer look.
 
     Raises what read_proteins raises, after the records before it.
     """
-    for text, line, records in _blocks(source, watch):
-        found = plain_ids(text, b"\n", with_headers=True) if proteins and not records else None
-        if found is not None:
-            items, headers = found
-            yield Bulk([header.split(None, 1)[0] for header in headers], items), []
-            continue
-        for chunk in [records] if records else _parsed(text, source, line):
-            yield None, chunk
-
-
-def _blocks(source: str, watch: Watch | None) -> Generator[tuple[bytes, int, Chunk], None, None]:
-    """(text of whole records that begins with '>', its first line, nothing), or (nothing, 0, records) of what is no
-    FASTA."""
-    with open_binary(source, "FASTA", watch) as handle:
-        plain = begins_with_record(handle)
-        if plain:
-            with closing(_texts(handle, source)) as texts:
-                for text, line in texts:
-                    yield text, line, []
-    if not plain:
-        for record in read_proteins(source, watch):
-            yield b"", 0, [record]
+    found = plain_ids(piece.text) if proteins and not piece.records else None
+    if found is not None:
+        yield found, []
+        return
+    for chunk in [piece.records] if piece.records else _parsed(piece.text, source, piece.line):
+        yield None, chunk
 
 
 def _texts(handle: io.BufferedReader, source: str) -> Generator[tuple[bytes, int], None, None]:
     rest: list[bytes] = []
-    line = 1
+    line, held = 1, 0
     pieces = with_line_feeds(iter(lambda: handle.read1(READ_SIZE), b""))
     problem: Exception | None = None
     while True:
@@ -126,7 +133,12 @@ def _texts(handle: io.BufferedReader, source: str) -> Generator[tuple[bytes, int
         border = piece.rfind(b"\n>")
         if border < 0 and not (rest and rest[-1].endswith(b"\n") and piece.startswith(b">")):
             rest.append(piece)
+            held += len(piece)
+            if held > LONGEST:
+                most = f"{LONGEST >> 20:,} MiB"
+                raise DataError(f"{source}: a record is longer than {most}; check that it is FASTA, or cut it.")
             continue
+        held = 0
         text, rest = b"".join([*rest, memoryview(piece)[: border + 1]]), [piece[border + 1 :]]
         yield text, line
         line += _line_breaks(text)
@@ -164,25 +176,20 @@ def with_line_feeds(pieces: Iterable[bytes]) -> Iterator[bytes]:
         yield b"\n"
 
 
-def plain_ids(text: bytes, deleted: bytes, with_headers: bool) -> tuple[list[bytes], list[bytes]] | None:
-    """(ids of each record of some text that begins with '>', their headers if asked for); None: not all are plain.
+def plain_ids(text: bytes) -> Bulk | None:
+    """The records of some text that begins with '>'; None: not all are plain.
 
-    deleted: what may stand in a sequence and counts for nothing. A header that does not fit the pattern leaves its '>',
-    and so one more mark than there are headers that do. White space in the headers is that of ``bytes`` alone.
+    A header that does not fit the pattern leaves its '>', and so one more mark than there are headers that do. White
+    space in the headers is that of ``bytes`` alone.
     """
-    headers: list[bytes] = []
-    if with_headers:
-        parts = HEADER.split(text)
-        headers = parts[1::2]
-        sequences, count = MARK.join(parts[::2]), len(headers)
-    else:
-        sequences, count = HEADER.subn(MARK, text)
-    ids = sequences.translate(MARKED_TABLE, deleted)
+    parts = HEADER.split(text)
+    headers = parts[1::2]
+    ids = MARK.join(parts[::2]).translate(MARKED_TABLE, b"\n")
     if not ids.startswith(EOS_BYTE) or UNKNOWN_BYTE in ids or b"".join(headers).translate(None, WHITE):
         return None
     items = ids.split(EOS_BYTE)
     del items[0]  # before the first mark
-    return (items, headers) if len(items) == count and b"" not in items else None
+    return Bulk(headers, items) if len(items) == len(headers) and b"" not in items else None
 
 
 def _parsed(text: bytes, source: str, line: int) -> Iterator[Chunk]:

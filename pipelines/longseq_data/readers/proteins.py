@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import io
 import re
 from collections.abc import Callable, Generator, Iterator
 from typing import Literal, TextIO
@@ -10,7 +11,7 @@ from typing import Literal, TextIO
 from longseq_data.errors import DataError
 
 from .fasta import PIR, Record, parse_records
-from .sources import Watch, open_text
+from .sources import Watch, as_text, open_binary
 from .uniprot_flat import read_flat
 from .uniprot_xml import read_xml
 
@@ -33,12 +34,18 @@ def read_proteins(source: str, watch: Watch | None = None) -> Generator[Record, 
 
     Raises DataError, one sentence with file and line, for what cannot be read, is none of the formats, or is damaged.
     """
-    with open_text(source, watch) as handle:
-        yield from READERS[_format_of(handle, source)](handle, source)
+    with open_binary(source, "FASTA", watch) as handle:
+        yield from records_of(handle, source)
+
+
+def records_of(handle: io.BufferedReader, source: str) -> Iterator[Record]:
+    """The same of a source that is open."""
+    text = as_text(handle)
+    yield from READERS[_format_of(text, source)](text, source)
 
 
 def _format_of(handle: TextIO, source: str) -> Format:
-    # open_text has filled the buffer, so nothing is read here
+    # open_binary has filled the buffer, so nothing is read here
     head = handle.buffer.peek(1024).removeprefix(codecs.BOM_UTF8).lstrip()  # type: ignore[attr-defined]
     if head.startswith(b"<"):
         return "xml"

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from longseq_data.errors import DataError
-from longseq_data.vocabulary import ALPHABETS, BYTES, DNA, PIXELS, PROTEIN, Vocabulary
+from longseq_data.files import sha256_of
+from longseq_data.vocabulary import ALPHABETS, BUILT_IN, Vocabulary
 
 from .documents import ByteDocument, Document, DocumentEncoder, Text
 from .fasta import Encoder, Record
 from .formats import Leaf, format_of, leaves
+from .images import ImageDocument, read_images
 from .sources import Watch
 
-TOKENS = ("protein", "dna", "bytes", "pixels")  # and a tokenizer's file
+TOKENS = tuple(BUILT_IN)  # and a tokenizer's file
 
 # format: the tokens it can be read as, its own first. "file" stands for a tokenizer's file.
 READ_AS: dict[str, tuple[str, ...]] = {
@@ -30,6 +33,8 @@ TABLES = ("jsonl", "parquet", "hub")  # which have columns
 
 PART_BYTES = 1 << 20
 
+Raw = Text | ImageDocument
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -44,12 +49,16 @@ class Reading:
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """Raises DataError for a tokenizer's file that cannot be read."""
-        for built_in in (PROTEIN, DNA, BYTES, PIXELS):
-            if self.tokens == built_in.name:
-                return built_in
+        if self.tokens in BUILT_IN:
+            return BUILT_IN[self.tokens]
         from longseq_data.tokenization import tokenizer_vocabulary
 
         return tokenizer_vocabulary(self.tokens)
+
+    @cached_property
+    def kept_name(self) -> str:
+        """What the tokens are called where their tokenizer's file has been copied to: the same for the same content."""
+        return f"tokenizer-{sha256_of(Path(self.tokens))[:16]}.json" if self.written else self.tokens
 
     @property
     def has_residues(self) -> bool:
@@ -76,10 +85,24 @@ class Reading:
 
         Raises DataError, one sentence with file and line or row, for what cannot be read, and where there is nothing.
         """
-        if self.tokens == "pixels":
-            yield from self._images(leaf)
-            return
-        yield from _filled(leaf, (self._document(text, leaf, strict) for text in self.texts(leaf, strict, watch)))
+        documents = (self.document(item, leaf, strict) for item in self.raw(leaf, strict, watch))
+        yield from documents if self.tokens == "pixels" else _filled(leaf, documents)
+
+    def raw(self, leaf: Leaf, strict: bool, watch: Watch | None = None) -> Iterator[Raw]:
+        """What the documents of one leaf that is no FASTA are made of."""
+        return self._images(leaf) if self.tokens == "pixels" else self.texts(leaf, strict, watch)
+
+    def document(self, raw: Raw, leaf: Leaf, strict: bool) -> Document:
+        """A text, or picture, as its tokens."""
+        if isinstance(raw, ImageDocument):
+            return raw
+        if self.tokens == "bytes":
+            return ByteDocument(raw.identifier, raw.source, raw.line, raw.data)
+        if self.has_residues:
+            return _protein(raw, "rows" if leaf.format in ("parquet", "hub") else "lines")
+        from longseq_data.tokenization import tokenise
+
+        return tokenise(raw, self.tokens, strict)
 
     def untokenised(self, leaf: Leaf, strict: bool) -> Generator[Document, None, None]:
         """The documents of one leaf as bytes, for a look at them: tokenizers are slow. Raises what documents() does."""
@@ -106,17 +129,7 @@ class Reading:
             return read_jsonl(leaf.source, column, self.part_bytes, strict, watch)
         return (read_text if leaf.format == "text" else read_lines)(leaf.source, self.part_bytes, watch)
 
-    def _document(self, text: Text, leaf: Leaf, strict: bool) -> Document:
-        if self.tokens == "bytes":
-            return ByteDocument(text.identifier, text.source, text.line, text.data)
-        if self.has_residues:
-            return _protein(text, "rows" if leaf.format in ("parquet", "hub") else "lines")
-        from longseq_data.tokenization import tokenise
-
-        return tokenise(text, self.tokens, strict)
-
-    def _images(self, leaf: Leaf) -> Generator[Document, None, None]:
-        from .images import read_images
+    def _images(self, leaf: Leaf) -> Generator[ImageDocument, None, None]:
         from .tables import read_hub_images, read_parquet_images
 
         if leaf.format == "images":
@@ -167,7 +180,11 @@ def _filled(leaf: Leaf, documents: Iterable[Document]) -> Generator[Document, No
             empty = False
             yield document
     if empty:
-        raise DataError(f"{leaf.source}: nothing but white space in it; give text, or remove it from the list.")
+        raise nothing_in(leaf)
+
+
+def nothing_in(leaf: Leaf) -> DataError:
+    return DataError(f"{leaf.source}: nothing but white space in it; give text, or remove it from the list.")
 
 
 def _protein(text: Text, counted: str) -> Record:

@@ -159,7 +159,12 @@ def open_text(source: str, watch: Watch | None = None) -> Iterator[TextIO]:
     to stop.
     """
     with open_binary(source, "FASTA", watch) as handle:
-        yield io.TextIOWrapper(handle, encoding="utf-8-sig", errors="replace")
+        yield as_text(handle)
+
+
+def as_text(handle: io.BufferedReader) -> TextIO:
+    """The lines of open_text."""
+    return io.TextIOWrapper(handle, encoding="utf-8-sig", errors="replace")
 
 
 @contextmanager

@@ -60,6 +60,10 @@ class Cut(Protocol):
         """The samples of one pass, those with targets, numbered from 0; ``sampled``: in a random order."""
         ...
 
+    def spans(self, plan: Plan) -> Iterator[tuple[int, int, int]]:
+        """(record, first, last): the ordinary tokens of records that causal samples have as targets."""
+        ...
+
     def tokens(self, plan: Plan, out: npt.NDArray, segments: npt.NDArray | None) -> None:
         """Row i of ``out``, (B, longest sample): the tokens of sample i, and IGNORE after them.
 
@@ -69,7 +73,7 @@ class Cut(Protocol):
 
 
 class Crops:
-    """One record a sample: its row [BOS] residues [EOS], or ``length`` positions of it."""
+    """One record a sample: its row [BOS] residues [EOS], or ``length`` positions of it. Pictures have no EOS."""
 
     def __init__(self, corpus: Corpus, length: int, objective: str, seed: int, crop: str) -> None:
         self.corpus, self.length, self.seed, self.crop = corpus, length, seed, crop
@@ -102,6 +106,10 @@ class Crops:
             number += len(plan)
             yield plan
 
+    def spans(self, plan: Plan) -> Iterator[tuple[int, int, int]]:
+        first, last = residues_of(plan.starts + 1, plan.sizes - 1, self.corpus.lengths(plan.records))
+        yield from zip(plan.records.tolist(), first.tolist(), last.tolist(), strict=True)
+
     def tokens(self, plan: Plan, out: npt.NDArray, segments: npt.NDArray | None = None) -> None:
         vocabulary = self.corpus.vocabulary
         length = self.corpus.lengths(plan.records)
@@ -122,7 +130,7 @@ class Crops:
         out[ended, plan.sizes[ended] - 1] = vocabulary.eos
 
     def _rows(self, records: Integers) -> Integers:
-        return self.corpus.lengths(records) + 2  # with BOS and EOS
+        return self.corpus.lengths(records) + 1 + self.corpus.closed  # with BOS and EOS
 
     def _at(self, numbers: Integers, records: Integers, starts: Integers) -> Plan:
         sizes = np.minimum(self._rows(records) - starts, self.size)
@@ -175,6 +183,16 @@ class Joined:
             plan = _numbered(plan[plan.scored > 0], number)  # a lone EOS at the end has nothing to predict it from
             number += len(plan)
             yield plan
+
+    def spans(self, plan: Plan) -> Iterator[tuple[int, int, int]]:
+        begins = np.maximum(plan.starts + 1, 0)
+        ends = plan.starts + plan.sizes
+        firsts, lasts = self.stream.record_at(begins), self.stream.record_at(ends - 1)
+        for begin, end, first, last in zip(*(each.tolist() for each in (begins, ends, firsts, lasts)), strict=True):
+            for record in range(first, last + 1):
+                base = int(self.corpus.offsets[record]) + self.stream.marks * record + self.stream.bos
+                length = int(self.corpus.lengths(record))
+                yield record, min(max(begin - base, 0), length), min(max(end - base, 0), length)
 
     def tokens(self, plan: Plan, out: npt.NDArray, segments: npt.NDArray | None) -> None:
         size = int(plan.sizes.max())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import count
 
@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from longseq_data.corpus.corpus import Corpus
 from longseq_data.randomness import generator
-from longseq_data.vocabulary import IGNORE, Vocabulary
+from longseq_data.readers.documents import Extent
+from longseq_data.vocabulary import ALPHABETS, IGNORE, Vocabulary
 
 from .buckets import block_samples, cut_block
 from .corpus_cuts import Crops, Cut, Joined, Plan, rounds
@@ -38,6 +39,7 @@ class CorpusSpec:
     reset: bool = False  # "concat": documents [BOS] ... [EOS] that do not see each other, with segment numbers
     crop: str = "random"  # where a record longer than the window is cropped, "random" or its "first" tokens
     batch_tokens: int = 0  # "bucket": of one step over all ranks, padding included
+    measured: bool = False  # evaluations know how many bytes and words their targets stand for
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -82,7 +84,8 @@ class CorpusSpec:
         """Nothing is left to do."""
 
     def measuring(self) -> CorpusSpec:
-        return self
+        """The same with ``measured`` where the losses add up to the probability of text or images."""
+        return replace(self, measured=self.vocabulary.name not in ALPHABETS and self.objective == "causal")
 
     def training(self, start: int, share: Share, warn: bool = False) -> Iterator[MakeBatch]:
         """See sharing.Samples. With packing "bucket" rows vary from step to step; inside a step its rest comes first.
@@ -95,7 +98,7 @@ class CorpusSpec:
         """See sharing.Samples. The whole split in its order, or ``max_samples`` drawn from it whatever the seed."""
         plans = self.cut.evaluation(sampled=max_samples is not None)
         for plan in rounds(plans, share.step_samples, max_samples):
-            yield partial(self._batch, plan[share.rank :: share.world], share.batch_sequences, {})
+            yield partial(self._scored, plan[share.rank :: share.world], share.batch_sequences)
 
     def target_counts(self, max_targets: int | None = None) -> npt.NDArray[np.int64]:
         """See sharing.Samples; ``max_targets``: of about so many, from records drawn at random."""
@@ -109,7 +112,7 @@ class CorpusSpec:
             kept = np.minimum(lengths, self.length if causal else self.length - 1) if first else lengths
             for start, size in zip(corpus.offsets[records].tolist(), kept.tolist(), strict=True):
                 counts += np.bincount(corpus.read(start, start + size), minlength=counts.size)
-            if causal:
+            if causal and corpus.closed:
                 counts[self.vocabulary.eos] += int((kept < self.length).sum()) if first else len(records)
             seen = int(counts.sum())
             if max_targets is not None and seen >= max_targets:
@@ -128,7 +131,7 @@ class CorpusSpec:
                 yield partial(self._batch, mine[number * rows : (number + 1) * rows], rows, facts)
 
     def _bucketed(self, start: int, share: Share) -> Iterator[MakeBatch]:
-        whole = self.corpus.lengths(np.arange(min(LOOK, len(self.corpus)))) + 2
+        whole = self.corpus.lengths(np.arange(min(LOOK, len(self.corpus)))) + 1 + self.corpus.closed
         extra = self.objective == "causal"  # the token that is only a target
         size = block_samples(float(np.minimum(whole - extra, self.length).mean()), self.batch_tokens)
         for block in count(start // size):
@@ -145,6 +148,15 @@ class CorpusSpec:
                 rows = -(-len(step) // (share.world * share.accumulate))
                 for micro_batch in range(share.accumulate):
                     yield partial(self._batch, plan[mine[micro_batch :: share.accumulate]], rows, facts)
+
+    def _scored(self, plan: Plan, rows: int) -> Arrays:
+        if not self.measured:
+            return self._batch(plan, rows, {})
+        found = Extent(0, 0)
+        for record, first, last in self.cut.spans(plan) if len(plan) else ():
+            if last > first:
+                found = found.plus(self.corpus.measure(record, first, last))
+        return self._batch(plan, rows, {"bytes": found.bytes, "words": found.words})
 
     def _batch(self, plan: Plan, rows: int, facts: dict[str, int]) -> Arrays:
         batch = self._filled(plan, rows) if len(plan) else filler(rows, 1, self.vocabulary, self.reset)

@@ -256,8 +256,9 @@ def _preparation(args: argparse.Namespace, site: Site) -> _Job:
     wanted.check()
     config = args.target.absolute()
     here = Path.cwd() / f"prepare-{config.stem}"
+    request = Request(args.nodes or 1, 1, gpus=False)
     # The job's working folder is this one, so relative paths mean the same there.
-    script = prepare_script(config, args.overrides, here.with_name(f"{here.name}-%j.log"), site, Request(1, 1, False))
+    script = prepare_script(config, args.overrides, here.with_name(f"{here.name}-%j.log"), site, request)
     return _Job(script, here)
 
 

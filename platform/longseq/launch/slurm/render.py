@@ -82,9 +82,11 @@ def evaluate_script(run: Path, arguments: Sequence[str], site: Site, request: Re
 
 
 def prepare_script(config: Path, arguments: Sequence[str], log: Path, site: Site, request: Request) -> str:
-    """The script of `longseq data prepare`, on one node with one task."""
+    """The script of `longseq data prepare`, one task a node."""
     head = _directives(site, request, f"prepare-{config.stem}", log, waits=False)
-    values = {"config": config, "arguments": _words(arguments), "directives": head}
+    if request.nodes > 1:
+        head.append(directive("no-kill"))
+    values = {"config": config, "arguments": _words(arguments), "directives": head, "nodes": request.nodes}
     return fill("prepare.sbatch.j2", values | _environment(site) | _command(site, request, ()))
 
 

@@ -1,0 +1,175 @@
+"""Who does the work: this process, or Dask's workers here and on other nodes. What a killed one had is done again."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from longseq_data.errors import DataError
+from longseq_data.files import write_text
+from longseq_data.ingest.cache import read_json
+
+if TYPE_CHECKING:
+    from distributed import Client, LocalCluster
+
+AHEAD = 2  # tasks for each worker, so that none waits for its next one
+PATIENCE = 300.0  # seconds that a node waits for the one that schedules
+LOOK = 0.5  # seconds between looks at whether it is still there
+SETTINGS = {
+    "DASK_LOGGING__DISTRIBUTED": "critical",  # what goes wrong is raised
+    "DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "60s",  # of a node whose power has failed
+}
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Nodes that share the work of one preparation, and a disk.
+
+    nodes: how many. address: of the one that schedules. file: where it says how to reach it. start: no two are alike.
+    """
+
+    nodes: int
+    address: str
+    file: Path
+    start: str
+
+
+class Workers:
+    """``count`` processes a node, started when first needed; one is this process. A context manager: it ends them.
+
+    nodes: others that help, see ``help_out``. tell: gets a sentence about where the work can be watched.
+    """
+
+    def __init__(self, count: int, tell: Callable[[str], object], nodes: Nodes | None = None) -> None:
+        self.count = count * (nodes.nodes if nodes else 1)
+        self._tell, self._nodes = tell, nodes
+        self._client: Client | None = None
+        self._cluster: LocalCluster | None = None
+
+    def __enter__(self) -> Workers:
+        if self._nodes is not None:
+            self._started()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each in (self._client, self._cluster):
+            if each is not None:
+                each.close()
+
+    def share(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+        """``work(item)`` for all items: (item, result), in the order in which they are done.
+
+        ``work`` and the items are pickled, and ``work`` may be done twice. At most AHEAD items for each worker are
+        under way. The exception of an item is raised here. Raises DataError for one that has killed several workers.
+        """
+        if self.count == 1:
+            for item in items:
+                yield item, work(item)
+            return
+        from distributed import KilledWorker, as_completed
+
+        client, under_way = self._started(), as_completed()
+        asked: dict[object, Item] = {}
+        try:
+            for item in items:
+                future = client.submit(work, item, pure=False)
+                asked[future.key] = item
+                under_way.add(future)
+                del future  # or its result would be kept
+                if len(asked) >= AHEAD * self.count:
+                    done = next(under_way)
+                    yield asked.pop(done.key), done.result()
+            for done in under_way:
+                yield asked.pop(done.key), done.result()
+        except KilledWorker:
+            raise DataError(
+                "A task has killed several worker processes, perhaps because memory ended; lower workers or memory_mb, "
+                "and start the same command again: it goes on."
+            ) from None
+
+    def _started(self) -> Client:
+        if self._client is not None:
+            return self._client
+        _settle()
+        from distributed import Client, LocalCluster
+
+        watched = find_spec("bokeh") is not None
+        host = "127.0.0.1" if self._nodes is None else self._nodes.address
+        # Ctrl-C reaches every process, and one of them speaks: the others inherit what is blocked here. Their tracker
+        # of resources would unblock it when it is started.
+        resource_tracker.ensure_running()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._cluster = LocalCluster(
+                n_workers=self.count // (self._nodes.nodes if self._nodes else 1),
+                threads_per_worker=1,
+                memory_limit=0,
+                host=host,
+                dashboard_address=f"{host}:0" if watched else None,
+            )
+            self._client = Client(self._cluster)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if watched:
+            self._tell(f"watch the work at {self._client.dashboard_link}")
+        if self._nodes is not None:
+            where = {"start": self._nodes.start, "address": self._cluster.scheduler_address}
+            write_text(self._nodes.file, json.dumps(where))
+        return self._client
+
+
+def _settle() -> None:
+    """What Dask's processes take over, unless somebody has set it otherwise."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    import dask
+
+    dask.config.refresh()
+
+
+def help_out(nodes: Nodes, count: int) -> None:
+    """Work with ``count`` processes for the node that schedules, until it needs no more.
+
+    Raises DataError where it does not come.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while (where := read_json(nodes.file)).get("start") != nodes.start:
+        if time.monotonic() > deadline:
+            raise DataError(f"{nodes.file}: the node that schedules has not come in {PATIENCE:g} s; see its messages.")
+        time.sleep(LOOK)
+    if not where["address"]:
+        return
+    _settle()
+    from distributed import Nanny, Status
+
+    async def work() -> None:
+        helpers = [
+            Nanny(where["address"], nthreads=1, memory_limit=0, death_timeout=60, dashboard=False) for _ in range(count)
+        ]
+        begun = asyncio.gather(*helpers, return_exceptions=True)
+        while read_json(nodes.file) == where:
+            await asyncio.sleep(LOOK)
+            if begun.done() and all(each.status != Status.running for each in helpers):
+                break
+        await asyncio.gather(*(each.close(timeout=5) for each in helpers), return_exceptions=True)
+
+    asyncio.run(work())
+
+
+def send_home(nodes: Nodes) -> None:
+    """Tell those that help out, or wait to, that there is nothing more to do."""
+    write_text(nodes.file, json.dumps({"start": nodes.start, "address": ""}))
+    time.sleep(4 * LOOK)
+    nodes.file.unlink(missing_ok=True)
