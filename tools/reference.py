@@ -128,13 +128,13 @@ def costs() -> str:
     lines = [
         "# What every configuration costs",
         "",
-        "Memory is the arithmetic of `longseq check` for one process: tensors on a GPU, and the CPU's memory next to it. "
-        "Leave a tenth for what the allocator cannot use. Hours are model FLOPs of all steps / (processes × "
-        f"{SHARE:.0%} of {PEAK / 1e12:.0f} TFLOP/s), the bf16 peak of an H100: an assumption and not a measurement, and "
+        "Memory is the arithmetic of `longseq check` for one process: tensors on a GPU, and in the CPU's memory; "
+        "leave a tenth for what the allocator cannot use. Hours are model FLOPs of all steps / (processes × "
+        f"{SHARE:.0%} of {PEAK / 1e12:.0f} TFLOP/s), the bf16 peak of an H100: an assumption and no measurement, "
         "too good for small models. `machine/mfu` in TensorBoard says what share your machine reaches.",
         "",
-        "| configuration | parameters | tokens per step | steps | processes | GPU memory | CPU memory | hours | GPU-hours "
-        "|\n|---|---|---|---|---|---|---|---|---|",
+        "| configuration | weights | tokens per step | steps | processes | on a GPU | on the CPU | hours | GPU-hours |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for path in sorted((ROOT / "configs").glob("*/*.yaml")):
         if path.parent.name in ("prepare", "experiments"):
