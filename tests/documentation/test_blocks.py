@@ -99,10 +99,23 @@ def the_page_of_curves_has_those_of_the_run(found: dict) -> None:
     assert {name for name in shown - written if not name.startswith("gradient_noise/")} == RARE
 
 
+def the_page_of_the_run_folder_has_what_is_in_it(found: dict) -> None:
+    page = (ROOT / "docs/reference/run-folder.md").read_text()
+    named = set(re.findall(r"^  ([\w.]+)/?  ", page, re.MULTILINE))
+    inside = {path.name for path in Path("runs/mine").iterdir() if not path.name.startswith(".")}
+    assert inside - named == set()
+    assert named - inside == {"tokenizer.json", "figures", "slurm", "STOPPED"}  # of other runs
+
+
+def the_pages_of_a_run_have_what_it_has(found: dict) -> None:
+    the_page_of_curves_has_those_of_the_run(found)
+    the_page_of_the_run_folder_has_what_is_in_it(found)
+
+
 AFTER = {
     "README.md": the_output_has_the_shape_of_the_values,
     "docs/how-to/attention.md": the_output_has_the_shape_of_the_values,
     "docs/how-to/data.md": batches_are_as_the_page_says,
-    "docs/tutorials/proteins.md": the_page_of_curves_has_those_of_the_run,
+    "docs/tutorials/proteins.md": the_pages_of_a_run_have_what_it_has,
     "docs/how-to/hugging-face.md": text_goes_on_from_the_prompt,
 }
