@@ -7,7 +7,8 @@
 # make test-sanitized   the native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make test-newest  the tests of other packages' interfaces, with the newest releases that pyproject.toml allows
 # make test-oldest  the same, with the oldest that were tried (tests/environments)
-# make check        lint, format and types
+# make check        lint, format, types, and the documentation with its links
+# make docs         the documentation on http://localhost:8000
 # make constraints  the releases that are in .venv now, as those that make installs from then on
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ CORPUS := data/synthetic.fasta.gz
 RUN := quickstart-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-long test-newest test-oldest test-sanitized test-compiled check constraints clean
+.PHONY: help install quickstart test test-long test-newest test-oldest test-sanitized test-compiled check docs constraints clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -81,6 +82,12 @@ check: $(VENV)/.tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/reference.py
+	$(BIN)/zensical build --strict
+
+docs: $(VENV)/.tests
+	$(BIN)/python tools/reference.py
+	$(BIN)/zensical serve
 
 # PyTorch's local tag (+cpu) goes, so that another build of the same release fits as well.
 constraints: $(VENV)/.tests
@@ -89,4 +96,4 @@ constraints: $(VENV)/.tests
 	@mv constraints.txt.new constraints.txt
 
 clean:
-	rm -rf $(VENV) .triton-newest .venv-newest .venv-oldest .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .triton-newest .venv-newest .venv-oldest .pytest_cache .mypy_cache .ruff_cache .cache site

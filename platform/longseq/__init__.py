@@ -10,7 +10,7 @@ Every verb of the command line that returns something is a function here, import
 
 from __future__ import annotations
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -43,16 +43,20 @@ def place_of_errors(path: Path) -> Iterator[None]:
 # What the command line turns into one line on stderr. Anything else is a bug and keeps its traceback.
 USER_ERRORS = (LongseqError, DataError)
 
-# Exit codes of the commands that train; a job script may go by them.
-#   0    the last step was reached
-#   1    an error, in one sentence on stderr
-#   2    a wrong command line
-#   69   a node of a job is not fit to train on (EX_UNAVAILABLE); nothing was trained
-#   70   a job has stopped for good: it crashed twice after the same step, or was started too often (EX_SOFTWARE)
-#   75   saved, and wants to go on (EX_TEMPFAIL of sysexits.h): Ctrl-C, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, or
-#        trainer.time_limit; `longseq resume` goes on
-#   77   a newer start has the run: this one has written nothing since, and has ended (EX_NOPERM)
-#   130  stopped at once by a second Ctrl-C: the steps since the last checkpoint are lost
+# What a job script may go by; docs/reference/exit-codes.md is made of it.
+EXIT_CODES = {
+    0: "done; of a training: the last step was reached",
+    1: "an error, in one sentence on stderr",
+    2: "a wrong command line",
+    3: "`longseq data leaks` found relatives of test or valid in train",
+    69: "a node of a job is not fit to train on; nothing was trained (EX_UNAVAILABLE of sysexits.h)",
+    70: "a job has stopped for good: it crashed twice after the same step, or was started too often (EX_SOFTWARE)",
+    75: "saved, go on with `longseq resume`: Ctrl-C, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, or trainer.time_limit; in a "
+    "job also crashed, and comes back (EX_TEMPFAIL)",
+    77: "a newer start has the run: this one has written nothing since, and has ended (EX_NOPERM)",
+    130: "stopped at once: by a second Ctrl-C of a training, whose steps since the last checkpoint are lost; by the "
+    "first of any other verb",
+}
 EXIT_ERROR = 1
 EXIT_UNFIT = 69
 EXIT_CRASHED = 70

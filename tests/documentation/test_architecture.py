@@ -1,0 +1,74 @@
+"""The drawing of the architecture shows the imports that there are."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+from documentation.pages import ROOT
+
+PAGE = ROOT / "docs/explanations/architecture.md"
+PACKAGES = {"longseq": ROOT / "platform/longseq", "longseq_data": ROOT / "pipelines/longseq_data"}
+FOUNDATION, DATA = "foundation", "longseq_data"
+
+
+def room(module: str) -> str | None:
+    """Where a module of ours belongs in the drawing; None for the package itself."""
+    package, _, rest = module.partition(".")
+    if package == "longseq_data":
+        return DATA
+    first = rest.partition(".")[0]
+    if not first:
+        return None
+    return first if (PACKAGES["longseq"] / first).is_dir() else FOUNDATION
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of ours that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            found |= {f"{node.module}.{a.name}" for a in node.names} if node.module == "longseq" else {node.module}
+    return {name for name in found if name.partition(".")[0] in PACKAGES}
+
+
+def arrows() -> set[tuple[str, str]]:
+    found = set()
+    for name, folder in PACKAGES.items():
+        for path in folder.rglob("*.py"):
+            own = room(".".join((name, *path.relative_to(folder).with_suffix("").parts)))
+            found |= {(own, other) for module in imports(path) if (other := room(module)) and own and other != own}
+    return found
+
+
+def drawn() -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
+    """All arrows of the drawing, and the dashed ones."""
+    (graph,) = re.findall(r"```mermaid\n(flowchart.*?)```", PAGE.read_text(), re.DOTALL)
+    found = re.findall(r"^    (\w+) (-->|-\.->) (\w+)$", graph, re.MULTILINE)
+    return {(a, b) for a, _, b in found}, {(a, b) for a, kind, b in found if kind == "-.->"}
+
+
+def test_the_drawing_has_the_arrows_of_the_imports():
+    found = {(a, b) for a, b in arrows() if a != "commands" and (b not in (FOUNDATION, DATA) or a == FOUNDATION)}
+    every, _ = drawn()
+    shown = every - {("experiments", FOUNDATION)}  # it has no other, and would float
+    assert found - shown == set(), f"imports that {PAGE.name} does not draw"
+    assert shown - found == set(), f"arrows of {PAGE.name} without an import"
+    assert ("experiments", FOUNDATION) in arrows()
+
+
+def test_solid_arrows_make_no_cycle():
+    every, dashed = drawn()
+    left = every - dashed
+    while left:
+        ends = {b for _, b in left} - {a for a, _ in left}
+        assert ends, f"a cycle among {sorted(left)}"
+        left = {(a, b) for a, b in left if b not in ends}
+
+
+def test_attention_knows_tensors_only_and_data_stand_alone():
+    assert [b for a, b in arrows() if a == "attention"] == []
+    assert [b for a, b in arrows() if a == DATA] == []
