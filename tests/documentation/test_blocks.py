@@ -51,18 +51,18 @@ def test_the_commands_of_a_page_run(page: Path, hands: Hands, tmp_path: Path, mo
     try:
         for block in blocks(page):
             if block.language in COMMANDS and not block.reason:
-                run(block, hands, names)
+                run(block, hands, names, monkeypatch)
     finally:
         torch.set_num_threads(threads)
     AFTER.get(str(page.relative_to(ROOT)), lambda found: None)(names)
 
 
-def run(block: Block, hands: Hands, names: dict[str, object]) -> None:
+def run(block: Block, hands: Hands, names: dict[str, object], patch: pytest.MonkeyPatch) -> None:
     try:
         if block.language == "python":
             exec(compile(block.text, block.place, "exec"), names)
         else:
-            hands.type(block.text)
+            hands.type(block.text, patch.setenv)
     except BaseException as error:
         with contextlib.suppress(AttributeError):
             error.add_note(f"in {block.place}")
