@@ -161,9 +161,6 @@ def scan_forward(rows: Rows, initial: AttentionState | None, learns: bool) -> Sc
         initial = AttentionState(initial.sums.contiguous(), initial.log_scale.contiguous())
     out, lse, inverse_den = (_floats(q, number, length, size) for size in (value_dim, 1, 1))
     q_gauge, k_gauge, key_scale, row_scale = (_floats(q, number, length) for _ in range(4))
-    if keys.delay:  # those of keys that no query is far enough from are not found
-        k_gauge.zero_()
-        key_scale.zero_()
     before = _floats(q, number, launch.chunks)
     log_scales: list[Tensor] = []
     with on(q.device):
@@ -219,9 +216,7 @@ def scan_backward(
     dout = torch.zeros_like(out) if dout is None else dout.float().contiguous()
     dlse = None if dlse is None else dlse.float().contiguous()
     later = None if later is None else later.contiguous()
-    # Keys that no query is far enough from are in no segment.
-    new = torch.zeros_like if keys.delay else torch.empty_like
-    dq, dk, dv, u = torch.empty_like(q), new(keys.x), new(keys.values), torch.empty_like(row_scale)
+    dq, dk, dv, u = (torch.empty_like(x) for x in (q, keys.x, keys.values, row_scale))
     d_initial = _floats(q, number, launch.features, launch.value_dim + 1)
     programs = launch.state_blocks
     flows = torch.empty(number, programs + 2 * launch.segments, dtype=torch.float64, device=q.device)

@@ -393,6 +393,11 @@ def keys_vjp(
         written = (first + rows - delay >= 0) & (first + rows < length)
         put_rows(dk + from_ * d, rows, written, d, gradient, D)
         put_rows(dv + from_ * e, rows, written, e, d_value, E)
+        if LOCAL and first + C > length - delay:
+            # The keys at the end, which no query is far enough from, are of the queries' chunk there.
+            unseen = (first + rows < length) & (first + rows >= length - delay)
+            put_rows(dk + (at + first) * d, rows, unseen, d, tl.zeros((C, D), tl.float32), D)
+            put_rows(dv + (at + first) * e, rows, unseen, e, tl.zeros((C, E), tl.float32), E)
         if FLOW:
             place = (chunk - start) * C + rows
             flow += tl.sum(row_sum.to(tl.float64) * (place - delay).to(tl.float64), 0)
