@@ -66,6 +66,10 @@ class Way:
     checkpoints: bool = False  # blocks are computed again in the backward pass
     dropout: float = 0.0
     qk_norm: bool = False
+    causal: bool = True
+    window: int = 0
+    learned: bool = False  # a share and a decay a head
+    padding: bool = False
 
     @property
     def autocast(self) -> bool:
@@ -80,20 +84,24 @@ def launches_of_a_layer(way: Way) -> Counter[str]:
         depth=2,
         heads=2,
         ffn_dim=64,
-        causal=True,
+        causal=way.causal,
+        window=way.window,
+        learned_share=way.learned and way.window > 0,
+        learned_decay=way.learned,
         backend="triton",
         dropout=way.dropout,
         qk_norm=way.qk_norm,
         activation_checkpointing=way.checkpoints,
     )
     tokens = torch.zeros(1, way.length, dtype=torch.int64)
+    padding = torch.ones_like(tokens, dtype=torch.bool) if way.padding else None
     model = PerformerLM(spec).train().to(way.weights)
     both = model.blocks
     found: list[Counter[str]] = []
     for depth in (1, 2):
         model.blocks = both[:depth]
         model.zero_grad()  # else the second's gradients are added to the first's
-        found.append(_operations(lambda: model(tokens, targets=tokens)[0], way.autocast))
+        found.append(_operations(lambda: model(tokens, padding, targets=tokens)[0], way.autocast))
     one, two = found
     two.subtract(one)
     return +two
@@ -135,8 +143,16 @@ WAYS = {
     "bf16, qk_norm": Way(qk_norm=True),
     "bf16, dropout": Way(dropout=0.1),
     "bf16, checkpoints": Way(checkpoints=True),
+    "bf16, window": Way(window=64),
+    "autocast, window": Way(weights=FP32, window=64),
+    "bf16, window, learned": Way(window=64, learned=True),
+    "autocast, window, learned": Way(weights=FP32, window=64, learned=True),
+    "bf16, learned": Way(learned=True),
+    "bf16, masked": Way(causal=False, padding=True),
+    "autocast, masked": Way(weights=FP32, causal=False, padding=True),
     "autocast, 1M": Way(length=2**20, weights=FP32, checkpoints=True),
     "bf16, 1M": Way(length=2**20, checkpoints=True),
+    "bf16, 1M, window": Way(length=2**20, checkpoints=True, window=64),
 }
 
 

@@ -38,6 +38,13 @@ def test_a_layer_starts_about_40_kernels_in_a_step():
         "bf16, dropout": 40,
         "autocast, checkpoints": 53,
         "bf16, checkpoints": 49,
+        "bf16, window": 39,
+        "autocast, window": 42,
+        "bf16, window, learned": 49,
+        "autocast, window, learned": 49,
+        "bf16, learned": 42,
+        "bf16, masked": 39,
+        "autocast, masked": 42,
     }
     found = _printed(*ceilings)
     for name, ceiling in ceilings.items():

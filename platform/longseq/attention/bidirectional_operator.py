@@ -83,6 +83,7 @@ class _TwoPasses(torch.autograd.Function):
         ctx.numbers = kind, log_constant, backend
         ctx.save_for_backward(*args[:4], weight, shift, out, *kept)
         ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)  # else zeros are made for what was kept
         return out, *kept
 
     @staticmethod

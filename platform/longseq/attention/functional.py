@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longseq.attention import backends
+from longseq.attention import backends, near_and_far
 from longseq.attention.arguments import checked, dtypes
 from longseq.attention.bidirectional_operator import bidirectional_attention
 from longseq.attention.context_group import ContextGroup, GatherSequence, SlicedDocuments
@@ -124,12 +124,15 @@ def favor_attention(
     runs = None if segments is None else _runs(segments).repeat_interleave(heads, dim=0)
     with torch.autocast(q.device.type, enabled=False):
         rates = per_row(decay, batch, dtype)
-        share = per_row(far_share, batch, dtype)
         q, k, v_ = (t.flatten(0, 1).to(operands) for t in (q, k, v))
         rows = q, k, v_
         if nothing is not None:
             backends.choose(backend, phi, rows)
             return nothing
+        if causal and context is None and near_and_far.takes(backend, phi, rows, window):
+            assert phi is not None
+            return near_and_far.near_and_far(*rows, phi, window, hidden, runs, rates, far_share, batch, v.dtype)
+        share = per_row(far_share, batch, dtype)
         plain = phi is not None and not causal and not window and runs is None and rates is None
         if context is not None and segments is not None and documents is None:
             documents = context.documents(segments)
@@ -314,7 +317,7 @@ def _exact(
 
 def per_row(per_head: Tensor | None, batch: int, dtype: torch.dtype) -> Tensor | None:
     """A number a head, (heads,), for each of N = batch · heads rows: (N, 1, 1)."""
-    return None if per_head is None else per_head.to(dtype).repeat(batch).view(-1, 1, 1)
+    return None if per_head is None else per_head.to(dtype)[None].expand(batch, -1).reshape(-1, 1, 1)
 
 
 def _whole_runs(segments: Tensor | None, heads: int, context: ContextGroup | None) -> Tensor | None:

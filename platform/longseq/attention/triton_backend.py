@@ -161,9 +161,6 @@ def scan_forward(rows: Rows, initial: AttentionState | None, learns: bool) -> Sc
         initial = AttentionState(initial.sums.contiguous(), initial.log_scale.contiguous())
     out, lse, inverse_den = (_floats(q, number, length, size) for size in (value_dim, 1, 1))
     q_gauge, k_gauge, key_scale, row_scale = (_floats(q, number, length) for _ in range(4))
-    if keys.delay:  # those of keys that no query is far enough from are not found
-        k_gauge.zero_()
-        key_scale.zero_()
     before = _floats(q, number, launch.chunks)
     log_scales: list[Tensor] = []
     with on(q.device):
@@ -219,14 +216,13 @@ def scan_backward(
     dout = torch.zeros_like(out) if dout is None else dout.float().contiguous()
     dlse = None if dlse is None else dlse.float().contiguous()
     later = None if later is None else later.contiguous()
-    # Keys that no query is far enough from are in no segment.
-    new = torch.zeros_like if keys.delay else torch.empty_like
-    dq, dk, dv, u = torch.empty_like(q), new(keys.x), new(keys.values), torch.empty_like(row_scale)
+    dq, dk, dv, u = (torch.empty_like(x) for x in (q, keys.x, keys.values, row_scale))
     d_initial = _floats(q, number, launch.features, launch.value_dim + 1)
     programs = launch.state_blocks
     flows = torch.empty(number, programs + 2 * launch.segments, dtype=torch.float64, device=q.device)
     wants_decay = wants_decay and rows.decay is not None
-    kinds = {"LOCAL": True, "RUNS": keys.runs is not None, "DECAY": keys.decay is not None, **launch.kinds}
+    kinds = {"LOCAL": True, "DLSE": dlse is not None, "RUNS": keys.runs is not None, **launch.kinds}
+    decays = keys.decay is not None
     with on(q.device):
         for n in launch.slices(number, states=2):
             part = keys[n]
@@ -237,8 +233,8 @@ def scan_backward(
             d_sums = launch.empty_sums(q, len(scales))  # R
             gradients.add_up_queries[launch.segments, len(scales), launch.blocks](
                 q[n], dout[n], out[n], d_lse, inverse_den[n], q_gauge[n], row_scale[n], begins, numbers, rates,
-                *launch.map, u[n], d_sums, length, part.delay, launch.steps,
-                DLSE=dlse is not None, **kinds, **launch.tiles.sums,
+                *launch.map, u[n], d_sums, length, part.delay, launch.steps, DECAY=decays, **kinds,
+                **launch.tiles.sums,
             )  # fmt: skip
             gradients.run_back[programs, len(scales)](
                 d_sums, begins, u if later is None else later[n], d_initial[n], sums, final.sums, flows[n], numbers,
@@ -246,16 +242,18 @@ def scan_backward(
                 launch.value_dim, LATER=later is not None, FLOW=wants_decay, RUNS=part.runs is not None,
                 DECAY=part.decay is not None, C=CHUNK, **launch.tiles.states,
             )  # fmt: skip
-            shared = (q_gauge[n], k_gauge[n], key_scale[n], row_scale[n], inverse_den[n], u[n])
+            shared = (
+                q[n], part.x, part.values, dout[n], out[n], d_lse, q_gauge[n], k_gauge[n], key_scale[n], row_scale[n],
+                inverse_den[n], u[n],
+            )  # fmt: skip
             gradients.queries_vjp[launch.segments, len(scales)](
-                q[n], part.x, part.values, dout[n], *shared, numbers, rates, before[n], *launch.map, sums, dq[n],
-                flows[n], length, part.delay, launch.steps, programs, head_dim**-0.5, FLOW=wants_decay, **kinds,
+                *shared, numbers, rates, before[n], *launch.map, sums, dq[n], flows[n], length, part.delay,
+                launch.steps, programs, head_dim**-0.5, FLOW=wants_decay, DECAY=decays, **kinds,
                 **launch.tiles.queries,
             )  # fmt: skip
             gradients.keys_vjp[launch.segments, len(scales)](
-                q[n], part.x, part.values, dout[n], out[n], d_lse, *shared, begins, numbers, rates, before[n],
-                *launch.map, d_sums, dk[n], dv[n], flows[n], length, part.delay, launch.steps, programs,
-                head_dim**-0.5, DLSE=dlse is not None, FLOW=wants_decay, **kinds, **launch.tiles.keys,
+                *shared, begins, numbers, before[n], *launch.map, d_sums, dk[n], dv[n], flows[n], length,
+                part.delay, launch.steps, programs, head_dim**-0.5, FLOW=wants_decay, **kinds, **launch.tiles.keys,
             )  # fmt: skip
             del sums, d_sums, final
     return ScanGradients(dq, dk, dv, flows.sum(1)[:, None, None] if wants_decay else None, d_initial)
@@ -326,13 +324,13 @@ def bidirectional_backward(
     dout = dout.float().contiguous()
     dq, dk, dv, u = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(q_gauge)
     launch = _Launch(feature_map, q, q.shape[1], v.shape[-1])
-    kinds = {"LOCAL": False, "RUNS": False, "DECAY": False, **launch.kinds}
+    kinds = {"LOCAL": False, "DLSE": False, "RUNS": False, **launch.kinds}
     d_total = _floats(q, len(q), launch.features, launch.value_dim + 1)
     with on(q.device):
         d_sums = launch.empty_sums(q, len(q))
         gradients.add_up_queries[launch.segments, len(q), launch.blocks](
             q, dout, out, u, inverse_den, q_gauge, u, u, u, u, *launch.map, u, d_sums,
-            q.shape[1], 0, launch.steps, DLSE=False, **kinds, **launch.tiles.sums,
+            q.shape[1], 0, launch.steps, DECAY=False, **kinds, **launch.tiles.sums,
         )  # fmt: skip
         same = u.new_zeros(len(q), launch.segments + 1)  # all have the same log-scale
         gradients.run_back[launch.state_blocks, len(q)](
@@ -343,15 +341,14 @@ def bidirectional_backward(
         if total is not None:
             d_total = total(AttentionState(d_total, u.new_zeros(len(u), 1, 1)))().sums
         d_state = d_total.mT.contiguous()
-        rows = (q, k, v, dout)
+        rows = (q, k, v, dout, out, u, q_gauge, k_gauge, key_scale, u, inverse_den, u)
         gradients.queries_vjp[launch.chunks, len(q)](
-            *rows, q_gauge, k_gauge, key_scale, u, inverse_den, u, u, u, u, *launch.map, sums, dq,
-            u, q.shape[1], 0, 1, 0, launch.head_dim**-0.5, FLOW=False, **kinds, **launch.tiles.queries,
+            *rows, u, u, u, *launch.map, sums, dq, u, q.shape[1], 0, 1, 0, launch.head_dim**-0.5, FLOW=False,
+            DECAY=False, **kinds, **launch.tiles.queries,
         )  # fmt: skip
         gradients.keys_vjp[triton.cdiv(k.shape[1], CHUNK), len(k)](
-            *rows, out, u, q_gauge, k_gauge, key_scale, u, inverse_den, u, log_scale, u, u, u, *launch.map, d_state,
-            dk, dv, u, k.shape[1], 0, 1, 0, launch.head_dim**-0.5, DLSE=False, FLOW=False, **kinds,
-            **launch.tiles.keys,
+            *rows, log_scale, u, u, *launch.map, d_state, dk, dv, u, k.shape[1], 0, 1, 0, launch.head_dim**-0.5,
+            FLOW=False, **kinds, **launch.tiles.keys,
         )  # fmt: skip
     return dq, dk, dv
 

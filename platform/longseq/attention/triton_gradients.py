@@ -34,6 +34,21 @@ from longseq.attention.triton_kernels import (
 from longseq.attention.triton_rows import product, put_rows
 
 
+@triton.jit
+def scaled_gradients(
+    grad, scale, out, dlse, rows, real, e: tl.constexpr, DLSE: tl.constexpr, HALF: tl.constexpr, E: tl.constexpr
+):
+    """g of a chunk's queries, times ``scale`` · their denominator: its values' part (C, E) as operands, its last (C,).
+
+    The last is of the rounded others, and all kernels take the same: most of Σ_j (g_iᵀv_j + g_i[e]) A_ij may cancel.
+    """
+    reading = operand(grad.to(tl.float32) * scale[:, None], HALF)
+    last = -tl.sum(reading.to(tl.float32) * load_tile(out, rows, real, e, E), 1)
+    if DLSE:
+        last += tl.load(dlse + rows, mask=real, other=0.0) * scale
+    return reading, last
+
+
 @triton.jit(do_not_specialize=ANY_LENGTH)
 def add_up_queries(
     q, dout, out, dlse, inverse_den, q_gauge, row_scale, begins, runs, decay, weight, shift, u, sums,
@@ -68,19 +83,22 @@ def add_up_queries(
             shared += tl.load(dlse + here, mask=real, other=0.0)
         if tl.program_id(2) == 0:
             tl.store(u + here, shared * inverse, mask=real)
+        carried = 1.0
         if LOCAL:
             scale = tl.load(row_scale + here, mask=real, other=INFINITY)
             carried = tl.exp(c - scale)
             if RUNS:
                 own = tl.load(runs + here, mask=real, other=-2)
                 carried = tl.where(own == run_at(runs + at, start - 1, delay, length), carried, 0.0)
-            inverse *= carried
+        reading, last = scaled_gradients(
+            grad, inverse * carried, out + (at + first) * e, dlse + at + first, rows, real, e, DLSE, HALF, E
+        )
         gauge = tl.load(q_gauge + here, mask=real, other=0.0)
         tile = load_inputs(q + (at + first) * d, rows, real, d, HALF, D)
         u_ = exponents(tile, q + (at + first) * d, rows, real, weight, shift, block, length, m, d, SHIFTED, HALF, F, D)
-        phi = operand(features(u_, gauge, f, m, EXPONENTIAL, F) * inverse[:, None], HALF)
-        one += tl.sum(phi.to(tl.float32) * shared[:, None], 0)
-        state = product(tl.trans(grad), phi, state)
+        phi = operand(features(u_, gauge, f, m, EXPONENTIAL, F), HALF)
+        one += tl.sum(phi.to(tl.float32) * last[:, None], 0)
+        state = product(tl.trans(reading), phi, state)
         if DECAY:
             c = c - rate * C
     put_state(sums + (n * tl.num_programs(0) + part) * m * (e + 1), f, state, one, m, e, F, E)
@@ -130,9 +148,9 @@ def run_back(
 
 @triton.jit(do_not_specialize=ANY_LENGTH)
 def queries_vjp(
-    q, k, v, dout, q_gauge, k_gauge, key_scale, row_scale, inverse_den, u, runs, decay, before, weight, shift,
-    sums, dq, flows, length, delay, steps, others, norm, m: tl.constexpr, d: tl.constexpr, e: tl.constexpr,
-    EXPONENTIAL: tl.constexpr, SHIFTED: tl.constexpr, LOCAL: tl.constexpr, FLOW: tl.constexpr,
+    q, k, v, dout, out, dlse, q_gauge, k_gauge, key_scale, row_scale, inverse_den, u, runs, decay, before, weight,
+    shift, sums, dq, flows, length, delay, steps, others, norm, m: tl.constexpr, d: tl.constexpr, e: tl.constexpr,
+    EXPONENTIAL: tl.constexpr, SHIFTED: tl.constexpr, LOCAL: tl.constexpr, DLSE: tl.constexpr, FLOW: tl.constexpr,
     RUNS: tl.constexpr, DECAY: tl.constexpr,
     HALF: tl.constexpr, C: tl.constexpr, F: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
@@ -143,6 +161,7 @@ def queries_vjp(
     The state before the segment is left as it is before its last chunk. FLOW: the queries' share of the decay's
     gradient, −Σ_i i Σ_j dA_ij A_ij, counted from the segment's start. The inner sum is dlse_i, but what is taken is
     the sum of what :func:`keys_vjp` adds up by keys: a pair's rounding error must count by its distance, not its place.
+    What the sum is off dlse_i is taken away again at about the mean distance of the keys that the query sees.
     """
     n = tl.program_id(1).to(tl.int64)
     part = tl.program_id(0)
@@ -162,28 +181,29 @@ def queries_vjp(
         first = chunk * C
         real = rows < length - first
         here = at + first + rows
-        grad = load_tile(dout + (at + first) * e, rows, real, e, E)
-        read = tl.load(inverse_den + here, mask=real, other=0.0)
-        read_one = tl.load(u + here, mask=real, other=0.0)
+        grad = operand(load_tile(dout + (at + first) * e, rows, real, e, E), HALF)
+        inverse = tl.load(inverse_den + here, mask=real, other=0.0)
+        shared = tl.load(u + here, mask=real, other=0.0)
+        carried = 1.0
         if LOCAL:
-            b = key_logs(key_scale + at, first, rows, delay, length, rate, DECAY)
+            b = key_logs(key_scale + at, first, rows, delay, length)
             keep = b != -INFINITY
             from_ = at + first - delay
             value = load_tile(v + from_ * e, rows, keep, e, E)
             scale = tl.load(row_scale + here, mask=real, other=INFINITY)
             seen = seen_by(runs + at, first, rows, delay, length, RUNS)
-            d_attention = product(operand(grad, HALF), tl.trans(operand(value, HALF))) * read[:, None]
-            d_attention += read_one[:, None]
+            d_attention = product(grad, tl.trans(operand(value, HALF))) * inverse[:, None]
+            d_attention += shared[:, None]
             d_attention *= tl.where(seen, tl.exp2(b[None, :] * LOG2E - scale[:, None] * LOG2E), 0.0)
             d_weights = operand(d_attention, HALF)
             c = tl.load(before + n * chunks + chunk)
-            _, entering, left = through(b, c, runs + at, first, rows, delay, length, RUNS)
+            _, entering, left = through(b, c, runs + at, first, rows, delay, length, RUNS, EXPONENTIAL and HALF)
             enters = operand(value.to(tl.float32) * entering[:, None], HALF)
             reads = state_reads(runs + at, first, rows, delay, length, RUNS)
             carried = tl.where(reads, tl.exp(c - scale), 0.0)
-            read *= carried
-            read_one *= carried
-        reading = operand(grad, HALF)
+        reading, read_one = scaled_gradients(
+            grad, inverse * carried, out + (at + first) * e, dlse + at + first, rows, real, e, DLSE, HALF, E
+        )
         # Loaded here and not before: all rows at once would overflow the registers.
         gauge = tl.load(q_gauge + here, mask=real, other=0.0)
         tile = load_inputs(q + (at + first) * d, rows, real, d, HALF, D)
@@ -200,19 +220,19 @@ def queries_vjp(
                 )
                 key_phi = features(key_u, key_gauge, f, m, EXPONENTIAL, F)
                 key_features = operand(key_phi, HALF)
-                one_more = tl.sum(key_phi * entering[:, None], 0)
+                one_more = tl.sum((key_features.to(tl.float32) if FLOW else key_phi) * entering[:, None], 0)
             state, one = load_state(sums, f, m, e, F, E)
             read_state = operand(state, HALF)
-            if FLOW and HALF:
+            if HALF and (FLOW or not LOCAL):
                 rest = operand(state - read_state.to(tl.float32), HALF)
             if LOCAL:  # noqa: SIM102 (it is known when this is compiled)
                 if chunk + 1 < stop:
                     behind = product(tl.trans(again(enters, block, length, HALF)), key_features, state * left)
                     put_state(sums, f, behind, one * left + one_more, m, e, F, E)
             d_phi = product(again(reading, block, length, HALF), read_state)
-            if FLOW and HALF:
+            if HALF and (FLOW or not LOCAL):
                 d_phi = product(reading, rest, d_phi)
-            d_phi = d_phi * read[:, None] + read_one[:, None] * one[None, :]
+            d_phi += read_one[:, None] * one[None, :]
             if LOCAL:
                 d_phi = product(again(d_weights, block, length, HALF), key_features, d_phi)
             query_u = exponents(
@@ -235,6 +255,10 @@ def queries_vjp(
         if FLOW:
             place = (chunk - part * steps) * C + rows
             flow -= tl.sum(row_sum.to(tl.float64) * place.to(tl.float64), 0)
+            if DLSE:
+                row_sum -= tl.load(dlse + here, mask=real, other=0.0)
+            mean = delay + tl.minimum(0.5 * (first + rows).to(tl.float32), 1.0 / rate)
+            flow += tl.sum(tl.where(inverse > 0.0, row_sum * mean, 0.0).to(tl.float64), 0)
         if LOCAL:
             tl.debug_barrier()  # before others read what this thread has written of the state
     if FLOW:
@@ -250,11 +274,11 @@ def visible_weights(b, scale, runs, first, rows, delay, length, RUNS: tl.constex
 
 @triton.jit(do_not_specialize=ANY_LENGTH)
 def keys_vjp(
-    q, k, v, dout, out, dlse, q_gauge, k_gauge, key_scale, row_scale, inverse_den, u, final_scale, runs, decay, before,
+    q, k, v, dout, out, dlse, q_gauge, k_gauge, key_scale, row_scale, inverse_den, u, final_scale, runs, before,
     weight, shift, sums, dk, dv, flows, length, delay, steps, others, norm,
     m: tl.constexpr, d: tl.constexpr, e: tl.constexpr,
     EXPONENTIAL: tl.constexpr, SHIFTED: tl.constexpr, LOCAL: tl.constexpr, DLSE: tl.constexpr, FLOW: tl.constexpr,
-    RUNS: tl.constexpr, DECAY: tl.constexpr,
+    RUNS: tl.constexpr,
     HALF: tl.constexpr, C: tl.constexpr, F: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one segment, with dA as in :func:`queries_vjp`:
@@ -269,9 +293,6 @@ def keys_vjp(
     rows = tl.arange(0, C)
     at = n * length
     chunks = tl.cdiv(length, C)
-    rate = 0.0
-    if DECAY:
-        rate = tl.load(decay + n)
     if LOCAL:
         sums += (n * tl.num_programs(0) + part) * m * (e + 1)
     else:
@@ -283,29 +304,28 @@ def keys_vjp(
         chunk = stop - 1 - back
         first = chunk * C
         from_ = at + first - delay
-        b = key_logs(key_scale + at, first, rows, delay, length, rate, DECAY)
+        b = key_logs(key_scale + at, first, rows, delay, length)
         keep = b != -INFINITY
         value = load_tile(v + from_ * e, rows, keep, e, E)
         if LOCAL:
             real = rows < length - first
             here = at + first + rows
-            grad = load_tile(dout + (at + first) * e, rows, real, e, E)
+            grad = operand(load_tile(dout + (at + first) * e, rows, real, e, E), HALF)
             inverse = tl.load(inverse_den + here, mask=real, other=0.0)
             shared = tl.load(u + here, mask=real, other=0.0)
             scale = tl.load(row_scale + here, mask=real, other=INFINITY)
             # (queries, keys), and turned over where it is used: so it waits in shared memory, not in registers.
-            d_attention = product(operand(grad, HALF), tl.trans(operand(value, HALF))) * inverse[:, None]
+            d_attention = product(grad, tl.trans(operand(value, HALF))) * inverse[:, None]
             seen = seen_by(runs + at, first, rows, delay, length, RUNS)
             weights = tl.where(seen, tl.exp2(b[None, :] * LOG2E - scale[:, None] * LOG2E), 0.0)
             d_weights = operand((d_attention + shared[:, None]) * weights, HALF)
             c = tl.load(before + n * chunks + chunk)
-            _, entering, left = through(b, c, runs + at, first, rows, delay, length, RUNS)
+            _, entering, left = through(b, c, runs + at, first, rows, delay, length, RUNS, EXPONENTIAL and HALF)
             reads = state_reads(runs + at, first, rows, delay, length, RUNS)
             carried = tl.where(reads, tl.exp(c - scale), 0.0)
-            reading = operand(operand(grad, HALF).to(tl.float32) * (inverse * carried)[:, None], HALF)
-            read_one = -tl.sum(reading.to(tl.float32) * load_tile(out + (at + first) * e, rows, real, e, E), 1)
-            if DLSE:
-                read_one += tl.load(dlse + here, mask=real, other=0.0) * inverse * carried
+            reading, read_one = scaled_gradients(
+                grad, inverse * carried, out + (at + first) * e, dlse + at + first, rows, real, e, DLSE, HALF, E
+            )
             attention = tl.zeros((C, C), tl.float32)
         else:
             entering = tl.exp(b - tl.load(final_scale + n))
@@ -330,14 +350,14 @@ def keys_vjp(
                 one_more = tl.sum(queries.to(tl.float32) * read_one[:, None], 0)
             state, one = load_state(sums, f, m, e, F, E)
             read_state = operand(state, HALF)
-            if FLOW and HALF:
+            if HALF:
                 rest = operand(state - read_state.to(tl.float32), HALF)
             if LOCAL:  # noqa: SIM102 (it is known when this is compiled)
                 if back + 1 < stop - start:
                     before_ = product(tl.trans(again(reading, block, length, HALF)), queries, state * left)
                     put_state(sums, f, before_, one * left + one_more, m, e, F, E)
             d_phi = product(again(values, block, length, HALF), read_state)
-            if FLOW and HALF:
+            if HALF:
                 d_phi = product(values, rest, d_phi)
             d_phi = (d_phi + one[None, :]) * entering[:, None]
             if LOCAL:
@@ -363,7 +383,7 @@ def keys_vjp(
         d_value *= entering[:, None]
         if LOCAL:
             # Found and loaded again: they would be in registers all through the loop.
-            b = key_logs(key_scale + at, first, rows, delay, length, rate, DECAY)
+            b = key_logs(key_scale + at, first, rows, delay, length)
             scale = tl.load(row_scale + here, mask=real, other=INFINITY)
             inverse = tl.load(inverse_den + here, mask=real, other=0.0)
             weights = visible_weights(b, scale, runs + at, first, rows, delay, length, RUNS)
@@ -373,6 +393,11 @@ def keys_vjp(
         written = (first + rows - delay >= 0) & (first + rows < length)
         put_rows(dk + from_ * d, rows, written, d, gradient, D)
         put_rows(dv + from_ * e, rows, written, e, d_value, E)
+        if LOCAL and first + C > length - delay:
+            # The keys at the end, which no query is far enough from, are of the queries' chunk there.
+            unseen = (first + rows < length) & (first + rows >= length - delay)
+            put_rows(dk + (at + first) * d, rows, unseen, d, tl.zeros((C, D), tl.float32), D)
+            put_rows(dv + (at + first) * e, rows, unseen, e, tl.zeros((C, E), tl.float32), E)
         if FLOW:
             place = (chunk - start) * C + rows
             flow += tl.sum(row_sum.to(tl.float64) * (place - delay).to(tl.float64), 0)

@@ -23,6 +23,7 @@ import triton.language as tl
 from longseq.attention.triton_rows import INTERPRETED, product, put_rows, rounded, sliced_product
 
 LOG2E = tl.constexpr(math.log2(math.e))
+LN2 = tl.constexpr(math.log(2.0))
 FLOOR = tl.constexpr(-40.0 * math.log2(math.e))  # as in feature_maps: e^-40 of a row's largest feature is the least
 EPSILON = tl.constexpr(1e-3)  # as in feature_maps: relu(u) + ε
 NOTHING = tl.constexpr(-1e30)  # as in state: the log-scale of an empty state
@@ -167,25 +168,27 @@ def row_scales(b, c, runs, first, rows, delay, length, RUNS: tl.constexpr):
 
 
 @triton.jit
-def through(b, c, runs, first, rows, delay, length, RUNS: tl.constexpr):
-    """The log-scale c' after a chunk with key scales b, e^{b − c'} and e^{c − c'}."""
+def through(b, c, runs, first, rows, delay, length, RUNS: tl.constexpr, WHOLE: tl.constexpr):
+    """The log-scale c' after a chunk with key scales b, e^{b − c'} and e^{c − c'}.
+
+    WHOLE: b are whole multiples of log 2, and so is c'. Then e^{b − c'} is a power of 2, which rounds no value.
+    """
     goes_on = c == c
     if RUNS:
         ending = run_at(runs, tl.minimum(first + rows.shape[0], length) - 1, delay, length)
         goes_on = ending == run_at(runs, first - 1, delay, length)
         b = tl.where(run_at(runs, first + rows, delay, length) == ending, b, -INFINITY)
     after = tl.maximum(tl.where(goes_on, c, NOTHING), tl.max(b, 0))
+    if WHOLE:
+        after = tl.ceil(after * LOG2E) * LN2
     return after, tl.exp(b - after), tl.where(goes_on, tl.exp(c - after), 0.0)
 
 
 @triton.jit
-def key_logs(key_scale, first, rows, delay, length, rate, DECAY: tl.constexpr):
+def key_logs(key_scale, first, rows, delay, length):
     """b of the keys that become visible in a chunk, −inf where none does."""
     j = first + rows - delay
-    b = tl.load(key_scale + j, mask=(j >= 0) & (first + rows < length), other=-INFINITY)
-    if DECAY:
-        b += rate * rows.to(tl.float32)
-    return b
+    return tl.load(key_scale + j, mask=(j >= 0) & (first + rows < length), other=-INFINITY)
 
 
 @triton.jit
@@ -224,8 +227,10 @@ def add_up(
 ):  # fmt: skip
     """Σ_j e^{b_j − c} φ(x_j) [v_j, last_j]ᵀ of every ``steps`` chunks, with c counted from the chunk behind them.
 
-    Writes the rows' gauges and log-scales (N, L) as well, or reads those that it once wrote, if GAUGED.
+    Writes the rows' gauges and log-scales (N, L) as well, or reads those that it once wrote, if GAUGED. A log-scale is
+    as seen from the start of the chunk that the key enters; exponential features take up its fraction, see through.
     """
+    WHOLE: tl.constexpr = EXPONENTIAL and HALF
     n = tl.program_id(1).to(tl.int64)
     part = tl.program_id(0)
     block = tl.program_id(2) * F
@@ -244,7 +249,7 @@ def add_up(
         visible = (j >= 0) & (first + rows < length)
         from_ = at + first - delay
         if GAUGED:
-            b = key_logs(log_scale + at, first, rows, delay, length, rate, False)
+            b = key_logs(log_scale + at, first, rows, delay, length)
             visible = b != -INFINITY
             g = tl.load(gauge + from_ + rows, mask=visible, other=0.0)
             tile = load_inputs(x + from_ * d, rows, visible, d, HALF, D)
@@ -267,13 +272,17 @@ def add_up(
                 b += top - norm * tl.sum(tile.to(tl.float32) * tile.to(tl.float32), 1)
             if WEIGHTED:
                 b += more
+            if DECAY:
+                b += rate * rows.to(tl.float32)
+            if WHOLE:
+                whole = tl.ceil(b * LOG2E)
+                g += tl.where(visible, whole - b * LOG2E, 0.0)
+                b = whole * LN2
             b = tl.where(visible, b, -INFINITY)
             if tl.program_id(2) == 0:
                 tl.store(gauge + from_ + rows, g, mask=there)
                 tl.store(log_scale + from_ + rows, b, mask=there)
-        if DECAY:
-            b += rate * rows.to(tl.float32)
-        c, entering, left = through(b, c, runs + at, first, rows, delay, length, RUNS)
+        c, entering, left = through(b, c, runs + at, first, rows, delay, length, RUNS, WHOLE)
         u = exponents(tile, x + from_ * d, rows, visible, weight, shift, block, length, m, d, SHIFTED, HALF, F, D)
         # Not the values: these are in 16 bits already, and would be rounded once more.
         phi = features(u, g, f, m, EXPONENTIAL, F) * entering[:, None]
@@ -387,10 +396,10 @@ def attend(
             q_scale += top - norm * tl.sum(tile.to(tl.float32) * tile.to(tl.float32), 1)
         tl.store(q_gauge + at + first + rows, gauge, mask=real)
         if LOCAL:
-            b = key_logs(key_scale + at, first, rows, delay, length, rate, DECAY)
+            b = key_logs(key_scale + at, first, rows, delay, length)
             keep = b != -INFINITY  # a real key, not hidden
             from_ = at + first - delay
-            new, entering, left = through(b, c, runs + at, first, rows, delay, length, RUNS)
+            new, entering, left = through(b, c, runs + at, first, rows, delay, length, RUNS, EXPONENTIAL and HALF)
             enters = operand(load_tile(v + from_ * e, rows, keep, e, E).to(tl.float32) * entering[:, None], HALF)
             tl.store(before + n * chunks + chunk, c)
             key_gauge = tl.load(k_gauge + from_ + rows, mask=keep, other=0.0)
@@ -419,11 +428,13 @@ def attend(
             queries = operand(phi, HALF)
             den += tl.sum(queries.to(tl.float32) * one[None, :], 1)
             num = product(queries, tl.trans(read_state), num)
+            if HALF and not LOCAL:
+                num = product(queries, tl.trans(operand(state - read_state.to(tl.float32), HALF)), num)
             if LOCAL:
                 attention = product(queries, tl.trans(key_features), attention)
         if LOCAL:
             # Loaded again: it would be in registers all through the loop.
-            b = key_logs(key_scale + at, first, rows, delay, length, rate, DECAY)
+            b = key_logs(key_scale + at, first, rows, delay, length)
             reads = state_reads(runs + at, first, rows, delay, length, RUNS)
             scale = row_scales(b, tl.where(reads, c, NOTHING), runs + at, first, rows, delay, length, RUNS)
             tl.store(row_scale + at + first + rows, scale, mask=real)

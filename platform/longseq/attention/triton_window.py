@@ -125,9 +125,9 @@ def queries_vjp_near(
     q, k, v, hidden, runs, decay, out, lse, dout, dlse, half_dout, shared, dq, d_decay,
     length, window, before, d, e, zero, scale,
     CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr, DLSE: tl.constexpr,
-    B: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    ONTO: tl.constexpr, B: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    """dq of one block, and its part in the gradient of the decay (N, blocks).
+    """dq of one block, added to what is there if ONTO, and its part in the gradient of the decay (N, blocks).
 
     For the keys' pass: ``shared`` (N, L), dlse − doutᵀout, and ``half_dout`` (N, L, e), dout in the operands' type.
     """
@@ -176,7 +176,10 @@ def queries_vjp_near(
             row_sum += tl.sum(d_scores, 1)
             mean += tl.sum(weights * distance, 1)
         gradient = product(rounded(d_scores, key.dtype), key, gradient)
-    put_rows(dq + (at + first) * d, rows, real, d, gradient * scale, D)
+    gradient *= scale
+    if ONTO:
+        gradient += load_rows(dq + (at + first) * d, rows, real, d, 0, D).to(tl.float32)
+    put_rows(dq + (at + first) * d, rows, real, d, gradient, D)
     if DECAY:
         # A row's sum is dlse. What it is off, by the rounding of the weights in out, is off at every distance.
         if DLSE:
@@ -189,9 +192,9 @@ def queries_vjp_near(
 def keys_vjp_near(
     q, k, v, hidden, runs, decay, lse, dout, shared, dk, dv, length, window, before, d, e, zero, scale,
     CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr,
-    B: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    ONTO: tl.constexpr, B: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one block of keys. Products are of keys (rows) and queries (columns)."""
+    """dk and dv of one block of keys, added to what is there if ONTO. Products are of keys (rows) and queries."""
     HALF: tl.constexpr = q.dtype.element_ty != tl.float32
     n = tl.program_id(1).to(tl.int64)
     at = n * length
@@ -229,7 +232,11 @@ def keys_vjp_near(
         d_scores = (d_scores + tl.load(shared + at + start + near, mask=real, other=0.0)[None, :]) * weights
         key_gradient = product(rounded(d_scores, query.dtype), query, key_gradient)
     inside = first + rows < length
-    put_rows(dk + (at + first) * d, rows, inside, d, key_gradient * scale, D)
+    key_gradient *= scale
+    if ONTO:
+        key_gradient += load_rows(dk + (at + first) * d, rows, inside, d, 0, D).to(tl.float32)
+        value_gradient += load_rows(dv + (at + first) * e, rows, inside, e, 0, E).to(tl.float32)
+    put_rows(dk + (at + first) * d, rows, inside, d, key_gradient, D)
     put_rows(dv + (at + first) * e, rows, inside, e, value_gradient, E)
 
 
@@ -319,12 +326,14 @@ def window_backward(
     dout: Tensor | None,
     dlse: Tensor | None,
     wants_decay: bool,
+    onto: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """See :func:`longseq.attention.window.window_backward`."""
+    """See :func:`longseq.attention.window.window_backward`. The first three are added to those of ``onto``, there."""
     launch = _Launch(q, k, v, decay, hidden, runs, window, causal)
     q, k, v = launch.rows
     dout = torch.zeros_like(out) if dout is None else dout.contiguous()
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dq, dk, dv = onto or (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+    launch.kinds["ONTO"] = onto is not None
     shared = torch.empty_like(lse)
     half_dout = dout if q.dtype == dout.dtype else torch.empty_like(dout, dtype=q.dtype)
     tiles, keys_tiles = _tiles(q, v, backward=True), _tiles(q, v, backward=True, keys=True)
