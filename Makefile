@@ -7,7 +7,7 @@
 # make test-sanitized   the native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make test-newest  the tests of other packages' interfaces, with the newest releases that pyproject.toml allows
 # make test-oldest  the same, with the oldest that were tried (tests/environments)
-# make check        lint, format and types
+# make check        lint, format, which way imports go, and types
 # make constraints  the releases that are in .venv now, as those that make installs from then on
 
 PYTHON ?= python3
@@ -80,6 +80,7 @@ test-newest test-oldest: test-%: tests/environments/%.txt
 check: $(VENV)/.tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 # PyTorch's local tag (+cpu) goes, so that another build of the same release fits as well.

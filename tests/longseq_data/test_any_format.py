@@ -18,17 +18,11 @@ from longseq_data.readers.fasta import read_records
 from longseq_data.readers.reading import Reading
 from longseq_data.readers.survey import survey
 from longseq_data.samples.batches import EvaluationBatches, Loader, TrainingBatches
-from longseq_data.samples.streaming import (
-    StreamSpec,
-    evaluation_samples,
-    evaluation_windows,
-    target_counts,
-    training_samples,
-    training_windows,
-)
+from longseq_data.samples.streaming import StreamSpec, evaluation_windows, target_counts
 from longseq_data.splits import SplitRule, split_of
 from longseq_data.tokenization import save_tokenizer, train_tokenizer
 from longseq_data.vocabulary import BYTES, IGNORE, PROTEIN
+from plain_samples import evaluation_samples, training_samples, training_windows
 
 TEXTS = [f"{i} " + "".join(chr(97 + (i * k) % 26) for k in range(1 + i * 7 % 40)) for i in range(37)]
 FORMATS = ["lines", "text", "jsonl", "parquet", "hub", "images", "folder", "tokens", "wide"]

@@ -11,8 +11,8 @@ import torch
 from longseq_data.errors import DataError
 from longseq_data.readers.fasta import scan
 from longseq_data.samples.batches import EvaluationBatches, Loader, TrainingBatches
-from longseq_data.samples.streaming import evaluation_samples, training_samples
 from longseq_data.vocabulary import IGNORE, PAD
+from plain_samples import evaluation_samples, training_samples
 
 Row = tuple[tuple[int, ...], tuple[int, ...]]
 

@@ -19,8 +19,9 @@ from longseq_data.readers.fasta import read_records
 from longseq_data.readers.reading import Reading
 from longseq_data.readers.survey import survey
 from longseq_data.samples.batches import Loader, TrainingBatches
-from longseq_data.samples.streaming import StreamSpec, evaluation_samples, training_samples
+from longseq_data.samples.streaming import StreamSpec
 from longseq_data.vocabulary import DNA, NUCLEIC_ACIDS, reverse_complement
+from plain_samples import evaluation_samples, training_samples
 
 WRITTEN = "ACGTNacgtnUuRyx"
 READ = "ACGTNACGTNTTNNN"

@@ -35,9 +35,10 @@ from longseq_data.readers.formats import Leaf
 from longseq_data.readers.reading import FASTA, Reading
 from longseq_data.samples.batches import Loader, TrainingBatches
 from longseq_data.samples.sharing import Share
-from longseq_data.samples.shuffling import documents_in_file_order, shuffled_chunks, shuffled_documents
-from longseq_data.samples.streaming import StreamSpec, training_samples
+from longseq_data.samples.shuffling import documents_in_file_order, shuffled_documents
+from longseq_data.samples.streaming import StreamSpec
 from longseq_data.vocabulary import BYTES, PROTEIN
+from plain_samples import training_samples
 
 
 def fasta(name: str, records: int, seed: int = 0) -> bytes:
@@ -201,7 +202,7 @@ def order_of(write, kind: str, packing: str, cache: str | None) -> str:
 def test_later_epochs_are_permutations_of_all_records(write, cache, small, way) -> None:
     sources = [write(f"{i}.fasta", fasta(str(i), 40, i)) for i in range(20)]
     spec = spec_of(*sources, cache=cache, later_epochs="permutation", **way)
-    epochs = [[item.identifier for chunk in shuffled_chunks(spec, epoch) for item in chunk.items] for epoch in range(3)]
+    epochs = [[item.identifier for item in shuffled_documents(spec, epoch)] for epoch in range(3)]
     names = {document.identifier for document in documents_in_file_order(spec)}
     assert [len(epoch) for epoch in epochs] == [len(names)] * 3
     assert all(set(epoch) == names for epoch in epochs)

@@ -19,10 +19,9 @@ import numpy.typing as npt
 from longseq_data.errors import DataError
 from longseq_data.files import user_path
 from longseq_data.os_errors import explained
-from longseq_data.prepare.publish import OFFSETS
 from longseq_data.vocabulary import Vocabulary
 
-from .manifest import MANIFEST, DataFile, read_manifest
+from .manifest import MANIFEST, OFFSETS, DataFile, read_manifest
 
 if TYPE_CHECKING:
     import pyarrow as pa

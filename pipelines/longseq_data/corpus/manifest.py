@@ -16,6 +16,7 @@ from longseq_data.vocabulary import Vocabulary
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+OFFSETS = "offsets.npy"
 QUANTILES = (1, 5, 25, 50, 75, 95, 99)
 EXACT_LENGTHS = 4096  # longer ones are counted with three digits, so that there are few different ones
 

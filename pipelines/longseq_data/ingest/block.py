@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from longseq_data.readers.documents import Extent, words_before
+from longseq_data.readers.documents import Extent
 from longseq_data.splits import identifier_places, sequence_places
+from longseq_data.tokenization import extents, words_before
 from longseq_data.vocabulary import ALPHABETS, Tokens, Vocabulary
 
 FORMAT = 1  # of the files; counted up when what they hold, or how it is made, changes
@@ -66,6 +67,11 @@ class Block:
     def lengths(self) -> Integers:
         return np.diff(self.offsets)
 
+    def view(self, row: int) -> Tokens:
+        """The tokens of a record where they are mapped, or else a copy: a view would keep the whole block."""
+        tokens = self.tokens[self.offsets[row] : self.offsets[row + 1]]
+        return tokens if self.mapped else tokens.copy()
+
     def ids(self, rows: Sequence[int]) -> list[bytes]:
         """The tokens of some records, as bytes of their own."""
         data, size = memoryview(self.tokens).cast("B"), self.tokens.itemsize  # type: ignore[arg-type]
@@ -81,11 +87,9 @@ class Block:
             return replace(self, tokens=np.memmap(file, self.tokens.dtype, "r"), mapped=True)
 
     def document(self, row: int, source: str, vocabulary: Vocabulary) -> BlockDocument:
-        tokens = self.tokens[self.offsets[row] : self.offsets[row + 1]]
-        if not self.mapped:
-            tokens = tokens.copy()  # a view would keep the whole block
         text = None if self.texts is None else bytes(self.texts[row])
-        return BlockDocument(bytes(self.identifiers[row]), source, tokens, int(self.held[row]), vocabulary, text)
+        name, held = bytes(self.identifiers[row]), int(self.held[row])
+        return BlockDocument(name, source, self.view(row), held, vocabulary, text)
 
 
 @dataclass(slots=True, eq=False)
@@ -116,7 +120,7 @@ class BlockDocument:
 
     @property
     def closed(self) -> bool:
-        return self.vocabulary.name != "pixels"  # pictures all end alike
+        return self.vocabulary.closed
 
     def encode(self, start: int, stop: int | None) -> Tokens:
         return self.tokens[start:stop].astype(self.vocabulary.dtype, copy=False)
@@ -133,8 +137,6 @@ class BlockDocument:
     def _counted(self) -> tuple[Integers, Integers]:
         if self.text is None:
             return np.arange(len(self.tokens) + 1), words_before(self.tokens.tobytes())
-        from longseq_data.tokenization import extents
-
         return extents(self.text.decode(errors="replace"), self.vocabulary.name)
 
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from longseq_data.corpus.manifest import (
     MANIFEST,
+    OFFSETS,
     DataFile,
     Manifest,
     Source,
@@ -32,7 +33,6 @@ from .map_stage import SPLITS, Counts
 from .plan import PARTS, Plan
 from .reduce_stage import Part, ReduceTask, read_parts, records_of, schema, split_digest
 
-OFFSETS = "offsets.npy"
 PACKAGES = ("datasets", "pyarrow", "numpy")
 
 

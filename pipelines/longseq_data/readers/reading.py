@@ -9,7 +9,7 @@ from functools import cached_property
 from longseq_data.errors import DataError
 from longseq_data.vocabulary import ALPHABETS, BYTES, DNA, PIXELS, PROTEIN, Vocabulary
 
-from .documents import ByteDocument, Document, DocumentEncoder, Text
+from .documents import ByteDocument, Document, DocumentEncoder, Text, decoded, tokenise
 from .fasta import Encoder, Record
 from .formats import Leaf, format_of, leaves
 from .sources import Watch
@@ -83,7 +83,6 @@ class Reading:
 
     def untokenised(self, leaf: Leaf, strict: bool) -> Generator[Document, None, None]:
         """The documents of one leaf as bytes, for a look at them: tokenizers are slow. Raises what documents() does."""
-        from longseq_data.tokenization import decoded
 
         def plain(text: Text) -> Document:
             if strict:
@@ -111,8 +110,6 @@ class Reading:
             return ByteDocument(text.identifier, text.source, text.line, text.data)
         if self.has_residues:
             return _protein(text, "rows" if leaf.format in ("parquet", "hub") else "lines")
-        from longseq_data.tokenization import tokenise
-
         return tokenise(text, self.tokens, strict)
 
     def _images(self, leaf: Leaf) -> Generator[Document, None, None]:

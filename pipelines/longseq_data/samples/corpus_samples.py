@@ -12,16 +12,28 @@ import numpy.typing as npt
 
 from longseq_data.corpus.corpus import Corpus
 from longseq_data.randomness import generator
-from longseq_data.vocabulary import IGNORE, Vocabulary
+from longseq_data.vocabulary import Vocabulary
 
 from .buckets import block_samples, cut_block
 from .corpus_cuts import Crops, Cut, Joined, Plan, rounds
-from .masking import mask_rows
-from .order import permutation, samples_of_rank
-from .sharing import Arrays, MakeBatch, Share, filler
+from .order import permutation
+from .rows import Finish, Integers
+from .sharing import MakeBatch, Share, even
 
 PLANNED = 4096  # samples of a rank, at once: a plan costs a hundred small steps of NumPy
 LOOK = 1 << 16  # records from which the mean length is taken; they are stored in a random order
+
+
+class _Taker:
+    """Nothing is kept: any sample is found without those before it."""
+
+    ahead = PLANNED
+
+    def __init__(self, cut: Cut) -> None:
+        self._cut = cut
+
+    def take(self, numbers: Integers, until: int) -> Plan:
+        return self._cut.plan(numbers)
 
 
 @dataclass(frozen=True)
@@ -89,13 +101,22 @@ class CorpusSpec:
 
         Raises DataError where there is no whole corpus.
         """
-        return self._bucketed(start, share) if self.packing == "bucket" else self._even(start, share)
+        if self.packing == "bucket":
+            return self._bucketed(start, share)
+        return even(self.taker(start), self._finish, start, share)
+
+    def taker(self, start: int, warn: bool = False) -> _Taker:
+        return _Taker(self.cut)
+
+    @property
+    def _finish(self) -> Finish:
+        return Finish(self.objective, self.seed, self.vocabulary, self.reset)
 
     def evaluation(self, share: Share, max_samples: int | None = None) -> Iterator[MakeBatch]:
         """See sharing.Samples. The whole split in its order, or ``max_samples`` drawn from it whatever the seed."""
         plans = self.cut.evaluation(sampled=max_samples is not None)
         for plan in rounds(plans, share.step_samples, max_samples):
-            yield partial(self._batch, plan[share.rank :: share.world], share.batch_sequences, {})
+            yield partial(self._finish.batch, plan[share.rank :: share.world], share.batch_sequences, {})
 
     def target_counts(self, max_targets: int | None = None) -> npt.NDArray[np.int64]:
         """See sharing.Samples; ``max_targets``: of about so many, from records drawn at random."""
@@ -116,18 +137,8 @@ class CorpusSpec:
                 break
         return counts
 
-    def _even(self, start: int, share: Share) -> Iterator[MakeBatch]:
-        steps = max(1, PLANNED // share.rank_samples)
-        rows = share.batch_sequences
-        for first in count(start, steps * share.step_samples):
-            mine = self.cut.plan(samples_of_rank(first, steps * share.step_samples, share.rank, share.world))
-            scored = mine.scored.reshape(steps, -1).sum(1).tolist()
-            for number in range(steps * share.accumulate):
-                step = number // share.accumulate
-                facts = {"step_targets": scored[step], "samples": first + (step + 1) * share.step_samples}
-                yield partial(self._batch, mine[number * rows : (number + 1) * rows], rows, facts)
-
     def _bucketed(self, start: int, share: Share) -> Iterator[MakeBatch]:
+        finish = self._finish
         whole = self.corpus.lengths(np.arange(min(LOOK, len(self.corpus)))) + 2
         extra = self.objective == "causal"  # the token that is only a target
         size = block_samples(float(np.minimum(whole - extra, self.length).mean()), self.batch_tokens)
@@ -144,38 +155,4 @@ class CorpusSpec:
                 facts = {"step_targets": int(plan.scored[mine].sum()), "samples": consumed}
                 rows = -(-len(step) // (share.world * share.accumulate))
                 for micro_batch in range(share.accumulate):
-                    yield partial(self._batch, plan[mine[micro_batch :: share.accumulate]], rows, facts)
-
-    def _batch(self, plan: Plan, rows: int, facts: dict[str, int]) -> Arrays:
-        batch = self._filled(plan, rows) if len(plan) else filler(rows, 1, self.vocabulary, self.reset)
-        return {**batch, **{name: np.array(value, dtype=np.int64) for name, value in facts.items()}}
-
-    def _filled(self, plan: Plan, rows: int) -> Arrays:
-        shape = (len(plan), int(plan.sizes.max()))
-        tokens = np.empty(shape, dtype=self.vocabulary.target_dtype)
-        segments = np.empty(shape, dtype=np.int32) if self.reset else None
-        self.cut.tokens(plan, tokens, segments)
-        if self.objective == "causal":
-            batch = self._causal(plan, tokens, segments)
-        else:
-            batch = self._masked(plan, tokens, segments)
-        missing = rows - len(plan)
-        if missing:
-            rest = filler(missing, next(iter(batch.values())).shape[1], self.vocabulary, self.reset)
-            batch = {name: np.concatenate([array, rest[name]]) for name, array in batch.items()}
-        return batch
-
-    def _causal(self, plan: Plan, tokens: npt.NDArray, segments: npt.NDArray | None) -> Arrays:
-        seen, targets = tokens[:, :-1], tokens[:, 1:]  # views of one array: half as much to hand from a worker
-        if plan.sizes.min() < tokens.shape[1]:
-            seen = np.where(targets < 0, seen.dtype.type(self.vocabulary.pad), seen)
-        if segments is None:
-            return {"tokens": seen, "targets": targets}
-        targets = np.where(segments[:, 1:] != segments[:, :-1], targets.dtype.type(IGNORE), targets)
-        segments = np.where(segments[:, 1:] < 0, np.int32(-1), segments[:, :-1])
-        return {"tokens": seen, "targets": targets, "segments": segments}
-
-    def _masked(self, plan: Plan, tokens: npt.NDArray, segments: npt.NDArray | None) -> Arrays:
-        tokens[tokens < 0] = self.vocabulary.pad
-        inputs, targets = mask_rows(tokens, self.seed, plan.numbers, self.vocabulary)
-        return {"tokens": inputs, "targets": targets, **({} if segments is None else {"segments": segments})}
+                    yield partial(finish.batch, plan[mine[micro_batch :: share.accumulate]], rows, facts)
