@@ -113,12 +113,18 @@ class Road:
         return blocks
 
     @property
+    def is_whole(self) -> bool:
+        """Whether every leaf lies in the cache. Raises OSError."""
+        there = self.folder is not None and len(self._entries) == len(set(self.leaves))
+        return there and all(entry.manifest() is not None for entry in self._entries.values())
+
+    @property
     def keeps_all(self) -> bool:
         """Whether every leaf lies in the cache, or has a place there that can be written."""
         if self.folder is None or len(self._entries) < len(set(self.leaves)):
             return False
         try:
-            if all(entry.manifest() is not None for entry in self._entries.values()):
+            if self.is_whole:
                 return True
             for path in (self.folder / "blocks", self._lock.parent):
                 path.mkdir(parents=True, exist_ok=True)

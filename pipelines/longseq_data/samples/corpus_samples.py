@@ -18,7 +18,7 @@ from .buckets import block_samples, cut_block
 from .corpus_cuts import Crops, Cut, Joined, Plan, rounds
 from .order import permutation
 from .rows import Finish, Integers
-from .sharing import MakeBatch, Share, even
+from .sharing import MakeBatch, Share, epochs_of, even
 
 PLANNED = 4096  # samples of a rank, at once: a plan costs a hundred small steps of NumPy
 LOOK = 1 << 16  # records from which the mean length is taken; they are stored in a random order
@@ -89,6 +89,9 @@ class CorpusSpec:
     def epoch_samples(self) -> int:
         """Samples of one pass over the corpus."""
         return self.cut.epoch
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        return epochs_of(self, samples)
 
     def begin(self) -> None:
         """Nothing is left to do."""

@@ -93,8 +93,12 @@ class Samples(Protocol):
     def sources(self) -> tuple[str, ...]: ...
 
     @property
-    def epoch_samples(self) -> int | None:
-        """Training samples of one pass over the split; None where only a whole pass would tell."""
+    def epoch_samples(self) -> float | None:
+        """Training samples of one pass over the split; None as long as nothing tells but a whole pass."""
+        ...
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """Passes over each source after so many samples, where that is known; over a single one by the name ""."""
         ...
 
     def begin(self) -> None:
@@ -120,6 +124,12 @@ class Samples(Protocol):
     def measuring(self) -> Samples:
         """The same, whose evaluation batches say what their targets stand for, where these samples can."""
         ...
+
+
+def epochs_of(spec: Samples, samples: int) -> dict[str, float]:
+    """Samples.epochs of a single source."""
+    size = spec.epoch_samples
+    return {"": samples / size} if size else {}
 
 
 class Taker(Protocol):

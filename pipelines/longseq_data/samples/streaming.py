@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 
 import numpy as np
@@ -20,7 +20,7 @@ from longseq_data.readers.documents import Document
 from .masking import masked_count
 from .packing import Piece, Window, Windows, crop, cut, document
 from .rows import Arrays, Finish
-from .sharing import MakeBatch, Share, Taker, even
+from .sharing import MakeBatch, Share, Taker, epochs_of, even
 from .shuffling import documents_in_file_order, leaves_of, road, shuffled_documents
 from .stream_rows import Crops, Joined
 from .stream_settings import StreamSettings
@@ -48,9 +48,16 @@ class StreamSpec(StreamSettings):
         return window.size() - (len(window.pieces) if self.reset else 1)
 
     @property
-    def epoch_samples(self) -> None:
+    def epoch_samples(self) -> float | None:
         """See sharing.Samples: how many there are shows when all files have been read."""
-        return None
+        return self._size.samples
+
+    @cached_property
+    def _size(self) -> _Size:
+        return _Size(self)
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        return epochs_of(self, samples)
 
     def measuring(self) -> StreamSpec:
         """The same with ``measured`` where the losses add up to the probability of text or images."""
@@ -83,6 +90,29 @@ class StreamSpec(StreamSettings):
     @property
     def _finish(self) -> Finish:
         return Finish(self.objective, self.seed, self.vocabulary, self.reset)
+
+
+class _Size:
+    """How much there is in an epoch, once all blocks are in the cache."""
+
+    def __init__(self, spec: StreamSpec) -> None:
+        self._spec, self._leaves = spec, leaves_of(spec, 0)
+        self._road = road(spec, self._leaves)
+        self._samples: float | None = None
+
+    @property
+    def samples(self) -> float | None:
+        if self._samples is None and self._road.is_whole:
+            spec, records, tokens = self._spec, 0, 0
+            for block in (block for leaf in self._leaves for block in self._road.kept(leaf)):
+                chosen = block.lengths > 0
+                if not spec.whole:
+                    chosen &= spec.rule.chosen(spec.split or "", block.places(spec.rule.by))
+                records += int(np.count_nonzero(chosen))
+                tokens += int(block.lengths[chosen].sum())
+            marks = spec.reset + spec.vocabulary.closed
+            self._samples = (tokens + marks * records) / spec.length if spec.packing == "concat" else float(records)
+        return self._samples
 
 
 def _measured(finish: Finish, taken: Windows, rows: int, overlap: int) -> Arrays:

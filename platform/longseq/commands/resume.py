@@ -19,6 +19,7 @@ from longseq.commands.training import (
     check_disk,
     check_origin,
     check_precision,
+    note_weights,
     refuse_changes,
     say_schedule,
     train,
@@ -63,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
                     f"{run.path}: finished at step {checkpoint.position.step}. To train on, raise the last step: "
                     f"`{run.resume_command} trainer.max_steps={2 * checkpoint.position.step}`."
                 )
+        note_weights(before, config, checkpoint.position.samples if checkpoint else 0)
         begin_reading(config)
         check_data(config)
         origin = None if checkpoint else check_origin(config)

@@ -14,7 +14,8 @@ from longseq.checkpoint import Checkpoint, checkpoints_in, expected_bytes, remov
 from longseq.config import Config
 from longseq.config_loading import shown
 from longseq.curves import read_curves
-from longseq.data import SPLITS, corpus_of, reading, vocabulary
+from longseq.data import SPLITS, Where, reading, sources_of, vocabulary
+from longseq.data_sources import reweighted, unweighted
 from longseq.errors import EXIT_GO_ON, USER_ERRORS, ConfigError, LongseqError, RunError
 from longseq.launch import local
 from longseq.models.presets import PRESETS
@@ -140,6 +141,8 @@ def refuse_changes(before: Config, after: Config, run: Run, keys: Sequence[str])
         section, _, name = key.partition(".")
         old, new = (_value(config, section, name) for config in (before, after))
         if old != new:
+            if key == "data.train" and unweighted(old) == unweighted(new):
+                continue
             if key in _FILES and _only_moved(run, name, before, after):
                 continue
             moved = ", whose content is another" if key in _FILES else ""
@@ -150,8 +153,9 @@ def refuse_changes(before: Config, after: Config, run: Run, keys: Sequence[str])
 
 
 def _only_moved(run: Run, split: str, before: Config, after: Config) -> bool:
-    old, new = getattr(before.data, split), getattr(after.data, split)
-    return run.only_moved(split, old, new, [identity_of(source) for source in new])
+    names = [[source["name"] for source in config.data.sources(split)] for config in (before, after)]
+    old, new = before.data.files(split), after.data.files(split)
+    return names[0] == names[1] and run.only_moved(split, old, new, [identity_of(source) for source in new])
 
 
 def _value(config: Config, section: str, name: str) -> object:
@@ -160,6 +164,12 @@ def _value(config: Config, section: str, name: str) -> object:
     if value is None and section == "model" and name in _SIZES:
         return getattr(PRESETS[config.model.preset], name)
     return value
+
+
+def note_weights(before: Config, after: Config, samples: int) -> None:
+    """Write down which weights the sources had until now, where they change after so many samples."""
+    data = after.data
+    data.reweighted = reweighted(before.data.sources("train"), data.sources("train"), before.data.reweighted, samples)
 
 
 def check_precision(checkpoint: Checkpoint, config: Config) -> None:
@@ -182,48 +192,53 @@ def check_data(config: Config) -> None:
     Raises:
         DataError: for a file that cannot be trained on.
     """
-    read = reading(config)
     for split in SPLITS:
-        sources = getattr(config.data, split)
-        prepared = corpus_of(config, split)
-        if prepared:
-            corpus = Corpus.open(prepared, split)
-            unit = UNITS.get(corpus.vocabulary.name, "tokens")
-            print(f"data.{split}: {len(corpus):,} records, {corpus.tokens:,} {unit} of {prepared}", file=sys.stderr)
-            if read_manifest(Path(prepared)).report.get("nucleotides"):
-                print(f"longseq: warning: data.{split}: {NUCLEOTIDES_SENTENCE}", file=sys.stderr)
-            continue
-        if not sources:
-            continue
-        data = config.data
-        # Shares are held out of the training files alone, and only where no files were named for that split.
-        shares = split == "train"
-        report = survey(
-            read,
-            sources,
-            strict=data.strict,
-            rule=SplitRule(
-                data.valid_fraction if shares and not data.valid else 0.0,
-                data.test_fraction if shares and not data.test else 0.0,
-                data.split_by if read.has_residues else "id",
-            ),
+        for where in sources_of(config, split):
+            name = f"data.{split}" + (f" ({where.name})" if where.name else "")
+            if where.corpus:
+                _say_corpus(name, where.corpus, split)
+            elif where.own and where.paths:
+                _check_files(config, name, where, split)
+
+
+def _say_corpus(name: str, path: str, split: str) -> None:
+    corpus = Corpus.open(path, split)
+    unit = UNITS.get(corpus.vocabulary.name, "tokens")
+    print(f"{name}: {len(corpus):,} records, {corpus.tokens:,} {unit} of {path}", file=sys.stderr)
+    if read_manifest(Path(path)).report.get("nucleotides"):
+        print(f"longseq: warning: {name}: {NUCLEOTIDES_SENTENCE}", file=sys.stderr)
+
+
+def _check_files(config: Config, name: str, where: Where, split: str) -> None:
+    data, read = config.data, reading(config)
+    # Shares are held out of the training files alone, and only where no files were named for that split.
+    shares = split == "train"
+    report = survey(
+        read,
+        where.paths,
+        strict=data.strict,
+        rule=SplitRule(
+            data.valid_fraction if shares and not data.valid else 0.0,
+            data.test_fraction if shares and not data.test else 0.0,
+            data.split_by if read.has_residues else "id",
+        ),
+    )
+    if shares and report.complete:
+        _refuse_empty_splits(config, name, report)
+    found = report.identifiers
+    if shares and found.again and found.by == "sequence":
+        print(
+            f"longseq: note: {name}: {found.again:,} of {report.records:,} records have an identifier that "
+            f"came before (the first: '{found.first_again[:40]}'): a hash of the sequences decides the splits.",
+            file=sys.stderr,
         )
-        if shares and report.complete:
-            _refuse_empty_splits(config, report)
-        found = report.identifiers
-        if shares and found.again and found.by == "sequence":
-            print(
-                f"longseq: note: data.train: {found.again:,} of {report.records:,} records have an identifier that "
-                f"came before (the first: '{found.first_again[:40]}'): a hash of the sequences decides the splits.",
-                file=sys.stderr,
-            )
-        elif shares and found.repeated:
-            print(
-                f"longseq: warning: data.train: {report.records:,} records have {len(report.identifiers.places):,} "
-                "different identifiers, which decide their splits: the splits may be uneven, or empty.",
-                file=sys.stderr,
-            )
-        say(f"data.{split}", report)
+    elif shares and found.repeated:
+        print(
+            f"longseq: warning: {name}: {report.records:,} records have {len(report.identifiers.places):,} "
+            "different identifiers, which decide their splits: the splits may be uneven, or empty.",
+            file=sys.stderr,
+        )
+    say(name, report)
 
 
 def say(name: str, report: ScanReport) -> None:
@@ -243,21 +258,19 @@ def say(name: str, report: ScanReport) -> None:
         )
 
 
-def _refuse_empty_splits(config: Config, report: ScanReport) -> None:
+def _refuse_empty_splits(config: Config, name: str, report: ScanReport) -> None:
     """A split that turns out empty at the first validation would cost the steps before it."""
     data, found = config.data, report.identifiers
     shares = 0.0 if data.valid else data.valid_fraction, 0.0 if data.test else data.test_fraction
     validates = bool(config.trainer.valid_every) and not data.valid
     if not found.splits["train"]:
-        raise DataError(
-            f"data.train: {found.lost('train', *shares, otherwise='name files in data.valid and data.test')}."
-        )
+        raise DataError(f"{name}: {found.lost('train', *shares, otherwise='name files in data.valid and data.test')}.")
     if validates and not found.splits["valid"]:
         otherwise = "name files in data.valid, or validate never (trainer.valid_every=0)"
-        raise DataError(f"data.train: {found.lost('valid', *shares, otherwise=otherwise)}.")
+        raise DataError(f"{name}: {found.lost('valid', *shares, otherwise=otherwise)}.")
     if shares[1] and not found.splits["test"]:
         otherwise = "name files in data.test, when training or later with `longseq evaluate RUN data.test=FILE`"
-        print(f"longseq: note: data.train: {found.lost('test', *shares, otherwise=otherwise)}.", file=sys.stderr)
+        print(f"longseq: note: {name}: {found.lost('test', *shares, otherwise=otherwise)}.", file=sys.stderr)
 
 
 def check_origin(config: Config) -> Path | None:
