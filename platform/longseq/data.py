@@ -67,11 +67,6 @@ def resolve_sources(config: Config) -> None:
         )
     for corpus in corpora:
         _check_corpus(config, corpus, read_manifest(Path(corpus)))
-    for note in data.reweighted:
-        if len(parsed(note)[1]) != len(data.sources("train")):
-            raise ConfigError(
-                f"data.reweighted: {note!r} is not of {len(data.sources('train'))} sources; leave it out."
-            )
     tokens = vocabulary(config)
     if tokens.name == "pixels":
         check_pixels(config)
@@ -232,20 +227,19 @@ def split_spec(config: Config, split: str) -> Samples:
         raise ConfigError(f"there is no {split} split: set {keys}.")
     if found[0].name is None:
         return _spec(config, split, found[0], config.run.seed)
+    before = [parsed(note) for note in data.reweighted] if split == "train" else []
+    if any(len(weights) != len(found) for _, weights in before):
+        raise ConfigError(f"data.reweighted: {data.reweighted} are not weights of {len(found)} sources; leave it out.")
     seeds = [config.run.seed] * len(found)
     if split == "train":  # or parts of one size would come in one order
         seeds = [int(words(config.run.seed, "source", number)[0] >> np.uint64(1)) for number in range(len(found))]
     return MixtureSpec(
         tuple(str(where.name) for where in found),
         tuple(_spec(config, split, where, seed) for where, seed in zip(found, seeds, strict=True)),
-        Draw(config.run.seed, [where.weight for where in found], [parsed(note) for note in _notes(config, split)]),
+        Draw(config.run.seed, [where.weight for where in found], before),
         config.run.seed,
         data.reset,
     )
-
-
-def _notes(config: Config, split: str) -> list[str]:
-    return config.data.reweighted if split == "train" else []
 
 
 def _spec(config: Config, split: str, where: Where, seed: int) -> Samples:
@@ -283,7 +277,7 @@ def _spec(config: Config, split: str, where: Where, seed: int) -> Samples:
         reset=data.reset,
         crop=data.crop,
         later_epochs="permutation" if data.later_epochs == "permutation" else "buffer",
-        cache=_cache(data.cache),
+        cache=cache_folder(data.cache),
     )
 
 
@@ -301,10 +295,14 @@ def begin_reading(config: Config) -> None:
             "data.later_epochs=permutation needs the blocks of data.cache, and data.cache=none keeps none: leave "
             "data.cache out or name a folder; a new run may set data.later_epochs=buffer."
         )
-    wanted = ["train", *(["valid"] if config.trainer.valid_every else [])]
-    for split in wanted:
+    for split in read_while_training(config):
         with suppress(*USER_ERRORS):
             split_spec(config, split).begin()
+
+
+def read_while_training(config: Config) -> list[str]:
+    """The splits that a training reads."""
+    return ["train", *(["valid"] if config.trainer.valid_every else [])]
 
 
 def fix_order(config: Config) -> None:
@@ -319,7 +317,8 @@ def fix_order(config: Config) -> None:
     data.later_epochs = "permutation" if kept else "buffer"
 
 
-def _cache(name: str) -> str | None:
+def cache_folder(name: str) -> str | None:
+    """Where blocks are kept, by data.cache; None: nowhere."""
     if name == "none":
         return None
     return str(default_folder() if name == "auto" else user_path(name).absolute())

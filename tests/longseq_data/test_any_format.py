@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from longseq_data.errors import DataError
+from longseq_data.ingest.survey import survey
 from longseq_data.readers.fasta import read_records
 from longseq_data.readers.reading import Reading
-from longseq_data.readers.survey import survey
 from longseq_data.samples.batches import EvaluationBatches, Loader, TrainingBatches
 from longseq_data.samples.streaming import StreamSpec, evaluation_windows, target_counts
 from longseq_data.splits import SplitRule, split_of
@@ -308,7 +308,8 @@ def test_a_survey_refuses_what_training_would(make, write):
         survey(Reading("images", "pixels"), [folder], strict=False)
 
 
-def test_a_survey_stops_at_its_budget(make):
+def test_a_survey_stops_at_its_budget(make, monkeypatch):
+    monkeypatch.setattr("longseq_data.ingest.block.FIRST_BYTES", 1)
     spec = make("folder")
     report = survey(spec.reading, spec.sources, strict=False, total_bytes=100)
     assert not report.complete

@@ -30,6 +30,7 @@ from longseq_data.ingest.cache import Failure, default_folder, entry_of, group_l
 from longseq_data.ingest.follow import Road
 from longseq_data.ingest.parse import parsed
 from longseq_data.ingest.process import Job, ingest
+from longseq_data.ingest.survey import survey
 from longseq_data.os_errors import lock
 from longseq_data.readers.formats import Leaf
 from longseq_data.readers.reading import FASTA, Reading
@@ -37,6 +38,7 @@ from longseq_data.samples.batches import Loader, TrainingBatches
 from longseq_data.samples.sharing import Share
 from longseq_data.samples.shuffling import documents_in_file_order, shuffled_documents
 from longseq_data.samples.streaming import StreamSpec
+from longseq_data.splits import SplitRule
 from longseq_data.vocabulary import BYTES, PROTEIN
 from plain_samples import training_samples
 
@@ -578,3 +580,18 @@ def test_parsing_may_be_left_in_the_middle(write, small) -> None:
     blocks = parsed(FASTA, Leaf(write("a.fasta", fasta("a", 100)), "fasta"), strict=False)
     assert len(next(blocks)) == 4
     blocks.close()
+
+
+def test_a_survey_before_a_start_parses_nothing_that_is_kept(cache, write, monkeypatch) -> None:
+    sources = [write(f"{i}.fasta", fasta(str(i), 300, i) + b">odd\nMKVJB\n") for i in range(3)]
+    rule = SplitRule(0.2, 0.1, "sequence")
+    alone = survey(Reading(), sources, strict=False, rule=rule)
+    assert (alone.records, alone.residues, alone.complete) == (903, 3 * (90_000 + 5), True)
+    assert alone.unknown == {"J": 3}
+    assert [note.partition(" is read as")[0] for note in alone.notes] == [
+        f"{source}, line 601: 'J' in record 'odd'" for source in sources
+    ]
+    monkeypatch.setattr("longseq_data.ingest.follow.parsed", None)
+    spec_of(*sources, cache=cache).begin()
+    for _ in range(2):  # while blocks come, and from those that are there
+        assert survey(Reading(), sources, strict=False, rule=rule, cache=str(cache)) == alone

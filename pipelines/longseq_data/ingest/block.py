@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from longseq_data.splits import identifier_places, sequence_places
 from longseq_data.tokenization import extents, words_before
 from longseq_data.vocabulary import ALPHABETS, Tokens, Vocabulary
 
-FORMAT = 1  # of the files; counted up when what they hold, or how it is made, changes
+FORMAT = 2  # of the files; counted up when what they hold, or how it is made, changes
 FIRST_BYTES, MOST_BYTES = 1 << 16, 1 << 21  # of tokens: the first blocks are small, so that training begins early
 MOST_RECORDS = 1 << 16
 _PLACES = {"id": "place", "sequence": "sequence_place"}  # columns by what decides a split
@@ -51,6 +52,7 @@ class Block:
     texts: Sequence[bytes] | None
     stored_places: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # what is worth a warning
+    unknown: Mapping[str, int] = field(default_factory=dict)  # letters outside the alphabet, about those of its records
     mapped: bool = False  # lies in a file: a view of it holds no memory
     residues: bool = False  # of sequences, whose splits may go by their tokens
 
@@ -156,6 +158,7 @@ class Builder:
         self._parts: list[Records] = []
         self._bytes = self._records = 0
         self.notes: list[str] = []
+        self.unknown: Counter[str] = Counter()
 
     def add(self, records: Records) -> Iterator[Block]:
         """The blocks that are full with these."""
@@ -196,10 +199,12 @@ class Builder:
             np.array(held, dtype=np.int64),
             texts,
             notes=tuple(self.notes),
+            unknown=dict(self.unknown),
             residues=self._residues,
         )
         self._made += 1
         self._parts, self._bytes, self._records, self.notes = [], 0, 0, []
+        self.unknown.clear()
         return block
 
 
@@ -216,7 +221,7 @@ def write_block(block: Block, path: Path) -> None:
     }
     if block.texts is not None:
         columns["text"] = pa.array(block.texts, binary)
-    batch = pa.record_batch(columns, metadata={"longseq": json.dumps({"notes": block.notes})})
+    batch = pa.record_batch(columns, metadata={"longseq": json.dumps({"notes": block.notes, "unknown": block.unknown})})
     try:
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
             writer.write_batch(batch)
@@ -235,7 +240,7 @@ def open_block(path: Path) -> Block:
     try:
         with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
             batch = reader.get_batch(0)
-            notes = json.loads(reader.schema.metadata[b"longseq"])["notes"]
+            said = json.loads(reader.schema.metadata[b"longseq"])
         batch.validate()
         tokens = batch.column("tokens")
         return Block(
@@ -245,7 +250,8 @@ def open_block(path: Path) -> Block:
             batch.column("held").to_numpy(),
             _Bytes(batch.column("text")) if "text" in batch.schema.names else None,
             {by: batch.column(name).to_numpy() for by, name in _PLACES.items() if name in batch.schema.names},
-            tuple(notes),
+            tuple(said["notes"]),
+            dict(said["unknown"]),
             mapped=True,
         )
     except (OSError, pa.ArrowException, ValueError, LookupError, TypeError, AttributeError) as error:

@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterator
 from contextlib import closing
 
 from longseq_data.readers.documents import DocumentEncoder
-from longseq_data.readers.fasta import Record
+from longseq_data.readers.fasta import Encoder, Record
 from longseq_data.readers.fasta_blocks import Protein, read_bulk
 from longseq_data.readers.formats import Leaf
 from longseq_data.readers.reading import Reading
@@ -28,6 +28,8 @@ def parsed(reading: Reading, leaf: Leaf, *, strict: bool, watch: Watch | None = 
     """
     builder = Builder(reading.vocabulary)
     encoder = reading.encoder(strict, tell=lambda note: builder.notes.append(note))
+    if isinstance(encoder, Encoder):
+        encoder.unknown = builder.unknown
     fasta = leaf.format == "fasta"
     bulk = reading.tokens == "protein"
     read = _sequences(leaf.source, encoder, watch, bulk) if fasta else _documents(reading, leaf, strict, encoder, watch)

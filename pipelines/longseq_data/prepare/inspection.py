@@ -22,11 +22,11 @@ from longseq_data.corpus.manifest import (
     read_manifest,
 )
 from longseq_data.errors import in_line
+from longseq_data.ingest.survey import UNITS
 from longseq_data.readers.documents import Document, DocumentEncoder
 from longseq_data.readers.fasta import NUCLEOTIDES_SENTENCE, PEPTIDE, Encoder
 from longseq_data.readers.proteins import read_proteins
 from longseq_data.readers.reading import Reading
-from longseq_data.readers.survey import UNITS
 from longseq_data.readers.uniprot import Header, parse_header
 from longseq_data.vocabulary import ALPHABETS, TOKENS
 

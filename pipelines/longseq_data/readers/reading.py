@@ -9,7 +9,7 @@ from functools import cached_property
 from longseq_data.errors import DataError
 from longseq_data.vocabulary import ALPHABETS, BYTES, DNA, PIXELS, PROTEIN, Vocabulary
 
-from .documents import ByteDocument, Document, DocumentEncoder, Text, decoded, tokenise
+from .documents import ByteDocument, Document, DocumentEncoder, Text, tokenise
 from .fasta import Encoder, Record
 from .formats import Leaf, format_of, leaves
 from .sources import Watch
@@ -80,16 +80,6 @@ class Reading:
             yield from self._images(leaf)
             return
         yield from _filled(leaf, (self._document(text, leaf, strict) for text in self.texts(leaf, strict, watch)))
-
-    def untokenised(self, leaf: Leaf, strict: bool) -> Generator[Document, None, None]:
-        """The documents of one leaf as bytes, for a look at them: tokenizers are slow. Raises what documents() does."""
-
-        def plain(text: Text) -> Document:
-            if strict:
-                decoded(text, strict)
-            return ByteDocument(text.identifier, text.source, text.line, text.data)
-
-        yield from _filled(leaf, map(plain, self.texts(leaf, strict)))
 
     def texts(self, leaf: Leaf, strict: bool, watch: Watch | None = None) -> Iterator[Text]:
         """The texts of one leaf before they are tokenised."""

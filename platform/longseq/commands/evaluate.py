@@ -27,8 +27,8 @@ from longseq.evaluation.request import Request, is_split, samples_of
 from longseq.opening import TARGET_HELP, Source, checkpoints_of, find, of_checkpoint, run_of
 from longseq_data.errors import DataError
 from longseq_data.files import user_path
+from longseq_data.ingest.survey import survey
 from longseq_data.os_errors import explained
-from longseq_data.readers.survey import survey
 from longseq_data.samples.mixture import MixtureSpec
 from longseq_data.samples.sharing import Samples
 from longseq_data.samples.streaming import StreamSpec

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     fix_order(config)
     Run.new(config, default_name=args.config.stem)  # a taken name is said before the data are read
     begin_reading(config)
-    check_data(config)
+    check_data(config, begun=True)
     origin = check_origin(config)
     check_deepspeed(config)
     check_disk(config, user_path(config.run.dir).resolve())

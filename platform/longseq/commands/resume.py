@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
                 )
         note_weights(before, config, checkpoint.position.samples if checkpoint else 0)
         begin_reading(config)
-        check_data(config)
+        check_data(config, begun=True)
         origin = None if checkpoint else check_origin(config)
         check_deepspeed(config)
         check_disk(config, run.path)

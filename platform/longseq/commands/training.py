@@ -14,7 +14,7 @@ from longseq.checkpoint import Checkpoint, checkpoints_in, expected_bytes, remov
 from longseq.config import Config
 from longseq.config_loading import shown
 from longseq.curves import read_curves
-from longseq.data import SPLITS, Where, reading, sources_of, vocabulary
+from longseq.data import SPLITS, Where, cache_folder, read_while_training, reading, sources_of, vocabulary
 from longseq.data_sources import reweighted, unweighted
 from longseq.errors import EXIT_GO_ON, USER_ERRORS, ConfigError, LongseqError, RunError
 from longseq.launch import local
@@ -26,9 +26,9 @@ from longseq.training.schedule import schedule_change
 from longseq_data.corpus.corpus import Corpus
 from longseq_data.corpus.manifest import read_manifest
 from longseq_data.errors import DataError
+from longseq_data.ingest.survey import UNITS, Report, survey
 from longseq_data.prepare.identity import identity_of
-from longseq_data.readers.fasta import NUCLEOTIDES_SENTENCE, ScanReport
-from longseq_data.readers.survey import UNITS, survey
+from longseq_data.readers.fasta import NUCLEOTIDES_SENTENCE
 from longseq_data.splits import SplitRule
 
 TAKE_OVER_HELP = (
@@ -186,8 +186,10 @@ def check_precision(checkpoint: Checkpoint, config: Config) -> None:
         )
 
 
-def check_data(config: Config) -> None:
-    """Read the beginning of every file before anything is made, and say what letters were read as X.
+def check_data(config: Config, begun: bool = False) -> None:
+    """Look at the beginning of every file before anything is made, and say what letters are read as X.
+
+    begun: their blocks are being made (data.begin_reading), and parsed nowhere else.
 
     Raises:
         DataError: for a file that cannot be trained on.
@@ -198,7 +200,7 @@ def check_data(config: Config) -> None:
             if where.corpus:
                 _say_corpus(name, where.corpus, split)
             elif where.own and where.paths:
-                _check_files(config, name, where, split)
+                _check_files(config, name, where, split, begun and split in read_while_training(config))
 
 
 def _say_corpus(name: str, path: str, split: str) -> None:
@@ -209,7 +211,7 @@ def _say_corpus(name: str, path: str, split: str) -> None:
         print(f"longseq: warning: {name}: {NUCLEOTIDES_SENTENCE}", file=sys.stderr)
 
 
-def _check_files(config: Config, name: str, where: Where, split: str) -> None:
+def _check_files(config: Config, name: str, where: Where, split: str, begun: bool) -> None:
     data, read = config.data, reading(config)
     # Shares are held out of the training files alone, and only where no files were named for that split.
     shares = split == "train"
@@ -222,6 +224,7 @@ def _check_files(config: Config, name: str, where: Where, split: str) -> None:
             data.test_fraction if shares and not data.test else 0.0,
             data.split_by if read.has_residues else "id",
         ),
+        cache=cache_folder(data.cache) if begun else None,
     )
     if shares and report.complete:
         _refuse_empty_splits(config, name, report)
@@ -241,7 +244,7 @@ def _check_files(config: Config, name: str, where: Where, split: str) -> None:
     say(name, report)
 
 
-def say(name: str, report: ScanReport) -> None:
+def say(name: str, report: Report) -> None:
     """What a look at some data found, and which letters were read as X, on stderr."""
     extent = "" if report.complete else " at the beginning of the files"
     print(f"{name}: {report.records:,} records, {report.residues:,} {report.unit}{extent}", file=sys.stderr)
@@ -249,16 +252,15 @@ def say(name: str, report: ScanReport) -> None:
         print(f"longseq: warning: {name}: {report.warning}", file=sys.stderr)
     if report.unknown:
         letters = ", ".join(f"{letter!r} × {count:,}" for letter, count in report.unknown.most_common(5))
-        first = report.first_unknown
-        place = f", first at {first[0]}:{first[1]}" if first else ""
+        first = f"; the first in {report.notes[0].partition(' is read as')[0]}" if report.notes else ""
         print(
-            f"longseq: warning: letters outside the alphabet are read as {report.other}: {letters}{place}. "
+            f"longseq: warning: letters outside the alphabet are read as {report.other}: {letters}{first}. "
             "Refuse them with data.strict=true.",
             file=sys.stderr,
         )
 
 
-def _refuse_empty_splits(config: Config, name: str, report: ScanReport) -> None:
+def _refuse_empty_splits(config: Config, name: str, report: Report) -> None:
     """A split that turns out empty at the first validation would cost the steps before it."""
     data, found = config.data, report.identifiers
     shares = 0.0 if data.valid else data.valid_fraction, 0.0 if data.test else data.test_fraction
