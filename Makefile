@@ -7,7 +7,7 @@
 # make test-sanitized   the native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make test-newest  the tests of other packages' interfaces, with the newest releases that pyproject.toml allows
 # make test-oldest  the same, with the oldest that were tried (tests/environments)
-# make check        lint, format, types, and the documentation with its links
+# make check        lint, format, which way imports go, types, and the documentation with its links
 # make docs         the documentation on http://localhost:8000
 # make constraints  the releases that are in .venv now, as those that make installs from then on
 
@@ -81,6 +81,7 @@ test-newest test-oldest: test-%: tests/environments/%.txt
 check: $(VENV)/.tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 	$(BIN)/python tools/reference.py
 	$(BIN)/zensical build --strict

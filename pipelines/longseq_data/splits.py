@@ -95,9 +95,13 @@ class Identifiers:
     def add(self, identifier: str, rule: SplitRule, residues: Callable[[], bytes] | None = None) -> None:
         """residues: gives those of a record that has some."""
         content = residues() if residues is not None and rule.by == "sequence" else None
-        place = rule.place(identifier, content)
+        by = rule if content is not None else SplitRule(rule.valid, rule.test)
+        self.put(identifier, rule.place(identifier, content), by)
+
+    def put(self, identifier: str, place: float, rule: SplitRule) -> None:
+        """A record whose place is known, by ``rule``."""
         self.first = self.first or identifier
-        self.by = "id" if content is None else "sequence"
+        self.by = rule.by
         self.records += 1
         self.splits[rule.at(place)] += 1
         if len(self.places) < LOOKED_AT:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -11,11 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from longseq_data.errors import DataError
+from longseq_data.errors import DataError, one_line
 from longseq_data.files import write_text
 from longseq_data.os_errors import explained
-from longseq_data.readers.documents import Text, TokenDocument, words_before
-from longseq_data.readers.sources import one_line
 from longseq_data.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -84,29 +83,6 @@ def tokenizer_vocabulary(path: str) -> Vocabulary:
     return Vocabulary(path, size, **found, ordinary=ordinary, replacements=ordinary)
 
 
-def tokenise(text: Text, path: str, strict: bool) -> TokenDocument:
-    """A text as ids."""
-    vocabulary, written = tokenizer_vocabulary(path), decoded(text, strict)
-    # "fast" leaves out where in the text each token stands, which takes half of the time
-    (encoding,) = load_tokenizer(path).encode_batch_fast([written], add_special_tokens=False)
-    tokens = np.array(encoding.ids, dtype=vocabulary.dtype)
-    return TokenDocument(text.identifier, text.source, text.line, tokens, text.data)
-
-
-def decoded(text: Text, strict: bool) -> str:
-    """The text's characters; a byte that is not UTF-8 reads as U+FFFD, or is refused where ``strict``."""
-    try:
-        return text.data.decode()
-    except UnicodeDecodeError as error:
-        if strict:
-            line = text.line + text.data.count(b"\n", 0, error.start)
-            raise DataError(
-                f"{text.source}, line {line}: byte 0x{text.data[error.start]:02x} is not UTF-8; convert the file, or "
-                "set data.strict=false, which reads it as U+FFFD."
-            ) from None
-        return text.data.decode(errors="replace")
-
-
 def extents(text: str, path: str) -> tuple[Counts, Counts]:
     """Bytes and words before each token of a text, and in all: (tokens + 1,) each.
 
@@ -121,6 +97,23 @@ def extents(text: str, path: str) -> tuple[Counts, Counts]:
     n_bytes = byte_of[ends].astype(np.int64)
     n_bytes[-1] = len(data)
     return n_bytes, words_before(data)[n_bytes]
+
+
+_ASCII_SPACE = np.array([chr(byte).isspace() and byte < 128 for byte in range(256)])
+# The white space of str.split() beyond ASCII, as UTF-8.
+_WIDE_SPACE = re.compile(
+    rb"\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80",
+)
+
+
+def words_before(text: bytes) -> npt.NDArray[np.int64]:
+    """How many words begin before each byte, and in all: (len(text) + 1,). A word is what ``str.split()`` gives."""
+    space = _ASCII_SPACE[np.frombuffer(text, dtype=np.uint8)]
+    for wide in _WIDE_SPACE.finditer(text):
+        space[wide.start() : wide.end()] = True
+    begins = ~space
+    begins[1:] &= space[:-1]
+    return np.concatenate([[0], np.cumsum(begins, dtype=np.int64)])
 
 
 def train_tokenizer(texts: Iterable[str], model: str, size: int, show_progress: bool = False) -> Tokenizer:

@@ -47,6 +47,11 @@ class Vocabulary:
         return np.dtype(np.uint8 if self.size <= 1 << 8 else np.uint16 if self.size <= 1 << 16 else np.uint32)
 
     @property
+    def closed(self) -> bool:
+        """Whether documents end with EOS; pictures all end alike."""
+        return self.name != "pixels"
+
+    @property
     def target_dtype(self) -> np.dtype[np.signedinteger]:
         """A signed type that holds every id and IGNORE."""
         return np.dtype(np.int16 if self.size <= 1 << 15 else np.int32)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from longseq import config_checks
+from longseq.data_sources import Source
 from longseq.durations import duration_seconds
 from longseq.errors import ConfigError
 from longseq.models.presets import PRESETS
@@ -105,16 +106,27 @@ class AttentionConfig:
     redraw_every: int = key(1000, "optimiser steps between draws of the projections; 0: never", at_least=0)
 
 
+Sources = list[Any]  # names of files, or each a data_sources.Source
+
+
 @dataclass
 class DataConfig:
-    train: list[str] = key(
+    train: Sources = key(
         [],
         "files, plain or gzipped: paths, globs, URLs; folders of text, tables or images; "
-        "hub:OWNER/NAME[:CONFIG]#SPLIT; or one corpus of `longseq data prepare`, with its own splits",
+        "hub:OWNER/NAME[:CONFIG]#SPLIT; or one corpus of `longseq data prepare`, with its own splits; or several such "
+        "sources by weight: [{path: a.fasta.gz, weight: 0.7}, {path: prepared, weight: 0.3, name: uniref}]",
     )
-    valid: list[str] = key([], "files for validation while training; empty: data.valid_fraction of train")
-    test: list[str] = key([], "files for `longseq evaluate --split test`; empty: data.test_fraction of train")
-    ood: list[str] = key([], "out-of-distribution files for `longseq evaluate --split ood`")
+    valid: Sources = key(
+        [],
+        "files for validation while training, or sources with a curve each, {NAME: FILE, ...}; empty: "
+        "data.valid_fraction of train",
+    )
+    test: Sources = key([], "files for `longseq evaluate --split test`; empty: data.test_fraction of train")
+    ood: Sources = key([], "out-of-distribution files for `longseq evaluate --split ood`")
+    reweighted: list[str] = key(
+        [], "weights that the sources of train had up to some sample; `longseq resume` writes it where they change"
+    )
     split_by: str = key(
         "sequence",
         "what is hashed to hold a share of train out: the sequence of a protein, so that it stays where it is whatever "
@@ -189,6 +201,15 @@ class DataConfig:
     accept_changes: bool = key(
         False, "`longseq resume`: go on although the data are not those the run was started with; once"
     )
+
+    def files(self, split: str) -> list[str]:
+        """All that a split names, of all its sources."""
+        entries = getattr(self, split)
+        return [path for entry in entries for path in (entry["path"] if isinstance(entry, dict) else [entry])]
+
+    def sources(self, split: str) -> list[Source]:
+        """The sources of a split; empty where it names files alone."""
+        return [entry for entry in getattr(self, split) if isinstance(entry, dict)]
 
 
 @dataclass

@@ -16,9 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from longseq.config import Config
+from longseq.data_sources import named
 from longseq.errors import USER_ERRORS, ConfigError
 from longseq.hints import near_choice, near_key, nearest
-from longseq.written_values import WrittenError, argument_value
+from longseq.written_values import SOURCES, WrittenError, argument_value
 from longseq.yaml_files import YAML_ERRORS, first_line, read_yaml, yaml_problem
 from longseq_data.files import write_text
 
@@ -127,6 +128,10 @@ class _Layer:
     def __init__(self, values: dict[str, Any], where: str, lines: Mapping[str, int] | None = None):
         self.values, self.where, self.lines = values, where, lines or {}
         self._refuse_unknown_keys()
+        for section, name, about in described_keys():
+            if about["type"] == SOURCES and name in (self.values.get(section) or {}):
+                full = f"{section}.{name}"
+                self.values[section][name] = named(self.values[section][name], full, self._place)
 
     def onto(self, config: DictConfig) -> DictConfig:
         try:
@@ -177,7 +182,9 @@ class _Layer:
         return ConfigError(f"{place}: unknown key {name!r}.{hint}")
 
     def _place(self, name: str) -> str:
-        line = self.lines.get(name) or self.lines.get(name.partition("[")[0])
+        while name and name not in self.lines:  # the nearest one around it
+            name = re.sub(r"(\[\d+\]|\.?[^.\[]*)$", "", name)
+        line = self.lines.get(name)
         return f"{self.where}:{line}" if line else self.where
 
 
@@ -260,7 +267,8 @@ def check_limits(name: str, value: Any, limits: Mapping[str, Any], place: str) -
         near = near_choice(name, str(value), limits["choices"])
         hint = f" Did you mean {near}?" if near else ""
         raise ConfigError(f"{_at(place, name, value)}: choose from {', '.join(limits['choices'])}.{hint}")
-    if isinstance(value, list) and any(isinstance(part, (list, dict)) for part in value):
+    nested = list if limits.get("type") == SOURCES else (list, dict)
+    if isinstance(value, list) and any(isinstance(part, nested) for part in value):
         raise ConfigError(f"{_at(place, name, value)}: a list in a list; write [a, b]: {limits['meaning']}.")
     if any(isinstance(n, float) and not math.isfinite(n) for n in (value if isinstance(value, list) else [value])):
         raise ConfigError(f"{_at(place, name, value)} must be a finite number: {limits['meaning']}.")
@@ -282,6 +290,7 @@ def check_text(name: str, value: Any, meaning: str, place: str) -> None:
             config.yaml would not hold as text.
     """
     texts = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
+    texts = [text for part in texts for text in (part["path"] if isinstance(part, dict) else [part])]
     for text in texts:
         if not isinstance(text, str):
             continue
@@ -307,6 +316,7 @@ def type_name(annotation: str) -> str:
         "list[int]": "a list of whole numbers",
         "list[float]": "a list of numbers",
         "dict[str, str]": "names with a text each",
+        SOURCES: "a list of text, or of {path, weight, name}",
     }
     return (names | lists).get(annotation.removesuffix(" | None"), annotation)
 

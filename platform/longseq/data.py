@@ -6,9 +6,13 @@ import sys
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from longseq.config import Config, DataConfig
 from longseq.config_checks import check_pixels
+from longseq.data_sources import parsed
 from longseq.errors import USER_ERRORS, ConfigError
 from longseq_data.corpus.corpus import is_corpus
 from longseq_data.corpus.manifest import Manifest, read_manifest
@@ -16,9 +20,12 @@ from longseq_data.errors import DataError
 from longseq_data.files import user_path
 from longseq_data.ingest.cache import default_folder
 from longseq_data.prepare.identity import identity_of
+from longseq_data.randomness import words
 from longseq_data.readers.reading import TABLES, TOKENS, Reading, agree
 from longseq_data.readers.sources import expand_sources
 from longseq_data.samples.corpus_samples import CorpusSpec
+from longseq_data.samples.draw import Draw
+from longseq_data.samples.mixture import MixtureSpec
 from longseq_data.samples.sharing import Samples
 from longseq_data.samples.streaming import StreamSpec
 from longseq_data.splits import split_of
@@ -36,27 +43,37 @@ def resolve_sources(config: Config) -> None:
     """
     data = config.data
     for split in SPLITS:
-        setattr(data, split, _resolved(split, getattr(data, split), data.format))
+        sources = data.sources(split)
+        for source in sources:
+            source["path"] = _resolved(split, source["path"], data.format)
+        if not sources:
+            setattr(data, split, _resolved(split, getattr(data, split), data.format))
     if data.tokenizer not in ("auto", *TOKENS):
         data.tokenizer = str(user_path(data.tokenizer).absolute())
     if data.cache not in ("auto", "none"):
         data.cache = str(user_path(data.cache).absolute())
     if config.model.init_from:
         config.model.init_from = str(user_path(config.model.init_from).absolute())
-    if data.packing == "bucket" and not is_corpus(data.train[0]):
+    corpora = [path for path in data.files("train") if is_corpus(path)]
+    if data.packing == "bucket" and data.sources("train"):
+        raise ConfigError(
+            "data.packing=bucket sorts the sequences of one corpus by their lengths, and several sources are mixed "
+            "sample by sample: take data.packing=crop."
+        )
+    if data.packing == "bucket" and not corpora:
         raise ConfigError(
             "data.packing=bucket sorts sequences by their lengths, which only a prepared corpus knows beforehand: make "
             "one with `longseq data prepare`, or take data.packing=crop."
         )
-    if is_corpus(data.train[0]):
-        _check_corpus(config, read_manifest(Path(data.train[0])))
+    for corpus in corpora:
+        _check_corpus(config, corpus, read_manifest(Path(corpus)))
     tokens = vocabulary(config)
     if tokens.name == "pixels":
         check_pixels(config)
-    if data.reverse_complement and (tokens.name != "dna" or is_corpus(data.train[0])):
+    if data.reverse_complement and (tokens.name != "dna" or corpora):
         raise ConfigError(
             f"data.reverse_complement=true turns the strands of DNA files, and data.train is read as {tokens.name}"
-            f"{' from a prepared corpus' if is_corpus(data.train[0]) else ''}: set data.tokenizer=dna, or leave it out."
+            f"{' from a prepared corpus' if corpora else ''}: set data.tokenizer=dna, or leave it out."
         )
     if config.model.mask_scaling and tokens.mask != tokens.size - 1:
         raise ConfigError(
@@ -81,11 +98,11 @@ def fit_parts(config: Config) -> None:
     The sources are resolved. Nothing changes where the parts of data.part_bytes fill the training and validation split.
     """
     data = config.data
-    if is_corpus(data.train[0]):
+    if any(map(is_corpus, data.files("train"))):
         return
     shares = 0.0 if data.valid else data.valid_fraction, 0.0 if data.test else data.test_fraction
     wanted = {"train", *(["valid"] if shares[0] and config.trainer.valid_every else [])}
-    leaves = Reading(format=data.format).leaves(data.train)
+    leaves = Reading(format=data.format).leaves(data.files("train"))
     texts = all(leaf.format == "text" and Path(leaf.source).is_file() for leaf in leaves)
     if not any(shares) or not texts or sum(Path(leaf.source).stat().st_size for leaf in leaves) > _SHORT:
         return
@@ -157,49 +174,92 @@ def vocabulary(config: Config) -> Vocabulary:
     return tokens
 
 
-def corpus_of(config: Config, split: str) -> str | None:
-    """The prepared corpus that a split comes from; None where it comes from files, or where there is no such split."""
-    own = getattr(config.data, split)
+class Where(NamedTuple):
+    """What one source of a split is read from."""
+
+    paths: list[str]
+    own: bool  # named for this split, and not held out of data.train
+    name: str | None = None  # of a source among several
+    weight: float = 1.0
+
+    @property
+    def corpus(self) -> str | None:
+        """The prepared corpus; None: it is files."""
+        return self.paths[0] if is_corpus(self.paths[0]) else None
+
+
+def sources_of(config: Config, split: str) -> list[Where]:
+    """Where a split comes from: what is named for it, or held out of the training data; empty: there is none."""
+    data = config.data
+    own = split == "train" or bool(getattr(data, split))
+    share = {"valid": data.valid_fraction, "test": data.test_fraction}.get(split, 0.0)
+    of = split if own else "train"
+    sources = [Where(each["path"], own, each["name"], each["weight"]) for each in data.sources(of)]
+    found = sources or [Where(data.files(of), own)]
     if own:
-        return own[0] if is_corpus(own[0]) else None
-    train = config.data.train[0]
-    return train if is_corpus(train) and split in read_manifest(Path(train)).splits else None
+        return found
+    return [
+        where for where in found if (split in read_manifest(Path(where.corpus)).splits if where.corpus else share > 0)
+    ]
+
+
+def corpus_of(config: Config, split: str) -> str | None:
+    """The first prepared corpus that a split comes from; None where it comes from files, or there is no such split."""
+    return next((where.corpus for where in sources_of(config, split) if where.corpus), None)
 
 
 def split_spec(config: Config, split: str) -> Samples:
-    """The samples of one split: of the corpus or the files named for it, of the training corpus, or a share of the
-    training files held out by the record's id.
+    """The samples of one split: of the corpora or the files named for it, of the training corpora, or a share of the
+    training files held out by the record.
 
     Raises:
         ConfigError: if the configuration names no such data.
     """
+    data, found = config.data, sources_of(config, split)
+    if not found:
+        corpus = next(filter(is_corpus, data.files("train")), None)
+        if corpus:
+            there = ", ".join(read_manifest(Path(corpus)).splits)
+            raise ConfigError(
+                f"there is no {split} split: {corpus} has {there}. Prepare a corpus with one, or set data.{split}."
+            )
+        keys = f"data.{split}" if split == "ood" else f"data.{split} or data.{split}_fraction"
+        raise ConfigError(f"there is no {split} split: set {keys}.")
+    if found[0].name is None:
+        return _spec(config, split, found[0], config.run.seed)
+    before = [parsed(note) for note in data.reweighted] if split == "train" else []
+    if any(len(weights) != len(found) for _, weights in before):
+        raise ConfigError(f"data.reweighted: {data.reweighted} are not weights of {len(found)} sources; leave it out.")
+    seeds = [config.run.seed] * len(found)
+    if split == "train":  # or parts of one size would come in one order
+        seeds = [int(words(config.run.seed, "source", number)[0] >> np.uint64(1)) for number in range(len(found))]
+    return MixtureSpec(
+        tuple(str(where.name) for where in found),
+        tuple(_spec(config, split, where, seed) for where, seed in zip(found, seeds, strict=True)),
+        Draw(config.run.seed, [where.weight for where in found], before),
+        config.run.seed,
+        data.reset,
+    )
+
+
+def _spec(config: Config, split: str, where: Where, seed: int) -> Samples:
+    """The samples of one source."""
     data = config.data
-    corpus = corpus_of(config, split)
-    if corpus:
+    if where.corpus:
         return CorpusSpec(
-            path=corpus,
+            path=where.corpus,
             split=split,
             length=data.length,
             packing=data.packing,
             objective=config.model.objective,
-            seed=config.run.seed,
+            seed=seed,
             reset=data.reset,
             crop=data.crop,
             batch_tokens=data.batch_tokens,
         )
-    own = getattr(data, split) if split != "train" else []
-    if not own and is_corpus(data.train[0]):
-        there = ", ".join(read_manifest(Path(data.train[0])).splits)
-        raise ConfigError(
-            f"there is no {split} split: {data.train[0]} has {there}. Prepare a corpus with one, or set data.{split}."
-        )
-    share = {"valid": data.valid_fraction, "test": data.test_fraction}
-    if not own and (split == "ood" or share.get(split) == 0):
-        keys = f"data.{split}" if split == "ood" else f"data.{split} or data.{split}_fraction"
-        raise ConfigError(f"there is no {split} split: set {keys}.")
     return StreamSpec(
-        sources=tuple(own or data.train),
-        split=None if own else split,
+        sources=tuple(where.paths),
+        split=None if where.own and split != "train" else split,
         # A share is held out only where no files were named for that split.
         valid_fraction=0.0 if data.valid else data.valid_fraction,
         test_fraction=0.0 if data.test else data.test_fraction,
@@ -210,14 +270,14 @@ def split_spec(config: Config, split: str) -> Samples:
         if data.packing == "bucket"
         else data.packing,  # files beside a corpus are scored, not trained on
         objective=config.model.objective,
-        seed=config.run.seed,
+        seed=seed,
         shuffle_buffer=data.shuffle_buffer,
         strict=data.strict,
         reading=reading(config),
         reset=data.reset,
         crop=data.crop,
         later_epochs="permutation" if data.later_epochs == "permutation" else "buffer",
-        cache=_cache(data.cache),
+        cache=cache_folder(data.cache),
     )
 
 
@@ -230,29 +290,35 @@ def begin_reading(config: Config) -> None:
         ConfigError: for an order that needs the blocks, which are not kept.
     """
     data = config.data
-    if data.later_epochs == "permutation" and data.cache == "none" and not is_corpus(data.train[0]):
+    if data.later_epochs == "permutation" and data.cache == "none" and not all(map(is_corpus, data.files("train"))):
         raise ConfigError(
             "data.later_epochs=permutation needs the blocks of data.cache, and data.cache=none keeps none: leave "
             "data.cache out or name a folder; a new run may set data.later_epochs=buffer."
         )
-    wanted = ["train", *(["valid"] if config.trainer.valid_every else [])]
-    for split in wanted:
+    for split in read_while_training(config):
         with suppress(*USER_ERRORS):
             split_spec(config, split).begin()
+
+
+def read_while_training(config: Config) -> list[str]:
+    """The splits that a training reads."""
+    return ["train", *(["valid"] if config.trainer.valid_every else [])]
 
 
 def fix_order(config: Config) -> None:
     """For a new run: write down the order of later epochs, which must not change with the version. The sources are
     resolved."""
     data = config.data
-    if data.later_epochs != "auto" or is_corpus(data.train[0]):
+    if data.later_epochs != "auto" or all(map(is_corpus, data.files("train"))):
         return
     samples = split_spec(config, "train")
-    kept = data.shuffle_buffer > 1 and isinstance(samples, StreamSpec) and samples.keeps_all
+    parts = samples.parts if isinstance(samples, MixtureSpec) else (samples,)
+    kept = data.shuffle_buffer > 1 and all(part.keeps_all for part in parts if isinstance(part, StreamSpec))
     data.later_epochs = "permutation" if kept else "buffer"
 
 
-def _cache(name: str) -> str | None:
+def cache_folder(name: str) -> str | None:
+    """Where blocks are kept, by data.cache; None: nowhere."""
     if name == "none":
         return None
     return str(default_folder() if name == "auto" else user_path(name).absolute())
@@ -261,7 +327,7 @@ def _cache(name: str) -> str | None:
 def identities(config: Config) -> dict[str, list[str | None]]:
     """What tells the data of each split apart from others, in the order of its sources; without ood, which no training
     looks at."""
-    return {split: [identity_of(name) for name in getattr(config.data, split)] for split in SPLITS if split != "ood"}
+    return {split: [identity_of(name) for name in config.data.files(split)] for split in SPLITS if split != "ood"}
 
 
 def _resolved(split: str, patterns: list[str], format: str) -> list[str]:
@@ -271,7 +337,7 @@ def _resolved(split: str, patterns: list[str], format: str) -> list[str]:
     if len(patterns) > 1:
         raise ConfigError(
             f"data.{split} names {corpora[0]}, a prepared corpus, and {len(patterns) - 1} more: a corpus stands alone. "
-            "Prepare one corpus of all the files (sources of `longseq data prepare`), or name one of them."
+            "Give each a weight of its own ([{path: ..., weight: ...}, ...]), or name one of them."
         )
     path = user_path(corpora[0]).absolute()
     read_manifest(path)  # one that is not whole is refused
@@ -282,9 +348,9 @@ def _resolved(split: str, patterns: list[str], format: str) -> list[str]:
 _OF_FILES = ("format", "column", "part_bytes", "image_size", "strict")
 
 
-def _check_corpus(config: Config, manifest: Manifest) -> None:
+def _check_corpus(config: Config, corpus: str, manifest: Manifest) -> None:
     """Refuse keys that a prepared corpus has decided otherwise."""
-    data, plain, corpus = config.data, DataConfig(), config.data.train[0]
+    data, plain = config.data, DataConfig()
     if not _files(config):
         for name in _OF_FILES:
             if getattr(data, name) not in (getattr(plain, name), manifest.settings.get(name)):
@@ -306,7 +372,7 @@ def _check_corpus(config: Config, manifest: Manifest) -> None:
                 f"data.{name}={getattr(data, name)}, but {corpus} was prepared with {name}={prepared}, and its splits "
                 f"are fixed: set data.{name}={prepared}, or prepare another corpus."
             )
-    if config.trainer.valid_every and not data.valid and "valid" not in manifest.splits:
+    if config.trainer.valid_every and not sources_of(config, "valid"):
         raise ConfigError(
             f"trainer.valid_every={config.trainer.valid_every}, but {corpus} has no valid split: name files or a "
             "corpus in data.valid, prepare it with valid_fraction above 0, or set trainer.valid_every=0."
@@ -314,8 +380,8 @@ def _check_corpus(config: Config, manifest: Manifest) -> None:
 
 
 def _corpora(config: Config) -> list[str]:
-    return [source for split in SPLITS for source in getattr(config.data, split) if is_corpus(source)]
+    return [source for split in SPLITS for source in config.data.files(split) if is_corpus(source)]
 
 
 def _files(config: Config) -> list[str]:
-    return [source for split in SPLITS for source in getattr(config.data, split) if not is_corpus(source)]
+    return [source for split in SPLITS for source in config.data.files(split) if not is_corpus(source)]

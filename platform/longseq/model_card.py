@@ -12,7 +12,7 @@ from longseq.errors import RunError
 from longseq.opening import Source
 
 # Overrides that change no score of a file: which files are scored, and on what machine.
-_ELSEWHERE = ("data.train=", "data.valid=", "data.test=", "data.ood=", "data.workers=", "trainer.")
+_ELSEWHERE = ("data.train=", "data.valid=", "data.test=", "data.ood=", "data.reweighted=", "data.workers=", "trainer.")
 _HEAD = """---
 library_name: longseq
 tags: [longseq, performer, linear-attention]
@@ -87,7 +87,7 @@ def _data(source: Source) -> Iterator[str]:
     except (ValueError, TypeError):
         raise RunError(f"{path}: damaged; remove it, and the card names the data without fingerprints.") from None
     for split in ("train", "valid"):
-        for name, identity in zip(getattr(source.config.data, split), known.get(split, []), strict=False):
+        for name, identity in zip(source.config.data.files(split), known.get(split, []), strict=False):
             own = name if "://" in name or name.startswith("hub:") else Path(name).name
             yield f"- data.{split}: {own} ({identity or 'no fingerprint'})\n"
 

@@ -234,7 +234,7 @@ class Run:
         except ValueError:
             raise _damaged(self.data_path) from None
         for split, now in identities.items():
-            for name, old, new in zip(getattr(config.data, split), before.get(split, []), now, strict=False):
+            for name, old, new in zip(config.data.files(split), before.get(split, []), now, strict=False):
                 if None not in (old, new) and old != new:
                     raise RunError(
                         f"{name} (data.{split}) has changed since the run was started: it had {old}, and has {new}, so "

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from longseq.checkpoint import Checkpoint
 from longseq.config import Config
 from longseq.config_loading import shown
+from longseq.data_sources import reweighted, unweighted
 from longseq.errors import RunError
 from longseq.models.presets import PRESETS
 from longseq.run import Run
@@ -49,6 +50,8 @@ def refuse_changes(before: Config, after: Config, run: Run, keys: Sequence[str])
         section, _, name = key.partition(".")
         old, new = (_value(config, section, name) for config in (before, after))
         if old != new:
+            if key == "data.train" and unweighted(old) == unweighted(new):
+                continue
             if key in _FILES and _only_moved(run, name, before, after):
                 continue
             moved = ", whose content is another" if key in _FILES else ""
@@ -59,8 +62,9 @@ def refuse_changes(before: Config, after: Config, run: Run, keys: Sequence[str])
 
 
 def _only_moved(run: Run, split: str, before: Config, after: Config) -> bool:
-    old, new = getattr(before.data, split), getattr(after.data, split)
-    return run.only_moved(split, old, new, [identity_of(source) for source in new])
+    names = [[source["name"] for source in config.data.sources(split)] for config in (before, after)]
+    old, new = before.data.files(split), after.data.files(split)
+    return names[0] == names[1] and run.only_moved(split, old, new, [identity_of(source) for source in new])
 
 
 def _value(config: Config, section: str, name: str) -> object:
@@ -69,6 +73,12 @@ def _value(config: Config, section: str, name: str) -> object:
     if value is None and section == "model" and name in _SIZES:
         return getattr(PRESETS[config.model.preset], name)
     return value
+
+
+def note_weights(before: Config, after: Config, samples: int) -> None:
+    """Write down which weights the sources had until now, where they change after so many samples."""
+    data = after.data
+    data.reweighted = reweighted(before.data.sources("train"), data.sources("train"), before.data.reweighted, samples)
 
 
 def check_precision(checkpoint: Checkpoint, config: Config) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
+SOURCES = "Sources"  # the type of config.Sources
+_MAPPING = re.compile(r"[\[\s]*\{\s*[\w.'\"-]+:\s")  # and not the name of a file: {a}
 _NULL = ("null", "Null", "NULL", "~", "")
 _OCTAL = re.compile(r"[-+]?0[0-9_]+")
 _SEXAGESIMAL = re.compile(r"[-+]?[0-9][0-9_]*(:[0-9.]+)+")
@@ -32,6 +34,8 @@ def typed(node: yaml.Node | None, kind: str, plain: Any) -> Any:
         WrittenError: for a number or a switch that YAML reads otherwise than people do.
     """
     kind = kind.removesuffix(" | None")
+    if kind == SOURCES:
+        return _sources(node, plain)
     if kind.startswith("list["):
         inner = kind[len("list[") : -1]
         if isinstance(node, yaml.SequenceNode) and isinstance(plain, list):
@@ -44,6 +48,29 @@ def typed(node: yaml.Node | None, kind: str, plain: Any) -> Any:
     if not isinstance(node, yaml.ScalarNode) or kind not in ("str", "int", "float", "bool"):
         return plain
     return _scalar(node, kind, plain)
+
+
+def _sources(node: yaml.Node | None, plain: Any) -> Any:
+    """Names of files, or mappings with their paths and names as they are written."""
+    if isinstance(node, yaml.MappingNode) and isinstance(plain, dict):
+        found = {name.value: (value, plain.get(name.value)) for name, value in pairs(node)}
+        if "path" in found:
+            return [_with_path(found)]
+        return {name: _source(value, of) for name, (value, of) in found.items()}
+    if isinstance(node, yaml.SequenceNode) and isinstance(plain, list):
+        return [_source(child, value) for child, value in zip(node.value, plain, strict=True)]
+    return typed(node, "list[str]", plain)
+
+
+def _source(node: yaml.Node, plain: Any) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        return _with_path({name.value: (value, plain.get(name.value)) for name, value in pairs(node)})
+    return typed(node, "list[str]", plain) if isinstance(node, yaml.SequenceNode) else _element(node, "str", plain)
+
+
+def _with_path(found: dict[str, tuple[yaml.Node, Any]]) -> dict[str, Any]:
+    kinds = {"path": "list[str]", "name": "str"}
+    return {name: typed(node, kinds.get(name, "float"), plain) for name, (node, plain) in found.items()}
 
 
 def _element(node: yaml.Node, kind: str, plain: Any) -> Any:
@@ -93,7 +120,9 @@ def argument_value(text: str, kind: str) -> Any:
     if plain_kind == "str":
         # As null is written, or as a list or mapping, which is refused.
         return None if text == "null" else _quoted(text) if not _is_list(text) else _yaml(text, kind)
-    if plain_kind == "list[str]":
+    if plain_kind == SOURCES and _MAPPING.match(text):
+        return _yaml(text, kind)
+    if plain_kind in ("list[str]", SOURCES):
         return _items(text) if _is_list(text) else [_quoted(text)]
     value = _yaml(text, kind)
     if kind and value is None and text.strip() not in _NULL[:-1]:

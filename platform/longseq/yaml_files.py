@@ -69,6 +69,11 @@ def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]
             full = f"{prefix}{name.value}"
             yield full, name.start_mark.line + 1
             yield from _lines(value, f"{full}.")
+    if isinstance(node, yaml.SequenceNode):
+        for number, value in enumerate(node.value):
+            full = f"{prefix.removesuffix('.')}[{number}]"
+            yield full, value.start_mark.line + 1
+            yield from _lines(value, f"{full}.")
 
 
 def yaml_problem(error: Exception) -> str:

@@ -103,7 +103,7 @@ def test_letters_outside_the_alphabet_are_counted_in_a_warning(folder, capsys):
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("longseq: warning: ")]
     assert len(warnings) == 1
     assert "read as X: 'J' × 2, '1' × 1" in warnings[0]
-    assert f"{folder}/odd.fasta:4" in warnings[0]
+    assert f"the first in {folder}/odd.fasta, line 3: 'J' in record 'b'. Refuse" in warnings[0]
     assert "data.strict=true" in warnings[0]
 
 

@@ -12,20 +12,14 @@ import torch
 
 from every_format import TEXTS, every_format, modes
 from longseq_data.errors import DataError
+from longseq_data.ingest.survey import survey
 from longseq_data.readers.fasta import read_records
 from longseq_data.readers.reading import Reading
-from longseq_data.readers.survey import survey
 from longseq_data.samples.batches import EvaluationBatches, Loader, TrainingBatches
-from longseq_data.samples.streaming import (
-    StreamSpec,
-    evaluation_samples,
-    evaluation_windows,
-    target_counts,
-    training_samples,
-    training_windows,
-)
+from longseq_data.samples.streaming import StreamSpec, evaluation_windows, target_counts
 from longseq_data.splits import SplitRule, split_of
 from longseq_data.vocabulary import BYTES, IGNORE, PROTEIN
+from plain_samples import evaluation_samples, training_samples, training_windows
 
 
 def documents(spec: StreamSpec) -> list[bytes]:
@@ -242,7 +236,8 @@ def test_a_survey_refuses_what_training_would(make, write):
         survey(Reading("images", "pixels"), [folder], strict=False)
 
 
-def test_a_survey_stops_at_its_budget(make):
+def test_a_survey_stops_at_its_budget(make, monkeypatch):
+    monkeypatch.setattr("longseq_data.ingest.block.FIRST_BYTES", 1)
     spec = make("folder")
     report = survey(spec.reading, spec.sources, strict=False, total_bytes=100)
     assert not report.complete

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from longseq_data.errors import DataError
-from longseq_data.readers.fasta import scan
+from longseq_data.ingest.survey import survey
+from longseq_data.readers.reading import FASTA
 from longseq_data.samples.batches import EvaluationBatches, Loader, TrainingBatches
-from longseq_data.samples.streaming import evaluation_samples, training_samples
 from longseq_data.vocabulary import IGNORE, PAD
+from plain_samples import evaluation_samples, training_samples
 
 Row = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -81,7 +82,8 @@ def test_the_order_does_not_depend_on_workers(workers, make_spec):
 def test_workers_can_read_a_url_that_the_main_process_has_read_before(make_spec, proteins, http_address):
     local = make_spec()
     remote = make_spec(sources=tuple(f"{http_address}/{Path(source).name}" for source in proteins))
-    assert scan(remote.sources, strict=True).records == 37  # leaves a network thread behind, which a fork does not copy
+    # leaves a network thread behind, which a fork does not copy
+    assert survey(FASTA, remote.sources, strict=True).records == 37
     shape = {"batch_sequences": 4, "rank": 0, "world": 1}
     found = [rows(batch) for batch in Loader(EvaluationBatches(remote, **shape), workers=2)]
     assert found == [rows(batch) for batch in EvaluationBatches(local, **shape)]

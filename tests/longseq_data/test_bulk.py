@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import gzip
 import random
-from itertools import islice
+from itertools import islice, product
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from blocks import by_line, in_blocks
 from longseq_data.errors import DataError
 from longseq_data.randomness import generator
-from longseq_data.samples import cropped_tokens, joined_tokens
+from longseq_data.readers.reading import Reading
 from longseq_data.samples.sharing import Share
 from longseq_data.samples.shuffling import shuffled_documents
-from longseq_data.samples.streaming import StreamSpec, training_windows
+from longseq_data.samples.streaming import StreamSpec
+from longseq_data.tokenization import save_tokenizer, train_tokenizer
 from longseq_data.vocabulary import IGNORE, PAD
+from plain_samples import sample_of, training_samples, training_windows
 
 
 def fasta(seed: int, records: int) -> str:
@@ -48,12 +51,11 @@ def test_in_bulk_as_one_by_one(sources, packing, objective, length, start):
     crop, packing = ("first", "crop") if packing == "first" else ("random", packing)
     spec = StreamSpec(sources, "train", 0.1, 0.1, length, packing, objective, 4, shuffle_buffer=9, crop=crop)
     windows = islice(enumerate(training_windows(spec, start), start), 48)
-    expected = [(window, spec.sample(window, g, spec.encoder)) for g, window in windows]
-    training = {"concat": joined_tokens, "crop": cropped_tokens}[packing].training
+    expected = [(window, sample_of(spec, window, g, spec.encoder)) for g, window in windows]
     found = {}
     for rank in range(3):
         share = Share(batch_sequences=4, accumulate=2, rank=rank, world=3)
-        for step, batches in enumerate(batched(training(spec, start, share), 2, 2)):
+        for step, batches in enumerate(batched(spec.training(start, share), 2, 2)):
             mine = [g for g in range(start + step * 24, start + (step + 1) * 24) if g % 3 == rank]
             rows = [row for batch in batches for row in zip(batch["tokens"], batch["targets"], strict=True)]
             found.update(zip(mine, rows, strict=True))
@@ -66,6 +68,51 @@ def test_in_bulk_as_one_by_one(sources, packing, objective, length, start):
         for values, real, fill in zip(found[g], (sample.tokens, sample.targets), (PAD, IGNORE), strict=True):
             np.testing.assert_array_equal(values[: len(real)], real)
             assert (values[len(real) :] == fill).all()
+
+
+KINDS = [*product(["bytes", "tokenizer", "dna"], ["concat", "reset", "crop"]), ("pixels", "crop")]
+
+
+def of_kind(kind: str, write, tmp_path) -> tuple[tuple[str, ...], Reading]:
+    """Sources whose tokens are others than those of proteins, documents of one size among them."""
+    rng = random.Random(8)
+    if kind == "dna":
+        text = "".join(f">{i}\n{''.join(rng.choices('ACGTN', k=rng.choice([1, 9, 9, 200])))}\n" for i in range(60))
+        return (write("a.fasta", text),), Reading("fasta", "dna")
+    if kind == "pixels":
+        for i in range(9):
+            Image.fromarray(np.full((3, 3, 3), i, dtype=np.uint8)).save(tmp_path / f"{i}.png")
+        return (str(tmp_path),), Reading("images", "pixels", image_size=3)
+    lines = [" ".join(rng.choices(["one", "two", "öre", "x"], k=rng.choice([1, 2, 2, 30]))) for _ in range(60)]
+    source = write("a.txt", "\n".join(lines) + "\n")
+    if kind == "bytes":
+        return (source,), Reading("lines", "bytes")
+    save_tokenizer(train_tokenizer(lines, "bpe", 300), tmp_path / "tokenizer.json")
+    return (source,), Reading("lines", str(tmp_path / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+@pytest.mark.parametrize(("kind", "packing"), KINDS)
+def test_other_tokens_in_bulk_as_one_by_one(write, tmp_path, kind, objective, packing, cached):
+    sources, reading = of_kind(kind, write, tmp_path)
+    how = {"reset": packing == "reset", "reading": reading, "reverse_complement": kind == "dna", "shuffle_buffer": 7}
+    if cached:
+        how |= {"cache": str(tmp_path / "cache"), "later_epochs": "permutation"}
+    spec = StreamSpec(sources, None, 0, 0, 12, "crop" if packing == "crop" else "concat", objective, 4, **how)
+    for start in (0, 1, 83):
+        expected = list(islice(training_samples(spec, start), 36))
+        share = Share(batch_sequences=9, accumulate=2, rank=0, world=1)
+        (batches,) = batched(spec.training(start, share), 4, 1)
+        for names in ("tokens", "targets", *(["segments"] if packing == "reset" else [])):
+            rows = [row for batch in batches for row in batch[names]]
+            for row, sample in zip(rows, expected, strict=True):
+                real = getattr(sample, names)
+                np.testing.assert_array_equal(row[: len(real)], real)
+                fill = {"tokens": spec.vocabulary.pad, "targets": IGNORE, "segments": -1}
+                assert (row[len(real) :] == fill[names]).all()
+        scored = [int((sample.targets != IGNORE).sum()) for sample in expected]
+        assert [int(batch["step_targets"]) for batch in batches] == [sum(scored[:18])] * 2 + [sum(scored[18:])] * 2
 
 
 @pytest.mark.parametrize("residues", [1, 900, 10**9])
@@ -104,7 +151,7 @@ def batched(batches, size: int, count: int):
 def test_a_strict_stream_names_the_line_of_the_first_letter_it_refuses(write):
     source = write("a.fasta", ">a\nACD\n>b\nACDEF\nGHJ\n")
     spec = StreamSpec((source,), None, 0, 0, 4, "concat", "causal", 0, strict=True)
-    makes = joined_tokens.training(spec, 0, Share(2, 1, 0, 1))
+    makes = spec.training(0, Share(2, 1, 0, 1))
     with pytest.raises(DataError, match=r"a\.fasta, line 5: character 'J' in record 'b'"):
         list(make() for make in islice(makes, 9))  # noqa: C400
 

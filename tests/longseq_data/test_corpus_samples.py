@@ -92,8 +92,8 @@ def test_joined_windows_of_an_epoch_go_once_round_the_stream(make_spec, proteins
         assert sum(seen.values()) - len(stream) < 37  # the rest of the last window comes twice
         offsets.add(tuple(sorted(plan.starts.tolist())))
         assert plan.starts.tolist() != sorted(plan.starts.tolist())
-        out = np.empty((windows, 37), np.int64)
-        spec.cut.tokens(plan, out, np.empty_like(out) if reset else None)
+        out, segments = plan.rows()
+        assert (segments is None) != reset
         np.testing.assert_array_equal(out, np.resize(stream, 2 * len(stream))[plan.starts[:, None] + np.arange(37)])
     assert len(offsets) == 2, "each epoch has its own offset"
 
@@ -120,8 +120,9 @@ def test_with_reset_each_document_has_bos_and_eos_and_its_own_number(make_spec):
 
 
 def test_streaming_and_corpus_give_a_reset_document_the_same_tokens_targets_and_segments(make_spec, proteins, tmp_path):
-    from longseq_data.samples.streaming import StreamSpec, evaluation_samples
+    from longseq_data.samples.streaming import StreamSpec
     from longseq_data.vocabulary import decode
+    from plain_samples import evaluation_samples
 
     path = tmp_path / "same.fasta"
     path.write_text("".join(f">r{i}\n{decode(row)}\n" for i, row in enumerate(proteins["valid"])))
@@ -152,8 +153,9 @@ FEW = {"one": ["M"], "one long": ["MKVLA" * 20], "two": ["M", "MK"], "two long":
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("objective", ["causal", "masked"])
 def test_a_split_of_one_or_two_records_is_read_as_it_is(tmp_path, packing, objective, records):
-    from longseq_data.samples.streaming import StreamSpec, evaluation_samples
+    from longseq_data.samples.streaming import StreamSpec
     from longseq_data.vocabulary import decode
+    from plain_samples import evaluation_samples
 
     path, output = tmp_path / "few.fasta", tmp_path / "few"
     path.write_text("".join(f">r{i}\n{record}\n" for i, record in enumerate(records)))
@@ -188,8 +190,7 @@ def test_crops_of_an_epoch_are_every_record_once(make_spec, proteins, crop):
     for epoch in range(2):
         plan = spec.cut.plan(np.arange(epoch * n, (epoch + 1) * n))
         assert sorted(plan.records.tolist()) == list(range(n))
-        out = np.empty((n, int(plan.sizes.max())), np.int64)
-        spec.cut.tokens(plan, out, None)
+        out, _ = plan.rows()
         for row, record, start, size in zip(out, plan.records, plan.starts, plan.sizes, strict=True):
             whole = np.concatenate([[BOS], proteins["train"][record], [EOS]])
             assert size == min(len(whole), 37)

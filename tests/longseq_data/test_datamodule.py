@@ -9,7 +9,7 @@ import torch
 from longseq_data.datamodule import SequenceDataModule
 from longseq_data.errors import DataError
 from longseq_data.samples.batches import TrainingBatches
-from longseq_data.samples.streaming import evaluation_samples
+from plain_samples import evaluation_samples
 
 
 class Recorder(lightning.LightningModule):

@@ -15,12 +15,13 @@ from longseq.config_loading import load_config
 from longseq.data import resolve_sources, split_spec
 from longseq.errors import ConfigError
 from longseq.tokenizer_files import write_tokenizer
+from longseq_data.ingest.survey import survey
 from longseq_data.readers.fasta import read_records
 from longseq_data.readers.reading import Reading
-from longseq_data.readers.survey import survey
 from longseq_data.samples.batches import Loader, TrainingBatches
-from longseq_data.samples.streaming import StreamSpec, evaluation_samples, training_samples
+from longseq_data.samples.streaming import StreamSpec
 from longseq_data.vocabulary import DNA, NUCLEIC_ACIDS, reverse_complement
+from plain_samples import evaluation_samples, training_samples
 
 WRITTEN = "ACGTNacgtnUuRyx"
 READ = "ACGTNACGTNTTNNN"
@@ -53,7 +54,8 @@ def test_either_case_u_and_other_letters_are_read_as_bases(tmp_path):
     assert dict(encoder.unknown) == {"R": 1, "Y": 1, "X": 1}
     report = survey(reading, [str(tmp_path / "a.fa")], strict=False)
     assert (report.unit, report.residues, report.other, report.warning) == ("bases", len(WRITTEN), "N", None)
-    assert report.first_unknown == (str(tmp_path / "a.fa"), 2, "R")
+    assert report.unknown == {"R": 1, "Y": 1, "X": 1}
+    assert report.notes[0].startswith(f"{tmp_path / 'a.fa'}, line 1: 'R' in record 'a'")
 
 
 def test_an_exported_tokenizer_reads_the_same_bases(tmp_path):

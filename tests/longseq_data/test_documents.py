@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from longseq_data.ingest.block import BlockDocument
-from longseq_data.readers.documents import words_before
+from longseq_data.tokenization import words_before
 from longseq_data.vocabulary import BYTES
 
 SPACES = [chr(code) for code in range(0x110000) if chr(code).isspace()]

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from longseq_data.errors import DataError
+from longseq_data.ingest.survey import survey
 from longseq_data.prepare.inspection import count, raw_lines
-from longseq_data.readers.fasta import Encoder, Record, read_records, scan
+from longseq_data.readers.fasta import Encoder, Record, read_records
 from longseq_data.readers.reading import Reading
-from longseq_data.readers.survey import survey
 from longseq_data.samples.sharing import Share
 from longseq_data.samples.streaming import StreamSpec
 from longseq_data.splits import SplitRule, split_of
@@ -69,7 +69,7 @@ LONG_GZIP = gzip.compress(b"".join(b">r\n%s\n" % NOISE[i : i + 100] for i in ran
 def test_a_bad_file_is_refused_with_one_sentence(content: bytes, message: str, write):
     source = write("bad.fasta", content)
     with pytest.raises(DataError) as caught:
-        scan([source], strict=False)
+        list(read_records(source))
     said = str(caught.value)
     assert said.startswith(source)
     said = said.removeprefix(source)
@@ -140,14 +140,13 @@ def test_header_lines_count_from_one_over_blank_lines(write):
     assert [record.line for record in records] == [2, 6, 8]
 
 
-def test_unknown_letters_become_x_and_are_counted_with_the_line_of_the_first(write):
+def test_unknown_letters_become_x_and_are_counted(write):
     source = write("a.fasta", ">a\nAC\n>b\nMKV\nM Kjx\nJ-.1\n")
     encoder = Encoder(strict=False)
     first, second = (encoder.encode(record) for record in read_records(source))
     assert decode(first) == "AC"
     assert decode(second) == "MKVMKXXXXXX"
     assert encoder.unknown == {"J": 2, "-": 1, ".": 1, "1": 1}
-    assert encoder.first_unknown == (source, 5, "j")
 
 
 def test_a_warning_names_the_first_unknown_letter_of_each_source_once(write):
@@ -166,7 +165,6 @@ def test_no_unknown_letters_no_report():
     encoder = Encoder(strict=True)
     record = Record("a", "a", "ACDBOUXZmk", "a.fasta", 1)
     assert decode(encoder.encode(record)) == "ACDBOUXZMK"
-    assert encoder.first_unknown is None
     assert not encoder.unknown
 
 
@@ -174,13 +172,13 @@ def test_encoding_a_part_of_a_record(write):
     (record,) = read_records(write("a.fasta", ">a\nMKVJA\nCDEJ\n"))
     encoder = Encoder(strict=False)
     assert encoder.encode(record, 5, 9).tolist() == [*map(LETTERS.index, "CDE"), X]
-    assert encoder.first_unknown == (record.source, 3, "J")
+    assert encoder.unknown == {"J": 1}
 
 
 def test_strict_refuses_the_first_unknown_letter(write):
     source = write("a.fasta", ">a\nAC\n>b x\nMKV\nAJ*\n")
     with pytest.raises(DataError) as caught:
-        scan([source], strict=True)
+        survey(Reading(), [source], strict=True)
     assert str(caught.value) == (
         f"{source}, line 5: character 'J' in record 'b' is none of ACDEFGHIKLMNPQRSTVWYBOUXZ; correct it, or set "
         f"data.strict=false, which maps such characters to X."
@@ -188,31 +186,32 @@ def test_strict_refuses_the_first_unknown_letter(write):
 
 
 @pytest.mark.interfaces
-def test_scan_counts_everything_within_its_budget(proteins):
+def test_a_survey_counts_everything_within_its_budget(proteins):
     from Bio import SeqIO
 
-    report = scan(proteins, strict=True)
+    report = survey(Reading(), proteins, strict=True)
     lengths = [len(record) for source in proteins for record in SeqIO.parse(source, "fasta")]
     assert (report.records, report.residues, report.complete) == (len(lengths), sum(lengths), True)
 
 
-def test_scan_reads_at_least_one_record_of_every_source(proteins):
+def test_a_survey_reads_the_first_block_of_every_source(proteins, monkeypatch):
+    monkeypatch.setattr("longseq_data.ingest.block.FIRST_BYTES", 1)
     for budgets in ({"max_bytes": 1}, {"total_bytes": 1}):
-        report = scan(proteins, strict=True, **budgets)
+        report = survey(Reading(), proteins, strict=True, **budgets)
         assert (report.records, report.complete) == (2, False)
 
 
-def test_scan_counts_the_records_of_each_split(proteins):
+def test_a_survey_counts_the_records_of_each_split(proteins):
     found = [split_of(record.identifier, 0.2, 0.3) for source in proteins for record in read_records(source)]
-    assert scan(proteins, strict=True, rule=SplitRule(0.2, 0.3)).splits == Counter(found)
+    assert survey(Reading(), proteins, strict=True, rule=SplitRule(0.2, 0.3)).splits == Counter(found)
     assert set(found) == {"train", "valid", "test"}
-    assert scan(proteins, strict=True).splits == {"train": 37}
-    assert scan(proteins, strict=True, rule=SplitRule(1.0, 0.0)).splits["train"] == 0
+    assert survey(Reading(), proteins, strict=True).splits == {"train": 37}
+    assert survey(Reading(), proteins, strict=True, rule=SplitRule(1.0, 0.0)).splits["train"] == 0
 
 
-def test_scan_of_single_records_over_the_budget_is_complete(write):
+def test_a_survey_of_single_blocks_over_the_budget_is_complete(write):
     sources = [write(f"{i}.fasta", ">a\nACDEFGH\n") for i in range(3)]
-    report = scan(sources, strict=True, max_bytes=1, total_bytes=1)
+    report = survey(Reading(), sources, strict=True, max_bytes=1, total_bytes=1)
     assert (report.records, report.residues, report.complete) == (3, 21, True)
 
 
@@ -227,7 +226,7 @@ def test_real_proteomes_are_counted_as_biopython_counts_them():
             for record in SeqIO.parse(handle, "fasta"):
                 records += 1
                 residues += len(record.seq)
-    report = scan(sources, strict=False)
+    report = survey(Reading(), sources, strict=False)
     assert (report.records, report.residues, report.complete) == (records, residues, True)
 
 

@@ -16,8 +16,9 @@ from longseq_data.errors import DataError
 from longseq_data.readers.formats import Leaf
 from longseq_data.readers.images import pixels, read_images, values_of
 from longseq_data.readers.reading import Reading
-from longseq_data.samples.streaming import StreamSpec, evaluation_samples, target_counts, training_samples
+from longseq_data.samples.streaming import StreamSpec, target_counts
 from longseq_data.vocabulary import PIXELS
+from plain_samples import evaluation_samples, training_samples
 
 pytestmark = pytest.mark.interfaces
 

@@ -30,14 +30,17 @@ from longseq_data.ingest.cache import Failure, default_folder, entry_of, group_l
 from longseq_data.ingest.follow import Road
 from longseq_data.ingest.parse import parsed
 from longseq_data.ingest.process import Job, ingest
+from longseq_data.ingest.survey import survey
 from longseq_data.os_errors import lock
 from longseq_data.readers.formats import Leaf
 from longseq_data.readers.reading import FASTA, Reading
 from longseq_data.samples.batches import Loader, TrainingBatches
 from longseq_data.samples.sharing import Share
-from longseq_data.samples.shuffling import documents_in_file_order, shuffled_chunks, shuffled_documents
-from longseq_data.samples.streaming import StreamSpec, training_samples
+from longseq_data.samples.shuffling import documents_in_file_order, shuffled_documents
+from longseq_data.samples.streaming import StreamSpec
+from longseq_data.splits import SplitRule
 from longseq_data.vocabulary import BYTES, PROTEIN
+from plain_samples import training_samples
 
 
 def fasta(name: str, records: int, seed: int = 0) -> bytes:
@@ -201,7 +204,7 @@ def order_of(write, kind: str, packing: str, cache: str | None) -> str:
 def test_later_epochs_are_permutations_of_all_records(write, cache, small, way) -> None:
     sources = [write(f"{i}.fasta", fasta(str(i), 40, i)) for i in range(20)]
     spec = spec_of(*sources, cache=cache, later_epochs="permutation", **way)
-    epochs = [[item.identifier for chunk in shuffled_chunks(spec, epoch) for item in chunk.items] for epoch in range(3)]
+    epochs = [[item.identifier for item in shuffled_documents(spec, epoch)] for epoch in range(3)]
     names = {document.identifier for document in documents_in_file_order(spec)}
     assert [len(epoch) for epoch in epochs] == [len(names)] * 3
     assert all(set(epoch) == names for epoch in epochs)
@@ -577,3 +580,18 @@ def test_parsing_may_be_left_in_the_middle(write, small) -> None:
     blocks = parsed(FASTA, Leaf(write("a.fasta", fasta("a", 100)), "fasta"), strict=False)
     assert len(next(blocks)) == 4
     blocks.close()
+
+
+def test_a_survey_before_a_start_parses_nothing_that_is_kept(cache, write, monkeypatch) -> None:
+    sources = [write(f"{i}.fasta", fasta(str(i), 300, i) + b">odd\nMKVJB\n") for i in range(3)]
+    rule = SplitRule(0.2, 0.1, "sequence")
+    alone = survey(Reading(), sources, strict=False, rule=rule)
+    assert (alone.records, alone.residues, alone.complete) == (903, 3 * (90_000 + 5), True)
+    assert alone.unknown == {"J": 3}
+    assert [note.partition(" is read as")[0] for note in alone.notes] == [
+        f"{source}, line 601: 'J' in record 'odd'" for source in sources
+    ]
+    monkeypatch.setattr("longseq_data.ingest.follow.parsed", None)
+    spec_of(*sources, cache=cache).begin()
+    for _ in range(2):  # while blocks come, and from those that are there
+        assert survey(Reading(), sources, strict=False, rule=rule, cache=str(cache)) == alone

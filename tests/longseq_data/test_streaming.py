@@ -11,15 +11,10 @@ from Bio import SeqIO
 
 from longseq_data.errors import DataError
 from longseq_data.ingest.parse import parsed
-from longseq_data.samples.streaming import (
-    evaluation_samples,
-    evaluation_windows,
-    target_counts,
-    training_samples,
-    training_windows,
-)
+from longseq_data.samples.streaming import evaluation_windows, target_counts
 from longseq_data.splits import split_of
 from longseq_data.vocabulary import BOS, EOS, IGNORE, MASK, RESIDUES, decode
+from plain_samples import evaluation_samples, training_samples, training_windows
 
 EVERY_MODE = [(packing, objective) for packing in ("crop", "concat") for objective in ("causal", "masked")]
 every_mode = pytest.mark.parametrize(("packing", "objective"), EVERY_MODE)

@@ -11,10 +11,11 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 from longseq_data.errors import DataError
 from longseq_data.ingest.block import BlockDocument
-from longseq_data.readers.documents import Text
+from longseq_data.readers.documents import Text, tokenise
 from longseq_data.readers.reading import Reading
-from longseq_data.samples.streaming import StreamSpec, evaluation_samples, training_samples
-from longseq_data.tokenization import load_tokenizer, save_tokenizer, tokenise, tokenizer_vocabulary, train_tokenizer
+from longseq_data.samples.streaming import StreamSpec
+from longseq_data.tokenization import load_tokenizer, save_tokenizer, tokenizer_vocabulary, train_tokenizer
+from plain_samples import evaluation_samples, training_samples
 
 pytestmark = pytest.mark.interfaces
 

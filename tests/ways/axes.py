@@ -12,7 +12,7 @@ Way = dict[str, str]
 
 # axis: its values. What each value sets is said by its own name in ``data.py`` (sources, records) or in SETTINGS.
 AXES: dict[str, tuple[str, ...]] = {
-    "source": ("fasta", "dna", "corpus", "bytes", "tokenizer", "pixels", "prepared text", "prepared pixels"),
+    "source": ("fasta", "dna", "corpus", "bytes", "tokenizer", "pixels", "prepared text", "prepared pixels", "mixture"),
     "packing": ("concat", "crop", "bucket"),
     "objective": ("causal", "masked"),
     "attention": ("favor", "window", "exact"),

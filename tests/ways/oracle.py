@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from longseq_data.randomness import words
 from longseq_data.samples.masking import mask_tokens
 from longseq_data.vocabulary import IGNORE, Vocabulary
 from ways.axes import Way
@@ -46,9 +47,31 @@ class Scores:
 
 @torch.no_grad()
 def scores(model: nn.Module, vocabulary: Vocabulary, way: Way, source: Source, split: str, seed: int) -> Scores:
-    """What ``longseq evaluate`` must find."""
-    found, number = Scores(), 0
-    for window in windows(way, source, split):
+    """What ``longseq evaluate`` must find of a split, or of one of its sources: split/NAME."""
+    found = Scores()
+    split, _, only = split.partition("/")
+    begin = 0
+    for part, (name, count) in enumerate(source.parts.get(split, {"": len(source.documents[split])}).items()):
+        documents = source.documents[split][begin : begin + count]
+        begin += count
+        own = bool(name) and split == "train"  # an order, and masks, of its own
+        of_part = int(words(seed, "source", part)[0] >> np.uint64(1)) if own else seed
+        if only in ("", name):
+            _score(found, model, vocabulary, way, source, documents, of_part)
+    return found
+
+
+def _score(
+    found: Scores,
+    model: nn.Module,
+    vocabulary: Vocabulary,
+    way: Way,
+    source: Source,
+    documents: list[list[int]],
+    seed: int,
+) -> None:
+    number = 0
+    for window in windows(way, source, documents):
         if way["objective"] == "causal":
             for piece in window:
                 if len(piece) > 1:
@@ -64,12 +87,11 @@ def scores(model: nn.Module, vocabulary: Vocabulary, way: Way, source: Source, s
             here = slice(at, at + len(piece))
             found.add(model(torch.tensor([inputs[here].tolist()]))[0], targets[here].tolist())
             at += len(piece)
-    return found
 
 
-def windows(way: Way, source: Source, split: str) -> Iterator[list[list[int]]]:
+def windows(way: Way, source: Source, documents: list[list[int]]) -> Iterator[list[list[int]]]:
     """The sequences of an evaluation, each as the pieces of it that see each other."""
-    special, documents = source.special, source.documents[split]
+    special = source.special
     causal = way["objective"] == "causal"
     if way["reset"] == "reset":  # one stream of documents that do not see each other
         rows = [[special.bos, *document, special.eos] for document in documents]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
@@ -50,6 +50,8 @@ class Source:
     units: int = 0  # bytes, or colour values, of the test split
     words: int = 0
     closed: bool = True  # whether a document ends with EOS
+    # Of a split of several sources by name: how many of its documents each has, in order.
+    parts: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def make(kind: str, records: str, folder: Path) -> Source:
@@ -58,7 +60,7 @@ def make(kind: str, records: str, folder: Path) -> Source:
     sizes = {"train": TRAIN, "valid": SIZES[records], "test": SIZES[records]}
     makers = {"fasta": _fasta, "dna": _dna, "corpus": _corpus, "bytes": _lines, "tokenizer": _tokenizer}
     makers |= {"pixels": _pixels, "prepared text": _prepared_text, "prepared pixels": _prepared_pixels}
-    return makers[kind](folder, sizes)
+    return {**makers, "mixture": _mixture}[kind](folder, sizes)
 
 
 _PROTEIN = Special(25, 26, 28, 25)
@@ -127,6 +129,30 @@ def _corpus(folder: Path, sizes: dict[str, list[int]]) -> Source:
     test = {name: text for name, text in rows if name in names}
     _write_fasta(folder / "test.fasta", [(name, test[name]) for name in names])
     return Source(_corpus_keys(folder), _PROTEIN, documents, names, folder / "test.fasta")
+
+
+def _mixture(folder: Path, sizes: dict[str, list[int]]) -> Source:
+    """Files and a corpus to train on, two named files for the validation, one for the test."""
+    for name in ("files", "prepared", "more"):
+        (folder / name).mkdir()
+    files, corpus, more = _fasta(folder / "files", sizes), _corpus(folder / "prepared", sizes), {}
+    rng = random.Random(7)
+    rows = [(f"more{i}", _proteins(rng, size)) for i, size in enumerate(sizes["valid"])]
+    _write_fasta(folder / "more" / "valid.fasta", rows)
+    more = [[LETTERS.index(letter) for letter in text] for _, text in rows]
+    train = f"[{{path: {folder / 'files/train.fasta'}, weight: 2}}, {{path: {folder / 'prepared/corpus'}, name: kept}}]"
+    valid = f"{{one: {folder / 'files/valid.fasta'}, two: [{folder / 'more/valid.fasta'}]}}"
+    keys = (f"data.train={train}", f"data.valid={valid}", f"data.test={folder / 'files/test.fasta'}")
+    documents = {
+        **files.documents,
+        "train": [*files.documents["train"], *corpus.documents["train"]],
+        "valid": [*files.documents["valid"], *more],
+    }
+    parts = {
+        "train": {"train": len(files.documents["train"]), "kept": len(corpus.documents["train"])},
+        "valid": {"one": len(files.documents["valid"]), "two": len(more)},
+    }
+    return Source(keys, _PROTEIN, documents, files.identifiers, folder / "files/test.fasta", parts=parts)
 
 
 def _texts(folder: Path, sizes: dict[str, list[int]]) -> dict[str, list[str]]:

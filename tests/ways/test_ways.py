@@ -96,6 +96,10 @@ def evaluated(way: Way, source: Source, longseq: Callable[..., str]) -> None:
     chosen = [word for split in splits for word in ("--split", split)]
     report = json.loads(longseq("evaluate", "runs/two", *chosen, "--json", "--bootstrap", 9))
     assert report["step"] == 5
+    splits = [
+        name for split in splits for name in (split, *(f"{split}/{part}" for part in source.parts.get(split, ())))
+    ]
+    assert list(report["splits"]) == splits
     for split in splits:
         held(report["splits"][split], way, source, split, find(Path("runs/two")))
     if way["records"] == "one" or (way["objective"] == "causal" and way["packing"] != "concat"):
@@ -103,6 +107,9 @@ def evaluated(way: Way, source: Source, longseq: Callable[..., str]) -> None:
         opened = find(checkpoint(Path("runs/two"), 4))
         plain = oracle.scores(opened.load("cpu"), opened.vocabulary, way, source, "valid", seed=5)
         assert curve(Path("runs/two"), "valid/loss")[4] == pytest.approx(plain.loss, rel=2e-5)
+        for part in source.parts.get("valid", ()):
+            plain = oracle.scores(opened.load("cpu"), opened.vocabulary, way, source, f"valid/{part}", seed=5)
+            assert curve(Path("runs/two"), f"valid/{part}/loss")[4] == pytest.approx(plain.loss, rel=2e-5)
     every = json.loads(longseq("evaluate", "runs/two", "--all-checkpoints", "--json", "--bootstrap", 0))
     assert [one["step"] for one in every] == [2, 3, 4, 5]
     held(every[0]["splits"]["test"], way, source, "test", find(checkpoint(Path("runs/two"), 2)))

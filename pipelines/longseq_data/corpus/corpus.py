@@ -102,11 +102,6 @@ class Corpus:
         return len(self.offsets) - 1
 
     @property
-    def closed(self) -> bool:
-        """Whether EOS ends a record: pictures all end alike."""
-        return self.vocabulary.name != "pixels"
-
-    @property
     def stream_tokens(self) -> int:
         """Tokens of the stream: those of the records, and an EOS for each."""
         return self.tokens + len(self)

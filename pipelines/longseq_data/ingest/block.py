@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from longseq_data.readers.documents import Extent, words_before
+from longseq_data.readers.documents import Extent
 from longseq_data.splits import identifier_places, sequence_places
+from longseq_data.tokenization import extents, words_before
 from longseq_data.vocabulary import ALPHABETS, Tokens, Vocabulary
 
-FORMAT = 1  # of the files; counted up when what they hold, or how it is made, changes
+FORMAT = 2  # of the files; counted up when what they hold, or how it is made, changes
 FIRST_BYTES, MOST_BYTES = 1 << 16, 1 << 21  # of tokens: the first blocks are small, so that training begins early
 MOST_RECORDS = 1 << 16
 _PLACES = {"id": "place", "sequence": "sequence_place"}  # columns by what decides a split
@@ -51,6 +53,7 @@ class Block:
     texts: Sequence[bytes] | None
     stored_places: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # what is worth a warning
+    unknown: Mapping[str, int] = field(default_factory=dict)  # letters outside the alphabet, about those of its records
     mapped: bool = False  # lies in a file: a view of it holds no memory
     residues: bool = False  # of sequences, whose splits may go by their tokens
 
@@ -67,6 +70,11 @@ class Block:
     def lengths(self) -> Integers:
         return np.diff(self.offsets)
 
+    def view(self, row: int) -> Tokens:
+        """The tokens of a record where they are mapped, or else a copy: a view would keep the whole block."""
+        tokens = self.tokens[self.offsets[row] : self.offsets[row + 1]]
+        return tokens if self.mapped else tokens.copy()
+
     def ids(self, rows: Sequence[int]) -> list[bytes]:
         """The tokens of some records, as bytes of their own."""
         data, size = memoryview(self.tokens).cast("B"), self.tokens.itemsize  # type: ignore[arg-type]
@@ -82,11 +90,9 @@ class Block:
             return replace(self, tokens=np.memmap(file, self.tokens.dtype, "r"), mapped=True)
 
     def document(self, row: int, source: str, vocabulary: Vocabulary) -> BlockDocument:
-        tokens = self.tokens[self.offsets[row] : self.offsets[row + 1]]
-        if not self.mapped:
-            tokens = tokens.copy()  # a view would keep the whole block
         text = None if self.texts is None else bytes(self.texts[row])
-        return BlockDocument(bytes(self.identifiers[row]), source, tokens, int(self.held[row]), vocabulary, text)
+        name, held = bytes(self.identifiers[row]), int(self.held[row])
+        return BlockDocument(name, source, self.view(row), held, vocabulary, text)
 
 
 @dataclass(slots=True, eq=False)
@@ -117,7 +123,7 @@ class BlockDocument:
 
     @property
     def closed(self) -> bool:
-        return self.vocabulary.name != "pixels"  # pictures all end alike
+        return self.vocabulary.closed
 
     def encode(self, start: int, stop: int | None) -> Tokens:
         return self.tokens[start:stop].astype(self.vocabulary.dtype, copy=False)
@@ -134,8 +140,6 @@ class BlockDocument:
     def _counted(self) -> tuple[Integers, Integers]:
         if self.text is None:
             return np.arange(len(self.tokens) + 1), words_before(self.tokens.tobytes())
-        from longseq_data.tokenization import extents
-
         return extents(self.text.decode(errors="replace"), self.vocabulary.name)
 
 
@@ -155,6 +159,7 @@ class Builder:
         self._parts: list[Records] = []
         self._bytes = self._records = 0
         self.notes: list[str] = []
+        self.unknown: Counter[str] = Counter()
 
     def add(self, records: Records) -> Iterator[Block]:
         """The blocks that are full with these."""
@@ -195,10 +200,12 @@ class Builder:
             np.array(held, dtype=np.int64),
             texts,
             notes=tuple(self.notes),
+            unknown=dict(self.unknown),
             residues=self._residues,
         )
         self._made += 1
         self._parts, self._bytes, self._records, self.notes = [], 0, 0, []
+        self.unknown.clear()
         return block
 
 
@@ -215,7 +222,7 @@ def write_block(block: Block, path: Path) -> None:
     }
     if block.texts is not None:
         columns["text"] = pa.array(block.texts, binary)
-    batch = pa.record_batch(columns, metadata={"longseq": json.dumps({"notes": block.notes})})
+    batch = pa.record_batch(columns, metadata={"longseq": json.dumps({"notes": block.notes, "unknown": block.unknown})})
     try:
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
             writer.write_batch(batch)
@@ -234,7 +241,7 @@ def open_block(path: Path) -> Block:
     try:
         with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
             batch = reader.get_batch(0)
-            notes = json.loads(reader.schema.metadata[b"longseq"])["notes"]
+            said = json.loads(reader.schema.metadata[b"longseq"])
         batch.validate()
         tokens = batch.column("tokens")
         return Block(
@@ -244,7 +251,8 @@ def open_block(path: Path) -> Block:
             batch.column("held").to_numpy(),
             _Bytes(batch.column("text")) if "text" in batch.schema.names else None,
             {by: batch.column(name).to_numpy() for by, name in _PLACES.items() if name in batch.schema.names},
-            tuple(notes),
+            tuple(said["notes"]),
+            dict(said["unknown"]),
             mapped=True,
         )
     except (OSError, pa.ArrowException, ValueError, LookupError, TypeError, AttributeError) as error:

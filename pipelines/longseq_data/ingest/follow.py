@@ -13,16 +13,18 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+from longseq_data.children import start
 from longseq_data.errors import DataError
 from longseq_data.os_errors import explained, lock
 from longseq_data.readers.formats import Leaf
 from longseq_data.readers.reading import Reading
 from longseq_data.readers.sources import URL
 
+from . import process
 from .block import BadBlockError, Block, open_block
 from .cache import Entry, Refusal, entry_of, group_lock, read_json
 from .parse import parsed
-from .process import ALONE, RESERVE, Job, start
+from .process import ALONE, RESERVE, Job
 
 PAUSE = 0.02  # seconds between looks for a block
 TEND = 0.25  # between looks whether somebody makes it
@@ -111,12 +113,18 @@ class Road:
         return blocks
 
     @property
+    def is_whole(self) -> bool:
+        """Whether every leaf lies in the cache. Raises OSError."""
+        there = self.folder is not None and len(self._entries) == len(set(self.leaves))
+        return there and all(entry.manifest() is not None for entry in self._entries.values())
+
+    @property
     def keeps_all(self) -> bool:
         """Whether every leaf lies in the cache, or has a place there that can be written."""
         if self.folder is None or len(self._entries) < len(set(self.leaves)):
             return False
         try:
-            if all(entry.manifest() is not None for entry in self._entries.values()):
+            if self.is_whole:
                 return True
             for path in (self.folder / "blocks", self._lock.parent):
                 path.mkdir(parents=True, exist_ok=True)
@@ -204,7 +212,9 @@ class Road:
                 if self._tries >= TRIES:
                     raise _NoCacheError(f"data.cache: the process that fills {self.folder} has ended {TRIES} times.")
                 self._tries += 1
-                self._process = start(Job(tuple(self._entries.values()), self.reading, self.strict, path), file)
+                job = Job(tuple(self._entries.values()), self.reading, self.strict, path)
+                # the process takes over the lock, which is open here
+                self._process = start(process.__name__, job, stdout=subprocess.DEVNULL, pass_fds=[file.fileno()])
                 _started.append(self._process)
         except OSError as error:
             raise _NoCacheError(f"data.cache: {explained(error)}.") from error

@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterator
 from contextlib import closing
 
 from longseq_data.readers.documents import DocumentEncoder, Text
-from longseq_data.readers.fasta import Record
+from longseq_data.readers.fasta import Encoder, Record
 from longseq_data.readers.fasta_blocks import Piece, Protein, parse_piece, read_pieces
 from longseq_data.readers.formats import Leaf
 from longseq_data.readers.reading import Raw, Reading, nothing_in
@@ -30,6 +30,8 @@ def parsed(reading: Reading, leaf: Leaf, *, strict: bool, watch: Watch | None = 
     """
     builder = Builder(reading.vocabulary)
     encoder = reading.encoder(strict, tell=lambda note: builder.notes.append(note))
+    if isinstance(encoder, Encoder):
+        encoder.unknown = builder.unknown
     empty = True
     with closing(read_lots(reading, leaf, strict=strict, watch=watch)) as lots:
         try:

@@ -1,6 +1,6 @@
 """The process that reads sources once for everybody: it turns leaves into blocks, and ends with its parent.
 
-To it, on its standard input: pickled, the search path of modules and the job. It holds the lock of its job from before
+Its job is on its standard input. It holds the lock of its job from before
 its start to its end, however that comes.
 """
 
@@ -12,8 +12,6 @@ import os
 import pickle
 import secrets
 import shutil
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -28,7 +26,6 @@ from typing import IO
 from longseq_data.errors import DataError
 from longseq_data.os_errors import explained, lock
 from longseq_data.readers.reading import Reading
-from longseq_data.samples.background import _FOR_THE_PARENT
 
 from .block import Block
 from .cache import Entry, Failure, Manifest, Refusal
@@ -40,11 +37,6 @@ AHEAD = 64  # blocks that training waits for; from then on it goes first
 LOOK = 0.5  # seconds between looks at what is wanted
 ALONE = "Until then each process reads the files for itself."
 
-_BEGIN = (
-    "import sys; sys.path = [place for place in sys.path if place]; import pickle; "
-    "sys.path = pickle.load(sys.stdin.buffer); from longseq_data.ingest.process import work; work()"
-)
-
 
 @dataclass(frozen=True)
 class Job:
@@ -54,25 +46,6 @@ class Job:
     reading: Reading
     strict: bool
     lock: Path
-
-
-def start(job: Job, lock: IO[bytes]) -> subprocess.Popen[bytes]:
-    """A process for ``job``. It takes over the lock, which is open here. Raises OSError."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_PARENT)  # what a new process inherits
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-c", _BEGIN],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            pass_fds=[lock.fileno()],
-        )
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    assert process.stdin is not None
-    with suppress(BrokenPipeError):
-        process.stdin.write(pickle.dumps(sys.path) + pickle.dumps(job))
-        process.stdin.flush()
-    return process
 
 
 def work() -> None:

@@ -20,13 +20,13 @@ from longseq_data.corpus.manifest import (
     histogram_lines,
     read_manifest,
 )
+from longseq_data.errors import in_line
 from longseq_data.ingest.parse import parse_lot, read_lots
+from longseq_data.ingest.survey import UNITS
 from longseq_data.readers.documents import Document, DocumentEncoder
 from longseq_data.readers.fasta import NUCLEOTIDES_SENTENCE, PEPTIDE, Encoder
 from longseq_data.readers.proteins import read_proteins
 from longseq_data.readers.reading import FASTA, Reading
-from longseq_data.readers.sources import in_line
-from longseq_data.readers.survey import UNITS
 from longseq_data.readers.uniprot import parse_header
 from longseq_data.vocabulary import ALPHABETS, PROTEIN, PROTEINS, Tokens, Vocabulary
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
 
 from longseq_data.errors import DataError
-from longseq_data.splits import Identifiers, Split, SplitRule
 from longseq_data.vocabulary import PROTEINS, TABLE, UNKNOWN, Alphabet, Tokens, X
 
 from .documents import DocumentEncoder
@@ -35,9 +34,6 @@ NUCLEOTIDES_SENTENCE = (
 )
 
 PIR = re.compile(rb">(P1|F1|DL|DC|RL|RC|N1|N3|XX);")  # how a record of that format begins
-
-MIB = 1 << 20
-EVERYTHING = SplitRule(0.0, 0.0)  # is for training
 
 # What begins a line of its own, met inside a sequence -> how it came there, and what to do.
 MISPLACED = {
@@ -208,15 +204,6 @@ class Encoder(DocumentEncoder):
         self.tell = tell
         self.unknown: Counter[str] = Counter()
         self._warned: set[str] = set()  # sources
-        self._first: tuple[Record, int] | None = None  # record, offset in its sequence
-
-    @property
-    def first_unknown(self) -> tuple[str, int, str] | None:
-        """(source, line, letter) of the first letter that was mapped to X."""
-        if self._first is None:
-            return None
-        record, offset = self._first
-        return record.source, record.place_of(offset)[1], record.sequence[offset]
 
     def encode(self, record: Record, start: int = 0, stop: int | None = None) -> Tokens:  # type: ignore[override]
         """Ids of residues [start, stop), read-only, shape (stop - start,), all ordinary tokens."""
@@ -237,8 +224,6 @@ class Encoder(DocumentEncoder):
                 f"data.strict=false, which maps such characters to {self.alphabet.other}."
             )
         self.unknown.update(letters.translate(None, self._known).decode().upper())
-        if self._first is None:
-            self._first = record, first
         if self.tell and record.source not in self._warned:
             self._warned.add(record.source)
             # the line of the header: that of the letter would take reading the source again, while training waits
@@ -247,68 +232,3 @@ class Encoder(DocumentEncoder):
                 f"'{record.sequence[first]}' in record '{record.identifier}' is read as {self.alphabet.other}; "
                 f"data.strict=true refuses it."
             )
-
-
-@dataclass
-class ScanReport:
-    """What a look at the data found."""
-
-    records: int = 0
-    residues: int = 0  # or bytes of text, or pictures' colour values: see ``unit``
-    unit: str = "residues"
-    identifiers: Identifiers = field(default_factory=Identifiers)
-    unknown: Counter[str] = field(default_factory=Counter)  # letters outside the alphabet, mapped to X
-    first_unknown: tuple[str, int, str] | None = None  # source, line, letter
-    complete: bool = True  # False: the budget ended before the data did
-    proteins: bool = False  # whether any record has a letter that nucleotides do not have
-    other: str = "X"  # what unknown letters were mapped to
-
-    @property
-    def splits(self) -> Counter[Split]:
-        """Records of each split."""
-        return self.identifiers.splits
-
-    def look_at(self, record: Record) -> None:
-        """Note what the letters of a protein tell."""
-        self.proteins = self.proteins or not nucleotides(record.part(0, None))
-
-    @property
-    def warning(self) -> str | None:
-        """What these data probably are instead of proteins, as a sentence."""
-        suspect = self.unit == "residues" and self.residues >= PEPTIDE and not self.proteins
-        return NUCLEOTIDES_SENTENCE if suspect else None
-
-
-def scan(
-    sources: Sequence[str],
-    *,
-    strict: bool,
-    max_bytes: int = 16 * MIB,
-    total_bytes: int = 64 * MIB,
-    rule: SplitRule = EVERYTHING,
-    read: Callable[[str], Iterable[Record]] = read_records,
-    alphabet: Alphabet = PROTEINS,
-) -> ScanReport:
-    """Read the start of every source before a run is started: what is wrong should be said in its first second.
-
-    Reads at most ``max_bytes`` of text of each source and ``total_bytes`` of all, but the first record of each in any
-    case. Without a ``rule`` every record counts as training. A split that has no record in a complete report is empty.
-    ``read`` gives a source's records. Raises its DataErrors and ``Encoder``'s.
-    """
-    report = ScanReport(unit=alphabet.unit, other=alphabet.other)
-    encoder = Encoder(strict, alphabet=alphabet)
-    total = 0
-    for source in sources:
-        before = total
-        for record in read(source):
-            if total > before and (total - before >= max_bytes or total >= total_bytes):
-                report.complete = False
-                break
-            report.records += 1
-            ids = encoder.encode(record)
-            report.identifiers.add(record.identifier, rule, ids.tobytes)
-            report.residues += len(ids)
-            report.look_at(record)
-            total += len(record.description) + len(record.sequence)
-    report.unknown, report.first_unknown = encoder.unknown, encoder.first_unknown
-    return report

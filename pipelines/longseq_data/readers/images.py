@@ -10,12 +10,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from longseq_data.errors import DataError
+from longseq_data.errors import DataError, one_line
 from longseq_data.os_errors import explained
 from longseq_data.vocabulary import PIXELS, Tokens
 
 from .formats import SUFFIXES
-from .sources import one_line
 
 CHANNELS = 3
 

@@ -11,7 +11,7 @@ from longseq_data.errors import DataError
 from longseq_data.files import sha256_of
 from longseq_data.vocabulary import ALPHABETS, BUILT_IN, Vocabulary
 
-from .documents import ByteDocument, Document, DocumentEncoder, Text
+from .documents import ByteDocument, Document, DocumentEncoder, Text, tokenise
 from .fasta import Encoder, Record
 from .formats import Leaf, format_of, leaves
 from .images import ImageDocument, read_images
@@ -100,20 +100,7 @@ class Reading:
             return ByteDocument(raw.identifier, raw.source, raw.line, raw.data)
         if self.has_residues:
             return _protein(raw, "rows" if leaf.format in ("parquet", "hub") else "lines")
-        from longseq_data.tokenization import tokenise
-
         return tokenise(raw, self.tokens, strict)
-
-    def untokenised(self, leaf: Leaf, strict: bool) -> Generator[Document, None, None]:
-        """The documents of one leaf as bytes, for a look at them: tokenizers are slow. Raises what documents() does."""
-        from longseq_data.tokenization import decoded
-
-        def plain(text: Text) -> Document:
-            if strict:
-                decoded(text, strict)
-            return ByteDocument(text.identifier, text.source, text.line, text.data)
-
-        yield from _filled(leaf, map(plain, self.texts(leaf, strict)))
 
     def texts(self, leaf: Leaf, strict: bool, watch: Watch | None = None) -> Iterator[Text]:
         """The texts of one leaf before they are tokenised."""

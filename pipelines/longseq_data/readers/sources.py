@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, TextIO, cast
 
-from longseq_data.errors import DataError
+from longseq_data.errors import DataError, one_line
 from longseq_data.os_errors import explained
 
 from .formats import HUB, HubAddress, folder_format
@@ -311,13 +311,3 @@ def reading_error(source: str, line: int | None, error: BaseException) -> DataEr
             f"{where}: unknown kind of URL ({one_line(error)}); use a path, https:// or another of fsspec's."
         )
     return DataError(f"{where}: cannot be read ({one_line(error)}); check the address and the connection.")
-
-
-def one_line(error: BaseException) -> str:
-    """What an exception says, fit to stand in a sentence."""
-    return f"{type(error).__name__}: {in_line(str(error))}".removesuffix(": ")
-
-
-def in_line(text: str) -> str:
-    """Foreign text without line breaks, control characters and half surrogates, which no terminal could show."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))

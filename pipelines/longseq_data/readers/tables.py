@@ -8,12 +8,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from longseq_data.errors import DataError
+from longseq_data.errors import DataError, one_line
 
 from .documents import Text
 from .formats import HubAddress
 from .images import ImageDocument
-from .sources import URL, one_line, open_raw, reading_error
+from .sources import URL, open_raw, reading_error
 from .text import identifier_of, missing_column, parts, short_name, text_field
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from difflib import get_close_matches
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
-from longseq_data.errors import DataError
+from longseq_data.errors import DataError, in_line, one_line
 
 from .documents import Text
-from .sources import URL, Watch, in_line, one_line, open_binary, reading_error
+from .sources import URL, Watch, open_binary, reading_error
 
 BOM = b"\xef\xbb\xbf"
 LINE_LIMIT = 1 << 26  # bytes of one line: more is no line but another format

@@ -1,8 +1,6 @@
-"""Processes that prepare batches beside their parent, each started anew. No torch here: they start in a moment.
+"""Processes that prepare batches next to their parent. No torch here: they start in a moment.
 
-A fork would take over the locks of its parent's threads in whatever state they are, and its handlers of signals.
-
-To a worker, on its standard input: pickled, the search path of modules and the plan; then a byte for each pass. From
+To a worker, on its standard input: pickled, its part of the plan; then a byte for each pass. From
 it, on its standard output, pickled and each behind its length: its parcels and log records; after the last of a pass
 None, or the exception that ended it.
 """
@@ -13,7 +11,6 @@ import logging
 import os
 import pickle
 import queue
-import signal
 import struct
 import subprocess
 import sys
@@ -25,16 +22,11 @@ from contextlib import suppress
 from logging.handlers import QueueHandler
 from typing import IO, Any
 
+from longseq_data.children import send, start
+
 from .parcels import Parcel, pack
 from .sharing import Evaluation, Training
 
-# The empty entry is the working directory, where a pickle.py may lie.
-_BEGIN = (
-    "import sys; sys.path = [place for place in sys.path if place]; import pickle; "
-    "sys.path = pickle.load(sys.stdin.buffer); from longseq_data.samples.background import work; work()"
-)
-# What a scheduler or a terminal sends to all processes of a job is meant for the parent, which ends its workers itself.
-_FOR_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _LENGTH = struct.Struct("<Q")
 _GONE = object()
 
@@ -46,17 +38,10 @@ class Background:
     """
 
     def __init__(self, plan: Training | Evaluation, count: int, prefetch: int) -> None:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_PARENT)  # what a new process inherits
-        try:
-            self._workers = [
-                subprocess.Popen([sys.executable, "-c", _BEGIN], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-                for _ in range(count)
-            ]
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self._workers = [
+            start(__name__, (plan, number, count, prefetch), stdout=subprocess.PIPE) for number in range(count)
+        ]
         self.close = weakref.finalize(self, _end, self._workers)
-        for number, worker in enumerate(self._workers):
-            _send(worker, pickle.dumps(sys.path) + pickle.dumps((plan, number, count, prefetch)))
 
     def one_pass(self) -> Iterator[Parcel]:
         """All batches, in their order.
@@ -66,7 +51,7 @@ class Background:
             RuntimeError: if a worker is gone.
         """
         for worker in self._workers:
-            _send(worker, b"\n")
+            send(worker, b"\n")
         going = list(self._workers)
         while going:
             for worker in tuple(going):
@@ -75,13 +60,6 @@ class Background:
                     going.remove(worker)
                 else:
                     yield parcel
-
-
-def _send(worker: subprocess.Popen[bytes], data: bytes) -> None:
-    assert worker.stdin is not None
-    with suppress(BrokenPipeError):  # reading from it says what has happened
-        worker.stdin.write(data)
-        worker.stdin.flush()
 
 
 def _next(worker: subprocess.Popen[bytes]) -> Parcel | None:

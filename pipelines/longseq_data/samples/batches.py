@@ -14,7 +14,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from .background import Background
 from .parcels import Parcel, pack
-from .sharing import Arrays, Evaluation, Samples, Share, Training
+from .rows import Arrays
+from .sharing import Evaluation, Samples, Share, Training
 
 Batch = dict[str, Tensor]
 

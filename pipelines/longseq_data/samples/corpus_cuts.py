@@ -7,44 +7,45 @@ micro-batch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from longseq_data.corpus.corpus import Corpus
 from longseq_data.randomness import generator, uniforms
 from longseq_data.vocabulary import IGNORE
 
-from .corpus_stream import CorpusStream, Integers
+from .corpus_stream import CorpusStream
 from .masking import masked_counts
 from .order import endless_order, permutation
+from .rows import Crop, Integers, Planned, Rows, mark_ends, residues_of
 
 CHUNK = 1024  # records, or windows, planned at once in an evaluation
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Planned):
     """Where samples lie: arrays of int64, one entry a sample."""
 
+    PER_SAMPLE = ("numbers", "records", "starts", "sizes", "scored")
+    cut: Cut
     numbers: Integers  # in the order: they decide masks
     records: Integers  # of crops
     starts: Integers  # first token: of a record's row [BOS] residues [EOS], or of the stream
     sizes: Integers  # tokens, with the one beyond the last position that a causal sample needs as a target
     scored: Integers  # targets
 
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, which: slice | Integers | np.ndarray) -> Plan:
-        return Plan(*(getattr(self, item.name)[which] for item in fields(self)))
-
     @staticmethod
     def joined(plans: Iterable[Plan]) -> Plan:
         parts = list(plans)
-        return Plan(*(np.concatenate([getattr(part, item.name) for part in parts]) for item in fields(Plan)))
+        return Plan(
+            parts[0].cut, *(np.concatenate([getattr(part, name) for part in parts]) for name in Plan.PER_SAMPLE)
+        )
+
+    def rows(self) -> Rows:
+        return self.cut.rows(self)
 
 
 class Cut(Protocol):
@@ -64,11 +65,8 @@ class Cut(Protocol):
         """(record, first, last): the ordinary tokens of records that causal samples have as targets."""
         ...
 
-    def tokens(self, plan: Plan, out: npt.NDArray, segments: npt.NDArray | None) -> None:
-        """Row i of ``out``, (B, longest sample): the tokens of sample i, and IGNORE after them.
-
-        segments: likewise, of a cut with reset: the document of each token, and -1 after them.
-        """
+    def rows(self, plan: Plan) -> Rows:
+        """The samples of a plan: see rows.Taken."""
         ...
 
 
@@ -77,18 +75,13 @@ class Crops:
 
     def __init__(self, corpus: Corpus, length: int, objective: str, seed: int, crop: str) -> None:
         self.corpus, self.length, self.seed, self.crop = corpus, length, seed, crop
-        self.causal = objective == "causal"
-        self.size = length + self.causal
+        self.form = Crop(length, objective == "causal", 1 + corpus.vocabulary.closed)
         self.epoch = len(corpus)
 
     def plan(self, samples: Integers) -> Plan:
         records = endless_order(samples, self.epoch, self.seed)
-        slack = np.maximum(self._rows(records) - self.size, 0)
-        if self.crop == "random":
-            starts = (uniforms(self.seed, "crop", samples) * (slack + 1)).astype(np.int64)
-        else:
-            starts = np.zeros_like(slack)
-        return self._at(samples, records, starts)
+        where = uniforms(self.seed, "crop", samples) if self.crop == "random" else None
+        return self._at(samples, records, self.form.starts(self.corpus.lengths(records), where))
 
     def evaluation(self, sampled: bool) -> Iterator[Plan]:
         number = 0
@@ -98,7 +91,7 @@ class Crops:
                 records = permutation(self.epoch, 0, 0)(records)
             starts = np.zeros_like(records)
             if self.crop == "random":  # all of it
-                windows = -(-(self._rows(records) - self.causal) // self.length)
+                windows = -(-(self.corpus.lengths(records) + self.form.ends - self.form.causal) // self.length)
                 starts = (np.arange(windows.sum()) - np.repeat(np.cumsum(windows) - windows, windows)) * self.length
                 records = np.repeat(records, windows)
             plan = self._at(np.zeros_like(records), records, starts)
@@ -110,8 +103,8 @@ class Crops:
         first, last = residues_of(plan.starts + 1, plan.sizes - 1, self.corpus.lengths(plan.records))
         yield from zip(plan.records.tolist(), first.tolist(), last.tolist(), strict=True)
 
-    def tokens(self, plan: Plan, out: npt.NDArray, segments: npt.NDArray | None = None) -> None:
-        vocabulary = self.corpus.vocabulary
+    def rows(self, plan: Plan) -> Rows:
+        out = np.empty((len(plan), int(plan.sizes.max())), dtype=self.corpus.vocabulary.target_dtype)
         length = self.corpus.lengths(plan.records)
         first, last = residues_of(plan.starts, plan.sizes, length)
         begun = plan.starts == 0
@@ -125,19 +118,13 @@ class Crops:
         self.corpus.gather(begins, sizes, out, IGNORE)
         for row in edge.tolist():
             out[row, 1 : last[row] + 1] = self.corpus.read(0, int(last[row]))
-        out[begun, 0] = vocabulary.bos
-        ended = np.flatnonzero(plan.starts + plan.sizes == length + 2)
-        out[ended, plan.sizes[ended] - 1] = vocabulary.eos
-
-    def _rows(self, records: Integers) -> Integers:
-        return self.corpus.lengths(records) + 1 + self.corpus.closed  # with BOS and EOS
+        mark_ends(out, plan.starts, plan.sizes, length, self.corpus.vocabulary)
+        return out, None
 
     def _at(self, numbers: Integers, records: Integers, starts: Integers) -> Plan:
-        sizes = np.minimum(self._rows(records) - starts, self.size)
-        if self.causal:
-            return Plan(numbers, records, starts, sizes, sizes - 1)
-        first, last = residues_of(starts, sizes, self.corpus.lengths(records))
-        return Plan(numbers, records, starts, sizes, masked_counts(last - first))
+        lengths = self.corpus.lengths(records)
+        sizes = self.form.sizes(starts, lengths)
+        return Plan(self, numbers, records, starts, sizes, self.form.scored(starts, sizes, lengths))
 
 
 class Joined:
@@ -194,20 +181,21 @@ class Joined:
                 length = int(self.corpus.lengths(record))
                 yield record, min(max(begin - base, 0), length), min(max(end - base, 0), length)
 
-    def tokens(self, plan: Plan, out: npt.NDArray, segments: npt.NDArray | None) -> None:
-        size = int(plan.sizes.max())
-        if plan.sizes.min() == size == out.shape[1] and plan.starts.min() >= 0:
+    def rows(self, plan: Plan) -> Rows:
+        shape = (len(plan), int(plan.sizes.max()))
+        whole = plan.sizes.min() == shape[1] and plan.starts.min() >= 0
+        out = np.full(shape, IGNORE, dtype=self.corpus.vocabulary.target_dtype)
+        segments = np.full(shape, -1, dtype=np.int32) if self.reset else None
+        if whole:
             self.stream.fill(plan.starts, out, segments)
-            return
-        out[...] = IGNORE
-        if segments is not None:
-            segments[...] = -1
+            return out, segments
         for i, (start, size) in enumerate(zip(plan.starts.tolist(), plan.sizes.tolist(), strict=True)):
             begun = int(start < 0)
             if begun:
                 out[i, 0] = self.corpus.vocabulary.eos
             here = np.s_[i : i + 1, begun:size]
             self.stream.fill(np.array([start + begun]), out[here], None if segments is None else segments[here])
+        return out, segments
 
     def _drawn_offset(self, epoch: int) -> int:
         return int(generator(self.seed, "offset", epoch).random() * self.stream.total)
@@ -222,7 +210,7 @@ class Joined:
             scored = sizes - documents
         else:
             scored = sizes - 1
-        return Plan(numbers, np.zeros_like(starts), starts, sizes, scored)
+        return Plan(self, numbers, np.zeros_like(starts), starts, sizes, scored)
 
 
 def rounds(plans: Iterable[Plan], size: int, most: int | None) -> Iterator[Plan]:
@@ -246,11 +234,5 @@ def rounds(plans: Iterable[Plan], size: int, most: int | None) -> Iterator[Plan]
         yield Plan.joined(held)
 
 
-def residues_of(starts: Integers, sizes: Integers, length: Integers) -> tuple[Integers, Integers]:
-    """The residues [first, last) among the tokens [start, start + size) of a row [BOS] residues [EOS]."""
-    first = np.maximum(starts, 1) - 1
-    return first, np.maximum(first, np.minimum(starts + sizes - 1, length))
-
-
 def _numbered(plan: Plan, first: int) -> Plan:
-    return Plan(np.arange(first, first + len(plan)), plan.records, plan.starts, plan.sizes, plan.scored)
+    return replace(plan, numbers=np.arange(first, first + len(plan)))

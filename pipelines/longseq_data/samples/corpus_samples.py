@@ -13,16 +13,28 @@ import numpy.typing as npt
 from longseq_data.corpus.corpus import Corpus
 from longseq_data.randomness import generator
 from longseq_data.readers.documents import Extent
-from longseq_data.vocabulary import ALPHABETS, IGNORE, Vocabulary
+from longseq_data.vocabulary import ALPHABETS, Vocabulary
 
 from .buckets import block_samples, cut_block
 from .corpus_cuts import Crops, Cut, Joined, Plan, rounds
-from .masking import mask_rows
-from .order import permutation, samples_of_rank
-from .sharing import Arrays, MakeBatch, Share, filler
+from .order import permutation
+from .rows import Arrays, Finish, Integers
+from .sharing import MakeBatch, Share, epochs_of, even
 
 PLANNED = 4096  # samples of a rank, at once: a plan costs a hundred small steps of NumPy
 LOOK = 1 << 16  # records from which the mean length is taken; they are stored in a random order
+
+
+class _Taker:
+    """Nothing is kept: any sample is found without those before it."""
+
+    ahead = PLANNED
+
+    def __init__(self, cut: Cut) -> None:
+        self._cut = cut
+
+    def take(self, numbers: Integers, until: int) -> Plan:
+        return self._cut.plan(numbers)
 
 
 @dataclass(frozen=True)
@@ -80,6 +92,9 @@ class CorpusSpec:
         """Samples of one pass over the corpus."""
         return self.cut.epoch
 
+    def epochs(self, samples: int) -> dict[str, float]:
+        return epochs_of(self, samples)
+
     def begin(self) -> None:
         """Nothing is left to do."""
 
@@ -92,7 +107,16 @@ class CorpusSpec:
 
         Raises DataError where there is no whole corpus.
         """
-        return self._bucketed(start, share) if self.packing == "bucket" else self._even(start, share)
+        if self.packing == "bucket":
+            return self._bucketed(start, share)
+        return even(self.taker(start), self._finish, start, share)
+
+    def taker(self, start: int, warn: bool = False) -> _Taker:
+        return _Taker(self.cut)
+
+    @property
+    def _finish(self) -> Finish:
+        return Finish(self.objective, self.seed, self.vocabulary, self.reset)
 
     def evaluation(self, share: Share, max_samples: int | None = None) -> Iterator[MakeBatch]:
         """See sharing.Samples. The whole split in its order, or ``max_samples`` drawn from it whatever the seed."""
@@ -112,26 +136,16 @@ class CorpusSpec:
             kept = np.minimum(lengths, self.length if causal else self.length - 1) if first else lengths
             for start, size in zip(corpus.offsets[records].tolist(), kept.tolist(), strict=True):
                 counts += np.bincount(corpus.read(start, start + size), minlength=counts.size)
-            if causal and corpus.closed:
+            if causal and self.vocabulary.closed:
                 counts[self.vocabulary.eos] += int((kept < self.length).sum()) if first else len(records)
             seen = int(counts.sum())
             if max_targets is not None and seen >= max_targets:
                 break
         return counts
 
-    def _even(self, start: int, share: Share) -> Iterator[MakeBatch]:
-        steps = max(1, PLANNED // share.rank_samples)
-        rows = share.batch_sequences
-        for first in count(start, steps * share.step_samples):
-            mine = self.cut.plan(samples_of_rank(first, steps * share.step_samples, share.rank, share.world))
-            scored = mine.scored.reshape(steps, -1).sum(1).tolist()
-            for number in range(steps * share.accumulate):
-                step = number // share.accumulate
-                facts = {"step_targets": scored[step], "samples": first + (step + 1) * share.step_samples}
-                yield partial(self._batch, mine[number * rows : (number + 1) * rows], rows, facts)
-
     def _bucketed(self, start: int, share: Share) -> Iterator[MakeBatch]:
-        whole = self.corpus.lengths(np.arange(min(LOOK, len(self.corpus)))) + 1 + self.corpus.closed
+        finish = self._finish
+        whole = self.corpus.lengths(np.arange(min(LOOK, len(self.corpus)))) + 1 + self.vocabulary.closed
         extra = self.objective == "causal"  # the token that is only a target
         size = block_samples(float(np.minimum(whole - extra, self.length).mean()), self.batch_tokens)
         for block in count(start // size):
@@ -147,47 +161,13 @@ class CorpusSpec:
                 facts = {"step_targets": int(plan.scored[mine].sum()), "samples": consumed}
                 rows = -(-len(step) // (share.world * share.accumulate))
                 for micro_batch in range(share.accumulate):
-                    yield partial(self._batch, plan[mine[micro_batch :: share.accumulate]], rows, facts)
+                    yield partial(finish.batch, plan[mine[micro_batch :: share.accumulate]], rows, facts)
 
     def _scored(self, plan: Plan, rows: int) -> Arrays:
         if not self.measured:
-            return self._batch(plan, rows, {})
+            return self._finish.batch(plan, rows, {})
         found = Extent(0, 0)
         for record, first, last in self.cut.spans(plan) if len(plan) else ():
             if last > first:
                 found = found.plus(self.corpus.measure(record, first, last))
-        return self._batch(plan, rows, {"bytes": found.bytes, "words": found.words})
-
-    def _batch(self, plan: Plan, rows: int, facts: dict[str, int]) -> Arrays:
-        batch = self._filled(plan, rows) if len(plan) else filler(rows, 1, self.vocabulary, self.reset)
-        return {**batch, **{name: np.array(value, dtype=np.int64) for name, value in facts.items()}}
-
-    def _filled(self, plan: Plan, rows: int) -> Arrays:
-        shape = (len(plan), int(plan.sizes.max()))
-        tokens = np.empty(shape, dtype=self.vocabulary.target_dtype)
-        segments = np.empty(shape, dtype=np.int32) if self.reset else None
-        self.cut.tokens(plan, tokens, segments)
-        if self.objective == "causal":
-            batch = self._causal(plan, tokens, segments)
-        else:
-            batch = self._masked(plan, tokens, segments)
-        missing = rows - len(plan)
-        if missing:
-            rest = filler(missing, next(iter(batch.values())).shape[1], self.vocabulary, self.reset)
-            batch = {name: np.concatenate([array, rest[name]]) for name, array in batch.items()}
-        return batch
-
-    def _causal(self, plan: Plan, tokens: npt.NDArray, segments: npt.NDArray | None) -> Arrays:
-        seen, targets = tokens[:, :-1], tokens[:, 1:]  # views of one array: half as much to hand from a worker
-        if plan.sizes.min() < tokens.shape[1]:
-            seen = np.where(targets < 0, seen.dtype.type(self.vocabulary.pad), seen)
-        if segments is None:
-            return {"tokens": seen, "targets": targets}
-        targets = np.where(segments[:, 1:] != segments[:, :-1], targets.dtype.type(IGNORE), targets)
-        segments = np.where(segments[:, 1:] < 0, np.int32(-1), segments[:, :-1])
-        return {"tokens": seen, "targets": targets, "segments": segments}
-
-    def _masked(self, plan: Plan, tokens: npt.NDArray, segments: npt.NDArray | None) -> Arrays:
-        tokens[tokens < 0] = self.vocabulary.pad
-        inputs, targets = mask_rows(tokens, self.seed, plan.numbers, self.vocabulary)
-        return {"tokens": inputs, "targets": targets, **({} if segments is None else {"segments": segments})}
+        return self._finish.batch(plan, rows, {"bytes": found.bytes, "words": found.words})

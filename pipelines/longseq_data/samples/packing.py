@@ -14,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from longseq_data.readers.documents import Document, DocumentEncoder, Extent
-from longseq_data.vocabulary import Tokens
+from longseq_data.vocabulary import IGNORE, Tokens
+
+from .rows import Integers, Planned, Rows
 
 
 class Piece(NamedTuple):
@@ -126,3 +128,21 @@ def _drop(held: deque[Piece], tokens: int) -> None:
         held.popleft()
     if tokens:
         held[0] = held[0]._replace(start=held[0].start + tokens)
+
+
+@dataclass(frozen=True)
+class Windows(Planned):
+    """Some windows as rows.Chosen."""
+
+    windows: list[Window]
+    numbers: Integers
+    encoder: DocumentEncoder
+    reset: bool
+
+    def rows(self) -> Rows:
+        shape = len(self), max(window.size() for window in self.windows)
+        rows = np.full(shape, IGNORE, dtype=self.encoder.vocabulary.target_dtype)
+        segments = np.full(shape, -1, dtype=np.int32)
+        for row, window in enumerate(self.windows):
+            rows[row, : window.size()], segments[row, : window.size()] = window.tokens(self.encoder), window.segments()
+        return rows, segments if self.reset else None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .sharing import Arrays
+from .rows import Arrays
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
+from longseq_data.ingest.block import Block, BlockDocument
+from longseq_data.ingest.follow import Road
+from longseq_data.readers.formats import Leaf
+
 from .chunks import Chunk
 from .order import permutation
-
-if TYPE_CHECKING:
-    from longseq_data.ingest.follow import Road
-    from longseq_data.readers.formats import Leaf
-
-    from .streaming import StreamSpec
+from .stream_settings import StreamSettings
 
 CHUNK = 4096  # records at a time
 
 
-def permuted(spec: StreamSpec, epoch: int, files: list[Leaf], road: Road, bulk: bool) -> Iterator[Chunk]:
+# What is taken of some rows of a source's block.
+RecordsOf = Callable[[StreamSettings, str, Block, list[int]], list[Any]]
+
+
+def tokens_of(spec: StreamSettings, source: str, block: Block, rows: list[int]) -> list[Any]:
+    """Of each a sequence of tokens that ``bytes.join`` takes; those of pictures stay where they are mapped."""
+    if block.tokens.itemsize == 1 and spec.vocabulary.closed:
+        return block.ids(rows)
+    return [memoryview(block.view(row)) for row in rows]  # type: ignore[arg-type]
+
+
+def documents_of(spec: StreamSettings, source: str, block: Block, rows: list[int]) -> list[BlockDocument]:
+    return [block.document(row, source, spec.vocabulary) for row in rows]
+
+
+def permuted(spec: StreamSettings, epoch: int, files: list[Leaf], road: Road, records_of: RecordsOf) -> Iterator[Chunk]:
     """The records of an epoch in chunks, those of other splits as None. Raises DataError where there is no cache.
 
     The permutation is one of the records of all splits, of which those of the split are taken: no table is needed.
@@ -44,6 +58,6 @@ def permuted(spec: StreamSpec, epoch: int, files: list[Leaf], road: Road, bulk: 
             if not spec.whole:
                 wanted = wanted & spec.rule.chosen(spec.split or "", block.places(spec.rule.by)[rows])
             chosen = rows[wanted].tolist()
-            documents = block.ids(chosen) if bulk else [block.document(row, source, spec.vocabulary) for row in chosen]
-            items[here[wanted]] = documents
+            # fromiter: of a list NumPy would make one array of numbers
+            items[here[wanted]] = np.fromiter(records_of(spec, source, block, chosen), object, len(chosen))
         yield Chunk(items[full], held[full])

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from functools import partial
+from itertools import count
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from longseq_data.vocabulary import IGNORE, PROTEIN, Vocabulary
+from longseq_data.vocabulary import Vocabulary
 
-if TYPE_CHECKING:
-    from .streaming import Sample
+from .order import samples_of_rank
+from .rows import Arrays, Finish, Integers, Taken
 
-Arrays = dict[str, npt.NDArray]  # a batch in types as small as the tokens allow; torch wants int64
 MakeBatch = Callable[[], Arrays]  # a batch is planned by every worker, and made by one
 
 
@@ -92,8 +93,12 @@ class Samples(Protocol):
     def sources(self) -> tuple[str, ...]: ...
 
     @property
-    def epoch_samples(self) -> int | None:
-        """Training samples of one pass over the split; None where only a whole pass would tell."""
+    def epoch_samples(self) -> float | None:
+        """Training samples of one pass over the split; None as long as nothing tells but a whole pass."""
+        ...
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """Passes over each source after so many samples, where that is known; over a single one by the name ""."""
         ...
 
     def begin(self) -> None:
@@ -102,6 +107,10 @@ class Samples(Protocol):
 
     def training(self, start: int, share: Share, warn: bool = False) -> Iterator[MakeBatch]:
         """The micro-batches of a rank without end, from the step that begins with sample ``start`` on."""
+        ...
+
+    def taker(self, start: int, warn: bool = False) -> Taker:
+        """Its training samples from number ``start`` on."""
         ...
 
     def evaluation(self, share: Share, max_samples: int | None = None) -> Iterator[MakeBatch]:
@@ -117,26 +126,30 @@ class Samples(Protocol):
         ...
 
 
-def collate(samples: Sequence[Sample], rows: int, vocabulary: Vocabulary = PROTEIN) -> Arrays:
-    """ "tokens" and "targets", and "segments" where samples have them, (rows, longest sample).
-
-    Padded with the vocabulary's pad, IGNORE and -1. Rows beyond the samples are filler; without any sample they are one
-    token long.
-    """
-    length = max((len(sample.tokens) for sample in samples), default=1)
-    batch = filler(rows, length, vocabulary, segments=any(sample.segments is not None for sample in samples))
-    for row, sample in enumerate(samples):
-        for name, into in batch.items():
-            values = getattr(sample, name)
-            into[row, : len(values)] = values
-    return batch
+def epochs_of(spec: Samples, samples: int) -> dict[str, float]:
+    """Samples.epochs of a single source."""
+    size = spec.epoch_samples
+    return {"": samples / size} if size else {}
 
 
-def filler(rows: int, length: int, vocabulary: Vocabulary, segments: bool) -> Arrays:
-    """A batch without samples."""
-    fill = {"tokens": vocabulary.pad, "targets": IGNORE, **({"segments": -1} if segments else {})}
-    dtypes = {"segments": np.dtype(np.int32)}
-    return {
-        name: np.full((rows, length), value, dtype=dtypes.get(name, vocabulary.target_dtype))
-        for name, value in fill.items()
-    }
+class Taker(Protocol):
+    """The endless order of training samples from some number on."""
+
+    ahead: int  # samples of a rank that may be planned at once, whatever they are
+
+    def take(self, numbers: Integers, until: int) -> Taken:
+        """Samples by their numbers, ascending. Those below ``until`` are gone through: the next call begins there."""
+        ...
+
+
+def even(taker: Taker, finish: Finish, start: int, share: Share) -> Iterator[MakeBatch]:
+    """Samples.training in steps of equally many samples."""
+    steps = max(1, taker.ahead // share.rank_samples)
+    rows, samples = share.batch_sequences, steps * share.step_samples
+    for first in count(start, samples):
+        mine = taker.take(samples_of_rank(first, samples, share.rank, share.world), first + samples)
+        scored = mine.scored.reshape(steps, -1).sum(1).tolist()
+        for number in range(steps * share.accumulate):
+            step = number // share.accumulate
+            facts = {"step_targets": scored[step], "samples": first + (step + 1) * share.step_samples}
+            yield partial(finish.batch, mine[number * rows : (number + 1) * rows], rows, facts)

@@ -12,7 +12,6 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -25,53 +24,54 @@ from longseq_data.readers.formats import Leaf
 from longseq_data.splits import Identifiers
 
 from .chunks import Chunk, Integers
-from .permuting import permuted
-
-if TYPE_CHECKING:
-    from .streaming import StreamSpec
+from .permuting import RecordsOf, documents_of, permuted, tokens_of
+from .stream_settings import StreamSettings
 
 OPEN_SOURCES = 16  # read in turn while shuffling
 CHUNK_TOKENS = 1 << 18  # of a block, at a time: they are held several times on their way
 BUFFER_RESIDUES = 1 << 26  # bytes: a shuffle buffer of whole proteomes must still fit in a worker's memory
 
 
-def road(spec: StreamSpec, leaves: list[Leaf]) -> Road:
+def road(spec: StreamSettings, leaves: list[Leaf]) -> Road:
     """Where the blocks of a stream's leaves come from."""
     folder = Path(spec.cache) if spec.cache else None
     return Road(spec.reading, leaves, spec.strict, folder, spec.tell)
 
 
-def leaves_of(spec: StreamSpec, epoch: int) -> list[Leaf]:
+def leaves_of(spec: StreamSettings, epoch: int) -> list[Leaf]:
     """What the sources consist of, in the order of an epoch."""
     files = spec.reading.leaves(spec.sources)
     priorities = generator(spec.seed, "sources", epoch).random(len(files))
     return [files[i] for i in np.argsort(priorities, kind="stable")]
 
 
-def documents_in_file_order(spec: StreamSpec, hollow: bool = False) -> Iterator[Document]:
+def documents_in_file_order(spec: StreamSettings, hollow: bool = False) -> Iterator[Document]:
     """The documents of the split. Raises DataError for bad data, and where there is none.
 
     hollow: proteins without residues too, which no training and no evaluation looks at.
     """
     files = spec.reading.leaves(spec.sources)
     blocks = road(spec, files)
-    chunks = chain.from_iterable(_chunks(spec, leaf, blocks, hollow=hollow) for leaf in files)
+    chunks = chain.from_iterable(_chunks(spec, leaf, blocks, documents_of, hollow) for leaf in files)
     return _one_by_one(_of_split(spec, chunks))
 
 
-def shuffled_documents(spec: StreamSpec, epoch: int) -> Iterator[Document]:
+def shuffled_documents(spec: StreamSettings, epoch: int) -> Iterator[Document]:
     """The documents of one epoch: files in a random order, several of them in turn, through a shuffle buffer."""
-    return _one_by_one(shuffled_chunks(spec, epoch))
+    return _one_by_one(shuffled(spec, epoch, records_of=documents_of))
 
 
-def shuffled_chunks(spec: StreamSpec, epoch: int) -> Iterator[Chunk]:
-    """The same in chunks."""
-    return _shuffled(spec, epoch, bulk=False)
-
-
-def shuffled_tokens(spec: StreamSpec, epoch: int) -> Iterator[Chunk]:
-    """The same in chunks, of proteins: their ids as ``bytes`` alone."""
-    return _shuffled(spec, epoch, bulk=True)
+def shuffled(spec: StreamSettings, epoch: int, records_of: RecordsOf = tokens_of) -> Iterator[Chunk]:
+    """The same in chunks, and of each record nothing but its tokens, or what ``records_of`` gives."""
+    if epoch and spec.later_epochs == "permutation" and spec.shuffle_buffer > 1:
+        files = spec.reading.leaves(spec.sources)
+        yield from _of_split(spec, permuted(spec, epoch, files, road(spec, files), records_of))
+        return
+    files = leaves_of(spec, epoch)
+    blocks = road(spec, files)
+    waiting = (_chunks(spec, leaf, blocks, records_of) for leaf in files)
+    with closing(_in_turn(waiting, OPEN_SOURCES if spec.shuffle_buffer > 1 else 1)) as chunks:
+        yield from _through_buffer(spec, epoch, _of_split(spec, chunks))
 
 
 def endless(
@@ -102,27 +102,14 @@ def endless(
         epoch += 1
 
 
-def _shuffled(spec: StreamSpec, epoch: int, bulk: bool) -> Iterator[Chunk]:
-    if epoch and spec.later_epochs == "permutation" and spec.shuffle_buffer > 1:
-        files = spec.reading.leaves(spec.sources)
-        yield from _of_split(spec, permuted(spec, epoch, files, road(spec, files), bulk))
-        return
-    files = leaves_of(spec, epoch)
-    blocks = road(spec, files)
-    waiting = (_chunks(spec, leaf, blocks, bulk) for leaf in files)
-    with closing(_in_turn(waiting, OPEN_SOURCES if spec.shuffle_buffer > 1 else 1)) as chunks:
-        yield from _through_buffer(spec, epoch, _of_split(spec, chunks))
-
-
 def _one_by_one(chunks: Iterator[Chunk]) -> Iterator[Document]:
     for chunk in chunks:
         yield from chunk.items.tolist()
 
 
 def _chunks(
-    spec: StreamSpec, leaf: Leaf, road: Road, bulk: bool = False, hollow: bool = False
+    spec: StreamSettings, leaf: Leaf, road: Road, records_of: RecordsOf, hollow: bool = False
 ) -> Generator[Chunk, None, None]:
-    vocabulary = spec.vocabulary
     with closing(road.blocks(leaf)) as blocks:
         for block in blocks:
             there = np.arange(len(block)) if hollow else np.flatnonzero(block.lengths)
@@ -135,13 +122,11 @@ def _chunks(
                 here, chosen = there[first : first + step], wanted[first : first + step]
                 rows = here[chosen].tolist()
                 items = np.empty(len(here), dtype=object)
-                items[chosen] = (
-                    block.ids(rows) if bulk else [block.document(row, leaf.source, vocabulary) for row in rows]
-                )
+                items[chosen] = np.fromiter(records_of(spec, leaf.source, block, rows), object, len(rows))
                 yield Chunk(items, block.held[here])
 
 
-def _of_split(spec: StreamSpec, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+def _of_split(spec: StreamSettings, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
     seen = kept = 0
     for chunk in chunks:
         chosen = chunk if spec.whole else chunk[chunk.items != None]  # noqa: E711 - of each entry
@@ -153,7 +138,7 @@ def _of_split(spec: StreamSpec, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
         raise DataError(_empty_split(spec, seen))
 
 
-def _empty_split(spec: StreamSpec, seen: int) -> str:
+def _empty_split(spec: StreamSettings, seen: int) -> str:
     named = ", ".join(spec.sources[:3]) or "no file at all"
     if len(spec.sources) > 3:
         named += f" and {len(spec.sources) - 3} more ({len(spec.sources)} in all)"
@@ -241,7 +226,7 @@ def _interleaved(parts: list[Chunk]) -> Chunk:
     )
 
 
-def _through_buffer(spec: StreamSpec, epoch: int, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+def _through_buffer(spec: StreamSettings, epoch: int, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
     """Every document takes the place of one drawn from a buffer of ``shuffle_buffer``, or leaves at once."""
     if spec.shuffle_buffer == 1:
         yield from chunks

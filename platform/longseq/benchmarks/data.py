@@ -18,9 +18,9 @@ from statistics import median
 from longseq_data.corpus.corpus import Corpus
 from longseq_data.ingest.cache import entry_of, group_lock
 from longseq_data.ingest.process import Job, ingest
+from longseq_data.ingest.survey import survey
 from longseq_data.prepare.config import PrepareConfig
 from longseq_data.prepare.prepare import prepare
-from longseq_data.readers.fasta import scan
 from longseq_data.readers.reading import FASTA
 from longseq_data.samples.batches import Loader, TrainingBatches
 from longseq_data.samples.corpus_samples import CorpusSpec
@@ -167,7 +167,7 @@ def _works(
 
         return run
 
-    report = scan(sources, strict=False, max_bytes=1 << 62, total_bytes=1 << 62)
+    report = survey(FASTA, sources, strict=False, max_bytes=1 << 62, total_bytes=1 << 62)
     records, stream = report.records, report.records + report.residues
 
     for _ in _ingested(sources, request.folder / "cache"):

@@ -95,7 +95,7 @@ def _data(config: Config) -> tuple[Config, str]:
     fit_parts(config)
     check_data(config)
     check_origin(config)
-    files = {split: len(getattr(config.data, split)) for split in SPLITS}
+    files = {split: len(config.data.files(split)) for split in SPLITS}
     return config, "the beginning of every file was read: " + ", ".join(f"{n} {s}" for s, n in files.items() if n)
 
 

@@ -34,7 +34,7 @@ from longseq.launch.slurm.render import (
 from longseq.launch.slurm.site import Site, load_site
 from longseq.launch.slurm.state import check_free, record_job
 from longseq.run import Run, as_typed
-from longseq.run_changes import FIXED, check_precision, refuse_changes, say_schedule
+from longseq.run_changes import FIXED, check_precision, note_weights, refuse_changes, say_schedule
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -177,6 +177,7 @@ def _go_on(args: argparse.Namespace, site: Site, request: Request, given: list[s
                 f"trainer.max_steps={2 * newest.step}."
             )
         say_schedule(before, config, newest.step)
+    note_weights(before, config, newest.position.samples if newest else 0)
     check_disk(config, run.path)
     check_mounts(site, config, run.path)
     job = _Job(train_script(run.path, config, site, request), run.slurm_dir / "train", (run,))

@@ -15,13 +15,14 @@ from longseq.config import Config
 from longseq.data import SPLITS, corpus_of, reading, resolve_sources, split_spec
 from longseq.data_report import check_data, say
 from longseq.errors import ConfigError, LongseqError
-from longseq.evaluation.request import Request, samples_of
+from longseq.evaluation.request import Request, is_split, samples_of
 from longseq.opening import TARGET_HELP, Source, checkpoints_of, find, of_checkpoint, run_of
 from longseq.run_changes import FIXED, refuse_changes
 from longseq_data.errors import DataError
 from longseq_data.files import user_path
+from longseq_data.ingest.survey import survey
 from longseq_data.os_errors import explained
-from longseq_data.readers.survey import survey
+from longseq_data.samples.mixture import MixtureSpec
 from longseq_data.samples.sharing import Samples
 from longseq_data.samples.streaming import StreamSpec
 
@@ -169,11 +170,14 @@ def _parts(source: Source, settings: Settings, looked: list[object]) -> tuple[st
             refuse_changes(before, config, source.run, _FIXED)
         if not files:
             splits = splits or (["test", "ood"] if config.data.ood or corpus_of(config, "ood") else ["test"])
-    parts = tuple(dict.fromkeys([*splits, *files]))
-    for part in parts:
+    parts = []
+    for part in dict.fromkeys([*splits, *files]):
         samples = samples_of(source, part)
-        if part not in SPLITS:
+        parts.append(part)
+        if not is_split(part):
             _look(part, samples, looked)
+        elif isinstance(samples, MixtureSpec):
+            parts += [f"{part}/{name}" for name in samples.names]
     if splits:
         data = config.data
         files_of_splits = [getattr(data, split) for split in SPLITS]
@@ -181,7 +185,7 @@ def _parts(source: Source, settings: Settings, looked: list[object]) -> tuple[st
         if what not in looked:
             check_data(config)
             looked.append(what)
-    return parts
+    return tuple(parts)
 
 
 def _look(name: str, samples: Samples, looked: list[object]) -> None:
@@ -308,7 +312,7 @@ def _keep(source: Source, evaluation: Evaluation, parts: tuple[str, ...], settin
 def _variant(parts: tuple[str, ...], settings: Settings) -> str:
     """A suffix for results that are not those of the run's own settings, so that they replace nothing."""
     ema = "-ema" if settings.ema else ""
-    files = [part for part in parts if part not in SPLITS]
+    files = [part for part in parts if not is_split(part)]
     what = (
         *(sorted(settings.overrides), settings.sequences, files),
         *(settings.top_k, settings.bootstrap, settings.seed),
@@ -320,7 +324,7 @@ def _variant(parts: tuple[str, ...], settings: Settings) -> str:
 
 def _label(part: str, parts: tuple[str, ...]) -> str:
     """What a split or a file is called: the file's name where no two are alike."""
-    if part in SPLITS:
+    if is_split(part):
         return part
     name = part.rstrip("/").rpartition("/")[2]
     alike = [other for other in parts if other.rstrip("/").rpartition("/")[2] == name]

@@ -11,7 +11,7 @@ import numpy as np
 from longseq.errors import LongseqError
 from longseq.evaluation.request import samples_of
 from longseq.opening import Source
-from longseq_data.readers.survey import survey
+from longseq_data.ingest.survey import survey
 from longseq_data.samples.packing import Window, document
 from longseq_data.samples.shuffling import documents_in_file_order
 from longseq_data.samples.streaming import StreamSpec

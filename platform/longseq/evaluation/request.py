@@ -11,6 +11,7 @@ from longseq.config import Config
 from longseq.data import SPLITS, resolve_sources, split_spec
 from longseq.opening import Source, find
 from longseq_data.readers.sources import expand_sources
+from longseq_data.samples.mixture import MixtureSpec
 from longseq_data.samples.sharing import Samples
 
 
@@ -40,16 +41,24 @@ class Request:
         return Request(**values)
 
 
+def is_split(part: str) -> bool:
+    """Whether it is a split or a source of one; files have whole paths, or addresses."""
+    return part.partition("/")[0] in SPLITS and ":" not in part
+
+
 def samples_of(source: Source, part: str) -> Samples:
-    """The samples of a split by its name, or else of a file, cut as the model was trained.
+    """The samples of a split by its name, or of one of its sources (valid/NAME), or else of a file; cut as the model
+    was trained.
 
     Raises:
         ConfigError, DataError: for a split that there is not, and a file that cannot be read as the model's tokens.
     """
     config = deepcopy(source.config)
-    if part in SPLITS:
+    if is_split(part):
         resolve_sources(config)
-        return split_spec(config, part)
+        split, _, name = part.partition("/")
+        samples = split_spec(config, split)
+        return samples.parts[samples.names.index(name)] if name and isinstance(samples, MixtureSpec) else samples
     # The file alone: where the training data are now, and whether they still are, does not matter.
     config.data.train, config.data.valid, config.data.test = [], [], []
     config.data.tokenizer = source.vocabulary.name

@@ -23,7 +23,7 @@ from longseq.launch.slurm.place import refuse_several_tasks
 from longseq.launch.slurm.state import check_free
 from longseq.owner import Process, words_of
 from longseq.run import Run, as_typed
-from longseq.run_changes import FIXED, check_precision, refuse_changes, say_schedule
+from longseq.run_changes import FIXED, check_precision, note_weights, refuse_changes, say_schedule
 from longseq.training.deepspeed_settings import check_deepspeed
 from longseq_data.files import user_path
 
@@ -61,7 +61,7 @@ def fit(config: str | Path, overrides: Sequence[str] = ()) -> Training:
     fix_order(settings)
     Run.new(settings, default_name=path.stem)  # a taken name is said before the data are read
     begin_reading(settings)
-    check_data(settings)
+    check_data(settings, begun=True)
     origin = check_origin(settings)
     check_deepspeed(settings)
     check_disk(settings, user_path(settings.run.dir).resolve())
@@ -108,8 +108,9 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), *, take_over: bool
                     f"{run.path}: finished at step {checkpoint.position.step}. To train on, raise the last step: "
                     f"`{run.resume_command} trainer.max_steps={2 * checkpoint.position.step}`."
                 )
+        note_weights(before, config, checkpoint.position.samples if checkpoint else 0)
         begin_reading(config)
-        check_data(config)
+        check_data(config, begun=True)
         origin = None if checkpoint else check_origin(config)
         check_deepspeed(config)
         check_disk(config, run.path)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longseq.attention.arguments import hashed
 from longseq.config import Config
-from longseq.data import vocabulary
+from longseq.data import sources_of, vocabulary
 from longseq.devices import on_cuda
 from longseq.models.compiling import compile_blocks
 from longseq.models.performer import PerformerLM
@@ -42,6 +42,10 @@ class LanguageModelling(pl.LightningModule):
             compile_blocks(self.model)
         self.train_sums = Sums()
         self.valid_sums = Sums()
+        found = sources_of(config, "valid") if config.trainer.valid_every else []
+        # The same of each source of a validation, where they have names.
+        self.source_sums = {where.name: Sums() for where in found if where.name}
+        self.part = 0  # the source of the last batch
         self.samples = 0  # consumed by all ranks together, once the step of the last batch is done
         # Given the loss of a batch and its targets: the factor 1, or NaN for a step that must not be taken; and
         # whether the curves show it.
@@ -80,7 +84,8 @@ class LanguageModelling(pl.LightningModule):
         follow_config(optimizer, schedule, self.config, self.trainer.global_step)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._score(batch, self.valid_sums)
+        sources = list(self.source_sums.values())[self.part :][:1]
+        self._score(batch, self.valid_sums, *sources)
 
     def valid_loss_at(self, step: int) -> float | None:
         """The loss of the validation at ``step``, if there was one and the loss is a number."""
@@ -92,19 +97,20 @@ class LanguageModelling(pl.LightningModule):
         schedule = build_schedule(optimizer, self.config.optim, self.config.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _score(self, batch: Batch, sums: Sums) -> Tensor:
-        """Sum of the losses over the batch's targets; counts them in ``sums``."""
+    def _score(self, batch: Batch, *counted: Sums) -> Tensor:
+        """Sum of the losses over the batch's targets, which are ``counted``."""
         tokens, targets = batch["tokens"], batch["targets"]
         real = tokens != self.pad
         loss_sum, correct = self.model(tokens, batch.get("padding"), batch.get("segments"), targets)
         scored = (targets != IGNORE).sum()
-        sums.add(loss_sum.detach(), correct, scored, real.sum(), torch.full_like(correct, tokens.numel()))
+        for sums in counted:
+            sums.add(loss_sum.detach(), correct, scored, real.sum(), torch.full_like(correct, tokens.numel()))
         return loss_sum
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        if "samples" in batch:  # a number that no device needs
-            batch = dict(batch)
-            self.samples = int(batch.pop("samples"))
+        batch = dict(batch)  # without the numbers that no device needs
+        self.samples = int(batch.pop("samples", self.samples))
+        self.part = int(batch.pop("part", 0))
         context = self.model.context
         if context is not None:
             batch = sliced(batch, context.rank, context.size, self.pad)

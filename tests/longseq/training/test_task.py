@@ -16,9 +16,8 @@ from longseq.training.rehearsal import _Watch
 from longseq.training.task import LanguageModelling
 from longseq_data.samples.batches import EvaluationBatches, unpack
 from longseq_data.samples.parcels import pack
-from longseq_data.samples.sharing import collate
-from longseq_data.samples.streaming import Sample, evaluation_samples
 from longseq_data.vocabulary import BYTES, IGNORE
+from plain_samples import Sample, collate, evaluation_samples
 
 LINES = [f"document {i} says {'abc' * (i % 4)}" for i in range(9)]
 

@@ -82,7 +82,7 @@ class _Texts:
         self.documents = self.bytes = 0
 
     def __iter__(self) -> Iterator[str]:
-        from longseq_data.tokenization import decoded
+        from longseq_data.readers.documents import decoded
 
         for leaf in self.reading.leaves(self.sources):
             for text in self.reading.texts(leaf, strict=False):

@@ -24,7 +24,7 @@ def check_mounts(site: Site, config: Config, run: Path) -> None:
         if inside.partition(":")[0] in ("", host):  # under another name it does not help: paths are those of the host
             seen.append(Path(host))
     for split in SPLITS:
-        for source in getattr(config.data, split):
+        for source in config.data.files(split):
             path = Path(source)
             if path.is_absolute() and not any(path.is_relative_to(folder) for folder in seen):
                 raise ConfigError(

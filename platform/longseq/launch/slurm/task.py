@@ -152,7 +152,7 @@ def _begin(run: Run, config: Config) -> tuple[str, str]:
     run.check_start()
     check_deepspeed(config)
     begin_reading(config)
-    check_data(config)
+    check_data(config, begun=True)
     run.check_data(config, identities(config))
     remove_partials(run.checkpoints_dir)
     checkpoint, damaged = run.newest_checkpoint()

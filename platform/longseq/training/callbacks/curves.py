@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -26,20 +26,20 @@ from longseq.training.tensorboard import log_scalars
 class Curves(pl.Callback):
     """Every ``log_every`` steps: loss, perplexity, bits, accuracy, learning rate, gradient norm and tokens a second.
 
-    All are means over the steps since the last point and over all ranks, weighted by target. Beside them stands the
-    epoch, the passes over the corpus so far, where the data are a prepared corpus.
+    All are means over the steps since the last point and over all ranks, weighted by target. Next to them is the
+    epoch, the passes over the data so far, where their size is known; of several sources of each under data/epochs.
     """
 
     def __init__(self, run: Run, config: Config, gradient_norm: GradientNorm):
         self.run, self.config, self.gradient_norm = run, config, gradient_norm
         self.shown: dict[str, float] = {}
-        self.epoch_samples: float | None = None
+        self.epochs: Callable[[int], dict[str, float]] | None = None
         self.since = self.validation_began = time.monotonic()
         self.bar: _Bar | None = None  # before the training begins, and on other ranks
 
     def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         self.since = time.monotonic()
-        self.epoch_samples = split_spec(self.config, "train").epoch_samples
+        self.epochs = split_spec(self.config, "train").epochs
         if trainer.is_global_zero:
             self.bar = _Bar(trainer.global_step, self.config)
 
@@ -77,6 +77,8 @@ class Curves(pl.Callback):
         curves = quality(task.valid_sums.take(task.device))
         task.validated = (trainer.global_step, curves["loss"])
         log_scalars(trainer, "valid", curves, trainer.global_step)
+        for name, sums in task.source_sums.items():
+            log_scalars(trainer, f"valid/{name}", quality(sums.take(task.device)), trainer.global_step)
         if self.bar:
             self.bar.say(f"step {trainer.global_step}  validation: {_line(curves)}")
 
@@ -101,11 +103,14 @@ class Curves(pl.Callback):
             curves["gradient_norm"] = norm
         curves["tokens_per_second"] = sums[3].item() / (now - self.since)
         curves["padded_tokens_per_second"] = sums[4].item() / (now - self.since)
-        if self.epoch_samples:
-            curves["epoch"] = task.samples / self.epoch_samples
+        epochs = self.epochs(task.samples) if self.epochs and trainer.is_global_zero else {}
+        if "" in epochs:
+            curves["epoch"] = epochs.pop("")
         self.since = now
         self.shown = curves
         log_scalars(trainer, "train", curves, step)
+        if epochs:
+            log_scalars(trainer, "data/epochs", epochs, step)
 
     def _close(self) -> None:
         if self.bar:

@@ -16,7 +16,8 @@ from longseq.training.tensorboard import flush, writer
 _METRICS = ("valid/loss", "valid/perplexity", "valid/accuracy", "train/loss", "train/tokens_per_second", "machine/mfu")
 # What says where a run is or what is kept and shown of it, not what it learns or how fast.
 _ASIDE = (
-    *("run.name", "run.dir", "data.train", "data.valid", "data.test", "data.ood", "data.accept_changes"),
+    *("run.name", "run.dir", "data.train", "data.valid", "data.test", "data.ood", "data.reweighted"),
+    "data.accept_changes",
     *("data.valid_samples", "data.strict", "trainer.accelerator", "trainer.valid_every", "trainer.checkpoint_every"),
     *(
         "trainer.keep_checkpoints",

@@ -1,0 +1,44 @@
+"""Python processes that work for this one, each started anew and in a moment.
+
+A fork would take over the locks of its parent's threads in whatever state they are, and its handlers of signals.
+"""
+
+from __future__ import annotations
+
+import pickle
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from typing import Any
+
+# The empty entry is the working directory, where a pickle.py may lie.
+_BEGIN = (
+    "import sys; sys.path = [place for place in sys.path if place]; import pickle; "
+    "sys.path = pickle.load(sys.stdin.buffer); from {0} import work; work()"
+)
+# What a scheduler or a terminal sends to all processes of a job is meant for the parent, which ends its own itself.
+_FOR_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def start(module: str, given: object, **options: Any) -> subprocess.Popen[bytes]:
+    """A process that calls ``work()`` of a module, which finds ``given``, pickled, on its standard input.
+
+    options: of subprocess.Popen. Raises OSError.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_PARENT)  # what a new process inherits
+    try:
+        begin = [sys.executable, "-c", _BEGIN.format(module)]
+        process = subprocess.Popen(begin, stdin=subprocess.PIPE, **options)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    send(process, pickle.dumps(sys.path) + pickle.dumps(given))
+    return process
+
+
+def send(process: subprocess.Popen[bytes], data: bytes) -> None:
+    """Write to its standard input; of one that has ended nothing comes back, which says so."""
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):
+        process.stdin.write(data)
+        process.stdin.flush()

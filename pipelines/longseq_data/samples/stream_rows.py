@@ -1,0 +1,174 @@
+"""Training samples of streamed files, planned as their records come: one record each, or windows of all of them joined.
+
+Every process plans all samples, which costs little beyond their lengths, and makes rows of its own ones alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from itertools import compress
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
+
+from longseq_data.ingest.block import stored_dtype
+from longseq_data.randomness import uniforms
+from longseq_data.vocabulary import IGNORE, reverse_complement
+
+from .chunks import Chunk
+from .masking import masked_counts
+from .rows import Crop, Integers, Planned, Rows, Taken, mark_ends, residues_of
+from .shuffling import endless, shuffled
+from .stream_settings import StreamSettings
+
+
+class Crops:
+    """Sample g is record g of the endless order, cropped."""
+
+    ahead = 0  # records take memory
+
+    def __init__(self, spec: StreamSettings, start: int) -> None:
+        self._spec, self._at = spec, start
+        self._crop = Crop(spec.length, spec.objective == "causal", 1 + spec.vocabulary.closed)
+        self._chunks = endless(partial(shuffled, spec), start, lambda chunk: np.ones_like(chunk.sizes))
+        self._held = Chunk.of([], [])
+
+    def take(self, numbers: Integers, until: int) -> Taken:
+        """See sharing.Taker."""
+        spec, count = self._spec, until - self._at
+        parts = [self._held]
+        while sum(map(len, parts)) < count:
+            parts.append(next(self._chunks)[0])
+        joined = Chunk.joined(parts) if len(parts) > 1 else self._held
+        items = joined.items[numbers - self._at]
+        self._held, self._at = joined[count:], until
+        lengths = np.fromiter(map(len, items), np.int64, len(items))
+        where = uniforms(spec.seed, "crop", numbers) if spec.crop == "random" else None
+        starts = self._crop.starts(lengths, where)
+        sizes = self._crop.sizes(starts, lengths)
+        return _Cropped(spec, numbers, items, lengths, starts, sizes, self._crop.scored(starts, sizes, lengths))
+
+
+@dataclass(frozen=True)
+class _Cropped(Planned):
+    PER_SAMPLE = ("numbers", "items", "lengths", "begins", "sizes", "scored")
+    spec: StreamSettings
+    numbers: Integers
+    items: npt.NDArray[np.object_]
+    lengths: Integers
+    begins: Integers
+    sizes: Integers
+    scored: Integers
+
+    def rows(self) -> Rows:
+        vocabulary = self.spec.vocabulary
+        first, last = residues_of(self.begins, self.sizes, self.lengths)
+        begun = self.begins == 0
+        rows = np.full((len(self), int(self.sizes.max())), IGNORE, dtype=vocabulary.target_dtype)
+        places = zip(self.items.tolist(), first.tolist(), last.tolist(), strict=True)
+        letters = np.frombuffer(b"".join([item[low:high] for item, low, high in places]), stored_dtype(vocabulary))
+        columns = np.arange(rows.shape[1])
+        rows[(columns >= begun[:, None]) & (columns < (begun + last - first)[:, None])] = letters
+        mark_ends(rows, self.begins, self.sizes, self.lengths, vocabulary)
+        return _turned(self.spec, self.numbers, rows), None
+
+
+class Joined:
+    """Sample g is window g of the stream BOS, residues EOS, residues EOS, ...; with reset of BOS residues EOS, BOS ...
+
+    Windows have ``length`` positions, and ``overlap`` tokens of the next one.
+    """
+
+    ahead = 0
+
+    def __init__(self, spec: StreamSettings, start: int) -> None:
+        vocabulary = spec.vocabulary
+        self._spec, self._at = spec, start
+        self._marks = spec.reset, vocabulary.closed  # before a record, and behind it
+        stored = stored_dtype(vocabulary)
+        self._dtype = stored if vocabulary.size <= 1 << 8 * stored.itemsize else vocabulary.dtype
+        skip, lone = start * spec.length, not spec.reset  # a lone BOS at the beginning
+        ids = [vocabulary.bos] if lone and not skip else []
+        self._ids: npt.NDArray[np.unsignedinteger] = np.array(ids, dtype=self._dtype)
+        self._documents = np.zeros(0, dtype=np.int32)  # with reset: the number of each id's
+        self._chunks = endless(partial(shuffled, spec), max(skip - lone, 0), self._positions)
+
+    def _positions(self, chunk: Chunk) -> Integers:
+        return _lengths(chunk) + sum(self._marks)
+
+    def take(self, numbers: Integers, until: int) -> Taken:
+        """See sharing.Taker."""
+        spec, count = self._spec, until - self._at
+        ids, documents = [self._ids], [self._documents]
+        held, needed = len(self._ids), count * spec.length + spec.overlap
+        while held < needed:
+            chunk, rest = next(self._chunks)
+            ids.append(self._joined(chunk)[rest:])
+            held += len(ids[-1])
+            if spec.reset:
+                lengths = self._positions(chunk)
+                last = int(documents[-1][-1]) if len(documents[-1]) else -1
+                documents.append(np.repeat(np.arange(last + 1, last + 1 + len(chunk), dtype=np.int32), lengths)[rest:])
+        self._ids = ids[0] if len(ids) == 1 else np.concatenate(ids)
+        size, mine = spec.length + spec.overlap, numbers - self._at
+        windows = sliding_window_view(self._ids, size)[:: spec.length]
+        scored = np.full(len(mine), spec.length)
+        of: npt.NDArray[np.int32] | None = None
+        if spec.reset:
+            self._documents = documents[0] if len(documents) == 1 else np.concatenate(documents)
+            of = sliding_window_view(self._documents, size)[:: spec.length]
+            if spec.objective == "causal":  # no document tells how the next one begins
+                scored -= of[mine, -1] - of[mine, 0]
+            self._documents = self._documents[count * spec.length :] - self._documents[0]
+        if spec.objective == "masked":
+            ordinary = [np.count_nonzero(windows[i] < spec.vocabulary.ordinary) for i in mine.tolist()]
+            scored = masked_counts(np.array(ordinary, dtype=np.int64))
+        self._ids, self._at = self._ids[count * spec.length :], until
+        return _Windows(spec, numbers, mine, scored, windows, of)
+
+    def _joined(self, chunk: Chunk) -> npt.NDArray[np.unsignedinteger]:
+        """Its records one after another, with their marks."""
+        vocabulary, (before, behind) = self._spec.vocabulary, self._marks
+        marks = [vocabulary.eos] * behind + [vocabulary.bos] * before
+        if self._dtype.itemsize == 1:
+            text = bytes(marks).join(chunk.items.tolist())
+            return np.frombuffer(bytes(marks[behind:]) + text + bytes(marks[:behind]), dtype=np.uint8)
+        lengths = self._positions(chunk)
+        ends = np.cumsum(lengths)
+        out = np.empty(int(ends[-1]), dtype=self._dtype)
+        plain = np.ones(len(out), dtype=bool)
+        for places, token in compress(((ends - lengths, vocabulary.bos), (ends - 1, vocabulary.eos)), self._marks):
+            out[places], plain[places] = token, False
+        out[plain] = np.frombuffer(b"".join(chunk.items.tolist()), stored_dtype(vocabulary))
+        return out
+
+
+@dataclass(frozen=True)
+class _Windows(Planned):
+    PER_SAMPLE = ("numbers", "places", "scored")
+    spec: StreamSettings
+    numbers: Integers
+    places: Integers  # in ``windows``
+    scored: Integers
+    windows: npt.NDArray[np.unsignedinteger]
+    documents: npt.NDArray[np.int32] | None
+
+    def rows(self) -> Rows:
+        rows = self.windows[self.places]
+        segments = None if self.documents is None else self.documents[self.places]
+        return _turned(self.spec, self.numbers, rows), None if segments is None else segments - segments[:, :1]
+
+
+def _lengths(chunk: Chunk) -> Integers:
+    return np.fromiter(map(len, chunk.items), np.int64, len(chunk))
+
+
+def _turned(spec: StreamSettings, numbers: Integers, rows: npt.NDArray) -> npt.NDArray:
+    """The other strand of half of them; what is behind a row's end stays."""
+    if spec.reverse_complement:
+        for row in np.flatnonzero(uniforms(spec.seed, "strand", numbers) < 0.5).tolist():
+            real = rows[row] >= 0
+            rows[row, real] = reverse_complement(rows[row, real])
+    return rows

@@ -1,0 +1,106 @@
+"""What a key of the data section names: files; or several sources, each with a name of its own and a weight."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from longseq.errors import ConfigError
+
+Source = dict[str, Any]  # "name": text, "path": list of text, "weight": number above 0
+
+_KEYS = ("path", "weight", "name")
+_HOW = "write {path: FILE, weight: NUMBER, name: TEXT}, of which path is needed"
+
+
+def named(value: Any, key: str, place: Callable[[str], str]) -> Any:
+    """The value of a key with its sources in full, where they are no plain names of files.
+
+    place: where a part of a configuration stands, data.train[0].weight say.
+
+    Raises:
+        ConfigError: one sentence that names the place.
+    """
+    if isinstance(value, dict):  # {name: path, ...}
+        value = [{"name": name, **(part if isinstance(part, dict) else {"path": part})} for name, part in value.items()]
+    if not isinstance(value, list) or not any(isinstance(entry, dict) for entry in value):
+        return value
+    sources = [_source(entry, f"{key}[{number}]", place) for number, entry in enumerate(value)]
+    name, times = Counter(source["name"] for source in sources).most_common(1)[0]
+    if times > 1:
+        raise ConfigError(f"{place(key)}: {key}: {times} sources are called {name}: give each a name of its own.")
+    return sources
+
+
+def _source(entry: Any, key: str, place: Callable[[str], str]) -> Source:
+    if not isinstance(entry, dict):
+        raise ConfigError(f"{place(key)}: {key}={entry}: other sources here have weights: write {{path: {entry}}}.")
+    for name in entry:
+        if name not in _KEYS:
+            near = difflib.get_close_matches(str(name), _KEYS, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"A source has {', '.join(_KEYS)}."
+            raise ConfigError(f"{place(f'{key}.{name}')}: unknown key {f'{key}.{name}'!r}. {hint}")
+    path = entry.get("path")
+    paths = [path] if isinstance(path, str) else path
+    if not isinstance(paths, list) or not paths or not all(isinstance(each, str) for each in paths):
+        raise ConfigError(f"{place(f'{key}.path')}: {key}.path={path}: name a file, or a list of them; {_HOW}.")
+    weight = entry.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+        raise ConfigError(
+            f"{place(f'{key}.weight')}: {key}.weight={weight} must be a number above 0: how many samples come from "
+            "this source, compared with the others."
+        )
+    name = entry.get("name", _name_of(paths[0]))
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+        raise ConfigError(
+            f"{place(f'{key}.name')}: {key}.name={name}: letters, digits, dots, dashes and underscores alone: it names "
+            "curves."
+        )
+    return {"name": name, "path": paths, "weight": float(weight)}
+
+
+def _name_of(path: str) -> str:
+    """That of its file without endings."""
+    last = re.split(r"[:@#?]", path.removeprefix("hub:").rstrip("/").rpartition("/")[2])[0]
+    return re.sub(r"[^\w-]+", "_", last.split(".")[0] or last) or "source"
+
+
+def unweighted(value: Any) -> Any:
+    """Sources without what a run may change: their weights."""
+    if not isinstance(value, list):
+        return value
+    return [
+        {key: of for key, of in entry.items() if key != "weight"} if isinstance(entry, dict) else entry
+        for entry in value
+    ]
+
+
+def reweighted(before: list[Source], after: list[Source], noted: list[str], samples: int) -> list[str]:
+    """data.reweighted of a run that goes on after so many samples with other weights, or with the same.
+
+    A run that goes on from an earlier checkpoint draws again what it has drawn, changes of weights included.
+    """
+    old, new = ([source["weight"] for source in sources] for sources in (before, after))
+    if old == new:
+        return noted
+    kept = [note for note in noted if parsed(note)[0] < samples]
+    later = [note for note in noted if parsed(note)[0] >= samples]  # what held up to here
+    weights = later[0].partition(": ")[2] if later else " ".join(map(repr, old))
+    return [*kept, *([f"{samples}: {weights}"] if samples else [])]
+
+
+def parsed(note: str) -> tuple[int, list[float]]:
+    """An entry of data.reweighted: up to which sample, weights.
+
+    Raises:
+        ConfigError: for what is none.
+    """
+    until, _, weights = note.partition(": ")
+    try:
+        return int(until), [float(weight) for weight in weights.split()]
+    except ValueError:
+        raise ConfigError(f"data.reweighted: {note!r}: `longseq resume` writes SAMPLES: WEIGHT ...") from None

@@ -1,0 +1,98 @@
+"""data.train as several sources by weight: how they are written, what is refused and where, and what a run keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from longseq.config_loading import load_config, save_config
+from longseq.data import resolve_sources, split_spec
+from longseq.data_sources import reweighted
+from longseq.errors import ConfigError
+from longseq_data.errors import DataError
+
+TWO = "data:\n  train:\n    - path: a.fasta\n      weight: 0.7\n    - {path: [b.fasta, c.fasta], weight: 3, name: bc}\n"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.fasta").write_text("".join(f">{name}{i}\n{'MKV' * (i + 1)}\n" for i in range(9)))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def config_of(text: str, *overrides: str):
+    Path("a.yaml").write_text(text)
+    return load_config("a.yaml", overrides)
+
+
+def test_sources_keep_their_weights_and_names_through_a_runs_configuration(here):
+    config = config_of(TWO + "  valid: {one: a.fasta, two: [b.fasta]}\n")
+    resolve_sources(config)
+    assert config.data.sources("train") == [
+        {"name": "a", "path": [str(here / "a.fasta")], "weight": 0.7},
+        {"name": "bc", "path": [str(here / "b.fasta"), str(here / "c.fasta")], "weight": 3.0},
+    ]
+    assert config.data.files("train") == [str(here / f"{name}.fasta") for name in "abc"]
+    save_config(config, here / "config.yaml")
+    assert load_config(here / "config.yaml", resolved=True).data == config.data
+    assert split_spec(config, "train").names == ("a", "bc")
+    assert split_spec(config, "valid").names == ("one", "two")
+    assert split_spec(config, "test").names == ("a", "bc")  # held out of each
+
+
+def test_an_argument_names_sources_as_a_file_does(here):
+    config = config_of("", "data.train=[{path: a.fasta, weight: 2}, {path: 'b.fasta'}]")
+    assert [(each["name"], each["weight"]) for each in config.data.sources("train")] == [("a", 2.0), ("b", 1.0)]
+    alone = config_of("", "data.train={path: NO, name: 012}")
+    assert alone.data.train == [{"name": "012", "path": ["NO"], "weight": 1.0}]
+
+
+@pytest.mark.parametrize(
+    ("lines", "line", "words"),
+    [
+        (["- {path: a.fasta}", "- path: b.fasta", "  weight: 0"], 5, "data.train[1].weight=0 must be a number above 0"),
+        (["- {path: a.fasta, weight: -1}"], 3, "weight=-1 must be a number above 0"),
+        (["- {path: a.fasta, weight: much}"], 3, "weight=much must be a number"),
+        (["- {path: a.fasta, weight: yes}"], 3, "must be a number"),
+        (["- {path: a.fasta, weight: .inf}"], 3, "must be a number"),
+        (["- {path: a.fasta, wieght: 1}"], 3, "unknown key 'data.train[0].wieght'. Did you mean weight?"),
+        (["- {path: a.fasta}", "- b.fasta"], 4, "data.train[1]=b.fasta: other sources here have weights"),
+        (["- {weight: 1}"], 3, "data.train[0].path=None: name a file"),
+        (["- {path: a.fasta}", "- {path: x/a.fasta}"], 2, "2 sources are called a: give each a name"),
+        (["- {path: a.fasta, name: a b}"], 3, "data.train[0].name=a b: letters, digits"),
+    ],
+)
+def test_what_is_wrong_with_a_source_is_said_with_its_line(here, lines, line, words):
+    with pytest.raises(ConfigError) as error:
+        config_of("data:\n  train:\n" + "".join(f"    {each}\n" for each in lines))
+    assert str(error.value).startswith(f"a.yaml:{line}: ")
+    assert words in str(error.value)
+
+
+def test_sources_that_no_model_reads_together_are_refused_in_one_sentence(here):
+    Path("t.txt").write_text("the sea\n")
+    with pytest.raises(DataError, match=r"One model cannot read .*t\.txt as bytes, .*a\.fasta as protein"):
+        resolve_sources(config_of("", "data.train=[{path: a.fasta}, {path: t.txt}]"))
+
+
+def test_several_sources_do_not_go_into_buckets(here):
+    with pytest.raises(ConfigError, match=r"data\.packing=bucket .* several sources are mixed"):
+        resolve_sources(config_of(TWO, "data.packing=bucket"))
+
+
+def test_weights_of_before_are_kept_with_the_sample_up_to_which_they_held():
+    def sources(*weights: float):
+        return [{"name": str(i), "path": [str(i)], "weight": weight} for i, weight in enumerate(weights)]
+
+    notes = reweighted(sources(1.0, 1.0), sources(1.0, 1.0), [], 40)
+    assert notes == []
+    notes = reweighted(sources(1.0, 1.0), sources(5.0, 1.0), notes, 40)
+    assert notes == ["40: 1.0 1.0"]
+    assert reweighted(sources(5.0, 1.0), sources(5.0, 1.0), notes, 20) == notes  # drawn again as it was
+    assert reweighted(sources(5.0, 1.0), sources(1.0, 9.0), notes, 80) == ["40: 1.0 1.0", "80: 5.0 1.0"]
+    assert reweighted(sources(5.0, 1.0), sources(1.0, 9.0), notes, 20) == ["20: 1.0 1.0"]  # from an earlier checkpoint
+    assert reweighted(sources(5.0, 1.0), sources(1.0, 9.0), notes, 40) == ["40: 1.0 1.0"]
+    assert reweighted(sources(5.0, 1.0), sources(1.0, 9.0), notes, 0) == []
