@@ -12,7 +12,7 @@ import math
 import lightning.pytorch as pl
 import torch
 
-from longseq.config_loading import config_of
+from longseq.config.loading import config_of
 from longseq.data import resolve_sources, split_spec
 from longseq.training.task import LanguageModelling
 from longseq_data.datamodule import SequenceDataModule

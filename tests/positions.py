@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from longseq.checkpoint import TrainingPosition
+from longseq.runs.checkpoint import TrainingPosition
 
 
 def position(step: int, valid_loss: float | None = None) -> TrainingPosition:

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from longseq.cli import VERBS
-from longseq.config import Config
-from longseq.config_loading import described_keys, load_config
+from longseq.config.loading import described_keys, load_config
+from longseq.config.schema import Config
 from longseq.errors import EXIT_CODES
-from longseq.launch.memory import estimate
 from longseq.launch.slurm.site import Site
-from longseq.training.flops import training_flops
+from longseq.measure.memory import estimate
+from longseq.measure.model_flops import training_flops
 from longseq_data.prepare.config import PrepareConfig
 
 ROOT = Path(__file__).parents[1]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from longseq.evaluation.evaluate import Settings as EvaluationSettings
     from longseq.evaluation.sample import infill, sample
     from longseq.evaluation.score import score, variant_effects
-    from longseq.exporting import export
+    from longseq.interop.exporting import export
     from longseq.launch.start import Training, fit, resume
     from longseq.opening import find
 
@@ -36,7 +36,7 @@ _PUBLIC = {
     "sample": "longseq.evaluation.sample",
     "infill": "longseq.evaluation.sample",
     "embed": "longseq.evaluation.embed",
-    "export": "longseq.exporting",
+    "export": "longseq.interop.exporting",
     "find": "longseq.opening",
 }
 __all__ = [

@@ -113,7 +113,7 @@ def _place(args: argparse.Namespace, rest: list[str], parser: argparse.ArgumentP
     if misplaced:
         hint = ""
         if hasattr(args, "overrides") or hasattr(args, "config"):
-            from longseq.hints import keys_of_options
+            from longseq.config.hints import keys_of_options
 
             hint = keys_of_options(rest)
         parser.error(f"unrecognized arguments: {' '.join(misplaced)}{hint}")

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from longseq.config import Config, DataConfig
-from longseq.config_checks import check_pixels
-from longseq.data_sources import parsed
+from longseq.config.checks import check_pixels
+from longseq.config.schema import Config, DataConfig
+from longseq.config.sources import parsed
 from longseq.errors import USER_ERRORS, ConfigError
 from longseq_data.corpus.corpus import is_corpus
 from longseq_data.corpus.manifest import Manifest, read_manifest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from longseq.config import Config
+from longseq.config.schema import Config
 from longseq.data import SPLITS, Where, cache_folder, read_while_training, reading, sources_of
 from longseq_data.corpus.corpus import Corpus
 from longseq_data.corpus.manifest import read_manifest

@@ -17,7 +17,7 @@ from longseq.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from longseq.config import Config
+    from longseq.config.schema import Config
 
 
 def on_cuda(config: Config) -> bool:

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longseq.config_loading import config_of
+from longseq.config.loading import config_of
 from longseq.errors import LongseqError
-from longseq.exported import ARCHITECTURES, MODEL_TYPE
+from longseq.interop.exported import ARCHITECTURES, MODEL_TYPE
 from longseq.models.head import TransformHead
 from longseq.models.performer import DecodingState, PerformerLM
 from longseq_data.vocabulary import IGNORE

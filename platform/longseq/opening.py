@@ -14,15 +14,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longseq import exported
-from longseq.checkpoint import Checkpoint
-from longseq.config import Config
+from longseq.config.schema import Config
 from longseq.data import vocabulary
 from longseq.devices import reading_device
 from longseq.errors import LongseqError, RunError
-from longseq.exported import is_exported
-from longseq.models.spec import PerformerSpec
-from longseq.run import Run
+from longseq.interop import exported
+from longseq.interop.exported import is_exported
+from longseq.models.spec import EXPORTED, PerformerSpec
+from longseq.runs.checkpoint import Checkpoint
+from longseq.runs.run import Run
 from longseq_data.os_errors import explained
 from longseq_data.vocabulary import Vocabulary
 
@@ -88,7 +88,7 @@ class Source:
             RunError: if the weights are those of another architecture.
         """
         from longseq.models.performer import PerformerLM
-        from longseq.training.weights import load_weights
+        from longseq.models.weights import load_weights
 
         model = PerformerLM(self.spec)
         load_weights(model, self.weights)
@@ -207,7 +207,7 @@ def _refuse_other_tokens(weights: Path, tokens: Vocabulary) -> None:
         RunError: naming both.
     """
     shapes = tensor_shapes(weights)
-    shape = shapes.get("embedding.weight") or shapes.get(f"{exported.PREFIX}embedding.weight")
+    shape = shapes.get("embedding.weight") or shapes.get(f"{EXPORTED}embedding.weight")
     if not shape:
         raise RunError(f"{weights}: holds no embedding, so it is no model of longseq, or damaged.")
     rows = shape[0]

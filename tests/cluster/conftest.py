@@ -14,8 +14,8 @@ import pytest
 
 from cluster.slurm import Cluster, missing
 from command_line import LONGSEQ, longseq
-from longseq import starts
-from longseq.starts import Progress
+from longseq.runs import starts
+from longseq.runs.starts import Progress
 from longseq_data.synth.synthetic import SyntheticSpec, write_fasta
 
 TINY = """

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from command_line import curve, largest_difference
-from longseq import starts
+from longseq.runs import starts
 
 from .conftest import ENDED, Login
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from command_line import LONGSEQ, checkpoint, checkpoints
-from longseq import starts
+from longseq.runs import starts
 
 from .conftest import ENDED, Login
 

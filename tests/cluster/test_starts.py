@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from longseq import starts
-from longseq.durations import duration_seconds
+from longseq.config.durations import duration_seconds
+from longseq.runs import starts
 
 from .conftest import ENDED, Login
 

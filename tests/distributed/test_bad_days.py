@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from command_line import Command, checkpoint, checkpoints, curve, longseq
-from longseq.curves import read_curves
+from longseq.runs.curves import read_curves
 
 pytestmark = pytest.mark.distributed
 

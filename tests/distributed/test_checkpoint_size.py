@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from command_line import checkpoint
-from longseq.checkpoint import expected_bytes
 from longseq.data import vocabulary
-from longseq.run import Run
+from longseq.runs.checkpoint import expected_bytes
+from longseq.runs.run import Run
 
 pytestmark = pytest.mark.distributed
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from command_line import Command, checkpoint, checkpoints, curve, largest_difference, longseq, weights_checksum
-from longseq.config_loading import load_config
+from longseq.config.loading import load_config
 from longseq.data import identities, resolve_sources, split_spec
-from longseq.run import Run
+from longseq.runs.run import Run
 
 pytestmark = pytest.mark.distributed
 

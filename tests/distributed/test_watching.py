@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from command_line import Command, checkpoint, curve, longseq
-from longseq.config_loading import load_config
+from longseq.config.loading import load_config
 from longseq.training.task import LanguageModelling
 
 pytestmark = pytest.mark.distributed

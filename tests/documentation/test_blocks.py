@@ -13,7 +13,7 @@ import torch
 
 from documentation.pages import ROOT, Block, blocks, written
 from documentation.workshop import Hands, furnish
-from longseq.curves import read_curves
+from longseq.runs.curves import read_curves
 from longseq_data.vocabulary import LETTERS
 
 pytestmark = pytest.mark.distributed

@@ -18,8 +18,8 @@ from documentation.pages import MADE, ROOT, blocks, text_of_all, written
 from longseq.cli import VERBS, main
 from longseq.commands.bench import BENCHMARKS
 from longseq.commands.data import ACTIONS
-from longseq.config import Config
-from longseq.config_loading import described_keys
+from longseq.config.loading import described_keys
+from longseq.config.schema import Config
 from longseq.errors import EXIT_CODES
 from longseq.launch.slurm.site import Site, load_site
 from longseq_data.prepare.config import PrepareConfig

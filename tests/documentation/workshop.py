@@ -17,7 +17,7 @@ from PIL import Image
 
 from documentation.pages import ROOT
 from longseq.cli import main
-from longseq.curves import read_curves
+from longseq.runs.curves import read_curves
 from longseq_data.prepare.config import PrepareConfig
 from longseq_data.prepare.prepare import prepare
 from longseq_data.synth.synthetic import SyntheticSpec, write_fasta

@@ -21,7 +21,7 @@ from tests.gpu.sass import Program, constant_bank
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from longseq.attention import triton_launch
+from longseq.attention.backends.triton import launch as triton_launch
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

@@ -22,7 +22,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
-from longseq.attention import fused, isolation, rotary_table, triton_launch
+from longseq.attention import fused, isolation, rotary_table
+from longseq.attention.backends.triton import launch as triton_launch
 from longseq.attention.heads import split_heads
 from longseq.models.norm import Norm
 from longseq.models.performer import PerformerLM

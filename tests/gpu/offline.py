@@ -154,7 +154,8 @@ def measure_here(arch: int, cases: Sequence[Case]) -> list[Found]:
     import triton
     from tests.gpu.launches import Recorder
 
-    from longseq.attention import triton_backend, triton_window
+    from longseq.attention.backends.triton import scan as triton_backend
+    from longseq.attention.backends.triton import window as triton_window
     from longseq.attention.feature_maps import feature_map
 
     def inputs(case: Case, length: int) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:

@@ -15,7 +15,7 @@ import torch
 from tests.gpu import offline
 
 from longseq.attention.scan import CHUNK
-from longseq.benchmarks import flops
+from longseq.measure import flops
 
 pytestmark = pytest.mark.compiled
 
@@ -49,8 +49,8 @@ def _half(rows: list[offline.Found]) -> list[offline.Found]:
 
 
 def test_every_launch_fits_its_chip(rows):
-    """And needs no more than longseq.attention.triton_launch.unsupported asks for."""
-    from longseq.attention.triton_launch import Chip, needed_memory
+    """And needs no more than longseq.attention.backends.triton.launch.unsupported asks for."""
+    from longseq.attention.backends.triton.launch import Chip, needed_memory
 
     for row in rows:
         chip = Chip(divmod(row.arch, 10), offline.SHARED_MEMORY[row.arch])

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from longseq import checkpoint
-from longseq.checkpoint import Checkpoint
-from longseq.config import Config
-from longseq.config_loading import load_config
-from longseq.run import Run
+from longseq.config.loading import load_config
+from longseq.config.schema import Config
+from longseq.runs import checkpoint
+from longseq.runs.checkpoint import Checkpoint
+from longseq.runs.run import Run
 from longseq.training.shards import write
 from positions import position
 
@@ -73,7 +73,7 @@ def trained(folder: Path) -> Callable[..., Run]:
 
     from longseq.data import identities, vocabulary
     from longseq.models.performer import PerformerLM
-    from longseq.training.weights import save_weights
+    from longseq.models.weights import save_weights
 
     def trained(*overrides: str) -> Run:
         given = [f"data.train={folder}/proteins.fasta", "run.name=one", *TINY, *overrides]

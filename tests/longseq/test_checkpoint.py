@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from longseq import checkpoint
-from longseq.checkpoint import Checkpoint
 from longseq.errors import RunError
+from longseq.runs import checkpoint
+from longseq.runs.checkpoint import Checkpoint
 
 
 def names(directory: Path) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from longseq.cli import VERBS
-from longseq.config_loading import described_keys
+from longseq.config.loading import described_keys
 
 HEAVY = ("torch", "lightning", "deepspeed", "tensorboard", "datasets")
 

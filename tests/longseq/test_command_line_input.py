@@ -14,7 +14,7 @@ import pytest
 
 from command_line import LONGSEQ, longseq
 from longseq.cli import VERBS, main
-from longseq.config_loading import config_of, described_keys, load_config, save_config
+from longseq.config.loading import config_of, described_keys, load_config, save_config
 from longseq.errors import ConfigError
 
 TINY = """

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from longseq.config import Config
-from longseq.config_loading import described_keys, load_config
+from longseq.config.flat import load_flat
+from longseq.config.loading import described_keys, load_config
+from longseq.config.schema import Config
 from longseq.errors import ConfigError
-from longseq.flat_config import load_flat
 from longseq.models.presets import PRESETS
 from longseq_data.prepare.config import PrepareConfig
 

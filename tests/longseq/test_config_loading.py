@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from longseq.config import Config
-from longseq.config_loading import described_keys, load_config, save_config
+from longseq.config.loading import described_keys, load_config, save_config
+from longseq.config.schema import Config
 from longseq.errors import ConfigError
 
 pytestmark = pytest.mark.interfaces

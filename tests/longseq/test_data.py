@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from longseq.cli import main
-from longseq.config_loading import load_config
+from longseq.config.loading import load_config
 from longseq.data import reading, resolve_sources, split_spec, vocabulary
 from longseq.errors import ConfigError
 from longseq_data.errors import DataError

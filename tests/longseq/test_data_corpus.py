@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from longseq.config import Config
-from longseq.config_loading import load_config
+from longseq.config.loading import load_config
+from longseq.config.schema import Config
 from longseq.data import corpus_of, identities, resolve_sources, split_spec, vocabulary
 from longseq.data_report import check_data
 from longseq.errors import ConfigError, RunError
-from longseq.run import Run
+from longseq.runs.run import Run
 from longseq_data.errors import DataError
 from longseq_data.prepare.config import PrepareConfig
 from longseq_data.prepare.prepare import prepare

@@ -16,8 +16,8 @@ import pytest
 from command_line import Command, alive, longseq
 from corpora import contents, expected, found, write_files
 from longseq.commands.key_help import help_on_flat_keys
+from longseq.config.flat import load_flat
 from longseq.errors import ConfigError
-from longseq.flat_config import load_flat
 from longseq_data.corpus.corpus import Corpus
 from longseq_data.errors import DataError
 from longseq_data.prepare.config import PrepareConfig

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from longseq.config_loading import load_config
-from longseq.durations import duration_seconds
+from longseq.config.durations import duration_seconds
+from longseq.config.loading import load_config
 from longseq.errors import ConfigError
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from longseq.cli import main
-from longseq.config_loading import load_config, save_config
+from longseq.config.loading import load_config, save_config
 from longseq.errors import ConfigError, LongseqError
 from longseq.evaluation.evaluate import Evaluation
 from longseq.evaluation.evaluate import Settings as EvaluationSettings
@@ -15,7 +15,7 @@ from longseq.experiments.plan import read_plan
 from longseq.experiments.running import Interrupted, Settings, arguments, perform, trials
 from longseq.experiments.tables import report
 from longseq.launch.start import Training
-from longseq.run import Run
+from longseq.runs.run import Run
 
 SHIPPED = sorted((Path(__file__).parents[2] / "configs" / "experiments").glob("*.yaml"))
 PLAN = """

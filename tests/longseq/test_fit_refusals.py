@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from longseq.cli import main
-from longseq.config_loading import load_config
+from longseq.config.loading import load_config
 from longseq.data import resolve_sources
 from longseq.data_report import check_data
 from longseq.errors import LongseqError

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from longseq import checkpoint
-from longseq.checkpoint import Checkpoint
 from longseq.cli import main
 from longseq.errors import RunError
 from longseq.launch.slurm.task import _begin
-from longseq.run import Run
+from longseq.runs import checkpoint
+from longseq.runs.checkpoint import Checkpoint
+from longseq.runs.run import Run
 
 
 def of_another_version(saved: Checkpoint) -> None:

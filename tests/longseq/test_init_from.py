@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from longseq.cli import main
-from longseq.config_loading import load_config
+from longseq.config.loading import load_config
 from longseq.data import identities, resolve_sources, vocabulary
 from longseq.errors import ConfigError, RunError
-from longseq.exporting import write_folder
+from longseq.interop.exporting import write_folder
 from longseq.launch.before import check_origin
 from longseq.launch.slurm.task import _begin
 from longseq.models.performer import PerformerLM
-from longseq.run import Run
+from longseq.runs.run import Run
 from longseq.training.fit import begin_with
 
 SPEC = (

@@ -16,13 +16,13 @@ from PIL import Image
 from longseq.cli import main
 from longseq.commands.data.inspect import add_arguments
 from longseq.commands.data.inspect import run as inspect
-from longseq.config import DataConfig
-from longseq.config_loading import load_config
+from longseq.config.loading import load_config
+from longseq.config.schema import DataConfig
 from longseq.data import fit_parts, identities, resolve_sources, split_spec
 from longseq.data_report import check_data
 from longseq.errors import RunError
-from longseq.run import Run
-from longseq.run_changes import FIXED, refuse_changes
+from longseq.runs.changes import FIXED, refuse_changes
+from longseq.runs.run import Run
 from longseq_data.errors import DataError
 from longseq_data.prepare.config import PrepareConfig
 from longseq_data.prepare.inspection import report_lines

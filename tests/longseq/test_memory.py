@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longseq.benchmarks.memory import PeakMeter
-from longseq.config_loading import load_config
-from longseq.launch import memory
-from longseq.launch.memory import estimate, reduce_bucket
+from longseq.config.loading import load_config
+from longseq.measure import memory
+from longseq.measure.memory import estimate, reduce_bucket
+from longseq.measure.peaks import PeakMeter
 from longseq.models import head
 from longseq.models.performer import PerformerLM
+from longseq.models.weights import full_state_dict
 from longseq.training import shards
 from longseq.training.optim import build_optimizer
 from longseq.training.optimizer_state import holder_of
-from longseq.training.weights import full_state_dict
 
 SMALL = ("model.preset=small", "data.length=256", "data.batch_tokens=1024")
 LONG = ("data.length=1024", "data.batch_tokens=1024", "model.sequence_tile=128")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from longseq.config_loading import load_config, save_config
+from longseq.config.loading import load_config, save_config
+from longseq.config.sources import reweighted
 from longseq.data import resolve_sources, split_spec
-from longseq.data_sources import reweighted
 from longseq.errors import ConfigError
 from longseq_data.errors import DataError
 

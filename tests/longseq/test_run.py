@@ -16,13 +16,13 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from longseq.cli import main
-from longseq.config_loading import load_config
+from longseq.config.loading import load_config
 from longseq.errors import RunError
-from longseq.run import Run
+from longseq.runs.run import Run
 
 HOLD = """
 import sys
-from longseq.run import Run
+from longseq.runs.run import Run
 with Run.open(sys.argv[1]).locked():
     print("held", flush=True)
     sys.stdin.read()

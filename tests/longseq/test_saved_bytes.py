@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from longseq.attention import KERNELS, fused, triton_backend, triton_launch
+from longseq.attention import KERNELS, fused
+from longseq.attention.backends.native import build
+from longseq.attention.backends.triton import launch as triton_launch
+from longseq.attention.backends.triton import scan as triton_backend
 from longseq.attention.feature_maps import feature_map
-from longseq.attention.native import build
-from longseq.config import Config
-from longseq.config_loading import load_config
-from longseq.launch import memory
-from longseq.launch.memory import block_bytes, estimate
+from longseq.config.loading import load_config
+from longseq.config.schema import Config
+from longseq.measure import memory
+from longseq.measure.memory import block_bytes, estimate
 from longseq.models.performer import PerformerLM
 from longseq.models.spec import PerformerSpec
 

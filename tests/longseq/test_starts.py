@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from longseq import checkpoint, starts
-from longseq.checkpoint import partial_path, remove_partials
 from longseq.errors import EXIT_SUPERSEDED, SupersededError
-from longseq.starts import Progress
+from longseq.runs import checkpoint, starts
+from longseq.runs.checkpoint import partial_path, remove_partials
+from longseq.runs.starts import Progress
 from longseq.training.writer import Writer
 from positions import position
 
@@ -76,7 +76,7 @@ def test_two_starts_never_write_into_the_same_unfinished_checkpoint(run):
 def test_a_process_that_waits_for_ever_ends_when_a_newer_start_has_the_run(tmp_path):
     number = starts.take(tmp_path, "old")
     program = (
-        "import sys, time, pathlib\nfrom longseq import starts\n"
+        "import sys, time, pathlib\nfrom longseq.runs import starts\n"
         f"starts.watch(pathlib.Path(sys.argv[1]), {number}, lambda text: print(text, flush=True))\n"
         "print('waiting', flush=True)\ntime.sleep(60)\n"
     )
@@ -90,7 +90,7 @@ def test_a_process_that_waits_for_ever_ends_when_a_newer_start_has_the_run(tmp_p
 def test_one_process_of_a_node_looks_for_newer_starts_and_the_next_when_it_ends(tmp_path):
     number = starts.take(tmp_path, "old")
     program = (
-        "import os, sys, time, pathlib\nfrom longseq import starts\nstarts.POLL_SECONDS = 0.1\n"
+        "import os, sys, time, pathlib\nfrom longseq.runs import starts\nstarts.POLL_SECONDS = 0.1\n"
         "note = lambda event, _: event == 'os.listdir' and os.write(1, b'%d\\n' % os.getpid())\n"
         f"starts.watch(pathlib.Path(sys.argv[1]), {number}, lambda text: None)\n"
         "sys.addaudithook(note)\ntime.sleep(60)\n"

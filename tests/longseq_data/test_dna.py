@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from Bio.Seq import Seq
 
-from longseq.config_loading import load_config
+from longseq.config.loading import load_config
 from longseq.data import resolve_sources, split_spec
 from longseq.errors import ConfigError
-from longseq.tokenizer_files import write_tokenizer
+from longseq.interop.tokenizer_files import write_tokenizer
 from longseq_data.ingest.survey import survey
 from longseq_data.readers.fasta import read_records
 from longseq_data.readers.reading import Reading

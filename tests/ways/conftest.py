@@ -15,7 +15,7 @@ from longseq.cli import main
 from longseq.errors import LongseqError
 from longseq.launch import local
 from longseq.models.compiling import compile_blocks
-from longseq.run import Run
+from longseq.runs.run import Run
 from longseq.training import fit, signs, task, worker
 from ways import sources
 from ways.sources import Source

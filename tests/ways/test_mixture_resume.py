@@ -9,7 +9,7 @@ import pytest
 
 from command_line import checkpoint, checkpoints, curve
 from longseq.data import split_spec
-from longseq.run import Run
+from longseq.runs.run import Run
 from longseq_data.samples.draw import Draw
 from ways.sources import LENGTH
 from ways.test_ways import SETTINGS

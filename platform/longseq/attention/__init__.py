@@ -1,6 +1,6 @@
 """FAVOR+ linear attention. Knows tensors only and imports nothing else of the platform."""
 
-from longseq.attention.context_group import ContextGroup, SlicedDocuments
+from longseq.attention.context.group import ContextGroup, SlicedDocuments
 from longseq.attention.feature_maps import KERNELS
 from longseq.attention.functional import exact_attention, favor_attention
 from longseq.attention.module import FavorAttention

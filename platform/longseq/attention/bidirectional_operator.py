@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longseq.attention.backends import choose
+from longseq.attention.backends.choice import choose
 from longseq.attention.feature_maps import FeatureMap, from_parts
 from longseq.attention.first_order import Saved, first_order
 from longseq.attention.operators import MAP, operator, packed, summed, unpacked

@@ -6,13 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longseq.attention import backends, near_and_far
+from longseq.attention import near_and_far
 from longseq.attention.arguments import checked, dtypes
+from longseq.attention.backends import choice as backends
 from longseq.attention.bidirectional_operator import bidirectional_attention
-from longseq.attention.context_group import ContextGroup, GatherSequence, SlicedDocuments
-from longseq.attention.context_halo import neighbourhood
-from longseq.attention.context_parallel import relay
-from longseq.attention.context_whole import whole
+from longseq.attention.context.group import ContextGroup, GatherSequence, SlicedDocuments
+from longseq.attention.context.halo import neighbourhood
+from longseq.attention.context.parallel import relay
+from longseq.attention.context.whole import whole
 from longseq.attention.feature_maps import KERNELS, FeatureMap, feature_map
 from longseq.attention.heads import lay_out
 from longseq.attention.isolation import Inputs, Sight, isolated

@@ -62,7 +62,7 @@ class _Heads(torch.autograd.Function):
     def forward(
         ctx: Any, qkv: Tensor, heads: int, rotary: Tensor | None, log_temperature: Tensor | None
     ) -> tuple[Tensor, ...]:
-        from longseq.attention import triton_heads
+        from longseq.attention.backends.triton import heads as triton_heads
 
         q, k, v, lengths = triton_heads.apart(qkv.contiguous(), heads, rotary, log_temperature)
         # Attention keeps q and k itself.
@@ -73,7 +73,7 @@ class _Heads(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, saved: Saved, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from longseq.attention import triton_heads
+        from longseq.attention.backends.triton import heads as triton_heads
 
         dq, dk, dv = grads
         d_qkv, d_log_temperature = triton_heads.together(dq, dk, dv, *saved)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longseq.attention.context_group import ContextGroup
+from longseq.attention.context.group import ContextGroup
 from longseq.attention.first_order import Saved, first_order
 from longseq.attention.operators import is_traced
 

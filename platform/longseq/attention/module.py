@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from longseq.attention.arguments import floating, integer
-from longseq.attention.backends import BACKENDS
+from longseq.attention.backends.choice import BACKENDS
 from longseq.attention.carried import State, carried_attention
-from longseq.attention.context_group import ContextGroup, SlicedDocuments
+from longseq.attention.context.group import ContextGroup, SlicedDocuments
 from longseq.attention.feature_maps import KERNELS
 from longseq.attention.functional import exact_attention, favor_attention
 from longseq.attention.heads import split_heads

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longseq.attention.backends import choose, name_of
+from longseq.attention.backends.choice import choose, name_of
 from longseq.attention.feature_maps import FeatureMap
 from longseq.attention.first_order import Saved, first_order
 from longseq.attention.fused import fuses
@@ -60,7 +60,9 @@ class _NearAndFar(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, share: Tensor | None, hidden: Tensor | None,
         runs: Tensor | None, phi: FeatureMap, window: int, batch: int, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        from longseq.attention import triton_backend, triton_parts, triton_window
+        from longseq.attention.backends.triton import parts as triton_parts
+        from longseq.attention.backends.triton import scan as triton_backend
+        from longseq.attention.backends.triton import window as triton_window
 
         near = triton_window.window_forward(q, k, v, decay, hidden, runs, window, True)
         far = triton_backend.scan_forward(Rows(q, k, v, decay, hidden, runs, phi, window), None, True)
@@ -71,7 +73,9 @@ class _NearAndFar(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, saved: Saved, grad: Tensor) -> tuple[Tensor | None, ...]:
-        from longseq.attention import triton_backend, triton_parts, triton_window
+        from longseq.attention.backends.triton import parts as triton_parts
+        from longseq.attention.backends.triton import scan as triton_backend
+        from longseq.attention.backends.triton import window as triton_window
 
         q, k, v, decay, share, hidden, runs, near, near_lse, far, far_lse, inverse_den, *kept = saved
         assert q is not None

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from longseq.config import Config
-from longseq.config_loading import load_config
+from longseq.config.loading import load_config
+from longseq.config.schema import Config
 from longseq.launch.local import environment_of, free_port
 from longseq.training.callbacks.stopping import StopRequested
 from longseq.training.worker import quiet

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from longseq.attention import favor_attention, projection_matrix
 from longseq.attention.scan import CHUNK
-from longseq.benchmarks import flops
 from longseq.benchmarks.ladder import Ladder, Progress, Task
 from longseq.benchmarks.request import ATTENTION_CONTENDERS, CAUSAL, AttentionRequest
 from longseq.benchmarks.results import Note, Results
-from longseq.benchmarks.timing import Gemm
+from longseq.measure import flops
+from longseq.measure.timing import Gemm
 
 FORWARD, TRAINING = "forward", "forward + backward"
 

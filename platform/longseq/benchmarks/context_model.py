@@ -13,7 +13,7 @@ g is 2, M forward and G backward, or 3 where layers are computed again, and M wi
 
 Assumptions: nothing overlaps with anything (in fact most of the states' travel does), a ring of neighbours for both
 collectives, the slowest link counts for all, every device has the same F whatever its share, and the optimiser's own
-time is nothing. FLOPs are those of matrix products (``longseq.training.flops``); what is computed again is a third more
+time is nothing. FLOPs are those of matrix products (``measure.model_flops``); what is computed again is a third more
 of them, since layers run forward once more.
 
 Constants are measured here (F from P = 1 at the longest length that was measured, α and β from all-gathers among this
@@ -26,8 +26,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from longseq.measure.model_flops import training_flops
 from longseq.models.spec import PerformerSpec
-from longseq.training.flops import training_flops
 
 NODE = 8  # devices
 

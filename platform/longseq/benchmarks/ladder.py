@@ -9,10 +9,10 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
-from longseq.benchmarks import memory
-from longseq.benchmarks.flops import Flops
 from longseq.benchmarks.results import Measurement, Note, Results
-from longseq.benchmarks.timing import Gemm, repeats_for, seconds_a_call
+from longseq.measure import peaks as memory
+from longseq.measure.flops import Flops
+from longseq.measure.timing import Gemm, repeats_for, seconds_a_call
 
 Inputs = TypeVar("Inputs")
 

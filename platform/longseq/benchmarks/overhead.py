@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longseq.benchmarks.alone import configuration, one_process
-from longseq.benchmarks.timing import now
-from longseq.config import Config
-from longseq.curves import read_curves
+from longseq.config.schema import Config
 from longseq.data import split_spec, vocabulary
 from longseq.devices import on_cuda
+from longseq.measure.timing import now
 from longseq.models.performer import PerformerLM
-from longseq.run import Run
+from longseq.runs.curves import read_curves
+from longseq.runs.run import Run
 from longseq.training.callbacks.checkpointing import Checkpointing
 from longseq.training.callbacks.stopping import StopFlag
 from longseq.training.fit import build_trainer, training_data

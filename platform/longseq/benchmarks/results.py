@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import fmean, median
 
-from longseq.benchmarks.flops import Flops
+from longseq.measure.flops import Flops
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from longseq.attention import FavorAttention, SlicedDocuments
 from longseq.benchmarks.ladder import Ladder, Progress, Task
 from longseq.benchmarks.request import CAUSAL, STEP_CONTENDERS, StepRequest
 from longseq.benchmarks.results import Note, Results
-from longseq.benchmarks.timing import Gemm
+from longseq.measure.timing import Gemm
 from longseq.models.compiling import compile_blocks, uncompiled
 from longseq.models.layers import Block
 from longseq.models.performer import PerformerLM

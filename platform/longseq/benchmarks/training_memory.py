@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from longseq.benchmarks.alone import configuration, one_process
 from longseq.data import vocabulary
 from longseq.devices import on_cuda
-from longseq.launch.memory import MemoryEstimate, estimate, gib
-from longseq.run import Run
+from longseq.measure.memory import MemoryEstimate, estimate, gib
+from longseq.runs.run import Run
 from longseq.training.rehearsal import RESULTS, rehearse
 
 GOAL = 0.2  # how far the estimate may be off, as a share of what was measured

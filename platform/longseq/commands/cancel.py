@@ -6,7 +6,7 @@ import argparse
 
 from longseq.launch.slurm.queue import cancel, queue
 from longseq.launch.slurm.state import jobs_of, live_jobs
-from longseq.run import Run
+from longseq.runs.run import Run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from longseq.commands.key_help import help_on_keys
-from longseq.config import Config
-from longseq.config_loading import load_config
+from longseq.config.loading import load_config
+from longseq.config.schema import Config
 from longseq.data import SPLITS, fit_parts, resolve_sources, vocabulary
 from longseq.data_report import check_data
 from longseq.errors import EXIT_ERROR, USER_ERRORS
 from longseq.launch import local
 from longseq.launch.before import check_disk, check_origin
-from longseq.launch.memory import MemoryEstimate, estimate, gib
-from longseq.run import Run
+from longseq.measure.memory import MemoryEstimate, estimate, gib
+from longseq.runs.run import Run
 from longseq_data.files import user_path
 
 _Result = TypeVar("_Result")

@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from longseq import exported
 from longseq.errors import LongseqError
+from longseq.interop import exported
 from longseq.opening import TARGET_HELP, find
 
 DTYPES = ("float32", "bfloat16")
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out.exists():
         raise LongseqError(f"{args.out}: exists already, and is not overwritten: remove it, or choose another name.")
 
-    from longseq.exporting import export  # torch only now: what can be refused has been
+    from longseq.interop.exporting import export  # torch only now: what can be refused has been
 
     export(source, args.out, dtype=args.dtype)
     print(f"exported {source.folder}, step {source.step}, to {args.out}")

@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from longseq import exported
 from longseq.errors import LongseqError
+from longseq.interop import exported
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,8 +28,8 @@ def run(args: argparse.Namespace) -> int:
     if exported.is_exported(args.folder):
         raise LongseqError(f"{args.folder}: is a folder of longseq already; use it as it is.")
 
-    from longseq.exporting import write_folder
-    from longseq.models.importing import import_transformer
+    from longseq.interop.exporting import write_folder
+    from longseq.interop.importing import import_transformer
 
     imported = import_transformer(args.folder)
     config, vocabulary = imported.config, imported.vocabulary.vocabulary

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from longseq.launch.slurm.queue import Queued, SlurmError, queue
 from longseq.launch.slurm.state import State, jobs_of, runs_with_jobs, state_of
-from longseq.run import Run
+from longseq.runs.run import Run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from longseq.config_loading import described_keys
+from longseq.config.loading import described_keys
 
 
 def help_on_keys() -> str:
@@ -22,7 +22,7 @@ def help_on_keys() -> str:
 
 
 def help_on_flat_keys(schema: type) -> str:
-    """Every key of a file without sections, whose fields ``longseq.flat_config`` reads."""
+    """Every key of a file without sections, whose fields ``longseq.config.flat`` reads."""
     lines, defaults = [], schema()
     for item in fields(schema):
         lines += _entry(item.name, str(item.type), getattr(defaults, item.name), item.metadata)

@@ -14,7 +14,7 @@ from longseq.commands.numbers import natural
 from longseq.errors import RunError
 from longseq.launch.slurm.queue import SlurmError, queue
 from longseq.launch.slurm.state import jobs_of, live_jobs, stopped
-from longseq.run import Run
+from longseq.runs.run import Run
 
 _POLL_SECONDS = 0.5
 _BLOCK = 1 << 16

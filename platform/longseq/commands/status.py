@@ -7,10 +7,10 @@ import json
 import math
 import time
 
-from longseq import starts
 from longseq.commands.jobs import as_dict, ask
 from longseq.launch.slurm.state import state_of
-from longseq.run import Run
+from longseq.runs import starts
+from longseq.runs.run import Run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

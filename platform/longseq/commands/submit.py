@@ -14,12 +14,11 @@ from pathlib import Path
 from longseq.commands.key_help import help_on_flat_keys
 from longseq.commands.numbers import positive
 from longseq.commands.options import TAKE_OVER_HELP
-from longseq.config import Config
-from longseq.config_loading import load_config, save_config
+from longseq.config.loading import load_config, save_config
+from longseq.config.schema import Config
 from longseq.data import fit_parts, fix_order, identities, resolve_sources, vocabulary
 from longseq.errors import ConfigError, LongseqError, RunError
-from longseq.launch.before import check_disk, check_origin
-from longseq.launch.memory import estimate, gib
+from longseq.launch.before import check_disk, check_origin, say_schedule
 from longseq.launch.slurm import queue
 from longseq.launch.slurm.mounts import check_mounts
 from longseq.launch.slurm.queue import SlurmError
@@ -33,8 +32,9 @@ from longseq.launch.slurm.render import (
 )
 from longseq.launch.slurm.site import Site, load_site
 from longseq.launch.slurm.state import check_free, record_job
-from longseq.run import Run, as_typed
-from longseq.run_changes import FIXED, check_precision, note_weights, refuse_changes, say_schedule
+from longseq.measure.memory import estimate, gib
+from longseq.runs.changes import FIXED, check_precision, note_weights, refuse_changes
+from longseq.runs.run import Run, as_typed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -250,7 +250,7 @@ def _evaluation(args: argparse.Namespace, site: Site) -> _Job:
 
 
 def _preparation(args: argparse.Namespace, site: Site) -> _Job:
-    from longseq.flat_config import load_flat
+    from longseq.config.flat import load_flat
     from longseq_data.prepare.config import PrepareConfig
 
     wanted = load_flat(PrepareConfig, args.target, args.overrides, "longseq data prepare --help")

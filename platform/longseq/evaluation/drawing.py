@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from longseq.curves import Curve
+from longseq.runs.curves import Curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longseq.config import Config
+from longseq.config.schema import Config
 from longseq.data import SPLITS, corpus_of, reading, resolve_sources, split_spec
 from longseq.data_report import check_data, say
 from longseq.errors import ConfigError, LongseqError
 from longseq.evaluation.request import Request, is_split, samples_of
 from longseq.opening import TARGET_HELP, Source, checkpoints_of, find, of_checkpoint, run_of
-from longseq.run_changes import FIXED, refuse_changes
+from longseq.runs.changes import FIXED, refuse_changes
 from longseq_data.errors import DataError
 from longseq_data.files import user_path
 from longseq_data.ingest.survey import survey

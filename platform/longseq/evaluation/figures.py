@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from longseq.curves import read_curves
 from longseq.errors import ConfigError
 from longseq.evaluation import drawing
 from longseq.opening import Source
+from longseq.runs.curves import read_curves
 from longseq_data.errors import DataError
 from longseq_data.vocabulary import LETTERS, STANDARD
 
@@ -34,7 +34,7 @@ _ESTIMATES = ("softmax", "hyperbolic", "oprf", "trigonometric", "smreg")
 
 def figures(source: Source) -> Iterator[tuple[str, Figure]]:
     """Name and picture, one after the other."""
-    from longseq.evaluation.attention_probe import errors, probe
+    from longseq.measure.attention_probe import errors, probe
     from longseq.training.callbacks.probe_batch import probe_batch
 
     assert source.run is not None

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from longseq.curves import read_curves
+from longseq.runs.curves import read_curves
 from longseq_data.files import write_text
 from longseq_data.os_errors import lock
 

@@ -7,7 +7,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from longseq.config import Config
+from longseq.config.schema import Config
 from longseq.data import SPLITS, resolve_sources, split_spec
 from longseq.opening import Source, find
 from longseq_data.readers.sources import expand_sources

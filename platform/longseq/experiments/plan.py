@@ -24,9 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from longseq.config.yaml_files import read_yaml
 from longseq.data import SPLITS
 from longseq.errors import ConfigError
-from longseq.yaml_files import read_yaml
 
 _KEYS = ("about", "config", "set", "groups", "variants", "splits", "curve", "paper", "differs", "bench")
 

@@ -12,14 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from longseq.config_loading import read_config
-from longseq.curves import read_curves
+from longseq.config.loading import read_config
 from longseq.errors import EXIT_GO_ON, LongseqError
 from longseq.evaluation.evaluate import Evaluation, evaluate
 from longseq.evaluation.evaluate import Settings as EvaluationSettings
 from longseq.experiments.plan import Plan, Variant, slug
 from longseq.launch.start import Training, fit, resume
-from longseq.run import Run
+from longseq.runs.curves import read_curves
+from longseq.runs.run import Run
 from longseq_data.files import write_text
 
 _LEARNED = ("qk_norm", "learned_share", "learned_decay")

@@ -7,11 +7,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from longseq.checkpoint import checkpoints_in, expected_bytes
-from longseq.config import Config
+from longseq.config.schema import Config
 from longseq.data import vocabulary
 from longseq.errors import USER_ERRORS, ConfigError, LongseqError
 from longseq.opening import find
+from longseq.runs.checkpoint import checkpoints_in, expected_bytes
+from longseq.training.schedule import schedule_change
 
 
 def check_origin(config: Config) -> Path | None:
@@ -78,3 +79,10 @@ def check_disk(config: Config, folder: Path) -> None:
             f"being written) need about {needed / 2**20:,.0f} MiB: make room, keep fewer, or set run.dir to another "
             "disk."
         )
+
+
+def say_schedule(before: Config, after: Config, step: int) -> None:
+    """Say where a run that goes on at ``step`` gets another learning rate than was planned."""
+    change = schedule_change(before, after, step)
+    if change:
+        print(change, file=sys.stderr)

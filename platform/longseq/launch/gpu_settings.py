@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from longseq import starts
-from longseq.run import Run
+from longseq.runs import starts
+from longseq.runs.run import Run
 
 _RECORDED = 2000  # collectives of a rank that are remembered
 

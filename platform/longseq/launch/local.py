@@ -23,7 +23,7 @@ from types import FrameType
 from longseq.devices import environment_of_place
 from longseq.errors import EXIT_GO_ON, EXIT_SUPERSEDED, LongseqError, SupersededError
 from longseq.launch.gpu_settings import gpu_settings, recorder_settings, where_traces_are
-from longseq.run import Run
+from longseq.runs.run import Run
 from longseq.training.signs import PEER_LOST, STOP_SIGNAL, report_path
 
 # How long the others may take to notice that one process has died, before they are killed.

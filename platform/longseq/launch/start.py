@@ -9,21 +9,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from longseq import starts
-from longseq.checkpoint import Checkpoint, go_back_to, remove_partials
-from longseq.config import Config
-from longseq.config_loading import load_config, save_config
-from longseq.curves import read_curves
+from longseq.config.loading import load_config, save_config
+from longseq.config.schema import Config
 from longseq.data import begin_reading, fit_parts, fix_order, identities, resolve_sources
 from longseq.data_report import check_data
 from longseq.errors import EXIT_GO_ON, LongseqError, RunError
 from longseq.launch import local
-from longseq.launch.before import check_disk, check_origin
+from longseq.launch.before import check_disk, check_origin, say_schedule
 from longseq.launch.slurm.place import refuse_several_tasks
 from longseq.launch.slurm.state import check_free
-from longseq.owner import Process, words_of
-from longseq.run import Run, as_typed
-from longseq.run_changes import FIXED, check_precision, note_weights, refuse_changes, say_schedule
+from longseq.runs import starts
+from longseq.runs.changes import FIXED, check_precision, note_weights, refuse_changes
+from longseq.runs.checkpoint import Checkpoint, go_back_to, remove_partials
+from longseq.runs.curves import read_curves
+from longseq.runs.owner import Process, words_of
+from longseq.runs.run import Run, as_typed
 from longseq.training.deepspeed_settings import check_deepspeed
 from longseq_data.files import user_path
 

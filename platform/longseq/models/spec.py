@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+EXPORTED = "model."  # before each weight's name in an exported folder: the transformers model holds ours under it
 # longseq.attention.KERNELS, repeated so that the command line can name them without torch.
 KERNELS = (
     "softmax", "hyperbolic", "oprf", "trigonometric", "smreg", "relu_direct", "exp",
@@ -40,7 +41,7 @@ class PerformerSpec:
     learned_share: bool = False
     learned_decay: bool = False
     redraw_every: int = 0  # optimiser steps between draws of the projections; 0 = one draw for ever
-    # What tells the families of Transformers apart whose weights can be imported: see longseq.models.importing.
+    # What tells the families of Transformers apart whose weights can be imported: see longseq.interop.importing.
     position: str = "rotary"  # or "learned": a vector a position, max_positions of them
     max_positions: int = 0
     rotary_base: float = ROTARY_BASE

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longseq.attention.triton_launch import on, pointer
-from longseq.attention.triton_rows import load_rows, put_rows, rounded
+from longseq.attention.backends.triton.launch import on, pointer
+from longseq.attention.backends.triton.rows import load_rows, put_rows, rounded
 
 TILE = 4096  # numbers that a program has in registers of each matrix
 PROGRAMS = 528  # of the backward pass, four for each multiprocessor of an H200; each sums dw and db over its rows

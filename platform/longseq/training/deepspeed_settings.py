@@ -8,10 +8,10 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
-from longseq.config import Config
+from longseq.config.schema import Config
 from longseq.data import vocabulary
 from longseq.errors import ConfigError
-from longseq.launch.memory import reduce_bucket
+from longseq.measure.memory import reduce_bucket
 
 
 def deepspeed_settings(config: Config, *, on_cuda: bool) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from longseq.config import Config
+from longseq.config.schema import Config
 from longseq.devices import on_cuda
 
 _PACKAGES = ("longseq", "torch", "lightning", "deepspeed", "numpy", "biopython", "omegaconf", "tensorboard")

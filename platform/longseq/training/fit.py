@@ -9,19 +9,20 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
-from longseq.attention import backends
+from longseq.attention.backends import choice as backends
 from longseq.attention.feature_maps import feature_map
-from longseq.checkpoint import Checkpoint
-from longseq.config import Config
+from longseq.config.schema import Config
 from longseq.data import split_spec
 from longseq.devices import check_devices, on_cuda, sharing
 from longseq.errors import ConfigError
-from longseq.launch.memory import estimate
+from longseq.measure.memory import estimate
 from longseq.models.compiling import missing_compiler
 from longseq.models.performer import PerformerLM
 from longseq.models.spec import PerformerSpec
+from longseq.models.weights import load_weights
 from longseq.opening import find
-from longseq.run import Run
+from longseq.runs.checkpoint import Checkpoint
+from longseq.runs.run import Run
 from longseq.training.callbacks.attention_probe import AttentionProbe
 from longseq.training.callbacks.bad_steps import BadSteps
 from longseq.training.callbacks.checkpointing import Checkpointing
@@ -44,7 +45,6 @@ from longseq.training.environment import start_facts
 from longseq.training.strategy import GivenPlaces, build_strategy
 from longseq.training.task import LanguageModelling
 from longseq.training.tensorboard import RunLogger
-from longseq.training.weights import load_weights
 from longseq_data.datamodule import SequenceDataModule
 
 _SHARDING = {"deepspeed": "DeepSpeed ZeRO-{}", "ddp": "none (DDP)", "single": "none (one process)"}

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from longseq.config import Config, OptimConfig
+from longseq.config.schema import Config, OptimConfig
 from longseq.errors import ConfigError
 from longseq.training.schedule import learning_rate_share
 

@@ -14,14 +14,14 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
-from longseq.benchmarks.memory import PeakMeter, available
-from longseq.benchmarks.timing import now
-from longseq.config import Config
+from longseq.config.schema import Config
 from longseq.data import vocabulary
 from longseq.devices import own_device
 from longseq.errors import LongseqError
-from longseq.launch.memory import estimate, gib
-from longseq.run import Run
+from longseq.measure.memory import estimate, gib
+from longseq.measure.peaks import PeakMeter, available
+from longseq.measure.timing import now
+from longseq.runs.run import Run
 from longseq.training.callbacks.stopping import StopFlag
 from longseq.training.collectives import all_max
 from longseq.training.fit import build_trainer, check_machine, run_to_its_end, training_data

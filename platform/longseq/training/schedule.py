@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from longseq.config import Config, OptimConfig
+from longseq.config.schema import Config, OptimConfig
 
 
 def schedule_change(before: Config, after: Config, step: int) -> str | None:

@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from longseq.checkpoint import Checkpoint
+from longseq.models.weights import full_state_dict
 from longseq.pinned import Copies
+from longseq.runs.checkpoint import Checkpoint
 from longseq.training import shards
 from longseq.training.optimizer_state import (
     Holder,
@@ -23,7 +24,6 @@ from longseq.training.optimizer_state import (
     set_loss_scale,
     set_optimizer_step,
 )
-from longseq.training.weights import full_state_dict
 
 _LEFT_OUT = ("state_dict", "optimizer_states")  # ours are in the shards
 # Where a callback puts, in on_save_checkpoint, what it wants written besides: path in the checkpoint: content.

@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from longseq.config import Config
+from longseq.config.schema import Config
 from longseq.devices import on_cuda, own_device
 from longseq.models.layers import Block
 from longseq.training.deepspeed_settings import deepspeed_settings

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longseq.attention.arguments import hashed
-from longseq.config import Config
+from longseq.config.schema import Config
 from longseq.data import sources_of, vocabulary
 from longseq.devices import on_cuda
 from longseq.models.compiling import compile_blocks

@@ -13,8 +13,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from longseq.errors import SupersededError
-from longseq.event_files import drop_after
-from longseq.run import Run
+from longseq.runs.event_files import drop_after
+from longseq.runs.run import Run
 from longseq_data.os_errors import explained
 
 

@@ -14,10 +14,10 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from longseq import starts
 from longseq.allocator import keep_freed_memory
 from longseq.errors import EXIT_ERROR, EXIT_GO_ON, EXIT_SUPERSEDED, USER_ERRORS, SupersededError
-from longseq.run import Run
+from longseq.runs import starts
+from longseq.runs.run import Run
 from longseq.training.kept_output import keep_output
 from longseq.training.signs import PEER_LOST, report_path
 from longseq_data.os_errors import explained
@@ -87,7 +87,7 @@ def _train(run: Run, checkpoint_path: Path | None, origin: Path | None) -> int:
 
     import torch
 
-    from longseq.checkpoint import Checkpoint
+    from longseq.runs.checkpoint import Checkpoint
     from longseq.training.fit import fit
 
     quiet()

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from longseq.checkpoint import TrainingPosition, partial_path, publish
-from longseq.run import Run
+from longseq.runs.checkpoint import TrainingPosition, partial_path, publish
+from longseq.runs.run import Run
 from longseq.training.shards import Content, write
 from longseq_data.os_errors import remedy, said
 

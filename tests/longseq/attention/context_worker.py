@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longseq.attention import ContextGroup, exact_attention, favor_attention
-from longseq.attention.context_group import Traffic
+from longseq.attention.context.group import Traffic
 from longseq.models.performer import PerformerLM
 from longseq.models.spec import PerformerSpec
 from longseq_data.samples.slices import sliced

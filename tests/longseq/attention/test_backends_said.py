@@ -6,7 +6,7 @@ import logging
 
 import torch
 
-from longseq.attention import backends
+from longseq.attention.backends import choice as backends
 from longseq.attention.feature_maps import feature_map
 
 

@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 import longseq
 from longseq.attention import ContextGroup, FavorAttention, favor_attention, fused, rotary_table
 from longseq.attention.carried import carried_attention
-from longseq.attention.context_group import GatherSequence
-from longseq.attention.context_halo import neighbourhood
+from longseq.attention.context.group import GatherSequence
+from longseq.attention.context.halo import neighbourhood
 from longseq.attention.heads import lay_out, split_heads
 from longseq.attention.narrow import _Narrowed
 from longseq.attention.rotary import rotate
@@ -62,7 +62,7 @@ def plain(backend: str) -> Function:
 def with_triton(way: Function) -> Function:
     def needs_triton(context: ContextGroup, *qkv: Tensor) -> Tensor:
         pytest.importorskip("triton")
-        from longseq.attention import triton_launch
+        from longseq.attention.backends.triton import launch as triton_launch
 
         if not torch.cuda.is_available() and not triton_launch.INTERPRETED:
             pytest.skip("no GPU, and triton was imported uninterpreted")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from longseq.attention import backends
+from longseq.attention.backends import choice as backends
 from longseq.attention.feature_maps import feature_map
 from longseq.attention.scan import Rows
 

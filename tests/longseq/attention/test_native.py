@@ -23,10 +23,11 @@ from tests.longseq.attention.own_kernels import (
 from tests.longseq.attention.own_kernels import rows as rows_on
 from torch import Tensor
 
-from longseq.attention import backends, favor_attention
+from longseq.attention import favor_attention
+from longseq.attention.backends import choice as backends
+from longseq.attention.backends.native import build
 from longseq.attention.bidirectional_operator import bidirectional_attention
 from longseq.attention.feature_maps import feature_map
-from longseq.attention.native import build
 from longseq.attention.scan_operator import scan
 from longseq.attention.window_operator import window_attention
 

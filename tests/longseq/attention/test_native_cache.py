@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from longseq.attention.native import build
+from longseq.attention.backends.native import build
 
 needs_compiler = pytest.mark.skipif(build.unavailable() is not None, reason=f"no native kernels: {build.unavailable()}")
 
 PROGRAM = """
 import torch
 from longseq.attention import favor_attention
-from longseq.attention.native import build
+from longseq.attention.backends.native import build
 q = torch.ones(1, 1, 4, 8)
 print(float(favor_attention(q, q, q, causal=True).sum()), build.unavailable())
 """

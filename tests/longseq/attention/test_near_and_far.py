@@ -14,7 +14,9 @@ from longseq.attention import favor_attention, fused, near_and_far
 
 pytest.importorskip("triton")
 
-from longseq.attention import triton_backend, triton_launch, triton_window
+from longseq.attention.backends.triton import launch as triton_launch
+from longseq.attention.backends.triton import scan as triton_backend
+from longseq.attention.backends.triton import window as triton_window
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter computes both sides of every tl.where

@@ -8,7 +8,7 @@ from tests.longseq.attention.cases import BATCH, FEATURES, HEADS, POSITIVE, SIGN
 from torch import Tensor
 
 from longseq.attention import exact_attention, favor_attention
-from longseq.attention.native import build
+from longseq.attention.backends.native import build
 
 directions = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 

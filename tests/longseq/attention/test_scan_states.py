@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longseq.attention import backends
+from longseq.attention.backends import choice as backends
 from longseq.attention.feature_maps import feature_map
 from longseq.attention.scan import Rows
 from longseq.attention.state import AttentionState

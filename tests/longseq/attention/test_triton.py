@@ -28,7 +28,8 @@ from tests.longseq.attention.own_kernels import (
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longseq.attention import backends, favor_attention
+from longseq.attention import favor_attention
+from longseq.attention.backends import choice as backends
 from longseq.attention.bidirectional_operator import bidirectional_attention
 from longseq.attention.feature_maps import feature_map
 from longseq.attention.scan_operator import scan
@@ -36,7 +37,9 @@ from longseq.attention.window_operator import window_attention
 
 pytest.importorskip("triton")
 
-from longseq.attention import triton_backend, triton_launch, triton_window
+from longseq.attention.backends.triton import launch as triton_launch
+from longseq.attention.backends.triton import scan as triton_backend
+from longseq.attention.backends.triton import window as triton_window
 
 # The interpreter computes both sides of every tl.where.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -18,7 +18,8 @@ from longseq.attention.window_operator import window_attention
 
 pytest.importorskip("triton")
 
-from longseq.attention import triton_backend, triton_launch
+from longseq.attention.backends.triton import launch as triton_launch
+from longseq.attention.backends.triton import scan as triton_backend
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter computes both sides of every tl.where

@@ -10,7 +10,8 @@ from longseq.attention.window_operator import window_attention
 
 pytest.importorskip("triton")
 
-from longseq.attention import triton_launch, triton_window
+from longseq.attention.backends.triton import launch as triton_launch
+from longseq.attention.backends.triton import window as triton_window
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),

@@ -17,8 +17,8 @@ from longseq.benchmarks import attention, report
 from longseq.benchmarks.ladder import Ladder, Task
 from longseq.benchmarks.request import ATTENTION_CONTENDERS, AttentionRequest
 from longseq.benchmarks.results import Results
-from longseq.benchmarks.timing import Gemm
 from longseq.commands.bench import BENCHMARKS
+from longseq.measure.timing import Gemm
 
 SMALL = ["--heads", 2, "--head-dim", 16, "--features", 32, "--window", 20, "--rounds", 3, "--threads", 1]
 REQUEST = AttentionRequest(

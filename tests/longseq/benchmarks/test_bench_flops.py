@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from longseq.attention import backends
+from longseq.attention.backends import choice as backends
 from longseq.attention.feature_maps import feature_map
 from longseq.attention.scan import CHUNK, Rows
-from longseq.benchmarks import flops
+from longseq.measure import flops
 
 HEADS, LENGTH, DIM, FEATURES = 2, 6 * CHUNK, 24, 40
 

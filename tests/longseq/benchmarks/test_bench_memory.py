@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longseq.benchmarks.memory import available, peak
+from longseq.measure.peaks import available, peak
 
 CPU = torch.device("cpu")
 MB = 1_000_000

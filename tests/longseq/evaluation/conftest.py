@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from longseq import checkpoint
 from longseq.cli import main
-from longseq.config_loading import load_config
+from longseq.config.loading import load_config
 from longseq.data import resolve_sources, vocabulary
 from longseq.models.performer import PerformerLM
-from longseq.run import Run
+from longseq.models.weights import save_weights
+from longseq.runs import checkpoint
+from longseq.runs.run import Run
 from longseq.training.shards import write
-from longseq.training.weights import save_weights
 from positions import position
 
 TINY = ("model.dim=32", "model.depth=2", "model.heads=2", "model.ffn_dim=48", "attention.features=32")

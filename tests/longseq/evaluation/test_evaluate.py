@@ -17,7 +17,6 @@ from Bio import SeqIO
 from safetensors.torch import load_file, save_file
 
 from command_line import curve
-from longseq import exported
 from longseq.cli import main
 from longseq.commands import evaluate
 from longseq.commands.options import output_file
@@ -26,9 +25,10 @@ from longseq.evaluation import keeping, parallel
 from longseq.evaluation.request import Request, samples_of
 from longseq.evaluation.scoring import score
 from longseq.evaluation.tally import Tally
+from longseq.interop import exported
 from longseq.models.performer import PerformerLM
+from longseq.models.weights import save_weights
 from longseq.opening import find
-from longseq.training.weights import save_weights
 from longseq_data.vocabulary import BOS, EOS, LETTERS
 
 

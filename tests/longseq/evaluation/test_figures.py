@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from longseq.evaluation.attention_probe import errors, probe
 from longseq.evaluation.figures import blosum62, embedding_cosines, pair_correlation
+from longseq.measure.attention_probe import errors, probe
 from longseq.opening import find
 from longseq_data.vocabulary import LETTERS
 

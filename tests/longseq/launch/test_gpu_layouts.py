@@ -14,14 +14,14 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from gpu_machine import GPUS, GpuMachine
-from longseq.config import Config
-from longseq.config_loading import load_config
+from longseq.config.loading import load_config
+from longseq.config.schema import Config
 from longseq.devices import check_devices, environment_of_place, follow_scheduler, own_device, reading_device
 from longseq.errors import ConfigError
 from longseq.launch.local import environment_of, free_port
 from longseq.launch.slurm.place import Place
 from longseq.launch.slurm.task import _environment
-from longseq.run import Run
+from longseq.runs.run import Run
 from longseq.training.callbacks.stopping import StopFlag
 from longseq.training.fit import build_trainer
 
@@ -108,7 +108,7 @@ import json, os, sys
 import torch.distributed as dist
 from types import SimpleNamespace
 from gpu_machine import GpuMachine
-from longseq.config import Config
+from longseq.config.schema import Config
 from longseq.devices import follow_scheduler, own_device
 from longseq.launch.slurm.place import Limits, Place
 from longseq.launch.slurm.preflight import UnfitError, meet

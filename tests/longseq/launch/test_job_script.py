@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from longseq import starts
-from longseq.config import Config
+from longseq.config.schema import Config
 from longseq.launch.slurm.render import Request, train_script
 from longseq.launch.slurm.site import Site
+from longseq.runs import starts
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from longseq.cli import main
-from longseq.config_loading import load_config
-from longseq.run import Run
+from longseq.config.loading import load_config
+from longseq.runs.run import Run
 
 LETTERS = {"é": 2, "→": 3, "𝛚": 4}
 

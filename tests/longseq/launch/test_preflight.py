@@ -20,7 +20,7 @@ from longseq.launch.slurm import preflight
 from longseq.launch.slurm.interfaces import choose_interface, interface_of, own_address
 from longseq.launch.slurm.place import Limits, Place, host_names, refuse_several_tasks
 from longseq.launch.slurm.preflight import UnfitError, meet
-from longseq.run import Run
+from longseq.runs.run import Run
 from longseq.training.worker import outcome
 
 CPU = torch.device("cpu")

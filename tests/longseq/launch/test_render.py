@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from longseq.config import Config
+from longseq.config.schema import Config
 from longseq.errors import ConfigError
 from longseq.launch.slurm.render import (
     Layout,

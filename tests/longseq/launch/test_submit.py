@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from longseq import starts
-from longseq.config_loading import load_config
+from longseq.config.loading import load_config
 from longseq.errors import LongseqError
 from longseq.launch import local
 from longseq.launch.slurm.queue import Queued
 from longseq.launch.slurm.state import jobs_of, record_job, state_of
-from longseq.run import Run
-from longseq.starts import Progress
+from longseq.runs import starts
+from longseq.runs.run import Run
+from longseq.runs.starts import Progress
 
 HEAVY = {"torch", "lightning", "deepspeed", "tensorboard", "datasets"}
 

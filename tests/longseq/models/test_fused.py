@@ -17,7 +17,7 @@ from longseq.models.spec import PerformerSpec
 
 pytest.importorskip("triton")
 
-from longseq.attention import triton_launch
+from longseq.attention.backends.triton import launch as triton_launch
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),

@@ -11,7 +11,7 @@ import torch
 
 from longseq.cli import main
 from longseq.errors import LongseqError
-from longseq.models.foreign_vocabulary import ForeignVocabulary
+from longseq.interop.foreign_vocabulary import ForeignVocabulary
 from longseq.opening import find
 from longseq_data.vocabulary import LETTERS, TOKENS
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longseq.benchmarks.memory import peak
+from longseq.measure.peaks import peak
 from longseq.models.head import IGNORE, Head, TransformHead
 from longseq.models.performer import PerformerLM
 from longseq.models.spec import PerformerSpec

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from longseq.config import Config
-from longseq.config_loading import load_config
+from longseq.config.loading import load_config
+from longseq.config.schema import Config
 from longseq.training.task import LanguageModelling
 
 TINY = ("model.dim=32", "model.depth=2", "model.heads=2", "model.ffn_dim=48", "attention.features=32")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from longseq.config import Config
-from longseq.config_loading import load_config
+from longseq.config.loading import load_config
+from longseq.config.schema import Config
 from longseq.errors import ConfigError
 from longseq.training.deepspeed_settings import check_deepspeed, deepspeed_settings
 

@@ -9,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from longseq.event_files import drop_after
+from longseq.runs.event_files import drop_after
 
 
 def write(folder: Path, number: int, after: int, last: int) -> Path:

@@ -24,13 +24,13 @@ import lightning.pytorch as pl
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from longseq import checkpoint as checkpoints
-from longseq.checkpoint import Checkpoint
-from longseq.config import Config
-from longseq.config_loading import load_config, save_config
-from longseq.curves import read_curves
+from longseq.config.loading import load_config, save_config
+from longseq.config.schema import Config
 from longseq.errors import EXIT_ERROR, EXIT_GO_ON, LongseqError
-from longseq.run import Run
+from longseq.runs import checkpoint as checkpoints
+from longseq.runs.checkpoint import Checkpoint
+from longseq.runs.curves import read_curves
+from longseq.runs.run import Run
 from longseq.training import fit, shards, snapshots, task, tensorboard, writer
 from longseq.training.callbacks.first_failure import FirstFailure
 from longseq.training.callbacks.stopping import StopFlag

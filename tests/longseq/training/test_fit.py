@@ -13,8 +13,8 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from torch.distributed import HashStore
 
 from gpu_streams import Streams
-from longseq.config_loading import load_config
-from longseq.run import Run
+from longseq.config.loading import load_config
+from longseq.runs.run import Run
 from longseq.training.callbacks.stopping import StopFlag
 from longseq.training.fit import fit
 

@@ -7,9 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from longseq.benchmarks.step import ReturnsV
+from longseq.measure.model_flops import training_flops
 from longseq.models.performer import PerformerLM
 from longseq.models.spec import PerformerSpec
-from longseq.training.flops import training_flops
 
 SIZES = {"vocabulary": 29, "dim": 48, "depth": 3, "heads": 4, "ffn_dim": 80, "causal": False}
 

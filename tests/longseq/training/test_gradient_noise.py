@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from longseq.config_loading import load_config
+from longseq.config.loading import load_config
 from longseq.errors import ConfigError
 from longseq.training.callbacks.gradient_noise import noise_and_signal
 

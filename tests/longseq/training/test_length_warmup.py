@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from longseq.config import TrainerConfig
-from longseq.config_loading import load_config
+from longseq.config.loading import load_config
+from longseq.config.schema import TrainerConfig
 from longseq.errors import ConfigError
 from longseq.training.callbacks.length_warmup import Shortened, length_at
 

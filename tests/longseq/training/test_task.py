@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from longseq.config_loading import load_config
+from longseq.config.loading import load_config
 from longseq.data import resolve_sources, split_spec
 from longseq.evaluation.scoring import score
 from longseq.training.rehearsal import _Watch

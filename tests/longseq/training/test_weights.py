@@ -10,7 +10,7 @@ import torch
 from longseq.errors import RunError
 from longseq.models.performer import PerformerLM
 from longseq.models.spec import PerformerSpec
-from longseq.training.weights import full_state_dict, load_weights, save_weights
+from longseq.models.weights import full_state_dict, load_weights, save_weights
 
 pytestmark = pytest.mark.interfaces
 

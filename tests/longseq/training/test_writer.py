@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from longseq.checkpoint import partial_path, remove_partials
-from longseq.run import Run
+from longseq.runs.checkpoint import partial_path, remove_partials
+from longseq.runs.run import Run
 from longseq.training.writer import Writer
 from positions import position
 
@@ -75,8 +75,8 @@ def test_a_rank_that_never_comes_is_not_waited_for_at_the_end(run):
 
 KILLED = """
 import sys, torch
-from longseq.checkpoint import partial_path
-from longseq.run import Run
+from longseq.runs.checkpoint import partial_path
+from longseq.runs.run import Run
 from longseq.training.writer import Writer
 from positions import position
 run = Run.open(sys.argv[1])

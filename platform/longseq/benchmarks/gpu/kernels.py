@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longseq.attention import backends, favor_attention, prefill
+from longseq.attention import favor_attention, prefill
+from longseq.attention.backends import choice as backends
 from longseq.attention.carried import State, carried_attention
 from longseq.attention.feature_maps import EPSILON, FeatureMap, PositiveExponential, feature_map
 from longseq.benchmarks.gpu.rows import Rows, first_line

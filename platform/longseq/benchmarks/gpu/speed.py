@@ -17,10 +17,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from longseq.benchmarks import attention as attention_benchmark
 from longseq.benchmarks import step as step_benchmark
 from longseq.benchmarks.gpu.rows import Rows
-from longseq.benchmarks.memory import PeakMeter
 from longseq.benchmarks.request import CAUSAL, AttentionRequest, StepRequest
 from longseq.benchmarks.results import Results, ratios
-from longseq.benchmarks.timing import seconds_a_call
+from longseq.measure.peaks import PeakMeter
+from longseq.measure.timing import seconds_a_call
 from longseq.models.decoding import WARM_UP, Decoder
 from longseq.models.performer import PerformerLM
 from longseq.models.presets import PRESETS

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from longseq.benchmarks.gpu.parts import CPU_PATIENCE
 from longseq.benchmarks.gpu.rows import Rows, first_line
-from longseq.checkpoint import checkpoints_in
-from longseq.config import TrainerConfig
-from longseq.curves import Curve, read_curves
+from longseq.config.schema import TrainerConfig
+from longseq.runs.checkpoint import checkpoints_in
+from longseq.runs.curves import Curve, read_curves
 from longseq_data.synth.synthetic import SyntheticSpec, write_fasta
 
 STEPS = 20
@@ -192,9 +192,9 @@ def _difference(
 
 def _job(place: Path, device: str) -> Curve:
     """Three steps of a run as the one task of a job on this machine would train them, told so by SLURM's variables."""
-    from longseq.config_loading import load_config
+    from longseq.config.loading import load_config
     from longseq.data import identities
-    from longseq.run import Run
+    from longseq.runs.run import Run
 
     overrides = [*_on(device), "run.name=job", f"run.dir={place / 'runs'}", "trainer.max_steps=3"]
     config = load_config(place / "small.yaml", [*overrides, f"data.train={place / 'proteins.fasta'}"])

@@ -111,7 +111,7 @@ def _set_up(request: Request, threads: int | None) -> None:
     """Refuse what cannot be measured here, before anything is."""
     import torch
 
-    from longseq.attention.backends import BACKENDS
+    from longseq.attention.backends.choice import BACKENDS
 
     if request.backend not in BACKENDS:
         raise LongseqError(

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from longseq.commands.data.progress import Bar
-    from longseq.run import as_typed
+    from longseq.runs.run import as_typed
     from longseq_data.prepare.config import PrepareConfig
     from longseq_data.prepare.leaks import find_leaks
 

@@ -36,9 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from longseq.commands.data.progress import Bar
+    from longseq.config.flat import load_flat
     from longseq.errors import ConfigError
-    from longseq.flat_config import load_flat
-    from longseq.run import as_typed
+    from longseq.runs.run import as_typed
     from longseq_data.errors import DataError
     from longseq_data.prepare.inspection import report_lines
     from longseq_data.prepare.prepare import prepare

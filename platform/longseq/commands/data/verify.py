@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from longseq.commands.data.progress import Bar
-    from longseq.run import as_typed
+    from longseq.runs.run import as_typed
     from longseq_data.prepare.verify import verify
 
     with Bar({"bytes": ("checksums", "B"), "cells": ("records", " parts")}) as bar:

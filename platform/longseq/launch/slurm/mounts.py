@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from longseq.config import Config
+from longseq.config.schema import Config
 from longseq.data import SPLITS
 from longseq.errors import ConfigError
 from longseq.launch.slurm.site import Site

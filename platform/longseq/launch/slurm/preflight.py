@@ -20,9 +20,9 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
 from longseq.devices import claim, identity
 from longseq.errors import EXIT_UNFIT, LongseqError
-from longseq.launch.memory import gib
 from longseq.launch.slurm.interfaces import choose_interface, own_address
 from longseq.launch.slurm.place import Limits, Place
+from longseq.measure.memory import gib
 from longseq.training.collectives import ControlGroup
 from longseq.training.rehearsal import all_reduce_rate
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from longseq.config import Config
+from longseq.config.schema import Config
 from longseq.errors import ConfigError
 from longseq.launch.slurm.site import Site
 from longseq.launch.slurm.templates import Shell, directive, fill, quoted

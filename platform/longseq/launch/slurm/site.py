@@ -6,10 +6,10 @@ import os
 import re
 from dataclasses import dataclass
 
-from longseq.config import key
-from longseq.durations import duration_seconds
+from longseq.config.durations import duration_seconds
+from longseq.config.flat import load_flat
+from longseq.config.schema import key
 from longseq.errors import ConfigError
-from longseq.flat_config import load_flat
 from longseq.launch.slurm.templates import folder
 from longseq_data.files import user_path
 

@@ -9,12 +9,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from longseq import starts
 from longseq.errors import RunError
 from longseq.launch.slurm.queue import Queued, SlurmError, queue
-from longseq.owner import newest_process
-from longseq.run import Run, as_typed
-from longseq.starts import Progress
+from longseq.runs import starts
+from longseq.runs.owner import newest_process
+from longseq.runs.run import Run, as_typed
+from longseq.runs.starts import Progress
 
 _JOBS = "jobs.jsonl"
 

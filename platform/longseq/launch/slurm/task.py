@@ -2,7 +2,7 @@
 
 SLURM has started the processes; here they become the ranks of a training, as :mod:`longseq.training.worker` is one on
 this machine. Exit code 0 also where the training was stopped and saved: srun would kill the others for any other code.
-How a start ended stands in the run's ``starts/`` (see :mod:`longseq.starts`), where the job script reads it.
+How a start ended stands in the run's ``starts/`` (see :mod:`longseq.runs.starts`), where the job script reads it.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import traceback
 from datetime import timedelta
 from pathlib import Path
 
-from longseq import starts
-from longseq.checkpoint import Checkpoint, go_back_to, remove_partials
-from longseq.config import Config
+from longseq.config.schema import Config
 from longseq.devices import environment_of_place, follow_scheduler, own_device
 from longseq.errors import EXIT_CRASHED, EXIT_ERROR, EXIT_GO_ON, EXIT_UNFIT
 from longseq.launch.gpu_settings import gpu_settings, recorder_settings, trace_of, where_traces_are
 from longseq.launch.local import without_ranks
 from longseq.launch.slurm.place import Limits, Place
-from longseq.run import Run
+from longseq.runs import starts
+from longseq.runs.checkpoint import Checkpoint, go_back_to, remove_partials
+from longseq.runs.run import Run
 from longseq.training.callbacks.stopping import StopFlag
 from longseq.training.signs import PEER_LOST
 from longseq.training.worker import leave, outcome, quiet, raise_open_files
@@ -146,7 +146,7 @@ def _begin(run: Run, config: Config) -> tuple[str, str]:
     from longseq.data import begin_reading, identities
     from longseq.data_report import check_data
     from longseq.launch.before import check_origin
-    from longseq.run_changes import check_precision
+    from longseq.runs.changes import check_precision
     from longseq.training.deepspeed_settings import check_deepspeed
 
     run.check_start()

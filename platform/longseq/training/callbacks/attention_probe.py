@@ -11,8 +11,8 @@ from __future__ import annotations
 import lightning.pytorch as pl
 from torch import Tensor
 
-from longseq.config import Config
-from longseq.evaluation.attention_probe import probe
+from longseq.config.schema import Config
+from longseq.measure.attention_probe import probe
 from longseq.training.callbacks.boundary import StepBoundary
 from longseq.training.callbacks.curves import Curves
 from longseq.training.callbacks.heatmaps import heatmaps

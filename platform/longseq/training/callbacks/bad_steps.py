@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from longseq.config import Config
+from longseq.config.schema import Config
 from longseq.errors import LongseqError
-from longseq.run import Run
+from longseq.runs.run import Run
 from longseq.training.callbacks.gradients import GradientNorm, not_finite
 from longseq.training.callbacks.layer_watch import LayerWatch
 from longseq.training.collectives import ControlGroup, all_sum

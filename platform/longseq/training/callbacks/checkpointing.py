@@ -11,11 +11,11 @@ import sys
 import lightning.pytorch as pl
 from torch.optim import Optimizer
 
-from longseq import checkpoint
-from longseq.checkpoint import TrainingPosition
-from longseq.config import Config
+from longseq.config.schema import Config
 from longseq.errors import LongseqError
-from longseq.run import Run
+from longseq.runs import checkpoint
+from longseq.runs.checkpoint import TrainingPosition
+from longseq.runs.run import Run
 from longseq.training.callbacks.boundary import StepBoundary
 from longseq.training.callbacks.gradients import GradientNorm, not_finite
 from longseq.training.callbacks.stopping import StopFlag, StopRequested

@@ -13,9 +13,9 @@ import lightning.pytorch as pl
 from torch import Tensor
 from tqdm import tqdm
 
-from longseq.config import Config
+from longseq.config.schema import Config
 from longseq.data import split_spec
-from longseq.run import Run
+from longseq.runs.run import Run
 from longseq.training.callbacks.gradients import GradientNorm, not_finite
 from longseq.training.callbacks.steps import due, ends_step
 from longseq.training.schedule import learning_rate_share

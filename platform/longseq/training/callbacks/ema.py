@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from longseq.checkpoint import Checkpoint
-from longseq.config import Config
+from longseq.config.schema import Config
+from longseq.runs.checkpoint import Checkpoint
 from longseq.training.callbacks.steps import ends_step
 from longseq.training.snapshots import FILES
 from longseq.training.task import LanguageModelling

@@ -17,7 +17,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from longseq.config import Config
+from longseq.config.schema import Config
 from longseq.training.callbacks.curves import Curves
 from longseq.training.callbacks.steps import due
 from longseq.training.collectives import all_sum

@@ -9,9 +9,9 @@ import lightning.pytorch as pl
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from longseq.config import Config
+from longseq.config.schema import Config
 from longseq.errors import LongseqError
-from longseq.run import Run
+from longseq.runs.run import Run
 
 
 class GradientNorm(pl.Callback):

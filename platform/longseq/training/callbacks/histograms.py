@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from longseq.config import Config
+from longseq.config.schema import Config
 from longseq.training.callbacks.curves import Curves
 from longseq.training.callbacks.steps import due, ends_step
 from longseq.training.tensorboard import flush, writer

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 
-from longseq.config import Config
+from longseq.config.schema import Config
 from longseq.training.tensorboard import flush, writer
 
 # TensorBoard shows the last point of these curves.

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from longseq.config import Config, TrainerConfig
+from longseq.config.schema import Config, TrainerConfig
 from longseq_data.vocabulary import IGNORE
 
 Batch = dict[str, Tensor]

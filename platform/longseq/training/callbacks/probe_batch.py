@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longseq.config import Config
+from longseq.config.schema import Config
 from longseq.data import split_spec
 from longseq_data.samples.batches import EvaluationBatches, Loader
 

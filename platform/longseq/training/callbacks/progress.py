@@ -9,9 +9,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from longseq import starts
-from longseq.config import Config
-from longseq.run import Run
+from longseq.config.schema import Config
+from longseq.runs import starts
+from longseq.runs.run import Run
 from longseq.training.callbacks.curves import Curves
 from longseq.training.callbacks.steps import ends_step
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longseq.attention import FavorAttention
-from longseq.config import Config
+from longseq.config.schema import Config
 from longseq.data import vocabulary
 from longseq.models.performer import PerformerLM
 from longseq.training.callbacks.boundary import StepBoundary

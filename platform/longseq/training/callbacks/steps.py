@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 
-from longseq.config import Config
+from longseq.config.schema import Config
 
 
 def ends_step(trainer: pl.Trainer, batch_idx: int) -> bool:

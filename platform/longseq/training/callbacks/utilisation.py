@@ -8,12 +8,12 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
-from longseq.benchmarks.timing import Gemm
-from longseq.config import Config
+from longseq.config.schema import Config
+from longseq.measure.model_flops import training_flops
+from longseq.measure.timing import Gemm
 from longseq.training.callbacks.curves import Curves
 from longseq.training.callbacks.steps import ends_step
 from longseq.training.collectives import all_sum
-from longseq.training.flops import training_flops
 from longseq.training.task import LanguageModelling
 from longseq.training.tensorboard import log_scalars
 

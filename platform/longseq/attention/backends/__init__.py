@@ -1,0 +1,1 @@
+"""Who computes the operations: PyTorch, native kernels on CPUs, Triton kernels on GPUs."""

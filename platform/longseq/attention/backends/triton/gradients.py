@@ -1,0 +1,408 @@
+"""Triton kernels of FAVOR+'s backward pass: see :mod:`longseq.attention.backends.triton.kernels`.
+
+:func:`add_up_queries` forms R's share of each segment, :func:`run_back` turns them into R behind each;
+:func:`queries_vjp` goes through the chunks of a segment with S, and :func:`keys_vjp` from the last to the first with R.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from longseq.attention.backends.triton.kernels import (
+    ANY_LENGTH,
+    EPSILON,
+    INFINITY,
+    LOG2E,
+    again,
+    exponents,
+    features,
+    key_logs,
+    load_inputs,
+    load_state,
+    load_tile,
+    operand,
+    put_state,
+    run_at,
+    seen_by,
+    segment_held,
+    state_reads,
+    through,
+    transposed,
+)
+from longseq.attention.backends.triton.rows import product, put_rows
+
+
+@triton.jit
+def scaled_gradients(
+    grad, scale, out, dlse, rows, real, e: tl.constexpr, DLSE: tl.constexpr, HALF: tl.constexpr, E: tl.constexpr
+):
+    """g of a chunk's queries, times ``scale`` · their denominator: its values' part (C, E) as operands, its last (C,).
+
+    The last is of the rounded others, and all kernels take the same: most of Σ_j (g_iᵀv_j + g_i[e]) A_ij may cancel.
+    """
+    reading = operand(grad.to(tl.float32) * scale[:, None], HALF)
+    last = -tl.sum(reading.to(tl.float32) * load_tile(out, rows, real, e, E), 1)
+    if DLSE:
+        last += tl.load(dlse + rows, mask=real, other=0.0) * scale
+    return reading, last
+
+
+@triton.jit(do_not_specialize=ANY_LENGTH)
+def add_up_queries(
+    q, dout, out, dlse, inverse_den, q_gauge, row_scale, begins, runs, decay, weight, shift, u, sums,
+    length, delay, steps, m: tl.constexpr, d: tl.constexpr, e: tl.constexpr,
+    EXPONENTIAL: tl.constexpr, SHIFTED: tl.constexpr, LOCAL: tl.constexpr, DLSE: tl.constexpr, RUNS: tl.constexpr,
+    DECAY: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr, F: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    """Σ_i e^{c − M_i} φ(q_i) g_iᵀ of every ``steps`` chunks, c that before them; and g's last component u, (N, L)."""
+    n = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(0)
+    block = tl.program_id(2) * F
+    f = block + tl.arange(0, F)
+    rows = tl.arange(0, C)
+    at = n * length
+    rate = 0.0
+    if DECAY:
+        rate = tl.load(decay + n)
+    if LOCAL:
+        c = tl.load(begins + n * (tl.num_programs(0) + 1) + part)
+    state = tl.zeros((E, F), tl.float32)
+    one = tl.zeros((F,), tl.float32)
+    start = part * steps * C
+    for chunk in tl.range(part * steps, tl.minimum((part + 1) * steps, tl.cdiv(length, C)), disable_licm=True):
+        first = chunk * C
+        real = rows < length - first
+        here = at + first + rows
+        # Rounded as for the products dout_iᵀv_j, from which dout_iᵀout_i is taken: most of both may cancel.
+        grad = operand(load_tile(dout + (at + first) * e, rows, real, e, E), HALF)
+        inverse = tl.load(inverse_den + here, mask=real, other=0.0)
+        shared = -tl.sum(grad.to(tl.float32) * load_tile(out + (at + first) * e, rows, real, e, E), 1)
+        if DLSE:
+            shared += tl.load(dlse + here, mask=real, other=0.0)
+        if tl.program_id(2) == 0:
+            tl.store(u + here, shared * inverse, mask=real)
+        carried = 1.0
+        if LOCAL:
+            scale = tl.load(row_scale + here, mask=real, other=INFINITY)
+            carried = tl.exp(c - scale)
+            if RUNS:
+                own = tl.load(runs + here, mask=real, other=-2)
+                carried = tl.where(own == run_at(runs + at, start - 1, delay, length), carried, 0.0)
+        reading, last = scaled_gradients(
+            grad, inverse * carried, out + (at + first) * e, dlse + at + first, rows, real, e, DLSE, HALF, E
+        )
+        gauge = tl.load(q_gauge + here, mask=real, other=0.0)
+        tile = load_inputs(q + (at + first) * d, rows, real, d, HALF, D)
+        u_ = exponents(tile, q + (at + first) * d, rows, real, weight, shift, block, length, m, d, SHIFTED, HALF, F, D)
+        phi = operand(features(u_, gauge, f, m, EXPONENTIAL, F), HALF)
+        one += tl.sum(phi.to(tl.float32) * last[:, None], 0)
+        state = product(tl.trans(reading), phi, state)
+        if DECAY:
+            c = c - rate * C
+    put_state(sums + (n * tl.num_programs(0) + part) * m * (e + 1), f, state, one, m, e, F, E)
+
+
+@triton.jit(do_not_specialize=ANY_LENGTH)
+def run_back(
+    sums, begins, later, d_initial, states, final, flows, runs, decay,
+    length, delay, steps, segments, chunks, m: tl.constexpr, e: tl.constexpr,
+    LATER: tl.constexpr, FLOW: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr, C: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """Replace R's shares by R behind each segment; what is left before the first is the initial state's gradient.
+
+    FLOW: sums Σ S ⊙ R of the states between segments, times the way from one to the next, (N, programs) float64.
+    """
+    n = tl.program_id(1).to(tl.int64)
+    x = tl.program_id(0) * B + tl.arange(0, B)
+    inside = x < m * (e + 1)
+    there = n * m * (e + 1) + transposed(x, m, e)
+    rate = 0.0
+    if DECAY:
+        rate = tl.load(decay + n)
+    state = tl.zeros((B,), tl.float32)
+    flow = tl.full((), 0.0, tl.float64)
+    if LATER:
+        state = tl.load(later + there, mask=inside, other=0.0)
+        if FLOW:
+            way = length - delay - (segments - 1) * steps * C
+            both = tl.sum(tl.load(final + there, mask=inside, other=0.0) * state, 0)
+            flow -= way.to(tl.float64) * both.to(tl.float64)
+    for back in range(segments):
+        s = segments - 1 - back
+        at = (n * segments + s) * m * (e + 1) + x
+        part = tl.load(sums + at, mask=inside, other=0.0)
+        tl.store(sums + at, state, mask=inside)
+        begin = tl.load(begins + n * (segments + 1) + s)
+        end = tl.load(begins + n * (segments + 1) + s + 1)
+        held, goes_on = segment_held(begin, runs + n * length, s, delay, length, steps, chunks, rate, RUNS, C)
+        state = state * tl.where(goes_on, tl.exp(held - end), 0.0) + part
+        if FLOW:
+            both = tl.sum(tl.load(states + at, mask=inside, other=0.0) * state, 0)
+            flow -= tl.where(s > 0, steps * C, 0).to(tl.float64) * both.to(tl.float64)
+    tl.store(d_initial + there, state, mask=inside)
+    if FLOW:
+        tl.store(flows + n * (tl.num_programs(0) + 2 * segments) + tl.program_id(0), flow)
+
+
+@triton.jit(do_not_specialize=ANY_LENGTH)
+def queries_vjp(
+    q, k, v, dout, out, dlse, q_gauge, k_gauge, key_scale, row_scale, inverse_den, u, runs, decay, before, weight,
+    shift, sums, dq, flows, length, delay, steps, others, norm, m: tl.constexpr, d: tl.constexpr, e: tl.constexpr,
+    EXPONENTIAL: tl.constexpr, SHIFTED: tl.constexpr, LOCAL: tl.constexpr, DLSE: tl.constexpr, FLOW: tl.constexpr,
+    RUNS: tl.constexpr, DECAY: tl.constexpr,
+    HALF: tl.constexpr, C: tl.constexpr, F: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    """dq of one segment:
+
+        dφ(q_i) = Σ_j dA_ij φ(k_j) + e^{c − M_i} S g_i,    dA_ij = (dout_iᵀv_j / ñ_i[e] + u_i) · exp(b_j − M_i)
+
+    The state before the segment is left as it is before its last chunk. FLOW: the queries' share of the decay's
+    gradient, −Σ_i i Σ_j dA_ij A_ij, counted from the segment's start. The inner sum is dlse_i, but what is taken is
+    the sum of what :func:`keys_vjp` adds up by keys: a pair's rounding error must count by its distance, not its place.
+    What the sum is off dlse_i is taken away again at about the mean distance of the keys that the query sees.
+    """
+    n = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(0)
+    rows = tl.arange(0, C)
+    at = n * length
+    chunks = tl.cdiv(length, C)
+    rate = 0.0
+    if DECAY:
+        rate = tl.load(decay + n)
+    if LOCAL:
+        sums += (n * tl.num_programs(0) + part) * m * (e + 1)
+    else:
+        sums += n * m * (e + 1)
+    stop = tl.minimum((part + 1) * steps, chunks)
+    flow = tl.full((), 0.0, tl.float64)
+    for chunk in tl.range(part * steps, stop, disable_licm=True):
+        first = chunk * C
+        real = rows < length - first
+        here = at + first + rows
+        grad = operand(load_tile(dout + (at + first) * e, rows, real, e, E), HALF)
+        inverse = tl.load(inverse_den + here, mask=real, other=0.0)
+        shared = tl.load(u + here, mask=real, other=0.0)
+        carried = 1.0
+        if LOCAL:
+            b = key_logs(key_scale + at, first, rows, delay, length)
+            keep = b != -INFINITY
+            from_ = at + first - delay
+            value = load_tile(v + from_ * e, rows, keep, e, E)
+            scale = tl.load(row_scale + here, mask=real, other=INFINITY)
+            seen = seen_by(runs + at, first, rows, delay, length, RUNS)
+            d_attention = product(grad, tl.trans(operand(value, HALF))) * inverse[:, None]
+            d_attention += shared[:, None]
+            d_attention *= tl.where(seen, tl.exp2(b[None, :] * LOG2E - scale[:, None] * LOG2E), 0.0)
+            d_weights = operand(d_attention, HALF)
+            c = tl.load(before + n * chunks + chunk)
+            _, entering, left = through(b, c, runs + at, first, rows, delay, length, RUNS, EXPONENTIAL and HALF)
+            enters = operand(value.to(tl.float32) * entering[:, None], HALF)
+            reads = state_reads(runs + at, first, rows, delay, length, RUNS)
+            carried = tl.where(reads, tl.exp(c - scale), 0.0)
+        reading, read_one = scaled_gradients(
+            grad, inverse * carried, out + (at + first) * e, dlse + at + first, rows, real, e, DLSE, HALF, E
+        )
+        # Loaded here and not before: all rows at once would overflow the registers.
+        gauge = tl.load(q_gauge + here, mask=real, other=0.0)
+        tile = load_inputs(q + (at + first) * d, rows, real, d, HALF, D)
+        if LOCAL:
+            key_gauge = tl.load(k_gauge + from_ + rows, mask=keep, other=0.0)
+            keys = load_inputs(k + from_ * d, rows, keep, d, HALF, D)
+        gradient = tl.zeros((C, D), tl.float32)
+        row_sum = tl.zeros((C,), tl.float32)
+        for block in tl.range(0, m, F, disable_licm=True):
+            f = block + tl.arange(0, F)
+            if LOCAL:
+                key_u = exponents(
+                    keys, k + from_ * d, rows, keep, weight, shift, block, length, m, d, SHIFTED, HALF, F, D
+                )
+                key_phi = features(key_u, key_gauge, f, m, EXPONENTIAL, F)
+                key_features = operand(key_phi, HALF)
+                one_more = tl.sum((key_features.to(tl.float32) if FLOW else key_phi) * entering[:, None], 0)
+            state, one = load_state(sums, f, m, e, F, E)
+            read_state = operand(state, HALF)
+            if HALF and (FLOW or not LOCAL):
+                rest = operand(state - read_state.to(tl.float32), HALF)
+            if LOCAL:  # noqa: SIM102 (it is known when this is compiled)
+                if chunk + 1 < stop:
+                    behind = product(tl.trans(again(enters, block, length, HALF)), key_features, state * left)
+                    put_state(sums, f, behind, one * left + one_more, m, e, F, E)
+            d_phi = product(again(reading, block, length, HALF), read_state)
+            if HALF and (FLOW or not LOCAL):
+                d_phi = product(reading, rest, d_phi)
+            d_phi += read_one[:, None] * one[None, :]
+            if LOCAL:
+                d_phi = product(again(d_weights, block, length, HALF), key_features, d_phi)
+            query_u = exponents(
+                tile, q + (at + first) * d, rows, real, weight, shift, block, length, m, d, SHIFTED, HALF, F, D
+            )
+            phi = features(query_u, gauge, f, m, EXPONENTIAL, F)
+            d_log = d_phi * phi
+            if FLOW:
+                # Of the features that the other side sees: the sum of a pair's terms is the same from either.
+                row_sum += tl.sum(d_phi * operand(phi, HALF).to(tl.float32), 1)
+            elif EXPONENTIAL:
+                row_sum += tl.sum(d_log, 1)
+            if not EXPONENTIAL:
+                d_log = tl.where(phi > EPSILON, d_phi, 0.0)
+            w = load_tile(weight, f, f < m, d, D)
+            gradient = product(operand(d_log, HALF), operand(w, HALF), gradient)
+        if EXPONENTIAL:
+            gradient -= (norm * row_sum)[:, None] * load_tile(q + (at + first) * d, rows, real, d, D).to(tl.float32)
+        put_rows(dq + (at + first) * d, rows, real, d, gradient, D)
+        if FLOW:
+            place = (chunk - part * steps) * C + rows
+            flow -= tl.sum(row_sum.to(tl.float64) * place.to(tl.float64), 0)
+            if DLSE:
+                row_sum -= tl.load(dlse + here, mask=real, other=0.0)
+            mean = delay + tl.minimum(0.5 * (first + rows).to(tl.float32), 1.0 / rate)
+            flow += tl.sum(tl.where(inverse > 0.0, row_sum * mean, 0.0).to(tl.float64), 0)
+        if LOCAL:
+            tl.debug_barrier()  # before others read what this thread has written of the state
+    if FLOW:
+        tl.store(flows + n * (others + 2 * tl.num_programs(0)) + others + part, flow)
+
+
+@triton.jit
+def visible_weights(b, scale, runs, first, rows, delay, length, RUNS: tl.constexpr):
+    """exp(b_j − M_i), 0 where i does not see j: (keys, queries)."""
+    seen = tl.trans(seen_by(runs, first, rows, delay, length, RUNS))
+    return tl.where(seen, tl.exp2(b[:, None] * LOG2E - scale[None, :] * LOG2E), 0.0)
+
+
+@triton.jit(do_not_specialize=ANY_LENGTH)
+def keys_vjp(
+    q, k, v, dout, out, dlse, q_gauge, k_gauge, key_scale, row_scale, inverse_den, u, final_scale, runs, before,
+    weight, shift, sums, dk, dv, flows, length, delay, steps, others, norm,
+    m: tl.constexpr, d: tl.constexpr, e: tl.constexpr,
+    EXPONENTIAL: tl.constexpr, SHIFTED: tl.constexpr, LOCAL: tl.constexpr, DLSE: tl.constexpr, FLOW: tl.constexpr,
+    RUNS: tl.constexpr,
+    HALF: tl.constexpr, C: tl.constexpr, F: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one segment, with dA as in :func:`queries_vjp`:
+
+        dφ(k_j) = Σ_i dA_ij φ(q_i) + e^{b_j − c'} R ṽ_j,    dv_j = Σ_i A_ij g_i + e^{b_j − c'} Rᵀφ(k_j)
+
+    R is that behind the segment, and is left as it is behind its first chunk. FLOW: the keys' share of the decay's
+    gradient, Σ_j (j + delay) Σ_i dA_ij A_ij, counted from the segment's start; the state is then read in two parts.
+    """
+    n = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(0)
+    rows = tl.arange(0, C)
+    at = n * length
+    chunks = tl.cdiv(length, C)
+    if LOCAL:
+        sums += (n * tl.num_programs(0) + part) * m * (e + 1)
+    else:
+        sums += n * m * (e + 1)
+    start = part * steps
+    stop = tl.minimum(start + steps, chunks)
+    flow = tl.full((), 0.0, tl.float64)
+    for back in tl.range(0, stop - start, disable_licm=True):
+        chunk = stop - 1 - back
+        first = chunk * C
+        from_ = at + first - delay
+        b = key_logs(key_scale + at, first, rows, delay, length)
+        keep = b != -INFINITY
+        value = load_tile(v + from_ * e, rows, keep, e, E)
+        if LOCAL:
+            real = rows < length - first
+            here = at + first + rows
+            grad = operand(load_tile(dout + (at + first) * e, rows, real, e, E), HALF)
+            inverse = tl.load(inverse_den + here, mask=real, other=0.0)
+            shared = tl.load(u + here, mask=real, other=0.0)
+            scale = tl.load(row_scale + here, mask=real, other=INFINITY)
+            # (queries, keys), and turned over where it is used: so it waits in shared memory, not in registers.
+            d_attention = product(grad, tl.trans(operand(value, HALF))) * inverse[:, None]
+            seen = seen_by(runs + at, first, rows, delay, length, RUNS)
+            weights = tl.where(seen, tl.exp2(b[None, :] * LOG2E - scale[:, None] * LOG2E), 0.0)
+            d_weights = operand((d_attention + shared[:, None]) * weights, HALF)
+            c = tl.load(before + n * chunks + chunk)
+            _, entering, left = through(b, c, runs + at, first, rows, delay, length, RUNS, EXPONENTIAL and HALF)
+            reads = state_reads(runs + at, first, rows, delay, length, RUNS)
+            carried = tl.where(reads, tl.exp(c - scale), 0.0)
+            reading, read_one = scaled_gradients(
+                grad, inverse * carried, out + (at + first) * e, dlse + at + first, rows, real, e, DLSE, HALF, E
+            )
+            attention = tl.zeros((C, C), tl.float32)
+        else:
+            entering = tl.exp(b - tl.load(final_scale + n))
+        values = operand(value, HALF)
+        # Loaded here and not before: all rows at once would overflow the registers.
+        key_gauge = tl.load(k_gauge + from_ + rows, mask=keep, other=0.0)
+        keys = load_inputs(k + from_ * d, rows, keep, d, HALF, D)
+        if LOCAL:
+            gauge = tl.load(q_gauge + here, mask=real, other=0.0)
+            tile = load_inputs(q + (at + first) * d, rows, real, d, HALF, D)
+        gradient = tl.zeros((C, D), tl.float32)
+        d_value = tl.zeros((C, E), tl.float32)
+        row_sum = tl.zeros((C,), tl.float32)
+        for block in tl.range(0, m, F, disable_licm=True):
+            f = block + tl.arange(0, F)
+            if LOCAL:
+                query_u = exponents(
+                    tile, q + (at + first) * d, rows, real, weight, shift, block, length, m, d, SHIFTED, HALF, F, D
+                )
+                query_phi = features(query_u, gauge, f, m, EXPONENTIAL, F)
+                queries = operand(query_phi, HALF)
+                one_more = tl.sum(queries.to(tl.float32) * read_one[:, None], 0)
+            state, one = load_state(sums, f, m, e, F, E)
+            read_state = operand(state, HALF)
+            if HALF:
+                rest = operand(state - read_state.to(tl.float32), HALF)
+            if LOCAL:  # noqa: SIM102 (it is known when this is compiled)
+                if back + 1 < stop - start:
+                    before_ = product(tl.trans(again(reading, block, length, HALF)), queries, state * left)
+                    put_state(sums, f, before_, one * left + one_more, m, e, F, E)
+            d_phi = product(again(values, block, length, HALF), read_state)
+            if HALF:
+                d_phi = product(values, rest, d_phi)
+            d_phi = (d_phi + one[None, :]) * entering[:, None]
+            if LOCAL:
+                d_phi = product(tl.trans(again(d_weights, block, length, HALF)), queries, d_phi)
+            key_u = exponents(keys, k + from_ * d, rows, keep, weight, shift, block, length, m, d, SHIFTED, HALF, F, D)
+            phi = features(key_u, key_gauge, f, m, EXPONENTIAL, F)
+            key_features = operand(phi, HALF)
+            d_value = product(key_features, tl.trans(read_state), d_value)
+            if LOCAL:
+                attention = product(key_features, tl.trans(queries), attention)
+            d_log = d_phi * phi
+            if FLOW:
+                # Of the features that the other side sees: the sum of a pair's terms is the same from either.
+                row_sum += tl.sum(d_phi * operand(phi, HALF).to(tl.float32), 1)
+            elif EXPONENTIAL:
+                row_sum += tl.sum(d_log, 1)
+            if not EXPONENTIAL:
+                d_log = tl.where(phi > EPSILON, d_phi, 0.0)
+            w = load_tile(weight, f, f < m, d, D)
+            gradient = product(operand(d_log, HALF), operand(w, HALF), gradient)
+        if EXPONENTIAL:
+            gradient -= (norm * row_sum)[:, None] * load_tile(k + from_ * d, rows, keep, d, D).to(tl.float32)
+        d_value *= entering[:, None]
+        if LOCAL:
+            # Found and loaded again: they would be in registers all through the loop.
+            b = key_logs(key_scale + at, first, rows, delay, length)
+            scale = tl.load(row_scale + here, mask=real, other=INFINITY)
+            inverse = tl.load(inverse_den + here, mask=real, other=0.0)
+            weights = visible_weights(b, scale, runs + at, first, rows, delay, length, RUNS)
+            attention *= weights * inverse[None, :]
+            grad = load_tile(dout + (at + first) * e, rows, real, e, E)
+            d_value = product(operand(attention, HALF), operand(grad, HALF), d_value)
+        written = (first + rows - delay >= 0) & (first + rows < length)
+        put_rows(dk + from_ * d, rows, written, d, gradient, D)
+        put_rows(dv + from_ * e, rows, written, e, d_value, E)
+        if LOCAL and first + C > length - delay:
+            # The keys at the end, which no query is far enough from, are of the queries' chunk there.
+            unseen = (first + rows < length) & (first + rows >= length - delay)
+            put_rows(dk + (at + first) * d, rows, unseen, d, tl.zeros((C, D), tl.float32), D)
+            put_rows(dv + (at + first) * e, rows, unseen, e, tl.zeros((C, E), tl.float32), E)
+        if FLOW:
+            place = (chunk - start) * C + rows
+            flow += tl.sum(row_sum.to(tl.float64) * (place - delay).to(tl.float64), 0)
+        if LOCAL:
+            tl.debug_barrier()  # before others read what this thread has written of the state
+    if FLOW:
+        segments = tl.num_programs(0)
+        tl.store(flows + n * (others + 2 * segments) + others + segments + part, flow)

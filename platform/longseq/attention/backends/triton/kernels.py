@@ -1,0 +1,459 @@
+"""Triton kernels of FAVOR+: what :mod:`.scan` launches forward, and what all kernels share.
+
+The sequence is cut into segments of whole chunks of C rows. :func:`add_up` forms the sums of each segment,
+:func:`run_through` turns them into the state before each, and :func:`attend` goes through the chunks of a segment with
+that state, which it keeps up to date where it lies: one (m, e) state a segment, used by one program, stays in the
+cache. Features φ exist for one block of F features at a time, in registers.
+
+Operands of products are bf16 where the inputs are bf16 or fp16, else fp32, see :mod:`.rows`;
+sums, exponents and log-scales are fp32.
+
+Names: C rows of a chunk, F features of a block, D and E the widths d and e padded to powers of two. Rows of queries
+are counted by position i, keys by the position t = j + delay at which they become visible: query i sees t ≤ i.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+from longseq.attention.backends.triton.rows import INTERPRETED, product, put_rows, rounded, sliced_product
+
+LOG2E = tl.constexpr(math.log2(math.e))
+LN2 = tl.constexpr(math.log(2.0))
+FLOOR = tl.constexpr(-40.0 * math.log2(math.e))  # as in feature_maps: e^-40 of a row's largest feature is the least
+EPSILON = tl.constexpr(1e-3)  # as in feature_maps: relu(u) + ε
+NOTHING = tl.constexpr(-1e30)  # as in state: the log-scale of an empty state
+LEAST = tl.constexpr(1.1754943508222875e-38**0.75)  # as in state.inverse: a denominator below has seen no key
+INFINITY = tl.constexpr(math.inf)
+# Arguments that follow from the length of the sequence: a new length is no reason to compile again.
+ANY_LENGTH = ("length", "offset", "delay", "steps", "segments", "chunks")
+
+
+@triton.jit
+def operand(x, HALF: tl.constexpr):
+    """x as products with features take it."""
+    return rounded(x, tl.bfloat16 if HALF else tl.float32)
+
+
+@triton.jit
+def again(x, block, length, HALF: tl.constexpr):
+    """x for the products of one more block of features: split into its parts there, and not for the whole loop."""
+    if not HALF:
+        x += (block * (length >> 31)).to(tl.float32)  # 0, which a compiler cannot know
+    return x
+
+
+@triton.jit
+def load_tile(base, rows, keep, width: tl.constexpr, WIDTH: tl.constexpr):
+    """Whole rows of a matrix; zeros where not to keep, and not even read there."""
+    columns = tl.arange(0, WIDTH)
+    at = base + rows[:, None] * width + columns[None, :]
+    if width == WIDTH:
+        tile = tl.load(at, mask=keep[:, None], other=0.0)
+    else:
+        tile = tl.load(at, mask=keep[:, None] & (columns < width)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def exponents(
+    x, base, rows, keep, weight, shift, block, length, m: tl.constexpr, d: tl.constexpr,
+    SHIFTED: tl.constexpr, HALF: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """u = ωᵀx + shift of rows x (C, D) and a block of features: (C, F). x lies at ``base``, and fp32 is read there."""
+    f = block + tl.arange(0, F)
+    if HALF:
+        w = load_tile(weight, f, f < m, d, D)
+        if INTERPRETED:
+            w = w.to(tl.float32)
+        u = product(x, tl.trans(w))
+    else:
+        u = sliced_product(base + block * (length >> 31), rows, keep, weight, f, f < m, d, D)
+    if SHIFTED:
+        u += tl.load(shift + f, mask=f < m, other=0.0)[None, :]
+    return u
+
+
+@triton.jit
+def largest(
+    x, base, rows, keep, weight, shift, length, m: tl.constexpr, d: tl.constexpr,
+    SHIFTED: tl.constexpr, HALF: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """The largest u of each row of x, (C,)."""
+    best = tl.full((x.shape[0], F), -INFINITY, tl.float32)
+    for block in tl.range(0, m, F, disable_licm=True):
+        f = block + tl.arange(0, F)
+        u = exponents(x, base, rows, keep, weight, shift, block, length, m, d, SHIFTED, HALF, F, D)
+        if m % F != 0:
+            u = tl.where((f < m)[None, :], u, -INFINITY)
+        best = tl.maximum(best, u)
+    return tl.max(best, 1)
+
+
+@triton.jit
+def features(u, gauge, f, m: tl.constexpr, EXPONENTIAL: tl.constexpr, F: tl.constexpr):
+    """φ of u = ωᵀx + shift; ``gauge`` is log2(e) times the largest of each row. A NaN stays one."""
+    if EXPONENTIAL:
+        # Comparisons, unlike maxima, let a NaN through, and so does this maximum.
+        phi = tl.exp2(tl.maximum(u * LOG2E - gauge[:, None], FLOOR, propagate_nan=tl.PropagateNan.ALL))
+    else:
+        phi = tl.maximum(u, 0.0, propagate_nan=tl.PropagateNan.ALL) + EPSILON
+    if m % F != 0:
+        phi = tl.where((f < m)[None, :], phi, 0.0)
+    return phi
+
+
+@triton.jit
+def load_inputs(base, rows, keep, width: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows of q or k as :func:`exponents` takes them."""
+    x = load_tile(base, rows, keep, width, WIDTH)
+    if INTERPRETED or not HALF:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def run_at(runs, t, delay, length):
+    """The document of the key at position t; that of a missing one is the first."""
+    j = t - delay
+    return tl.load(runs + j, mask=(j >= 0) & (t < length), other=0)
+
+
+@triton.jit
+def seen_by(runs, first, rows, delay, length, RUNS: tl.constexpr):
+    """Which query of a chunk sees which of its keys: (queries, keys)."""
+    seen = rows[:, None] >= rows[None, :]
+    if RUNS:
+        own = tl.load(runs + first + rows, mask=rows < length - first, other=-2)
+        seen = seen & (own[:, None] == run_at(runs, first + rows, delay, length)[None, :])
+    return seen
+
+
+@triton.jit
+def state_reads(runs, first, rows, delay, length, RUNS: tl.constexpr):
+    """Which query of a chunk reads the state before it; beyond the length too, or M would be too small for it."""
+    reads = rows >= 0
+    if RUNS:
+        own = tl.load(runs + first + rows, mask=rows < length - first, other=-2)
+        reads = own == run_at(runs, first - 1, delay, length)
+    return reads
+
+
+@triton.jit
+def _maximum(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def _maximum_of_run(a_run, a, b_run, b):
+    return b_run, tl.where(a_run == b_run, tl.maximum(a, b), b)
+
+
+@triton.jit
+def row_scales(b, c, runs, first, rows, delay, length, RUNS: tl.constexpr):
+    """M of each query of a chunk: the largest log-scale of the keys it sees and of the state, c (C,)."""
+    if RUNS:
+        # A query sees the last of the keys up to it, and as many before as are of the same document; or none.
+        run = run_at(runs, first + rows, delay, length)
+        own = tl.load(runs + first + rows, mask=rows < length - first, other=-2)
+        _, so_far = tl.associative_scan((run, b), 0, _maximum_of_run)
+        so_far = tl.where(own == run, so_far, -INFINITY)
+    else:
+        so_far = tl.associative_scan(b, 0, _maximum)
+    return tl.maximum(so_far, c)
+
+
+@triton.jit
+def through(b, c, runs, first, rows, delay, length, RUNS: tl.constexpr, WHOLE: tl.constexpr):
+    """The log-scale c' after a chunk with key scales b, e^{b − c'} and e^{c − c'}.
+
+    WHOLE: b are whole multiples of log 2, and so is c'. Then e^{b − c'} is a power of 2, which rounds no value.
+    """
+    goes_on = c == c
+    if RUNS:
+        ending = run_at(runs, tl.minimum(first + rows.shape[0], length) - 1, delay, length)
+        goes_on = ending == run_at(runs, first - 1, delay, length)
+        b = tl.where(run_at(runs, first + rows, delay, length) == ending, b, -INFINITY)
+    after = tl.maximum(tl.where(goes_on, c, NOTHING), tl.max(b, 0))
+    if WHOLE:
+        after = tl.ceil(after * LOG2E) * LN2
+    return after, tl.exp(b - after), tl.where(goes_on, tl.exp(c - after), 0.0)
+
+
+@triton.jit
+def key_logs(key_scale, first, rows, delay, length):
+    """b of the keys that become visible in a chunk, −inf where none does."""
+    j = first + rows - delay
+    return tl.load(key_scale + j, mask=(j >= 0) & (first + rows < length), other=-INFINITY)
+
+
+@triton.jit
+def load_state(sums, f, m: tl.constexpr, e: tl.constexpr, F: tl.constexpr, E: tl.constexpr):
+    """Columns f of Sᵀ, (E, F), and of the normaliser, (F,)."""
+    rows = tl.arange(0, E)
+    at = sums + rows[:, None] * m + f[None, :]
+    if e == E and m % F == 0:
+        state = tl.load(at)
+        one = tl.load(sums + e * m + f)
+    else:
+        state = tl.load(at, mask=(rows < e)[:, None] & (f < m)[None, :], other=0.0)
+        one = tl.load(sums + e * m + f, mask=f < m, other=0.0)
+    return state, one
+
+
+@triton.jit
+def put_state(sums, f, state, one, m: tl.constexpr, e: tl.constexpr, F: tl.constexpr, E: tl.constexpr):
+    rows = tl.arange(0, E)
+    at = sums + rows[:, None] * m + f[None, :]
+    if e == E and m % F == 0:
+        tl.store(at, state)
+        tl.store(sums + e * m + f, one)
+    else:
+        tl.store(at, state, mask=(rows < e)[:, None] & (f < m)[None, :])
+        tl.store(sums + e * m + f, one, mask=f < m)
+
+
+@triton.jit(do_not_specialize=ANY_LENGTH)
+def add_up(
+    x, values, hidden, log_weight, last, runs, decay, weight, shift, gauge, log_scale, sums, scales,
+    length, delay, steps, norm, log_constant, m: tl.constexpr, d: tl.constexpr, e: tl.constexpr,
+    EXPONENTIAL: tl.constexpr, SHIFTED: tl.constexpr, GAUGED: tl.constexpr, HIDDEN: tl.constexpr,
+    WEIGHTED: tl.constexpr, LAST: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr, HALF: tl.constexpr,
+    C: tl.constexpr, F: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    """Σ_j e^{b_j − c} φ(x_j) [v_j, last_j]ᵀ of every ``steps`` chunks, with c counted from the chunk behind them.
+
+    Writes the rows' gauges and log-scales (N, L) as well, or reads those that it once wrote, if GAUGED. A log-scale is
+    as seen from the start of the chunk that the key enters; exponential features take up its fraction, see through.
+    """
+    WHOLE: tl.constexpr = EXPONENTIAL and HALF
+    n = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(0)
+    block = tl.program_id(2) * F
+    f = block + tl.arange(0, F)
+    rows = tl.arange(0, C)
+    at = n * length
+    rate = 0.0
+    if DECAY:
+        rate = tl.load(decay + n)
+    state = tl.zeros((E, F), tl.float32)
+    one = tl.zeros((F,), tl.float32)
+    c = tl.full((), NOTHING, tl.float32)
+    for chunk in tl.range(part * steps, tl.minimum((part + 1) * steps, tl.cdiv(length, C)), disable_licm=True):
+        first = chunk * C
+        j = first + rows - delay
+        visible = (j >= 0) & (first + rows < length)
+        from_ = at + first - delay
+        if GAUGED:
+            b = key_logs(log_scale + at, first, rows, delay, length)
+            visible = b != -INFINITY
+            g = tl.load(gauge + from_ + rows, mask=visible, other=0.0)
+            tile = load_inputs(x + from_ * d, rows, visible, d, HALF, D)
+        else:
+            there = visible
+            if HIDDEN:
+                visible = visible & (tl.load(hidden + from_ + rows, mask=there, other=1) == 0)
+            if WEIGHTED:
+                more = tl.load(log_weight + from_ + rows, mask=there, other=-INFINITY)
+                visible = visible & (more != -INFINITY)
+            tile = load_inputs(x + from_ * d, rows, visible, d, HALF, D)
+            b = tl.zeros((C,), tl.float32) + log_constant
+            g = tl.zeros((C,), tl.float32)
+            if EXPONENTIAL:
+                top = largest(
+                    tile, x + from_ * d, rows, visible, weight, shift, length, m, d, SHIFTED, HALF,
+                    F if F < 64 else 64, D,
+                )  # fmt: skip
+                g = top * LOG2E
+                b += top - norm * tl.sum(tile.to(tl.float32) * tile.to(tl.float32), 1)
+            if WEIGHTED:
+                b += more
+            if DECAY:
+                b += rate * rows.to(tl.float32)
+            if WHOLE:
+                whole = tl.ceil(b * LOG2E)
+                g += tl.where(visible, whole - b * LOG2E, 0.0)
+                b = whole * LN2
+            b = tl.where(visible, b, -INFINITY)
+            if tl.program_id(2) == 0:
+                tl.store(gauge + from_ + rows, g, mask=there)
+                tl.store(log_scale + from_ + rows, b, mask=there)
+        c, entering, left = through(b, c, runs + at, first, rows, delay, length, RUNS, WHOLE)
+        u = exponents(tile, x + from_ * d, rows, visible, weight, shift, block, length, m, d, SHIFTED, HALF, F, D)
+        # Not the values: these are in 16 bits already, and would be rounded once more.
+        phi = features(u, g, f, m, EXPONENTIAL, F) * entering[:, None]
+        ends = phi
+        if LAST:
+            ends = phi * tl.load(last + from_ + rows, mask=visible, other=0.0)[:, None]
+        one = one * left + tl.sum(ends, 0)
+        value = operand(load_tile(values + from_ * e, rows, visible, e, E), HALF)
+        state = product(tl.trans(value), operand(phi, HALF), state * left)
+        if DECAY:
+            c = c - rate * C
+    put_state(sums + (n * tl.num_programs(0) + part) * m * (e + 1), f, state, one, m, e, F, E)
+    if tl.program_id(2) == 0:
+        tl.store(scales + n * tl.num_programs(0) + part, c)
+
+
+@triton.jit
+def segment_held(begin, runs, s, delay, length, steps, chunks, rate, RUNS: tl.constexpr, C: tl.constexpr):
+    """c of the state before a segment as seen from behind it, and whether that state's document goes on till there."""
+    first = s * steps * C
+    stop = tl.minimum((s + 1) * steps, chunks)
+    goes_on = begin == begin
+    if RUNS:
+        ending = run_at(runs, tl.minimum(stop * C, length) - 1, delay, length)
+        goes_on = ending == run_at(runs, first - 1, delay, length)
+    return begin - rate * (C * (stop - s * steps)).to(tl.float32), goes_on
+
+
+@triton.jit
+def transposed(index, m: tl.constexpr, e: tl.constexpr):
+    """Where the element of (e + 1, m) at ``index`` lies in (m, e + 1), the layout of an AttentionState."""
+    return index % m * (e + 1) + index // m
+
+
+@triton.jit(do_not_specialize=ANY_LENGTH)
+def run_through(
+    sums, scales, begins, initial, initial_scale, final, final_scale, runs, decay,
+    length, delay, steps, segments, chunks, m: tl.constexpr, e: tl.constexpr,
+    INITIAL: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr, C: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """Replace the sums of each segment by the state before it.
+
+    begins: c before each segment, and behind the last: (N, segments + 1). initial, final: the states at both ends,
+    (N, m, e + 1), the final one seen from behind the last position.
+    """
+    n = tl.program_id(1).to(tl.int64)
+    x = tl.program_id(0) * B + tl.arange(0, B)
+    inside = x < m * (e + 1)
+    there = n * m * (e + 1) + transposed(x, m, e)
+    rate = 0.0
+    if DECAY:
+        rate = tl.load(decay + n)
+    state = tl.zeros((B,), tl.float32)
+    c = tl.full((), NOTHING, tl.float32)
+    if INITIAL:
+        state = tl.load(initial + there, mask=inside, other=0.0)
+        c = tl.load(initial_scale + n)
+    for s in range(segments):
+        at = sums + (n * segments + s) * m * (e + 1) + x
+        part = tl.load(at, mask=inside, other=0.0)
+        tl.store(at, state, mask=inside)
+        if tl.program_id(0) == 0:
+            tl.store(begins + n * (segments + 1) + s, c)
+        scale = tl.load(scales + n * segments + s)
+        held, goes_on = segment_held(c, runs + n * length, s, delay, length, steps, chunks, rate, RUNS, C)
+        new = tl.maximum(tl.where(goes_on, held, NOTHING), scale)
+        state = state * tl.where(goes_on, tl.exp(held - new), 0.0) + part * tl.exp(scale - new)
+        c = new
+    if tl.program_id(0) == 0:
+        tl.store(begins + n * (segments + 1) + segments, c)
+        tl.store(final_scale + n, c + rate * (chunks * C - length).to(tl.float32))
+    tl.store(final + there, state, mask=inside)
+
+
+@triton.jit(do_not_specialize=ANY_LENGTH)
+def attend(
+    q, k, v, k_gauge, key_scale, runs, decay, weight, shift, sums, begins, q_gauge, row_scale, before,
+    inverse_den, lse, out, length, delay, steps, norm, log_constant,
+    m: tl.constexpr, d: tl.constexpr, e: tl.constexpr,
+    EXPONENTIAL: tl.constexpr, SHIFTED: tl.constexpr, LOCAL: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr,
+    HALF: tl.constexpr, C: tl.constexpr, F: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    """out, log-denominator, and for the backward pass 1/denominator, gauges, M and c, of one segment's queries.
+
+    LOCAL: the state is that before the segment, and is left as it is before its last chunk. Otherwise one state is
+    all keys.
+    """
+    n = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(0)
+    rows = tl.arange(0, C)
+    at = n * length
+    chunks = tl.cdiv(length, C)
+    rate = 0.0
+    if DECAY:
+        rate = tl.load(decay + n)
+    if LOCAL:
+        sums += (n * tl.num_programs(0) + part) * m * (e + 1)
+        c = tl.load(begins + n * (tl.num_programs(0) + 1) + part)
+    else:
+        sums += n * m * (e + 1)
+    stop = tl.minimum((part + 1) * steps, chunks)
+    for chunk in tl.range(part * steps, stop, disable_licm=True):
+        first = chunk * C
+        real = rows < length - first
+        tile = load_inputs(q + (at + first) * d, rows, real, d, HALF, D)
+        q_scale = tl.zeros((C,), tl.float32) + log_constant
+        gauge = tl.zeros((C,), tl.float32)
+        if EXPONENTIAL:
+            top = largest(tile, q + (at + first) * d, rows, real, weight, shift, length, m, d, SHIFTED, HALF, F, D)
+            gauge = top * LOG2E
+            q_scale += top - norm * tl.sum(tile.to(tl.float32) * tile.to(tl.float32), 1)
+        tl.store(q_gauge + at + first + rows, gauge, mask=real)
+        if LOCAL:
+            b = key_logs(key_scale + at, first, rows, delay, length)
+            keep = b != -INFINITY  # a real key, not hidden
+            from_ = at + first - delay
+            new, entering, left = through(b, c, runs + at, first, rows, delay, length, RUNS, EXPONENTIAL and HALF)
+            enters = operand(load_tile(v + from_ * e, rows, keep, e, E).to(tl.float32) * entering[:, None], HALF)
+            tl.store(before + n * chunks + chunk, c)
+            key_gauge = tl.load(k_gauge + from_ + rows, mask=keep, other=0.0)
+            keys = load_inputs(k + from_ * d, rows, keep, d, HALF, D)
+            attention = tl.zeros((C, C), tl.float32)
+        num = tl.zeros((C, E), tl.float32)
+        den = tl.zeros((C,), tl.float32)
+        for block in tl.range(0, m, F, disable_licm=True):
+            f = block + tl.arange(0, F)
+            # The state is done with before the queries' features are made: both would overflow the registers.
+            if LOCAL:
+                u = exponents(keys, k + from_ * d, rows, keep, weight, shift, block, length, m, d, SHIFTED, HALF, F, D)
+                key_phi = features(u, key_gauge, f, m, EXPONENTIAL, F)
+                key_features = operand(key_phi, HALF)
+                one_more = tl.sum(key_phi * entering[:, None], 0)
+            state, one = load_state(sums, f, m, e, F, E)
+            read_state = operand(state, HALF)
+            if LOCAL:  # noqa: SIM102 (it is known when this is compiled)
+                if chunk + 1 < stop:
+                    behind = product(tl.trans(again(enters, block, length, HALF)), key_features, state * left)
+                    put_state(sums, f, behind, one * left + one_more, m, e, F, E)
+            u = exponents(
+                tile, q + (at + first) * d, rows, real, weight, shift, block, length, m, d, SHIFTED, HALF, F, D
+            )
+            phi = features(u, gauge, f, m, EXPONENTIAL, F)
+            queries = operand(phi, HALF)
+            den += tl.sum(queries.to(tl.float32) * one[None, :], 1)
+            num = product(queries, tl.trans(read_state), num)
+            if HALF and not LOCAL:
+                num = product(queries, tl.trans(operand(state - read_state.to(tl.float32), HALF)), num)
+            if LOCAL:
+                attention = product(queries, tl.trans(key_features), attention)
+        if LOCAL:
+            # Loaded again: it would be in registers all through the loop.
+            b = key_logs(key_scale + at, first, rows, delay, length)
+            reads = state_reads(runs + at, first, rows, delay, length, RUNS)
+            scale = row_scales(b, tl.where(reads, c, NOTHING), runs + at, first, rows, delay, length, RUNS)
+            tl.store(row_scale + at + first + rows, scale, mask=real)
+            carried = tl.where(reads, tl.exp(c - scale), 0.0)
+            seen = seen_by(runs + at, first, rows, delay, length, RUNS)
+            attention *= tl.where(seen, tl.exp2(b[None, :] * LOG2E - scale[:, None] * LOG2E), 0.0)
+            value = load_tile(v + from_ * e, rows, keep, e, E)
+            # The denominator sums what is multiplied: most of both may cancel in the backward pass.
+            weights = operand(attention, HALF)
+            num = product(weights, operand(value, HALF), num * carried[:, None])
+            den = den * carried + tl.sum(weights.to(tl.float32), 1)
+            log_den = tl.log(den) + scale + q_scale
+            if DECAY:
+                log_den -= rate * (rows + delay).to(tl.float32)
+            tl.store(lse + at + first + rows, tl.where(den < LEAST, NOTHING, log_den), mask=real)
+            c = new
+            if DECAY:
+                c = c - rate * C
+            tl.debug_barrier()  # before others read what this thread has written of the state
+        inverse = tl.where(den < LEAST, 0.0, 1.0 / den)
+        tl.store(inverse_den + at + first + rows, inverse, mask=real)
+        put_rows(out + (at + first) * e, rows, real, e, num * inverse[:, None], E)

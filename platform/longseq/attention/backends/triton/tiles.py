@@ -1,0 +1,50 @@
+"""The tiles of the kernels of a scan: what fits into the shared memory and the registers of a chip."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+
+from longseq.attention.backends.triton.launch import Chip
+
+# Rows that a program holds at a time.
+CHUNK = 64
+
+# Elements of a state that a program of the scan over segments takes along.
+STATES: dict[str, Any] = {"B": 512, "num_warps": 1, "num_stages": 1}
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Features at a time and options of each kernel's launch."""
+
+    sums: dict[str, Any]
+    states: dict[str, Any]
+    outputs: dict[str, Any]
+    queries: dict[str, Any]
+    keys: dict[str, Any]
+
+
+def tiles(there: Chip, features: int, head_dim: int, value_dim: int, *, half: bool) -> Tiles:
+    """The tiles for rows that wide, of 16 bits or fp32, on that chip."""
+    most = triton.next_power_of_2(features)
+    wide = max(head_dim, value_dim) > 64
+    # The chips with the most shared memory multiply 64 rows by 64 and more columns at a time from there; 4 warps share
+    # 64 rows. The others multiply from registers: less at a time, by more warps.
+    wgmma = there.capability[0] in (9, 10)
+    warps = 4 if wgmma and not wide else 8
+
+    def options(block: int, num_warps: int) -> dict[str, Any]:
+        return {"F": max(16, min(block, most)), "num_warps": num_warps, "num_stages": 1}
+
+    if not half:
+        if there.capability[0] == 10:  # of 16 warps, products go without tensor memory, where their parts do not fit
+            return Tiles(options(64, 16), STATES, *(options(32, 16) for _ in range(3)))
+        small = there.shared_memory < 110_000
+        block = 16 if wide and not wgmma else 32
+        sums = options(32 if wide and small else 64, 8 if wide else 4)
+        return Tiles(sums, STATES, *(options(block, 8) for _ in range(3)))
+    block = 64 if wgmma else 16 if wide and there.shared_memory < 110_000 else 32
+    return Tiles(options(64 if wide else 128, 4 if wgmma else 8), STATES, *(options(block, warps) for _ in range(3)))

@@ -1,0 +1,1 @@
+"""Context parallelism: slices of one sequence on several ranks."""

@@ -1,0 +1,160 @@
+"""The keys and values beside a slice: its exact windows reach into the slices of neighbours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from longseq.attention.context.group import ContextGroup, SlicedDocuments
+from longseq.attention.first_order import Saved, first_order
+from longseq.attention.parts import Part
+
+
+@dataclass(frozen=True, eq=False)
+class Neighbourhood:
+    """A slice of keys with those around it that its queries may see one by one.
+
+    Attributes:
+        k, v: (N, left + n + right, ·); zeros beyond the sequence.
+        hidden: (N, left + n + right) bool, True where there is no key to be seen; None: all are.
+        runs: (N, left + n + right) numbers of documents, or None. Those that none of the slice's queries belongs to may
+            share one.
+        left, right: how many stand before the slice and behind it.
+    """
+
+    k: Tensor
+    v: Tensor
+    hidden: Tensor | None
+    runs: Tensor | None
+    left: int
+    right: int
+
+    def queries(self, q: Tensor) -> Tensor:
+        """q (N, n, d) of the slice with zeros beside it."""
+        return F.pad(q, (0, 0, self.left, self.right))
+
+    def own(self, part: Part) -> Part:
+        """What belongs to the slice."""
+        mine = slice(self.left, self.k.shape[1] - self.right)
+        return part[0][:, mine], part[1][:, mine]
+
+
+def neighbourhood(
+    context: ContextGroup,
+    k: Tensor,
+    v: Tensor,
+    hidden: Tensor | None,
+    runs: Tensor | None,
+    documents: SlicedDocuments | None,
+    left: int,
+    right: int,
+) -> Neighbourhood:
+    """Get ``left`` keys and values from the ranks before, ``right`` from those behind. All ranks call it.
+
+    Args:
+        k, v: (N, n, ·) of this rank.
+        hidden: (N, n) bool or None, which may differ from rank to rank.
+        runs: (N, n) numbers of the slice's documents from 0, or None.
+        documents: how far they reach; goes with ``runs``.
+    """
+    if not left and not right:
+        return Neighbourhood(k, v, hidden, runs, 0, 0)
+    real = k.new_ones(*k.shape[:2], 1) if hidden is None else (~hidden[..., None]).to(k)
+    k, v, real = _Halo.apply(k, v, real, context, left, right)
+    if runs is not None:
+        assert documents is not None
+        heads = len(runs) // documents.before.shape[1]
+        before, after = (x[context.rank].repeat_interleave(heads)[:, None] for x in (documents.before, documents.after))
+        ahead = torch.arange(left, 0, -1, device=k.device) <= before
+        behind = torch.arange(1, right + 1, device=k.device) <= after
+        runs = 1 + torch.cat((ahead.long() - 1, runs, runs[:, -1:] + (~behind).long()), dim=1)
+    return Neighbourhood(k, v, real[..., 0] == 0, runs, left, right)
+
+
+class _Halo(torch.autograd.Function):
+    """k, v and which keys are real, (N, n, ·), with those of the ranks before and behind; zeros where none are."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, k: Tensor, v: Tensor, real: Tensor, context: ContextGroup, left: int, right: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.context, ctx.left, ctx.right, ctx.sizes = context, left, right, (k.shape[-1], v.shape[-1])
+        length = k.shape[1]
+        whole = [F.pad(x, (0, 0, left, right)) for x in (k, v, real)]
+
+        def edge(where: slice) -> Tensor:
+            return torch.cat([x[:, where] for x in (k, v, real)], dim=-1)
+
+        hops = _hops(context, length, left, right)
+        received = _exchange(context, [(hop.away, edge(hop.kept)) for hop in hops], [hop.whence for hop in hops])
+        for hop, message in zip(hops, received, strict=True):
+            if message is not None:
+                for target, part in zip(whole, message.split((*ctx.sizes, 1), dim=-1), strict=True):
+                    target[:, hop.placed] = part
+        ctx.mark_non_differentiable(whole[2])
+        return whole[0], whole[1], whole[2]
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, saved: Saved, dk: Tensor, dv: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        mine = slice(ctx.left, dk.shape[1] - ctx.right)
+        own = [x[:, mine].clone() for x in (dk, dv)]
+        hops = _hops(ctx.context, own[0].shape[1], ctx.left, ctx.right)
+        outgoing = [(hop.whence, torch.cat((dk[:, hop.placed], dv[:, hop.placed]), dim=-1)) for hop in hops]
+        received = _exchange(ctx.context, outgoing, [hop.away for hop in hops])
+        for hop, message in zip(hops, received, strict=True):
+            if message is not None:
+                for target, part in zip(own, message.split(ctx.sizes, dim=-1), strict=True):
+                    target[:, hop.kept] += part
+        return own[0], own[1], None, None, None, None
+
+
+@dataclass(frozen=True)
+class _Hop:
+    """One message of a halo, over so many ranks: what is sent ``away`` of the slice, and where what comes is placed."""
+
+    away: int  # the rank that it goes to; beyond the group: nobody
+    whence: int  # the rank that one like it comes from
+    kept: slice  # of the slice
+    placed: slice  # of the slice with its halo
+
+
+def _hops(context: ContextGroup, length: int, left: int, right: int) -> list[_Hop]:
+    hops = []
+    for width, step in ((left, 1), (right, -1)):
+        for far in range(-(-width // length)):
+            size = min(length, width - far * length)
+            if step == 1:
+                kept, end = slice(length - size, length), left - far * length
+                placed = slice(end - size, end)
+            else:
+                kept, start = slice(0, size), left + length + far * length
+                placed = slice(start, start + size)
+            hops.append(_Hop(context.rank + step * (far + 1), context.rank - step * (far + 1), kept, placed))
+    return hops
+
+
+def _exchange(context: ContextGroup, outgoing: list[tuple[int, Tensor]], whence: list[int]) -> list[Tensor | None]:
+    """Send messages to ranks of the group and receive as many, of the same sizes; ranks beyond it are left out."""
+    inside = range(context.size)
+    received: list[Tensor | None] = []
+    operations = []
+    for (to, message), source in zip(outgoing, whence, strict=True):
+        if to in inside:
+            message = message.contiguous()
+            context.traffic.halo += message.nbytes
+            operations.append(dist.P2POp(dist.isend, message, dist.get_global_rank(context.group, to), context.group))
+        space = None
+        if source in inside:
+            space = torch.empty_like(message, memory_format=torch.contiguous_format)
+            peer = dist.get_global_rank(context.group, source)
+            operations.append(dist.P2POp(dist.irecv, space, peer, context.group))
+        received.append(space)
+    for work in dist.batch_isend_irecv(operations) if operations else []:
+        work.wait()
+    return received

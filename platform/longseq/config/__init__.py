@@ -1,0 +1,1 @@
+"""Configuration: the keys, their files, and what is said of a wrong one."""

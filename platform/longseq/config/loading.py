@@ -1,0 +1,326 @@
+"""From YAML files and ``key=value`` arguments to a checked :class:`~longseq.config.schema.Config`, and back.
+
+Each value keeps the place it came from (file and line, or the command line), so that a refusal can name it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from longseq.config.hints import near_choice, near_key, nearest
+from longseq.config.schema import Config
+from longseq.config.sources import named
+from longseq.config.written_values import SOURCES, WrittenError, argument_value
+from longseq.config.yaml_files import YAML_ERRORS, first_line, read_yaml, yaml_problem
+from longseq.errors import USER_ERRORS, ConfigError
+from longseq_data.files import write_text
+
+_FREE_FORM = ("deepspeed",)  # sections passed through unchecked
+_LARGEST = 2**63 - 1  # of a tensor's integers
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = (), *, resolved: bool = False) -> Config:
+    """Read a YAML file, the files it ``extends``, and ``section.key=value`` overrides, in rising priority.
+
+    Below them all stands what a model named in ``model.init_from`` brings, unless the file is that of a run, in which
+    everything has been ``resolved``.
+
+    Raises:
+        ConfigError: one sentence that names the file and line or the argument, the key, the nearest valid key and
+            its meaning.
+    """
+    config = read_config(path, overrides, resolved=resolved)
+    try:
+        config.check()
+    except ConfigError as error:
+        raise ConfigError(f"{path}{' and its overrides' if overrides else ''}: {error}") from None
+    return config
+
+
+def read_config(path: Path | str, overrides: Sequence[str] = (), *, resolved: bool = False) -> Config:
+    """As :func:`load_config`, but for what holds keys against each other: it may be no whole training yet.
+
+    Raises:
+        ConfigError: as there.
+    """
+    files = list(_layers(Path(path), ()))
+    if resolved:
+        _as_of_before(files)
+    layers = [*files, *map(_override_layer, overrides)]
+    origin = next((name for layer in reversed(layers) if (name := layer.init_from())), None)
+    if origin and not resolved:
+        from longseq.interop.exported import inherited  # which opens runs, whose configurations are loaded here
+
+        try:
+            layers.insert(0, _Layer(inherited(origin), origin))
+        except USER_ERRORS as error:
+            raise ConfigError(f"model.init_from: {error}") from None
+    return _merged(layers, str(path))
+
+
+def _as_of_before(files: Sequence[_Layer]) -> None:
+    """Runs of versions before: a time limit without a unit meant seconds, and ids decided the splits."""
+    for layer in files:
+        if "data" in layer.values:
+            layer.values["data"] = {"split_by": "id", **(layer.values["data"] or {})}
+        trainer = layer.values.get("trainer") or {}
+        if re.fullmatch(r"\d+(\.\d+)?", limit := str(trainer.get("time_limit"))):
+            trainer["time_limit"] = f"{limit}s"
+
+
+def config_of(sections: dict[str, Any], where: str, overrides: Sequence[str] = ()) -> Config:
+    """A configuration of values that lie elsewhere than in YAML files, and overrides; keys are not held against each
+    other, since it may be no training's.
+
+    Raises:
+        ConfigError: as :func:`load_config` does.
+    """
+    return _merged([_Layer(sections, where), *map(_override_layer, overrides)], where)
+
+
+def _merged(layers: Sequence[_Layer], path: str) -> Config:
+    merged = OmegaConf.structured(Config)
+    places: dict[str, str] = {}
+    for layer in layers:
+        merged = layer.onto(merged)
+        places |= layer.places()
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        name = error.full_key or ""
+        raise ConfigError(f"{places.get(name, path)}: {name}: {first_line(error)}.") from None
+    assert isinstance(config, Config)
+    for section, name, limits in described_keys():
+        full, value = f"{section}.{name}", getattr(getattr(config, section), name)
+        check_limits(full, value, limits, places.get(full, path))
+        if full in places:
+            check_text(full, value, limits["meaning"], places[full])
+    return config
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write every key with its value, atomically."""
+    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def described_keys() -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """(section, key, metadata) of every key; metadata holds the meaning, type, default and limits."""
+    for section in fields(Config):
+        if section.name in _FREE_FORM:
+            continue
+        defaults = getattr(Config(), section.name)
+        for item in fields(defaults):
+            extra = {"type": str(item.type), "default": getattr(defaults, item.name)}
+            yield section.name, item.name, {**item.metadata, **extra}
+
+
+class _Layer:
+    """One source of values: its contents and where each of them stands."""
+
+    def __init__(self, values: dict[str, Any], where: str, lines: Mapping[str, int] | None = None):
+        self.values, self.where, self.lines = values, where, lines or {}
+        self._refuse_unknown_keys()
+        for section, name, about in described_keys():
+            if about["type"] == SOURCES and name in (self.values.get(section) or {}):
+                full = f"{section}.{name}"
+                self.values[section][name] = named(self.values[section][name], full, self._place)
+
+    def onto(self, config: DictConfig) -> DictConfig:
+        try:
+            return OmegaConf.merge(config, self.values)  # type: ignore[return-value]
+        except (OmegaConfBaseException, TypeError) as error:
+            name = getattr(error, "full_key", None) or next(reversed(self.places()), "")
+            name = name.partition("[")[0]  # optim.betas[1] is a part of optim.betas
+            for section, key, about in described_keys():
+                if name == f"{section}.{key}":
+                    raise ConfigError(
+                        f"{self._place(name)}: {name}={shown(self.values[section].get(key))} is not "
+                        f"{type_name(about['type'])}: {about['meaning']}."
+                    ) from None
+            raise ConfigError(f"{self._place(name)}: {name}: {first_line(error)}.") from None
+
+    def init_from(self) -> str | None:
+        """The model whose weights this layer asks for."""
+        return (self.values.get("model") or {}).get("init_from")
+
+    def places(self) -> dict[str, str]:
+        """Where each section.key of this layer stands."""
+        names = (f"{section}.{name}" for section, content in self.values.items() for name in content or {})
+        return {name: self._place(name) for name in names}
+
+    def _refuse_unknown_keys(self) -> None:
+        sections = {section.name: section for section in fields(Config)}
+        known = {f"{section}.{name}": about["meaning"] for section, name, about in described_keys()}
+        for section, content in self.values.items():
+            if section not in sections:
+                raise self._unknown(str(section), known)
+            if not isinstance(content, dict):
+                raise ConfigError(f"{self._place(section)}: {section} is a section, it needs keys below it.")
+            if section in _FREE_FORM:
+                continue
+            for name in content:
+                if f"{section}.{name}" not in known:
+                    raise self._unknown(f"{section}.{name}", known)
+
+    def _unknown(self, name: str, known: Mapping[str, str]) -> ConfigError:
+        place = self._place(name)
+        if "." not in name and not any(key.endswith(f".{name}") for key in known):
+            near = nearest(name, [section.name for section in fields(Config)])
+            if near:
+                keys = ", ".join(key for section, key, _ in described_keys() if section == near[0])
+                return ConfigError(f"{place}: unknown section {name!r}. Did you mean {near[0]} ({keys})?")
+        key = near_key(name, known)
+        hint = f" Did you mean {key} ({known[key]})?" if key else " `longseq fit --help` lists the keys."
+        return ConfigError(f"{place}: unknown key {name!r}.{hint}")
+
+    def _place(self, name: str) -> str:
+        while name and name not in self.lines:  # the nearest one around it
+            name = re.sub(r"(\[\d+\]|\.?[^.\[]*)$", "", name)
+        line = self.lines.get(name)
+        return f"{self.where}:{line}" if line else self.where
+
+
+def _layers(path: Path, below: tuple[Path, ...]) -> Iterator[_Layer]:
+    """The files that ``path`` extends, base first, then ``path`` itself."""
+    if path.resolve() in below:
+        raise ConfigError(f"{path}: extends itself by way of {' → '.join(map(str, below))}.")
+    values, lines = read_yaml(path, _kind)
+    _refuse_flat_keys(path, values, lines)
+    bases = values.pop("extends", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    where = f"{path}:{lines.get('extends', 1)}"
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{where}: extends={bases}: name a YAML file or a list of them, relative to this file.")
+    for base in bases:
+        if not (path.parent / base).is_file():
+            raise ConfigError(f"{where}: extends {base}: no such file in {path.parent.resolve()}.")
+        yield from _layers(path.parent / base, (*below, path.resolve()))
+    yield _Layer(values, str(path), lines)
+
+
+def _kind(names: tuple[str, ...]) -> str:
+    """The type of the key on the way of ``names``; sections have none."""
+    if names[:1] in [(name,) for name in ("extends", *_FREE_FORM)]:
+        return "anything"
+    return type_of(*names) if len(names) == 2 else ""
+
+
+def _refuse_flat_keys(path: Path, values: Mapping[str, Any], lines: Mapping[str, int]) -> None:
+    """optim.lr is how an argument says it; in a file lr stands below optim."""
+    found = {name: name for name in values}
+    for section, content in values.items():
+        found |= {f"{section}.{name}": name for name in content} if isinstance(content, dict) else {}
+    sections = [section.name for section in fields(Config)]
+    for full, name in found.items():
+        first, dot, rest = name.partition(".")
+        if dot and first in sections:
+            raise ConfigError(
+                f"{path}:{lines.get(full, 1)}: {name!r} is how an argument names a key; in a file write {first}: with "
+                f"{rest.replace('.', ': with ')}: below it."
+            )
+
+
+def _override_layer(argument: str) -> _Layer:
+    name, equals, text = argument.partition("=")
+    if not equals or not name.strip():
+        raise ConfigError(f"argument {argument!r}: an override is section.key=value, e.g. trainer.devices=2.")
+    section, _, key = name.partition(".")
+    try:
+        value = argument_value(text, type_of(section, key))
+    except YAML_ERRORS as error:
+        raise ConfigError(f"argument {argument!r}: {bad_value(error)}") from None
+    values: Any = value
+    for part in reversed(name.split(".")):
+        values = {part: values}
+    return _Layer(values, f"argument {argument!r}")
+
+
+def bad_value(error: Exception) -> str:
+    """What is wrong with the value of an argument, and what to do."""
+    if isinstance(error, WrittenError):
+        return f"{error}."
+    return f"not valid YAML: {yaml_problem(error)}. Close what is opened; a name with a comma stands in quotes."
+
+
+def _at(place: str, name: str, value: Any) -> str:
+    """Where a value is written, and what it is; an argument says both by itself."""
+    return place if place.startswith(f"argument '{name}=") else f"{place}: {name}={value}"
+
+
+def check_limits(name: str, value: Any, limits: Mapping[str, Any], place: str) -> None:
+    """Refuse a value beyond the limits of its key.
+
+    Raises:
+        ConfigError: with the limits and the meaning.
+    """
+    if value is None:
+        return
+    if limits["choices"] and value not in limits["choices"]:
+        near = near_choice(name, str(value), limits["choices"])
+        hint = f" Did you mean {near}?" if near else ""
+        raise ConfigError(f"{_at(place, name, value)}: choose from {', '.join(limits['choices'])}.{hint}")
+    nested = list if limits.get("type") == SOURCES else (list, dict)
+    if isinstance(value, list) and any(isinstance(part, nested) for part in value):
+        raise ConfigError(f"{_at(place, name, value)}: a list in a list; write [a, b]: {limits['meaning']}.")
+    if any(isinstance(n, float) and not math.isfinite(n) for n in (value if isinstance(value, list) else [value])):
+        raise ConfigError(f"{_at(place, name, value)} must be a finite number: {limits['meaning']}.")
+    if isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:
+        raise ConfigError(f"{place}: {name} must be at most 2**63 - 1: {limits['meaning']}.")
+    low, high = limits["at_least"], limits["below"]
+    if (low is not None and not value >= low) or (high is not None and not value < high):
+        bounds = " and ".join(
+            f"{word} {limit:g}" for word, limit in (("at least", low), ("below", high)) if limit is not None
+        )
+        raise ConfigError(f"{_at(place, name, value)} must be {bounds}: {limits['meaning']}.")
+
+
+def check_text(name: str, value: Any, meaning: str, place: str) -> None:
+    """Refuse text that no name of a file and no word can be, in a value that somebody has given.
+
+    Raises:
+        ConfigError: for text that is empty, that holds a NUL or bytes that are not UTF-8, and for "${", which a run's
+            config.yaml would not hold as text.
+    """
+    texts = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
+    texts = [text for part in texts for text in (part["path"] if isinstance(part, dict) else [part])]
+    for text in texts:
+        if not isinstance(text, str):
+            continue
+        if not text.strip() and not isinstance(value, dict):  # a variable of the environment may be empty
+            raise ConfigError(f"{place}: {name}: a text is empty; leave it out, or give one: {meaning}.")
+        if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+            what = "a NUL" if "\0" in text else "bytes that are not UTF-8"
+            raise ConfigError(f"{place}: {name}={text!a}: holds {what}, which no configuration can hold; rename it.")
+        if "${" in text:
+            raise ConfigError(f"{place}: {name}={text}: '${{' is a reference, and this came out of one; rename it.")
+
+
+def type_of(section: str, name: str) -> str:
+    """The annotation of a key; "" for one that does not exist."""
+    return next((m["type"] for s, k, m in described_keys() if (s, k) == (section, name)), "")
+
+
+def type_name(annotation: str) -> str:
+    """What a person calls values of an annotation."""
+    names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+    lists = {
+        "list[str]": "a list of text",
+        "list[int]": "a list of whole numbers",
+        "list[float]": "a list of numbers",
+        "dict[str, str]": "names with a text each",
+        SOURCES: "a list of text, or of {path, weight, name}",
+    }
+    return (names | lists).get(annotation.removesuffix(" | None"), annotation)
+
+
+def shown(value: Any) -> str:
+    """A value as a configuration writes it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

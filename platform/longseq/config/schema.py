@@ -1,0 +1,431 @@
+"""The configuration: every key with its type, default and meaning, in the order in which it is shown.
+
+No torch here. ``config_loading`` reads YAML files and overrides into these classes and refuses what does not fit;
+``Config.check`` does the arithmetic across keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from longseq.config import checks as config_checks
+from longseq.config.durations import duration_seconds
+from longseq.config.sources import Source
+from longseq.errors import ConfigError
+from longseq.models.presets import PRESETS
+from longseq.models.spec import KERNELS, ROTARY_BASE, PerformerSpec
+from longseq_data.readers.formats import FORMATS
+
+
+def key(
+    default: Any,
+    meaning: str,
+    *,
+    choices: tuple[str, ...] = (),
+    at_least: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A configuration key: a dataclass field that carries its meaning and its limits."""
+    metadata = {"meaning": meaning, "choices": choices, "at_least": at_least, "below": below}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class RunConfig:
+    name: str | None = key(None, "folder of the run under run.dir; default: name of the config file and the time")
+    dir: str = key("runs", "where run folders are made")
+    seed: int = key(0, "everything random is a function of it: data order, masking, projections, weights", at_least=0)
+
+
+@dataclass
+class ModelConfig:
+    preset: str = key("small", "sizes by name, for the four keys below where they are null", choices=tuple(PRESETS))
+    dim: int | None = key(None, "width of the residual stream", at_least=2)
+    depth: int | None = key(None, "number of blocks", at_least=1)
+    heads: int | None = key(None, "attention heads; dim / heads must be even", at_least=1)
+    ffn_dim: int | None = key(None, "width of the MLP's hidden layer", at_least=1)
+    dropout: float = key(0.0, "probability, on the embedding and on each residual branch", at_least=0, below=1)
+    objective: str = key("causal", "predict the next token, or 15 % masked ones", choices=("causal", "masked"))
+    init_from: str | None = key(
+        None,
+        "weights to begin with: an exported or imported folder, a run, or one of its checkpoints; the model and "
+        "attention sections and data.tokenizer are those it has, where this configuration does not say otherwise",
+    )
+    # What tells families of Transformers apart; `longseq import` sets them.
+    position: str = key("rotary", "positions: rotary, or a learned vector for each", choices=("rotary", "learned"))
+    max_positions: int = key(0, "how many learned positions there are; 0 with rotary ones", at_least=0)
+    rotary_base: float = key(
+        ROTARY_BASE,
+        "the slowest pair of a head turns by position / base, nearly: content is matched across distances up to about "
+        "the base, so take it well above data.length",
+        at_least=1,
+    )
+    norm: str = key("pre", "a norm before each branch, or after each sum (BERT's)", choices=("pre", "post"))
+    norm_eps: float = key(1e-5, "added to the variance in each norm", at_least=0)
+    embedding_norm: bool = key(False, "a norm behind the embedding (BERT's)")
+    attention_bias: bool = key(False, "biases on queries, keys, values and the attention's output")
+    head: str = key(
+        "linear",
+        "transform: a linear layer, GELU and a norm before the logits (BERT's)",
+        choices=("linear", "transform"),
+    )
+    mask_scaling: bool = key(
+        False, "masked tokens embed as zeros and the others are scaled in return (ESM's token dropout)"
+    )
+    sequence_tile: int | None = key(
+        None,
+        "tokens that norms, projections, MLPs and, in causal FAVOR+ models, all layers compute at a time, once more in "
+        "the backward pass, so that memory hardly grows with data.length; 0: off; default: 4096 (on GPUs 65,536) "
+        "from a data.length of 32,768 on, where activations need more than the model, else 0",
+        at_least=0,
+    )
+
+
+@dataclass
+class AttentionConfig:
+    kind: str = key("favor", "FAVOR+, or exact softmax attention over the same weights", choices=("favor", "exact"))
+    kernel: str = key("softmax", "feature map of FAVOR+", choices=KERNELS)
+    features: int = key(256, "random features a head (m)", at_least=1)
+    qk_norm: bool = key(
+        False, "unit-length queries and keys with a learned temperature a head (next to no effect with kernel relu)"
+    )
+    window: int = key(
+        0, "exact attention to keys nearer than this many positions, features beyond; 0: none", at_least=0
+    )
+    learned_share: bool = key(False, "a learned factor a head on all weights beyond the window")
+    learned_decay: bool = key(False, "weights decay with the distance, at a rate that each head learns")
+    projection: str = key("orthogonal", "rows of the random projections", choices=("orthogonal", "iid"))
+    backend: str = key(
+        "auto",
+        "auto: our own kernels where they can (Triton on CUDA, native C++ on CPU), else PyTorch",
+        choices=("auto", "torch", "native", "triton"),
+    )
+    redraw_every: int = key(1000, "optimiser steps between draws of the projections; 0: never", at_least=0)
+
+
+Sources = list[Any]  # names of files, or each a data_sources.Source
+
+
+@dataclass
+class DataConfig:
+    train: Sources = key(
+        [],
+        "files, plain or gzipped: paths, globs, URLs; folders of text, tables or images; "
+        "hub:OWNER/NAME[:CONFIG]#SPLIT; or one corpus of `longseq data prepare`, with its own splits; or several such "
+        "sources by weight: [{path: a.fasta.gz, weight: 0.7}, {path: prepared, weight: 0.3, name: uniref}]",
+    )
+    valid: Sources = key(
+        [],
+        "files for validation while training, or sources with a curve each, {NAME: FILE, ...}; empty: "
+        "data.valid_fraction of train",
+    )
+    test: Sources = key([], "files for `longseq evaluate --split test`; empty: data.test_fraction of train")
+    ood: Sources = key([], "out-of-distribution files for `longseq evaluate --split ood`")
+    reweighted: list[str] = key(
+        [], "weights that the sources of train had up to some sample; `longseq resume` writes it where they change"
+    )
+    split_by: str = key(
+        "sequence",
+        "what is hashed to hold a share of train out: the sequence of a protein, so that it stays where it is whatever "
+        "file and identifier it comes with, or the record's id; texts and images go by their ids. A run without this "
+        "key, of a version before, goes by ids",
+        choices=("sequence", "id"),
+    )
+    valid_fraction: float = key(0.05, "share of train held out by data.split_by", at_least=0, below=1)
+    test_fraction: float = key(0.05, "another such share, never looked at while training", at_least=0, below=1)
+    format: str = key(
+        "auto",
+        "of all files; auto: by their names, FASTA where they say nothing; lines: a document a line; jsonl, parquet "
+        "and hub have columns",
+        choices=("auto", *FORMATS),
+    )
+    tokenizer: str = key(
+        "auto",
+        "what the tokens are: protein (residues), dna (A, C, G, T, N), bytes (of text), pixels, or a "
+        "Hugging Face tokenizers FILE.json; "
+        "auto: protein for FASTA, pixels for images, else bytes",
+    )
+    column: str | None = key(None, "field of a table with the text or image; default: text, or image with pixels")
+    part_bytes: int = key(
+        1_048_576, "a longer text is read as several documents, cut at the end of a line", at_least=64
+    )
+    image_size: int = key(64, "pixels on each side of an image, cropped and scaled down to it", at_least=1)
+    length: int = key(512, "tokens a sequence", at_least=2)
+    packing: str = key(
+        "concat",
+        "concat: records joined by EOS and cut at length; crop: one record a sequence, padded or cropped at random; "
+        "bucket: the same, in steps of similar lengths and up to data.batch_tokens tokens, of a prepared corpus",
+        choices=("concat", "crop", "bucket"),
+    )
+    reset: bool = key(
+        False, "with packing concat: attention and positions begin anew at each document, which gets BOS and EOS"
+    )
+    crop: str = key(
+        "random",
+        "with packing crop or bucket: which part of a longer record is taken, also for scores",
+        choices=("random", "first"),
+    )
+    batch_tokens: int = key(
+        16384, "tokens of one optimiser step, over all processes and accumulated batches, padding included", at_least=1
+    )
+    shuffle_buffer: int = key(
+        10_000,
+        "records held to shuffle the stream, 64 MiB of them at most; 1: files come in a random order, each read as "
+        "it is, a proteome say; a prepared corpus is shuffled as a whole",
+        at_least=1,
+    )
+    later_epochs: str = key(
+        "auto",
+        "order of files after the first epoch: a permutation of all records, from the blocks in data.cache, or through "
+        "the buffer like the first; auto: of a new run permutation, where it has a cache and data.shuffle_buffer is "
+        "above 1",
+        choices=("auto", "buffer", "permutation"),
+    )
+    cache: str = key(
+        "auto",
+        "folder for what files are turned into, blocks of tokens, once for all processes and runs; auto: "
+        "$LONGSEQ_CACHE, or longseq in $XDG_CACHE_HOME or ~/.cache; none: nothing is kept, and each process reads the "
+        "files for itself",
+    )
+    reverse_complement: bool = key(
+        False, "with data.tokenizer=dna: half of the training sequences, drawn by run.seed, come as the other strand"
+    )
+    strict: bool = key(
+        False, "refuse letters outside the alphabet instead of reading them as X, and bytes that are not UTF-8"
+    )
+    workers: int = key(0, "extra processes that prepare batches, for each training process", at_least=0)
+    valid_samples: int = key(256, "sequences of one validation while training", at_least=1)
+    accept_changes: bool = key(
+        False, "`longseq resume`: go on although the data are not those the run was started with; once"
+    )
+
+    def files(self, split: str) -> list[str]:
+        """All that a split names, of all its sources."""
+        entries = getattr(self, split)
+        return [path for entry in entries for path in (entry["path"] if isinstance(entry, dict) else [entry])]
+
+    def sources(self, split: str) -> list[Source]:
+        """The sources of a split; empty where it names files alone."""
+        return [entry for entry in getattr(self, split) if isinstance(entry, dict)]
+
+
+@dataclass
+class OptimConfig:
+    lr: float = key(1e-3, "peak learning rate of AdamW", at_least=0)
+    warmup_steps: int = key(100, "steps of linear warm-up", at_least=0)
+    schedule: str = key("cosine", "after the warm-up", choices=("cosine", "constant"))
+    final_lr: float = key(0.1, "where the cosine ends, as a share of lr", at_least=0)
+    betas: list[float] = key([0.9, 0.98], "AdamW's decay rates")
+    eps: float = key(1e-9, "AdamW's epsilon", at_least=0)
+    weight_decay: float = key(0.1, "on matrices; not on embeddings, norms and biases", at_least=0)
+    implementation: str = key(
+        "torch",
+        "torch's AdamW, or DeepSpeed's: fused, or cpu for an offloaded optimiser (compiled when first used)",
+        choices=("torch", "fused", "cpu"),
+    )
+    clip: float = key(0.5, "largest norm of the whole gradient; 0: no clipping", at_least=0)
+
+
+@dataclass
+class TrainerConfig:
+    devices: int = key(1, "processes on each machine, one a device", at_least=1)
+    nodes: int = key(1, "machines; more than one are started by `longseq submit --nodes N`", at_least=1)
+    accelerator: str = key("auto", "auto: CUDA where there is a GPU", choices=("auto", "cpu", "cuda"))
+    max_steps: int = key(1000, "optimiser steps of the whole run", at_least=1)
+    precision: str = key("fp32", "of weights and activations", choices=("fp32", "bf16", "fp16"))
+    float32_matmul_precision: str = key(
+        "high",
+        "of fp32 products in linear layers on GPUs, as torch.set_float32_matmul_precision: high is TF32, several times "
+        "faster than highest",
+        choices=("highest", "high", "medium"),
+    )
+    strategy: str = key(
+        "deepspeed",
+        "deepspeed, PyTorch's ddp (every process holds everything), or single (one process, without either)",
+        choices=("single", "ddp", "deepspeed"),
+    )
+    zero_stage: int = key(
+        2, "what DeepSpeed shards: 0 nothing, 1 optimiser, 2 and gradients, 3 and weights", at_least=0, below=4
+    )
+    overlap_comm: bool | None = key(
+        None,
+        "whether DeepSpeed sums gradients over the processes beside the backward pass, into a second buffer; default: "
+        "with ZeRO-3",
+    )
+    context_parallel: int = key(
+        1, "neighbouring processes that hold a slice each of the same sequences; divides the processes", at_least=1
+    )
+    accumulate: int = key(1, "batches a process adds up for one optimiser step", at_least=1)
+    activation_checkpointing: bool = key(False, "recompute each block in the backward pass to save memory")
+    compile: bool = key(
+        False,
+        "torch.compile of each block: faster steps after some minutes at the start; needs a C++ compiler or Triton",
+    )
+    activation_offload: bool = key(False, "keep what the recomputation of blocks starts from in the CPU's memory")
+    offload_optimizer: str = key(
+        "none",
+        "where DeepSpeed keeps the optimiser: cpu from ZeRO-1 on, nvme with ZeRO-3",
+        choices=("none", "cpu", "nvme"),
+    )
+    offload_params: str = key("none", "where ZeRO-3 keeps the weights", choices=("none", "cpu", "nvme"))
+    offload_path: str | None = key(None, "a folder on a fast local disk, for nvme")
+    valid_every: int = key(250, "steps between validations; 0: never", at_least=0)
+    checkpoint_every: int = key(250, "steps between checkpoints; 0: only at the end or when stopped", at_least=0)
+    keep_checkpoints: int = key(3, "newest checkpoints kept", at_least=1)
+    keep_best: int = key(0, "checkpoints of lowest validation loss kept besides", at_least=0)
+    keep_every: int = key(0, "checkpoints at multiples of this many steps kept besides; 0: none", at_least=0)
+    log_every: int = key(10, "steps between points in TensorBoard", at_least=1)
+    probe_every: int = key(
+        1000,
+        "steps between looks at one fixed sequence: each layer's attention beside exact attention, attention maps, and "
+        "sequences sampled from a causal model; 0: never",
+        at_least=0,
+    )
+    sample_tokens: int = key(64, "tokens of each sequence sampled at a probe; 0: none", at_least=0)
+    histogram_every: int = key(0, "steps between histograms of all weights and gradients; 0: never", at_least=0)
+    noise_every: int = key(
+        0, "steps between measurements of the gradient noise scale, two half gradients more each; 0: never", at_least=0
+    )
+    peak_tflops: float | None = key(
+        None, "of one device, what MFU is a share of; default: that of a matrix product at the start", at_least=1e-6
+    )
+    ema_decay: float = key(
+        0.0, "keep a running mean of the weights, this much of it a step, e.g. 0.999; 0: none", at_least=0, below=1
+    )
+    length_warmup_steps: int = key(
+        0, "steps over which the sequences grow to data.length tokens; 0: they have it from the start", at_least=0
+    )
+    length_warmup_start: int = key(64, "tokens a sequence at the first of these steps", at_least=2)
+    time_limit: str | None = key(
+        None, "save and stop at the first step after this much time, e.g. 2h30m, 90s, 1d or 2:30:00; exit code 75"
+    )
+    on_bad_step: str = key(
+        "stop",
+        "a loss or gradient that is not finite, or a spike: stop the run, or skip the step",
+        choices=("stop", "skip"),
+    )
+    spike_factor: float = key(
+        0.0, "a loss above this many times the mean of about 50 batches before is a spike; 0: none is", at_least=0
+    )
+
+
+# Tiles cost a fourth forward pass in three; the paper's Regular model needs 3 GB of activations at 8,192 tokens.
+_TILE, _TILE_ON_GPU = 4096, 65536
+_TILED_FROM = 32768
+
+
+@dataclass
+class Config:
+    """The whole configuration of a run; the sections are those of the YAML files."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    deepspeed: dict[str, Any] = key({}, "passed through to DeepSpeed's own configuration")
+
+    @property
+    def batch_sequences(self) -> int:
+        """Sequences of one process in one micro-batch, or slices of them; with data.packing=bucket about the fewest."""
+        trainer, data = self.trainer, self.data
+        return data.batch_tokens // data.length // (self.replicas * trainer.accumulate)
+
+    @property
+    def slice_length(self) -> int:
+        """Tokens of a sequence that one process holds."""
+        return -(-self.data.length // self.trainer.context_parallel)
+
+    def sequence_tile(self, *, on_cuda: bool) -> int:
+        """model.sequence_tile, with its default filled in."""
+        given = self.model.sequence_tile
+        if given is None:
+            return (_TILE_ON_GPU if on_cuda else _TILE) if self.slice_length >= _TILED_FROM else 0
+        return given
+
+    @property
+    def processes(self) -> int:
+        """Training processes on all machines together."""
+        return self.trainer.nodes * self.trainer.devices
+
+    @property
+    def replicas(self) -> int:
+        """Groups of processes that have sequences of their own: trainer.context_parallel processes each."""
+        return self.processes // self.trainer.context_parallel
+
+    @property
+    def samples_per_step(self) -> int:
+        """Sequences of one optimiser step, over all processes and accumulated batches; with bucket the fewest."""
+        return self.data.batch_tokens // self.data.length
+
+    def performer_spec(self, vocabulary: int, *, on_cuda: bool = False) -> PerformerSpec:
+        """The model's architecture, sizes filled in from the preset where they are null.
+
+        on_cuda: whether it will be trained on a GPU, which the default of model.sequence_tile depends on.
+
+        Raises:
+            ConfigError: for sizes that do not fit together.
+        """
+        size, model, attention = PRESETS[self.model.preset], self.model, self.attention
+        try:
+            return PerformerSpec(
+                vocabulary=vocabulary,
+                dim=model.dim or size.dim,
+                depth=model.depth or size.depth,
+                heads=model.heads or size.heads,
+                ffn_dim=model.ffn_dim or size.ffn_dim,
+                causal=model.objective == "causal",
+                dropout=model.dropout,
+                attention=attention.kind,
+                kernel=attention.kernel,
+                features=attention.features,
+                window=attention.window,
+                projection=attention.projection,
+                qk_norm=attention.qk_norm,
+                learned_share=attention.learned_share,
+                learned_decay=attention.learned_decay,
+                backend=attention.backend,
+                redraw_every=attention.redraw_every,
+                seed=self.run.seed,
+                position=model.position,
+                max_positions=model.max_positions,
+                rotary_base=model.rotary_base,
+                norm=model.norm,
+                norm_eps=model.norm_eps,
+                embedding_norm=model.embedding_norm,
+                attention_bias=model.attention_bias,
+                head=model.head,
+                mask_scaling=model.mask_scaling,
+                activation_checkpointing=self.trainer.activation_checkpointing,
+                activation_offload=self.trainer.activation_offload,
+                sequence_tile=self.sequence_tile(on_cuda=on_cuda),
+                # Between tiles that go through all layers, ZeRO-3 would gather all weights.
+                carry=not (self.trainer.strategy == "deepspeed" and self.trainer.zero_stage == 3),
+            )
+        except ValueError as error:
+            raise ConfigError(f"{error}.") from None
+
+    def check(self) -> None:
+        """The arithmetic across keys, and DeepSpeed settings that would contradict them.
+
+        Raises:
+            ConfigError: with the numbers, and numbers that would do.
+        """
+        config_checks.check(self)
+
+    @property
+    def time_limit_seconds(self) -> float | None:
+        """trainer.time_limit in seconds.
+
+        Raises:
+            ConfigError: if it is no time.
+        """
+        limit = self.trainer.time_limit
+        try:
+            return None if limit is None else duration_seconds(limit)
+        except ValueError as error:
+            raise ConfigError(f"trainer.time_limit={limit}: {error}.") from None

@@ -1,0 +1,99 @@
+"""Write an exported folder (see longseq.interop.exported): weights, description, tokenizer, model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from longseq import __version__
+from longseq.config.schema import Config
+from longseq.errors import LongseqError
+from longseq.interop import exported
+from longseq.interop.model_card import model_card
+from longseq.interop.tokenizer_files import write_tokenizer
+from longseq.models.spec import EXPORTED
+from longseq.models.weights import save_weights
+from longseq.opening import Source, find
+from longseq_data.vocabulary import Vocabulary
+
+
+def export(
+    target: str | Path | Source,
+    out: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    ema: bool = False,
+    dtype: str = "float32",
+) -> Path:
+    """Make the folder ``out`` of a trained model.
+
+    Args:
+        target: a run folder, a checkpoint, or what ``longseq.find`` returned for one of these.
+        overrides: ``section.key=value`` on top of the run's configuration.
+        ema: the running mean of the weights instead of the last ones.
+        dtype: of the weights, "float32" or "bfloat16".
+
+    Returns:
+        the folder.
+
+    Raises:
+        LongseqError: if ``out`` exists, or the weights are not those of the configured architecture.
+    """
+    out = Path(out)
+    refuse_existing(out)
+    source = target if isinstance(target, Source) else find(Path(target), overrides, ema=ema)
+    state = source.load(device="cpu").state_dict()
+    card = model_card(source)
+    write_folder(out, state, source.config, source.vocabulary, source.step, card, first=source.begins, dtype=dtype)
+    return out
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise LongseqError where a folder is to be made and something has its name."""
+    if out.exists():
+        raise LongseqError(f"{out}: exists already, and is not overwritten: remove it, or choose another name.")
+
+
+def write_folder(
+    out: Path,
+    state: dict[str, Tensor],
+    config: Config,
+    vocabulary: Vocabulary,
+    step: int,
+    card: str,
+    *,
+    first: int,
+    dtype: str = "float32",
+) -> None:
+    """An exported folder of these weights.
+
+    Args:
+        state: a state dict of :class:`~longseq.models.performer.PerformerLM`.
+        first: the token that a sequence begins with.
+    """
+    kind = getattr(torch, dtype)
+    weights = {f"{EXPORTED}{name}": t.to(kind) if t.is_floating_point() else t for name, t in state.items()}
+    causal = config.model.objective == "causal"
+    with exported.writing(out) as folder:
+        description = {**exported.description(config, vocabulary, step), "dtype": dtype}
+        _json(folder / "config.json", {**description, "longseq_version": __version__})
+        if causal:
+            _json(
+                folder / "generation_config.json",
+                {
+                    "bos_token_id": first,
+                    "eos_token_id": vocabulary.eos,
+                    "pad_token_id": vocabulary.pad,
+                },
+            )
+        write_tokenizer(folder, vocabulary, first=first, causal=causal)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        save_weights(weights, folder / "model.safetensors")
+
+
+def _json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

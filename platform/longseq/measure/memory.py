@@ -1,0 +1,266 @@
+"""How much memory a training process needs, by arithmetic from the configuration. No torch here.
+
+Counted are the bytes of tensors, as ``longseq check`` measures them: what torch's allocator has handed out at its peak.
+Not counted: the Python process and its libraries (0.4 GiB on a CPU; a CUDA context, about as much, and NCCL's buffers),
+what the allocator holds without using it (fragments: leave a tenth), and the data loader's worker processes.
+
+P is the number of weights, n the number of ranks, w the bytes of a weight in training (fp32 4, bf16 and fp16 2):
+
+    weights       w P;  ZeRO-3 w P / n, and w P gathered at the end of the forward pass
+    optimiser     8 P of AdamW's moments, and 4 P of fp32 weights where DeepSpeed keeps its own (ZeRO 1-3, half
+                  precision); ZeRO 1-3 divide both by n
+    gradients     w P;  ZeRO 1-3 w P / n, and the buffer in which gradients wait to be summed over the ranks
+    activations   what the backward pass needs of every block (or with activation checkpointing of one block, and every
+                  block's input), and what it holds at its most besides; with tiles of the sequence see :func:`_tiled`
+    in the step   the fp32 gradients of this rank's part
+    in the CPU's  what is offloaded: the optimiser, weights, and what recomputations start from; and the
+                  copies that a checkpoint is written from: 12 P of fp32 weights and moments (ZeRO 1-3 divide by n),
+                  and rank 0's w P. Pinned memory rounds each tensor up to a power of two: up to twice as much
+
+The peak is that of three moments: the beginning of the backward pass, its end, and the optimiser's step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from longseq.config.schema import Config
+from longseq.models.spec import PerformerSpec
+
+# One state of the scan is kept for each group of this many positions: longseq.attention.scan.CHUNK * GROUP.
+SCAN_GROUP = 128
+# attention.backends.triton.scan keeps no states: it makes them anew, for as many sequences and heads at a time as fit
+# into STATE_BYTES, one for each CHUNK positions at most (two in the backward pass); and a few more numbers a query.
+STATE_BYTES, CHUNK, TRITON_NUMBERS = 512 * 1024**2, 64, 4
+TRITON_KERNELS, TRITON_WIDEST = ("softmax", "hyperbolic", "oprf", "smreg", "relu", "relu_direct"), 128
+# longseq.models.head: logits at a time, and rows of them at most.
+LOGITS, MOST_ROWS = 2**24, 8192
+DEEPSPEED_BUCKET = 500_000_000  # DeepSpeed's own default, in elements: gigabytes, however small the model
+_MAX_LIVE = 1_000_000_000  # weights that ZeRO-3 leaves gathered, DeepSpeed's default
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one rank."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    peak: int  # less than their sum: they do not need their most at the same time
+    host: int  # next to a GPU: what is offloaded to the CPU's memory, and what rank 0 copies for a checkpoint
+
+    def line(self) -> str:
+        """For people."""
+        parts = f"weights {gib(self.weights)}, gradients {gib(self.gradients)}, optimiser {gib(self.optimizer)}, "
+        parts += f"activations {gib(self.activations)}"
+        host = f", and {gib(self.host)} in the CPU's memory" if self.host else ""
+        return f"about {gib(self.peak)} of tensors a process ({parts}){host}"
+
+
+def estimate(config: Config, vocabulary: int, *, on_cuda: bool = True) -> MemoryEstimate:
+    """What one rank needs to train this configuration with so many tokens in its vocabulary, on GPUs or on CPUs."""
+    spec, trainer = config.performer_spec(vocabulary, on_cuda=on_cuda), config.trainer
+    count, ranks = spec.parameter_count, config.processes
+    deepspeed = trainer.strategy == "deepspeed"
+    stage = trainer.zero_stage if deepspeed else 0
+    width = 4 if trainer.precision == "fp32" else 2
+    part = count / ranks if stage else count  # elements of the optimiser that are this rank's
+    held = count / ranks if stage == 3 else count  # and of the weights
+
+    weights = (width if deepspeed else 4) * held
+    if not deepspeed and width == 2:
+        weights += width * count  # autocast's copies
+    gathered = width * min(count, _MAX_LIVE) if stage == 3 else 0
+    masters = 4 * part if stage or (deepspeed and width == 2) else 0
+    optimizer = masters + 8 * part
+    mean = 4 * held if trainer.ema_decay else 0
+    part_gradients = (width if deepspeed else 4) * part
+    buffers = 2 if _overlaps(config) else 1
+    bucket = buffers * width * reduce_bucket(config, count) if stage else 4 * count if trainer.strategy == "ddp" else 0
+    gradients = part_gradients + bucket
+    read = part if stage else count * bool(masters)  # gradients in fp32, for the optimiser
+    step = 4.0 * read
+
+    tokens = config.batch_sequences * config.slice_length
+    triton = on_cuda and runs_triton(spec)
+    block, behind = block_bytes(spec, config, width, triton=triton), _backward(spec, width)
+    if width < 4 and spec.attention == "favor" and not triton:
+        behind += 4 * 3 * spec.dim  # queries, keys and values once more: these backends compute in fp32
+    head = 3.0 * width * spec.dim  # a token's, but for the logits
+    start = width * spec.dim  # what a recomputation starts from
+    kept = 1.0 * tokens * spec.depth * (start if spec.activation_checkpointing else block)
+    recomputed = tokens * (block - start) if spec.activation_checkpointing else 0
+    tiles = 0 < spec.tile < config.slice_length
+    if tiles:
+        kept, recomputed, head = _tiled(spec, config, width, count, triton)
+        block = behind = 0
+    offloaded = 0.0
+    if trainer.activation_offload and on_cuda and not (tiles and _carries(spec, config)):
+        offloaded = tokens * spec.depth * start
+        kept -= max(0, tokens * (spec.depth - 2) * start)  # one is in use, and one on its way
+    inputs = tokens * 2 * 8  # tokens and targets, 64 bits each
+    logits = _logits(spec, tokens, width)
+    states = _states(spec, config) if triton else 0.0
+    first = inputs + max(kept + recomputed + max(tokens * behind, states), kept + tokens * head + logits)
+    last = inputs + (recomputed + states if tiles else tokens * block + max(tokens * behind, states))
+
+    if trainer.offload_optimizer != "none":
+        offloaded, optimizer, step = offloaded + optimizer + 4 * part, 0, 4 * part  # and the fp32 gradients it reads
+    if trainer.offload_params != "none":
+        offloaded, weights = offloaded + weights, 0
+    if on_cuda:  # rank 0's: where all ranks hold the same, it alone writes
+        offloaded += 12 * part + (width if deepspeed else 4) * count
+    always = weights + optimizer + mean
+    # What ZeRO-3 has for good, the others have from the backward pass to the step.
+    early, late, left = (gradients, gradients, gradients) if stage == 3 else (bucket, gradients, part_gradients)
+    moments = always + gathered + early + first, always + gathered + late + last, always + left + step
+    return MemoryEstimate(
+        weights=round(weights + gathered),
+        gradients=round(gradients),
+        optimizer=round(optimizer + mean),
+        activations=round(first),
+        peak=round(max(moments)),
+        host=round(offloaded),
+    )
+
+
+def reduce_bucket(config: Config, parameters: int) -> int:
+    """Elements of the buffer in which DeepSpeed collects gradients: as many as the model has, unless it is told."""
+    given = config.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size")
+    return int(given) if isinstance(given, (int, float)) else min(DEEPSPEED_BUCKET, parameters)
+
+
+def _overlaps(config: Config) -> bool:
+    """Whether gradients are summed beside the backward pass, out of one buffer while another one fills (ZeRO-1, 2)."""
+    given = config.deepspeed.get("zero_optimization", {}).get("overlap_comm", config.trainer.overlap_comm)
+    return bool(given) and config.trainer.zero_stage < 3
+
+
+def gib(size: float) -> str:
+    """Bytes for people."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def runs_triton(spec: PerformerSpec) -> bool:
+    """Whether attention takes the Triton kernels on a GPU."""
+    known = spec.kernel in TRITON_KERNELS and spec.head_dim <= TRITON_WIDEST
+    return spec.attention == "favor" and (spec.backend == "triton" or (spec.backend == "auto" and known))
+
+
+def _states(spec: PerformerSpec, config: Config) -> float:
+    """Bytes of the states that the Triton kernels have in memory at a time, at most."""
+    rows = config.batch_sequences * spec.heads
+    one = 4 * spec.features * (spec.head_dim + 1)
+    length = (
+        min(spec.tile or config.slice_length, config.slice_length) if _carries(spec, config) else config.slice_length
+    )
+    return min(STATE_BYTES, 2.0 * one * rows * -(-length // CHUNK))
+
+
+def block_bytes(spec: PerformerSpec, config: Config, width: int, *, triton: bool = False) -> float:
+    """Bytes a token that the backward pass of one block needs: those that its forward pass saves.
+
+    The residual stream twice, both norms' outputs and the attention's output as its map reads it; the hidden layer
+    before and after its activation; queries, keys, values and output of attention; and what its kind keeps.
+    """
+    dim, heads = spec.dim, spec.heads
+    total = width * (5.0 * dim + 2 * spec.ffn_dim) + 2 * 2 * 4  # and the norms' means and deviations
+    # q, k and v are slices of one tensor, which lives on as long as one of them is needed as it is; but not where
+    # longseq.attention.backends.triton.heads takes them apart.
+    whole_qkv = spec.attention == "exact" or config.batch_sequences == 1
+    if spec.attention == "exact":
+        total += width * (3 + 2 + 1) * dim + 4 * heads
+        total += _mask(spec, config)
+    else:
+        total += width * (3 if whole_qkv and not triton else 1) * dim  # all of them, or the values
+        total += width * 2 * dim + 4 * dim  # queries and keys, and the output in fp32
+        total += _favor(spec, config, width, triton)
+    if spec.qk_norm and triton:
+        total += 2 * 4 * heads  # lengths
+    elif spec.qk_norm:
+        # Normalised q and k, what they were before (in fp32 the slices themselves), and the norms.
+        total += width * 2 * dim + 4 * 2 * heads
+        total += 0 if whole_qkv and width == 4 else width * 3 * dim if width == 4 else 4 * 2 * dim
+    if spec.dropout:
+        total += width * 2 * dim  # what was dropped
+    return total
+
+
+def _favor(spec: PerformerSpec, config: Config, width: int, triton: bool) -> float:
+    """Bytes a token: states between the groups of chunks, denominators, and each part's output where there are two."""
+    state = 4 * spec.heads * spec.features * (spec.head_dim + 1)
+    plain = not (spec.window or spec.learned_decay or _packs(config))
+    numbers = TRITON_NUMBERS if triton else 0
+    if not spec.causal and plain:
+        return state / config.slice_length + (1 + numbers) * 4 * spec.heads
+    one = (2 + numbers) * 4.0 * spec.heads
+    if not triton:
+        one += state / min(SCAN_GROUP, config.slice_length)
+    total = one
+    if spec.window:
+        total += 4 * spec.dim + 3 * 4 * spec.heads  # the window's own output, and the weights of both
+    if not spec.causal:
+        # The scan of the reversed row: reversed queries, keys and values, and its output both ways.
+        total += one + (width * 3 + 4 * 2) * spec.dim + 3 * 4 * spec.heads
+    return total
+
+
+def _packs(config: Config) -> bool:
+    """Whether rows hold documents that do not see each other."""
+    return config.data.reset
+
+
+def _mask(spec: PerformerSpec, config: Config) -> float:
+    """Bytes a token of what is quadratic in exact attention, where padding, documents or a decay ask for a mask."""
+    length, rows = config.data.length, config.batch_sequences
+    masked = config.data.packing != "concat" or _packs(config) or config.trainer.context_parallel > 1
+    if spec.learned_decay:  # a mask that learns: torch keeps all weights
+        return 4 * spec.heads * length + (4 * spec.heads + 8) * length * (1 if masked else 1 / rows)
+    return (1 + 4) * length if masked else 0
+
+
+def _logits(spec: PerformerSpec, tokens: int, width: int) -> float:
+    """Bytes of the logits that exist at a time in fp32, of their gradients, and of the head's gradient."""
+    rows = min(tokens, MOST_ROWS, max(256, LOGITS // spec.vocabulary))
+    return rows * spec.vocabulary * (2 * 4 + (2 * width if width < 4 else 0)) + 2 * 4 * spec.vocabulary * spec.dim
+
+
+def _carries(spec: PerformerSpec, config: Config) -> bool:
+    """Whether a tile goes through all layers."""
+    return spec.carries and config.trainer.context_parallel == 1 and not (_packs(config) or _pads(config))
+
+
+def _tiled(
+    spec: PerformerSpec, config: Config, width: int, parameters: int, triton: bool
+) -> tuple[float, float, float]:
+    """With tiles of the sequence: bytes that are kept, bytes of one recomputation, and the head's bytes a token.
+
+    Where a tile goes through all layers, the states between the tiles are kept, and one tile of all layers is computed
+    again with two gradients of all weights. Elsewhere each block's input is kept, and the attention of one block is
+    computed again as a whole: its queries, keys, values and output, the gradients of these and the residual stream's.
+    """
+    rows, length, dim = config.batch_sequences, config.slice_length, spec.dim
+    one = rows * spec.tile * (block_bytes(spec, config, width, triton=triton) + _backward(spec, width))
+    state = 4 * spec.heads * spec.features * (spec.head_dim + 1)
+    if _carries(spec, config):
+        kept = rows * spec.depth * -(-length // spec.tile) * (state + 2 * 4 * spec.window * dim)
+        extra = rows * spec.tile * 4 * 4 * dim  # the output of each part, and of both
+        return kept, spec.depth * (one + extra) + 2 * 4 * parameters, 0
+    block = 11.0 * width * dim if width == 4 else width * 11 * dim + 4 * 8 * dim
+    block += _favor(spec, config, width, triton) if spec.attention == "favor" else _mask(spec, config)
+    return rows * length * (spec.depth + 1) * width * dim, rows * length * block + one, 3 * width * dim
+
+
+def _pads(config: Config) -> bool:
+    """Whether rows may be padded."""
+    return config.data.packing != "concat"
+
+
+def _backward(spec: PerformerSpec, width: int) -> float:
+    """Bytes a token that the backward pass of a block holds at most, beyond what is kept for it.
+
+    In the MLP the gradients of the residual stream and of the hidden layer; in the attention, where the MLP's are gone,
+    those of q, k, v, its output and their copies.
+    """
+    return width * max(spec.dim + spec.ffn_dim, 8 * spec.dim - 2 * spec.ffn_dim)

@@ -1,0 +1,31 @@
+"""Model FLOPs: the matrix products that one token of training needs, forward and backward.
+
+A linear map of n weights costs 2n forward and 4n backward. Attention is counted as ``longseq.measure.flops`` does,
+without what the backward pass computes again to spare memory: the share of the peak (MFU) that follows is that of
+useful work (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
+"""
+
+from __future__ import annotations
+
+from longseq.attention.scan import CHUNK
+from longseq.measure import flops
+from longseq.models.spec import PerformerSpec
+
+
+def training_flops(spec: PerformerSpec, length: int) -> float:
+    """FLOPs of one token in a sequence of ``length``, embedding look-ups and norms left out."""
+    linear = spec.depth * (4 * spec.dim**2 + 2 * spec.dim * spec.ffn_dim) + spec.vocabulary * spec.dim
+    linear += spec.dim**2 if spec.head == "transform" else 0
+    attention = _attention(spec, length).both.strict
+    return 6 * linear + spec.depth * spec.heads * attention
+
+
+def _attention(spec: PerformerSpec, length: int) -> flops.Count:
+    """One token and head."""
+    d = spec.head_dim
+    if spec.attention == "exact":
+        return flops.exact(d, d, length / 2 if spec.causal else length)
+    if spec.window:
+        window, causal = spec.window, spec.causal
+        return flops.windowed(d, d, spec.features, length=length, window=window, causal=causal, chunk=CHUNK)
+    return flops.favor(d, d, spec.features, CHUNK if spec.causal else 0)

@@ -1,0 +1,88 @@
+"""The model's whole weights, out of whatever ZeRO made of them, into a safetensors file and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from longseq.errors import RunError
+from longseq.models.spec import EXPORTED
+from longseq.models.weight_files import read_weights
+from longseq.pinned import Copies
+from longseq_data.files import aside
+from longseq_data.os_errors import explained, of_library
+
+_LEARNED = ("log_temperature", "log_share", "log_decay")  # of attention: qk_norm, learned_share, learned_decay
+
+
+def full_state_dict(model: nn.Module, sharded: bool, keep: bool, by: Copies | None = None) -> dict[str, Tensor]:
+    """Copies of the whole state dict, on the CPU. All ranks must call it; those that do not ``keep`` get an empty one.
+
+    sharded: whether DeepSpeed has cut the weights up (ZeRO-3). by: makes the copies, and knows when they are made.
+    """
+    by = by or Copies()
+    persistent = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}  # the same on all ranks
+    state = {name: by.of(buffer.detach()) for name, buffer in buffers.items()} if keep else {}
+    for name, parameter in model.named_parameters():
+        if sharded:
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if keep:
+                    state[name] = by.of(parameter.detach())
+        elif keep:
+            state[name] = by.of(parameter.detach())
+    return state
+
+
+def save_weights(state: dict[str, Tensor], path: Path) -> None:
+    """Into a safetensors file.
+
+    Raises:
+        RunError: if it cannot be written, on a full disk say.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        with aside(path) as partial:
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial)
+    except SafetensorError as error:
+        refused = of_library(error, path)
+        if refused:
+            raise RunError(f"{explained(refused, path, 'cannot be written')}.") from None
+        raise RunError(f"{path}: cannot be written ({error}).") from None
+
+
+def load_weights(model: nn.Module, path: Path, *, may_learn_more: bool = False) -> list[str]:
+    """Load a safetensors file, a checkpoint's or an exported folder's, into a model, weights in fp32. Nothing is
+    unpickled.
+
+    Args:
+        may_learn_more: let learned parts of attention that the file lacks keep the values that the model has.
+
+    Returns:
+        The names of these.
+
+    Raises:
+        RunError: if the file is damaged, or holds the weights of another architecture.
+    """
+    state = {
+        name.removeprefix(EXPORTED): t.float() if t.is_floating_point() else t for name, t in read_weights(path).items()
+    }
+    own = model.state_dict()
+    fresh = [name for name in own if may_learn_more and name not in state and name.endswith(_LEARNED)]
+    state |= {name: own[name] for name in fresh}
+    have = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    for name in sorted(wanted.keys() | have.keys()):
+        # A kernel's constant is no weight: FavorAttention does without it, or drops it.
+        if not name.endswith("oprf_constant") and have.get(name) != wanted.get(name):
+            raise RunError(
+                f"{path}: {name} is {have.get(name, 'missing')}, the configured model wants "
+                f"{wanted.get(name, 'none')}: leave model.* and the learned parts of attention.* as the run has them."
+            )
+    model.load_state_dict(state)
+    return fresh

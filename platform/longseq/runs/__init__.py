@@ -1,0 +1,1 @@
+"""A run as a folder: its checkpoints, its starts, who owns it."""

@@ -1,0 +1,93 @@
+"""What a run keeps for its life, and what may change when it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from longseq.config.loading import shown
+from longseq.config.schema import Config
+from longseq.config.sources import reweighted, unweighted
+from longseq.errors import RunError
+from longseq.models.presets import PRESETS
+from longseq.runs.checkpoint import Checkpoint
+from longseq.runs.run import Run
+from longseq_data.prepare.identity import identity_of
+
+# What the weights or the order of the samples depend on, and a run keeps for its life.
+FIXED = (
+    *("run.name", "run.dir", "run.seed"),
+    *("model.preset", "model.dim", "model.depth", "model.heads", "model.ffn_dim", "model.objective"),
+    *(
+        "model.init_from",
+        "model.position",
+        "model.max_positions",
+        "model.rotary_base",
+        "model.norm",
+        "model.norm_eps",
+        "model.embedding_norm",
+    ),
+    *("model.attention_bias", "model.head", "model.mask_scaling"),
+    *("attention.qk_norm", "data.train", "data.valid", "data.test", "data.valid_fraction", "data.test_fraction"),
+    *("data.split_by", "data.reverse_complement", "data.length", "data.packing", "data.batch_tokens"),
+    *("data.shuffle_buffer", "data.later_epochs"),
+    *("data.format", "data.tokenizer", "data.column", "data.part_bytes", "data.image_size", "data.reset", "data.crop"),
+)
+
+
+_SIZES = ("dim", "depth", "heads", "ffn_dim")
+_FILES = ("data.train", "data.valid", "data.test")
+
+
+def refuse_changes(before: Config, after: Config, run: Run, keys: Sequence[str]) -> None:
+    """Refuse overrides that would make another experiment of a run.
+
+    Raises:
+        RunError: naming the key and both values.
+    """
+    for key in keys:
+        section, _, name = key.partition(".")
+        old, new = (_value(config, section, name) for config in (before, after))
+        if old != new:
+            if key == "data.train" and unweighted(old) == unweighted(new):
+                continue
+            if key in _FILES and _only_moved(run, name, before, after):
+                continue
+            moved = ", whose content is another" if key in _FILES else ""
+            raise RunError(
+                f"{key}={shown(new)}: the run {run.path} was started with {shown(old)}{moved}, and keeps it. "
+                "Start another run with `longseq fit` for another experiment."
+            )
+
+
+def _only_moved(run: Run, split: str, before: Config, after: Config) -> bool:
+    names = [[source["name"] for source in config.data.sources(split)] for config in (before, after)]
+    old, new = before.data.files(split), after.data.files(split)
+    return names[0] == names[1] and run.only_moved(split, old, new, [identity_of(source) for source in new])
+
+
+def _value(config: Config, section: str, name: str) -> object:
+    """The value of a key, and where it is null the preset's: naming the size that a model has changes nothing."""
+    value = getattr(getattr(config, section), name)
+    if value is None and section == "model" and name in _SIZES:
+        return getattr(PRESETS[config.model.preset], name)
+    return value
+
+
+def note_weights(before: Config, after: Config, samples: int) -> None:
+    """Write down which weights the sources had until now, where they change after so many samples."""
+    data = after.data
+    data.reweighted = reweighted(before.data.sources("train"), data.sources("train"), before.data.reweighted, samples)
+
+
+def check_precision(checkpoint: Checkpoint, config: Config) -> None:
+    """Refuse to go on in another precision.
+
+    Raises:
+        RunError: naming both.
+    """
+    trained, wanted = checkpoint.position.precision, config.trainer.precision
+    if trained != wanted:
+        raise RunError(
+            f"{checkpoint.path}: trained with trainer.precision={trained}; in {wanted} it would be another experiment: "
+            f"go on with {trained}."
+        )
