@@ -27,6 +27,7 @@ LOOK = 0.5  # seconds between looks at whether it is still there
 SETTINGS = {
     "DASK_LOGGING__DISTRIBUTED": "critical",  # what goes wrong is raised
     "DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "60s",  # of a node whose power has failed
+    "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "false",  # a hundred looks at the stack a second
 }
 
 Item = TypeVar("Item")

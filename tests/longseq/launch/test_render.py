@@ -70,11 +70,12 @@ def scripts(site: Site = CLUSTER) -> dict[str, str]:
         "chain": train_script(RUN, config, replace(site, gpu_request="gres"), Request(2, 2, True, comes_back=False)),
         "evaluate": evaluate_script(RUN, ["data.ood=[a.fasta, 'b c']"], apptainer, Request(1, 1, gpus=True)),
         "prepare": prepare_script(Path("/w/uniref50.yaml"), ["workers=32"], Path("/w/p-%j.log"), site, one),
+        "prepare-nodes": prepare_script(Path("/w/web.yaml"), [], Path("/w/p-%j.log"), site, replace(one, nodes=4)),
     }
 
 
 @pytest.mark.interfaces
-@pytest.mark.parametrize("name", ["train", "sweep", "chain", "evaluate", "prepare"])
+@pytest.mark.parametrize("name", ["train", "sweep", "chain", "evaluate", "prepare", "prepare-nodes"])
 def test_a_script_is_the_one_that_was_looked_at(name, request):
     """After a change of the templates look at what `pytest --update-golden` changes, and commit it."""
     script, golden = scripts()[name], GOLDEN / f"{name}.sbatch"
@@ -85,7 +86,7 @@ def test_a_script_is_the_one_that_was_looked_at(name, request):
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
-@pytest.mark.parametrize("name", ["train", "sweep", "chain", "evaluate", "prepare"])
+@pytest.mark.parametrize("name", ["train", "sweep", "chain", "evaluate", "prepare", "prepare-nodes"])
 def test_shellcheck_finds_nothing(name):
     for site in (CLUSTER, Site()):
         done = subprocess.run(["shellcheck", "-"], input=scripts(site)[name], capture_output=True, text=True)

@@ -83,6 +83,8 @@ def _nodes(config: PrepareConfig) -> tuple[Nodes, bool]:
 
     if "SLURM_STEP_ID" not in os.environ:
         raise LongseqError("--step: this is no task that srun has started; leave it out on one machine.")
+    if "TMPDIR" in os.environ:  # the job's script makes it on the first node
+        Path(os.environ["TMPDIR"]).mkdir(parents=True, exist_ok=True)
     place = Place.of_slurm(os.environ)
     output = user_path(config.output).absolute()
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
