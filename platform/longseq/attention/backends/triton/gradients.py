@@ -78,10 +78,10 @@ def add_up_queries(
         # Rounded as for the products dout_iᵀv_j, from which dout_iᵀout_i is taken: most of both may cancel.
         grad = operand(load_tile(dout + (at + first) * e, rows, real, e, E), HALF)
         inverse = tl.load(inverse_den + here, mask=real, other=0.0)
-        shared = -tl.sum(grad.to(tl.float32) * load_tile(out + (at + first) * e, rows, real, e, E), 1)
-        if DLSE:
-            shared += tl.load(dlse + here, mask=real, other=0.0)
         if tl.program_id(2) == 0:
+            shared = -tl.sum(grad.to(tl.float32) * load_tile(out + (at + first) * e, rows, real, e, E), 1)
+            if DLSE:
+                shared += tl.load(dlse + here, mask=real, other=0.0)
             tl.store(u + here, shared * inverse, mask=real)
         carried = 1.0
         if LOCAL:
@@ -278,7 +278,7 @@ def keys_vjp(
     weight, shift, sums, dk, dv, flows, length, delay, steps, others, norm,
     m: tl.constexpr, d: tl.constexpr, e: tl.constexpr,
     EXPONENTIAL: tl.constexpr, SHIFTED: tl.constexpr, LOCAL: tl.constexpr, DLSE: tl.constexpr, FLOW: tl.constexpr,
-    RUNS: tl.constexpr,
+    RUNS: tl.constexpr, SPLIT: tl.constexpr,
     HALF: tl.constexpr, C: tl.constexpr, F: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one segment, with dA as in :func:`queries_vjp`:
@@ -286,7 +286,8 @@ def keys_vjp(
         dφ(k_j) = Σ_i dA_ij φ(q_i) + e^{b_j − c'} R ṽ_j,    dv_j = Σ_i A_ij g_i + e^{b_j − c'} Rᵀφ(k_j)
 
     R is that behind the segment, and is left as it is behind its first chunk. FLOW: the keys' share of the decay's
-    gradient, Σ_j (j + delay) Σ_i dA_ij A_ij, counted from the segment's start; the state is then read in two parts.
+    gradient, Σ_j (j + delay) Σ_i dA_ij A_ij, counted from the segment's start. SPLIT: R is read in two parts, as it
+    always is with FLOW and where one state is all keys.
     """
     n = tl.program_id(1).to(tl.int64)
     part = tl.program_id(0)
@@ -350,14 +351,14 @@ def keys_vjp(
                 one_more = tl.sum(queries.to(tl.float32) * read_one[:, None], 0)
             state, one = load_state(sums, f, m, e, F, E)
             read_state = operand(state, HALF)
-            if HALF:
+            if HALF and (SPLIT or FLOW or not LOCAL):
                 rest = operand(state - read_state.to(tl.float32), HALF)
             if LOCAL:  # noqa: SIM102 (it is known when this is compiled)
                 if back + 1 < stop - start:
                     before_ = product(tl.trans(again(reading, block, length, HALF)), queries, state * left)
                     put_state(sums, f, before_, one * left + one_more, m, e, F, E)
             d_phi = product(again(values, block, length, HALF), read_state)
-            if HALF:
+            if HALF and (SPLIT or FLOW or not LOCAL):
                 d_phi = product(values, rest, d_phi)
             d_phi = (d_phi + one[None, :]) * entering[:, None]
             if LOCAL:

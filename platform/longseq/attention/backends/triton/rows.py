@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
-# fp32 numbers are the sum of three bf16 ones; the six largest products of these add up to nearly fp32 (relative error
-# 1e-6). A single TF32 product has an error of 5e-4, and an exponent of size 20 would turn it into 1 %; three of them
-# are as good as six of bf16, in more memory. The interpreter multiplies in fp32.
-PRECISION = tl.constexpr("bf16x6")
 # Columns of fp32 rows multiplied at a time. All of a tile, split into its parts, would overflow the registers.
 SLICE = tl.constexpr(32)
 
@@ -48,12 +45,22 @@ def put_rows(base, rows, keep, width, values, COLUMNS: tl.constexpr):
     tl.store(base + rows[:, None] * width + columns[None, :], values, mask=keep[:, None] & (columns < width)[None, :])
 
 
+@triton.constexpr_function
+def _parts():
+    """Products that one of fp32 is the sum of, to a relative error of 1e-6: the interpreter multiplies in fp32.
+
+    A single one of TF32 has an error of 5e-4, and an exponent of size 20 would turn it into 1 %. Three are as good as
+    six of bf16, in more memory, which sm_90 has.
+    """
+    return "tf32x3" if cuda_capability_geq(9) and not cuda_capability_geq(10) else "bf16x6"
+
+
 @triton.jit
 def product(a, b, total=None):
     """a b [+ total] in fp32."""
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    PART: tl.constexpr = PRECISION if a.dtype == tl.float32 and not INTERPRETED else "ieee"
+    PART: tl.constexpr = _parts() if a.dtype == tl.float32 and not INTERPRETED else "ieee"
     return tl.dot(a, b, total, input_precision=PART)
 
 
