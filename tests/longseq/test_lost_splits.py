@@ -19,9 +19,10 @@ from longseq.commands.data.inspect import run as inspect
 from longseq.commands.training import FIXED, check_data, refuse_changes
 from longseq.config import DataConfig
 from longseq.config_loading import load_config
-from longseq.data import fit_parts, identities, resolve_sources, split_spec
+from longseq.data import identities, resolve_sources, split_spec
 from longseq.errors import RunError
 from longseq.run import Run
+from longseq.text_parts import fit_parts
 from longseq_data.errors import DataError
 from longseq_data.prepare.config import PrepareConfig
 from longseq_data.prepare.inspection import report_lines

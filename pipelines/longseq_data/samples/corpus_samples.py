@@ -16,6 +16,7 @@ from longseq_data.vocabulary import Vocabulary
 
 from .buckets import block_samples, cut_block
 from .corpus_cuts import Crops, Cut, Joined, Plan, rounds
+from .members import Members
 from .order import permutation
 from .rows import Finish, Integers
 from .sharing import MakeBatch, Share, epochs_of, even
@@ -50,6 +51,7 @@ class CorpusSpec:
     reset: bool = False  # "concat": documents [BOS] ... [EOS] that do not see each other, with segment numbers
     crop: str = "random"  # where a record longer than the window is cropped, "random" or its "first" tokens
     batch_tokens: int = 0  # "bucket": of one step over all ranks, padding included
+    members: str | None = None  # "crop" and "bucket": a file of prepare.members; an epoch takes one of each cluster
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -61,6 +63,8 @@ class CorpusSpec:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
         if self.reset and self.packing != "concat":
             raise ValueError("reset is about concatenated documents: packing must be 'concat'")
+        if self.members and self.packing == "concat":
+            raise ValueError("members are whole records: packing must be 'crop' or 'bucket'")
         if self.length < 2:
             raise ValueError(f"length must be at least 2 tokens, not {self.length}")
         if self.packing == "bucket" and self.batch_tokens < self.length:
@@ -83,7 +87,8 @@ class CorpusSpec:
     def cut(self) -> Cut:
         if self.packing == "concat":
             return Joined(self.corpus, self.length, self.objective, self.seed, self.reset)
-        return Crops(self.corpus, self.length, self.objective, self.seed, self.crop)
+        members = Members(self.members) if self.members else None
+        return Crops(self.corpus, self.length, self.objective, self.seed, self.crop, members)
 
     @property
     def epoch_samples(self) -> int:

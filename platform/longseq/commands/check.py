@@ -18,11 +18,12 @@ from longseq.commands.key_help import help_on_keys
 from longseq.commands.training import check_data, check_disk, check_origin
 from longseq.config import Config
 from longseq.config_loading import load_config
-from longseq.data import SPLITS, fit_parts, resolve_sources, vocabulary
+from longseq.data import SPLITS, resolve_sources, vocabulary
 from longseq.errors import EXIT_ERROR, USER_ERRORS
 from longseq.launch import local
 from longseq.launch.memory import MemoryEstimate, estimate, gib
 from longseq.run import Run
+from longseq.text_parts import fit_parts
 from longseq_data.files import user_path
 
 _Result = TypeVar("_Result")

@@ -12,9 +12,10 @@ from pathlib import Path
 from longseq.commands.key_help import help_on_keys
 from longseq.commands.training import check_data, check_disk, check_origin, train
 from longseq.config_loading import load_config
-from longseq.data import begin_reading, fit_parts, fix_order, identities, resolve_sources
+from longseq.data import begin_reading, fix_order, identities, resolve_sources
 from longseq.launch.slurm.place import refuse_several_tasks
 from longseq.run import Run
+from longseq.text_parts import fit_parts
 from longseq.training.deepspeed_settings import check_deepspeed
 from longseq_data.files import user_path
 

@@ -25,7 +25,7 @@ from longseq.commands.training import (
 )
 from longseq.config import Config
 from longseq.config_loading import load_config, save_config
-from longseq.data import fit_parts, fix_order, identities, resolve_sources, vocabulary
+from longseq.data import fix_order, identities, resolve_sources, vocabulary
 from longseq.errors import ConfigError, LongseqError, RunError
 from longseq.launch.memory import estimate, gib
 from longseq.launch.slurm import queue
@@ -42,6 +42,7 @@ from longseq.launch.slurm.render import (
 from longseq.launch.slurm.site import Site, load_site
 from longseq.launch.slurm.state import check_free, record_job
 from longseq.run import Run, as_typed
+from longseq.text_parts import fit_parts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
