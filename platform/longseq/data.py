@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +17,9 @@ from longseq_data.corpus.manifest import Manifest, read_manifest
 from longseq_data.errors import DataError
 from longseq_data.files import user_path
 from longseq_data.ingest.cache import default_folder
+from longseq_data.os_errors import explained
 from longseq_data.prepare.identity import identity_of
+from longseq_data.prepare.members import member_index
 from longseq_data.randomness import words
 from longseq_data.readers.reading import TABLES, TOKENS, Reading, agree
 from longseq_data.readers.sources import expand_sources
@@ -28,7 +28,6 @@ from longseq_data.samples.draw import Draw
 from longseq_data.samples.mixture import MixtureSpec
 from longseq_data.samples.sharing import Samples
 from longseq_data.samples.streaming import StreamSpec
-from longseq_data.splits import split_of
 from longseq_data.vocabulary import Vocabulary
 
 SPLITS = ("train", "valid", "test", "ood")
@@ -65,6 +64,9 @@ def resolve_sources(config: Config) -> None:
             "data.packing=bucket sorts sequences by their lengths, which only a prepared corpus knows beforehand: make "
             "one with `longseq data prepare`, or take data.packing=crop."
         )
+    if data.clusters is not None:
+        _check_clusters(config, corpora)
+        data.clusters = str(user_path(data.clusters).absolute())
     for corpus in corpora:
         _check_corpus(config, corpus, read_manifest(Path(corpus)))
     tokens = vocabulary(config)
@@ -85,57 +87,6 @@ def resolve_sources(config: Config) -> None:
         raise ConfigError(
             f"data.column={data.column}: none of the files is a table ({', '.join(TABLES)}); leave it out."
         )
-
-
-# Texts of more stored bytes have enough parts for every split.
-_SHORT = 1 << 25
-_LEAST_PART = 64  # bytes, as of the key
-
-
-def fit_parts(config: Config) -> None:
-    """For a new run: read few short texts in parts small enough for each share held out of them, and say so.
-
-    The sources are resolved. Nothing changes where the parts of data.part_bytes fill the training and validation split.
-    """
-    data = config.data
-    if any(map(is_corpus, data.files("train"))):
-        return
-    shares = 0.0 if data.valid else data.valid_fraction, 0.0 if data.test else data.test_fraction
-    wanted = {"train", *(["valid"] if shares[0] and config.trainer.valid_every else [])}
-    leaves = Reading(format=data.format).leaves(data.files("train"))
-    texts = all(leaf.format == "text" and Path(leaf.source).is_file() for leaf in leaves)
-    if not any(shares) or not texts or sum(Path(leaf.source).stat().st_size for leaf in leaves) > _SHORT:
-        return
-
-    def splits(part_bytes: int) -> Counter[str]:
-        """Bytes of each."""
-        read, found = Reading(format="text", tokens="bytes", part_bytes=part_bytes), Counter[str]()
-        for leaf in leaves:
-            for text in read.texts(leaf, strict=False):
-                found[split_of(text.identifier, *shares)] += len(text.data)
-        return found
-
-    before = splits(data.part_bytes)
-    if wanted <= set(before):
-        return
-    size, total = data.part_bytes, sum(before.values())
-    while size >= 2 * _LEAST_PART and size > total:
-        size //= 2
-    while size >= 2 * _LEAST_PART:
-        size //= 2
-        found = splits(size)
-        held = dict(zip(("valid", "test"), shares, strict=True))
-        if found["train"] and all(
-            found[name] and found[name] < 2 * share * total for name, share in held.items() if share
-        ):
-            data.part_bytes = size
-            print(
-                f"data.train: {total:,} bytes of text are too few parts to hold some out, so it is read in parts of "
-                f"data.part_bytes={size}: {found['train']:,} bytes to train on, {found['valid']:,} to validate on and "
-                f"{found['test']:,} for the test. Name files in data.valid and data.test to read it whole.",
-                file=sys.stderr,
-            )
-            return
 
 
 def reading(config: Config) -> Reading:
@@ -256,6 +207,7 @@ def _spec(config: Config, split: str, where: Where, seed: int) -> Samples:
             reset=data.reset,
             crop=data.crop,
             batch_tokens=data.batch_tokens,
+            members=_members(config, where.corpus) if split == "train" and data.clusters else None,
         )
     return StreamSpec(
         sources=tuple(where.paths),
@@ -279,6 +231,34 @@ def _spec(config: Config, split: str, where: Where, seed: int) -> Samples:
         later_epochs="permutation" if data.later_epochs == "permutation" else "buffer",
         cache=cache_folder(data.cache),
     )
+
+
+def _members(config: Config, corpus: str) -> str:
+    """Which records belong together, by data.clusters: made by the first that asks."""
+    folder, table = cache_folder(config.data.cache), str(config.data.clusters)
+    try:
+        return member_index(corpus, "train", table, Path(str(folder)))
+    except OSError as error:
+        raise ConfigError(f"data.clusters: {explained(error)}.") from None
+
+
+def _check_clusters(config: Config, corpora: list[str]) -> None:
+    """Refuse data.clusters where no epoch could take one record of each."""
+    data = config.data
+    clusters = f"data.clusters={data.clusters}"
+    if len(corpora) < len(data.files("train")):
+        raise ConfigError(
+            f"{clusters} draws members from prepared corpora, which know all records beforehand, and data.train has "
+            "files: prepare them with `longseq data prepare`, or leave it out."
+        )
+    if data.packing == "concat":
+        raise ConfigError(f"{clusters} draws whole records, and data.packing=concat joins them: take crop or bucket.")
+    if data.cache == "none":
+        raise ConfigError(
+            f"{clusters} keeps which records belong together in data.cache, and data.cache=none: leave it out."
+        )
+    if not user_path(str(data.clusters)).is_file():
+        raise ConfigError(f"{clusters}: no such file; correct the name.")
 
 
 def begin_reading(config: Config) -> None:

@@ -162,3 +162,21 @@ def test_a_folder_of_texts_is_known_by_its_files(tmp_path):
     assert identity_of(str(tmp_path)) == before
     assert identity_of(str(tmp_path / "gone")) is None
     assert identity_of("hub:a/b#train") is None
+
+
+def test_one_member_of_each_cluster_is_drawn_where_that_can_be(folder, resolved, tmp_path):
+    (folder / "clusters.tsv").write_text("a\tb\n")
+    words = ["data.clusters=clusters.tsv", "data.packing=crop", f"data.cache={tmp_path}"]
+    config = resolved(*words)
+    assert config.data.clusters == str(folder / "clusters.tsv")
+    assert split_spec(config, "train").members is not None
+    assert split_spec(config, "valid").members is None
+    for overrides, sentence in (
+        (["data.packing=concat"], "draws whole records, and data.packing=concat joins them"),
+        (["data.cache=none"], "and data.cache=none"),
+        (["data.train=proteins.fasta"], "and data.train has files: prepare them"),
+        (["data.clusters=nowhere.tsv"], "no such file"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            resolved(*words, *overrides)
+        assert sentence in str(caught.value)

@@ -18,11 +18,12 @@ from longseq.commands.data.inspect import add_arguments
 from longseq.commands.data.inspect import run as inspect
 from longseq.config.loading import load_config
 from longseq.config.schema import DataConfig
-from longseq.data import fit_parts, identities, resolve_sources, split_spec
+from longseq.data import identities, resolve_sources, split_spec
 from longseq.data_report import check_data
 from longseq.errors import RunError
 from longseq.runs.changes import FIXED, refuse_changes
 from longseq.runs.run import Run
+from longseq.text_parts import fit_parts
 from longseq_data.errors import DataError
 from longseq_data.prepare.config import PrepareConfig
 from longseq_data.prepare.inspection import report_lines

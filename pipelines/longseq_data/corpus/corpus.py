@@ -111,6 +111,11 @@ class Corpus:
         chosen = np.asarray(records, dtype=np.int64)
         return self.offsets[chosen + 1] - self.offsets[chosen]
 
+    def identifiers(self) -> Iterator[list[str]]:
+        """Those of all records in their order, some at a time."""
+        for batch in self._batches:
+            yield batch["id"].to_pylist()
+
     def record(self, index: int) -> CorpusRecord:
         """Record ``index``, counted from 0. Raises IndexError beyond the last."""
         if not 0 <= index < len(self):

@@ -19,6 +19,7 @@ from longseq_data.vocabulary import IGNORE
 
 from .corpus_stream import CorpusStream
 from .masking import masked_counts
+from .members import Members
 from .order import endless_order, permutation
 from .rows import Crop, Integers, Planned, Rows, mark_ends, residues_of
 
@@ -71,24 +72,34 @@ class Cut(Protocol):
 
 
 class Crops:
-    """One record a sample: its row [BOS] residues [EOS], or ``length`` positions of it. Pictures have no EOS."""
+    """One record a sample: its row [BOS] residues [EOS], or ``length`` positions of it. Pictures have no EOS.
 
-    def __init__(self, corpus: Corpus, length: int, objective: str, seed: int, crop: str) -> None:
+    members: of which each epoch takes one of a cluster; None: all records. An evaluation takes all in any case.
+    """
+
+    def __init__(
+        self, corpus: Corpus, length: int, objective: str, seed: int, crop: str, members: Members | None = None
+    ) -> None:
         self.corpus, self.length, self.seed, self.crop = corpus, length, seed, crop
         self.form = Crop(length, objective == "causal", 1 + corpus.vocabulary.closed)
-        self.epoch = len(corpus)
+        self.members = members
+        self.epoch = members.count if members else len(corpus)
 
     def plan(self, samples: Integers) -> Plan:
-        records = endless_order(samples, self.epoch, self.seed)
+        if self.members:
+            records = self.members.records(samples, self.seed)
+        else:
+            records = endless_order(samples, self.epoch, self.seed)
         where = uniforms(self.seed, "crop", samples) if self.crop == "random" else None
         return self._at(samples, records, self.form.starts(self.corpus.lengths(records), where))
 
     def evaluation(self, sampled: bool) -> Iterator[Plan]:
         number = 0
-        for first in range(0, self.epoch, CHUNK):
-            records = np.arange(first, min(first + CHUNK, self.epoch))
+        total = len(self.corpus)
+        for first in range(0, total, CHUNK):
+            records = np.arange(first, min(first + CHUNK, total))
             if sampled:
-                records = permutation(self.epoch, 0, 0)(records)
+                records = permutation(total, 0, 0)(records)
             starts = np.zeros_like(records)
             if self.crop == "random":  # all of it
                 windows = -(-(self.corpus.lengths(records) + self.form.ends - self.form.causal) // self.length)

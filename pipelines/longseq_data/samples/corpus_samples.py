@@ -17,6 +17,7 @@ from longseq_data.vocabulary import ALPHABETS, Vocabulary
 
 from .buckets import block_samples, cut_block
 from .corpus_cuts import Crops, Cut, Joined, Plan, rounds
+from .members import Members
 from .order import permutation
 from .rows import Arrays, Finish, Integers
 from .sharing import MakeBatch, Share, epochs_of, even
@@ -52,6 +53,7 @@ class CorpusSpec:
     crop: str = "random"  # where a record longer than the window is cropped, "random" or its "first" tokens
     batch_tokens: int = 0  # "bucket": of one step over all ranks, padding included
     measured: bool = False  # evaluations know how many bytes and words their targets stand for
+    members: str | None = None  # "crop" and "bucket": a file of prepare.members; an epoch takes one of each cluster
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -63,6 +65,8 @@ class CorpusSpec:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
         if self.reset and self.packing != "concat":
             raise ValueError("reset is about concatenated documents: packing must be 'concat'")
+        if self.members and self.packing == "concat":
+            raise ValueError("members are whole records: packing must be 'crop' or 'bucket'")
         if self.length < 2:
             raise ValueError(f"length must be at least 2 tokens, not {self.length}")
         if self.packing == "bucket" and self.batch_tokens < self.length:
@@ -85,7 +89,8 @@ class CorpusSpec:
     def cut(self) -> Cut:
         if self.packing == "concat":
             return Joined(self.corpus, self.length, self.objective, self.seed, self.reset)
-        return Crops(self.corpus, self.length, self.objective, self.seed, self.crop)
+        members = Members(self.members) if self.members else None
+        return Crops(self.corpus, self.length, self.objective, self.seed, self.crop, members)
 
     @property
     def epoch_samples(self) -> int:

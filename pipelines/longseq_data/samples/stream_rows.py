@@ -11,7 +11,6 @@ from itertools import compress
 
 import numpy as np
 import numpy.typing as npt
-from numpy.lib.stride_tricks import sliding_window_view
 
 from longseq_data.ingest.block import stored_dtype
 from longseq_data.randomness import uniforms
@@ -63,14 +62,16 @@ class _Cropped(Planned):
     scored: Integers
 
     def rows(self) -> Rows:
-        vocabulary = self.spec.vocabulary
+        vocabulary, width = self.spec.vocabulary, int(self.sizes.max())
         first, last = residues_of(self.begins, self.sizes, self.lengths)
-        begun = self.begins == 0
-        rows = np.full((len(self), int(self.sizes.max())), IGNORE, dtype=vocabulary.target_dtype)
-        places = zip(self.items.tolist(), first.tolist(), last.tolist(), strict=True)
-        letters = np.frombuffer(b"".join([item[low:high] for item, low, high in places]), stored_dtype(vocabulary))
-        columns = np.arange(rows.shape[1])
-        rows[(columns >= begun[:, None]) & (columns < (begun + last - first)[:, None])] = letters
+        stored = stored_dtype(vocabulary)
+        room = b"\0" * stored.itemsize  # of BOS
+        places = zip(self.items.tolist(), first.tolist(), last.tolist(), (self.begins == 0).tolist(), strict=True)
+        size = width * stored.itemsize
+        text = b"".join([(room * bos + bytes(item[low:high])).ljust(size, b"\0") for item, low, high, bos in places])
+        rows = np.frombuffer(text, stored).reshape(len(self), width).astype(vocabulary.target_dtype)
+        for row in np.flatnonzero(self.sizes < width).tolist():  # faster than a mask of all places
+            rows[row, self.sizes[row] :] = IGNORE
         mark_ends(rows, self.begins, self.sizes, self.lengths, vocabulary)
         return _turned(self.spec, self.numbers, rows), None
 
@@ -113,12 +114,12 @@ class Joined:
                 documents.append(np.repeat(np.arange(last + 1, last + 1 + len(chunk), dtype=np.int32), lengths)[rest:])
         self._ids = ids[0] if len(ids) == 1 else np.concatenate(ids)
         size, mine = spec.length + spec.overlap, numbers - self._at
-        windows = sliding_window_view(self._ids, size)[:: spec.length]
+        windows = _windows(self._ids, size, spec.length)
         scored = np.full(len(mine), spec.length)
         of: npt.NDArray[np.int32] | None = None
         if spec.reset:
             self._documents = documents[0] if len(documents) == 1 else np.concatenate(documents)
-            of = sliding_window_view(self._documents, size)[:: spec.length]
+            of = _windows(self._documents, size, spec.length)
             if spec.objective == "causal":  # no document tells how the next one begins
                 scored -= of[mine, -1] - of[mine, 0]
             self._documents = self._documents[count * spec.length :] - self._documents[0]
@@ -159,6 +160,12 @@ class _Windows(Planned):
         rows = self.windows[self.places]
         segments = None if self.documents is None else self.documents[self.places]
         return _turned(self.spec, self.numbers, rows), None if segments is None else segments - segments[:, :1]
+
+
+def _windows(ids: npt.NDArray, size: int, step: int) -> npt.NDArray:
+    """A view: every ``step`` places ``size`` ids. NumPy's own sliding_window_view takes as long as a whole batch."""
+    shape, width = ((len(ids) - size) // step + 1, size), ids.itemsize
+    return np.ndarray(shape, ids.dtype, ids, strides=(step * width, width))
 
 
 def _lengths(chunk: Chunk) -> Integers:

@@ -17,13 +17,14 @@ from typing import TypeVar
 from longseq.commands.key_help import help_on_keys
 from longseq.config.loading import load_config
 from longseq.config.schema import Config
-from longseq.data import SPLITS, fit_parts, resolve_sources, vocabulary
+from longseq.data import SPLITS, resolve_sources, vocabulary
 from longseq.data_report import check_data
 from longseq.errors import EXIT_ERROR, USER_ERRORS
 from longseq.launch import local
 from longseq.launch.before import check_disk, check_origin
 from longseq.measure.memory import MemoryEstimate, estimate, gib
 from longseq.runs.run import Run
+from longseq.text_parts import fit_parts
 from longseq_data.files import user_path
 
 _Result = TypeVar("_Result")

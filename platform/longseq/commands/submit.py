@@ -16,7 +16,7 @@ from longseq.commands.numbers import positive
 from longseq.commands.options import TAKE_OVER_HELP
 from longseq.config.loading import load_config, save_config
 from longseq.config.schema import Config
-from longseq.data import fit_parts, fix_order, identities, resolve_sources, vocabulary
+from longseq.data import fix_order, identities, resolve_sources, vocabulary
 from longseq.errors import ConfigError, LongseqError, RunError
 from longseq.launch.before import check_disk, check_origin, say_schedule
 from longseq.launch.slurm import queue
@@ -35,6 +35,7 @@ from longseq.launch.slurm.state import check_free, record_job
 from longseq.measure.memory import estimate, gib
 from longseq.runs.changes import FIXED, check_precision, note_weights, refuse_changes
 from longseq.runs.run import Run, as_typed
+from longseq.text_parts import fit_parts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -190,6 +190,11 @@ class DataConfig:
         "$LONGSEQ_CACHE, or longseq in $XDG_CACHE_HOME or ~/.cache; none: nothing is kept, and each process reads the "
         "files for itself",
     )
+    clusters: str | None = key(
+        None,
+        "of prepared corpora, with packing crop or bucket: a table of representative and member, tab-separated, as "
+        "MMseqs2 and UniRef write it; an epoch takes one member of each cluster, drawn anew",
+    )
     reverse_complement: bool = key(
         False, "with data.tokenizer=dna: half of the training sequences, drawn by run.seed, come as the other strand"
     )

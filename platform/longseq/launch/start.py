@@ -11,7 +11,7 @@ from pathlib import Path
 
 from longseq.config.loading import load_config, save_config
 from longseq.config.schema import Config
-from longseq.data import begin_reading, fit_parts, fix_order, identities, resolve_sources
+from longseq.data import begin_reading, fix_order, identities, resolve_sources
 from longseq.data_report import check_data
 from longseq.errors import EXIT_GO_ON, LongseqError, RunError
 from longseq.launch import local
@@ -24,6 +24,7 @@ from longseq.runs.checkpoint import Checkpoint, go_back_to, remove_partials
 from longseq.runs.curves import read_curves
 from longseq.runs.owner import Process, words_of
 from longseq.runs.run import Run, as_typed
+from longseq.text_parts import fit_parts
 from longseq.training.deepspeed_settings import check_deepspeed
 from longseq_data.files import user_path
 

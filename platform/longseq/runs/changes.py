@@ -29,7 +29,7 @@ FIXED = (
     *("model.attention_bias", "model.head", "model.mask_scaling"),
     *("attention.qk_norm", "data.train", "data.valid", "data.test", "data.valid_fraction", "data.test_fraction"),
     *("data.split_by", "data.reverse_complement", "data.length", "data.packing", "data.batch_tokens"),
-    *("data.shuffle_buffer", "data.later_epochs"),
+    *("data.shuffle_buffer", "data.later_epochs", "data.clusters"),
     *("data.format", "data.tokenizer", "data.column", "data.part_bytes", "data.image_size", "data.reset", "data.crop"),
 )
 
