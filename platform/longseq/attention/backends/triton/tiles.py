@@ -45,11 +45,11 @@ def tiles(there: Chip, features: int, head_dim: int, value_dim: int, *, half: bo
 
     if not half:
         if there.capability[0] == 10:  # of 16 warps, products go without tensor memory, where their parts do not fit
-            return Tiles(options(64, 16), STATES, *(options(32, 16) for _ in range(2)), keys(32, 16))
+            return Tiles(options(64, 16), STATES, options(32, 16), options(32, 16), keys(32, 16))
         small = there.shared_memory < 110_000
         block = 16 if wide and not wgmma else 32
         sums = options(32 if wide and small else 64, 8 if wide else 4)
-        return Tiles(sums, STATES, *(options(block, 8) for _ in range(2)), keys(block, 8))
+        return Tiles(sums, STATES, options(block, 8), options(block, 8), keys(block, 8))
     block = 64 if wgmma else 16 if wide and there.shared_memory < 110_000 else 32
     sums = options(64 if wide else 128, 4 if wgmma else 8)
-    return Tiles(sums, STATES, *(options(block, warps) for _ in range(2)), keys(block, warps))
+    return Tiles(sums, STATES, options(block, warps), options(block, warps), keys(block, warps))
