@@ -162,13 +162,14 @@ EXAMPLES: dict[str, list[Function]] = {
         attention("native", window=5),
         with_triton(attention("triton", causal=True, window=5)),
     ],
+    "attention/near_and_far.py:_NearAndFar": [fused_(attention("triton", causal=True, window=5))],
     "attention/bidirectional_operator.py:_TwoPasses": [plain("torch"), plain("native"), with_triton(plain("triton"))],
-    "attention/context_whole.py:_Whole": [lambda context, *qkv: favor_attention(*qkv, features=12, context=context)],
+    "attention/context/whole.py:_Whole": [lambda context, *qkv: favor_attention(*qkv, features=12, context=context)],
     "attention/isolation.py:_Entry": [isolated],
     "attention/isolation.py:_Exit": [isolated],
-    "attention/context_parallel.py:_Relay": [sliced(), sliced(window=5)],
-    "attention/context_halo.py:_Halo": [halo],
-    "attention/context_group.py:GatherSequence": [
+    "attention/context/parallel.py:_Relay": [sliced(), sliced(window=5)],
+    "attention/context/halo.py:_Halo": [halo],
+    "attention/context/group.py:GatherSequence": [
         lambda context, *qkv: GatherSequence.apply(qkv[0], context).square() * qkv[1]
     ],
     "attention/rotary.py:_Rotation": [
