@@ -205,3 +205,13 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
 
     small, large = peak(8_000), peak(80_000)  # 8 MB, 80 MB
     assert large - small < 32
+
+
+def test_dask_is_imported_by_several_workers_alone(files, tmp_path):
+    code = (
+        "import sys; from longseq.cli import main; from longseq_data.prepare.prepare import prepare\n"
+        "from longseq_data.prepare.config import PrepareConfig\n"
+        f"prepare(PrepareConfig({files!r}, {str(tmp_path / 'c')!r}, workers=2))\n"  # too little for two
+        "assert not {'distributed', 'dask'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

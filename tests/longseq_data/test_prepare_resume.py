@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -104,6 +105,18 @@ def test_a_changed_source_is_said(interrupted, tmp_path):
         prepare(config(names, tmp_path / "c"))
     with pytest.raises(DataError, match=r"part1\.fasta is no longer among the sources"):
         prepare(config([names[0], names[2]], tmp_path / "c"))
+
+
+def test_what_a_version_before_has_put_aside_is_read_anew(interrupted, tmp_path):
+    names = list(map(str, interrupted))
+    parts = tmp_path / "c.partial" / "parts"
+    plan = json.loads((parts / "plan.json").read_text())
+    del plan["format"]
+    (parts / "plan.json").write_text(json.dumps(plan))
+    for aside in (parts / "map").glob("*.arrow"):
+        aside.write_bytes(b"of another form")
+    prepare(config(names, tmp_path / "c"))
+    assert found(tmp_path / "c") == expected(names)
 
 
 def test_a_corpus_that_is_there_is_left_as_it_is(files, tmp_path):
