@@ -595,3 +595,11 @@ def test_a_survey_before_a_start_parses_nothing_that_is_kept(cache, write, monke
     spec_of(*sources, cache=cache).begin()
     for _ in range(2):  # while blocks come, and from those that are there
         assert survey(Reading(), sources, strict=False, rule=rule, cache=str(cache)) == alone
+
+
+def test_a_survey_of_many_files_waits_for_none_that_is_far_down_the_list(cache, write, monkeypatch) -> None:
+    sources = [write(f"{i}.fasta", fasta(str(i), 3, i)) for i in range(40)]
+    monkeypatch.setattr("longseq_data.ingest.follow.Road._tend", lambda *nothing: None)  # nobody makes blocks
+    alone = survey(Reading(), sources, strict=False)
+    assert survey(Reading(), sources, strict=False, cache=str(cache)) == alone
+    assert alone.records == 120

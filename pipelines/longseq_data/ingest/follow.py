@@ -75,6 +75,11 @@ class Road:
             if any(entry.manifest() is None for entry in self._entries.values()):
                 self._tend(None)
 
+    def begun(self, leaf: Leaf) -> bool:
+        """Whether there are, or may soon be, blocks of a leaf in the cache."""
+        entry = self._entries.get(leaf)
+        return entry is not None and entry.folder.is_dir()
+
     def blocks(self, leaf: Leaf) -> Generator[Block, None, None]:
         """All blocks of a leaf in their order, waiting for those that are still to come. Raises DataError."""
         entry, number = self._entries.get(leaf), 0

@@ -17,6 +17,7 @@ from longseq_data.vocabulary import ALPHABETS, PROTEINS, TABLE, X
 
 from .block import Block
 from .follow import Road
+from .process import OPEN
 
 MIB = 1 << 20
 UNITS = {"protein": "residues", "dna": "bases", "pixels": "colour values"}
@@ -94,6 +95,7 @@ def survey(
     if not reading.has_residues:
         rule = SplitRule(rule.valid, rule.test)
     most = max_bytes if reading.tokens in QUICK else min(max_bytes, SLOW_BYTES)
+    most = min(most, total_bytes // max(1, min(len(leaves), OPEN)))  # blocks come of so many at a time
     total = 0
     for some in opened:
         for number, leaf in enumerate(some):
@@ -102,8 +104,9 @@ def survey(
                 break
             left = min(HUB_BYTES if leaf.format == "hub" else most, total_bytes - total)
             seen = 0
-            # what is far down the list would be waited for, only to look at its first block
-            with closing((kept if left > 0 else alone).blocks(leaf)) as blocks:
+            # what has not been begun would be waited for, only to look at its first blocks
+            near = left > 0 and (len(leaves) <= OPEN or kept.begun(leaf))
+            with closing((kept if near else alone).blocks(leaf)) as blocks:
                 for count, block in enumerate(blocks):
                     if count and seen >= left:
                         report.complete = False

@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from longseq.config.loading import described_keys
+from longseq.config.written_values import SOURCES
 
 
 def help_on_keys() -> str:
@@ -31,6 +32,7 @@ def help_on_flat_keys(schema: type) -> str:
 
 def _entry(name: str, kind: str, default: object, about: Mapping[str, Any]) -> list[str]:
     choices = f" [{' | '.join(about['choices'])}]" if about["choices"] else ""
-    head = f"  {name}: {kind.removesuffix(' | None')} = {'null' if default is None else default}"
+    kind = kind.removesuffix(" | None").replace(SOURCES, "list[str | {path, weight, name}]")
+    head = f"  {name}: {kind} = {'null' if default is None else default}"
     indent = " " * 6
     return [head, *textwrap.wrap(f"{about['meaning']}{choices}", 100, initial_indent=indent, subsequent_indent=indent)]
