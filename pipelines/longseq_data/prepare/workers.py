@@ -27,6 +27,7 @@ LOOK = 0.5  # seconds between looks at whether it is still there
 SETTINGS = {
     "DASK_LOGGING__DISTRIBUTED": "critical",  # what goes wrong is raised
     "DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "60s",  # of a node whose power has failed
+    "DASK_DISTRIBUTED__WORKER__MULTIPROCESSING_METHOD": "forkserver",  # imports once what every worker needs
     "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "false",  # a hundred looks at the stack a second
 }
 
@@ -118,7 +119,7 @@ class Workers:
                 threads_per_worker=1,
                 memory_limit=0,
                 host=host,
-                dashboard_address=f"{host}:0" if watched else None,
+                dashboard_address=f"{host}:0",
             )
             self._client = Client(self._cluster)
         finally:
