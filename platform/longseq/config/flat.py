@@ -1,6 +1,6 @@
 """From a YAML file and ``key=value`` arguments to a dataclass without sections, whose fields say what they mean.
 
-The rules are those of a run's configuration (see config_loading): typed values, unknown keys refused, each refusal with
+The rules are those of a run's configuration (see config.loading): typed values, unknown keys refused, each refusal with
 its place.
 """
 

@@ -1,6 +1,6 @@
 """The configuration: every key with its type, default and meaning, in the order in which it is shown.
 
-No torch here. ``config_loading`` reads YAML files and overrides into these classes and refuses what does not fit;
+No torch here. ``config.loading`` reads YAML files and overrides into these classes and refuses what does not fit;
 ``Config.check`` does the arithmetic across keys.
 """
 
@@ -106,7 +106,7 @@ class AttentionConfig:
     redraw_every: int = key(1000, "optimiser steps between draws of the projections; 0: never", at_least=0)
 
 
-Sources = list[Any]  # names of files, or each a data_sources.Source
+Sources = list[Any]  # names of files, or each a config.sources.Source
 
 
 @dataclass
