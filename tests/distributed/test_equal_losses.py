@@ -62,8 +62,8 @@ def test_bf16_learns(fit: Fit, one_process: Path, stage: int) -> None:
     assert len(losses) == 20
     assert all(math.isfinite(loss) for loss in losses)
     assert sum(losses[-5:]) / 5 < losses[0] - 0.2
-    # bf16 has 8 bits of mantissa, and CPUs differ in how they sum products of such numbers (AMX, AVX-512 or neither): 1e-3
-    # nats at first and up to 6e-3 after 15 steps were seen. An optimiser step more or less moves the whole curve by 2e-2.
+    # bf16 has 8 bits of mantissa, and CPUs differ in how they sum products of such numbers (AMX, AVX-512 or neither):
+    # 1e-3 nats at first and up to 6e-3 after 15 steps were seen. An optimiser step more or less moves all by 2e-2.
     full = list(curve(one_process, "train/loss").values())
     assert losses == pytest.approx(full, abs=1e-2)
     assert abs(sum(losses) - sum(full)) / len(full) < 3e-3

@@ -177,7 +177,7 @@ def test_other_data_than_proteins_can_be_asked_for(folder, overrides):
 
 
 def test_a_format_that_is_nearly_right_is_guessed(folder):
-    with pytest.raises(ConfigError, match=r"data.format=json: choose from auto, fasta, .* Did you mean jsonl\?"):
+    with pytest.raises(ConfigError, match=r"data.format=json': choose from auto, fasta, .* Did you mean jsonl\?"):
         load_config("small.yaml", [TRAIN, "data.format=json"])
 
 

@@ -65,7 +65,8 @@ class _NearAndFar(torch.autograd.Function):
         from longseq.attention.backends.triton import window as triton_window
 
         near = triton_window.window_forward(q, k, v, decay, hidden, runs, window, True)
-        far = triton_backend.scan_forward(Rows(q, k, v, decay, hidden, runs, phi, window), None, True)
+        rows = Rows(q, k, v, decay, hidden, runs, phi, window)
+        far = triton_backend.scan_forward(rows, None, True, handed_on=False)
         ctx.phi, ctx.window = phi, window
         ctx.save_for_backward(q, k, v, decay, share, hidden, runs, *near, far.out, far.lse, far.inverse_den, *far.kept)
         return triton_parts.combine(near, (far.out, far.lse), share, batch, dtype)

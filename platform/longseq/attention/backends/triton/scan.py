@@ -151,8 +151,11 @@ class _Launch:
         return self.run_through(sums, scales, of)[1]
 
 
-def scan_forward(rows: Rows, initial: AttentionState | None, learns: bool) -> Scanned:
-    """See :func:`longseq.attention.scan.scan_forward`."""
+def scan_forward(rows: Rows, initial: AttentionState | None, learns: bool, *, handed_on: bool = True) -> Scanned:
+    """See :func:`longseq.attention.scan.scan_forward`.
+
+    handed_on: what is kept is the result of an operator, of which every number is defined.
+    """
     q, keys = rows.q.contiguous(), _keys(rows)
     number, length, _ = q.shape
     value_dim = keys.values.shape[-1]
@@ -161,6 +164,9 @@ def scan_forward(rows: Rows, initial: AttentionState | None, learns: bool) -> Sc
         initial = AttentionState(initial.sums.contiguous(), initial.log_scale.contiguous())
     out, lse, inverse_den = (_floats(q, number, length, size) for size in (value_dim, 1, 1))
     q_gauge, k_gauge, key_scale, row_scale = (_floats(q, number, length) for _ in range(4))
+    if keys.delay and handed_on:  # those of keys that no query is far enough from are not found
+        k_gauge.zero_()
+        key_scale.zero_()
     before = _floats(q, number, launch.chunks)
     log_scales: list[Tensor] = []
     with on(q.device):
