@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # all else, typing too, is imported where a Ctrl-C is heard
 
 # verb: what it does. The module of the same name in longseq.commands has add_arguments(parser) and run(args).
 VERBS = {
+    "configs": "the configurations that come with longseq: list them, copy them",
     "check": "before an expensive job: configuration, files, memory, devices, collectives, one step",
     "fit": "train a model here, with 1 process or more (trainer.devices=N)",
     "submit": "train on a SLURM cluster: multi-node jobs that come back by themselves",

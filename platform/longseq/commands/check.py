@@ -31,7 +31,7 @@ _Result = TypeVar("_Result")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, help="a YAML file, e.g. configs/protein/base.yaml")
+    parser.add_argument("config", type=Path, help="a YAML file, or a name of `longseq configs`: protein/base")
     parser.add_argument("overrides", nargs="*", metavar="key=value", default=[], help="e.g. trainer.devices=8")
     parser.add_argument("--static", action="store_true", help="start no process: configuration, files, disk, memory")
     parser.epilog = help_on_keys()

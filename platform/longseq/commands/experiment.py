@@ -25,7 +25,7 @@ from longseq_data.files import user_path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "experiment", type=Path, metavar="FILE", help="a YAML file, e.g. configs/experiments/table2.yaml"
+        "experiment", type=Path, metavar="FILE", help="a YAML file, or a name of `longseq configs`: experiments/table2"
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", default=[], help="for every run, as of `longseq fit`"
