@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -223,6 +224,9 @@ def _stop_requests() -> Iterator[list[int]]:
         with suppress(OSError):  # the terminal may be gone: that is what SIGHUP says
             os.write(2, f"\nlongseq: {text}\n".encode())
 
+    if threading.current_thread() is not threading.main_thread():  # Python hears signals in that one alone
+        yield requests
+        return
     wanted = [signal.SIGINT, signal.SIGTERM, *_SOFT]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not under nohup
         wanted.append(signal.SIGHUP)

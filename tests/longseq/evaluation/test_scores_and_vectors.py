@@ -153,7 +153,7 @@ def test_a_file_without_any_variant_is_refused(trained, refused, wild, folder):
 
 def test_passes_without_effect_are_refused(trained, refused, wild):
     causal, masked = trained(), trained("masked", "model.objective=masked")
-    assert "--passes" in refused("score", causal, wild, "--passes", "3")
+    assert "passes=3: a causal model" in refused("score", causal, wild, "--passes", "3")
     assert "--passes" in refused("score", masked, wild, "--passes", "3", "--variant", "M1A")
 
 
