@@ -1,5 +1,5 @@
 """Run an experiment: a file of configs/experiments/, which names the runs, trains and scores them all, and sets their
-table beside the paper's numbers. Interrupted, the same command goes on; with other --seeds it adds to the table.
+table next to the paper's numbers. Interrupted, the same command goes on; with other --seeds it adds to the table.
 
   longseq experiment configs/experiments/table2.yaml --seeds 0,1,2 \\
       data.train='[archaea.fasta.gz,escherichia.fasta.gz]' data.ood=viruses.fasta.gz

@@ -249,7 +249,7 @@ def bad_value(error: Exception) -> str:
     """What is wrong with the value of an argument, and what to do."""
     if isinstance(error, WrittenError):
         return f"{error}."
-    return f"not valid YAML: {yaml_problem(error)}. Close what is opened; a name with a comma stands in quotes."
+    return f"not valid YAML: {yaml_problem(error)}. Close what is opened, and put a name with a comma in quotes."
 
 
 def _at(place: str, name: str, value: Any) -> str:

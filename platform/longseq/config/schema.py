@@ -88,9 +88,9 @@ class ModelConfig:
 class AttentionConfig:
     kind: str = key("favor", "FAVOR+, or exact softmax attention over the same weights", choices=("favor", "exact"))
     kernel: str = key("softmax", "feature map of FAVOR+", choices=KERNELS)
-    features: int = key(256, "random features a head (m)", at_least=1)
+    features: int = key(256, "random features per head (m)", at_least=1)
     qk_norm: bool = key(
-        False, "unit-length queries and keys with a learned temperature a head (next to no effect with kernel relu)"
+        False, "unit-length queries and keys with a learned temperature per head (next to no effect with kernel relu)"
     )
     window: int = key(
         0, "exact attention to keys nearer than this many positions, features beyond; 0: none", at_least=0
@@ -257,13 +257,13 @@ class TrainerConfig:
     )
     overlap_comm: bool | None = key(
         None,
-        "whether DeepSpeed sums gradients over the processes beside the backward pass, into a second buffer; default: "
+        "whether DeepSpeed sums gradients over the processes during the backward pass, into a second buffer; default: "
         "with ZeRO-3",
     )
     context_parallel: int = key(
         1, "neighbouring processes that hold a slice each of the same sequences; divides the processes", at_least=1
     )
-    accumulate: int = key(1, "batches a process adds up for one optimiser step", at_least=1)
+    accumulate: int = key(1, "batches that a process adds up for one optimiser step", at_least=1)
     activation_checkpointing: bool = key(False, "recompute each block in the backward pass to save memory")
     compile: bool = key(
         False,
@@ -285,8 +285,8 @@ class TrainerConfig:
     log_every: int = key(10, "steps between points in TensorBoard", at_least=1)
     probe_every: int = key(
         1000,
-        "steps between looks at one fixed sequence: each layer's attention beside exact attention, attention maps, and "
-        "sequences sampled from a causal model; 0: never",
+        "steps between looks at one fixed sequence: each layer's attention next to exact attention, attention maps, "
+        "and sequences sampled from a causal model; 0: never",
         at_least=0,
     )
     sample_tokens: int = key(64, "tokens of each sequence sampled at a probe; 0: none", at_least=0)
@@ -298,7 +298,7 @@ class TrainerConfig:
         None, "of one device, what MFU is a share of; default: that of a matrix product at the start", at_least=1e-6
     )
     ema_decay: float = key(
-        0.0, "keep a running mean of the weights, this much of it a step, e.g. 0.999; 0: none", at_least=0, below=1
+        0.0, "keep a running mean of the weights, this much of it per step, e.g. 0.999; 0: none", at_least=0, below=1
     )
     length_warmup_steps: int = key(
         0, "steps over which the sequences grow to data.length tokens; 0: they have it from the start", at_least=0

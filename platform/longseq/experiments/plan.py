@@ -1,4 +1,4 @@
-"""An experiment as its YAML file says it: the runs, and the paper's numbers beside which their table is set.
+"""An experiment as its YAML file says it: the runs, and the paper's numbers next to which their table is set.
 
     about: what is compared
     config: ../protein/experiment.yaml        what every run has in common; --config takes another

@@ -100,7 +100,7 @@ def environment_of(rank: int, world: int, port: int) -> dict[str, str]:
         # A letter that a terminal or a log lacks is no reason to fail.
         "PYTHONIOENCODING": f"{os.environ.get('PYTHONIOENCODING', '').partition(':')[0]}:replace",
         "PYTHONSAFEPATH": "1",  # a file of the user's named like a library must not be imported
-        # DeepSpeed builds some of its operators with ninja, which pip puts beside the interpreter.
+        # DeepSpeed builds some of its operators with ninja, which pip puts next to the interpreter.
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath))),
     }
 

@@ -127,7 +127,7 @@ def test_files_are_paths_or_words_and_one_model_needs_no_list(trained, folder):
         (lambda run: api.embed(run, "test.fasta", layer=-1), "layer=-1: one has 2 blocks; take 0 to 2."),
         (lambda run: api.evaluate(run, api.EvaluationSettings(devices=0)), "devices=0: take 1 or more."),
         (lambda run: api.score(run, "test.fasta", ema=True), "holds no running mean of the weights: leave ema out,"),
-        (lambda run: api.sample(run, prompt="M*"), "prompt: '*' at position 2 is none of"),
+        (lambda run: api.sample(run, prompt="M*"), "prompt: '*' at position 2 is not one of"),
     ],
 )
 def test_an_argument_out_of_bounds_is_refused_by_its_own_name(trained, call, sentence):

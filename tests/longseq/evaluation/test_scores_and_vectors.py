@@ -187,7 +187,7 @@ def test_inner_stops_are_read_as_x_and_said(trained, capsys, folder):
     assert "read as X: '*' × 1" in shown.err
     assert float(table(shown.out)[0]["log_likelihood"]) == pytest.approx(exact(find(run).load(), "MKXVL"), abs=1e-4)
     assert main(["score", str(run), "stops.fasta", "data.strict=true"]) == 1
-    assert "'*' in record 'a' is none of" in capsys.readouterr().err
+    assert "'*' in record 'a' is not one of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("layer", [None, 0, 1])

@@ -37,7 +37,7 @@ def context_arguments(parser: argparse.ArgumentParser) -> None:
     gpu.add_argument("--bandwidth-between", type=arguments.above_zero, default=50e9, metavar="B", help="between nodes")
     gpu.add_argument("--latency-between", type=arguments.above_zero, default=6e-6, metavar="S", help="between nodes")
     gpu.add_argument("--gpu-length", type=arguments.positive, default=2**20, metavar="L", help="tokens, strong scaling")
-    gpu.add_argument("--gpu-slice", type=arguments.positive, default=2**17, metavar="L", help="tokens a GPU, weak")
+    gpu.add_argument("--gpu-slice", type=arguments.positive, default=2**17, metavar="L", help="tokens per GPU, weak")
 
 
 def run_context(args: argparse.Namespace) -> int:

@@ -21,7 +21,7 @@ def quality_arguments(parser: argparse.ArgumentParser) -> None:
         "--seeds", type=arguments.naturals, default="0", metavar="N,…", help="one model a seed and variant"
     )
     parser.add_argument("--length", type=arguments.positive, default=512, metavar="L", help="characters a sequence")
-    parser.add_argument("--batch", type=arguments.positive, default=8, metavar="N", help="sequences a step")
+    parser.add_argument("--batch", type=arguments.positive, default=8, metavar="N", help="sequences per step")
     parser.add_argument("--steps", type=arguments.positive, default=1000, metavar="N", help="optimiser steps")
 
 

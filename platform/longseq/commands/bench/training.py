@@ -1,4 +1,4 @@
-"""``overhead`` and ``memory``: what a training costs beside a plain loop, and takes beside its estimate."""
+"""``overhead`` and ``memory``: what a training costs next to a plain loop, and takes next to its estimate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from longseq.models.presets import PRESETS
 def overhead_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=PRESETS, default="small", help="the model's size")
     parser.add_argument("--length", type=arguments.positive, default=512, metavar="L", help="tokens a sequence")
-    parser.add_argument("--batch", type=arguments.positive, default=2, metavar="N", help="sequences a step")
+    parser.add_argument("--batch", type=arguments.positive, default=2, metavar="N", help="sequences per step")
     parser.add_argument("--steps", type=arguments.positive, default=10, metavar="N", help="of each turn")
     parser.add_argument(
         "--rounds", type=arguments.positive, default=5, metavar="N", help="turns of each that are counted"

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--step",
         action="store_true",
-        help="as each task of a srun step with one task a node: the first one schedules, the others work for it",
+        help="as each task of a srun step with one task per node: the first one schedules, the others work for it",
     )
     parser.epilog = f"configuration keys (type, default, meaning):\n\n{help_on_flat_keys(PrepareConfig)}"
 
