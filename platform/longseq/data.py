@@ -317,8 +317,8 @@ def _resolved(split: str, patterns: list[str], format: str) -> list[str]:
     if len(patterns) > 1:
         raise ConfigError(
             f"data.{split} names {corpora[0]}, a prepared corpus, and {len(patterns) - 1} more: "
-            "a corpus is not listed with others. Give each a weight of its own ([{path: ..., weight: ...}, ...]), or name "
-            "one of them."
+            "a corpus is not listed with others. Give each a weight of its own ([{path: ..., weight: ...}, ...]), or "
+            "name one of them."
         )
     path = user_path(corpora[0]).absolute()
     read_manifest(path)  # one that is not whole is refused
