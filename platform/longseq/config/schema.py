@@ -138,8 +138,8 @@ class DataConfig:
     test_fraction: float = key(0.05, "another such share, never looked at while training", at_least=0, below=1)
     format: str = key(
         "auto",
-        "of all files; auto: by their names, FASTA where they say nothing; lines: a document a line; jsonl, parquet "
-        "and hub have columns",
+        "of all files; auto: by their names, FASTA where they say nothing; lines: one document per line; jsonl, "
+        "parquet and hub have columns",
         choices=("auto", *FORMATS),
     )
     tokenizer: str = key(
@@ -153,7 +153,7 @@ class DataConfig:
         1_048_576, "a longer text is read as several documents, cut at the end of a line", at_least=64
     )
     image_size: int = key(64, "pixels on each side of an image, cropped and scaled down to it", at_least=1)
-    length: int = key(512, "tokens a sequence", at_least=2)
+    length: int = key(512, "tokens per sequence", at_least=2)
     packing: str = key(
         "concat",
         "concat: records joined by EOS and cut at length; crop: one record a sequence, padded or cropped at random; "
@@ -303,7 +303,7 @@ class TrainerConfig:
     length_warmup_steps: int = key(
         0, "steps over which the sequences grow to data.length tokens; 0: they have it from the start", at_least=0
     )
-    length_warmup_start: int = key(64, "tokens a sequence at the first of these steps", at_least=2)
+    length_warmup_start: int = key(64, "tokens per sequence at the first of these steps", at_least=2)
     time_limit: str | None = key(
         None, "save and stop at the first step after this much time, e.g. 2h30m, 90s, 1d or 2:30:00; exit code 75"
     )

@@ -91,7 +91,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         "error of the random features, next to their closed forms", features.features_arguments, features.run_features
     ),
     "gpu": Benchmark(
-        "a GPU in minutes: every kernel, training and bar, each part a process of its own",
+        "a GPU in minutes: every kernel, training and bar, each part in a process of its own",
         gpu.gpu_arguments,
         gpu.run_gpu,
     ),
