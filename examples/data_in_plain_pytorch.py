@@ -2,7 +2,7 @@
 
     python examples/data_in_plain_pytorch.py proteins.fasta.gz
 
-No Lightning, and nothing of `longseq`: `longseq_data` stands alone.
+No Lightning, and nothing of `longseq`: `longseq_data` works without it.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Real proteins and texts, which do not come with the repository; tests of them are skipped where there are none.
 
 LONGSEQ_PROTEINS: a folder of UniRef50 ``*.fasta.gz``. LONGSEQ_TEXT: a folder of books, ``*.txt``. Without these
-variables, ``shared/data/proteins`` and ``shared/data/text`` beside the repository.
+variables, ``shared/data/proteins`` and ``shared/data/text`` next to the repository.
 """
 
 from __future__ import annotations

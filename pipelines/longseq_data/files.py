@@ -29,7 +29,7 @@ def user_path(name: str | Path) -> Path:
 
 @contextmanager
 def aside(path: Path, name: str = "") -> Iterator[Path]:
-    """A name of its own beside ``path`` to write to, which becomes ``path`` when the block ends well.
+    """A name of its own next to ``path`` to write to, which becomes ``path`` when the block ends well.
 
     No two writers share it, and it ends in ``.partial``. After a failure, a full disk say, nothing is left. The file
     gets the mode that the umask gives, whatever wrote it: safetensors keeps its files to their owner.

@@ -3,8 +3,8 @@
 Every verb of the command line that returns something is a function here, imported when it is first used::
 
     import longseq
-    training = longseq.fit("configs/protein/base.yaml", ["data.train=proteins.fasta.gz"])
-    (evaluation,) = longseq.evaluate([training.run.path])
+    training = longseq.fit("protein/base", ["data.train=proteins.fasta.gz"])
+    (evaluation,) = longseq.evaluate(training.run.path)
     print(evaluation.splits["test"]["perplexity"])
 """
 

@@ -1,4 +1,4 @@
-"""``longseq``: one command, one verb a file in ``commands``. Nothing heavy is imported before a verb runs."""
+"""``longseq``: one command, one verb per file in ``commands``. Nothing heavy is imported before a verb runs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ if TYPE_CHECKING:  # all else, typing too, is imported where a Ctrl-C is heard
 
 # verb: what it does. The module of the same name in longseq.commands has add_arguments(parser) and run(args).
 VERBS = {
+    "configs": "the configurations that come with longseq: list them, copy them",
     "check": "before an expensive job: configuration, files, memory, devices, collectives, one step",
     "fit": "train a model here, with 1 process or more (trainer.devices=N)",
     "submit": "train on a SLURM cluster: multi-node jobs that come back by themselves",
     "jobs": "the runs that were submitted: job, state, step, loss, speed, starts, time left",
-    "status": "how one run stands: its job, its starts, and where they got to",
+    "status": "one run in detail: its job, its starts, and where they got to",
     "logs": "what a run's job has written; -f follows it",
     "cancel": "cancel the jobs of a run",
     "resume": "go on with a run from its newest whole checkpoint",
-    "evaluate": "how well checkpoints predict: loss, accuracy, calibration, beside the empirical baseline",
+    "evaluate": "how well checkpoints predict: loss, accuracy, calibration, next to the empirical baseline",
     "sample": "new sequences from a causal model; masked positions filled in by a masked one",
     "score": "log-likelihoods of sequences, and effects of mutations",
     "embed": "a model's vectors of sequences, as Parquet or npz",
@@ -27,7 +28,7 @@ VERBS = {
     "export": "a model as a Hugging Face folder: safetensors, config.json, tokenizer, model card",
     "import": "the weights of a Hugging Face Transformer (ESM-2, BERT-like), to go on with as a Performer",
     "data": "make and look at data",
-    "experiment": "a table of runs beside the paper's numbers: configs/experiments/*.yaml",
+    "experiment": "a table of runs next to the paper's numbers: configs/experiments/*.yaml",
     "bench": "measure this machine, side by side with the exact Transformer and other libraries",
 }
 

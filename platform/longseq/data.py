@@ -220,7 +220,7 @@ def _spec(config: Config, split: str, where: Where, seed: int) -> Samples:
         length=data.length,
         packing="crop"
         if data.packing == "bucket"
-        else data.packing,  # files beside a corpus are scored, not trained on
+        else data.packing,  # files named next to a corpus are scored, not trained on
         objective=config.model.objective,
         seed=seed,
         shuffle_buffer=data.shuffle_buffer,
@@ -316,8 +316,9 @@ def _resolved(split: str, patterns: list[str], format: str) -> list[str]:
         return expand_sources(patterns, format)
     if len(patterns) > 1:
         raise ConfigError(
-            f"data.{split} names {corpora[0]}, a prepared corpus, and {len(patterns) - 1} more: a corpus stands alone. "
-            "Give each a weight of its own ([{path: ..., weight: ...}, ...]), or name one of them."
+            f"data.{split} names {corpora[0]}, a prepared corpus, and {len(patterns) - 1} more: "
+            "a corpus is not listed with others. Give each a weight of its own ([{path: ..., weight: ...}, ...]), or "
+            "name one of them."
         )
     path = user_path(corpora[0]).absolute()
     read_manifest(path)  # one that is not whole is refused

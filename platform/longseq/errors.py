@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one clear sentence each, shown without a traceback."""
+"""Errors that are the user's to fix: one clear sentence each, shown without a traceback."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ class LongseqForMaskedLM(LongseqPreTrainedModel):
 
 
 class LongseqForCausalLM(LongseqPreTrainedModel, GenerationMixin):
-    """Logits of each position's next token; ``generate`` decodes at constant time and memory a token."""
+    """Logits of each position's next token; ``generate`` decodes at constant time and memory per token."""
 
     objective = "causal"
     _is_stateful = True  # the state cannot go back, as assisted generation would have it

@@ -96,10 +96,11 @@ class Source:
         return model.to(device or reading_device(self.config.trainer.accelerator)).eval()
 
 
-def find(target: Path, overrides: Sequence[str] = (), *, ema: bool = False, sums: bool = True) -> Source:
+def find(target: str | Path | Source, overrides: Sequence[str] = (), *, ema: bool = False, sums: bool = True) -> Source:
     """What a path means: of a run, its newest whole checkpoint.
 
     Args:
+        target: a run folder, a checkpoint or an exported folder; what has been found before is returned as it is.
         overrides: key=value on top of the run's configuration.
         ema: the running mean of the weights instead of the last ones.
         sums: False takes no checksums: for ``Source.folder`` of what has been found before.
@@ -108,6 +109,9 @@ def find(target: Path, overrides: Sequence[str] = (), *, ema: bool = False, sums
         LongseqError, DataError: in one sentence, for a path that is none of these, a damaged or older checkpoint, and
             a model of other tokens than the configuration's.
     """
+    if isinstance(target, Source):
+        return target
+    target = Path(target)
     if (target / "manifest.json").is_file():
         return of_checkpoint(_whole(Checkpoint(target.resolve()), sums), overrides, ema=ema)
     if is_exported(target):
@@ -116,7 +120,7 @@ def find(target: Path, overrides: Sequence[str] = (), *, ema: bool = False, sums
     run = Run.open(target)
     newest, damaged = run.newest_checkpoint(sums=sums)
     if newest is None:
-        raise RunError(f"{target}: there is no checkpoint to evaluate yet; `{run.resume_command}` trains on.")
+        raise RunError(f"{target}: there is no checkpoint yet; `{run.resume_command}` trains on.")
     for problem in damaged:
         print(f"longseq: warning: {problem} Going back to the one before it.", file=sys.stderr)
     return of_checkpoint(newest, overrides, ema=ema)
@@ -131,7 +135,7 @@ def of_checkpoint(checkpoint: Checkpoint, overrides: Sequence[str] = (), *, ema:
         weights = checkpoint.path / EMA
         if not weights.is_file():
             raise RunError(
-                f"{checkpoint.path}: holds no running mean of the weights: leave --ema out, or go on with "
+                f"{checkpoint.path}: holds no running mean of the weights: leave ema out, or go on with "
                 "trainer.ema_decay=0.999 (`longseq resume`), which begins one."
             )
     tokens = vocabulary(config)
@@ -142,7 +146,7 @@ def of_checkpoint(checkpoint: Checkpoint, overrides: Sequence[str] = (), *, ema:
 def of_export(export: exported.Exported, overrides: Sequence[str] = (), *, ema: bool = False) -> Source:
     """An exported folder."""
     if ema:
-        raise RunError(f"{export.folder}: an exported folder holds one set of weights: leave --ema out.")
+        raise RunError(f"{export.folder}: an exported folder holds one set of weights: leave ema out.")
     config = export.config(tuple(overrides))
     tokens = vocabulary(config)
     _refuse_other_tokens(export.weights, tokens)

@@ -1,4 +1,4 @@
-"""Tensors of a GPU copied to the CPU beside the computation: into pinned memory, on streams of their own."""
+"""Tensors of a GPU copied to the CPU during the computation: into pinned memory, on streams of their own."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def imported_by(*arguments: str) -> tuple[set[str], str]:
 
 
 def refused(done: subprocess.CompletedProcess[str]) -> str:
-    """The one line of an error that is the user's to mend."""
+    """The one line of an error that is the user's to fix."""
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.startswith("longseq: error: ")

@@ -77,7 +77,7 @@ def test_files_and_other_corpora_can_stand_beside_it(resolved, folder):
     ("overrides", "sentence"),
     [
         ("data.train=proteins.fasta data.packing=bucket", "only a prepared corpus knows beforehand: make one with"),
-        ("data.train=[corpus,proteins.fasta]", "a corpus stands alone"),
+        ("data.train=[corpus,proteins.fasta]", "a corpus is not listed with others"),
         ("data.format=jsonl", "data.format=jsonl says how files are read"),
         ("data.strict=true", "data.strict=True says how files are read"),
         ("data.tokenizer=bytes", "was prepared as protein"),

@@ -131,8 +131,8 @@ def test_a_limit_on_the_size_of_files_keeps_the_part(server: Server, tmp_path: P
         (["--format", "dat"], "uniref50 has no format 'dat'; it has fasta or xml."),
         (["--release", "2001_01"], "the previous ones are listed at"),
         (["--tries", "0"], "0 tries are none; give at least 1."),
-        (["--timeout", "0"], "a timeout of 0 seconds is none; give more than 0 and less than a day."),
-        (["--timeout", "nan"], "a timeout of nan seconds is none; give more than 0 and less than a day."),
+        (["--timeout", "0"], "a timeout of 0 seconds: give more than 0 and less than a day."),
+        (["--timeout", "nan"], "a timeout of nan seconds: give more than 0 and less than a day."),
         (["--mirror", "ftp.uniprot.org"], "mirror 'ftp.uniprot.org': neither uniprot, ebi or expasy nor the http(s)"),
     ],
 )

@@ -294,7 +294,7 @@ def test_a_key_that_does_not_fit_is_refused_with_its_place(load, text, overrides
 def test_keys_that_cannot_go_together_are_refused_with_the_file(place):
     done = longseq("data", "prepare", "prepare.yaml", "exclude_taxids=[10239]", folder=place)
     assert done.code == 1
-    assert done.sentence.startswith("prepare.yaml and its overrides: TaxID 10239 stands in ood_taxids and in exclude")
+    assert done.sentence.startswith("prepare.yaml and its overrides: TaxID 10239 is in ood_taxids and in exclude")
     assert longseq("data", "prepare", "none.yaml", folder=place).sentence.startswith("none.yaml: no such file")
 
 

@@ -373,5 +373,5 @@ def test_sequences_that_come_twice_are_found(tmp_path):
     assert verify(tmp_path / "c").records == 3000
     changed_manifest(tmp_path / "c", lambda manifest: manifest["settings"].update(deduplicate=True))
     said = damage(tmp_path / "c")
-    assert " stands in train too" in said
+    assert " is in train too" in said
     assert " more; restore" in said

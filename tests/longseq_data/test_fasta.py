@@ -180,7 +180,7 @@ def test_strict_refuses_the_first_unknown_letter(write):
     with pytest.raises(DataError) as caught:
         survey(Reading(), [source], strict=True)
     assert str(caught.value) == (
-        f"{source}, line 5: character 'J' in record 'b' is none of ACDEFGHIKLMNPQRSTVWYBOUXZ; correct it, or set "
+        f"{source}, line 5: character 'J' in record 'b' is not one of ACDEFGHIKLMNPQRSTVWYBOUXZ; correct it, or set "
         f"data.strict=false, which maps such characters to X."
     )
 

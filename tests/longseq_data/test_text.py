@@ -166,7 +166,7 @@ def test_proteins_may_stand_in_a_table(write):
     reading = Reading("jsonl", "protein", column="sequence")
     first, second = documents(reading, source, "jsonl")
     assert (first.identifier, first.sequence, second.sequence) == ("p", "MKVlaj", "MKV")
-    with pytest.raises(DataError, match=r"a\.jsonl, line 1: character 'j' in record 'p' is none of"):
+    with pytest.raises(DataError, match=r"a\.jsonl, line 1: character 'j' in record 'p' is not one of"):
         reading.encoder(strict=True).encode(first)
     with pytest.raises(DataError, match="line 1: a character in a sequence that is no ASCII letter"):
         documents(reading, write("b.jsonl", jsonl({"sequence": "MKÄ"})), "jsonl")

@@ -1,4 +1,4 @@
-"""What a prepared corpus says of itself: manifest.json, beside the folders of its splits."""
+"""What a prepared corpus says of itself: manifest.json, next to the folders of its splits."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Manifest:
     sources: list[Source]
     report: dict[str, object]  # what was read, filtered and dropped: see prepare.Report
     inputs: list[Source] = field(default_factory=list)  # lists that the settings name
-    files: list[DataFile] = field(default_factory=list)  # beside those of the splits, but for the manifest itself
+    files: list[DataFile] = field(default_factory=list)  # besides those of the splits, but for the manifest itself
     versions: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 

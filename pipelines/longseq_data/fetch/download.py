@@ -26,9 +26,9 @@ from longseq_data.os_errors import explained
 from .partial import Notice, Part, Progress, Promise, check_existing, locked, need_room
 
 READ = 1 << 20  # bytes at a time
-SLOWEST = 1024  # bytes a second, over the time of a timeout; less is as good as silence
+SLOWEST = 1024  # bytes per second, over the time of a timeout; less is as good as silence
 MAX_DOCUMENT = 1 << 24  # bytes of a file that is read into memory
-_OF_THIS_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of a socket: no wait mends them
+_OF_THIS_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of a socket: no wait helps
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Patience:
 
     def __post_init__(self) -> None:
         if not 0 < self.timeout < 86400:
-            raise DataError(f"a timeout of {self.timeout:g} seconds is none; give more than 0 and less than a day.")
+            raise DataError(f"a timeout of {self.timeout:g} seconds: give more than 0 and less than a day.")
         if self.tries < 1:
             raise DataError(f"{self.tries} tries are none; give at least 1.")
 

@@ -1,6 +1,6 @@
 """FILE.part: what there is of a file that is on its way, and the lock and the checks around it.
 
-FILE.part.json beside it says what it is a part of. FILE appears, in one step, when size and checksum agree.
+FILE.part.json next to it says what it is a part of. FILE appears, in one step, when size and checksum agree.
 """
 
 from __future__ import annotations

@@ -139,17 +139,17 @@ class PrepareConfig:
             )
         both = sorted(set(self.include_taxids) & set(self.exclude_taxids))
         if both:
-            raise DataError(f"TaxID {both[0]} stands in include_taxids and in exclude_taxids: remove one of them.")
+            raise DataError(f"TaxID {both[0]} is in include_taxids and in exclude_taxids: remove one of them.")
         lost = sorted(set(self.ood_taxids) & set(self.exclude_taxids))
         if lost:
-            raise DataError(f"TaxID {lost[0]} stands in ood_taxids and in exclude_taxids: remove one of them.")
+            raise DataError(f"TaxID {lost[0]} is in ood_taxids and in exclude_taxids: remove one of them.")
         if self.include_taxids and (rest := sorted(set(self.ood_taxids) - set(self.include_taxids))):
             raise DataError(f"TaxID {rest[0]} of ood_taxids is not in include_taxids: add it there.")
         for family in self.ood_pfam:
             if not PFAM.fullmatch(family):
                 raise DataError(f"ood_pfam: {family!r} is no Pfam accession; write it as PF00042.")
         if (self.ood_pfam or self.ood_pfam_random) and self.ood_pfam_map is None:
-            raise DataError("ood_pfam_map is missing: which records belong to a family stands in no header.")
+            raise DataError("ood_pfam_map is missing: no header says which records belong to a family.")
         if self.ood_pfam_map is not None and not (self.ood_pfam or self.ood_pfam_random):
             raise DataError("ood_pfam_map alone holds nothing out: set ood_pfam or ood_pfam_random.")
         if self.ood_pfam and self.ood_pfam_random:

@@ -18,7 +18,7 @@ from longseq_data.readers.formats import HUB
 from longseq_data.readers.sources import URL
 
 EDGE = 1 << 16  # bytes at both ends of a file; the end of a gzip file holds the checksum of its content
-MEASURED = 10_000  # files of a folder whose sizes are looked at, beside their names
+MEASURED = 10_000  # files of a folder whose sizes are looked at, besides their names
 
 
 @dataclass(frozen=True)

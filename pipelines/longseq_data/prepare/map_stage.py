@@ -79,7 +79,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class MapTask:
-    """What a worker needs to know beside the sources."""
+    """What a worker needs to know besides the sources."""
 
     folder: Path  # for the files put aside
     config: PrepareConfig

@@ -147,7 +147,7 @@ class _Cell:
                 if this < last:
                     self._problems.append(f"{where} is not in its place")
                 elif deduplicate and this in seen:
-                    self._problems.append(f"{where} stands in {seen[this]} too")
+                    self._problems.append(f"{where} is in {seen[this]} too")
                 if name != "ood" and rule is not None and rule.split(row.identifier, row.tokens.tobytes()) != name:
                     self._problems.append(f"{where} belongs to another split by its {rule.by}")
                 seen[this] = name

@@ -49,7 +49,7 @@ class Nodes:
 
 
 class Workers:
-    """``count`` processes a node, started when first needed; one is this process. A context manager: it ends them.
+    """``count`` processes per node, started when first needed; one is this process. A context manager: it ends them.
 
     nodes: others that help, see ``help_out``. tell: gets a sentence about where the work can be watched.
     """

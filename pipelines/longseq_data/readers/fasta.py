@@ -220,7 +220,7 @@ class Encoder(DocumentEncoder):
             known = self.alphabet.letters
             raise DataError(
                 f"{record.source}, {' '.join(map(str, record.place_of(first)))}: character "
-                f"'{record.sequence[first]}' in record '{record.identifier}' is none of {known}; correct it, or set "
+                f"'{record.sequence[first]}' in record '{record.identifier}' is not one of {known}; correct it, or set "
                 f"data.strict=false, which maps such characters to {self.alphabet.other}."
             )
         self.unknown.update(letters.translate(None, self._known).decode().upper())

@@ -16,7 +16,7 @@ except ImportError:  # there are processors without it
 
 MAGIC = b"\x1f\x8b"
 WRAPPED = 31  # zlib's wbits: gzip's header and checksum, and a window of 32 KiB
-LEAST = 1 << 16  # compressed bytes a step
+LEAST = 1 << 16  # compressed bytes per step
 FAST_ERROR: type[Exception] = zlib.error if isal is None else isal.error
 CAREFUL = 512  # a step where data are damaged, before single bytes: all that is whole shall be given
 

@@ -7,7 +7,7 @@ import io
 import lzma
 from collections.abc import Callable
 
-READ_SIZE = 1 << 18  # compressed bytes a step
+READ_SIZE = 1 << 18  # compressed bytes per step
 
 
 class DamagedError(Exception):

@@ -61,7 +61,7 @@ class EvaluationBatches(IterableDataset[Batch]):
     and worker.
 
     Every rank gets the same number of batches, as collectives need: rows without a sample are all pad and IGNORE.
-    Batches are as in TrainingBatches, without ``step_targets`` and ``samples``. Of a measured spec they hold beside
+    Batches are as in TrainingBatches, without ``step_targets`` and ``samples``. Of a measured spec they hold besides
         bytes, words  () int64 each, what the scored tokens stand for (see documents.Extent)
     """
 

@@ -41,8 +41,8 @@ def mask_rows(
 ) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.signedinteger]]:
     """(inputs, targets), both shaped as ``tokens``, (B, W); row i is sample ``numbers[i]``.
 
-    A row is a pure function of its tokens, the seed and its number, whatever stands beside or behind it. Special tokens
-    are never chosen. ``targets`` holds the token at each chosen position and IGNORE elsewhere.
+    A row is a pure function of its tokens, the seed and its number, whatever is around it. Special tokens are
+    never chosen. ``targets`` holds the token at each chosen position and IGNORE elsewhere.
     """
     width = tokens.shape[1]
     inputs = np.array(tokens, order="C")

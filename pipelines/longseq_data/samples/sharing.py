@@ -24,7 +24,7 @@ class Share:
     """The part of one rank in every step. Raises ValueError for impossible sizes."""
 
     batch_sequences: int  # rows of a micro-batch
-    accumulate: int  # micro-batches a step
+    accumulate: int  # micro-batches per step
     rank: int
     world: int
 

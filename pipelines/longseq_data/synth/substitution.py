@@ -83,7 +83,7 @@ def substitute(residues: Residues, times: Floats, rng: np.random.Generator) -> R
     sites = np.flatnonzero(left > 0)
     left = left[sites]
     while len(sites):
-        # One cumulative row a residue, laid end to end: row i fills (i, i + 1].
+        # One cumulative row per residue, laid end to end: row i fills (i, i + 1].
         drawn = np.searchsorted(jumps, residues[sites] + rng.random(len(sites)), side="right")
         residues[sites] = drawn % len(AMINO_ACIDS)
         left += np.log1p(-rng.random(len(left)))

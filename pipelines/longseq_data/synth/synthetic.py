@@ -256,7 +256,7 @@ def write_fasta(
 ) -> SyntheticReport:
     """Write the corpus as FASTA, gzipped when the name ends in ``.gz``, and say how much there is.
 
-    The text goes to a file beside ``path``, which takes its name once it is whole and on disk: an interrupt or a
+    The text goes to a file next to ``path``, which takes its name once it is whole and on disk: an interrupt or a
     full disk leaves nothing behind. Parent folders are created. ``progress`` is called with the number of records
     written so far, from time to time and at the end.
 

@@ -1,4 +1,4 @@
-"""One training process inside a benchmark: the training's own trainer, on synthetic proteins, with nobody beside it."""
+"""One training process inside a benchmark: the training's own trainer, on synthetic proteins, alone."""
 
 from __future__ import annotations
 

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 DEVICES = (8, 16, 32, 64, 128, 256, 512)
 _ASSUMPTIONS = (
-    "model: compute / P + one more pass over keys and queries for their states + 2 gathers a layer (3 where slices are",
-    "       longer than a tile) of one state to P − 1 others + a ring all-reduce of fp32 gradients; nothing overlaps,",
-    "       the slowest link counts, matrix products alone count (benchmarks/context_model.py)",
+    "model: compute / P + one more pass over keys and queries for their states + 2 gathers per layer (3 where slices",
+    "       are longer than a tile) of one state to P − 1 others + a ring all-reduce of fp32 gradients; nothing",
+    "       overlaps, the slowest link counts, matrix products alone count (benchmarks/context_model.py)",
 )
 
 
@@ -83,10 +83,10 @@ class Cell:
     memory: int  # the largest resident set of a process, bytes
     gathers: float  # of states, a layer and step
     gathered: float  # bytes of one, a layer and rank
-    halo: float  # bytes a layer, rank and step of keys and values at the borders
-    loss: float  # nats a token, of the last round
+    halo: float  # bytes per layer, rank and step of keys and values at the borders
+    loss: float  # nats per token, of the last round
     latency: float  # seconds of a message; 0 for one process
-    bandwidth: float  # bytes a second between processes; 0 for one
+    bandwidth: float  # bytes per second between processes; 0 for one
 
     @property
     def median(self) -> float:
@@ -125,14 +125,14 @@ def calibrated(cells: Sequence[Cell], spec: PerformerSpec, batch: int) -> Cluste
 
 
 def table(request: ContextRequest, cells: Sequence[Cell]) -> str:
-    """What was measured beside what the model says, and what it says of GPUs."""
+    """What was measured next to what the model says, and what it says of GPUs."""
     spec = request.spec
     here = calibrated(cells, spec, request.batch)
     lines = [
         f"longseq bench context: {request.preset} ({spec.depth} layers, width {spec.dim}, {spec.heads} heads, "
         f"{spec.features} features{f', window {spec.window}' if spec.window else ''}), batch {request.batch}, tiles of "
         f"{request.tile:,}; {request.dtype}, {request.threads} thread(s) a process",
-        f"one gather: {state_bytes(spec, request.batch):,} bytes a layer and rank = B·H·(m·(e+1)+1)·4",
+        f"one gather: {state_bytes(spec, request.batch):,} bytes per layer and rank = B·H·(m·(e+1)+1)·4",
         "",
         f"{'length':>10}{'P':>4}{'seconds':>10}{'model':>10}{'ratio':>7}{'ms/token':>10}{'CPU ms':>9}{'speedup':>9}"
         f"{'memory':>11}{'gathers':>9}{'bytes each':>12}{'halo bytes':>12}",
@@ -167,7 +167,7 @@ class Extrapolated:
     """What the model says of so many GPUs."""
 
     devices: int
-    strong: float  # seconds a step
+    strong: float  # seconds per step
     strong_efficiency: float  # of one device's rate
     states: float  # shares of the strong step
     gradient: float
@@ -216,7 +216,7 @@ def numbers(request: ContextRequest, cells: Sequence[Cell]) -> dict[str, object]
 
 
 def figure(request: ContextRequest, cells: Sequence[Cell]) -> Figure:
-    """Measured strong and weak scaling beside the model, and what it extrapolates."""
+    """Measured strong and weak scaling next to the model, and what it extrapolates."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -233,7 +233,7 @@ def figure(request: ContextRequest, cells: Sequence[Cell]) -> Figure:
     for share in sorted({cell.length // cell.processes for cell in cells}):
         row = [cell for cell in cells if cell.length // cell.processes == share]
         if len(row) > 1:
-            (line,) = weak.plot([c.processes for c in row], [c.median for c in row], "o-", label=f"{share:,} a process")
+            (line,) = weak.plot([c.processes for c in row], [c.median for c in row], "o-", label=f"{share:,} each")
             modelled = [predict(spec, here, c.length, c.processes, request.batch).seconds for c in row]
             weak.plot([c.processes for c in row], modelled, ":", color=line.get_color())
     rows = extrapolation(request)
@@ -241,7 +241,7 @@ def figure(request: ContextRequest, cells: Sequence[Cell]) -> Figure:
     far.plot(devices, [row.strong_efficiency for row in rows], "o-", label=f"{request.gpu_length:,} tokens")
     far.plot(devices, [row.weak_efficiency for row in rows], "s-", label=f"{request.gpu_slice:,} a GPU")
     for axes, title in ((strong, "strong scaling, measured (dotted: model)"), (weak, "weak scaling, measured")):
-        axes.set(title=title, xlabel="processes", ylabel="seconds a step", xticks=request.processes, ylim=(0, None))
+        axes.set(title=title, xlabel="processes", ylabel="seconds per step", xticks=request.processes, ylim=(0, None))
     far.set(title=f"model: {request.preset} on GPUs", xlabel="GPUs", ylabel="efficiency", xscale="log", ylim=(0, 1.05))
     far.set_xticks(devices, [str(n) for n in devices])
     far.minorticks_off()
@@ -305,6 +305,6 @@ def _constants(name: str, cluster: Cluster) -> str:
         return f"{of.bandwidth / 1e9:,.2f} GB/s and {of.latency * 1e6:,.0f} µs a message"
 
     if not cluster.inside.bandwidth:
-        return f"{name}: {cluster.flops / 1e9:,.1f} GFLOP/s a process; no link, as no two processes were measured"
+        return f"{name}: {cluster.flops / 1e9:,.1f} GFLOP/s per process; no link, as no two processes were measured"
     between = "" if cluster.between == cluster.inside else f"; {link(cluster.between)} beyond {NODE} devices"
-    return f"{name}: {cluster.flops / 1e9:,.1f} GFLOP/s a process; {link(cluster.inside)}{between}"
+    return f"{name}: {cluster.flops / 1e9:,.1f} GFLOP/s per process; {link(cluster.inside)}{between}"

@@ -3,9 +3,9 @@
 With T tokens on P devices (T / P each), a device of F FLOP/s, a message of s bytes that takes α + s / β, n layers of h
 heads with m features and value size e, and W weights:
 
-    compute   T / P · (useful FLOPs a token + those computed again) / F
+    compute   T / P · (useful FLOPs per token + those computed again) / F
     passes    T / P · n · h · g · 2m(d + e + 1) / F       for P > 1: the states M of the keys and G of the queries
-    states    g · n · (P − 1) · (α + s / β)               g gathers a layer of s = B · h · (m(e + 1) + 1) · 4 bytes
+    states    g · n · (P − 1) · (α + s / β)               g gathers per layer of s = B · h · (m(e + 1) + 1) · 4 bytes
     gradient  2 (P − 1) · α + 2 (P − 1) / P · 4 W / β     ring all-reduce of fp32 gradients, once a step
     step      compute + passes + states + gradient
 
@@ -36,7 +36,7 @@ NODE = 8  # devices
 class Link:
     """A message of s bytes takes latency + s / bandwidth."""
 
-    bandwidth: float  # bytes a second
+    bandwidth: float  # bytes per second
     latency: float  # seconds
 
     def seconds(self, size: float) -> float:

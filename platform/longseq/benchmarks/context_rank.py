@@ -96,7 +96,7 @@ def _train_step(
 
 
 def _link(spec: PerformerSpec, batch: int) -> tuple[float, float]:
-    """Seconds of a small message and bytes a second of a large one, by all-gathers like those of the states."""
+    """Seconds of a small message and bytes per second of a large one, by all-gathers like those of the states."""
     small = _gather_seconds(1, 30)
     size = max(_LARGE, 4 * state_bytes(spec, batch))
     large = _gather_seconds(size // 4, 5)

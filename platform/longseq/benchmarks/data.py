@@ -1,4 +1,4 @@
-"""How fast data come: files that stream in and a prepared corpus, beside decompression alone and other libraries.
+"""How fast data come: files that stream in and a prepared corpus, next to decompression alone and other libraries.
 
 Every contender reads the same proteins, taking turns in rounds, so that what else the machine does meets all alike.
 """
@@ -75,7 +75,7 @@ class DataRequest:
 class Measured:
     unit: str
     about: str
-    rates: list[float] = field(default_factory=list)  # units a second, by the wall clock, one a round
+    rates: list[float] = field(default_factory=list)  # units per second, by the wall clock, one a round
     cpu_seconds: list[float] = field(default_factory=list)  # of all processes
 
     @property
@@ -127,7 +127,7 @@ def numbers(request: DataRequest, results: Mapping[str, Measured]) -> dict[str, 
 
 def table(results: Mapping[str, Measured]) -> str:
     """Rates by contender, then the goals."""
-    head = f"{'contender':<16}{'median a second':>22}{'slowest':>14}{'fastest':>14}{'CPU seconds':>13}"
+    head = f"{'contender':<16}{'median per second':>22}{'slowest':>14}{'fastest':>14}{'CPU seconds':>13}"
     lines = [f"{head}   what it does"]
     for name, result in results.items():
         slowest, fastest = min(result.rates), max(result.rates)
@@ -231,7 +231,7 @@ def _streamed(
     spec = StreamSpec(tuple(sources), None, 0.0, 0.0, length, packing, "causal", seed=0, cache=folder)
     rows = STEP_TOKENS // length
     share = TrainingBatches(spec, batch_sequences=rows, accumulate=1, rank=0, world=1)
-    return islice(Loader(share, workers=0), samples // rows)  # in this process, as the decompression beside it
+    return islice(Loader(share, workers=0), samples // rows)  # in this process, as the decompression next to it
 
 
 def _biopython(sources: list[str]) -> Iterator[object]:

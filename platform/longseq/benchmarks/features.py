@@ -1,4 +1,4 @@
-"""How good the random features are: each estimator beside its closed form, and attention's error against m.
+"""How good the random features are: each estimator next to its closed form, and attention's error against m.
 
 Both measurements go through ``feature_map``, so they measure what training runs. x = q·d^-1/4 and y = k·d^-1/4 as in
 ``longseq.attention.feature_maps``; SM = exp(xᵀy). ``projections`` counts rows ω, m: the hyperbolic and the

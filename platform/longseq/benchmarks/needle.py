@@ -4,7 +4,7 @@ Values are planted at the beginning of a long stretch of real text, one token ea
 tokens later: at the key k the model must name the value that was planted with k. Everything between is text, of which
 nothing may be let through: an average over a hundred thousand tokens would drown four.
 
-One small model learns the task at short lengths first and goes on at longer ones. Beside it, a model whose context is
+One small model learns the task at short lengths first and goes on at longer ones. Next to it, a model whose context is
 ``short`` tokens: the same weights after the lengths up to that, trained on with as many optimiser steps on the last
 ``short`` tokens of the same long sequences. It knows the task, and cannot see the values: it can only guess.
 """
@@ -186,7 +186,7 @@ def measure(
 
 
 def table(request: NeedleRequest, found: Sequence[Needle]) -> str:
-    """Accuracy of both, beside chance."""
+    """Accuracy of both, next to chance."""
     lines = [
         f"{request.keys} values planted in the first {request.length - request.gap - request.keys:,} of "
         f"{request.length:,} tokens and asked for at the end; {request.depth} layers of width {request.dim}",

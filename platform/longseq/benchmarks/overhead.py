@@ -1,4 +1,4 @@
-"""What the platform costs: a training step and a checkpoint, beside the same model in a bare PyTorch loop.
+"""What the platform costs: a training step and a checkpoint, next to the same model in a bare PyTorch loop.
 
 Both train in the same process and take turns: some steps through Lightning and DeepSpeed with the usual callbacks and
 curves, then as many of a plain loop over the same batches with the same model, loss, clipping and AdamW. In the middle
@@ -84,7 +84,7 @@ class OverheadResults:
 
     @property
     def step_ratio(self) -> float:
-        """Median over the turns of a step of ours to one of the plain loop beside it."""
+        """Median over the turns of a step of ours to one of the plain loop next to it."""
         return median(self.step_ratios)
 
     @property
@@ -128,7 +128,7 @@ def table(request: OverheadRequest, results: OverheadResults) -> str:
     size = results.checkpoint_bytes / 1e6
     return "\n".join(
         [
-            f"longseq bench overhead: {request.preset}, {request.batch} × {request.length} tokens a step"
+            f"longseq bench overhead: {request.preset}, {request.batch} × {request.length} tokens per step"
             + "".join(f", {override}" for override in request.overrides),
             f"medians (min … max) of {request.rounds} turns of {request.steps} steps each",
             "",
@@ -138,7 +138,7 @@ def table(request: OverheadRequest, results: OverheadResults) -> str:
             f"{'checkpoint':<12}{stall * 1e3:>9.1f} ms   {copy * 1e3:>9.1f} ms for a plain copy of its {size:,.1f} MB",
             f"{'ratio':<12}{_range(results.stall_ratios)}, goal {STALL_GOAL}",
             "",
-            f"The steps beside the writing of a checkpoint took {beside * 1e3:+.1f} ms longer together.",
+            f"The steps during the writing of a checkpoint took {beside * 1e3:+.1f} ms longer together.",
         ]
     )
 
@@ -182,7 +182,7 @@ class _Turns(pl.Callback):
         self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         steps, step = self.request.steps, trainer.global_step
-        # Half a turn later than the checkpoints: the steps beside their writing belong to the same turn.
+        # Half a turn later than the checkpoints: the steps during their writing belong to the same turn.
         if step % steps != steps // 2:
             return
         seconds, cpu, turn = now(task.device) - self.began, time.process_time() - self.cpu_began, step // steps

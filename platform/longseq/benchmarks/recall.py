@@ -101,7 +101,7 @@ def measure(
 
 
 def table(request: RecallRequest, found: Iterable[Recall]) -> str:
-    """Accuracy in per cent, a row a variant and a column a distance."""
+    """Accuracy in per cent, a row per variant and a column a distance."""
     found = list(found)
     lines = [
         f"accuracy %, {request.pairs} pairs of {request.keys} keys and {request.values} values, window "

@@ -177,7 +177,7 @@ def _findings(request: Request, results: Results, direction: str, work: str) -> 
         if len(relative) > 1:
             base = next(iter(relative))
             steps = ", ".join(f"{x:.2f} at {length:,}" for length, x in relative.items() if length != base)
-            yield f"  {name}: time a token, 1 at {base:,}: {steps}"
+            yield f"  {name}: time per token, 1 at {base:,}: {steps}"
     slopes = ", ".join(f"{name} {x / 1024:,.2f}" for name, x in slope.items() if x is not None)
     if slopes:
         yield f"  memory, KiB a {results.rows[1]}: {slopes}"

@@ -18,7 +18,7 @@ class Measurement:
     Attributes:
         direction: "causal" or "bidirectional".
         work: what was timed, e.g. "forward".
-        seconds: of one call, a number a round.
+        seconds: of one call, a number per round.
         memory: peak bytes beyond inputs, outputs and their gradients.
         flops: of one call, or None where they are not counted.
     """
@@ -108,7 +108,7 @@ def crossover(speedup: Mapping[int, float]) -> Crossover | None:
 
 
 def time_a_token(series: Sequence[Measurement], base: int = 4096) -> dict[int, float]:
-    """Time a token at each length from ``base`` on, relative to the first of them: 1 everywhere if it is linear."""
+    """Time per token at each length from ``base`` on, relative to the first of them: 1 everywhere if it is linear."""
     long = [m for m in series if m.length >= base]
     return {m.length: (m.median / m.length) / (long[0].median / long[0].length) for m in long}
 

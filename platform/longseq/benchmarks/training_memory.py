@@ -16,7 +16,7 @@ from longseq.runs.run import Run
 from longseq.training.rehearsal import RESULTS, rehearse
 
 GOAL = 0.2  # how far the estimate may be off, as a share of what was measured
-SINGLE = "single"  # beside the ZeRO stages
+SINGLE = "single"  # besides the ZeRO stages
 
 
 @dataclass(frozen=True)

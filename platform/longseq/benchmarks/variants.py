@@ -25,36 +25,36 @@ _SHARE = {"window": True, "learned_share": True}
 
 VARIANTS: dict[str, Variant] = {
     "exact": Variant("softmax attention over all keys", {"attention": "exact"}),
-    "exact-decay": Variant("exact, a learned decay a head", {"attention": "exact", "learned_decay": True}),
+    "exact-decay": Variant("exact, a learned decay per head", {"attention": "exact", "learned_decay": True}),
     "local": Variant("the exact window alone, no features", {"window": True, "features": 0}),
     "local-decay": Variant(
-        "the exact window alone, a learned decay a head", {"window": True, "features": 0, "learned_decay": True}
+        "the exact window alone, a learned decay per head", {"window": True, "features": 0, "learned_decay": True}
     ),
     "softmax": Variant("FAVOR+ softmax"),
     "softmax-qk": Variant("FAVOR+ softmax, QK normalisation, learned temperature", {"qk_norm": True}),
     "softmax-iid": Variant("FAVOR+ softmax, independent rows", {"projection": "iid"}),
     "softmax-redraw": Variant("FAVOR+ softmax, redrawn every 100 steps", {"redraw_every": 100}),
-    "softmax-decay": Variant("FAVOR+ softmax, a learned decay a head", {"learned_decay": True}),
+    "softmax-decay": Variant("FAVOR+ softmax, a learned decay per head", {"learned_decay": True}),
     "softmax-qk-decay": Variant(
-        "FAVOR+ softmax, QK normalisation, a learned decay a head", {"qk_norm": True, "learned_decay": True}
+        "FAVOR+ softmax, QK normalisation, a learned decay per head", {"qk_norm": True, "learned_decay": True}
     ),
     "hyperbolic": Variant("FAVOR+ hyperbolic", {"kernel": "hyperbolic"}),
     "oprf": Variant("FAVOR++ (OPRF)", {"kernel": "oprf"}),
-    "oprf-decay": Variant("FAVOR++ (OPRF), a learned decay a head", {"kernel": "oprf", "learned_decay": True}),
+    "oprf-decay": Variant("FAVOR++ (OPRF), a learned decay per head", {"kernel": "oprf", "learned_decay": True}),
     "relu": Variant("FAVOR+ ReLU", {"kernel": "relu"}),
-    "relu-decay": Variant("FAVOR+ ReLU, a learned decay a head", {"kernel": "relu", "learned_decay": True}),
+    "relu-decay": Variant("FAVOR+ ReLU, a learned decay per head", {"kernel": "relu", "learned_decay": True}),
     "window": Variant("exact window, softmax features beyond", {"window": True}),
     "window-relu": Variant("exact window, ReLU features beyond", {"window": True, "kernel": "relu"}),
     "window-qk": Variant("exact window, softmax features, QK normalisation", {"window": True, "qk_norm": True}),
-    "window-share": Variant("exact window, softmax features, a learned share a head", dict(_SHARE)),
+    "window-share": Variant("exact window, softmax features, a learned share per head", dict(_SHARE)),
     "window-share-qk": Variant(
         "exact window, softmax features, a learned share, QK normalisation", _SHARE | {"qk_norm": True}
     ),
     "window-decay": Variant(
-        "exact window, softmax features, a learned decay a head", {"window": True, "learned_decay": True}
+        "exact window, softmax features, a learned decay per head", {"window": True, "learned_decay": True}
     ),
     "window-share-decay": Variant(
-        "exact window, softmax features, a learned share and decay a head", _SHARE | {"learned_decay": True}
+        "exact window, softmax features, a learned share and decay per head", _SHARE | {"learned_decay": True}
     ),
     "window-share-decay-bf16": Variant(
         "window-share-decay with bf16 operands, as GPUs multiply them (emulated)",
@@ -62,7 +62,7 @@ VARIANTS: dict[str, Variant] = {
         half=True,
     ),
     "window-share-qk-decay": Variant(
-        "exact window, softmax features, a learned share and decay a head, QK normalisation",
+        "exact window, softmax features, a learned share and decay per head, QK normalisation",
         _SHARE | {"learned_decay": True, "qk_norm": True},
     ),
 }

@@ -1,1 +1,1 @@
-"""One file a verb; each reads top to bottom."""
+"""One file per verb; each reads top to bottom."""

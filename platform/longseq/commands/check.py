@@ -31,7 +31,7 @@ _Result = TypeVar("_Result")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, help="a YAML file, e.g. configs/protein/base.yaml")
+    parser.add_argument("config", type=Path, help="a YAML file, or a name of `longseq configs`: protein/base")
     parser.add_argument("overrides", nargs="*", metavar="key=value", default=[], help="e.g. trainer.devices=8")
     parser.add_argument("--static", action="store_true", help="start no process: configuration, files, disk, memory")
     parser.epilog = help_on_keys()
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     memory = report.of("memory", lambda: _memory(config))
     if memory is None or report.failed or args.static:
         if not args.static:
-            report.line("skipped", "step", "mend what failed first")
+            report.line("skipped", "step", "fix what failed first")
         return EXIT_ERROR if report.failed else 0
     if config.trainer.nodes > 1:
         words = f"trainer.nodes={config.trainer.nodes}: `longseq submit` starts processes on other machines; try this"
@@ -86,7 +86,7 @@ def _config(args: argparse.Namespace) -> tuple[Config, str]:
     data, trainer = config.data, config.trainer
     nodes = f" on {trainer.nodes} nodes" if trainer.nodes > 1 else ""
     return config, (
-        f"{args.config}: {data.batch_tokens:,} tokens a step on {config.processes} process(es){nodes} × "
+        f"{args.config}: {data.batch_tokens:,} tokens per step on {config.processes} process(es){nodes} × "
         f"{trainer.accumulate} batch(es) of {config.batch_sequences} × {config.slice_length}"
     )
 

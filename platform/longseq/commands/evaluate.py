@@ -1,4 +1,4 @@
-"""How well checkpoints predict: loss, perplexity, bits, accuracy, calibration, beside the empirical baseline.
+"""How well checkpoints predict: loss, perplexity, bits, accuracy, calibration, next to the empirical baseline.
 
 The test split is scored, and the OOD files where data.ood names them; or any file, with --data. Intervals are 95 %, by
 the bootstrap over sequences. Several checkpoints make one table. Results are kept in the run's folder as JSON under

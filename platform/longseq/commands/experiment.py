@@ -1,5 +1,5 @@
 """Run an experiment: a file of configs/experiments/, which names the runs, trains and scores them all, and sets their
-table beside the paper's numbers. Interrupted, the same command goes on; with other --seeds it adds to the table.
+table next to the paper's numbers. Interrupted, the same command goes on; with other --seeds it adds to the table.
 
   longseq experiment configs/experiments/table2.yaml --seeds 0,1,2 \\
       data.train='[archaea.fasta.gz,escherichia.fasta.gz]' data.ood=viruses.fasta.gz
@@ -25,7 +25,7 @@ from longseq_data.files import user_path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "experiment", type=Path, metavar="FILE", help="a YAML file, e.g. configs/experiments/table2.yaml"
+        "experiment", type=Path, metavar="FILE", help="a YAML file, or a name of `longseq configs`: experiments/table2"
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", default=[], help="for every run, as of `longseq fit`"

@@ -1,7 +1,7 @@
 """Pictures of a run: PNG files under RUN/figures, and images in its TensorBoard.
 
 Training curves; accuracy by length (of the kept evaluation, else of a sample that is scored now); what each layer's
-attention looks at; similarities of the amino acids' embeddings beside BLOSUM62; how far attention is from softmax
+attention looks at; similarities of the amino acids' embeddings next to BLOSUM62; how far attention is from softmax
 attention, by layer.
 """
 

@@ -13,7 +13,7 @@ from longseq.launch.start import fit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, help="a YAML file, e.g. configs/protein/base.yaml")
+    parser.add_argument("config", type=Path, help="a YAML file, or a name of `longseq configs`: protein/base")
     parser.add_argument("overrides", nargs="*", metavar="key=value", default=[], help="e.g. data.train='[a.fasta.gz]'")
     parser.epilog = help_on_keys()
 

@@ -35,4 +35,5 @@ def _entry(name: str, kind: str, default: object, about: Mapping[str, Any]) -> l
     kind = kind.removesuffix(" | None").replace(SOURCES, "list[str | {path, weight, name}]")
     head = f"  {name}: {kind} = {'null' if default is None else default}"
     indent = " " * 6
-    return [head, *textwrap.wrap(f"{about['meaning']}{choices}", 100, initial_indent=indent, subsequent_indent=indent)]
+    wrapper = textwrap.TextWrapper(100, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    return [head, *wrapper.wrap(f"{about['meaning']}{choices}")]

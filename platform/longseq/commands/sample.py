@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rounds",
         type=natural,
         metavar="N",
-        help="passes of --infill, the surest positions first; 1: all at once; default 0: a pass a position",
+        help="passes of --infill, the surest positions first; 1: all at once; default 0: one per position",
     )
     parser.add_argument(
         "--timing", action="store_true", help="draw --length tokens whatever they are, and say how long each took"
@@ -103,7 +103,7 @@ def _fasta(out: TextIO, header: str, sequence: str) -> None:
 
 
 def speed(clock: list[float], length: int) -> str:
-    """The line of --timing: the time a token at the beginning and at the end of the first block, without the prompt.
+    """The line of --timing: the time per token at the beginning and at the end of the first block, without the prompt.
 
     clock: seconds, after each token of every block of ``length`` tokens.
     """

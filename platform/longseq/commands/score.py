@@ -3,8 +3,8 @@
 Causal: the exact log-likelihood of residues and end, one pass. Masked: the pseudo-log-likelihood, which hides each
 position in turn and so costs L passes over a sequence of L (--passes 20 hides every 20th at once, in 20 passes).
 With variants (A24G, or several changes A24G:C30D) the file holds the wild type alone, and the effect is the variant's
-log-likelihood less the wild type's; masked models score the changed positions hidden (masked marginals), in one pass a
-variant. Natural logarithms throughout.
+log-likelihood less the wild type's; masked models score the changed positions hidden (masked marginals), in one pass
+per variant. Natural logarithms throughout.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="FASTA or text, as the model was trained on")
     add_overrides(parser)
     parser.add_argument("--variant", action="append", default=[], metavar="A24G", help="may be repeated")
-    parser.add_argument("--variants", type=Path, metavar="FILE", help="one variant a line")
+    parser.add_argument("--variants", type=Path, metavar="FILE", help="one variant per line")
     parser.add_argument(
-        "--passes", type=natural, default=0, metavar="N", help="of a masked model; default 0: one a position, exact"
+        "--passes", type=natural, default=0, metavar="N", help="of a masked model; default 0: one per position, exact"
     )
     parser.add_argument("--json", action="store_true", help="JSON instead of a table with tabs")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: standard output")
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     rows: Iterator[Row]
     if args.variant or args.variants:
         if args.passes:
-            raise LongseqError("score: --passes, and effects of variants take one pass each in any case: leave it out.")
+            raise LongseqError("--passes: effects of variants take one pass each in any case: leave it out.")
         rows = variant_effects(args.target, args.file, args.variant, args.variants, args.overrides, ema=args.ema)
     else:
         rows = score(args.target, args.file, args.overrides, ema=args.ema, passes=args.passes)

@@ -1,4 +1,4 @@
-"""How one run stands: its job, its starts, and where they got to."""
+"""One run in detail: its job, its starts, and where they got to."""
 
 from __future__ import annotations
 

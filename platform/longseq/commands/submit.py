@@ -16,6 +16,7 @@ from longseq.commands.numbers import positive
 from longseq.commands.options import TAKE_OVER_HELP
 from longseq.config.loading import load_config, save_config
 from longseq.config.schema import Config
+from longseq.config.shipped import located
 from longseq.data import fix_order, identities, resolve_sources, vocabulary
 from longseq.errors import ConfigError, LongseqError, RunError
 from longseq.launch.before import check_disk, check_origin, say_schedule
@@ -39,7 +40,12 @@ from longseq.text_parts import fit_parts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="CONFIG|RUN", type=Path, help="a YAML file, or the folder of a run")
+    parser.add_argument(
+        "target",
+        metavar="CONFIG|RUN",
+        type=Path,
+        help="a YAML file, a name of `longseq configs`, or the folder of a run",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", default=[], help="e.g. trainer.max_steps=20000")
     parser.add_argument("--nodes", type=positive, metavar="N", help="machines; default: trainer.nodes")
     parser.add_argument(
@@ -256,7 +262,7 @@ def _preparation(args: argparse.Namespace, site: Site) -> _Job:
 
     wanted = load_flat(PrepareConfig, args.target, args.overrides, "longseq data prepare --help")
     wanted.check()
-    config = args.target.absolute()
+    config = located(args.target).absolute()
     here = Path.cwd() / f"prepare-{config.stem}"
     request = Request(args.nodes or 1, 1, gpus=False)
     # The job's working folder is this one, so relative paths mean the same there.

@@ -1,4 +1,4 @@
-"""The arithmetic across configuration keys: what each allows by itself and not beside the others. No torch here."""
+"""The arithmetic across configuration keys: what each allows by itself and not with the others. No torch here."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def _check_watching(config: Config) -> None:
         if sharded or trainer.activation_checkpointing:
             culprit = "trainer.zero_stage=3" if sharded else "trainer.activation_checkpointing=true"
         raise ConfigError(
-            f"trainer.noise_every={trainer.noise_every} and {culprit}: its gradients are taken beside the "
+            f"trainer.noise_every={trainer.noise_every} and {culprit}: its gradients are taken during the "
             "training step's, which needs whole weights and kept activations; set trainer.noise_every=0."
         )
 

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from longseq.config.hints import near_key
 from longseq.config.loading import bad_value, check_limits, check_text, shown, type_name
+from longseq.config.shipped import located
 from longseq.config.written_values import argument_value
 from longseq.config.yaml_files import YAML_ERRORS, first_line, read_yaml
 from longseq.errors import ConfigError
@@ -61,6 +62,7 @@ def load_flat(schema: type[Schema], path: Path, overrides: Sequence[str], help_c
 
 def _layers(path: Path, overrides: Sequence[str], known: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple]:
     """(values, the place of a key) of the file and of each argument."""
+    path = located(path)
     values, lines = read_yaml(path, lambda names: known.get(names[0], {}).get("type", "anything") if names else "")
     yield values, lambda name: f"{path}:{lines[name]}" if name in lines else str(path)
     for argument in overrides:

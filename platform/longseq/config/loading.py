@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from longseq.config.hints import near_choice, near_key, nearest
 from longseq.config.schema import Config
+from longseq.config.shipped import located
 from longseq.config.sources import named
 from longseq.config.written_values import SOURCES, WrittenError, argument_value
 from longseq.config.yaml_files import YAML_ERRORS, first_line, read_yaml, yaml_problem
@@ -30,8 +31,9 @@ _LARGEST = 2**63 - 1  # of a tensor's integers
 def load_config(path: Path | str, overrides: Sequence[str] = (), *, resolved: bool = False) -> Config:
     """Read a YAML file, the files it ``extends``, and ``section.key=value`` overrides, in rising priority.
 
-    Below them all stands what a model named in ``model.init_from`` brings, unless the file is that of a run, in which
-    everything has been ``resolved``.
+    ``path`` may be the name of a configuration that comes with longseq (``protein/base``). Below all of them is what a
+    model named in ``model.init_from`` brings, unless the file is that of a run, in which everything has been
+    ``resolved``.
 
     Raises:
         ConfigError: one sentence that names the file and line or the argument, the key, the nearest valid key and
@@ -51,7 +53,7 @@ def read_config(path: Path | str, overrides: Sequence[str] = (), *, resolved: bo
     Raises:
         ConfigError: as there.
     """
-    files = list(_layers(Path(path), ()))
+    files = list(_layers(located(path), ()))
     if resolved:
         _as_of_before(files)
     layers = [*files, *map(_override_layer, overrides)]
@@ -247,7 +249,7 @@ def bad_value(error: Exception) -> str:
     """What is wrong with the value of an argument, and what to do."""
     if isinstance(error, WrittenError):
         return f"{error}."
-    return f"not valid YAML: {yaml_problem(error)}. Close what is opened; a name with a comma stands in quotes."
+    return f"not valid YAML: {yaml_problem(error)}. Close what is opened, and put a name with a comma in quotes."
 
 
 def _at(place: str, name: str, value: Any) -> str:

@@ -88,9 +88,9 @@ class ModelConfig:
 class AttentionConfig:
     kind: str = key("favor", "FAVOR+, or exact softmax attention over the same weights", choices=("favor", "exact"))
     kernel: str = key("softmax", "feature map of FAVOR+", choices=KERNELS)
-    features: int = key(256, "random features a head (m)", at_least=1)
+    features: int = key(256, "random features per head (m)", at_least=1)
     qk_norm: bool = key(
-        False, "unit-length queries and keys with a learned temperature a head (next to no effect with kernel relu)"
+        False, "unit-length queries and keys with a learned temperature per head (next to no effect with kernel relu)"
     )
     window: int = key(
         0, "exact attention to keys nearer than this many positions, features beyond; 0: none", at_least=0
@@ -138,8 +138,8 @@ class DataConfig:
     test_fraction: float = key(0.05, "another such share, never looked at while training", at_least=0, below=1)
     format: str = key(
         "auto",
-        "of all files; auto: by their names, FASTA where they say nothing; lines: a document a line; jsonl, parquet "
-        "and hub have columns",
+        "of all files; auto: by their names, FASTA where they say nothing; lines: one document per line; jsonl, "
+        "parquet and hub have columns",
         choices=("auto", *FORMATS),
     )
     tokenizer: str = key(
@@ -153,7 +153,7 @@ class DataConfig:
         1_048_576, "a longer text is read as several documents, cut at the end of a line", at_least=64
     )
     image_size: int = key(64, "pixels on each side of an image, cropped and scaled down to it", at_least=1)
-    length: int = key(512, "tokens a sequence", at_least=2)
+    length: int = key(512, "tokens per sequence", at_least=2)
     packing: str = key(
         "concat",
         "concat: records joined by EOS and cut at length; crop: one record a sequence, padded or cropped at random; "
@@ -257,13 +257,13 @@ class TrainerConfig:
     )
     overlap_comm: bool | None = key(
         None,
-        "whether DeepSpeed sums gradients over the processes beside the backward pass, into a second buffer; default: "
+        "whether DeepSpeed sums gradients over the processes during the backward pass, into a second buffer; default: "
         "with ZeRO-3",
     )
     context_parallel: int = key(
         1, "neighbouring processes that hold a slice each of the same sequences; divides the processes", at_least=1
     )
-    accumulate: int = key(1, "batches a process adds up for one optimiser step", at_least=1)
+    accumulate: int = key(1, "batches that a process adds up for one optimiser step", at_least=1)
     activation_checkpointing: bool = key(False, "recompute each block in the backward pass to save memory")
     compile: bool = key(
         False,
@@ -285,8 +285,8 @@ class TrainerConfig:
     log_every: int = key(10, "steps between points in TensorBoard", at_least=1)
     probe_every: int = key(
         1000,
-        "steps between looks at one fixed sequence: each layer's attention beside exact attention, attention maps, and "
-        "sequences sampled from a causal model; 0: never",
+        "steps between looks at one fixed sequence: each layer's attention next to exact attention, attention maps, "
+        "and sequences sampled from a causal model; 0: never",
         at_least=0,
     )
     sample_tokens: int = key(64, "tokens of each sequence sampled at a probe; 0: none", at_least=0)
@@ -298,12 +298,12 @@ class TrainerConfig:
         None, "of one device, what MFU is a share of; default: that of a matrix product at the start", at_least=1e-6
     )
     ema_decay: float = key(
-        0.0, "keep a running mean of the weights, this much of it a step, e.g. 0.999; 0: none", at_least=0, below=1
+        0.0, "keep a running mean of the weights, this much of it per step, e.g. 0.999; 0: none", at_least=0, below=1
     )
     length_warmup_steps: int = key(
         0, "steps over which the sequences grow to data.length tokens; 0: they have it from the start", at_least=0
     )
-    length_warmup_start: int = key(64, "tokens a sequence at the first of these steps", at_least=2)
+    length_warmup_start: int = key(64, "tokens per sequence at the first of these steps", at_least=2)
     time_limit: str | None = key(
         None, "save and stop at the first step after this much time, e.g. 2h30m, 90s, 1d or 2:30:00; exit code 75"
     )

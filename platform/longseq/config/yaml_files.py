@@ -36,7 +36,7 @@ def read_yaml(path: Path, kinds: Kinds) -> tuple[dict[str, Any], dict[str, int]]
         node = yaml.compose(text)
         plain = OmegaConf.to_container(OmegaConf.create(text)) if node is not None else {}
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; configurations ship in configs/.") from None
+        raise ConfigError(f"{path}: no such file; `longseq configs` lists those that come with longseq.") from None
     except OSError as error:
         raise ConfigError(f"{explained(error, path, 'cannot be read')}.") from None
     except UnicodeDecodeError as error:

@@ -1,1 +1,1 @@
-"""What a checkpoint is worth: scores on held-out data beside what no model at all would reach."""
+"""What a checkpoint is worth: scores on held-out data next to what no model at all would reach."""

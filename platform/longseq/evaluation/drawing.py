@@ -85,7 +85,7 @@ def accuracy_by_length(splits: Mapping[str, Sequence[Mapping[str, Any]]], title:
 
 
 def attention_maps(own: Matrix | None, exact: Matrix, kernel: str, title: str) -> Figure:
-    """A layer's attention (heads, queries, keys), beside softmax attention over the same queries and keys.
+    """A layer's attention (heads, queries, keys), next to softmax attention over the same queries and keys.
 
     Each query's weights are shown as shares of its largest: on one scale for all, a causal map is black but for the
     first queries, which have few keys. None: the layer is exact itself.
@@ -113,7 +113,7 @@ def attention_maps(own: Matrix | None, exact: Matrix, kernel: str, title: str) -
 
 
 def similarities(cosine: Matrix, blosum: Matrix, letters: str, correlation: float, title: str) -> Figure:
-    """Cosine similarities of the amino acids' embeddings beside BLOSUM62, and one against the other by pairs."""
+    """Cosine similarities of the amino acids' embeddings next to BLOSUM62, and one against the other by pairs."""
     figure, panels = _figure(1, 3, 14.5, 4.8, title)
     off = ~np.eye(len(letters), dtype=bool)
     largest = float(np.abs(cosine[off]).max())
@@ -151,7 +151,7 @@ def approximation_errors(
         spread = np.array([[np.min(draws), np.max(draws)] for draws in layers]).T
         bars = np.abs(spread - mean)
         label = f"{features} features" + (" (as trained)" if features == own else "")
-        x = np.arange(len(layers)) + 0.06 * (number - (len(errors) - 1) / 2)  # bars beside each other
+        x = np.arange(len(layers)) + 0.06 * (number - (len(errors) - 1) / 2)  # bars next to each other
         axes.errorbar(x, mean, yerr=bars, color=colour, marker="o", capsize=3, linewidth=1.5, label=label)
     axes.set_xticks(range(len(layers)), [str(n) for n in range(len(layers))])
     axes.set_xlim(-0.5, len(layers) - 0.5)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def embed(
     target: str | Path | Source,
-    file: str,
+    file: str | Path,
     overrides: Sequence[str] = (),
     *,
     ema: bool = False,
@@ -37,13 +37,13 @@ def embed(
     Raises:
         LongseqError, DataError: at once, for a model or file that cannot be used; while it is read, for a bad record.
     """
-    source = target if isinstance(target, Source) else find(Path(target), overrides, ema=ema)
-    if layer is not None and layer > source.spec.depth:
+    source = find(target, overrides, ema=ema)
+    if layer is not None and not 0 <= layer <= source.spec.depth:
         raise LongseqError(
-            f"--layer {layer}: {source.name} has {source.spec.depth} blocks; take 0 to {source.spec.depth}."
+            f"layer={layer}: {source.name} has {source.spec.depth} blocks; take 0 to {source.spec.depth}."
         )
-    look(source, file)
-    return _vectors(source, file, layer)
+    look(source, str(file))
+    return _vectors(source, str(file), layer)
 
 
 def _vectors(source: Source, file: str, layer: int | None) -> Iterator[Embedded]:

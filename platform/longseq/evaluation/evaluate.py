@@ -63,7 +63,7 @@ class Settings:
     """
 
     splits: tuple[str, ...] | None = None
-    files: tuple[str, ...] = ()
+    files: tuple[str | Path, ...] = ()
     overrides: tuple[str, ...] = ()
     all_checkpoints: bool = False
     ema: bool = False
@@ -73,6 +73,13 @@ class Settings:
     seed: int = 0
     devices: int = 1
     keep: bool = True
+
+    def __post_init__(self) -> None:
+        """Raise LongseqError for a number out of bounds."""
+        for name, least in (("sequences", 1), ("top_k", 1), ("bootstrap", 0), ("devices", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise LongseqError(f"{name}={value}: take {least} or more.")
 
 
 @dataclass(frozen=True)
@@ -104,17 +111,18 @@ class Evaluation:
         }
 
 
-def evaluate(targets: Iterable[str | Path], settings: Settings = Settings()) -> list[Evaluation]:
+def evaluate(targets: str | Path | Iterable[str | Path], settings: Settings = Settings()) -> list[Evaluation]:
     """Score models on splits or files.
 
     Args:
-        targets: run folders, checkpoints or exported folders.
+        targets: run folders, checkpoints or exported folders; one or several.
 
     Raises:
         LongseqError, DataError: in one sentence, for a model or data that cannot be scored, or results that cannot be
             kept; before anything is scored where that can be known.
     """
-    found = list(evaluations([Path(target) for target in targets], settings or Settings()))
+    several = [targets] if isinstance(targets, str | Path) else targets
+    found = list(evaluations([Path(target) for target in several], settings))
     refuse_unkept(found)
     return found
 
@@ -156,11 +164,12 @@ def _groups(targets: Sequence[Path], settings: Settings) -> list[list[Source]]:
 def _parts(source: Source, settings: Settings, looked: list[object]) -> tuple[str, ...]:
     """Names of splits, and files, all of which have been looked at: ``looked``, those of the models before it too."""
     config = deepcopy(source.config)
-    files = [word if "://" in word else str(user_path(word).absolute()) for word in settings.files]
+    files = [word if "://" in word else str(user_path(word).absolute()) for word in map(str, settings.files)]
     splits = list(settings.splits or ())
     if source.run is None and (splits or not files):
         raise LongseqError(
-            f"{source.folder}: an exported folder, which knows no splits: say what to score with --data FILE alone."
+            f"{source.folder}: an exported folder, which knows no splits: name files to score, and no split "
+            "(evaluate --data FILE)."
         )
     if source.run is not None:
         if not files or splits:

@@ -66,7 +66,7 @@ def figures(source: Source) -> Iterator[tuple[str, Figure]]:
         numbers = sorted({max(2, spec.features // 4), spec.features, spec.features * 4})
         found = errors(model, batch, numbers, _DRAWS)
         by_number = {m: [layer[at] for layer in found] for at, m in enumerate(numbers)}
-        what = f"{title}: attention ({spec.kernel}) beside softmax attention, {_DRAWS} draws"
+        what = f"{title}: attention ({spec.kernel}) next to softmax attention, {_DRAWS} draws"
         estimates = spec.kernel in _ESTIMATES and not spec.learned_share
         yield "approximation_error", drawing.approximation_errors(by_number, spec.features, estimates, what)
 

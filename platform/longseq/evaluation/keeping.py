@@ -1,4 +1,4 @@
-"""Keep an evaluation: JSON beside the run, and points in TensorBoard beside the training's own stream."""
+"""Keep an evaluation: JSON in the run's folder, and points in TensorBoard next to the training's own stream."""
 
 from __future__ import annotations
 

@@ -146,6 +146,6 @@ def _wait(files: Sequence[Path], processes: Sequence[subprocess.Popen[bytes]], p
             how = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
             raise LongseqError(
                 f"evaluate: process {rank} of {len(processes)} {how}; is there enough memory for that many? "
-                "Take fewer with --devices."
+                "Take fewer devices."
             )
         time.sleep(0.05)

@@ -90,7 +90,9 @@ def prompt_tokens(text: str, vocabulary: Vocabulary, what: str) -> list[int]:
         ids = list(text.encode("ascii", "replace").translate(alphabet.table))
         if UNKNOWN in ids:
             at = ids.index(UNKNOWN)
-            raise LongseqError(f"{what}: {text[at]!r} at position {at + 1} is none of {alphabet.letters}; correct it.")
+            raise LongseqError(
+                f"{what}: {text[at]!r} at position {at + 1} is not one of {alphabet.letters}; correct it."
+            )
         return ids
     if vocabulary.name == "bytes":
         return list(text.encode())

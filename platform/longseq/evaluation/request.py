@@ -28,7 +28,7 @@ class Request:
 
     def source(self, number: int) -> Source:
         """The model of folder ``number``."""
-        return find(Path(self.folders[number]), self.overrides, ema=self.ema, sums=False)
+        return find(self.folders[number], self.overrides, ema=self.ema, sums=False)
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)))

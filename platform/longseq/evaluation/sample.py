@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,11 +69,12 @@ def sample(
         clock: gets the time after each token; then ``length`` tokens are drawn, whatever they are.
 
     Raises:
-        LongseqError: at once, for a model that is not causal, and a prompt of other letters.
+        LongseqError: at once, for a model that is not causal, a prompt of other letters, and a number out of bounds.
     """
+    _refuse_numbers(length=length, number=number, temperature=temperature, top_k=top_k, top_p=top_p)
     source = _source(target, overrides, ema)
-    source.require("causal", "sample continues with causal models; fill in masked positions with --infill FASTA.")
-    begin = prompt_tokens(prompt, source.vocabulary, "--prompt")
+    source.require("causal", "sample continues with causal models, and infill fills in positions with masked ones.")
+    begin = prompt_tokens(prompt, source.vocabulary, "prompt")
 
     from longseq.evaluation.sampling import Settings
 
@@ -82,7 +84,7 @@ def sample(
 
 def infill(
     target: str | Path | Source,
-    file: str,
+    file: str | Path,
     overrides: Sequence[str] = (),
     *,
     ema: bool = False,
@@ -103,20 +105,30 @@ def infill(
         LongseqError, DataError: at once, for a model that is not masked, a file that is no FASTA, a letter that is no
             residue, and a file without any '?'.
     """
+    _refuse_numbers(rounds=rounds, temperature=temperature, top_k=top_k, top_p=top_p)
     source = _source(target, overrides, ema)
-    source.require("masked", "--infill needs a masked one; a causal one continues a --prompt.")
+    source.require("masked", "infill needs a masked one, and sample continues with causal ones.")
     alphabet = ALPHABETS.get(source.vocabulary.name)
     if alphabet is None:
-        raise LongseqError(f"{source.folder}: a model of text; --infill works on proteins and DNA.")
-    records = list(_masked_records(file, alphabet))
+        raise LongseqError(f"{source.folder}: a model of text; infill works on proteins and DNA.")
+    records = list(_masked_records(str(file), alphabet))
 
     from longseq.evaluation.sampling import Settings
 
     return _filled(source, records, rounds, Settings(512, temperature, top_k, top_p, seed))
 
 
+def _refuse_numbers(**given: float) -> None:
+    least = {"length": 1, "number": 1}
+    for name, value in given.items():
+        if not least.get(name, 0) <= value < math.inf:
+            raise LongseqError(f"{name}={value}: take {least.get(name, 0)} or more.")
+        if name == "top_p" and not 0 < value <= 1:
+            raise LongseqError(f"top_p={value}: take a share above 0 and at most 1.")
+
+
 def _source(target: str | Path | Source, overrides: Sequence[str], ema: bool) -> Source:
-    source = target if isinstance(target, Source) else find(Path(target), overrides, ema=ema)
+    source = find(target, overrides, ema=ema)
     if source.vocabulary.name == "pixels":
         raise LongseqError(f"{source.folder}: a model of pixels; sample writes proteins and text.")
     return source

@@ -61,12 +61,17 @@ class VariantEffect:
 
 
 def score(
-    target: str | Path, file: str, overrides: Sequence[str] = (), *, ema: bool = False, passes: int = 0
+    target: str | Path | Source,
+    file: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    ema: bool = False,
+    passes: int = 0,
 ) -> Iterator[SequenceScore]:
     """The log-likelihood of each record, in the file's order.
 
     Args:
-        target: a run folder, a checkpoint or an exported folder.
+        target: a run folder, a checkpoint, an exported folder, or what ``longseq.find`` returned for one of these.
         file: FASTA or text, as the model was trained on.
         overrides: ``section.key=value`` on top of the run's configuration.
         ema: with the running mean of the weights.
@@ -75,18 +80,20 @@ def score(
     Raises:
         LongseqError, DataError: at once, for a model or file that cannot be used; while it is read, for a bad record.
     """
-    source = find(Path(target), overrides, ema=ema)
+    source = find(target, overrides, ema=ema)
+    if passes < 0:
+        raise LongseqError(f"passes={passes}: take 0 or more.")
     if passes and source.causal:
-        raise LongseqError("score: --passes, and a causal model takes one pass each in any case: leave it out.")
-    look(source, file)
-    return _scores(source, file, passes)
+        raise LongseqError(f"passes={passes}: a causal model takes one pass per sequence in any case: leave it out.")
+    look(source, str(file))
+    return _scores(source, str(file), passes)
 
 
 def variant_effects(
-    target: str | Path,
-    file: str,
+    target: str | Path | Source,
+    file: str | Path,
     variants: Sequence[str] = (),
-    table: Path | None = None,
+    table: str | Path | None = None,
     overrides: Sequence[str] = (),
     *,
     ema: bool = False,
@@ -100,19 +107,19 @@ def variant_effects(
 
     The other arguments and the errors are those of :func:`score`.
     """
-    source = find(Path(target), overrides, ema=ema)
-    look(source, file)
+    source = find(target, overrides, ema=ema)
+    look(source, str(file))
     from longseq.evaluation.variants import read_variants
 
     if source.vocabulary.name != "protein":
         raise LongseqError(f"{source.folder}: a model of text; variants are those of proteins.")
-    found = list(islice(records(source, file), 2))
+    found = list(islice(records(source, str(file)), 2))
     if len(found) != 1:
         raise LongseqError(
             f"{file}: more than one record, and variants are held against one wild type: give a FASTA of it alone."
         )
     (wild,) = found
-    return _effects(source, wild, read_variants(variants, table, wild))
+    return _effects(source, wild, read_variants(variants, Path(table) if table else None, wild))
 
 
 def _scores(source: Source, file: str, passes: int) -> Iterator[SequenceScore]:

@@ -7,7 +7,7 @@ from typing import Any
 
 Report = Mapping[str, Any]
 
-# What some data have beside: key of the report -> column of the table.
+# What some data have besides: key of the report -> column of the table.
 _EXTRA = {
     "bits_per_byte": "bits a byte",
     "word_perplexity": "word perplexity",

@@ -31,7 +31,7 @@ class Variant:
 
 
 def read_variants(words: Iterable[str], file: Path | None, wild: Record) -> list[Variant]:
-    """Variants given one by one, then those of a file: one a line, its first word; blank lines and # are skipped.
+    """Variants given one by one, then those of a file: one per line, its first word; blank lines and # are skipped.
 
     Raises:
         LongseqError: for a file that cannot be read or names no variant, and a variant that does not fit the wild
@@ -39,8 +39,8 @@ def read_variants(words: Iterable[str], file: Path | None, wild: Record) -> list
     """
     listed = list(_lines(file))
     if file is not None and not listed:
-        raise LongseqError(f"{file}: names no variant; write one a line, as A24G.")
-    return [parse(word, wild, place) for word, place in (*((word, "--variant") for word in words), *listed)]
+        raise LongseqError(f"{file}: names no variant; write one per line, as A24G.")
+    return [parse(word, wild, place) for word, place in (*((word, "variant") for word in words), *listed)]
 
 
 def parse(text: str, wild: Record, place: str) -> Variant:
@@ -81,7 +81,7 @@ def _lines(file: Path | None) -> Iterator[tuple[str, str]]:
     except OSError as error:
         raise LongseqError(f"{explained(error, file, 'cannot be read')}.") from None
     except UnicodeDecodeError:
-        raise LongseqError(f"{file}: not text; give a file with one variant a line.") from None
+        raise LongseqError(f"{file}: not text; give a file with one variant per line.") from None
     for number, line in enumerate(lines, 1):
         words = line.split("#")[0].replace(",", " ").split()
         if words:

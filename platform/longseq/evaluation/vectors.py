@@ -66,7 +66,7 @@ def _vectors(array: npt.NDArray[np.float32], vector: object) -> object:
 def write_npz(items: Iterable[Embedded], path: Path, dim: int, per_residue: bool) -> int:
     """Arrays ids, length (N,), mean (N, dim) and, per residue, residues (all residues, dim), record after record.
 
-    An array's header says its size, which is known last: the numbers wait in files beside until then.
+    An array's header says its size, which is known last: the numbers wait in files of their own until then.
     """
     with tempfile.TemporaryDirectory(prefix=".embed-", dir=path.parent) as folder:
         place = Path(folder)

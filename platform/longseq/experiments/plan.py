@@ -1,4 +1,4 @@
-"""An experiment as its YAML file says it: the runs, and the paper's numbers beside which their table is set.
+"""An experiment as its YAML file says it: the runs, and the paper's numbers next to which their table is set.
 
     about: what is compared
     config: ../protein/experiment.yaml        what every run has in common; --config takes another
@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from longseq.config.shipped import located
 from longseq.config.yaml_files import read_yaml
 from longseq.data import SPLITS
 from longseq.errors import ConfigError
@@ -68,6 +69,7 @@ def read_plan(path: Path) -> Plan:
     Raises:
         ConfigError: naming the file and the key.
     """
+    path = located(path)
     content, lines = read_yaml(path, _kind)
     for key in content:
         if key not in _KEYS:

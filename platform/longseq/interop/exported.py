@@ -1,4 +1,4 @@
-"""An exported folder: a model as Hugging Face lays it out, with what longseq must know beside it. No torch here.
+"""An exported folder: a model as Hugging Face lays it out, with what longseq must know next to it. No torch here.
 
     config.json           sizes under Hugging Face's names; the sections model, attention and data.tokenizer; the step
     model.safetensors     the weights, fp32 or bf16, their names behind "model."

@@ -45,7 +45,7 @@ def export(
     """
     out = Path(out)
     refuse_existing(out)
-    source = target if isinstance(target, Source) else find(Path(target), overrides, ema=ema)
+    source = find(target, overrides, ema=ema)
     state = source.load(device="cpu").state_dict()
     card = model_card(source)
     write_folder(out, state, source.config, source.vocabulary, source.step, card, first=source.begins, dtype=dtype)

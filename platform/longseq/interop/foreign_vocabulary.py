@@ -13,7 +13,7 @@ from longseq_data.tokenization import tokenizer_vocabulary
 from longseq_data.vocabulary import LETTERS, PROTEIN, Vocabulary
 
 _ROLES = ("bos", "eos", "pad", "mask")
-# What the families call the tokens before, after and beside a sequence.
+# What the families call the tokens before, after and next to a sequence.
 _NAMES = {
     "bos": ("<cls>", "[CLS]", "<s>", "<bos>"),
     "eos": ("<eos>", "[SEP]", "</s>"),

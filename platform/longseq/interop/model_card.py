@@ -68,7 +68,7 @@ def _training(source: Source) -> Iterator[str]:
     data = config.data
     yield f"- steps: {source.step:,}\n"
     if source.run:
-        yield f"- tokens a step: {data.batch_tokens:,}, in sequences of {data.length} (packing {data.packing})\n"
+        yield f"- tokens per step: {data.batch_tokens:,}, in sequences of {data.length} (packing {data.packing})\n"
         optim = config.optim
         yield f"- AdamW: lr {optim.lr:g}, {optim.schedule} after {optim.warmup_steps} steps of warm-up, "
         yield f"weight decay {optim.weight_decay:g}, clip {optim.clip:g}; {config.trainer.precision}\n"
@@ -94,7 +94,7 @@ def _data(source: Source) -> Iterator[str]:
 
 def _scores(source: Source) -> Iterator[tuple[str, ...]]:
     """A row for each split and file that `longseq evaluate` scored wholly, with this very checkpoint; overrides that
-    change scores stand beside it.
+    change scores stand next to it.
     """
     if not source.run or not source.run.evaluations_dir.is_dir():
         return

@@ -47,7 +47,7 @@ def write_tokenizer(folder: Path, vocabulary: Vocabulary, *, first: int, causal:
 
 
 def _letters(alphabet: Alphabet) -> Tokenizer:
-    """A letter a token; lower case reads as upper case, a final * and white space as nothing, other letters as X, or N.
+    """A letter per token; lower case reads as upper case, a final * and white space as nothing, others as X or N.
 
     Letters that stand for another one, as U for T in DNA, read as that.
     """
@@ -70,7 +70,7 @@ def _letters(alphabet: Alphabet) -> Tokenizer:
 
 
 def _bytes() -> Tokenizer:
-    """A byte a token, of UTF-8."""
+    """A byte per token, of UTF-8."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.BPE({character: byte for byte, character in enumerate(_byte_characters())}, []))

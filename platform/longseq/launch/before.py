@@ -27,7 +27,7 @@ def check_origin(config: Config) -> Path | None:
     if not config.model.init_from:
         return None
     try:
-        source = find(Path(config.model.init_from))
+        source = find(config.model.init_from)
     except USER_ERRORS as error:
         raise ConfigError(f"model.init_from: {error}") from None
     own, theirs = vocabulary(config), source.vocabulary

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -99,7 +100,7 @@ def environment_of(rank: int, world: int, port: int) -> dict[str, str]:
         # A letter that a terminal or a log lacks is no reason to fail.
         "PYTHONIOENCODING": f"{os.environ.get('PYTHONIOENCODING', '').partition(':')[0]}:replace",
         "PYTHONSAFEPATH": "1",  # a file of the user's named like a library must not be imported
-        # DeepSpeed builds some of its operators with ninja, which pip puts beside the interpreter.
+        # DeepSpeed builds some of its operators with ninja, which pip puts next to the interpreter.
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath))),
     }
 
@@ -223,6 +224,9 @@ def _stop_requests() -> Iterator[list[int]]:
         with suppress(OSError):  # the terminal may be gone: that is what SIGHUP says
             os.write(2, f"\nlongseq: {text}\n".encode())
 
+    if threading.current_thread() is not threading.main_thread():  # Python hears signals in that one alone
+        yield requests
+        return
     wanted = [signal.SIGINT, signal.SIGTERM, *_SOFT]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not under nohup
         wanted.append(signal.SIGHUP)

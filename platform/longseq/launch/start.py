@@ -48,7 +48,7 @@ def fit(config: str | Path, overrides: Sequence[str] = ()) -> Training:
     """Train a new run.
 
     Args:
-        config: a YAML file.
+        config: a YAML file, or the name of a configuration that comes with longseq: ``protein/base``.
         overrides: ``section.key=value``, on top of it.
 
     Raises:

@@ -55,7 +55,7 @@ class MemoryEstimate:
         parts = f"weights {gib(self.weights)}, gradients {gib(self.gradients)}, optimiser {gib(self.optimizer)}, "
         parts += f"activations {gib(self.activations)}"
         host = f", and {gib(self.host)} in the CPU's memory" if self.host else ""
-        return f"about {gib(self.peak)} of tensors a process ({parts}){host}"
+        return f"about {gib(self.peak)} of tensors per process ({parts}){host}"
 
 
 def estimate(config: Config, vocabulary: int, *, on_cuda: bool = True) -> MemoryEstimate:
@@ -132,7 +132,7 @@ def reduce_bucket(config: Config, parameters: int) -> int:
 
 
 def _overlaps(config: Config) -> bool:
-    """Whether gradients are summed beside the backward pass, out of one buffer while another one fills (ZeRO-1, 2)."""
+    """Whether gradients are summed during the backward pass, out of one buffer while another one fills (ZeRO-1, 2)."""
     given = config.deepspeed.get("zero_optimization", {}).get("overlap_comm", config.trainer.overlap_comm)
     return bool(given) and config.trainer.zero_stage < 3
 
@@ -159,7 +159,7 @@ def _states(spec: PerformerSpec, config: Config) -> float:
 
 
 def block_bytes(spec: PerformerSpec, config: Config, width: int, *, triton: bool = False) -> float:
-    """Bytes a token that the backward pass of one block needs: those that its forward pass saves.
+    """Bytes per token that the backward pass of one block needs: those that its forward pass saves.
 
     The residual stream twice, both norms' outputs and the attention's output as its map reads it; the hidden layer
     before and after its activation; queries, keys, values and output of attention; and what its kind keeps.
@@ -188,7 +188,7 @@ def block_bytes(spec: PerformerSpec, config: Config, width: int, *, triton: bool
 
 
 def _favor(spec: PerformerSpec, config: Config, width: int, triton: bool) -> float:
-    """Bytes a token: states between the groups of chunks, denominators, and each part's output where there are two."""
+    """Bytes per token: states between the groups of chunks, denominators, each part's output where there are two."""
     state = 4 * spec.heads * spec.features * (spec.head_dim + 1)
     plain = not (spec.window or spec.learned_decay or _packs(config))
     numbers = TRITON_NUMBERS if triton else 0
@@ -212,7 +212,7 @@ def _packs(config: Config) -> bool:
 
 
 def _mask(spec: PerformerSpec, config: Config) -> float:
-    """Bytes a token of what is quadratic in exact attention, where padding, documents or a decay ask for a mask."""
+    """Bytes per token of what is quadratic in exact attention, where padding, documents or a decay ask for a mask."""
     length, rows = config.data.length, config.batch_sequences
     masked = config.data.packing != "concat" or _packs(config) or config.trainer.context_parallel > 1
     if spec.learned_decay:  # a mask that learns: torch keeps all weights
@@ -234,7 +234,7 @@ def _carries(spec: PerformerSpec, config: Config) -> bool:
 def _tiled(
     spec: PerformerSpec, config: Config, width: int, parameters: int, triton: bool
 ) -> tuple[float, float, float]:
-    """With tiles of the sequence: bytes that are kept, bytes of one recomputation, and the head's bytes a token.
+    """With tiles of the sequence: bytes that are kept, bytes of one recomputation, and the head's bytes per token.
 
     Where a tile goes through all layers, the states between the tiles are kept, and one tile of all layers is computed
     again with two gradients of all weights. Elsewhere each block's input is kept, and the attention of one block is
@@ -258,7 +258,7 @@ def _pads(config: Config) -> bool:
 
 
 def _backward(spec: PerformerSpec, width: int) -> float:
-    """Bytes a token that the backward pass of a block holds at most, beyond what is kept for it.
+    """Bytes per token that the backward pass of a block holds at most, beyond what is kept for it.
 
     In the MLP the gradients of the residual stream and of the hidden layer; in the attention, where the MLP's are gone,
     those of q, k, v, its output and their copies.

@@ -1,4 +1,4 @@
-"""Time of calls on a machine that may be busy with other things, and the machine's own rate beside it."""
+"""Time of calls on a machine that may be busy with other things, and the machine's own rate next to it."""
 
 from __future__ import annotations
 

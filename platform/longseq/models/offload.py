@@ -1,4 +1,4 @@
-"""What recomputations start from, in the CPU's memory until the backward pass: copied beside the computation."""
+"""What recomputations start from, in the CPU's memory until the backward pass: copied during the computation."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from longseq.models.spec import PerformerSpec
 
 @dataclass(frozen=True, eq=False)
 class DecodingState:
-    """What a causal model must know of the tokens so far: one state a layer, and the next token's position (B,)."""
+    """What a causal model must know of the tokens so far: one state per layer, and the next token's position (B,)."""
 
     layers: tuple[RecurrentState, ...]
     positions: Tensor
@@ -201,7 +201,7 @@ class PerformerLM(nn.Module):
             positions = torch.arange(start, stop, device=tokens.device)
             x = self._embed(tokens[:, start:stop], positions, None)  # (B, T, E)
             rotary = self._rotary(positions)
-            size = len(before) // layers  # tensors a layer
+            size = len(before) // layers  # tensors per layer
             behind: list[Tensor] = []
             for number, block in enumerate(self.blocks):
                 assert isinstance(block, Block)
@@ -289,7 +289,7 @@ def _positions(tokens: Tensor, padding: Tensor | None, segments: Tensor | None) 
 
 def _scaled(x: Tensor, masked: Tensor, padding: Tensor | None) -> Tensor:
     """ESM's "token dropout" (Rives et al. 2021; Lin et al. 2023, ESM-2): masked tokens embed as 0, and all others are
-    scaled as dropout at 12 %, the share of MASK in ESM's training, would scale them beside the share that there is."""
+    scaled as dropout at 12 %, the share of MASK in ESM's training, would scale them, relative to the share here."""
     real = torch.ones_like(masked) if padding is None else padding
     share = (masked & real).sum(1) / real.sum(1).clamp(min=1)
     scale = (1 - 0.15 * 0.8) / (1 - share).clamp(min=1e-6)

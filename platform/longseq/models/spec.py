@@ -106,7 +106,7 @@ class PerformerSpec:
 
     @property
     def carries(self) -> bool:
-        """Whether a tile can go through all layers before the next, with a state of fixed size a layer between them."""
+        """Whether a tile can go through all layers before the next, with a fixed-size state per layer between them."""
         favor = self.attention == "favor" and self.kernel not in SIGNED_KERNELS
         return bool(self.sequence_tile) and self.carry and self.causal and favor and not self.mask_scaling
 
@@ -121,7 +121,7 @@ class PerformerSpec:
     @property
     def parameter_count(self) -> int:
         """Number of weights a model of this spec has."""
-        learned = self.qk_norm + (self.learned_share and self.window > 0) + self.learned_decay  # one number a head
+        learned = self.qk_norm + (self.learned_share and self.window > 0) + self.learned_decay  # one number per head
         attention = 4 * self.dim**2 + self.heads * learned
         mlp = 2 * self.dim * self.ffn_dim + self.ffn_dim + self.dim
         norms = 4 * self.dim

@@ -3,7 +3,7 @@
     step-00001000.ckpt/
       manifest.json        step, samples consumed, ranks, and size and SHA-256 of every file; and of itself
       model.safetensors    the weights, readable without DeepSpeed and without unpickling
-      training/            fp32 weights and Adam's moments by the weight's name, a file a rank; counters and schedule
+      training/            fp32 weights and Adam's moments by the weight's name, a file per rank; counters and schedule
 
 None of it is ever unpickled, and none depends on the number of ranks or the strategy that wrote it. It is written
 under another name and renamed last, so a folder of this name is whole unless damaged later. A damaged one is kept

@@ -9,7 +9,7 @@
     starts/00003.silent  which rank does not answer, in a job, as long as one does not
     starts/00003.crash   after which step it crashed, in a job, "never" before the first, and the nodes to blame
 
-A lost node's processes can live on beside the job's next start, and a slow network file system lets a lock of theirs
+A lost node's processes can live on during the job's next start, and a slow network file system lets a lock of theirs
 be forgotten. They look for a newer number before each file that they write. Besides, one process of each node looks
 every ten seconds and ends where there is one: the others of its node follow, as it leaves its place to the next. For
 points of the curves that is enough.

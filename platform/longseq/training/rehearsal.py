@@ -121,7 +121,7 @@ class _Watch(pl.Callback):
 
 
 def all_reduce_rate(device: torch.device) -> float:
-    """Bytes a second of an all-reduce of 64 MiB over all ranks, the same on all of them; 0 for one process.
+    """Bytes per second of an all-reduce of 64 MiB over all ranks, the same on all of them; 0 for one process.
 
     Raises:
         LongseqError: if the sum is not that of all ranks.

@@ -127,7 +127,7 @@ def write(path: Path, content: Content) -> Written:
     """Write a file through to the disk, and take its checksum from what was to be written, not from what came out.
 
     Tensors go out in the safetensors format, by Python's own calls: these let go of the interpreter's lock while
-    they copy and hash, so that the training goes on beside them.
+    they copy and hash, so that the training goes on meanwhile.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     digest, size = hashlib.sha256(), 0

@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def outcome(work: Callable[[], int], run: Run) -> tuple[int, str | None]:
-    """The exit code of ``work``, and the sentence that says why where it failed in a way that people can mend.
+    """The exit code of ``work``, and the sentence that says why where it failed in a way that people can fix.
 
     With ``PEER_LOST`` it is no more than a symptom: another process has the cause.
     """

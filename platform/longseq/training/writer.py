@@ -1,4 +1,4 @@
-"""Checkpoints written beside the training, one at a time, and named when every rank's part is on the disk."""
+"""Checkpoints written during the training, one at a time, and named when every rank's part is on the disk."""
 
 from __future__ import annotations
 

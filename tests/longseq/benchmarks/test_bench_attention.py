@@ -156,7 +156,7 @@ def test_a_command_that_is_not_understood_exits_with_2(tmp_path, arguments, sent
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--backend", "cuda"], "--backend cuda: there is none of that name; choose from auto, torch, native, triton"),
+        (["--backend", "cuda"], "--backend cuda: no such backend; choose from auto, torch, native, triton"),
         (["--contenders", "window", "--window", 0], "nothing was measured: window asked for with --window 0"),
     ],
 )

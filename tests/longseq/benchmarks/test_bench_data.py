@@ -37,7 +37,7 @@ def test_ratios_are_taken_round_by_round():
 
 
 def test_an_unknown_contender_is_refused(tmp_path):
-    assert "'pandas' is none of" in longseq("bench", "data", "--contenders", "pandas", folder=tmp_path).sentence
+    assert "'pandas' is not one of" in longseq("bench", "data", "--contenders", "pandas", folder=tmp_path).sentence
 
 
 def test_the_files_that_are_named_are_read(tmp_path):

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,6 +98,56 @@ def test_a_model_that_cannot_is_refused_before_anything_is_computed(trained):
         api.sample(masked)
     with pytest.raises(LongseqError, match="take 0 to 2"):
         api.embed(masked, "test.fasta", layer=3)
+
+
+def test_files_are_paths_or_words_and_one_model_needs_no_list(trained, folder):
+    run = trained()
+    (one,) = api.evaluate(run, api.EvaluationSettings(files=(folder / "test.fasta",), keep=False, bootstrap=0))
+    (other,) = api.evaluate([str(run)], api.EvaluationSettings(files=("test.fasta",), keep=False, bootstrap=0))
+    assert one == other
+    source = api.find(str(run))
+    assert list(api.score(source, folder / "test.fasta")) == list(api.score(run, "test.fasta"))
+    (folder / "wild.fasta").write_text(">wild\nMKVLAACDEF\n")
+    (folder / "list.txt").write_text("K2C\n")
+    by_table = list(api.variant_effects(source, folder / "wild.fasta", table="list.txt"))
+    assert by_table == list(api.variant_effects(run, "wild.fasta", ["K2C"]))
+    assert [v.identifier for v in api.embed(source, folder / "wild.fasta")] == ["wild"]
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda run: api.sample(run, number=0), "number=0: take 1 or more."),
+        (lambda run: api.sample(run, length=0), "length=0: take 1 or more."),
+        (lambda run: api.sample(run, temperature=-1), "temperature=-1: take 0 or more."),
+        (lambda run: api.sample(run, temperature=float("nan")), "temperature=nan: take 0 or more."),
+        (lambda run: api.sample(run, top_p=0), "top_p=0: take a share above 0 and at most 1."),
+        (lambda run: api.infill(run, "test.fasta", rounds=-1), "rounds=-1: take 0 or more."),
+        (lambda run: api.score(run, "test.fasta", passes=-2), "passes=-2: take 0 or more."),
+        (lambda run: api.embed(run, "test.fasta", layer=-1), "layer=-1: one has 2 blocks; take 0 to 2."),
+        (lambda run: api.evaluate(run, api.EvaluationSettings(devices=0)), "devices=0: take 1 or more."),
+        (lambda run: api.score(run, "test.fasta", ema=True), "holds no running mean of the weights: leave ema out,"),
+        (lambda run: api.sample(run, prompt="M*"), "prompt: '*' at position 2 is not one of"),
+    ],
+)
+def test_an_argument_out_of_bounds_is_refused_by_its_own_name(trained, call, sentence):
+    with pytest.raises(LongseqError) as refused:
+        call(trained())
+    assert sentence in str(refused.value)
+    assert "--" not in str(refused.value)
+
+
+def test_a_training_runs_in_a_thread_and_leaves_its_process_as_it_was(folder):
+    def state():
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+        return [Path.cwd(), dict(os.environ), *map(signal.getsignal, signals), logging.getLogger().handlers]
+
+    words = ["data.train=proteins.fasta", "trainer.strategy=single", "trainer.max_steps=1", "data.valid_fraction=0.2"]
+    before = state()
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(api.fit, "small.yaml", [*words, "run.name=mine"]).result()
+    assert training.finished
+    assert state() == before
 
 
 def test_a_training_returns_its_run_and_goes_on(folder):

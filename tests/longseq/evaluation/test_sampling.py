@@ -179,7 +179,7 @@ def test_infill_keeps_names_and_known_residues(trained, longseq, folder):
 
 def test_what_cannot_be_sampled_is_refused(trained, refused, folder):
     causal, masked = trained(), trained("masked", "model.objective=masked")
-    assert "'*' at position 4 is none of" in refused("sample", causal, "--prompt", "MKV*")
+    assert "'*' at position 4 is not one of" in refused("sample", causal, "--prompt", "MKV*")
     assert "model.objective=masked" in refused("sample", masked)
     (folder / "holes.fasta").write_text(">a b\nMK?L\n")
     assert "model.objective=causal" in refused("sample", causal, "--infill", "holes.fasta")

@@ -28,7 +28,7 @@ from longseq.benchmarks.gpu.rows import Rows, first_line
 # Relative to the norm of what is exact. fp32: what favor_attention promises, on a GPU by six bf16 products. 16 bits
 # round features, weights and values, and the output itself.
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
-# One number a head, a sum over all pairs of positions whose terms nearly cancel: in 16 bits up to 7 % was seen.
+# One number per head, a sum over all pairs of positions whose terms nearly cancel: in 16 bits up to 7 % was seen.
 LEARNED_FACTOR = {torch.float32: 10, torch.bfloat16: 18, torch.float16: 18}
 # In 16 bits gradients of queries and keys that are far apart (std 2) were up to 6.2e-3 off, of 37 keys.
 FAR_FACTOR = {torch.float32: 1, torch.bfloat16: 1.3, torch.float16: 1.3}

@@ -16,7 +16,7 @@ class Part:
         about: what it looks at.
         seconds: after which it is cut.
         correct: whether it proves something: then its failure is that of the command, and a CPU can run it.
-        alone: whether nothing may run beside it, as it takes times.
+        alone: whether nothing else may run, as it takes times.
         program: the module that is run, with the part's name and where its rows go.
     """
 
@@ -41,9 +41,9 @@ PARTS: dict[str, Part] = {
         Part("compile", "20 steps with trainer.compile, against the CPU's", 240),
         Part("resume", "a checkpoint, kill -9, and the run that goes on from it", 150),
         Part("preflight", "longseq check, and a task of a job", 120),
-        Part("attention", "attention beside SDPA (flash) and flash-linear-attention", 120, correct=False, alone=True),
-        Part("step", "a Regular model's step beside OPT's", 100, correct=False, alone=True),
-        Part("million", "a step on 2^20 tokens beside steps on 8,192", 80, correct=False, alone=True),
-        Part("decode", "decoding: the forward pass's logits, and tokens a second", 60, alone=True),
+        Part("attention", "attention next to SDPA (flash) and flash-linear-attention", 120, correct=False, alone=True),
+        Part("step", "a Regular model's step next to OPT's", 100, correct=False, alone=True),
+        Part("million", "a step on 2^20 tokens next to steps on 8,192", 80, correct=False, alone=True),
+        Part("decode", "decoding: the forward pass's logits, and tokens per second", 60, alone=True),
     )
 }

@@ -1,4 +1,4 @@
-"""The parts as a table for people: what was seen, beside the bars."""
+"""The parts as a table for people: what was seen, next to the bars."""
 
 from __future__ import annotations
 

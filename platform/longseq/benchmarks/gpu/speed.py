@@ -1,4 +1,4 @@
-"""What it costs on this GPU: attention beside SDPA, a step beside OPT's, a million tokens, decoding.
+"""What it costs on this GPU: attention next to SDPA, a step next to OPT's, a million tokens, decoding.
 
 The bars are those that were set for an H200 (8 heads of 64, 256 features, causal, bf16): a smaller GPU may miss them.
 """
@@ -108,7 +108,7 @@ def decode(rows: Rows, device: str, folder: Path) -> None:
         model = _model(PRESET if large else "tiny", device, **options).to(dtype).eval()
         for name, weight in model.named_parameters():
             if name.endswith(("qkv.weight", "attention.out.weight")):
-                weight.mul_(10)  # else attention hardly matters beside the residual stream
+                weight.mul_(10)  # else attention hardly matters next to the residual stream
         tokens = _tokens(model, 2, 600 if large else 70, device)
         half = tokens.shape[1] // 2
         expected = model(tokens).double()

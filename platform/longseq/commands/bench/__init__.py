@@ -1,8 +1,8 @@
 """Measure this machine: speed and memory against the length, side by side with the exact Transformer and peers.
 
 Every benchmark prints a table, and keeps every raw number as JSON in a folder (--out): attention, step, context and
-features beside a picture, which needs matplotlib (pip install 'longseq[bench]'); quality and recall in a file a model.
-Ctrl-C keeps what was measured until then, but for overhead, features, needle and data.
+features next to a picture, which needs matplotlib (pip install 'longseq[bench]'); quality and recall in one file per
+model. Ctrl-C keeps what was measured until then, but for overhead, features, needle and data.
 """
 
 from __future__ import annotations
@@ -79,19 +79,19 @@ BENCHMARKS: dict[str, Benchmark] = {
         context.run_context,
     ),
     "data": Benchmark(
-        "how fast data come: streamed and prepared, beside decompression alone", data.data_arguments, data.run_data
+        "how fast data come: streamed and prepared, next to decompression alone", data.data_arguments, data.run_data
     ),
     "memory": Benchmark(
-        "the memory estimate beside what two steps take", training.memory_arguments, training.run_memory
+        "the memory estimate next to what two steps take", training.memory_arguments, training.run_memory
     ),
     "overhead": Benchmark(
-        "a training step and a checkpoint beside a bare loop", training.overhead_arguments, training.run_overhead
+        "a training step and a checkpoint next to a bare loop", training.overhead_arguments, training.run_overhead
     ),
     "features": Benchmark(
-        "error of the random features, beside their closed forms", features.features_arguments, features.run_features
+        "error of the random features, next to their closed forms", features.features_arguments, features.run_features
     ),
     "gpu": Benchmark(
-        "a GPU in minutes: every kernel, training and bar, each part a process of its own",
+        "a GPU in minutes: every kernel, training and bar, each part in a process of its own",
         gpu.gpu_arguments,
         gpu.run_gpu,
     ),

@@ -13,7 +13,9 @@ from longseq.models.presets import PRESETS
 
 def context_arguments(parser: argparse.ArgumentParser) -> None:
     default = "8192,16384,32768,65536"
-    parser.add_argument("--lengths", type=arguments.lengths, default=default, metavar="L,L,…", help="tokens a sequence")
+    parser.add_argument(
+        "--lengths", type=arguments.lengths, default=default, metavar="L,L,…", help="tokens per sequence"
+    )
     about = "processes that share a sequence"
     parser.add_argument("--processes", type=arguments.lengths, default="1,2", metavar="P,P,…", help=about)
     parser.add_argument("--preset", choices=PRESETS, default="small", help="the model's size")
@@ -37,7 +39,7 @@ def context_arguments(parser: argparse.ArgumentParser) -> None:
     gpu.add_argument("--bandwidth-between", type=arguments.above_zero, default=50e9, metavar="B", help="between nodes")
     gpu.add_argument("--latency-between", type=arguments.above_zero, default=6e-6, metavar="S", help="between nodes")
     gpu.add_argument("--gpu-length", type=arguments.positive, default=2**20, metavar="L", help="tokens, strong scaling")
-    gpu.add_argument("--gpu-slice", type=arguments.positive, default=2**17, metavar="L", help="tokens a GPU, weak")
+    gpu.add_argument("--gpu-slice", type=arguments.positive, default=2**17, metavar="L", help="tokens per GPU, weak")
 
 
 def run_context(args: argparse.Namespace) -> int:
@@ -90,7 +92,7 @@ def run_context(args: argparse.Namespace) -> int:
 def needle_arguments(parser: argparse.ArgumentParser) -> None:
     what = "UTF-8 text or FASTA, plain or gzipped, that the values are planted in; none: made-up proteins"
     parser.add_argument("text", nargs="*", type=Path, metavar="FILE", help=what)
-    parser.add_argument("--length", type=arguments.positive, default=131_072, metavar="L", help="tokens a sequence")
+    parser.add_argument("--length", type=arguments.positive, default=131_072, metavar="L", help="tokens per sequence")
     gap = "tokens between the last value and the first question, at least"
     parser.add_argument("--gap", type=arguments.positive, default=102_400, metavar="L", help=gap)
     parser.add_argument("--short", type=arguments.positive, default=4096, metavar="L", help="the short model's context")

@@ -35,7 +35,7 @@ def run_data(args: argparse.Namespace) -> int:
     names = tuple(name.strip() for name in args.contenders.split(",") if name.strip()) or tuple(data.CONTENDERS)
     for name in names:
         if name not in data.CONTENDERS:
-            raise LongseqError(f"--contenders: {name!r} is none of {', '.join(data.CONTENDERS)}.")
+            raise LongseqError(f"--contenders: {name!r} is not one of {', '.join(data.CONTENDERS)}.")
     request = data.DataRequest(
         folder=args.out,
         files=tuple(expand_sources(args.files)),

@@ -25,7 +25,7 @@ def run_features(args: argparse.Namespace) -> int:
 
     check_folder(args.out)
     progress = Progress()
-    progress.now("estimators beside their closed forms")
+    progress.now("estimators next to their closed forms")
     estimators = features.measure_estimators(draws=args.draws, seed=args.seed)
     progress.now("attention error against the number of features")
     errors = features.measure_attention_error(length=args.length, draws=args.repeats, seed=args.seed)

@@ -18,10 +18,10 @@ def quality_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _training_arguments(parser, window=64, features=128)
     parser.add_argument(
-        "--seeds", type=arguments.naturals, default="0", metavar="N,…", help="one model a seed and variant"
+        "--seeds", type=arguments.naturals, default="0", metavar="N,…", help="one model per seed and variant"
     )
-    parser.add_argument("--length", type=arguments.positive, default=512, metavar="L", help="characters a sequence")
-    parser.add_argument("--batch", type=arguments.positive, default=8, metavar="N", help="sequences a step")
+    parser.add_argument("--length", type=arguments.positive, default=512, metavar="L", help="characters per sequence")
+    parser.add_argument("--batch", type=arguments.positive, default=8, metavar="N", help="sequences per step")
     parser.add_argument("--steps", type=arguments.positive, default=1000, metavar="N", help="optimiser steps")
 
 

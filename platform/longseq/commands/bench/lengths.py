@@ -114,9 +114,7 @@ def _set_up(request: Request, threads: int | None) -> None:
     from longseq.attention.backends.choice import BACKENDS
 
     if request.backend not in BACKENDS:
-        raise LongseqError(
-            f"--backend {request.backend}: there is none of that name; choose from {', '.join(BACKENDS)}."
-        )
+        raise LongseqError(f"--backend {request.backend}: no such backend; choose from {', '.join(BACKENDS)}.")
     if request.device == "cuda" and not torch.cuda.is_available():
         raise LongseqError("--device cuda: torch finds no CUDA device here; measure with --device cpu.")
     if request.device == "cpu":

@@ -1,4 +1,4 @@
-"""``overhead`` and ``memory``: what a training costs beside a plain loop, and takes beside its estimate."""
+"""``overhead`` and ``memory``: what a training costs next to a plain loop, and takes next to its estimate."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from longseq.models.presets import PRESETS
 
 def overhead_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=PRESETS, default="small", help="the model's size")
-    parser.add_argument("--length", type=arguments.positive, default=512, metavar="L", help="tokens a sequence")
-    parser.add_argument("--batch", type=arguments.positive, default=2, metavar="N", help="sequences a step")
+    parser.add_argument("--length", type=arguments.positive, default=512, metavar="L", help="tokens per sequence")
+    parser.add_argument("--batch", type=arguments.positive, default=2, metavar="N", help="sequences per step")
     parser.add_argument("--steps", type=arguments.positive, default=10, metavar="N", help="of each turn")
     parser.add_argument(
         "--rounds", type=arguments.positive, default=5, metavar="N", help="turns of each that are counted"
@@ -54,7 +54,7 @@ def memory_arguments(parser: argparse.ArgumentParser) -> None:
         help="sizes",
     )
     parser.add_argument(
-        "--lengths", type=arguments.lengths, default="512,2048", metavar="L,L,…", help="tokens a sequence"
+        "--lengths", type=arguments.lengths, default="512,2048", metavar="L,L,…", help="tokens per sequence"
     )
     for name, choices in (("attention", "favor,exact"), ("objectives", "causal,masked"), ("checkpointing", "no,yes")):
         known = dict.fromkeys(choices.split(","), "")

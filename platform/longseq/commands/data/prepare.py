@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, help="a YAML file with the keys below")
+    parser.add_argument("config", type=Path, help="a YAML file with the keys below, or a name of `longseq configs`")
     parser.add_argument("overrides", nargs="*", metavar="key=value", default=[], help="e.g. sources='[a.fasta.gz]'")
     parser.add_argument("--overwrite", action="store_true", help="replace a corpus that exists")
     parser.add_argument(
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--step",
         action="store_true",
-        help="as each task of a srun step with one task a node: the first one schedules, the others work for it",
+        help="as each task of a srun step with one task per node: the first one schedules, the others work for it",
     )
     parser.epilog = f"configuration keys (type, default, meaning):\n\n{help_on_flat_keys(PrepareConfig)}"
 

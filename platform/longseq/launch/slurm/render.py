@@ -82,7 +82,7 @@ def evaluate_script(run: Path, arguments: Sequence[str], site: Site, request: Re
 
 
 def prepare_script(config: Path, arguments: Sequence[str], log: Path, site: Site, request: Request) -> str:
-    """The script of `longseq data prepare`, one task a node."""
+    """The script of `longseq data prepare`, one task per node."""
     head = _directives(site, request, f"prepare-{config.stem}", log, waits=False)
     if request.nodes > 1:
         head.append(directive("no-kill"))

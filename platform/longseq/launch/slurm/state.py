@@ -110,7 +110,7 @@ def check_free(run: Run, *, take_over: bool = False, after: bool = False) -> Non
         if alive is None:
             doubt = f"{process} has not said that it ended, and cannot be asked from here"
     if doubt and not take_over:
-        raise RunError(f"{run.path}: {doubt}. If it trains no more, add --take-over.")
+        raise RunError(f"{run.path}: {doubt}. If it trains no more, take it over: add --take-over.")
 
 
 def stopped(run: Run) -> str | None:

@@ -31,7 +31,7 @@ from longseq.training.signs import PEER_LOST
 from longseq.training.worker import leave, outcome, quiet, raise_open_files
 
 _FINISHED = "finished"
-_MOST_LETTERS = 400  # of an error that is shown beside a job
+_MOST_LETTERS = 400  # of an error that is shown next to a job
 _LONG = timedelta(hours=2)  # for the sums of a large checkpoint
 _CAUSE_SECONDS = 2.0  # for SLURM to say which process has died, before the others end that only lost it
 
@@ -199,7 +199,7 @@ def _environment(place: Place) -> None:
         "WORLD_SIZE": str(place.world),
         "MASTER_ADDR": place.address,
         "MASTER_PORT": str(place.port),
-        # DeepSpeed builds some of its operators with ninja, which pip puts beside the interpreter.
+        # DeepSpeed builds some of its operators with ninja, which pip puts next to the interpreter.
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath))),
     }
 

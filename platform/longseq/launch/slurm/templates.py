@@ -24,7 +24,7 @@ class Shell(str):
 
 
 def folder() -> Path:
-    """``slurm/``: beside this file where longseq is installed from a wheel, else at the checkout's root.
+    """``slurm/``: next to this file where longseq is installed from a wheel, else at the checkout's root.
 
     Raises:
         ConfigError: if it is not there.
@@ -70,7 +70,7 @@ def quoted(value: object) -> Shell:
     """
     text = str(value)
     if not text.isprintable():
-        raise ConfigError(f"{text!r}: control characters cannot stand in a job script: leave them out.")
+        raise ConfigError(f"{text!r}: a job script cannot hold control characters: leave them out.")
     return Shell(shlex.quote(text))
 
 

@@ -1,1 +1,1 @@
-"""What happens beside the training loop; one concern a file."""
+"""What happens around the training loop; one concern per file."""

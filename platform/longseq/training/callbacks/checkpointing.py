@@ -1,6 +1,6 @@
 """Checkpoints at step boundaries: every n steps, at the end, and when a stop was asked for.
 
-Training stands still only while its state is copied; files are written, synced and hashed beside the steps that follow.
+Training stands still only while its state is copied; files are written, synced and hashed during the steps that follow.
 """
 
 from __future__ import annotations

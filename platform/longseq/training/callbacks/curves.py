@@ -24,7 +24,7 @@ from longseq.training.tensorboard import log_scalars
 
 
 class Curves(pl.Callback):
-    """Every ``log_every`` steps: loss, perplexity, bits, accuracy, learning rate, gradient norm and tokens a second.
+    """Every ``log_every`` steps: loss, perplexity, bits, accuracy, learning rate, gradient norm and tokens per second.
 
     All are means over the steps since the last point and over all ranks, weighted by target. Next to them is the
     epoch, the passes over the data so far, where their size is known; of several sources of each under data/epochs.

@@ -23,7 +23,7 @@ _COLOURS = np.array(
 
 
 def heatmaps(title: str, rows: Mapping[str, Tensor]) -> Picture:
-    """(height, width, 3): lines of pictures for each label, one picture a head.
+    """(height, width, 3): lines of pictures for each label, one picture per head.
 
     Args:
         title: stands above all.

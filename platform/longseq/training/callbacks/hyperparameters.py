@@ -1,4 +1,4 @@
-"""The configuration beside the final metrics, so that runs compare in TensorBoard's HParams tab."""
+"""The configuration next to the final metrics, so that runs compare in TensorBoard's HParams tab."""
 
 from __future__ import annotations
 

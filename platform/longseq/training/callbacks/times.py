@@ -54,7 +54,7 @@ def _concern(action: str) -> str | None:
 
 
 class Times(pl.Callback):
-    """Milliseconds a step that rank 0 waited for data and that it trained, and the seconds that checkpoints took.
+    """Milliseconds per step that rank 0 waited for data and that it trained, and the seconds that checkpoints took.
 
     With every point of the curves. It belongs behind the checkpoints among the callbacks, and reads ``clock``, which is
     the trainer's profiler.
