@@ -207,7 +207,7 @@ def _spec(config: Config, split: str, where: Where, seed: int) -> Samples:
             reset=data.reset,
             crop=data.crop,
             batch_tokens=data.batch_tokens,
-            members=_members(config, where.corpus) if split == "train" and data.clusters else None,
+            members=members_of(config, where.corpus) if split == "train" and data.clusters else None,
         )
     return StreamSpec(
         sources=tuple(where.paths),
@@ -233,7 +233,7 @@ def _spec(config: Config, split: str, where: Where, seed: int) -> Samples:
     )
 
 
-def _members(config: Config, corpus: str) -> str:
+def members_of(config: Config, corpus: str) -> str:
     """Which records belong together, by data.clusters: made by the first that asks."""
     folder, table = cache_folder(config.data.cache), str(config.data.clusters)
     try:
@@ -305,9 +305,10 @@ def cache_folder(name: str) -> str | None:
 
 
 def identities(config: Config) -> dict[str, list[str | None]]:
-    """What tells the data of each split apart from others, in the order of its sources; without ood, which no training
-    looks at."""
-    return {split: [identity_of(name) for name in config.data.files(split)] for split in SPLITS if split != "ood"}
+    """What tells the data of each split, and the table of clusters, apart from others, in the order of its sources;
+    without ood, which no training looks at."""
+    keys = (*(split for split in SPLITS if split != "ood"), *(["clusters"] if config.data.clusters else []))
+    return {key: [identity_of(name) for name in config.data.files(key)] for key in keys}
 
 
 def _resolved(split: str, patterns: list[str], format: str) -> list[str]:
