@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -179,8 +180,11 @@ def split_spec(config: Config, split: str) -> Samples:
     if found[0].name is None:
         return _spec(config, split, found[0], config.run.seed)
     before = [parsed(note) for note in data.reweighted] if split == "train" else []
-    if any(len(weights) != len(found) for _, weights in before):
-        raise ConfigError(f"data.reweighted: {data.reweighted} are not weights of {len(found)} sources; leave it out.")
+    if any(len(weights) != len(found) for _, weights in before) or before != sorted(before, key=itemgetter(0)):
+        raise ConfigError(
+            f"data.reweighted: {data.reweighted} are not weights of {len(found)} sources in the order of samples; "
+            "leave it out."
+        )
     seeds = [config.run.seed] * len(found)
     if split == "train":  # or parts of one size would come in one order
         seeds = [int(words(config.run.seed, "source", number)[0] >> np.uint64(1)) for number in range(len(found))]

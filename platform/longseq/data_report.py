@@ -48,8 +48,8 @@ def _say_clusters(config: Config, name: str, path: str) -> None:
     print(f"{name}: an epoch is one record of each of {clusters:,} clusters", file=sys.stderr)
     if clusters == records:
         print(
-            f"longseq: warning: {name}: by data.clusters={config.data.clusters} no two of the {records:,} records are of "
-            "one cluster, so every epoch takes them all. Is it the table of this corpus, with its identifiers?",
+            f"longseq: warning: {name}: by data.clusters={config.data.clusters} no two of the {records:,} records are "
+            "of one cluster, so every epoch takes them all. Is it the table of this corpus, with its identifiers?",
             file=sys.stderr,
         )
 

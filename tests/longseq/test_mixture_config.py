@@ -96,3 +96,11 @@ def test_weights_of_before_are_kept_with_the_sample_up_to_which_they_held():
     assert reweighted(sources(5.0, 1.0), sources(1.0, 9.0), notes, 20) == ["20: 1.0 1.0"]  # from an earlier checkpoint
     assert reweighted(sources(5.0, 1.0), sources(1.0, 9.0), notes, 40) == ["40: 1.0 1.0"]
     assert reweighted(sources(5.0, 1.0), sources(1.0, 9.0), notes, 0) == []
+
+
+@pytest.mark.parametrize("notes", ['["10: nan 1"]', '["10: 0 0"]', '["-4: 1 1"]', '["10: 1"]', '["10: 1 1", "5: 1 1"]'])
+def test_notes_of_weights_that_no_resume_wrote_are_refused(here, notes):
+    config = config_of(TWO, f"data.reweighted={notes}")
+    resolve_sources(config)
+    with pytest.raises(ConfigError, match=r"^data\.reweighted: .* leave it out\.$"):
+        split_spec(config, "train")

@@ -79,9 +79,13 @@ def prepare(
     config.check()
     try:
         return _prepare(config, overwrite, restart, progress or (lambda *_: None), nodes)
-    except DataError as error:  # readers speak of the keys of a training
-        sentence = _KEYS.sub(r"\1", str(error).replace("data.strict=false", "unknown=x"))
-        raise DataError(sentence) from error
+    except DataError as error:
+        raise DataError(_own_keys(str(error))) from error
+
+
+def _own_keys(sentence: str) -> str:
+    """Readers speak of the keys of a training."""
+    return _KEYS.sub(r"\1", sentence.replace("data.strict=false", "unknown=x"))
 
 
 _KEYS = re.compile(r"\bdata\.(format|tokenizer|column|part_bytes|image_size)\b")
@@ -93,6 +97,8 @@ def _prepare(
     sources = sorted(expand_sources(config.sources, config.format))
     read = config.reading(sources)
     leaves = tuple(read.leaves(sources))
+    if mistaken := read.mistaken(leaves):
+        _say(f"warning: {_own_keys(mistaken)}")
     output = user_path(config.output).absolute()
     if config.split_by == "cluster" and config.clusters == "mmseqs":
         program()  # said before hours of reading
@@ -170,6 +176,8 @@ class _Preparation:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.filtered.items()))
             raise DataError(
                 f"{self.plan.output}: no record passes the filters ({reasons}); change them and add --restart."
+                if reasons
+                else f"{self.plan.output}: sources={self.config.sources} hold nothing but white space; name others."
             )
         shards = shard_count(counts.kept_bytes)
         room = self.config.memory_mb * MIB / self.config.processes / REDUCE_MEMORY
