@@ -83,10 +83,22 @@ def _value(config: Config, section: str, name: str) -> object:
     return value
 
 
-def note_weights(before: Config, after: Config, samples: int) -> None:
-    """Write down which weights the sources had until now, where they change after so many samples."""
-    data = after.data
-    data.reweighted = reweighted(before.data.sources("train"), data.sources("train"), before.data.reweighted, samples)
+def note_weights(before: Config, after: Config, samples: int, waits: bool = False) -> None:
+    """Write down which weights the sources had until now, where they change after so many samples.
+
+    waits: for another job, which may train on until then.
+
+    Raises:
+        RunError: for other weights where it waits.
+    """
+    data, had = after.data, before.data.sources("train")
+    weights = [[source["weight"] for source in sources] for sources in (had, data.sources("train"))]
+    if waits and weights[0] != weights[1]:
+        raise RunError(
+            f"data.train: the weights were {weights[0]} and are {weights[1]}: others hold from the sample on where "
+            "this job begins, which nobody knows while it waits (--dependency): submit it once the other job has ended."
+        )
+    data.reweighted = reweighted(had, data.sources("train"), before.data.reweighted, samples)
 
 
 def check_precision(checkpoint: Checkpoint, config: Config) -> None:
