@@ -30,6 +30,7 @@ import numpy as np
 from longseq_data.corpus.manifest import Manifest, Source
 from longseq_data.errors import DataError
 from longseq_data.files import aside, sha256_of, user_path, write_text
+from longseq_data.ingest.cache import CHANGED
 from longseq_data.os_errors import explained, is_full
 from longseq_data.readers.formats import Leaf
 from longseq_data.readers.reading import Reading
@@ -40,6 +41,7 @@ from .cluster_split import split_clusters, splits_of
 from .cluster_table import ClusterTable, read_clusters
 from .config import ADDED, PrepareConfig
 from .held_out import read_held_out
+from .identity import identify
 from .map_stage import Counts, MapTask, Stored, cut, map_block, map_source, read_counts
 from .mmseqs import program
 from .plan import PARTS, Plan, begin, earlier_settings, locked, taken
@@ -305,6 +307,12 @@ class _Preparation:
                 write_text(notes[done], json.dumps(asdict(ended.pop(done))))
         for i, whole in ended.items():
             write_text(notes[i], json.dumps(asdict(whole)))
+        for i in todo:
+            source = self.plan.sources[i]
+            if source.stamp is not None and (now := identify(source.name)).stamp is not None and now != source:
+                for path in [notes[i], *(self.parts / "map").glob(f"{i:05d}-*")]:
+                    path.unlink()
+                raise DataError(f"{source.name} {CHANGED}; then start over with --restart.")
         return [Stored(**json.loads(note.read_text())) for note in notes]
 
     def _reduce(self, task: ReduceTask) -> None:
