@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -179,8 +180,11 @@ def split_spec(config: Config, split: str) -> Samples:
     if found[0].name is None:
         return _spec(config, split, found[0], config.run.seed)
     before = [parsed(note) for note in data.reweighted] if split == "train" else []
-    if any(len(weights) != len(found) for _, weights in before):
-        raise ConfigError(f"data.reweighted: {data.reweighted} are not weights of {len(found)} sources; leave it out.")
+    if any(len(weights) != len(found) for _, weights in before) or before != sorted(before, key=itemgetter(0)):
+        raise ConfigError(
+            f"data.reweighted: {data.reweighted} are not weights of {len(found)} sources in the order of samples; "
+            "leave it out."
+        )
     seeds = [config.run.seed] * len(found)
     if split == "train":  # or parts of one size would come in one order
         seeds = [int(words(config.run.seed, "source", number)[0] >> np.uint64(1)) for number in range(len(found))]
@@ -207,7 +211,7 @@ def _spec(config: Config, split: str, where: Where, seed: int) -> Samples:
             reset=data.reset,
             crop=data.crop,
             batch_tokens=data.batch_tokens,
-            members=_members(config, where.corpus) if split == "train" and data.clusters else None,
+            members=members_of(config, where.corpus) if split == "train" and data.clusters else None,
         )
     return StreamSpec(
         sources=tuple(where.paths),
@@ -233,7 +237,7 @@ def _spec(config: Config, split: str, where: Where, seed: int) -> Samples:
     )
 
 
-def _members(config: Config, corpus: str) -> str:
+def members_of(config: Config, corpus: str) -> str:
     """Which records belong together, by data.clusters: made by the first that asks."""
     folder, table = cache_folder(config.data.cache), str(config.data.clusters)
     try:
@@ -305,9 +309,10 @@ def cache_folder(name: str) -> str | None:
 
 
 def identities(config: Config) -> dict[str, list[str | None]]:
-    """What tells the data of each split apart from others, in the order of its sources; without ood, which no training
-    looks at."""
-    return {split: [identity_of(name) for name in config.data.files(split)] for split in SPLITS if split != "ood"}
+    """What tells the data of each split, and the table of clusters, apart from others, in the order of its sources;
+    without ood, which no training looks at."""
+    keys = (*(split for split in SPLITS if split != "ood"), *(["clusters"] if config.data.clusters else []))
+    return {key: [identity_of(name) for name in config.data.files(key)] for key in keys}
 
 
 def _resolved(split: str, patterns: list[str], format: str) -> list[str]:

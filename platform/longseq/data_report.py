@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 
 from longseq.config.schema import Config
-from longseq.data import SPLITS, Where, cache_folder, read_while_training, reading, sources_of
+from longseq.data import SPLITS, Where, cache_folder, members_of, read_while_training, reading, sources_of
 from longseq_data.corpus.corpus import Corpus
 from longseq_data.corpus.manifest import read_manifest
 from longseq_data.errors import DataError
 from longseq_data.ingest.survey import UNITS, Report, survey
 from longseq_data.readers.fasta import NUCLEOTIDES_SENTENCE
+from longseq_data.samples.members import Members
 from longseq_data.splits import SplitRule
 
 
@@ -28,6 +29,8 @@ def check_data(config: Config, begun: bool = False) -> None:
             name = f"data.{split}" + (f" ({where.name})" if where.name else "")
             if where.corpus:
                 _say_corpus(name, where.corpus, split)
+                if split == "train" and config.data.clusters:
+                    _say_clusters(config, name, where.corpus)
             elif where.own and where.paths:
                 _check_files(config, name, where, split, begun and split in read_while_training(config))
 
@@ -38,6 +41,17 @@ def _say_corpus(name: str, path: str, split: str) -> None:
     print(f"{name}: {len(corpus):,} records, {corpus.tokens:,} {unit} of {path}", file=sys.stderr)
     if read_manifest(Path(path)).report.get("nucleotides"):
         print(f"longseq: warning: {name}: {NUCLEOTIDES_SENTENCE}", file=sys.stderr)
+
+
+def _say_clusters(config: Config, name: str, path: str) -> None:
+    clusters, records = Members(members_of(config, path)).count, len(Corpus.open(path, "train"))
+    print(f"{name}: an epoch is one record of each of {clusters:,} clusters", file=sys.stderr)
+    if clusters == records:
+        print(
+            f"longseq: warning: {name}: by data.clusters={config.data.clusters} no two of the {records:,} records are "
+            "of one cluster, so every epoch takes them all. Is it the table of this corpus, with its identifiers?",
+            file=sys.stderr,
+        )
 
 
 def _check_files(config: Config, name: str, where: Where, split: str, begun: bool) -> None:

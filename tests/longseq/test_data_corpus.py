@@ -12,7 +12,9 @@ from longseq.config.schema import Config
 from longseq.data import corpus_of, identities, resolve_sources, split_spec, vocabulary
 from longseq.data_report import check_data
 from longseq.errors import ConfigError, RunError
+from longseq.runs.changes import FIXED, refuse_changes
 from longseq.runs.run import Run
+from longseq_data.corpus.corpus import Corpus
 from longseq_data.errors import DataError
 from longseq_data.prepare.config import PrepareConfig
 from longseq_data.prepare.prepare import prepare
@@ -180,3 +182,39 @@ def test_one_member_of_each_cluster_is_drawn_where_that_can_be(folder, resolved,
         with pytest.raises(ConfigError) as caught:
             resolved(*words, *overrides)
         assert sentence in str(caught.value)
+
+
+def test_a_table_of_clusters_is_part_of_the_data_of_a_run(folder, resolved):
+    table, words = folder / "clusters.tsv", ["data.clusters=clusters.tsv", "data.packing=crop", "data.cache=cache"]
+    table.write_text("a\tb\n")
+    config = resolved(*words)
+    run = Run.create(config, "run")
+    run.record_data(identities(config))
+    moved = folder / "moved/clusters.tsv"
+    moved.parent.mkdir()
+    moved.write_text("a\tb\n")
+    after = run.config((f"data.clusters={moved}",))
+    refuse_changes(run.config(), after, run, FIXED)
+    moved.write_text("a\tc\n")
+    with pytest.raises(RunError, match=r"data.clusters=.*moved/clusters.tsv: .*, whose content is another"):
+        refuse_changes(run.config(), after, run, FIXED)
+    run.check_data(config, identities(config))
+    table.write_text("a\tc\n")
+    with pytest.raises(RunError, match=rf"{table} \(data.clusters\) has changed since the run was started"):
+        run.check_data(config, identities(config))
+    run.record_data({key: of for key, of in identities(config).items() if key != "clusters"})  # of a version before
+    run.check_data(config, identities(config))
+
+
+def test_how_many_clusters_there_are_is_said_and_a_table_of_other_records_is_suspect(folder, resolved, capsys):
+    names = [name for some in Corpus.open("train-only", "train").identifiers() for name in some]
+    words = ["data.train=train-only", "trainer.valid_every=0", "data.clusters=clusters.tsv", "data.packing=crop"]
+    for rows, clusters in (
+        ("nobody\tno one\n", len(names)),
+        (f"{names[0]}\t{names[1]}\n{names[0]}\t{names[2]}\n", len(names) - 2),
+    ):
+        (folder / "clusters.tsv").write_text(rows)
+        check_data(resolved(*words, "data.cache=cache"))
+        said = capsys.readouterr().err
+        assert f"data.train: an epoch is one record of each of {clusters} clusters" in said
+        assert ("Is it the table of this corpus" in said) == (clusters == len(names))

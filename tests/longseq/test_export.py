@@ -134,6 +134,8 @@ def test_the_model_card_says_what_was_trained_on_for_how_long_and_what_it_scores
     report = {"step": 8, "weights": "last", "overrides": [], "splits": {"test": scores}}
     (run.evaluations_dir / "a.json").write_text(json.dumps(report))
     (run.evaluations_dir / "again.json").write_text(json.dumps({**report, "splits": {"test": scores, "ood": scores}}))
+    sources = {"test/a": {**scores, "loss": 2.25}, "valid/a": {**scores, "loss": 2.75}}
+    (run.evaluations_dir / "sources.json").write_text(json.dumps({**report, "splits": sources}))
     few = {"test": {**scores, "sequences": 2, "loss": 1.0}}
     (run.evaluations_dir / "few.json").write_text(json.dumps({**report, "sequences_limit": 2, "splits": few}))
     (run.evaluations_dir / "b.json").write_text(json.dumps({**report, "step": 4, "splits": {"valid": scores}}))
@@ -143,6 +145,8 @@ def test_the_model_card_says_what_was_trained_on_for_how_long_and_what_it_scores
     assert json.loads(run.data_path.read_text())["train"][0] in card
     assert "| test | 3 | 2.5000 | 12.18 | 23.1% |" in card
     assert card.count("| test |") == card.count("| ood |") == 1
+    assert "| test/a | 3 | 2.2500 |" in card
+    assert "| valid/a | 3 | 2.7500 |" in card
     assert "valid |" not in card
     assert str(folder) not in card + (folder / "out" / "config.json").read_text()  # nothing of this machine
 

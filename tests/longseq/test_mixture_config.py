@@ -9,7 +9,9 @@ import pytest
 from longseq.config.loading import load_config, save_config
 from longseq.config.sources import reweighted
 from longseq.data import resolve_sources, split_spec
-from longseq.errors import ConfigError
+from longseq.errors import ConfigError, RunError
+from longseq.runs.changes import FIXED, note_weights, refuse_changes
+from longseq.runs.run import Run
 from longseq_data.errors import DataError
 
 TWO = "data:\n  train:\n    - path: a.fasta\n      weight: 0.7\n    - {path: [b.fasta, c.fasta], weight: 3, name: bc}\n"
@@ -96,3 +98,36 @@ def test_weights_of_before_are_kept_with_the_sample_up_to_which_they_held():
     assert reweighted(sources(5.0, 1.0), sources(1.0, 9.0), notes, 20) == ["20: 1.0 1.0"]  # from an earlier checkpoint
     assert reweighted(sources(5.0, 1.0), sources(1.0, 9.0), notes, 40) == ["40: 1.0 1.0"]
     assert reweighted(sources(5.0, 1.0), sources(1.0, 9.0), notes, 0) == []
+
+
+@pytest.mark.parametrize("notes", ['["10: nan 1"]', '["10: 0 0"]', '["-4: 1 1"]', '["10: 1"]', '["10: 1 1", "5: 1 1"]'])
+def test_notes_of_weights_that_no_resume_wrote_are_refused(here, notes):
+    config = config_of(TWO, f"data.reweighted={notes}")
+    resolve_sources(config)
+    with pytest.raises(ConfigError, match=r"^data\.reweighted: .* leave it out\.$"):
+        split_spec(config, "train")
+
+
+def test_weights_do_not_change_for_a_job_that_waits_for_another(here):
+    before = config_of(TWO)
+    same, other = config_of(TWO), config_of(TWO.replace("weight: 3", "weight: 4"))
+    note_weights(before, same, 40, waits=True)
+    assert same.data.reweighted == []
+    with pytest.raises(RunError, match=r"weights were \[0\.7, 3\.0\] and are \[0\.7, 4\.0\]: .*\(--dependency\)"):
+        note_weights(before, other, 40, waits=True)
+    note_weights(before, other, 40)
+    assert other.data.reweighted == ["40: 0.7 3.0"]
+
+
+def test_a_run_with_its_sources_in_another_order_is_not_told_of_another_content(here):
+    config = config_of(TWO)
+    resolve_sources(config)
+    run = Run.create(config, "run")
+    after = run.config()
+    after.data.train.reverse()
+    with pytest.raises(RunError, match="was started with") as caught:
+        refuse_changes(run.config(), after, run, FIXED)
+    assert "content" not in str(caught.value)
+    after = run.config()
+    after.data.train[0]["weight"] = 9.0
+    refuse_changes(run.config(), after, run, FIXED)

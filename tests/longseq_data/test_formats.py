@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 from longseq_data.errors import DataError
+from longseq_data.ingest.survey import survey
+from longseq_data.prepare.config import PrepareConfig
+from longseq_data.prepare.prepare import prepare
 from longseq_data.readers.formats import HubAddress, Leaf, format_of, leaves
-from longseq_data.readers.reading import agree
+from longseq_data.readers.reading import Reading, agree
 from longseq_data.readers.sources import expand_sources
 
 
@@ -128,3 +131,38 @@ def test_files_agree_on_their_tokens():
         DataError, match=r"a.fasta: data.format=fasta cannot be read as data.tokenizer=bytes; choose from"
     ):
         agree(["a.fasta"], "auto", "bytes")
+
+
+@pytest.mark.parametrize(
+    ("content", "sequences"),
+    [
+        (">sp|P1|A a protein\nMKVLAW\nGGH\n", True),
+        ("\ufeff\n>r1\r\nacgtn\r\n", True),
+        (f">long\n{'ACDEF' * 2000}\n", True),
+        ("ID   001R_FRG3G              Reviewed;         256 AA.\n", True),
+        ("> a quoted line\nMore\n", False),
+        (">quoted\nAn answer of several words.\n", False),
+        ("ID   and another word\n", False),
+        ("Call me Ishmael.\n>r1\nMKVLAW\n", False),
+    ],
+)
+def test_sequences_in_a_file_that_its_name_makes_text_are_noticed(tmp_path, content, sequences):
+    (tmp_path / "a.txt").write_text("Some text.\n")
+    path = tmp_path / "b.txt"
+    path.write_text(content)
+    files = [Leaf(str(tmp_path / "a.txt"), "text"), Leaf(str(path), "text")]
+    sentence = Reading("auto", "bytes").mistaken(files)
+    assert (sentence is not None and sentence.startswith(f"{path} looks like FASTA")) == sequences
+    assert survey(Reading("auto", "bytes"), [leaf.source for leaf in files], strict=False).warning == sentence
+    assert Reading("text", "bytes").mistaken(files) is None  # it has been said
+
+
+def test_prepare_warns_of_fasta_in_a_text_and_names_sources_of_blanks(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(">r1\nMKVLAW\n")
+    (tmp_path / "blank.txt").write_text(" \n\n")
+    keys = {"workers": 1, "valid_fraction": 0.0, "test_fraction": 0.0}
+    prepare(PrepareConfig([str(tmp_path / "a.txt")], str(tmp_path / "corpus"), **keys))
+    assert "a.txt looks like FASTA or UniProt's format" in (said := capsys.readouterr().err)
+    assert "set format=fasta" in said
+    with pytest.raises(DataError, match=r"sources=.*blank\.txt.* hold nothing but white space"):
+        prepare(PrepareConfig([str(tmp_path / "blank.txt")], str(tmp_path / "none"), **keys))

@@ -368,6 +368,32 @@ def test_records_before_a_bad_one_are_trained_on_and_the_sentence_is_the_readers
         assert told(replace(spec, cache=str(cache))) == expected
 
 
+def test_a_file_that_grows_while_it_is_read_is_no_data_to_train_on(write, cache, small, monkeypatch) -> None:
+    source = write("a.fasta", fasta("a", 50))
+    leaf = Leaf(source, "fasta")
+    entry = entry_of(cache, FASTA, leaf, False)
+    assert entry is not None
+    lock_path = group_lock(cache, [entry])
+    lock_path.parent.mkdir(parents=True)
+    lock_path.touch()
+
+    def growing(*args, **keys):
+        for block in parsed(*args, **keys):
+            with Path(source).open("ab") as file:
+                file.write(b">late\nMKV\n")
+            yield block
+
+    with monkeypatch.context() as patched:
+        patched.setattr(process, "parsed", growing)
+        ingest(Job((entry,), FASTA, False, lock_path))
+    failure = entry.failure()
+    assert failure is not None
+    assert failure.sentence.startswith(f"{source} has changed while it was read")
+    assert (failure.blocks, entry.manifest(), list(entry.folder.glob("*.arrow"))) == (0, None, [])
+    read = sum(map(len, Road(FASTA, [leaf], False, cache).blocks(leaf)))  # as it is now, in a place of its own
+    assert read == Path(source).read_bytes().count(b">") > 50
+
+
 def test_a_failure_goes_when_its_reason_goes(write, cache, small) -> None:
     source = write("a.fasta", fasta("a", 50))
     road = Road(FASTA, [leaf := Leaf(source, "fasta")], False, cache)

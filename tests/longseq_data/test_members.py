@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
 from itertools import islice
@@ -100,6 +101,8 @@ def test_the_index_is_made_once_and_anew_for_another_table(place, tmp_path, monk
     assert member_index(corpus, "train", table, tmp_path) == first
     monkeypatch.undo()
     (tmp_path / "other.tsv").write_text("c0_0\tc1_0\n")
+    os.utime(table, (1, 1))  # as after a change that leaves its size and its ends
+    assert member_index(corpus, "train", table, tmp_path) != first
     assert member_index(corpus, "train", str(tmp_path / "other.tsv"), tmp_path) != first
     (tmp_path / "bad.tsv").write_text("c0_0\n")
     with pytest.raises(DataError, match=r"bad\.tsv, line 1: a row needs a representative and a member"):

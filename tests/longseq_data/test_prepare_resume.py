@@ -107,6 +107,25 @@ def test_a_changed_source_is_said(interrupted, tmp_path):
         prepare(config([names[0], names[2]], tmp_path / "c"))
 
 
+def test_a_source_that_grows_while_it_is_read_is_refused(files, tmp_path, monkeypatch):
+    grown = tmp_path / "grown.fasta"
+    grown.write_bytes(Path(files[1]).read_bytes())
+    names, store, once = [files[0], str(grown)], map_stage.store, []
+
+    def storing(*args):
+        if not once:
+            once.append(grown.open("a").write(">late\nMKV\n"))
+        return store(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(map_stage, "store", storing)
+        with pytest.raises(DataError, match=r"grown\.fasta has changed while it was read: .* --restart"):
+            prepare(config(names, tmp_path / "c"))
+    assert not (tmp_path / "c").exists()
+    prepare(config(names, tmp_path / "c"), restart=True)
+    assert found(tmp_path / "c") == expected(names)
+
+
 def test_what_a_version_before_has_put_aside_is_read_anew(interrupted, tmp_path):
     names = list(map(str, interrupted))
     parts = tmp_path / "c.partial" / "parts"

@@ -24,6 +24,7 @@ from longseq_data.readers.text import short_name
 
 from .block import FORMAT, Block, write_block
 
+CHANGED = "has changed while it was read: wait until it is whole, as after a download"  # how a sentence goes on
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 

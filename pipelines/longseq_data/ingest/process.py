@@ -28,7 +28,7 @@ from longseq_data.os_errors import explained, lock
 from longseq_data.readers.reading import Reading
 
 from .block import Block
-from .cache import Entry, Failure, Manifest, Refusal
+from .cache import CHANGED, Entry, Failure, Manifest, Refusal, entry_of
 from .parse import parsed
 
 OPEN = 16  # leaves read in turn: as many as are mixed while shuffling
@@ -165,4 +165,11 @@ def _read(entry: Entry, job: Job, locked: IO[bytes]) -> Generator[None, None, No
             raise
         if held is not None:
             keep(held)
+        now = entry_of(entry.folder.parents[1], job.reading, entry.leaf, job.strict)
+        if now is not None and now.folder != entry.folder:  # these are blocks of some of both
+            for number in range(len(records)):
+                entry.block(number).unlink(missing_ok=True)
+            sentence = f"{entry.leaf.source} {CHANGED}; then start again."
+            entry.fail(Failure(sentence, 0, False, secrets.token_hex(8)), None)
+            return
         entry.finish(Manifest(entry.leaf.source, tuple(records), tuple(tokens), count, time.monotonic() - begun))

@@ -40,6 +40,7 @@ class Report:
     unknown: Counter[str] = field(default_factory=Counter)  # letters outside the alphabet
     notes: list[str] = field(default_factory=list)  # where the first one of each source is
     complete: bool = True  # False: the budget ended before the data did
+    mistaken: str | None = None  # see Reading.mistaken
     proteins: bool = False  # whether any record has a letter that nucleotides do not have
 
     @property
@@ -49,9 +50,9 @@ class Report:
 
     @property
     def warning(self) -> str | None:
-        """What these data probably are instead of proteins, as a sentence."""
+        """What these data probably are instead of proteins, or text, as a sentence."""
         suspect = self.unit == "residues" and self.residues >= PEPTIDE and not self.proteins
-        return NUCLEOTIDES_SENTENCE if suspect else None
+        return NUCLEOTIDES_SENTENCE if suspect else self.mistaken
 
     def look_at(self, block: Block, rule: SplitRule) -> int:
         """Take up a block; gives the bytes of its tokens, or of its texts."""
@@ -91,6 +92,7 @@ def survey(
     report = Report(UNITS.get(reading.tokens, "bytes of text"), alphabet.other)
     opened = [reading.leaves([source]) for source in sources]
     leaves = [leaf for some in opened for leaf in some]
+    report.mistaken = reading.mistaken(leaves)
     kept, alone = Road(reading, leaves, strict, Path(cache) if cache else None), Road(reading, leaves, strict)
     if not reading.has_residues:
         rule = SplitRule(rule.valid, rule.test)

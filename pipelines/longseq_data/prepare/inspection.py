@@ -106,6 +106,8 @@ def document_lines(read: Reading, sources: Sequence[str], show: int) -> Iterator
     records, tokens = by_length.total(), sum(length * number for length, number in by_length.items())
     unit = {"bytes": "bytes of text", **UNITS}.get(read.tokens, "tokens")
     yield f"{len(leaves)} file{'s' * (len(leaves) > 1)}: {records:,} records, {tokens:,} {unit}"
+    if mistaken := read.mistaken(leaves):
+        yield f"  warning    {mistaken}"
     if isinstance(encoder, Encoder):
         yield from _unknown_lines(dict(encoder.unknown), encoder.alphabet.other)
     yield from length_lines(describe_lengths(dict(by_length), min(by_length), max(by_length)), tokens, records)

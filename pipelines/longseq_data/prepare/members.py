@@ -13,7 +13,7 @@ from longseq_data.corpus.corpus import Corpus
 from longseq_data.files import aside
 
 from .cluster_table import ClusterTable, read_clusters
-from .identity import identity_of
+from .identity import identify, identity_of
 
 FORMAT = 1
 
@@ -26,7 +26,7 @@ def member_index(corpus: str, split: str, table: str, folder: Path) -> str:
     Raises DataError for a table or a corpus that cannot be read, OSError where the folder cannot be written.
     """
     opened = Corpus.open(corpus, split)
-    what = json.dumps([FORMAT, opened.fingerprint, split, identity_of(table)])
+    what = json.dumps([FORMAT, opened.fingerprint, split, identity_of(table), identify(table).stamp])
     path = folder / "members" / f"{hashlib.sha256(what.encode()).hexdigest()[:24]}.npy"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,6 +30,7 @@ import numpy as np
 from longseq_data.corpus.manifest import Manifest, Source
 from longseq_data.errors import DataError
 from longseq_data.files import aside, sha256_of, user_path, write_text
+from longseq_data.ingest.cache import CHANGED
 from longseq_data.os_errors import explained, is_full
 from longseq_data.readers.formats import Leaf
 from longseq_data.readers.reading import Reading
@@ -40,6 +41,7 @@ from .cluster_split import split_clusters, splits_of
 from .cluster_table import ClusterTable, read_clusters
 from .config import ADDED, PrepareConfig
 from .held_out import read_held_out
+from .identity import identify
 from .map_stage import Counts, MapTask, Stored, cut, map_block, map_source, read_counts
 from .mmseqs import program
 from .plan import PARTS, Plan, begin, earlier_settings, locked, taken
@@ -79,9 +81,13 @@ def prepare(
     config.check()
     try:
         return _prepare(config, overwrite, restart, progress or (lambda *_: None), nodes)
-    except DataError as error:  # readers speak of the keys of a training
-        sentence = _KEYS.sub(r"\1", str(error).replace("data.strict=false", "unknown=x"))
-        raise DataError(sentence) from error
+    except DataError as error:
+        raise DataError(_own_keys(str(error))) from error
+
+
+def _own_keys(sentence: str) -> str:
+    """Readers speak of the keys of a training."""
+    return _KEYS.sub(r"\1", sentence.replace("data.strict=false", "unknown=x"))
 
 
 _KEYS = re.compile(r"\bdata\.(format|tokenizer|column|part_bytes|image_size)\b")
@@ -93,6 +99,8 @@ def _prepare(
     sources = sorted(expand_sources(config.sources, config.format))
     read = config.reading(sources)
     leaves = tuple(read.leaves(sources))
+    if mistaken := read.mistaken(leaves):
+        _say(f"warning: {_own_keys(mistaken)}")
     output = user_path(config.output).absolute()
     if config.split_by == "cluster" and config.clusters == "mmseqs":
         program()  # said before hours of reading
@@ -170,6 +178,8 @@ class _Preparation:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.filtered.items()))
             raise DataError(
                 f"{self.plan.output}: no record passes the filters ({reasons}); change them and add --restart."
+                if reasons
+                else f"{self.plan.output}: sources={self.config.sources} hold nothing but white space; name others."
             )
         shards = shard_count(counts.kept_bytes)
         room = self.config.memory_mb * MIB / self.config.processes / REDUCE_MEMORY
@@ -297,6 +307,12 @@ class _Preparation:
                 write_text(notes[done], json.dumps(asdict(ended.pop(done))))
         for i, whole in ended.items():
             write_text(notes[i], json.dumps(asdict(whole)))
+        for i in todo:
+            source = self.plan.sources[i]
+            if source.stamp is not None and (now := identify(source.name)).stamp is not None and now != source:
+                for path in [notes[i], *(self.parts / "map").glob(f"{i:05d}-*")]:
+                    path.unlink()
+                raise DataError(f"{source.name} {CHANGED}; then start over with --restart.")
         return [Stored(**json.loads(note.read_text())) for note in notes]
 
     def _reduce(self, task: ReduceTask) -> None:

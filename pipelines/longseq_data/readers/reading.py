@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 from longseq_data.errors import DataError
@@ -15,7 +17,7 @@ from .documents import ByteDocument, Document, DocumentEncoder, Text, tokenise
 from .fasta import Encoder, Record
 from .formats import Leaf, format_of, leaves
 from .images import ImageDocument, read_images
-from .sources import Watch
+from .sources import Watch, open_binary
 
 TOKENS = tuple(BUILT_IN)  # and a tokenizer's file
 
@@ -32,6 +34,13 @@ READ_AS: dict[str, tuple[str, ...]] = {
 TABLES = ("jsonl", "parquet", "hub")  # which have columns
 
 PART_BYTES = 1 << 20
+
+LOOK = 64  # files whose beginning is looked at, in case their names say what they are not
+
+# How FASTA begins, a line of letters alone below a name, and UniProt's text format.
+_SEQUENCES = re.compile(
+    rb"(\xef\xbb\xbf)?\s*(>\S[^\r\n]*[\r\n]+([A-Z*.-]{5,}|[a-z*.-]{5,})\s*?([\r\n]|$)|ID   \S+ +(Rev|Unrev)iewed;)"
+)
 
 Raw = Text | ImageDocument
 
@@ -68,6 +77,21 @@ class Reading:
     def leaves(self, sources: Iterable[str]) -> list[Leaf]:
         """What the sources consist of, folders opened up, in their order."""
         return [leaf for source in sources for leaf in leaves(source, self.format)]
+
+    def mistaken(self, leaves: Iterable[Leaf]) -> str | None:
+        """A sentence about a file that is read as text for its name alone, and holds sequences.
+
+        Looks at the beginning of the first LOOK of them. Raises DataError for one that cannot be read.
+        """
+        texts = (leaf.source for leaf in leaves if leaf.format == "text" and self.format == "auto")
+        for source in islice(texts, LOOK):
+            with open_binary(source, "text") as handle:
+                if _SEQUENCES.match(handle.peek(4096)):
+                    return (
+                        f"{source} looks like FASTA or UniProt's format, and its name makes it text, read byte by "
+                        "byte: set data.format=fasta, or data.format=text if that is meant."
+                    )
+        return None
 
     def encoder(self, strict: bool, tell: Callable[[str], object] | None = None) -> DocumentEncoder:
         alphabet = ALPHABETS.get(self.tokens)

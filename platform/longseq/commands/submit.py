@@ -184,7 +184,7 @@ def _go_on(args: argparse.Namespace, site: Site, request: Request, given: list[s
                 f"trainer.max_steps={2 * newest.step}."
             )
         say_schedule(before, config, newest.step)
-    note_weights(before, config, newest.position.samples if newest else 0)
+    note_weights(before, config, newest.position.samples if newest else 0, waits=bool(args.dependency))
     check_disk(config, run.path)
     check_mounts(site, config, run.path)
     job = _Job(train_script(run.path, config, site, request), run.slurm_dir / "train", (run,))

@@ -208,7 +208,9 @@ class DataConfig:
     )
 
     def files(self, split: str) -> list[str]:
-        """All that a split names, of all its sources."""
+        """All that a split names, of all its sources; or the table of "clusters", where there is one."""
+        if split == "clusters":
+            return [self.clusters] if self.clusters else []
         entries = getattr(self, split)
         return [path for entry in entries for path in (entry["path"] if isinstance(entry, dict) else [entry])]
 

@@ -97,10 +97,13 @@ def parsed(note: str) -> tuple[int, list[float]]:
     """An entry of data.reweighted: up to which sample, weights.
 
     Raises:
-        ConfigError: for what is none.
+        ConfigError: for anything else.
     """
     until, _, weights = note.partition(": ")
     try:
-        return int(until), [float(weight) for weight in weights.split()]
+        found = int(until), [float(weight) for weight in weights.split()]
+        if found[0] > 0 and all(0 < weight < math.inf for weight in found[1]):
+            return found
     except ValueError:
-        raise ConfigError(f"data.reweighted: {note!r}: `longseq resume` writes SAMPLES: WEIGHT ...") from None
+        pass
+    raise ConfigError(f"data.reweighted: {note!r}: `longseq resume` writes SAMPLES: WEIGHT ...; leave it out.")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from longseq.data import SPLITS
 from longseq.errors import RunError
 from longseq.interop import exported
 from longseq.opening import Source
@@ -111,6 +112,7 @@ def _scores(source: Source) -> Iterator[tuple[str, ...]]:
                 quality = f"{r['loss']:.4f}", f"{r['perplexity']:.2f}", f"{r['accuracy']:.1%}"
                 files = sorted({Path(file).name for file in r.get("sources", ())}) if split == "ood" else []
                 notes = ", ".join(files + otherwise)
-                name = f"{Path(split).name} ({notes})" if notes else Path(split).name
+                own = split if split.partition("/")[0] in SPLITS else Path(split).name  # test/SOURCE, or a file's path
+                name = f"{own} ({notes})" if notes else own
                 found[name] = (name, f"{r['sequences']:,}", *quality)
     yield from found.values()

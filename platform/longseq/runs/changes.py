@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from longseq.config.loading import shown
 from longseq.config.schema import Config
 from longseq.config.sources import reweighted, unweighted
+from longseq.data import SPLITS
 from longseq.errors import RunError
 from longseq.models.presets import PRESETS
 from longseq.runs.checkpoint import Checkpoint
@@ -35,7 +37,7 @@ FIXED = (
 
 
 _SIZES = ("dim", "depth", "heads", "ffn_dim")
-_FILES = ("data.train", "data.valid", "data.test")
+_FILES = ("data.train", "data.valid", "data.test", "data.clusters")
 
 
 def refuse_changes(before: Config, after: Config, run: Run, keys: Sequence[str]) -> None:
@@ -50,19 +52,27 @@ def refuse_changes(before: Config, after: Config, run: Run, keys: Sequence[str])
         if old != new:
             if key == "data.train" and unweighted(old) == unweighted(new):
                 continue
-            if key in _FILES and _only_moved(run, name, before, after):
+            named = key in _FILES and _names(before, name) == _names(after, name)
+            if named and _only_moved(run, name, before, after):
                 continue
-            moved = ", whose content is another" if key in _FILES else ""
             raise RunError(
-                f"{key}={shown(new)}: the run {run.path} was started with {shown(old)}{moved}, and keeps it. "
+                f"{key}={shown(new)}: the run {run.path} was started with {shown(old)}"
+                f"{', whose content is another' if named else ''}, and keeps it. "
                 "Start another run with `longseq fit` for another experiment."
             )
 
 
+def _names(config: Config, key: str) -> list[tuple[str, list[str]]]:
+    """What the sources of a key are called, and their files wherever they lie."""
+    data = config.data
+    sources = data.sources(key) if key in SPLITS else []
+    named = [(source["name"], source["path"]) for source in sources] or [("", data.files(key))]
+    return [(name, [Path(path).name for path in paths]) for name, paths in named]
+
+
 def _only_moved(run: Run, split: str, before: Config, after: Config) -> bool:
-    names = [[source["name"] for source in config.data.sources(split)] for config in (before, after)]
     old, new = before.data.files(split), after.data.files(split)
-    return names[0] == names[1] and run.only_moved(split, old, new, [identity_of(source) for source in new])
+    return run.only_moved(split, old, new, [identity_of(source) for source in new])
 
 
 def _value(config: Config, section: str, name: str) -> object:
@@ -73,10 +83,22 @@ def _value(config: Config, section: str, name: str) -> object:
     return value
 
 
-def note_weights(before: Config, after: Config, samples: int) -> None:
-    """Write down which weights the sources had until now, where they change after so many samples."""
-    data = after.data
-    data.reweighted = reweighted(before.data.sources("train"), data.sources("train"), before.data.reweighted, samples)
+def note_weights(before: Config, after: Config, samples: int, waits: bool = False) -> None:
+    """Write down which weights the sources had until now, where they change after so many samples.
+
+    waits: for another job, which may train on until then.
+
+    Raises:
+        RunError: for other weights where it waits.
+    """
+    data, had = after.data, before.data.sources("train")
+    weights = [[source["weight"] for source in sources] for sources in (had, data.sources("train"))]
+    if waits and weights[0] != weights[1]:
+        raise RunError(
+            f"data.train: the weights were {weights[0]} and are {weights[1]}: others hold from the sample on where "
+            "this job begins, which nobody knows while it waits (--dependency): submit it once the other job has ended."
+        )
+    data.reweighted = reweighted(had, data.sources("train"), before.data.reweighted, samples)
 
 
 def check_precision(checkpoint: Checkpoint, config: Config) -> None:
