@@ -81,7 +81,8 @@ class PrepareConfig:
     unknown: str = key(
         "x",
         "letters outside the alphabet: x reads them as X (N in DNA), refuse stops at the first one, drop leaves out "
-        "records with more X than max_unknown; text that is not UTF-8 is refused by refuse, else read as U+FFFD",
+        "records with more X than max_unknown; text that is not UTF-8, which tokenizer=bytes takes as it is, is "
+        "refused by refuse, else read as U+FFFD",
         choices=("x", "refuse", "drop"),
     )
     max_unknown: float = key(
