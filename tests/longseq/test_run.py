@@ -236,7 +236,7 @@ def test_a_damaged_checkpoint_that_was_named_is_not_evaluated(publish, capsys):
 
 def test_a_run_without_a_checkpoint_is_not_evaluated(run, capsys):
     assert main(["evaluate", str(run.path)]) == 1
-    assert "there is no checkpoint to evaluate yet" in capsys.readouterr().err
+    assert "there is no checkpoint yet" in capsys.readouterr().err
 
 
 def test_a_run_keeps_its_tokenizer_wherever_it_is_moved_to(folder):

@@ -20,7 +20,7 @@ from longseq_data.readers.documents import Document
 from .masking import masked_count
 from .packing import Piece, Window, Windows, crop, cut, document
 from .rows import Arrays, Finish
-from .sharing import MakeBatch, Share, Taker, epochs_of, even
+from .sharing import MakeBatch, Share, Taker, even
 from .shuffling import documents_in_file_order, leaves_of, road, shuffled_documents
 from .stream_rows import Crops, Joined
 from .stream_settings import StreamSettings
@@ -57,7 +57,8 @@ class StreamSpec(StreamSettings):
         return _Size(self)
 
     def epochs(self, samples: int) -> dict[str, float]:
-        return epochs_of(self, samples)
+        """None: files are known whole at a step that depends on time, and the curves of a run must not."""
+        return {}
 
     def measuring(self) -> StreamSpec:
         """The same with ``measured`` where the losses add up to the probability of text or images."""

@@ -140,7 +140,7 @@ def test_a_job_that_squeue_does_not_know_is_not_believed(place, monkeypatch):
         (["small.yaml", "--array=none.txt"], "--array=none.txt: no such file, and no key=value"),
         (["small.yaml", "--array=optim.l=1"], "unknown key 'optim.l'"),
         (["small.yaml", "--chain=2", "--array=optim.lr=1"], "leave --chain out"),
-        (["small.yaml", "trainer.nodes=0"], "trainer.nodes=0 must be at least 1"),
+        (["small.yaml", "trainer.nodes=0"], "'trainer.nodes=0' must be at least 1"),
         (["small.yaml"], "sbatch: not found: this is no machine of a SLURM cluster"),
     ],
 )
