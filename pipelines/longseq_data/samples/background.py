@@ -163,6 +163,5 @@ def _portable(error: Exception) -> Exception:
         pickle.loads(pickle.dumps(error))
     except Exception:
         return RuntimeError(f"in a process that prepares batches:\n{told}")
-    if hasattr(error, "add_note"):  # from Python 3.11 on
-        error.add_note(f"In a process that prepares batches:\n{told}")
+    error.add_note(f"In a process that prepares batches:\n{told}")
     return error

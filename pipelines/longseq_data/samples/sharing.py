@@ -126,12 +126,6 @@ class Samples(Protocol):
         ...
 
 
-def epochs_of(spec: Samples, samples: int) -> dict[str, float]:
-    """Samples.epochs of a single source."""
-    size = spec.epoch_samples
-    return {"": samples / size} if size else {}
-
-
 class Taker(Protocol):
     """The endless order of training samples from some number on."""
 

@@ -27,7 +27,7 @@ class Curves(pl.Callback):
     """Every ``log_every`` steps: loss, perplexity, bits, accuracy, learning rate, gradient norm and tokens per second.
 
     All are means over the steps since the last point and over all ranks, weighted by target. Next to them is the
-    epoch, the passes over the data so far, where their size is known; of several sources of each under data/epochs.
+    epoch, the passes over a prepared corpus so far; of several sources, of each whose size is known, under data/epochs.
     """
 
     def __init__(self, run: Run, config: Config, gradient_norm: GradientNorm):
