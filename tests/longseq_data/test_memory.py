@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +50,10 @@ def write_fasta(path: Path, megabytes: int) -> None:
 
 
 class Peak(NamedTuple):
-    """The most bytes of its own that the process that was started ever had, and the most that a child of it had."""
+    """The most bytes of its own that the process that was started ever had, and the most that a child of it had.
+
+    A small corpus is prepared without children.
+    """
 
     parent: int
     child: int
@@ -68,14 +72,15 @@ def peak(code: str, folder: Path) -> Peak:
         most |= Counter({pid: own_bytes(pid) for pid in ours})
         time.sleep(0.02)
     assert process.returncode == 0
-    return Peak(most.pop(process.pid), max(most.values()))
+    return Peak(most.pop(process.pid), max(most.values(), default=0))
 
 
 def family(pid: int) -> list[int]:
-    try:
-        children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-    except OSError:
-        return []
+    """The process and all that its threads have started, as far as they are there."""
+    children = []
+    with suppress(OSError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            children += map(int, (thread / "children").read_text().split())
     return [pid, *(each for child in children for each in family(child))]
 
 
@@ -108,6 +113,7 @@ def read_peak(folder: Path, megabytes: int) -> Peak:
 def test_memory_of_preparing_does_not_grow_with_the_corpus(tmp_path):
     # both fill memory_mb; what is kept of the larger one would be 92 MiB and more, half of it in each worker
     small, large = prepare_peak(tmp_path / "small", 48, 64), prepare_peak(tmp_path / "large", 144, 64)
+    assert small.child > 64 << 20, "the workers were not seen"
     assert large.within(small, 32), (small, large)
 
 
