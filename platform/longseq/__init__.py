@@ -14,6 +14,7 @@ __version__ = "0.2.0"
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from longseq.evaluation.compare import Compared, compare
     from longseq.evaluation.embed import embed
     from longseq.evaluation.evaluate import Evaluation, evaluate
     from longseq.evaluation.evaluate import Settings as EvaluationSettings
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from longseq.interop.exporting import export
     from longseq.launch.start import Training, fit, resume
     from longseq.opening import find
+    from longseq.preparation import Prepared, prepare
 
 # name: the module that has it, and its name there. Imported late: `longseq --help` needs none of them.
 _PUBLIC = {
@@ -36,19 +38,27 @@ _PUBLIC = {
     "sample": "longseq.evaluation.sample",
     "infill": "longseq.evaluation.sample",
     "embed": "longseq.evaluation.embed",
+    "compare": "longseq.evaluation.compare",
+    "Compared": "longseq.evaluation.compare",
     "export": "longseq.interop.exporting",
     "find": "longseq.opening",
+    "prepare": "longseq.preparation",
+    "Prepared": "longseq.preparation",
 }
 __all__ = [
+    "Compared",
     "Evaluation",
     "EvaluationSettings",
+    "Prepared",
     "Training",
+    "compare",
     "embed",
     "evaluate",
     "export",
     "find",
     "fit",
     "infill",
+    "prepare",
     "resume",
     "sample",
     "score",

@@ -7,7 +7,7 @@ import sys
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # all else, typing too, is imported where a Ctrl-C is heard
     import argparse
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
 # verb: what it does. The module of the same name in longseq.commands has add_arguments(parser) and run(args).
 VERBS = {
@@ -24,11 +24,13 @@ VERBS = {
     "sample": "new sequences from a causal model; masked positions filled in by a masked one",
     "score": "log-likelihoods of sequences, and effects of mutations",
     "embed": "a model's vectors of sequences, as Parquet or npz",
+    "compare": "runs next to each other: settings that differ, losses, speed, scores",
     "figures": "pictures of a run: curves, accuracy by length, attention, similarities, errors",
     "export": "a model as a Hugging Face folder: safetensors, config.json, tokenizer, model card",
     "import": "the weights of a Hugging Face Transformer (ESM-2, BERT-like), to go on with as a Performer",
     "data": "make and look at data",
     "experiment": "a table of runs next to the paper's numbers: configs/experiments/*.yaml",
+    "completion": "let a shell complete verbs, options, keys and files",
     "bench": "measure this machine, side by side with the exact Transformer and other libraries",
 }
 
@@ -75,24 +77,33 @@ def _flushed(code: int | str | None) -> int:
 
 
 def _run(argv: Sequence[str], begin: Callable[[], None]) -> int:
+    code = _reported(lambda: _refuse_bytes(argv))
+    if code:
+        return code
+    # Only the verb that is asked for is imported: `longseq --help` needs none of them.
+    parser = parser_with(argv[:1])
+    args, rest = parser.parse_known_args(argv)
+    _place(args, rest, parser)
+    begin()
+    return _reported(lambda: args.run(args))
+
+
+def parser_with(imported: Collection[str]) -> argparse.ArgumentParser:
+    """The parser of the command line; of the verbs, those that are to be ``imported`` with their arguments."""
     import argparse
     import importlib
     import keyword
 
     from longseq import __version__
 
-    code = _reported(lambda: _refuse_bytes(argv))
-    if code:
-        return code
     parser = argparse.ArgumentParser(
         prog="longseq", description="Pretrain Performers (FAVOR+ linear attention) on very long sequences."
     )
     parser.add_argument("--version", action="version", version=f"longseq {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, about in VERBS.items():
-        # Only the verb that is asked for is imported: `longseq --help` needs none of them.
         name = f"longseq.commands.{verb}{'_' * keyword.iskeyword(verb)}"
-        module = importlib.import_module(name) if argv and argv[0] == verb else None
+        module = importlib.import_module(name) if verb in imported else None
         formatter = argparse.RawDescriptionHelpFormatter
         child = verbs.add_parser(
             verb, help=about, description=module.__doc__ if module else None, formatter_class=formatter
@@ -100,10 +111,7 @@ def _run(argv: Sequence[str], begin: Callable[[], None]) -> int:
         if module:
             module.add_arguments(child)
             child.set_defaults(run=module.run)
-    args, rest = parser.parse_known_args(argv)
-    _place(args, rest, parser)
-    begin()
-    return _reported(lambda: args.run(args))
+    return parser
 
 
 def _place(args: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from longseq.cli import main
+from longseq.commands.check import time_line
+from longseq.config.schema import Config
 from longseq.launch import local
 
 TRAIN = "data.train=proteins.fasta"
@@ -77,3 +79,17 @@ def test_a_full_disk_is_said(check, monkeypatch):
     assert code == 1
     assert lines["disk"][0] == "FAILED"
     assert "10 MiB free" in lines["disk"][1]
+
+
+@pytest.mark.parametrize(
+    ("steps", "seconds", "whole", "of_one"),
+    [
+        (100, 0.06, "6 seconds", "12 seconds"),
+        (6000, 1.5, "2.5 hours", "5.0 hours"),
+        (360_000, 2.0, "200 hours", "400 hours"),
+    ],
+)
+def test_the_time_of_the_whole_training_is_that_of_its_steps(steps, seconds, whole, of_one):
+    config = Config()
+    config.trainer.max_steps, config.trainer.devices, config.trainer.accelerator = steps, 2, "cpu"
+    assert time_line(config, seconds).startswith(f"about {whole} for {steps:,} steps, {of_one} of one process;")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from longseq.config.loading import load_config
 from longseq.config.schema import Config
 from longseq.data import SPLITS, resolve_sources, vocabulary
 from longseq.data_report import check_data
+from longseq.devices import on_cuda
 from longseq.errors import EXIT_ERROR, USER_ERRORS
 from longseq.launch import local
 from longseq.launch.before import check_disk, check_origin
@@ -53,7 +55,9 @@ def run(args: argparse.Namespace) -> int:
         words = f"trainer.nodes={config.trainer.nodes}: `longseq submit` starts processes on other machines; try this"
         report.line("skipped", "step", f"{words} one's share with trainer.nodes=1 and a smaller data.batch_tokens")
         return 0
-    report.of("step", lambda: _rehearse(config, memory, report))
+    seconds = report.of("step", lambda: _rehearse(config, memory, report))
+    if seconds is not None:
+        report.line("ok", "time", time_line(config, seconds))
     return EXIT_ERROR if report.failed else 0
 
 
@@ -107,13 +111,31 @@ def _disk(config: Config) -> tuple[Config, str]:
 
 
 def _memory(config: Config) -> tuple[MemoryEstimate, str]:
-    from longseq.devices import on_cuda
-
     needed = estimate(config, vocabulary(config).size, on_cuda=on_cuda(config))
     return needed, needed.line()
 
 
-def _rehearse(config: Config, memory: MemoryEstimate, report: _Report) -> tuple[Config, str]:
+def time_line(config: Config, seconds: float) -> str:
+    """How long the whole training takes at this speed."""
+    trainer = config.trainer
+    whole = trainer.max_steps * seconds
+    all_of_them = _duration(whole * config.processes)
+    per = "GPU" if on_cuda(config) else "process"
+    return (
+        f"about {_duration(whole)} for {trainer.max_steps:,} steps, {all_of_them} of one {per}; "
+        "validation and checkpoints come on top"
+    )
+
+
+def _duration(seconds: float) -> str:
+    size, unit = next(
+        (size, unit) for size, unit in ((3600, "hours"), (60, "minutes"), (0, "seconds")) if seconds >= size
+    )
+    value = seconds / (size or 1)
+    return f"{value:,.{0 if value >= 10 or not size else 1}f} {unit}"
+
+
+def _rehearse(config: Config, memory: MemoryEstimate, report: _Report) -> tuple[float, str]:
     with tempfile.TemporaryDirectory(prefix="longseq-check-") as folder:
         run = Run.create(_short(config, folder), default_name="check")
         code = local.train(run, config.trainer.devices, checkpoint=None, rehearse=True)
@@ -122,10 +144,15 @@ def _rehearse(config: Config, memory: MemoryEstimate, report: _Report) -> tuple[
         found = json.loads((run.path / "check.json").read_text())
     trainer = config.trainer
     report.line("ok", "devices", f"{trainer.devices} × {found['device']}, {trainer.precision}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not on_cuda(config) and trainer.devices > cores:
+        report.line(
+            "warning", "cores", f"{trainer.devices} processes on {cores} core(s) take turns; lower trainer.devices"
+        )
     if found["backend"]:
         rate = found["bytes_a_second"] / 1e9
         report.line("ok", "collectives", f"{found['backend']}: an all-reduce of 64 MiB runs at {rate:.2f} GB/s")
-    return config, (
+    return found["seconds"], (
         f"forward, backward and optimiser at full length: {found['seconds']:.2f} s, "
         f"{found['tokens'] / found['seconds']:,.0f} tokens/s, {gib(found['peak'])} of tensors "
         f"({found['peak'] / memory.peak:.0%} of the estimate)"

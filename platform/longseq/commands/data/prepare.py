@@ -36,19 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from longseq.commands.data.progress import Bar
-    from longseq.config.flat import load_flat
-    from longseq.errors import ConfigError
+    from longseq.preparation import preparing, read
     from longseq.runs.run import as_typed
-    from longseq_data.errors import DataError
     from longseq_data.prepare.inspection import report_lines
-    from longseq_data.prepare.prepare import prepare
     from longseq_data.prepare.workers import help_out, send_home
 
-    config = load_flat(PrepareConfig, args.config, args.overrides, "longseq data prepare --help")
-    try:
-        config.check()
-    except DataError as error:
-        raise ConfigError(f"{args.config}{' and its overrides' if args.overrides else ''}: {error}") from None
+    config = read(args.config, args.overrides)
     nodes, first = _nodes(config) if args.step else (None, True)
     if nodes is not None and not first:
         help_out(nodes, config.processes)
@@ -57,17 +50,17 @@ def run(args: argparse.Namespace) -> int:
         with Bar(
             {"bytes": ("reading", "B"), "clusters": ("clustering", " steps"), "shards": ("writing", " shards")}
         ) as bar:
-            manifest, new = prepare(config, overwrite=args.overwrite, restart=args.restart, progress=bar, nodes=nodes)
+            made = preparing(config, overwrite=args.overwrite, restart=args.restart, progress=bar, nodes=nodes)
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on from here.", file=sys.stderr)
         raise
     finally:
         if nodes is not None:
             send_home(nodes)
-    output = as_typed(user_path(config.output).absolute())
-    for line in report_lines(output, manifest):
+    output = as_typed(made.folder)
+    for line in report_lines(output, made.manifest):
         print(line)
-    print(f"\nCheck it:  longseq data verify {output}" if new else "\nIt was there already: nothing has changed.")
+    print(f"\nCheck it:  longseq data verify {output}" if made.new else "\nIt was there already: nothing has changed.")
     return 0
 
 
