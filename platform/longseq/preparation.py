@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from longseq.config.flat import load_flat
 from longseq.errors import ConfigError
@@ -14,6 +14,7 @@ from longseq_data.files import user_path
 from longseq_data.prepare.config import PrepareConfig
 
 if TYPE_CHECKING:
+    from longseq_data.corpus.manifest import Manifest
     from longseq_data.prepare.prepare import Progress
     from longseq_data.prepare.workers import Nodes
 
@@ -23,7 +24,7 @@ class Prepared:
     """A corpus. new: whether it was made now, or was there already, of the same settings and files."""
 
     folder: Path
-    manifest: dict[str, Any]  # what manifest.json holds: settings, sources, counts of each split, checksums
+    manifest: Manifest  # settings, sources, counts of each split, checksums
     new: bool
 
 

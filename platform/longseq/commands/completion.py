@@ -48,7 +48,7 @@ def script(shell: str) -> str:
         action.choices = action.choices and tuple(action.choices)  # shtab takes a dictionary for verbs
         if action.dest == "overrides":
             action.complete = {shell: "_longseq_keys"}  # type: ignore[attr-defined]
-        elif (action.metavar or "").startswith("CONFIG") or action.dest == "config":
+        elif str(action.metavar).startswith("CONFIG") or action.dest == "config":
             action.complete = {shell: "_longseq_configs"}  # type: ignore[attr-defined]
         elif action.choices is None and action.nargs != 0 and not isinstance(action.type, type(int)):
             action.complete = shtab.FILE  # type: ignore[attr-defined]
