@@ -154,9 +154,9 @@ def measure_here(arch: int, cases: Sequence[Case]) -> list[Found]:
     import triton
     from tests.gpu.launches import Recorder
 
-    from longseq.attention.backends.triton import scan as triton_backend
-    from longseq.attention.backends.triton import window as triton_window
     from longseq.attention.feature_maps import feature_map
+    from longseq.attention.operations import bidirectional_attention, scan, window_attention
+    from longseq.attention.scan import Rows
 
     def inputs(case: Case, length: int) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
         dtype = getattr(torch, case.dtype)
@@ -171,11 +171,11 @@ def measure_here(arch: int, cases: Sequence[Case]) -> list[Found]:
     def call(case: Case, length: int = LENGTH) -> Sequence[torch.Tensor]:
         rows, given = inputs(case, length)
         if case.operation == "window":
-            return triton_window.window_attention(*rows, window=case.reach, causal=case.causal, **given)
+            return window_attention(Rows(*rows, **given), case.reach, case.causal, "triton")
         phi = feature_map(case.kernel, case.features, case.head_dim)
         if case.operation == "scan":
-            return triton_backend.scan(*rows, phi, delay=case.reach, **given)
-        return (triton_backend.bidirectional_attention(*rows, phi, given.get("hidden")),)
+            return scan(Rows(*rows, phi=phi, delay=case.reach, **given), "triton")
+        return (bidirectional_attention(Rows(*rows, hidden=given.get("hidden"), phi=phi), "triton"),)
 
     def both_passes(recorder: Recorder, outputs: Sequence[torch.Tensor]) -> None:
         recorder.where = "backward"

@@ -44,7 +44,7 @@ def test_sizes_and_family_come_from_the_model_and_attention_from_the_configurati
     spec = config.performer_spec(29)
     assert (spec.dim, spec.depth, spec.heads, spec.norm, spec.causal) == (32, 1, 4, "post", False)
     assert spec.rotary_base == 500
-    assert (spec.attention, spec.features) == ("favor", 24)
+    assert (spec.kind, spec.features) == ("favor", 24)
     torch.manual_seed(1)
     model = PerformerLM(spec)
     begin_with(model, check_origin(config))

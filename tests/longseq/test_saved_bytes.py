@@ -14,6 +14,9 @@ from longseq.attention.backends.native import build
 from longseq.attention.backends.triton import launch as triton_launch
 from longseq.attention.backends.triton import scan as triton_backend
 from longseq.attention.feature_maps import feature_map
+from longseq.attention.operations import scan
+from longseq.attention.options import OWN_KERNELS
+from longseq.attention.scan import Rows
 from longseq.config.loading import load_config
 from longseq.config.schema import Config
 from longseq.measure import memory
@@ -122,7 +125,7 @@ def test_the_states_of_one_slice_are_gone_before_the_next(monkeypatch, given):
         "decay": torch.full((3, 1, 1), 0.1),
     }
     options = {name: options[name] for name in given}
-    out, lse = triton_backend.scan(q, k, v, feature_map("softmax", 16, 8), **options)
+    out, lse = scan(Rows(q, k, v, phi=feature_map("softmax", 16, 8), **options), "triton")
     assert (len(made), most) == (3, 1)
     (out.sum() + lse.sum()).backward()
     assert (len(made), most) == (3 + 6, 2)
@@ -162,4 +165,4 @@ def test_the_estimate_knows_what_triton_computes():
     rows = [torch.zeros(1, 3, 8)] * 3
     for kernel in KERNELS:
         phi = feature_map(kernel, 8, 8)
-        assert (triton_launch.unsupported(phi, rows) is None) == (kernel in memory.TRITON_KERNELS)
+        assert (triton_launch.unsupported(phi, rows) is None) == (kernel in OWN_KERNELS)

@@ -12,12 +12,12 @@ Features are computed a chunk at a time and again in the backward pass; nothing 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from longseq.attention.feature_maps import FeatureMap
+from longseq.attention.scan import Gradients, Rows
 from longseq.attention.state import AttentionState, inverse, widened, with_ones
 
 # Nothing here grows with the square of a chunk: long enough for efficient products, short enough for the cache.
@@ -61,36 +61,27 @@ def sum_up(
     return AttentionState(sums, scale)
 
 
-@dataclass(frozen=True)
-class _Keys:
-    k: Tensor
-    v: Tensor
-    hidden: Tensor | None
-    feature_map: FeatureMap
-
-    def at(self, chunk: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """k (zeros where hidden), φ(k), log-scale (−inf where hidden) and ṽ of one chunk."""
-        k, v = self.k[:, chunk], self.v[:, chunk]
-        if self.hidden is None:
-            return k, *self.feature_map.keys(k), with_ones(v)
-        mask = self.hidden[:, chunk, None]
-        k, v = k.masked_fill(mask, 0.0), v.masked_fill(mask, 0.0)
-        features, scale = self.feature_map.keys(k)
-        return k, features, scale.masked_fill(mask, -torch.inf), with_ones(v)
+def _keys(rows: Rows, chunk: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """k (zeros where hidden), φ(k), log-scale (−inf where hidden) and ṽ of one chunk."""
+    k, v = rows.k[:, chunk], rows.v[:, chunk]
+    if rows.hidden is None:
+        return k, *rows.feature_map.keys(k), with_ones(v)
+    mask = rows.hidden[:, chunk, None]
+    k, v = k.masked_fill(mask, 0.0), v.masked_fill(mask, 0.0)
+    features, scale = rows.feature_map.keys(k)
+    return k, features, scale.masked_fill(mask, -torch.inf), with_ones(v)
 
 
-def bidirectional_forward(
-    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, feature_map: FeatureMap, total: Total | None
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """See :func:`longseq.attention.bidirectional_operator.bidirectional_attention`; and what the backward pass needs.
+def bidirectional_forward(rows: Rows, total: Total | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """See :func:`longseq.attention.operations.bidirectional_attention`; and what the backward pass needs.
 
     total: the state S of all keys from that of these, and R likewise. None: these are all.
     """
-    q, k, v = (widened(x) for x in (q, k, v))
-    keys, value_dim = _Keys(k, v, hidden, feature_map), v.shape[-1]
+    rows = rows.widened()
+    (q, k, v), feature_map, value_dim = rows.qkv, rows.feature_map, rows.v.shape[-1]
     state = AttentionState.empty(len(v), feature_map.features, value_dim, like=v)
     for chunk in _chunks(k.shape[1]):
-        _, fk, scale, values = keys.at(chunk)
+        _, fk, scale, values = _keys(rows, chunk)
         log_scale = torch.maximum(scale.amax(1, keepdim=True), state.log_scale)
         sums = state.sums.mul_(torch.exp(state.log_scale - log_scale))
         state = AttentionState(sums.baddbmm_(fk.mT, values.mul_(torch.exp(scale - log_scale))), log_scale)
@@ -104,31 +95,23 @@ def bidirectional_forward(
     return out, (inverse_den, state.sums, state.log_scale)
 
 
-def bidirectional_kept(q: Tensor, k: Tensor, v: Tensor, feature_map: FeatureMap) -> tuple[Tensor, ...]:
+def bidirectional_kept(rows: Rows) -> tuple[Tensor, ...]:
     """What :func:`bidirectional_forward` keeps, empty; also of tensors that have a shape only."""
-    like, value_dim = widened(v[:, :0, :0]), v.shape[-1]
-    sizes = (*q.shape[:2], 1), (len(v), feature_map.features, value_dim + 1), (len(v), 1, 1)
+    like, (number, _, value_dim) = widened(rows.v[:, :0, :0]), rows.v.shape
+    sizes = (*rows.q.shape[:2], 1), (number, rows.feature_map.features, value_dim + 1), (number, 1, 1)
     return tuple(like.new_empty(size) for size in sizes)
 
 
 def bidirectional_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    hidden: Tensor | None,
-    feature_map: FeatureMap,
-    total: Total | None,
-    out: Tensor,
-    kept: Sequence[Tensor | None],
-    dout: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+    rows: Rows, total: Total | None, out: Tensor, kept: Sequence[Tensor | None], dout: Tensor
+) -> Gradients:
     """The gradients of q, k and v."""
     inverse_den, sums, log_scale = kept
     assert inverse_den is not None
     assert sums is not None
     assert log_scale is not None
-    q, k, v = (widened(x) for x in (q, k, v))
-    keys = _Keys(k, v, hidden, feature_map)
+    rows = rows.widened()
+    (q, k, v), feature_map = rows.qkv, rows.feature_map
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     d_sums = torch.zeros_like(sums)  # R
     for chunk in _chunks(q.shape[1]):
@@ -141,11 +124,11 @@ def bidirectional_backward(
     if total is not None:  # all have the same log-scale
         d_sums = total(AttentionState(d_sums, torch.zeros_like(log_scale)))().sums
     for chunk in _chunks(k.shape[1]):
-        k_chunk, fk, scale, values = keys.at(chunk)
+        k_chunk, fk, scale, values = _keys(rows, chunk)
         weight = torch.exp(scale - log_scale)  # (N, C, 1)
         dk[:, chunk] = feature_map.keys_vjp(k_chunk, fk, torch.bmm(values * weight, d_sums.mT))
         torch.mul(torch.bmm(fk, d_sums)[..., :-1], weight, out=dv[:, chunk])
-    return dq, dk, dv
+    return Gradients(dq, dk, dv)
 
 
 def _chunks(length: int) -> list[slice]:

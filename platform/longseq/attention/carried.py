@@ -14,48 +14,30 @@ A state is seen from the first key of the next tile's scan.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longseq.attention.arguments import checked, dtypes
-from longseq.attention.feature_maps import feature_map
-from longseq.attention.functional import per_row
+from longseq.attention.arguments import dtypes
+from longseq.attention.call import Call, per_row
 from longseq.attention.heads import lay_out
 from longseq.attention.isolation import Inputs, Sight, isolated
-from longseq.attention.parts import Part, combine
-from longseq.attention.scan_operator import carried_scan
+from longseq.attention.operations import carried_scan, window_attention
+from longseq.attention.parts import combine
 from longseq.attention.state import AttentionState
-from longseq.attention.window_operator import window_attention
 
 State = tuple[Tensor, ...]  # S (N, m, e + 1) and c (N, 1, 1), unless features = 0; with a window the last w k and v
 
 
-def carried_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: State,
-    *,
-    kernel: str = "softmax",
-    features: int = 256,
-    window: int = 0,
-    far_share: Tensor | None = None,
-    decay: Tensor | None = None,
-    seed: int = 0,
-    layer: int = 0,
-    draw: int = 0,
-    projection: str = "orthogonal",
-    oprf_a: float = 0.0,
-    backend: str = "auto",
-) -> tuple[Tensor, State]:
+def carried_attention(q: Tensor, k: Tensor, v: Tensor, state: State, call: Call) -> tuple[Tensor, State]:
     """What causal :func:`longseq.attention.favor_attention` gives for one tile of a sequence, with gradients.
 
     Args:
-        q, k, v: (batch, heads, T, head_dim or value_dim), T at least ``window`` but for the last tile.
+        q, k, v: (batch, heads, T, head_dim or value_dim), T at least the window but for the last tile.
         state: as the tile before returned it; () before the first.
-        kernel: one with features of one sign.
-        features, window, far_share, decay, seed, layer, draw, projection, oprf_a, backend: as of ``favor_attention``.
+        call: of a kernel with features of one sign. The tile is causal in any case.
 
     Returns:
         (batch, heads, T, value_dim) in the dtype of v, and the state behind the tile.
@@ -63,65 +45,45 @@ def carried_attention(
     Raises:
         ValueError: for a kernel with features of both signs, or a tile after one that was shorter than the window.
     """
-    checked(q, k, v, True, window, features, far_share=far_share, decay=decay)
-    operands, dtype = dtypes(q, k, v)
-    phi = None
-    if features or not window:
-        phi = feature_map(
-            kernel,
-            features,
-            q.shape[-1],
-            seed=seed,
-            layer=layer,
-            draw=draw,
-            projection=projection,
-            oprf_a=oprf_a,
-            device=q.device,
-            dtype=dtype,
-            operands=operands,
+    call, options, (batch, heads) = replace(call, causal=True), call.options, q.shape[:2]
+    call.checked(q, k, v)
+    if options.signed and (options.features or not options.window):
+        raise ValueError(
+            f"kernel {options.kernel!r} has features of both signs and cannot share a denominator with a state"
         )
-        if not phi.positive:
-            raise ValueError(
-                f"kernel {kernel!r} has features of both signs and cannot share a denominator with a state"
-            )
-    batch, heads = q.shape[:2]
     with torch.autocast(q.device.type, enabled=False):
-        queries, keys, values = (t.flatten(0, 1).to(operands) for t in (q, k, v))
-        rates = per_row(decay, batch, dtype)
-        share = per_row(far_share, batch, dtype)
-        here, halo = queries, 0
+        tile, halo, window = call.rows(q, k, v), 0, options.window
+        share = per_row(call.far_share, batch, dtypes(q, k, v)[1])
         if window and state:
             halo = state[-1].shape[1]
             if halo < window:
                 raise ValueError(f"a tile of {halo} positions is shorter than window={window}: only the last may be")
-            keys, values = torch.cat((state[-2], keys), dim=1), torch.cat((state[-1], values), dim=1)
-            here = F.pad(queries, (0, 0, halo, 0))  # a scan has a query for every key
+            keys, values = torch.cat((state[-2], tile.k), dim=1), torch.cat((state[-1], tile.v), dim=1)
+            tile = replace(tile, q=F.pad(tile.q, (0, 0, halo, 0)), k=keys, v=values)  # a scan has a query for every key
         behind: State = ()
-        entering, again = max(0, keys.shape[1] - window), False
+        length, again = tile.k.shape[1], False
 
-        def attend(rows: Inputs) -> Tensor:
+        def attend(inputs: Inputs) -> Tensor:
             nonlocal behind, again
-            q, k, v, *earlier = rows
-            parts: list[Part] = []
+            q, k, v, *earlier = inputs
+            rows, parts = replace(tile, q=q, k=k, v=v), []
             if window:
-                near = min(window, k.shape[1])
-                parts.append(
-                    window_attention(q, k, v, window=near, causal=True, decay=rates, backend=backend, beyond=phi)
-                )
-            if phi:
+                parts.append(window_attention(rows, min(window, length), True, options.backend))
+            if rows.phi:
                 before = AttentionState(earlier[0], state[1].detach()) if state else None
-                out, lse, after = carried_scan(q, k, v, phi, before, delay=window, decay=rates, backend=backend)
+                out, lse, after = carried_scan(rows, before, options.backend)
                 parts.append((out, lse if share is None or not window else lse + share))
                 sums = after.sums
                 if again:  # without the keys that are NaN, which all queries of later tiles will see
-                    bad = ~(keys[:, :entering].isfinite().all((1, 2)) & values[:, :entering].isfinite().all((1, 2)))
+                    entered = tile.at(slice(0, max(0, length - window)))
+                    bad = ~(entered.k.isfinite().all((1, 2)) & entered.v.isfinite().all((1, 2)))
                     sums = sums.masked_fill(bad[:, None, None], torch.nan)
                 behind = sums, after.log_scale
             again = True
             return combine(parts)[0]
 
-        rows = (here, keys, values, *([state[0]] if phi and state else []))
-        out = isolated(attend, rows, None, Sight(lambda: None, True, 0 if phi else window))[:, halo:]
+        inputs = (*tile.qkv, *([state[0]] if tile.phi and state else []))
+        out = isolated(attend, inputs, None, Sight(lambda: None, True, 0 if tile.phi else window))[:, halo:]
         if window:
-            behind = (*behind, keys[:, -window:], values[:, -window:])
+            behind = (*behind, tile.k[:, -window:], tile.v[:, -window:])
     return lay_out(out, batch, heads, v.dtype), behind

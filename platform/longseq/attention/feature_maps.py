@@ -24,6 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from longseq.attention.arguments import HALF
 from longseq.attention.operators import is_traced
+from longseq.attention.options import OWN_KERNELS, PAIRED_KERNELS, AttentionOptions
 from longseq.attention.projections import projection_matrix
 
 _LOG2E = math.log2(math.e)
@@ -242,6 +243,13 @@ def _activation(name: str) -> _Activation:
     return _ACTIVATIONS[name]
 
 
+def not_written(feature_map: FeatureMap | None, language: str) -> str | None:
+    """Why our own kernels do not have this map; None if they do."""
+    if feature_map is None or feature_map.parts()[0] in ("exponential", "relu"):
+        return None
+    return f"of the kernels, only {', '.join(OWN_KERNELS)} are written in {language}"
+
+
 def from_parts(kind: str, weight: Tensor, shift: Tensor | None, log_constant: float) -> FeatureMap:
     """The map that :meth:`FeatureMap.parts` took apart."""
     if kind == "exponential":
@@ -254,12 +262,6 @@ def from_parts(kind: str, weight: Tensor, shift: Tensor | None, log_constant: fl
     return Generalised(weight, _ACTIVATIONS[kind], log_constant)
 
 
-_PAIRED = ("hyperbolic", "trigonometric")  # two features a projection
-
-KERNELS = ("softmax", "hyperbolic", "oprf", "trigonometric", "smreg", "relu_direct", "exp", *_ACTIVATIONS)
-PROJECTIONS = ("orthogonal", "iid")
-
-
 def feature_map(
     kernel: str,
     features: int,
@@ -267,7 +269,7 @@ def feature_map(
     *,
     seed: int = 0,
     layer: int = 0,
-    draw: int = 0,
+    draw: int | Tensor = 0,
     projection: str = "orthogonal",
     oprf_a: float = 0.0,
     device: torch.device | str = "cpu",
@@ -294,7 +296,7 @@ def feature_map(
     - ``relu_direct``: ReLU(x) + 1e-3, no projection.
 
     Args:
-        kernel: one of :data:`KERNELS`.
+        kernel: one of :data:`longseq.attention.KERNELS`.
         features: size of the feature axis, m: what the kernel costs. ``relu_direct`` has head_dim features whatever is
             asked for.
         head_dim: d.
@@ -309,7 +311,9 @@ def feature_map(
     Raises:
         ValueError: for a name that is not known or a number that the kernel cannot have.
     """
-    _check(kernel, features, projection, oprf_a, dtype)
+    AttentionOptions(kernel=kernel, features=features, projection=projection).check(oprf_a=oprf_a)
+    if dtype not in LEAST_POWER:
+        raise ValueError(f"feature maps compute in torch.float32 or torch.float64; got {dtype}")
     scale = head_dim**-0.25
     half = operands in HALF
     exact = torch.float64 if half else dtype  # rounded once, not twice
@@ -318,7 +322,7 @@ def feature_map(
         weight = torch.eye(head_dim, device=device, dtype=exact) * scale
         return Generalised(weight.to(operands).to(dtype) if half else weight, _ACTIVATIONS["relu"], 0.0)
     omega = projection_matrix(
-        features // 2 if kernel in _PAIRED else features,
+        features // 2 if kernel in PAIRED_KERNELS else features,
         head_dim,
         seed=seed,
         layer=layer,
@@ -388,18 +392,3 @@ def _powers(exponent: Tensor) -> tuple[Tensor, Tensor]:
 def _half_norm(q: Tensor) -> Tensor:
     """‖x‖²/2 (..., 1) of x = q·d^-1/4."""
     return q.square().sum(-1, keepdim=True).mul_(0.5 * q.shape[-1] ** -0.5)
-
-
-def _check(kernel: str, features: int, projection: str, oprf_a: float, dtype: torch.dtype) -> None:
-    if kernel not in KERNELS:
-        raise ValueError(f"unknown kernel {kernel!r}; the kernels are {', '.join(KERNELS)}")
-    if projection not in PROJECTIONS:
-        raise ValueError(f"unknown projection {projection!r}; the projections are {', '.join(PROJECTIONS)}")
-    if kernel in _PAIRED and features % 2:
-        raise ValueError(f"kernel {kernel!r} has two features a projection, so features must be even; got {features}")
-    if not (math.isfinite(oprf_a) and oprf_a <= 0):
-        raise ValueError(f"oprf_a must be a finite number, 0 or below; got {oprf_a}")
-    if oprf_a and kernel != "oprf":
-        raise ValueError(f"oprf_a belongs to kernel 'oprf'; kernel {kernel!r} got {oprf_a}, set it to 0")
-    if dtype not in LEAST_POWER:
-        raise ValueError(f"feature maps compute in torch.float32 or torch.float64; got {dtype}")

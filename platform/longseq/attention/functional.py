@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from longseq.attention import near_and_far
-from longseq.attention.arguments import checked, dtypes
+from longseq.attention.arguments import dtypes
 from longseq.attention.backends import choice as backends
-from longseq.attention.bidirectional_operator import bidirectional_attention
+from longseq.attention.call import Call, document_numbers, per_row
 from longseq.attention.context.group import ContextGroup, GatherSequence, SlicedDocuments
 from longseq.attention.context.halo import neighbourhood
 from longseq.attention.context.parallel import relay
 from longseq.attention.context.whole import whole
-from longseq.attention.feature_maps import KERNELS, FeatureMap, feature_map
 from longseq.attention.heads import lay_out
 from longseq.attention.isolation import Inputs, Sight, isolated
+from longseq.attention.operations import bidirectional_attention, scan, window_attention
+from longseq.attention.options import AttentionOptions
 from longseq.attention.parts import Part, combine
-from longseq.attention.scan_operator import scan
-from longseq.attention.window_operator import window_attention
+from longseq.attention.scan import Rows
 
 
 def favor_attention(
@@ -89,68 +91,55 @@ def favor_attention(
         ValueError: for an unknown kernel or backend, shapes that do not fit together, or options that exclude each
             other.
     """
+    options = AttentionOptions(kernel=kernel, features=features, window=window, projection=projection, backend=backend)
+    call = Call(options, causal, seed, layer, draw, oprf_a, far_share, decay)
+    return attention(q, k, v, call, key_padding, segments, cu_seqlens, context)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    call: Call,
+    key_padding: Tensor | None = None,
+    segments: Tensor | SlicedDocuments | None = None,
+    cu_seqlens: Tensor | None = None,
+    context: ContextGroup | None = None,
+) -> Tensor:
+    """:func:`favor_attention` or :func:`exact_attention`, with the options as one."""
     documents = segments if isinstance(segments, SlicedDocuments) else None
     given = segments.segments if isinstance(segments, SlicedDocuments) else segments
-    segments = checked(
-        q, k, v, causal, window, features, key_padding, given, cu_seqlens, far_share=far_share, decay=decay
-    )
-    operands, dtype = dtypes(q, k, v)
-    if kernel not in KERNELS:
-        raise ValueError(f"unknown kernel {kernel!r}; the kernels are {', '.join(KERNELS)}")
-    phi = None
-    if features or not window:
-        phi = feature_map(
-            kernel,
-            features,
-            q.shape[-1],
-            seed=seed,
-            layer=layer,
-            draw=draw,
-            projection=projection,
-            oprf_a=oprf_a,
-            device=q.device,
-            dtype=dtype,
-            operands=operands,
+    segments = call.checked(q, k, v, key_padding, given, cu_seqlens)
+    if call.options.kind == "exact":
+        return isolated(
+            lambda inputs: _exact(inputs, call, key_padding, segments, context),
+            (q, k, v),
+            None if key_padding is None else ~key_padding[:, None],
+            Sight(lambda: _whole_runs(segments, q.shape[1], context), call.causal, context=context),
         )
-    if window and phi and not phi.positive:
-        raise ValueError(f"kernel {kernel!r} has features of both signs and cannot share a denominator with a window")
-    if phi and not phi.positive and not causal and (segments is not None or decay is not None):
-        raise ValueError(
-            f"kernel {kernel!r} has features of both signs: bidirectional attention over documents or with a decay "
-            "adds two denominators, which needs features of one sign"
-        )
-    batch, heads, length = q.shape[:3]
-    nothing = _nothing(q, k, v, far_share, decay) if not (q.shape[:3].numel() and k.shape[2] and v.shape[3]) else None
-    hidden = None if key_padding is None else ~key_padding.repeat_interleave(heads, dim=0)
-    runs = None if segments is None else _runs(segments).repeat_interleave(heads, dim=0)
+    backend, causal, (batch, heads) = call.options.backend, call.causal, q.shape[:2]
     with torch.autocast(q.device.type, enabled=False):
-        rates = per_row(decay, batch, dtype)
-        q, k, v_ = (t.flatten(0, 1).to(operands) for t in (q, k, v))
-        rows = q, k, v_
-        if nothing is not None:
-            backends.choose(backend, phi, rows)
-            return nothing
-        if causal and context is None and near_and_far.takes(backend, phi, rows, window):
-            assert phi is not None
-            return near_and_far.near_and_far(*rows, phi, window, hidden, runs, rates, far_share, batch, v.dtype)
-        share = per_row(far_share, batch, dtype)
-        plain = phi is not None and not causal and not window and runs is None and rates is None
+        rows = call.rows(q, k, v, key_padding, segments)
+        if not (q.shape[:3].numel() and k.shape[2] and v.shape[3]):
+            backends.choose(backend, rows.phi, rows.qkv)
+            return _nothing(q, k, v, call.far_share, call.decay)
+        if causal and context is None and near_and_far.takes(backend, rows):
+            return near_and_far.near_and_far(rows, call.far_share, batch, v.dtype)
         if context is not None and segments is not None and documents is None:
             documents = context.documents(segments)
+        share = per_row(call.far_share, batch, dtypes(q, k, v)[1])
 
-        def attend(rows: Inputs) -> Tensor:
-            if plain:
-                assert phi is not None
-                q, k, v = rows
-                if context is not None:
-                    return whole(backend, (q, k, v), phi, hidden, context)
-                return bidirectional_attention(q, k, v, phi, hidden, backend=backend)
+        def attend(inputs: Inputs) -> Tensor:
+            q, k, v = inputs
+            here = replace(rows, q=q, k=k, v=v)
+            if rows.phi and not (causal or rows.delay) and rows.runs is None and rows.decay is None:
+                return bidirectional_attention(here, backend) if context is None else whole(backend, here, context)
             if context is not None:
-                return _by_slices(backend, rows, phi, causal, window, hidden, runs, rates, share, context, documents)
-            return _by_parts(backend, rows, phi, causal, min(window, length), hidden, runs, rates, share)
+                return _by_slices(backend, here, causal, share, context, documents)
+            return _by_parts(backend, here, causal, share)
 
-        sight = Sight(lambda: _whole_runs(segments, heads, context), causal, 0 if phi else window, context)
-        out = isolated(attend, rows, hidden, sight)
+        sight = Sight(lambda: _whole_runs(segments, heads, context), causal, 0 if rows.phi else rows.delay, context)
+        out = isolated(attend, rows.qkv, rows.hidden, sight)
     return lay_out(out, batch, heads, v.dtype)
 
 
@@ -160,89 +149,43 @@ def _nothing(q: Tensor, k: Tensor, v: Tensor, *per_head: Tensor | None) -> Tenso
     return v.new_zeros(*q.shape[:3], v.shape[-1]) + none.to(v.dtype)
 
 
-def _by_parts(
-    backend: str,
-    rows: Inputs,
-    phi: FeatureMap | None,
-    causal: bool,
-    window: int,
-    hidden: Tensor | None,
-    runs: Tensor | None,
-    decay: Tensor | None,
-    share: Tensor | None,
-) -> Tensor:
+def _by_parts(backend: str, rows: Rows, causal: bool, share: Tensor | None) -> Tensor:
     """Near keys exactly, those before and those after by features; together they are all keys, each once."""
     near: list[Part] = []
     far: list[Part] = []
-    q, k, v = rows
+    length = rows.q.shape[1]
+    window = min(rows.delay, length)
     if window:
-        near.append(
-            window_attention(
-                q,
-                k,
-                v,
-                window=window,
-                causal=causal,
-                hidden=hidden,
-                runs=runs,
-                decay=decay,
-                backend=backend,
-                beyond=phi,
-            )
-        )
-    if phi and window < rows[0].shape[1]:
-        far.append(scan(q, k, v, phi, delay=window, hidden=hidden, runs=runs, decay=decay, backend=backend))
+        near.append(window_attention(rows, window, causal, backend))
+    if rows.phi and window < length:
+        far.append(scan(rows, backend))
         if not causal:
             # The keys after: a scan of the reversed row, without the query's own position if the first scan had it.
-            q, k, v = (t.flip(1) for t in (q, k, v))
-            hidden = None if hidden is None else hidden.flip(1)
-            runs = None if runs is None else runs[:, -1:] - runs.flip(1)
-            delay = max(1, window)
-            out, lse = scan(q, k, v, phi, delay=delay, hidden=hidden, runs=runs, decay=decay, backend=backend)
+            out, lse = scan(replace(rows.reversed(), delay=max(1, window)), backend)
             far.append((out.flip(1), lse.flip(1)))
-    if near and share is not None:
-        far = [(out, lse + share) for out, lse in far]
-    return combine(near + far)[0]
+    return _together(near, far, share)
 
 
 def _by_slices(
-    backend: str,
-    rows: Inputs,
-    phi: FeatureMap | None,
-    causal: bool,
-    window: int,
-    hidden: Tensor | None,
-    runs: Tensor | None,
-    decay: Tensor | None,
-    share: Tensor | None,
-    context: ContextGroup,
+    backend: str, rows: Rows, causal: bool, share: Tensor | None, context: ContextGroup,
     documents: SlicedDocuments | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The same for slices: near keys of the neighbours, too, and far ones as states of other ranks."""
-    q, k, v = rows
-    engine = backends.choose(backend, phi, rows)
-    window = min(window, q.shape[1] * context.size)
+    engine, length = backends.choose(backend, rows.phi, rows.qkv), rows.q.shape[1] * context.size
+    window = min(rows.delay, length)
     right = 0 if causal else max(1, window)  # a query's own position is the first scan's
-    around = neighbourhood(context, k, v, hidden, runs, documents, window, right)
+    around = neighbourhood(context, rows, documents, window, right)
     near: list[Part] = []
     far: list[Part] = []
-    if phi and window < q.shape[1] * context.size:
+    if rows.phi and window < length:
         ways = (False,) if causal else (False, True)
-        far = [relay(engine, q, around, phi, decay, context, documents, reverse=reverse) for reverse in ways]
+        far = [relay(engine, around, context, documents, reverse=reverse) for reverse in ways]
     if window:
-        part = window_attention(
-            around.queries(q),
-            around.k,
-            around.v,
-            window=window,
-            causal=causal,
-            hidden=around.hidden,
-            runs=around.runs,
-            decay=decay,
-            backend=backend,
-            beyond=phi,
-        )
-        near.append(around.own(part))
+        near.append(around.own(window_attention(around.rows, window, causal, backend)))
+    return _together(near, far, share)
+
+
+def _together(near: list[Part], far: list[Part], share: Tensor | None) -> Tensor:
     if near and share is not None:
         far = [(out, lse + share) for out, lse in far]
     return combine(near + far)[0]
@@ -263,28 +206,14 @@ def exact_attention(
 
     With a ``context`` every rank gathers all keys and values, and holds a mask of its queries by all keys.
     """
-    segments = segments.segments if isinstance(segments, SlicedDocuments) else segments
-    segments = checked(q, k, v, causal, key_padding=key_padding, segments=segments, decay=decay)
-    hidden = None if key_padding is None else ~key_padding[:, None]
-
-    def attend(rows: Inputs) -> Tensor:
-        q, k, v = rows
-        return _exact(q, k, v, causal, key_padding, segments, decay, context)
-
-    sight = Sight(lambda: _whole_runs(segments, q.shape[1], context), causal, context=context)
-    return isolated(attend, (q, k, v), hidden, sight)
+    call = Call(AttentionOptions(kind="exact"), causal, decay=decay)
+    return attention(q, k, v, call, key_padding, segments, context=context)
 
 
 def _exact(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    key_padding: Tensor | None,
-    segments: Tensor | None,
-    decay: Tensor | None,
-    context: ContextGroup | None,
+    inputs: Inputs, call: Call, key_padding: Tensor | None, segments: Tensor | None, context: ContextGroup | None
 ) -> Tensor:
+    (q, k, v), causal, decay = inputs, call.causal, call.decay
     if key_padding is None and segments is None and decay is None and context is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     first = 0
@@ -304,7 +233,7 @@ def _exact(
         hidden = ~key_padding[:, None, :, None]
         k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)  # 0 · NaN would be NaN
     if segments is not None:
-        runs = _runs(segments)
+        runs = document_numbers(segments)
         visible = visible & (runs[:, None, own, None] == runs[:, None, None, :])
     blind = ~visible.any(-1, keepdim=True)  # such a row would be NaN
     mask = visible | blind
@@ -316,21 +245,10 @@ def _exact(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).masked_fill(blind, 0.0)
 
 
-def per_row(per_head: Tensor | None, batch: int, dtype: torch.dtype) -> Tensor | None:
-    """A number a head, (heads,), for each of N = batch · heads rows: (N, 1, 1)."""
-    return None if per_head is None else per_head.to(dtype)[None].expand(batch, -1).reshape(-1, 1, 1)
-
-
 def _whole_runs(segments: Tensor | None, heads: int, context: ContextGroup | None) -> Tensor | None:
     """The same of whole rows, for each of N = batch · heads; all ranks of a context call it."""
     if segments is None:
         return None
     if context is not None:
         segments = context.gather_rows(segments).transpose(0, 1).flatten(1)
-    return _runs(segments).repeat_interleave(heads, dim=0)
-
-
-def _runs(segments: Tensor) -> Tensor:
-    """The number of each position's document, counted along the row: (batch, length), never decreasing."""
-    border = segments[:, 1:] != segments[:, :-1]
-    return F.pad(border.cumsum(1), (1, 0))
+    return document_numbers(segments).repeat_interleave(heads, dim=0)

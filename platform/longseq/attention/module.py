@@ -6,26 +6,25 @@ Axes in names and comments: B batch, L length, H heads, D head_dim, E = H · D t
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, SupportsIndex
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from longseq.attention.arguments import floating, integer
-from longseq.attention.backends.choice import BACKENDS
+from longseq.attention.arguments import floating
+from longseq.attention.call import Call
 from longseq.attention.carried import State, carried_attention
 from longseq.attention.context.group import ContextGroup, SlicedDocuments
-from longseq.attention.feature_maps import KERNELS
-from longseq.attention.functional import exact_attention, favor_attention
+from longseq.attention.functional import attention
 from longseq.attention.heads import split_heads
 from longseq.attention.narrow import Linear
 from longseq.attention.operators import is_traced
 from longseq.attention.oprf import oprf_a_from_moments, oprf_moments
-from longseq.attention.recurrent import RecurrentState, decode, prefill, prefill_exact
+from longseq.attention.options import AttentionOptions, integer
+from longseq.attention.recurrent import RecurrentState, decode, read
 from longseq.attention.tiles import pointwise
-
-KINDS = ("favor", "exact")
 
 # OPRF's constant is kept as an integer, in units of 1e-9: half-precision training casts every floating-point buffer.
 _NOT_YET = 1
@@ -43,16 +42,17 @@ class FavorAttention(nn.Module):
         dim: width, E.
         heads: attention heads, H; must divide ``dim``.
         causal: position i sees the positions up to i.
-        kind: "favor", or "exact" for softmax attention by ``F.scaled_dot_product_attention``.
-        kernel, features, window, projection, backend: see :func:`longseq.attention.favor_attention`.
-        qk_norm: queries and keys of unit length and a learned temperature τ a head; qᵀk/√d becomes τ · cosine.
-        learned_share: a learned factor a head on every weight beyond the window (only with ``window``).
-        learned_decay: a learned decay a head, e^{−γ·distance} on every weight.
         bias: whether the linear maps have biases.
         seed, layer: with ``draw``, what the projections are a function of.
+        options: of attention, as a whole.
+        more: options by name, which replace those: ``kind`` ("favor", or "exact" for softmax attention by
+            ``F.scaled_dot_product_attention``), ``kernel``, ``features``, ``window``, ``projection``, ``backend`` as of
+            :func:`longseq.attention.favor_attention`, ``qk_norm`` (queries and keys of unit length and a learned
+            temperature τ a head: qᵀk/√d becomes τ · cosine), ``learned_share`` (a learned factor a head on every weight
+            beyond the window) and ``learned_decay`` (a learned decay a head, e^{−γ·distance} on every weight).
 
     Raises:
-        ValueError: for sizes that do not divide, or an unknown kind.
+        ValueError: for sizes that do not divide, and options that attention refuses.
     """
 
     def __init__(
@@ -61,45 +61,31 @@ class FavorAttention(nn.Module):
         heads: int,
         *,
         causal: bool = False,
-        kind: str = "favor",
-        kernel: str = "softmax",
-        features: int = 256,
-        window: int = 0,
-        projection: str = "orthogonal",
-        qk_norm: bool = False,
-        learned_share: bool = False,
-        learned_decay: bool = False,
         bias: bool = False,
-        seed: int = 0,
-        layer: int = 0,
-        backend: str = "auto",
+        seed: SupportsIndex = 0,
+        layer: SupportsIndex = 0,
+        options: AttentionOptions | None = None,
+        **more: Any,
     ):
         super().__init__()
         dim, heads = integer("dim", dim, least=1), integer("heads", heads, least=1)
-        window, features = integer("window", window), integer("features", features, least=0 if window else 1)
-        seed, layer = integer("seed", seed), integer("layer", layer)
-        if backend not in BACKENDS:
-            raise ValueError(f"unknown backend {backend!r}; the backends are {', '.join(BACKENDS)}")
         if dim % heads:
             raise ValueError(f"dim={dim} is not divisible by heads={heads}")
-        if kind not in KINDS:
-            raise ValueError(f"unknown kind {kind!r}; the kinds are {', '.join(KINDS)}")
-        if kind == "favor" and kernel not in KERNELS:
-            raise ValueError(f"unknown kernel {kernel!r}; the kernels are {', '.join(KERNELS)}")
-        self.heads, self.head_dim, self.causal, self.kind = heads, dim // heads, causal, kind
-        self.kernel, self.features, self.window, self.projection = kernel, features, window, projection
-        self.seed, self.layer, self.backend = seed, layer, backend
+        self.options = options = AttentionOptions(**more) if options is None else replace(options, **more)
+        options.check(causal=causal)
+        self.heads, self.head_dim, self.causal = heads, dim // heads, causal
+        self.seed, self.layer = integer("seed", seed), integer("layer", layer)
         self.draw = 0
         self.qkv = Linear(dim, 3 * dim, bias=bias)
         self.out = Linear(dim, dim, bias=bias)
         # The random features' variance grows with e^{4τ}: τ = 2 is sharp enough to select and cheap to approximate.
-        self.log_temperature = nn.Parameter(torch.full((heads, 1, 1), math.log(2.0))) if qk_norm else None
+        self.log_temperature = nn.Parameter(torch.full((heads, 1, 1), math.log(2.0))) if options.qk_norm else None
         # Features estimate each far weight without bias but with noise: begin by trusting them little.
-        self.log_share = nn.Parameter(torch.full((heads,), -3.0)) if learned_share and window else None
+        self.log_share = nn.Parameter(torch.full((heads,), -3.0)) if options.learned_share and options.window else None
         # ALiBi's slopes (Press et al. 2021, arXiv 2108.12409): half-lives from a few positions to hundreds.
         slopes = -8 * math.log(2) * torch.arange(1, heads + 1) / heads
-        self.log_decay = nn.Parameter(slopes) if learned_decay else None
-        if kernel == "oprf" and kind == "favor":
+        self.log_decay = nn.Parameter(slopes) if options.learned_decay else None
+        if self._finds_a:
             self.register_buffer("oprf_constant", torch.tensor(_NOT_YET, dtype=torch.int64))
         self._oprf_a: float | None = None
         self.context: ContextGroup | None = None  # set: forward takes this rank's slices of longer sequences
@@ -134,9 +120,8 @@ class FavorAttention(nn.Module):
             (B, L, E); with ``carried`` also the state behind the tile.
         """
         if carried is not None:
-            options = self.options()
-            del options["causal"]
-            mixed, state = carried_attention(*self.project(x if norm is None else norm(x), rotary), carried, **options)
+            q, k, v = self.project(x if norm is None else norm(x), rotary)
+            mixed, state = carried_attention(q, k, v, carried, self.call())
             return self.merge(mixed), state
         if not tile or x.shape[1] <= tile:
             q, k, v = self.project(x if norm is None else norm(x), rotary)
@@ -167,12 +152,8 @@ class FavorAttention(nn.Module):
         Raises:
             ValueError: if not causal.
         """
-        q, k, v = self.project(x, rotary)
-        if self.kind == "exact":
-            out, state = prefill_exact(q, k, v, causal=self.causal, key_padding=padding, decay=self.decay)
-        else:
-            out, state = prefill(q, k, v, key_padding=padding, **self.options())
-        return self.out(out.transpose(1, 2).flatten(2)), state
+        out, state = read(*self.project(x, rotary), self.call(), padding)
+        return self.merge(out), state
 
     @torch.no_grad()
     def decode(
@@ -180,12 +161,12 @@ class FavorAttention(nn.Module):
     ) -> tuple[Tensor, RecurrentState]:
         """The next position x (B, 1, E), or the next few. ``rotary`` is the table of their positions."""
         out, state = decode(*self.project(x, rotary), state)
-        return self.out(out.transpose(1, 2).flatten(2)), state
+        return self.merge(out), state
 
     def project(self, x: Tensor, rotary: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, H, L, D) of x (B, L, E), normalised and rotated."""
         floating(x=x)
-        return split_heads(self.qkv(x), self.heads, rotary, self.log_temperature, self.backend)
+        return split_heads(self.qkv(x), self.heads, rotary, self.log_temperature, self.options.backend)
 
     def mix(
         self,
@@ -196,40 +177,17 @@ class FavorAttention(nn.Module):
         segments: Tensor | SlicedDocuments | None,
     ) -> Tensor:
         """Attention proper, (B, H, L, D) each."""
-        nothing_far = self.kind == "exact" or self.window >= k.shape[2] * (self.context.size if self.context else 1)
-        if nothing_far and self.log_share is not None and self.training:
-            v = v + 0 * self.log_share.sum()  # a gradient of 0: DDP waits for every parameter's
-        if self.kind == "exact":
-            return exact_attention(
-                q,
-                k,
-                v,
-                causal=self.causal,
-                key_padding=padding,
-                segments=segments,
-                decay=self.decay,
-                context=self.context,
-            )
-        if self.kernel == "oprf" and self.training and self.oprf_a is None:
+        options, whole = self.options, k.shape[2] * (self.context.size if self.context else 1)
+        if self.log_share is not None and self.training and (options.kind == "exact" or options.window >= whole):
+            v = v + 0 * self.log_share.sum()  # nothing is far: a gradient of 0, as DDP waits for every parameter's
+        if self._finds_a and self.training and self.oprf_a is None:
             self._calibrate(q, k, padding)
-        return favor_attention(q, k, v, key_padding=padding, segments=segments, context=self.context, **self.options())
+        return attention(q, k, v, self.call(), padding, segments, context=self.context)
 
-    def options(self) -> dict[str, Any]:
-        """What this layer asks of :func:`longseq.attention.favor_attention`, and of decoding."""
-        return {
-            "causal": self.causal,
-            "kernel": self.kernel,
-            "features": self.features,
-            "window": self.window,
-            "far_share": self.log_share,
-            "decay": self.decay,
-            "seed": self.seed,
-            "layer": self.layer,
-            "draw": self._draw if is_traced() else self.draw,
-            "projection": self.projection,
-            "oprf_a": self.oprf_a or 0.0,
-            "backend": self.backend,
-        }
+    def call(self) -> Call:
+        """What this layer asks of attention at this moment."""
+        draw, a = self._draw if is_traced() else self.draw, self.oprf_a or 0.0
+        return Call(self.options, self.causal, self.seed, self.layer, draw, a, self.log_share, self.decay)
 
     @property
     def draw(self) -> int:
@@ -247,9 +205,13 @@ class FavorAttention(nn.Module):
         return None if self.log_decay is None else self.log_decay.float().exp()
 
     @property
+    def _finds_a(self) -> bool:
+        return self.options.kernel == "oprf" and self.options.kind == "favor"
+
+    @property
     def oprf_a(self) -> float | None:
         """OPRF's constant A, or None before the first training step has fixed it."""
-        if self.kernel == "oprf" and self.kind == "favor" and self._oprf_a is None:
+        if self._finds_a and self._oprf_a is None:
             stored = int(self.oprf_constant)  # type: ignore[arg-type]
             self._oprf_a = None if stored == _NOT_YET else stored * _UNIT
         return self._oprf_a
@@ -270,7 +232,7 @@ class FavorAttention(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # A checkpoint of another kernel has no constant: it is fixed at the first training step here.
-        if self.kernel == "oprf" and self.kind == "favor":
+        if self._finds_a:
             state_dict.setdefault(prefix + "oprf_constant", torch.tensor(_NOT_YET, dtype=torch.int64))
         else:
             state_dict.pop(prefix + "oprf_constant", None)

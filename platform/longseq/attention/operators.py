@@ -1,28 +1,20 @@
 """Attention's operations as operators of PyTorch: ``torch.ops.longseq.scan``, ``.window`` and ``.bidirectional``.
 
 An operator is opaque to whoever traces it (torch.compile, torch.export, FakeTensor): they see its schema and the shapes
-that it gives. Each operation has one autograd function, for all backends; a backend computes and knows of no autograd.
-A feature map goes in as its parts (:meth:`longseq.attention.feature_maps.FeatureMap.parts`), a backend by name, and is
-chosen inside.
-
-``kept`` is what a forward pass leaves for its backward pass, a backend's own business. First derivatives only: see
+that it gives. :mod:`longseq.attention.operations` says what they compute. First derivatives only: see
 :mod:`longseq.attention.first_order`. ``torch.func.vmap`` is refused: what it would map over belongs into the batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, Protocol
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
 LIBRARY = torch.library.Library("longseq", "FRAGMENT")
-
-# Parts of the operators' schemas: rows (N, L, ·), and a feature map.
-ROWS = "Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? hidden, Tensor? runs"
-MAP = "str kind, Tensor weight, Tensor? shift, float log_constant"
 
 
 def is_traced(x: Tensor | None = None) -> bool:
@@ -32,22 +24,14 @@ def is_traced(x: Tensor | None = None) -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None or isinstance(x, FakeTensor)
 
 
-class Differentiable(Protocol):
-    """An autograd function that calls the operator."""
-
-    @staticmethod
-    def apply(*args: Any) -> Any:
-        """The operator's results, its lists taken apart."""
-
-    @staticmethod
-    def outputs(made: Any) -> Any:
-        """Them as the schema has it."""
-
-
 def operator(
-    schema: str, compute: Callable[..., Any], shapes: Callable[..., Any], function: type[Differentiable] | None = None
+    schema: str,
+    compute: Callable[..., Any],
+    shapes: Callable[..., Any],
+    with_gradients: Callable[[Any, tuple[Any, ...]], Any] | None = None,
 ) -> Any:
-    """Register ``compute`` as an operator, ``shapes`` for tensors without data, and its autograd ``function``."""
+    """Register ``compute`` as an operator, ``shapes`` for tensors without data, and what calls the operator with
+    arguments of which one needs a gradient."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
     operator = getattr(torch.ops.longseq, name).default
@@ -57,11 +41,11 @@ def operator(
         LIBRARY.impl(name, _uncast(operator, torch._C.DispatchKeySet(key)), f"Autocast{device}")
     torch.library.register_fake(f"longseq::{name}", shapes, lib=LIBRARY)
     torch.library.register_vmap(f"longseq::{name}", _refuse_vmap, lib=LIBRARY)
-    if function is not None:
+    if with_gradients is not None:
 
         def differentiable(*args: Any) -> Any:
             if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-                return function.outputs(function.apply(*args))
+                return with_gradients(operator, args)
             with torch._C._AutoDispatchBelowAutograd():
                 return operator(*args)
 
@@ -84,17 +68,3 @@ def _refuse_vmap(*_: Any) -> NoReturn:
         "longseq's attention is not for torch.func.vmap: it takes (batch, heads, length, dim), so let what vmap would "
         "map over be part of the batch"
     )
-
-
-def packed(tensors: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
-    """A list that an operator may return: it holds tensors only."""
-    return [like.new_empty(0) if x is None else x for x in tensors]
-
-
-def unpacked(tensors: Sequence[Tensor]) -> list[Tensor | None]:
-    return [None if x.shape == (0,) else x for x in tensors]
-
-
-def summed(x: Tensor, *shape: int) -> Tensor:
-    """Empty, in the dtype of sums."""
-    return x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32))

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longseq.attention.arguments import hashed, integer
+from longseq.attention.arguments import hashed
 from longseq.attention.operators import LIBRARY, is_traced
+from longseq.attention.options import integer
 
 Rows = Literal["chi", "sqrt_d"]
 Draw = Callable[..., Tensor]

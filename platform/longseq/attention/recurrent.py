@@ -17,18 +17,19 @@ Sums, scores and state are fp32 whatever the inputs' dtype (float64 for float64 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from longseq.attention.arguments import dtypes, floating
-from longseq.attention.feature_maps import FeatureMap, feature_map
-from longseq.attention.functional import exact_attention, favor_attention, per_row
+from longseq.attention.backends.choice import choose
+from longseq.attention.call import Call, per_row
+from longseq.attention.feature_maps import FeatureMap
+from longseq.attention.functional import attention
+from longseq.attention.scan import Rows
 from longseq.attention.state import AttentionState, inverse, with_ones
-
-# Keys whose features exist at a time while a prompt is read.
-_KEYS = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,25 +114,8 @@ class RecurrentState:
         return RecurrentState(far, recent, decay, (len(sequences), *self.shape[1:]), self.dtype)
 
 
-@torch.no_grad()
 def prefill(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = True,
-    kernel: str = "softmax",
-    features: int = 256,
-    window: int = 0,
-    key_padding: Tensor | None = None,
-    far_share: Tensor | None = None,
-    decay: Tensor | None = None,
-    seed: int = 0,
-    layer: int = 0,
-    draw: int = 0,
-    projection: str = "orthogonal",
-    oprf_a: float = 0.0,
-    backend: str = "auto",
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, key_padding: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, RecurrentState]:
     """Read a prompt: causal FAVOR+ attention over it, and the state to go on from.
 
@@ -140,9 +124,9 @@ def prefill(
         key_padding: (batch, length) bool, False hides a key now and later. Hidden positions count as positions: bring
             prompts of several lengths to one by padding in front.
         causal: must be True.
-        window: the size of the state grows with it.
-        kernel, features, far_share, decay, seed, layer, draw, projection, oprf_a, backend: as of
-            :func:`longseq.attention.favor_attention`. The state keeps them for :func:`decode`.
+        options: kernel, features, window (the size of the state grows with it), far_share, decay, seed, layer, draw,
+            projection, oprf_a and backend, as of :func:`longseq.attention.favor_attention`. The state keeps them for
+            :func:`decode`.
 
     Returns:
         (batch, heads, length, value_dim) in the dtype of v, and the state.
@@ -150,51 +134,9 @@ def prefill(
     Raises:
         ValueError: if not causal, and as :func:`longseq.attention.favor_attention` does.
     """
-    _refuse_bidirectional(causal)
-    out = favor_attention(
-        q,
-        k,
-        v,
-        causal=True,
-        kernel=kernel,
-        features=features,
-        window=window,
-        key_padding=key_padding,
-        far_share=far_share,
-        decay=decay,
-        seed=seed,
-        layer=layer,
-        draw=draw,
-        projection=projection,
-        oprf_a=oprf_a,
-        backend=backend,
-    )
-    operands, dtype = dtypes(q, k, v)
-    with torch.autocast(q.device.type, enabled=False):
-        keys, values, hidden = _rows(k, v, key_padding, dtype)
-        rates = per_row(decay, len(k), dtype)
-        far = recent = None
-        if window:
-            recent = _last(keys, values, hidden, window, rates, rolling=True)
-        if features or not window:
-            phi = feature_map(
-                kernel,
-                features,
-                q.shape[-1],
-                seed=seed,
-                layer=layer,
-                draw=draw,
-                projection=projection,
-                oprf_a=oprf_a,
-                device=q.device,
-                dtype=dtype,
-                operands=operands,
-            )
-            far = Far(_sum_up(keys, values, hidden, phi, window, rates), phi, per_row(far_share, len(k), dtype))
-    return out, RecurrentState(far, recent, rates, (*k.shape[:2], k.shape[3], v.shape[3]), dtype)
+    return read(q, k, v, Call.of(causal=causal, **options), key_padding)
 
 
-@torch.no_grad()
 def prefill_exact(
     q: Tensor,
     k: Tensor,
@@ -205,13 +147,34 @@ def prefill_exact(
     decay: Tensor | None = None,
 ) -> tuple[Tensor, RecurrentState]:
     """:func:`prefill` for exact attention: the state keeps all keys and values, and grows with every token."""
-    _refuse_bidirectional(causal)
-    out = exact_attention(q, k, v, causal=True, key_padding=key_padding, decay=decay)
-    _, dtype = dtypes(q, k, v)
-    keys, values, hidden = _rows(k, v, key_padding, dtype)
-    rates = per_row(decay, len(k), dtype)
-    recent = _last(keys, values, hidden, k.shape[2], rates, rolling=False)
-    return out, RecurrentState(None, recent, rates, (*k.shape[:2], k.shape[3], v.shape[3]), dtype)
+    return read(q, k, v, Call.of(kind="exact", causal=causal, decay=decay), key_padding)
+
+
+@torch.no_grad()
+def read(
+    q: Tensor, k: Tensor, v: Tensor, call: Call, key_padding: Tensor | None = None
+) -> tuple[Tensor, RecurrentState]:
+    """:func:`prefill` and :func:`prefill_exact` with their options as one."""
+    if not call.causal:
+        raise ValueError(
+            "bidirectional attention cannot be decoded token by token, as every new key would change all earlier "
+            "outputs; use causal attention"
+        )
+    out = attention(q, k, v, call, key_padding)
+    exact, window, dtype = call.options.kind == "exact", call.options.window, dtypes(q, k, v)[1]
+    far = recent = None
+    with torch.autocast(q.device.type, enabled=False):
+        rows = call.rows(q, k, v, key_padding)
+        rows = replace(rows, k=rows.k.to(dtype), v=rows.v.to(dtype))
+        if exact or window:
+            recent = _last(rows, k.shape[2] if exact else window, rolling=not exact)
+        if rows.phi is not None:
+            # By PyTorch, whose features of bf16 keys are not rounded.
+            state = choose("torch", rows.phi, rows.qkv).state(rows.at(slice(0, max(0, k.shape[2] - window))))
+            if rows.decay is not None:
+                state = state.faded(-rows.decay * (window - 1))
+            far = Far(state, rows.phi, per_row(call.far_share, len(k), dtype))
+    return out, RecurrentState(far, recent, rows.decay, (*k.shape[:2], k.shape[3], v.shape[3]), dtype)
 
 
 @torch.no_grad()
@@ -289,55 +252,23 @@ def _step(q: Tensor, k: Tensor, v: Tensor, state: RecurrentState) -> tuple[Tenso
     return out, RecurrentState(far, recent, decay, state.shape, state.dtype)
 
 
-def _sum_up(
-    k: Tensor, values: Tensor, hidden: Tensor | None, phi: FeatureMap, window: int, decay: Tensor | None
-) -> AttentionState:
-    """The keys at least ``window`` positions before the last, as seen from there."""
-    far = AttentionState.empty(len(k), phi.features, values.shape[-1] - 1, like=values)
-    end = k.shape[1] - window
-    for start in range(0, end, _KEYS):
-        keys = slice(start, min(start + _KEYS, end))
-        features, scale = phi.keys(k[:, keys])
-        if decay is not None:
-            distances = torch.arange(keys.stop - start - 1, -1, -1, device=k.device)[:, None]
-            scale = torch.addcmul(scale, decay, distances.to(scale), value=-1)
-            far = far.faded(-decay * len(distances))
-        if hidden is not None:
-            scale = scale.masked_fill(hidden[:, keys], -torch.inf)
-        far = far.merge(AttentionState.of(features, scale, values[:, keys]))
-    return far if decay is None else far.faded(-decay * window)
-
-
-def _last(k: Tensor, values: Tensor, hidden: Tensor | None, size: int, decay: Tensor | None, rolling: bool) -> Recent:
+def _last(rows: Rows, size: int, rolling: bool) -> Recent:
     """The last ``size`` keys; in front of them empty places where there are fewer."""
-    missing = max(0, size - k.shape[1])
+    k, v, length = rows.k, rows.v, rows.k.shape[1]
+    log_weight = k.new_zeros(*k.shape[:2], 1)
+    if rows.decay is not None:
+        log_weight = log_weight - rows.decay * torch.arange(length - 1, -1, -1, device=k.device)[:, None]
+    if rows.hidden is not None:  # whatever stands in padding, NaN even, must not get past this line
+        hidden = rows.hidden[..., None]
+        k, v, log_weight = (
+            k.masked_fill(hidden, 0.0),
+            v.masked_fill(hidden, 0.0),
+            log_weight.masked_fill(hidden, -torch.inf),
+        )
+    missing = max(0, size - length)
 
     def last(x: Tensor, filling: float) -> Tensor:
         x = x[:, x.shape[1] + missing - size :]
         return torch.cat((x.new_full((len(x), missing, x.shape[2]), filling), x), dim=1)
 
-    log_weight = k.new_zeros(*k.shape[:2], 1)
-    if decay is not None:
-        log_weight = log_weight - decay * torch.arange(k.shape[1] - 1, -1, -1, device=k.device)[:, None]
-    if hidden is not None:
-        log_weight = log_weight.masked_fill(hidden, -torch.inf)
-    return Recent(last(k, 0.0), last(values, 0.0), last(log_weight, -torch.inf).mT.contiguous(), rolling)
-
-
-def _rows(k: Tensor, v: Tensor, key_padding: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys (N, L, d), [v, 1] (N, L, e + 1) and which of them are hidden (N, L, 1)."""
-    heads = k.shape[1]
-    k, v = (t.flatten(0, 1).to(dtype) for t in (k, v))
-    if key_padding is None:
-        return k, with_ones(v), None
-    hidden = ~key_padding.repeat_interleave(heads, dim=0)[..., None]
-    # Whatever stands in padding, NaN even, must not get past this line.
-    return k.masked_fill(hidden, 0.0), with_ones(v.masked_fill(hidden, 0.0)), hidden
-
-
-def _refuse_bidirectional(causal: bool) -> None:
-    if not causal:
-        raise ValueError(
-            "bidirectional attention cannot be decoded token by token, as every new key would change all earlier "
-            "outputs; use causal attention"
-        )
+    return Recent(last(k, 0.0), last(with_ones(v), 0.0), last(log_weight, -torch.inf).mT.contiguous(), rolling)

@@ -70,12 +70,14 @@ class Scanned:
 
 
 @dataclass(frozen=True)
-class ScanGradients:
+class Gradients:
+    """What an operation's backward pass gives."""
+
     q: Tensor
     k: Tensor
     v: Tensor
-    decay: Tensor | None  # (N, 1, 1) float64; the way of ``later`` ends behind the last key
-    initial: Tensor  # with respect to the sums of the initial state, (N, m, e + 1)
+    decay: Tensor | None = None  # (N, 1, 1) float64; the way of a scan's ``later`` ends behind the last key
+    initial: Tensor | None = None  # a scan's, with respect to the sums of the initial state, (N, m, e + 1)
 
 
 def scan_forward(rows: Rows, initial: AttentionState | None, learns: bool) -> Scanned:
@@ -143,7 +145,7 @@ def scan_backward(
     dlse: Tensor | None,
     later: Tensor | None,
     wants_decay: bool,
-) -> ScanGradients:
+) -> Gradients:
     """The gradients, and those of queries behind the last one.
 
     Args:
@@ -206,7 +208,7 @@ def scan_backward(
         _put(dq, start, stop, feature_map.queries_vjp(group.q, fq, dfq))
         _put(dk, start - delay, stop - delay, feature_map.keys_vjp(group.k, fk, dfk))
         _put(dv, start - delay, stop - delay, d_values[..., :-1])
-    return ScanGradients(dq, dk, dv, d_decay, later)
+    return Gradients(dq, dk, dv, d_decay, later)
 
 
 @dataclass(frozen=True)
@@ -239,16 +241,49 @@ class _Scales:
 
 @dataclass(frozen=True)
 class Rows:
-    """The inputs of :func:`longseq.attention.scan_operator.scan`, cut into groups of equal chunks on demand."""
+    """What every operation reads, for N = batch · heads rows; a scan cuts it into groups of equal chunks on demand.
+
+    Attributes:
+        q, k: (N, L, d), of any floating dtype. Without anything that depends on positions there may be other queries
+            than keys.
+        v: (N, L, e), same dtype.
+        decay: (N, 1, 1) γ ≥ 0; every weight is multiplied by e^{−γ(i−j)}. None: no decay.
+        hidden: (N, L) bool, True where a key is padding and must not be seen, or None.
+        runs: (N, L) integers ≥ 0 that never decrease; a query sees keys of its own number only. None: one document.
+        phi: the feature map, in the dtype of sums: fp32 or float64. None: a window has none.
+        delay: of a scan, how many positions the nearest visible key lies before the query.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
-    decay: Tensor | None
-    hidden: Tensor | None
-    runs: Tensor | None
-    feature_map: FeatureMap
-    delay: int
+    decay: Tensor | None = None
+    hidden: Tensor | None = None
+    runs: Tensor | None = None
+    phi: FeatureMap | None = None
+    delay: int = 0
+
+    @property
+    def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q, self.k, self.v
+
+    @property
+    def feature_map(self) -> FeatureMap:
+        assert self.phi is not None
+        return self.phi
+
+    def reversed(self) -> Rows:
+        """From the last position to the first."""
+        q, k, v = (x.flip(1) for x in self.qkv)
+        hidden = None if self.hidden is None else self.hidden.flip(1)
+        runs = None if self.runs is None else self.runs[:, -1:] - self.runs.flip(1)
+        return replace(self, q=q, k=k, v=v, hidden=hidden, runs=runs)
+
+    def at(self, where: slice) -> Rows:
+        """Some of the positions."""
+        q, k, v = (x[:, where] for x in self.qkv)
+        hidden, runs = (None if x is None else x[:, where] for x in (self.hidden, self.runs))
+        return replace(self, q=q, k=k, v=v, hidden=hidden, runs=runs)
 
     def widened(self) -> Rows:
         """The same with fp32 in the place of bf16 and fp16."""

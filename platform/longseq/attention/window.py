@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from longseq.attention.parts import Part
-from longseq.attention.state import NOTHING, widened
+from longseq.attention.scan import Gradients, Rows
+from longseq.attention.state import NOTHING
 
 # Longer blocks compute more scores that the window hides, shorter ones make smaller products.
 BLOCK = 128
@@ -27,18 +28,13 @@ BLOCK = 128
 class _Band:
     """The scores near the diagonal, one block of queries at a time."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    decay: Tensor | None
-    hidden: Tensor | None
-    runs: Tensor | None
+    rows: Rows  # widened
     window: int
     causal: bool
 
     def blocks(self) -> Iterator[tuple[slice, slice]]:
         """Each block of queries with all keys in reach of one of them."""
-        length = self.q.shape[1]
+        length = self.rows.q.shape[1]
         for start in range(0, length, BLOCK):
             stop = min(start + BLOCK, length)
             yield slice(start, stop), slice(max(0, start - self.window + 1), self._end(stop, length))
@@ -47,16 +43,16 @@ class _Band:
         return stop if self.causal else min(length, stop + self.window - 1)
 
     def inputs(self, keys: slice) -> tuple[Tensor, Tensor]:
-        k, v = self.k[:, keys], self.v[:, keys]
-        if self.hidden is None:
+        k, v = self.rows.k[:, keys], self.rows.v[:, keys]
+        if self.rows.hidden is None:
             return k, v
-        mask = self.hidden[:, keys, None]
+        mask = self.rows.hidden[:, keys, None]
         return k.masked_fill(mask, 0.0), v.masked_fill(mask, 0.0)
 
     def scores(self, queries: slice, keys: slice, k: Tensor) -> tuple[Tensor, Tensor]:
         """s (N, Q, K), −inf out of reach, and the distances |i − j| (Q, K)."""
-        scale = self.q.shape[-1] ** -0.5
-        device = self.q.device
+        scale = self.rows.q.shape[-1] ** -0.5
+        device = self.rows.q.device
         ahead = torch.arange(queries.start, queries.stop, device=device)[:, None] - torch.arange(
             keys.start, keys.stop, device=device
         )  # i − j
@@ -64,29 +60,20 @@ class _Band:
         blind = distance >= self.window
         if self.causal:
             blind = blind | (ahead < 0)
-        scores = torch.bmm(self.q[:, queries] * scale, k.mT)
-        if self.decay is not None:
-            scores.addcmul_(self.decay, distance.to(scores), value=-1)
-        if self.runs is not None:
-            blind = blind | (self.runs[:, queries, None] != self.runs[:, None, keys])
-        if self.hidden is not None:
-            blind = blind | self.hidden[:, None, keys]
+        scores = torch.bmm(self.rows.q[:, queries] * scale, k.mT)
+        if self.rows.decay is not None:
+            scores.addcmul_(self.rows.decay, distance.to(scores), value=-1)
+        if self.rows.runs is not None:
+            blind = blind | (self.rows.runs[:, queries, None] != self.rows.runs[:, None, keys])
+        if self.rows.hidden is not None:
+            blind = blind | self.rows.hidden[:, None, keys]
         return scores.masked_fill_(blind, -torch.inf), distance
 
 
-def window_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor | None,
-    hidden: Tensor | None,
-    runs: Tensor | None,
-    window: int,
-    causal: bool,
-) -> Part:
-    """See :func:`longseq.attention.window_operator.window_attention`."""
-    q, k, v = (widened(x) for x in (q, k, v))
-    band = _Band(q, k, v, decay, hidden, runs, window, causal)
+def window_forward(rows: Rows, window: int, causal: bool) -> Part:
+    """See :func:`longseq.attention.operations.window_attention`."""
+    rows = rows.widened()
+    band, v = _Band(rows, window, causal), rows.v
     out, lse = v.new_empty(v.shape), v.new_empty(*v.shape[:2], 1)
     for queries, keys in band.blocks():
         k_near, v_near = band.inputs(keys)
@@ -100,12 +87,7 @@ def window_forward(
 
 
 def window_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor | None,
-    hidden: Tensor | None,
-    runs: Tensor | None,
+    rows: Rows,
     window: int,
     causal: bool,
     out: Tensor,
@@ -113,10 +95,10 @@ def window_backward(
     dout: Tensor | None,
     dlse: Tensor | None,
     wants_decay: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v and the decay, the last (N, 1, 1) float64, given those of out and lse; None is zeros."""
-    q, k, v = (widened(x) for x in (q, k, v))
-    band = _Band(q, k, v, decay, hidden, runs, window, causal)
+) -> Gradients:
+    """The gradients, given those of out and lse; None is zeros."""
+    rows = rows.widened()
+    band, (q, k, v), decay = _Band(rows, window, causal), rows.qkv, rows.decay
     dout = torch.zeros_like(out) if dout is None else dout
     scale = q.shape[-1] ** -0.5
     dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
@@ -134,4 +116,4 @@ def window_backward(
             d_decay -= (d_scores * distance).sum((1, 2), keepdim=True, dtype=torch.float64)
         dq[:, queries] = torch.bmm(d_scores, k_near).mul_(scale)
         dk[:, keys].baddbmm_(d_scores.mT, q[:, queries], alpha=scale)
-    return dq, dk, dv, d_decay
+    return Gradients(dq, dk, dv, d_decay)

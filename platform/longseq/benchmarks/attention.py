@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longseq.attention import favor_attention, projection_matrix
+from longseq.attention import AttentionOptions, favor_attention, projection_matrix
 from longseq.attention.scan import CHUNK
 from longseq.benchmarks.ladder import Ladder, Progress, Task
 from longseq.benchmarks.request import ATTENTION_CONTENDERS, CAUSAL, AttentionRequest
@@ -85,16 +85,12 @@ def make_inputs(request: AttentionRequest, length: int) -> Inputs:
 
 def count(request: AttentionRequest, name: str, causal: bool, length: int) -> flops.Count:
     """FLOPs of a contender at a length."""
-    d, m = request.head_dim, request.features
-    chunk = CHUNK if causal else 0
     if name == "opt":
-        one = flops.NOTHING
-    elif name == "exact":
-        one = flops.exact(d, d, length / 2 if causal else length)
-    elif name == "window":
-        one = flops.windowed(d, d, m, length=length, window=request.window, causal=causal, chunk=CHUNK)
-    else:
-        one = flops.favor(d, d, m, chunk if name == "favor" else 0)
+        return flops.NOTHING
+    window, kind = request.window if name == "window" else 0, "exact" if name == "exact" else "favor"
+    options = AttentionOptions(kind=kind, kernel=request.kernel, features=request.features, window=window)
+    chunk = CHUNK if name in ("favor", "window") else 0  # others' have no squares
+    one = flops.attention(options, request.head_dim, length, causal=causal, chunk=chunk)
     return one * (request.batch * request.heads * length)
 
 

@@ -123,7 +123,7 @@ def _attentions(request: StepRequest, model: PerformerLM, contender: str) -> lis
     """A contender's attention for each block of ``model``, with the weights that are there."""
     spec = replace(
         model.spec,
-        attention="exact" if contender == "exact" else "favor",
+        kind="exact" if contender == "exact" else "favor",
         window=request.window if contender == "window" else 0,
     )
     attentions: list[FavorAttention] = []

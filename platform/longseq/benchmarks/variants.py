@@ -24,8 +24,8 @@ class Variant:
 _SHARE = {"window": True, "learned_share": True}
 
 VARIANTS: dict[str, Variant] = {
-    "exact": Variant("softmax attention over all keys", {"attention": "exact"}),
-    "exact-decay": Variant("exact, a learned decay per head", {"attention": "exact", "learned_decay": True}),
+    "exact": Variant("softmax attention over all keys", {"kind": "exact"}),
+    "exact-decay": Variant("exact, a learned decay per head", {"kind": "exact", "learned_decay": True}),
     "local": Variant("the exact window alone, no features", {"window": True, "features": 0}),
     "local-decay": Variant(
         "the exact window alone, a learned decay per head", {"window": True, "features": 0, "learned_decay": True}

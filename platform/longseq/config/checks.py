@@ -6,7 +6,6 @@ import difflib
 from typing import TYPE_CHECKING, Any
 
 from longseq.errors import ConfigError
-from longseq.models.spec import SIGNED_KERNELS
 from longseq_data.readers.images import values_of
 from longseq_data.readers.reading import TABLES, TOKENS, disagreement
 
@@ -113,12 +112,11 @@ def _check_documents(config: Config) -> None:
             f"data.crop={data.crop} and data.packing={data.packing}: joined records are cut, not cropped; take "
             "data.packing=crop, or leave data.crop out."
         )
-    signed = attention.kind == "favor" and attention.kernel in SIGNED_KERNELS
-    if data.reset and signed and config.model.objective == "masked":
-        raise ConfigError(
-            f"data.reset=true and attention.kernel={attention.kernel} with a masked objective: features of both "
-            "signs cannot share two denominators; take kernel softmax or relu."
-        )
+    try:
+        documents = "data.reset=true" if data.reset else ""
+        attention.check(causal=config.model.objective == "causal", documents=documents, at="attention.")
+    except ValueError as error:
+        raise ConfigError(f"{error}.") from None
 
 
 def _check_tokens(config: Config) -> None:

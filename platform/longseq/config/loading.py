@@ -90,6 +90,7 @@ def config_of(sections: dict[str, Any], where: str, overrides: Sequence[str] = (
 
 def _merged(layers: Sequence[_Layer], path: str) -> Config:
     merged = OmegaConf.structured(Config)
+    OmegaConf.set_readonly(merged.attention, False)  # OmegaConf 2.3 takes a frozen dataclass for a constant
     places: dict[str, str] = {}
     for layer in layers:
         merged = layer.onto(merged)

@@ -9,28 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from longseq.attention.options import AttentionOptions
+from longseq.attention.options import option as key
 from longseq.config import checks as config_checks
 from longseq.config.durations import duration_seconds
 from longseq.config.sources import Source
 from longseq.errors import ConfigError
 from longseq.models.presets import PRESETS
-from longseq.models.spec import KERNELS, ROTARY_BASE, PerformerSpec
+from longseq.models.spec import ROTARY_BASE, PerformerSpec
 from longseq_data.readers.formats import FORMATS
-
-
-def key(
-    default: Any,
-    meaning: str,
-    *,
-    choices: tuple[str, ...] = (),
-    at_least: float | None = None,
-    below: float | None = None,
-) -> Any:
-    """A configuration key: a dataclass field that carries its meaning and its limits."""
-    metadata = {"meaning": meaning, "choices": choices, "at_least": at_least, "below": below}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -82,28 +69,6 @@ class ModelConfig:
         "from a data.length of 32,768 on, where activations need more than the model, else 0",
         at_least=0,
     )
-
-
-@dataclass
-class AttentionConfig:
-    kind: str = key("favor", "FAVOR+, or exact softmax attention over the same weights", choices=("favor", "exact"))
-    kernel: str = key("softmax", "feature map of FAVOR+", choices=KERNELS)
-    features: int = key(256, "random features per head (m)", at_least=1)
-    qk_norm: bool = key(
-        False, "unit-length queries and keys with a learned temperature per head (next to no effect with kernel relu)"
-    )
-    window: int = key(
-        0, "exact attention to keys nearer than this many positions, features beyond; 0: none", at_least=0
-    )
-    learned_share: bool = key(False, "a learned factor a head on all weights beyond the window")
-    learned_decay: bool = key(False, "weights decay with the distance, at a rate that each head learns")
-    projection: str = key("orthogonal", "rows of the random projections", choices=("orthogonal", "iid"))
-    backend: str = key(
-        "auto",
-        "auto: our own kernels where they can (Triton on CUDA, native C++ on CPU), else PyTorch",
-        choices=("auto", "torch", "native", "triton"),
-    )
-    redraw_every: int = key(1000, "optimiser steps between draws of the projections; 0: never", at_least=0)
 
 
 Sources = list[Any]  # names of files, or each a config.sources.Source
@@ -330,7 +295,7 @@ class Config:
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    attention: AttentionOptions = field(default_factory=AttentionOptions)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -377,7 +342,7 @@ class Config:
         Raises:
             ConfigError: for sizes that do not fit together.
         """
-        size, model, attention = PRESETS[self.model.preset], self.model, self.attention
+        size, model = PRESETS[self.model.preset], self.model
         try:
             return PerformerSpec(
                 vocabulary=vocabulary,
@@ -387,16 +352,7 @@ class Config:
                 ffn_dim=model.ffn_dim or size.ffn_dim,
                 causal=model.objective == "causal",
                 dropout=model.dropout,
-                attention=attention.kind,
-                kernel=attention.kernel,
-                features=attention.features,
-                window=attention.window,
-                projection=attention.projection,
-                qk_norm=attention.qk_norm,
-                learned_share=attention.learned_share,
-                learned_decay=attention.learned_decay,
-                backend=attention.backend,
-                redraw_every=attention.redraw_every,
+                **vars(self.attention),
                 seed=self.run.seed,
                 position=model.position,
                 max_positions=model.max_positions,

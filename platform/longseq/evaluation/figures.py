@@ -58,11 +58,11 @@ def figures(source: Source) -> Iterator[tuple[str, Figure]]:
     spec = source.spec
     batch = probe_batch(source.config, next(model.parameters()).device)
     for number, layer in enumerate(probe(model, batch)):
-        own = None if spec.attention == "exact" else layer.own.numpy()
+        own = None if spec.kind == "exact" else layer.own.numpy()
         what = f"{title}, layer {number}: what one held-out sequence looks at"
         yield f"attention_layer{number:02}", drawing.attention_maps(own, layer.exact.numpy(), spec.kernel, what)
 
-    if spec.attention != "exact":
+    if spec.kind != "exact":
         numbers = sorted({max(2, spec.features // 4), spec.features, spec.features * 4})
         found = errors(model, batch, numbers, _DRAWS)
         by_number = {m: [layer[at] for layer in found] for at, m in enumerate(numbers)}

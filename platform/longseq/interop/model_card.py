@@ -44,7 +44,7 @@ def model_card(source: Source) -> str:
     """Markdown with Hugging Face's header."""
     config, spec = source.config, source.spec
     attention = "exact softmax attention"
-    if spec.attention == "favor":
+    if spec.kind == "favor":
         attention = f"FAVOR+ linear attention (kernel {spec.kernel}, {spec.features} features"
         attention += f", exact within {spec.window} positions)" if spec.window else ")"
     tokens = Path(source.vocabulary.name).name

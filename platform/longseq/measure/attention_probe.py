@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -64,14 +64,14 @@ def errors(
 
     def look(attention: FavorAttention, q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None) -> None:
         exact = _exact(attention, q, k, v, segments)
-        before = attention.features, attention.draw
+        before = attention.options, attention.draw
         found: list[list[float]] = []
         for m in features:
             found.append([])
             for draw in range(draws):
-                attention.features, attention.draw = m, before[1] + draw
+                attention.options, attention.draw = replace(before[0], features=m), before[1] + draw
                 found[-1].append(_error(FavorAttention.mix(attention, q, k, v, None, segments), exact))
-        attention.features, attention.draw = before
+        attention.options, attention.draw = before
         layers.append(found)
 
     look_through(model, batch, look)

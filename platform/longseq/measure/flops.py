@@ -20,6 +20,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from longseq.attention.options import AttentionOptions
+
 
 @dataclass(frozen=True)
 class Flops:
@@ -77,3 +79,12 @@ def windowed(d: int, e: int, m: int, *, length: int, window: int, causal: bool, 
     near = window - window * (window - 1) / (2 * length)  # the mean of min(i + 1, window)
     far = favor(d, e, m, chunk) * ((length - window) / length)
     return exact(d, e, near) + far if causal else exact(d, e, 2 * near - 1) + far * 2
+
+
+def attention(options: AttentionOptions, d: int, length: int, *, causal: bool, chunk: int) -> Count:
+    """What these options ask for, at equal widths d of queries and values."""
+    if options.kind == "exact":
+        return exact(d, d, length / 2 if causal else length)
+    if options.window:
+        return windowed(d, d, options.features, length=length, window=options.window, causal=causal, chunk=chunk)
+    return favor(d, d, options.features, chunk if causal else 0)

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from longseq.attention.options import OWN_KERNELS
 from longseq.config.schema import Config
 from longseq.models.spec import PerformerSpec
 
@@ -32,7 +33,7 @@ SCAN_GROUP = 128
 # attention.backends.triton.scan keeps no states: it makes them anew, for as many sequences and heads at a time as fit
 # into STATE_BYTES, one for each CHUNK positions at most (two in the backward pass); and a few more numbers a query.
 STATE_BYTES, CHUNK, TRITON_NUMBERS = 512 * 1024**2, 64, 4
-TRITON_KERNELS, TRITON_WIDEST = ("softmax", "hyperbolic", "oprf", "smreg", "relu", "relu_direct"), 128
+TRITON_WIDEST = 128
 # longseq.models.head: logits at a time, and rows of them at most.
 LOGITS, MOST_ROWS = 2**24, 8192
 DEEPSPEED_BUCKET = 500_000_000  # DeepSpeed's own default, in elements: gigabytes, however small the model
@@ -85,7 +86,7 @@ def estimate(config: Config, vocabulary: int, *, on_cuda: bool = True) -> Memory
     tokens = config.batch_sequences * config.slice_length
     triton = on_cuda and runs_triton(spec)
     block, behind = block_bytes(spec, config, width, triton=triton), _backward(spec, width)
-    if width < 4 and spec.attention == "favor" and not triton:
+    if width < 4 and spec.kind == "favor" and not triton:
         behind += 4 * 3 * spec.dim  # queries, keys and values once more: these backends compute in fp32
     head = 3.0 * width * spec.dim  # a token's, but for the logits
     start = width * spec.dim  # what a recomputation starts from
@@ -144,8 +145,8 @@ def gib(size: float) -> str:
 
 def runs_triton(spec: PerformerSpec) -> bool:
     """Whether attention takes the Triton kernels on a GPU."""
-    known = spec.kernel in TRITON_KERNELS and spec.head_dim <= TRITON_WIDEST
-    return spec.attention == "favor" and (spec.backend == "triton" or (spec.backend == "auto" and known))
+    known = spec.kernel in OWN_KERNELS and spec.head_dim <= TRITON_WIDEST
+    return spec.kind == "favor" and (spec.backend == "triton" or (spec.backend == "auto" and known))
 
 
 def _states(spec: PerformerSpec, config: Config) -> float:
@@ -168,8 +169,8 @@ def block_bytes(spec: PerformerSpec, config: Config, width: int, *, triton: bool
     total = width * (5.0 * dim + 2 * spec.ffn_dim) + 2 * 2 * 4  # and the norms' means and deviations
     # q, k and v are slices of one tensor, which lives on as long as one of them is needed as it is; but not where
     # longseq.attention.backends.triton.heads takes them apart.
-    whole_qkv = spec.attention == "exact" or config.batch_sequences == 1
-    if spec.attention == "exact":
+    whole_qkv = spec.kind == "exact" or config.batch_sequences == 1
+    if spec.kind == "exact":
         total += width * (3 + 2 + 1) * dim + 4 * heads
         total += _mask(spec, config)
     else:
@@ -248,7 +249,7 @@ def _tiled(
         extra = rows * spec.tile * 4 * 4 * dim  # the output of each part, and of both
         return kept, spec.depth * (one + extra) + 2 * 4 * parameters, 0
     block = 11.0 * width * dim if width == 4 else width * 11 * dim + 4 * 8 * dim
-    block += _favor(spec, config, width, triton) if spec.attention == "favor" else _mask(spec, config)
+    block += _favor(spec, config, width, triton) if spec.kind == "favor" else _mask(spec, config)
     return rows * length * (spec.depth + 1) * width * dim, rows * length * block + one, 3 * width * dim
 
 

@@ -16,16 +16,5 @@ def training_flops(spec: PerformerSpec, length: int) -> float:
     """FLOPs of one token in a sequence of ``length``, embedding look-ups and norms left out."""
     linear = spec.depth * (4 * spec.dim**2 + 2 * spec.dim * spec.ffn_dim) + spec.vocabulary * spec.dim
     linear += spec.dim**2 if spec.head == "transform" else 0
-    attention = _attention(spec, length).both.strict
+    attention = flops.attention(spec, spec.head_dim, length, causal=spec.causal, chunk=CHUNK).both.strict
     return 6 * linear + spec.depth * spec.heads * attention
-
-
-def _attention(spec: PerformerSpec, length: int) -> flops.Count:
-    """One token and head."""
-    d = spec.head_dim
-    if spec.attention == "exact":
-        return flops.exact(d, d, length / 2 if spec.causal else length)
-    if spec.window:
-        window, causal = spec.window, spec.causal
-        return flops.windowed(d, d, spec.features, length=length, window=window, causal=causal, chunk=CHUNK)
-    return flops.favor(d, d, spec.features, CHUNK if spec.causal else 0)

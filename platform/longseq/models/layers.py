@@ -27,18 +27,10 @@ class Block(nn.Module):
             spec.dim,
             spec.heads,
             causal=spec.causal,
-            kind=spec.attention,
-            kernel=spec.kernel,
-            features=spec.features,
-            window=spec.window,
-            projection=spec.projection,
-            qk_norm=spec.qk_norm,
-            learned_share=spec.learned_share,
-            learned_decay=spec.learned_decay,
             bias=spec.attention_bias,
             seed=spec.seed,
             layer=layer,
-            backend=spec.backend,
+            options=spec,
         )
         self.mlp_norm = Norm(spec.dim, spec.norm_eps, backend)
         self.mlp = nn.Sequential(Linear(spec.dim, spec.ffn_dim), nn.GELU(), Linear(spec.ffn_dim, spec.dim))

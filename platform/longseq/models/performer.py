@@ -38,7 +38,7 @@ class DecodingState:
 class PerformerLM(nn.Module):
     """Token ids in, logits out.
 
-    The weights are those of a plain Transformer: ``attention="exact"`` and ``"favor"`` exchange on one state dict,
+    The weights are those of a plain Transformer: ``kind="exact"`` and ``"favor"`` exchange on one state dict,
     and projections are no part of it (they follow from the seed, the layer and the optimiser step).
     """
 
@@ -140,7 +140,7 @@ class PerformerLM(nn.Module):
                 prompt and its continuation, and counts as distance.
 
         Returns:
-            What the head reads, (B, L, E); and the state. With ``attention="favor"`` its size does not depend on L.
+            What the head reads, (B, L, E); and the state. With ``kind="favor"`` its size does not depend on L.
         """
         positions = _positions(tokens, padding, None)
         x = self._embed(tokens, positions, padding)  # (B, L, E)

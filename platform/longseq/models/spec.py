@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from longseq.attention.options import AttentionOptions
 
 EXPORTED = "model."  # before each weight's name in an exported folder: the transformers model holds ours under it
-# longseq.attention.KERNELS, repeated so that the command line can name them without torch.
-KERNELS = (
-    "softmax", "hyperbolic", "oprf", "trigonometric", "smreg", "relu_direct", "exp",
-    "relu", "sigmoid", "abs", "gelu", "cos", "tanh", "identity", "elu",
-)  # fmt: skip
-
-PAIRED_KERNELS = ("hyperbolic", "trigonometric")
-SIGNED_KERNELS = ("trigonometric", "gelu", "cos", "tanh", "identity")
-
 ROTARY_BASE = 10_000.0  # Su et al. 2021, arXiv 2104.09864
 
 
 @dataclass(frozen=True)
-class PerformerSpec:
-    """Architecture of a :class:`~longseq.models.performer.PerformerLM`.
+class PerformerSpec(AttentionOptions):
+    """Architecture of a :class:`~longseq.models.performer.PerformerLM`: the options of its attention, and these.
 
     Raises:
         ValueError: for sizes that do not fit together.
@@ -32,15 +25,7 @@ class PerformerSpec:
     ffn_dim: int
     causal: bool
     dropout: float = 0.0
-    attention: str = "favor"  # or "exact"
-    kernel: str = "softmax"  # see longseq.attention.KERNELS
-    features: int = 256
-    window: int = 0
-    projection: str = "orthogonal"  # or "iid"
-    qk_norm: bool = False
-    learned_share: bool = False
-    learned_decay: bool = False
-    redraw_every: int = 0  # optimiser steps between draws of the projections; 0 = one draw for ever
+    redraw_every: int = field(default=0, kw_only=True)  # of a model that no configuration describes: one draw for ever
     # What tells the families of Transformers apart whose weights can be imported: see longseq.interop.importing.
     position: str = "rotary"  # or "learned": a vector a position, max_positions of them
     max_positions: int = 0
@@ -56,7 +41,6 @@ class PerformerSpec:
     activation_offload: bool = False
     sequence_tile: int = 0  # positions that norms, projections and MLPs compute at a time; 0: all
     carry: bool = True  # whether tiles may go through all layers at once, where the attention allows it
-    backend: str = "auto"
 
     def __post_init__(self) -> None:
         if self.dim % self.heads:
@@ -76,23 +60,8 @@ class PerformerSpec:
                 f"model.rotary_base={self.rotary_base:g} and model.position=learned: learned positions do not "
                 "rotate; leave it out"
             )
-        if self.attention == "exact":
-            return
-        if self.kernel in PAIRED_KERNELS and self.features % 2:
-            raise ValueError(
-                f"attention.features={self.features} is odd; kernel {self.kernel} has two features a projection"
-            )
-        if self.kernel in SIGNED_KERNELS and self.window:
-            raise ValueError(
-                f"attention.window={self.window} and attention.kernel={self.kernel}: its features have both signs and "
-                "cannot share a denominator with exact weights; take kernel softmax, or window 0"
-            )
-        if self.kernel in SIGNED_KERNELS and self.learned_decay and not self.causal:
-            raise ValueError(
-                f"attention.learned_decay=true and attention.kernel={self.kernel} with a masked objective: features of "
-                "both signs cannot share two denominators; take kernel softmax or relu"
-            )
-        if self.learned_share and not self.window:
+        self.check(causal=self.causal, at="attention.")
+        if self.kind == "favor" and self.learned_share and not self.window:
             raise ValueError("attention.learned_share=true has no effect without attention.window, e.g. 64")
 
     @property
@@ -107,16 +76,12 @@ class PerformerSpec:
     @property
     def carries(self) -> bool:
         """Whether a tile can go through all layers before the next, with a fixed-size state per layer between them."""
-        favor = self.attention == "favor" and self.kernel not in SIGNED_KERNELS
+        favor = self.kind == "favor" and not self.signed
         return bool(self.sequence_tile) and self.carry and self.causal and favor and not self.mask_scaling
 
     def recomputes(self, positions: int) -> bool:
         """Whether the backward pass computes layers again, of so many positions of a row in one process."""
         return self.activation_checkpointing or 0 < self.tile < positions
-
-    def draw_at(self, step: int) -> int:
-        """Which draw of the projections optimiser step ``step`` uses."""
-        return step // self.redraw_every if self.redraw_every else 0
 
     @property
     def parameter_count(self) -> int:

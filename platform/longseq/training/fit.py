@@ -223,7 +223,7 @@ def _backend(spec: PerformerSpec, device: torch.device) -> str:
 def _summary(task: LanguageModelling, config: Config, run: Run, start: int, device: torch.device) -> None:
     spec, trainer = task.model.spec, config.trainer
     attention = "exact attention"
-    if spec.attention != "exact":
+    if spec.kind != "exact":
         attention = f"FAVOR+ {spec.kernel}, {spec.features} features, backend {_backend(spec, device)}"
     data = config.data
     step = f"{data.batch_tokens:,} tokens = {config.samples_per_step} sequences × {data.length}"

@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from longseq.attention import operations
 from longseq.attention.feature_maps import FeatureMap, feature_map
+from longseq.attention.scan import Rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS, HEAD_DIM, VALUE_DIM, FEATURES = 2, 24, 40, 100  # no power of two
@@ -44,6 +46,25 @@ WINDOWS = [
     (127, 500, ("runs",)),
     (301, 65, ("hidden", "runs", "decay")),
 ]
+
+
+def scan(
+    q: Tensor, k: Tensor, v: Tensor, phi: FeatureMap, *, delay: int = 0, backend: str = "torch", **given: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The operations by the names that :func:`rows` gives."""
+    return operations.scan(Rows(q, k, v, phi=phi, delay=delay, **given), backend)
+
+
+def bidirectional_attention(
+    q: Tensor, k: Tensor, v: Tensor, phi: FeatureMap, hidden: Tensor | None = None, *, backend: str = "torch"
+) -> Tensor:
+    return operations.bidirectional_attention(Rows(q, k, v, hidden=hidden, phi=phi), backend)
+
+
+def window_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int, causal: bool, backend: str = "torch", **given: Tensor
+) -> tuple[Tensor, Tensor]:
+    return operations.window_attention(Rows(q, k, v, **given), window, causal, backend)
 
 
 def rows(length: int, device: str = DEVICE, **kinds: bool) -> dict[str, Tensor]:

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longseq.attention import FavorAttention, decode, exact_attention, favor_attention, prefill, prefill_exact
+from longseq.attention.call import Call
 from longseq.attention.carried import carried_attention
 
 HEADS, LENGTH, DIM = 2, 5, 8
 
 
 def tile(*qkv: Tensor, **options: object) -> Tensor:
-    return carried_attention(*qkv, (), **options)[0]
+    return carried_attention(*qkv, (), Call.of(**options))[0]
 
 
 def causal(*qkv: Tensor, **options: object) -> Tensor:

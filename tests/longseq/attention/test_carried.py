@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from longseq.attention import favor_attention
+from longseq.attention.call import Call
 from longseq.attention.carried import State, carried_attention
 
 LENGTH, HEADS = 53, 2
@@ -16,7 +17,7 @@ def tiled(q: Tensor, k: Tensor, v: Tensor, tile: int, **options: object) -> Tens
     state: State = ()
     parts = []
     for start in range(0, LENGTH, tile):
-        out, state = carried_attention(*(x[:, :, start : start + tile] for x in (q, k, v)), state, **options)
+        out, state = carried_attention(*(x[:, :, start : start + tile] for x in (q, k, v)), state, Call.of(**options))
         parts.append(out)
     return torch.cat(parts, dim=2)
 

@@ -258,8 +258,8 @@ def test_relu_without_projection_has_head_dim_features_whatever_is_asked_for():
     [
         ({"kernel": "sotfmax"}, "unknown kernel 'sotfmax'; the kernels are softmax, hyperbolic"),
         ({"projection": "gaussian"}, "unknown projection 'gaussian'; the projections are orthogonal, iid"),
-        ({"kernel": "hyperbolic", "features": 7}, "features must be even; got 7"),
-        ({"kernel": "trigonometric", "features": 7}, "features must be even; got 7"),
+        ({"kernel": "hyperbolic", "features": 7}, "features=7 is odd"),
+        ({"kernel": "trigonometric", "features": 7}, "features=7 is odd"),
         ({"kernel": "oprf", "oprf_a": 0.1}, "0 or below; got 0.1"),
         ({"kernel": "oprf", "oprf_a": math.nan}, "finite number"),
         ({"kernel": "relu", "oprf_a": -0.1}, "belongs to kernel 'oprf'"),

@@ -20,12 +20,14 @@ from torch.utils.checkpoint import checkpoint
 
 import longseq
 from longseq.attention import ContextGroup, FavorAttention, favor_attention, fused, rotary_table
+from longseq.attention.call import Call
 from longseq.attention.carried import carried_attention
 from longseq.attention.context.group import GatherSequence
 from longseq.attention.context.halo import neighbourhood
 from longseq.attention.heads import lay_out, split_heads
 from longseq.attention.narrow import _Narrowed
 from longseq.attention.rotary import rotate
+from longseq.attention.scan import Rows
 from longseq.attention.tiles import pointwise, recurrence
 from longseq.benchmarks import half_precision
 from longseq.models.head import Head
@@ -84,14 +86,14 @@ def carried(context: ContextGroup, *qkv: Tensor) -> Tensor:
     parts = []
     for tile in ((0, 40), (40, LENGTH)):
         inputs = (x[:, :, slice(*tile)] for x in qkv)
-        out, state = carried_attention(*inputs, state, features=12, window=5, decay=decay(qkv))
+        out, state = carried_attention(*inputs, state, Call.of(features=12, window=5, decay=decay(qkv)))
         parts.append(out)
     return torch.cat(parts, dim=2)
 
 
 def halo(context: ContextGroup, *qkv: Tensor) -> Tensor:
-    near = neighbourhood(context, *(x.flatten(0, 1) for x in qkv[:2]), None, None, None, 3, 2)
-    return near.k.square() * near.v
+    rows = neighbourhood(context, Rows(*(x.flatten(0, 1) for x in qkv)), None, 3, 2).rows
+    return rows.k.square() * rows.v
 
 
 def pointwise_(context: ContextGroup, *qkv: Tensor) -> Tensor:
@@ -106,7 +108,7 @@ def pointwise_(context: ContextGroup, *qkv: Tensor) -> Tensor:
 def recurrence_(context: ContextGroup, *qkv: Tensor) -> Tensor:
     def piece(start: int, stop: int, state: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         q, k, v = (x[:, :, start:stop] for x in qkv)
-        out, state = carried_attention(q, k, v, state, features=12)
+        out, state = carried_attention(q, k, v, state, Call.of(features=12))
         return (out.square().sum(),), state
 
     return recurrence(piece, LENGTH, 16, list(qkv), device=qkv[0].device)[0]
@@ -154,16 +156,20 @@ def sliced(**options: object) -> Function:
 # Of each function those ways to call it that run through it, with the names it is told by in refusals. Linear ones are
 # followed by a square: their own second derivative is the zero that autograd gives.
 EXAMPLES: dict[str, list[Function]] = {
-    "attention/scan_operator.py:_Scan": [attention("torch", causal=True), attention("native", causal=True), carried],
-    "attention/window_operator.py:_Window": [
+    "attention/operations.py:_Differentiated": [
+        attention("torch", causal=True),
+        attention("native", causal=True),
+        carried,
         attention("torch", causal=True, window=5),
         attention("torch", window=5),
         attention("native", causal=True, window=5),
         attention("native", window=5),
         with_triton(attention("triton", causal=True, window=5)),
+        plain("torch"),
+        plain("native"),
+        with_triton(plain("triton")),
     ],
     "attention/near_and_far.py:_NearAndFar": [fused_(attention("triton", causal=True, window=5))],
-    "attention/bidirectional_operator.py:_TwoPasses": [plain("torch"), plain("native"), with_triton(plain("triton"))],
     "attention/context/whole.py:_Whole": [lambda context, *qkv: favor_attention(*qkv, features=12, context=context)],
     "attention/isolation.py:_Entry": [isolated],
     "attention/isolation.py:_Exit": [isolated],

@@ -8,6 +8,7 @@ from tests.longseq.attention import cases
 from torch import Tensor
 
 from longseq.attention import KERNELS, decode, favor_attention, prefill
+from longseq.attention.call import Call
 from longseq.attention.carried import State, carried_attention
 from longseq.attention.feature_maps import feature_map
 
@@ -32,7 +33,7 @@ def tiles(q: Tensor, k: Tensor, v: Tensor, **asked: object) -> Tensor:
     state: State = ()
     parts = []
     for start in range(0, LENGTH, 30):
-        out, state = carried_attention(*(x[:, :, start : start + 30] for x in (q, k, v)), state, **asked)
+        out, state = carried_attention(*(x[:, :, start : start + 30] for x in (q, k, v)), state, Call.of(**asked))
         parts.append(out)
     return torch.cat(parts, dim=2)
 

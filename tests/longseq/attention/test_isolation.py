@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from longseq.attention import exact_attention, favor_attention
+from longseq.attention.call import Call
 from longseq.attention.carried import State, carried_attention
 
 HEADS, LENGTH, DIM, FEATURES = 2, 150, 8, 12
@@ -45,7 +46,7 @@ def attention(*qkv: Tensor, exact: bool = False, tile: int = 0, **options: objec
     state: State = ()
     outs = []
     for start in range(0, LENGTH, tile):
-        out, state = carried_attention(*(x[:, :, start : start + tile] for x in qkv), state, **options)
+        out, state = carried_attention(*(x[:, :, start : start + tile] for x in qkv), state, Call.of(**options))
         outs.append(out)
     return torch.cat(outs, dim=2)
 

@@ -46,12 +46,12 @@ def test_attention_multiplies_in_fp32_and_leaves_the_setting() -> None:
         engine.scan_backward(rows, done.out, done.inverse_den, done.kept, done.out, None, None, False)
 
     def whole() -> None:
-        out, kept = engine.bidirectional_forward(q, k, v, None, phi, None)
-        engine.bidirectional_backward(q, k, v, None, phi, None, out, kept, out)
+        out, kept = engine.bidirectional_forward(rows, None)
+        engine.bidirectional_backward(rows, None, out, kept, out)
 
     def near() -> None:
-        out, lse = engine.window_forward(q, k, v, None, None, None, 9, True)
-        engine.window_backward(q, k, v, None, None, None, 9, True, out, lse, out, None, False)
+        out, lse = engine.window_forward(rows, 9, True)
+        engine.window_backward(rows, 9, True, out, lse, out, None, False)
 
     for operation in (scanned, whole, near, lambda: engine.sum_up(k, v, None, None, phi)):
         with Products() as products:

@@ -185,7 +185,7 @@ def test_the_constant_is_used():
     q, k, v = module.project(x)
     mixed = favor_attention(q, k, v, causal=True, kernel="oprf", features=16, oprf_a=module.oprf_a)
     assert torch.equal(module(x), module.out(mixed.transpose(1, 2).flatten(2)))
-    assert module.options()["oprf_a"] == module.oprf_a
+    assert module.call().oprf_a == module.oprf_a
 
 
 def test_padding_does_not_enter_the_constant():

@@ -15,10 +15,13 @@ from tests.longseq.attention.own_kernels import (
     SCANS,
     WINDOWS,
     assert_same,
+    bidirectional_attention,
     double,
     maps,
     poison_hidden,
     results,
+    scan,
+    window_attention,
 )
 from tests.longseq.attention.own_kernels import rows as rows_on
 from torch import Tensor
@@ -26,10 +29,7 @@ from torch import Tensor
 from longseq.attention import favor_attention
 from longseq.attention.backends import choice as backends
 from longseq.attention.backends.native import build
-from longseq.attention.bidirectional_operator import bidirectional_attention
 from longseq.attention.feature_maps import feature_map
-from longseq.attention.scan_operator import scan
-from longseq.attention.window_operator import window_attention
 
 needs_compiler = pytest.mark.skipif(build.unavailable() is not None, reason=f"no native kernels: {build.unavailable()}")
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from longseq.attention import FavorAttention, favor_attention, projection_matrix, rotary_table
+from longseq.attention.call import Call
 from longseq.attention.carried import carried_attention
 from longseq.attention.feature_maps import feature_map
 from longseq.models.performer import PerformerLM
@@ -65,21 +66,20 @@ def test_opcheck_passes_for_the_scan_from_nothing_and_from_a_state(backend, dtyp
     qkv, decay, hidden, runs = rows(dtype)
     phi = feature_map("oprf", FEATURES, DIM, oprf_a=-0.1, operands=dtype).parts()
     torch.library.opcheck(
-        torch.ops.longseq.scan, (*qkv, decay, hidden, runs, None, None, *phi, 3, False, True, backend)
+        torch.ops.longseq.scan, (*qkv, decay, hidden, runs, *phi, backend, 3, False, True, None, None)
     )
     sums = torch.rand(ROWS, FEATURES, VALUES + 1).requires_grad_()
     state = sums, torch.zeros(ROWS, 1, 1)
-    torch.library.opcheck(torch.ops.longseq.scan, (*qkv, decay, None, None, *state, *phi, 3, True, True, backend))
+    torch.library.opcheck(torch.ops.longseq.scan, (*qkv, decay, None, None, *phi, backend, 3, True, True, *state))
 
 
 @backends
 def test_opcheck_passes_for_the_window_and_for_keys_on_both_sides(backend):
     needs(backend)
     qkv, decay, hidden, runs = rows()
-    band = 7, True, "exponential", FEATURES
-    torch.library.opcheck(torch.ops.longseq.window, (*qkv, decay, hidden, runs, *band, backend))
     phi = feature_map("relu", FEATURES, DIM).parts()
-    torch.library.opcheck(torch.ops.longseq.bidirectional, (*qkv, hidden, *phi, backend))
+    torch.library.opcheck(torch.ops.longseq.window, (*qkv, decay, hidden, runs, *phi, backend, 7, True))
+    torch.library.opcheck(torch.ops.longseq.bidirectional, (*qkv, None, hidden, None, *phi, backend))
 
 
 def with_gradients(function: Callable[..., Tensor], qkv: list[Tensor]) -> list[Tensor]:
@@ -110,10 +110,9 @@ def test_interpreted_triton_compiles_to_one_graph():
 
 
 def tiles(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out, state = carried_attention(*(x[:, :, :40] for x in (q, k, v)), (), features=FEATURES, window=5)
-    return torch.cat(
-        (out, carried_attention(*(x[:, :, 40:] for x in (q, k, v)), state, features=FEATURES, window=5)[0]), 2
-    )
+    call = Call.of(features=FEATURES, window=5)
+    out, state = carried_attention(*(x[:, :, :40] for x in (q, k, v)), (), call)
+    return torch.cat((out, carried_attention(*(x[:, :, 40:] for x in (q, k, v)), state, call)[0]), 2)
 
 
 def test_carried_tiles_compile_to_one_graph_and_give_the_same():
@@ -240,9 +239,9 @@ def test_operators_are_the_same_under_autocast():
     qkv, decay, hidden, runs = rows()
     phi = feature_map("softmax", FEATURES, DIM).parts()
     calls = [
-        (torch.ops.longseq.scan, (*qkv, decay, hidden, runs, None, None, *phi, 0, False, True, "torch")),
-        (torch.ops.longseq.window, (*qkv, decay, hidden, runs, 7, True, "", 0, "torch")),
-        (torch.ops.longseq.bidirectional, (*qkv, hidden, *phi, "torch")),
+        (torch.ops.longseq.scan, (*qkv, decay, hidden, runs, *phi, "torch", 0, False, True, None, None)),
+        (torch.ops.longseq.window, (*qkv, decay, hidden, runs, "", None, None, 0.0, "torch", 7, True)),
+        (torch.ops.longseq.bidirectional, (*qkv, None, hidden, None, *phi, "torch")),
     ]
     for operator, arguments in calls:
         expected = operator(*arguments)[0]

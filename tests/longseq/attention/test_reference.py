@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longseq.attention.feature_maps import KERNELS, feature_map
+from longseq.attention import KERNELS
+from longseq.attention.feature_maps import feature_map
 from longseq.attention.projections import projection_matrix
 from longseq.attention.reference import quadratic_attention
 

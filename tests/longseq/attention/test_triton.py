@@ -19,21 +19,21 @@ from tests.longseq.attention.own_kernels import (
     SCANS,
     WINDOWS,
     assert_same,
+    bidirectional_attention,
     double,
     maps,
     poison_hidden,
     results,
     rows,
+    scan,
+    window_attention,
 )
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longseq.attention import favor_attention
 from longseq.attention.backends import choice as backends
-from longseq.attention.bidirectional_operator import bidirectional_attention
 from longseq.attention.feature_maps import feature_map
-from longseq.attention.scan_operator import scan
-from longseq.attention.window_operator import window_attention
 
 pytest.importorskip("triton")
 
@@ -73,7 +73,7 @@ def test_scan_and_its_gradients_equal_the_float64_scan(kernel, length, delay, ki
     phi, exact_phi = maps(kernel)
     given = rows(length, **dict.fromkeys(kinds, True))
     expected = results(lambda q, k, v, **x: scan(q, k, v, exact_phi, delay=delay, **x), double(given))
-    found = results(lambda q, k, v, **x: triton_backend.scan(q, k, v, phi, delay=delay, **x), poison_hidden(given))
+    found = results(lambda q, k, v, **x: scan(q, k, v, phi, delay=delay, **x, backend="triton"), poison_hidden(given))
     assert_same(found, expected)
 
 
@@ -91,7 +91,7 @@ def test_bidirectional_and_its_gradients_equal_those_in_float64(kernel, queries,
         return bidirectional_attention(q, k, v, exact_phi, hidden)
 
     def ours(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None = None) -> Tensor:
-        return triton_backend.bidirectional_attention(q, k, v, phi, hidden)
+        return bidirectional_attention(q, k, v, phi, hidden, backend="triton")
 
     assert_same(results(ours, poison_hidden(given)), results(plain, double(given)))
 
@@ -106,7 +106,7 @@ def test_window_and_its_gradients_equal_the_float64_window(causal, length, windo
     given = rows(length, **dict.fromkeys(kinds, True))
     options = {"window": window, "causal": causal}
     expected = results(lambda **x: window_attention(**x, **options), double(given))
-    found = results(lambda **x: triton_window.window_attention(**x, **options), poison_hidden(given))
+    found = results(lambda **x: window_attention(**x, **options, backend="triton"), poison_hidden(given))
     assert_same(found, expected)
 
 
@@ -143,8 +143,8 @@ def test_causal_output_ignores_later_keys_to_the_last_bit(kernel, position):
     later["k"][:, position:] *= 1e3
     later["v"][:, position:] = -7.0
     for operation in (
-        lambda q, k, v: triton_backend.scan(q, k, v, phi),
-        lambda q, k, v: triton_window.window_attention(q, k, v, window=50, causal=True),
+        lambda q, k, v: scan(q, k, v, phi, backend="triton"),
+        lambda q, k, v: window_attention(q, k, v, window=50, causal=True, backend="triton"),
     ):
         for before, after in zip(operation(**given), operation(**later), strict=True):
             assert torch.equal(before[:, :position], after[:, :position])
@@ -157,7 +157,7 @@ def test_the_same_call_gives_the_same_bits_whatever_is_in_memory_at_a_time(monke
     given = rows(100, runs=True)
 
     def ours(q: Tensor, k: Tensor, v: Tensor, runs: Tensor) -> tuple[Tensor, Tensor]:
-        return triton_backend.scan(q, k, v, phi, runs=runs)
+        return scan(q, k, v, phi, runs=runs, backend="triton")
 
     at_once = results(ours, given)
     monkeypatch.setattr(triton_backend, "STATE_BYTES", 1)
@@ -171,7 +171,7 @@ def test_inputs_of_any_magnitude_give_finite_outputs_and_gradients(magnitude):
     phi, _ = maps("softmax")
     given = rows(70)
     given["q"], given["k"] = magnitude * given["q"], magnitude * given["k"]
-    found = results(lambda q, k, v: triton_backend.scan(q, k, v, phi), given)
+    found = results(lambda q, k, v: scan(q, k, v, phi, backend="triton"), given)
     assert all(x.isfinite().all() for x in found.values())
     assert found["out"].abs().max() <= given["v"].abs().max() * 1.001
 
@@ -182,8 +182,8 @@ def test_a_nan_in_the_inputs_is_not_hidden(name):
     phi, _ = maps("relu")
     given = rows(70)
     given[name][:, 30] = torch.nan
-    assert triton_backend.scan(**given, feature_map=phi)[0][:, 30].isnan().all()
-    assert triton_backend.bidirectional_attention(**given, feature_map=phi, hidden=None)[:, 30].isnan().all()
+    assert scan(**given, phi=phi, backend="triton")[0][:, 30].isnan().all()
+    assert bidirectional_attention(**given, phi=phi, backend="triton")[:, 30].isnan().all()
 
 
 class _Largest(TorchDispatchMode):
@@ -205,9 +205,9 @@ def test_no_features_in_memory():
     phi = feature_map("softmax", features, 16, device=DEVICE)
     q, k, v = (torch.randn(1, length, 16, device=DEVICE, requires_grad=True) for _ in range(3))
     with _Largest() as largest:
-        out, lse = triton_backend.scan(q, k, v, phi)
+        out, lse = scan(q, k, v, phi, backend="triton")
         (out.sum() + lse.sum()).backward()
-        triton_backend.bidirectional_attention(q, k, v, phi, None).sum().backward()
+        bidirectional_attention(q, k, v, phi, None, backend="triton").sum().backward()
     # The largest are the states: m · (e + 1) a segment. Features would be m a row.
     assert largest.numel <= length * features / 3
 

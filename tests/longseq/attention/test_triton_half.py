@@ -7,14 +7,22 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.longseq.attention.own_kernels import DEVICE, assert_same, double, poison_hidden, results
+from tests.longseq.attention.own_kernels import (
+    DEVICE,
+    assert_same,
+    bidirectional_attention,
+    double,
+    poison_hidden,
+    results,
+    scan,
+    window_attention,
+)
 from torch import Tensor
 
-from longseq.attention.bidirectional_operator import bidirectional_attention
 from longseq.attention.feature_maps import FeatureMap, feature_map
+from longseq.attention.operations import carried_scan
 from longseq.attention.parts import combine
-from longseq.attention.scan_operator import carried_scan, scan
-from longseq.attention.window_operator import window_attention
+from longseq.attention.scan import Rows
 
 pytest.importorskip("triton")
 
@@ -81,7 +89,7 @@ def test_half_precision_scan_and_its_gradients_are_near_float64(
     phi, exact = maps(kernel, features, head_dim, dtype)
     given = rows(length, head_dim, value_dim, std, dtype, *kinds)
     expected = results(lambda q, k, v, **x: scan(q, k, v, exact, delay=delay, **x), double(given))
-    found = results(lambda q, k, v, **x: triton_backend.scan(q, k, v, phi, delay=delay, **x), poison_hidden(given))
+    found = results(lambda q, k, v, **x: scan(q, k, v, phi, delay=delay, **x, backend="triton"), poison_hidden(given))
     assert found["out"].dtype == found["lse"].dtype == torch.float32
     assert all(found["d" + name].dtype == dtype for name in "qkv")
     assert_same(found, expected, HALF_PRECISION)
@@ -98,7 +106,7 @@ def test_half_precision_gradient_of_the_decay_is_near_float64(monkeypatch, kerne
     phi, exact = maps(kernel, 64, 32, torch.bfloat16)
     given = rows(length, 32, 32, std, torch.bfloat16, "decay", number=8)
     expected = results(lambda q, k, v, decay: scan(q, k, v, exact, delay=delay, decay=decay), double(given))
-    found = results(lambda q, k, v, decay: triton_backend.scan(q, k, v, phi, delay=delay, decay=decay), given)
+    found = results(lambda q, k, v, decay: scan(q, k, v, phi, delay=delay, decay=decay, backend="triton"), given)
     assert_same(found, expected, HALF_PRECISION)
 
 
@@ -113,9 +121,8 @@ def tiles_with_a_window(
         part, keys = slice(start, start + tile), slice(start - halo, start + tile)
         queries, near = F.pad(q[:, part], (0, 0, halo, 0)), {"window": window, "causal": True, "decay": decay}
         exact = window_attention(queries, k[:, keys], v[:, keys], **near, backend=backend)  # type: ignore[arg-type]
-        out, lse, state = carried_scan(
-            queries, k[:, keys], v[:, keys], phi, state, delay=window, decay=decay, backend=backend
-        )
+        rows_ = Rows(queries, k[:, keys], v[:, keys], decay, phi=phi, delay=window)
+        out, lse, state = carried_scan(rows_, state, backend)
         found.append([x[:, halo:] for x in combine([exact, (out, lse)])])
     out, lse = (torch.cat(x, 1) for x in zip(*found, strict=True))
     return out, lse
@@ -136,7 +143,7 @@ def test_half_precision_bidirectional_and_its_gradients_are_near_float64():
     expected = results(lambda q, k, v, hidden: bidirectional_attention(q, k, v, exact, hidden), double(given))
 
     def ours(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
-        return triton_backend.bidirectional_attention(q, k, v, phi, hidden)
+        return bidirectional_attention(q, k, v, phi, hidden, backend="triton")
 
     assert_same(results(ours, poison_hidden(given)), expected, HALF_PRECISION)
 
@@ -149,7 +156,7 @@ def test_causal_half_precision_output_ignores_later_keys_to_the_last_bit(positio
     later["k"][:, position:] *= 100
     later["v"][:, position:] = -7.0
     for before, after in zip(
-        triton_backend.scan(**given, feature_map=phi), triton_backend.scan(**later, feature_map=phi), strict=True
+        scan(**given, phi=phi, backend="triton"), scan(**later, phi=phi, backend="triton"), strict=True
     ):
         assert torch.equal(before[:, :position], after[:, :position])
         assert not torch.equal(before[:, position:], after[:, position:])

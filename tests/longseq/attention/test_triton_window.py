@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.longseq.attention.own_kernels import DEVICE, double, poison_hidden, results, rows
-
-from longseq.attention.window_operator import window_attention
+from tests.longseq.attention.own_kernels import (
+    DEVICE,
+    double,
+    poison_hidden,
+    results,
+    rows,
+    window_attention,
+)
 
 pytest.importorskip("triton")
 
 from longseq.attention.backends.triton import launch as triton_launch
-from longseq.attention.backends.triton import window as triton_window
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
@@ -50,7 +54,7 @@ def test_half_precision_window_equals_float64_within_half_a_percent(dtype, std, 
     given = _half(length, dtype, std, **dict.fromkeys(kinds, True))
     options = {"window": window, "causal": causal}
     expected = results(lambda **x: window_attention(**x, **options), double(given))
-    found = results(lambda **x: triton_window.window_attention(**x, **options), poison_hidden(given))
+    found = results(lambda **x: window_attention(**x, **options, backend="triton"), poison_hidden(given))
     assert found["out"].dtype == found["lse"].dtype == torch.float32
     for name, x in expected.items():
         error = (found[name].double() - x).norm() / x.norm()
@@ -64,7 +68,7 @@ def test_half_precision_causal_output_ignores_later_keys_to_the_last_bit(dtype):
     later = {name: x.clone() for name, x in given.items()}
     later["k"][:, 70:] *= 100
     later["v"][:, 70:] = -7.0
-    found = [triton_window.window_attention(**x, window=50, causal=True) for x in (given, later)]
+    found = [window_attention(**x, window=50, causal=True, backend="triton") for x in (given, later)]
     for before, after in zip(*found, strict=True):
         assert torch.equal(before[:, :70], after[:, :70])
         assert not torch.equal(before[:, 70:], after[:, 70:])
@@ -78,7 +82,7 @@ def test_every_tiling_computes_the_same(monkeypatch, capability, head_dim):
     given = {n: torch.randn(1, 140, head_dim, generator=generator).bfloat16().to(DEVICE) for n in "qkv"}
     options = {"window": 90, "causal": True}
     expected = results(lambda **x: window_attention(**x, **options), double(given))
-    found = results(lambda **x: triton_window.window_attention(**x, **options), given)
+    found = results(lambda **x: window_attention(**x, **options, backend="triton"), given)
     for name, x in expected.items():
         error = (found[name].double() - x).norm() / x.norm()
         assert error < 5e-3, f"{name}: {error:.1e}"

@@ -27,12 +27,12 @@ def counted(causal: bool) -> tuple[float, float]:
         if causal:
             done = engine.scan_forward(rows, None, True)
         else:
-            out, kept = engine.bidirectional_forward(q, k, v, None, phi, None)
+            out, kept = engine.bidirectional_forward(rows, None)
     with FlopCounterMode(display=False, custom_mapping=in_place) as backward:
         if causal:
             engine.scan_backward(rows, done.out, done.inverse_den, done.kept, grad, None, None, False)
         else:
-            engine.bidirectional_backward(q, k, v, None, phi, None, out, kept, grad)
+            engine.bidirectional_backward(rows, None, out, kept, grad)
     return forward.get_total_flops() / (HEADS * LENGTH), backward.get_total_flops() / (HEADS * LENGTH)
 
 

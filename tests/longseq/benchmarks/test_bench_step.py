@@ -36,7 +36,7 @@ def test_a_table_and_its_numbers_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("contender", "fields"), [("favor", {}), ("window", {"window": 9}), ("exact", {"attention": "exact"})]
+    ("contender", "fields"), [("favor", {}), ("window", {"window": 9}), ("exact", {"kind": "exact"})]
 )
 def test_a_contenders_step_is_that_of_the_model_built_for_it(contender, fields):
     trainer = step.make_trainer(REQUEST, causal=True)

@@ -24,9 +24,7 @@ BOOKS = ["\tThe  whale, the naïve\u00a0whale\n\n swam — and\r\nswam away. " *
 
 def model_of(vocabulary: Vocabulary) -> PerformerLM:
     torch.manual_seed(3)
-    spec = PerformerSpec(
-        vocabulary=vocabulary.size, dim=16, depth=1, heads=2, ffn_dim=32, causal=True, attention="exact"
-    )
+    spec = PerformerSpec(vocabulary=vocabulary.size, dim=16, depth=1, heads=2, ffn_dim=32, causal=True, kind="exact")
     model = PerformerLM(spec)
     with torch.no_grad():
         model.embedding.weight.mul_(20)  # far from uniform

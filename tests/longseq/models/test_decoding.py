@@ -30,8 +30,8 @@ attentions = pytest.mark.parametrize(
         {"learned_decay": True},
         {"kernel": "relu", "rotary_base": 1e9},
         {"kernel": "oprf", "window": 7},
-        {"attention": "exact", "qk_norm": True},
-        {"attention": "exact", "learned_decay": True},
+        {"kind": "exact", "qk_norm": True},
+        {"kind": "exact", "learned_decay": True},
         {
             "position": "learned",
             "max_positions": 300,
@@ -166,14 +166,14 @@ def test_steps_in_place_are_those_that_leave_the_state_alone(attention):
         held = [x.data_ptr() for x in decoding._moving(decoder.state)]
         found = torch.stack([decoder.step(token).clone() for token in tokens[:, 40:].unbind(1)], dim=1)
         assert torch.equal(found, expected)
-        if model.spec.attention == "favor":
+        if model.spec.kind == "favor":
             assert held == [x.data_ptr() for x in decoding._moving(decoder.state)]
         decoder.begin(state)
 
 
 def test_exact_attention_says_why_its_steps_are_no_graph(caplog):
     decoding._say_once.cache_clear()
-    model = build(attention="exact")
+    model = build(kind="exact")
     _, state = model.prefill(sample(5))
     assert not Decoder(model, state, in_place=True).in_place
     assert caplog.messages == [

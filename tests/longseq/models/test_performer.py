@@ -23,7 +23,7 @@ LENGTH = 131  # one chunk of the causal scan and a bit
 
 attentions = pytest.mark.parametrize(
     "attention",
-    [{"attention": "exact"}, {"kernel": "softmax"}, {"kernel": "relu"}],
+    [{"kind": "exact"}, {"kernel": "softmax"}, {"kernel": "relu"}],
     ids=["exact", "softmax", "relu"],
 )
 normed = pytest.mark.parametrize("qk_norm", [False, True], ids=["plain", "qk_norm"])
@@ -52,7 +52,7 @@ def sample(length: int = LENGTH, batch: int = 2) -> Tensor:
     [
         SPEC,
         replace(SPEC, qk_norm=True),
-        replace(SPEC, causal=False, attention="exact"),
+        replace(SPEC, causal=False, kind="exact"),
         PerformerSpec(vocabulary=29, dim=10, depth=1, heads=5, ffn_dim=7, causal=True),
         *(
             PerformerSpec(29, size.dim, size.depth, size.heads, size.ffn_dim, causal=True, qk_norm=True)
@@ -180,7 +180,7 @@ def test_qk_norm_makes_the_length_of_queries_and_keys_irrelevant(attention):
 
 @normed
 def test_exact_and_favor_exchange_their_weights_and_agree_with_many_features(qk_norm):
-    exact = build(replace(SPEC, attention="exact", qk_norm=qk_norm), enlarge=8)
+    exact = build(replace(SPEC, kind="exact", qk_norm=qk_norm), enlarge=8)
     average = build(exact.spec, enlarge=8)
     tokens = sample(40)
     with torch.no_grad():
@@ -271,7 +271,7 @@ def test_every_layer_and_every_seed_has_projections_of_its_own():
 
 def test_projections_are_no_part_of_the_weights():
     assert not list(build(SPEC).buffers())
-    assert build(SPEC).state_dict().keys() == build(replace(SPEC, attention="exact")).state_dict().keys()
+    assert build(SPEC).state_dict().keys() == build(replace(SPEC, kind="exact")).state_dict().keys()
 
 
 # rotary positions

@@ -30,7 +30,7 @@ kinds = pytest.mark.parametrize(
         {"window": 5, "features": 0},
         {"kernel": "cos"},
         {"kernel": "oprf"},
-        {"attention": "exact"},
+        {"kind": "exact"},
         {"causal": False, "window": 3},
     ],
     ids=lambda options: "-".join(f"{value}" for value in options.values()),

@@ -16,7 +16,7 @@ SIZES = {"vocabulary": 29, "dim": 48, "depth": 3, "heads": 4, "ffn_dim": 80, "ca
 
 def test_linear_maps_are_counted_as_torch_counts_them():
     """With attention that costs nothing; the rest of our count is attention's."""
-    spec = PerformerSpec(**SIZES, attention="exact")
+    spec = PerformerSpec(**SIZES, kind="exact")
     model = PerformerLM(spec)
     for block in model.blocks:
         block.attention = ReturnsV(spec.dim, spec.heads)
@@ -28,6 +28,6 @@ def test_linear_maps_are_counted_as_torch_counts_them():
 
 
 def test_favor_costs_the_same_a_token_at_any_length_and_exact_does_not():
-    favor, exact = (PerformerSpec(**SIZES, attention=kind) for kind in ("favor", "exact"))
+    favor, exact = (PerformerSpec(**SIZES, kind=kind) for kind in ("favor", "exact"))
     assert training_flops(favor, 100) == training_flops(favor, 10_000)
     assert training_flops(exact, 10_000) - training_flops(exact, 100) == 3 * 4 * 9_900 * 4 * 12 * 3

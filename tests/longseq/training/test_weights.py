@@ -35,7 +35,7 @@ def test_a_saved_model_computes_the_same_again(tmp_path):
     assert torch.equal(again(tokens), model(tokens))
 
 
-@pytest.mark.parametrize("change", [{"attention": "exact"}, {"kernel": "softmax"}])
+@pytest.mark.parametrize("change", [{"kind": "exact"}, {"kernel": "softmax"}])
 def test_the_weights_serve_other_attention_too(change, tmp_path):
     save_weights(full_state_dict(trained(), sharded=False, keep=True), tmp_path / "w.safetensors")
     other = PerformerLM(dataclasses.replace(SPEC, **change))

@@ -9,19 +9,20 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from longseq.attention import bidirectional, scan, window
+from longseq.attention.bidirectional import Total
 from longseq.attention.feature_maps import FeatureMap
 from longseq.attention.operators import is_traced
+from longseq.attention.options import BACKENDS
 from longseq.attention.parts import Part
-from longseq.attention.scan import Rows, ScanGradients, Scanned
-from longseq.attention.state import AttentionState
-
-BACKENDS = ("auto", "torch", "native", "triton")
+from longseq.attention.scan import Gradients, Rows, Scanned
+from longseq.attention.state import AttentionState, widened
 
 _log = logging.getLogger("longseq")
 _Result = TypeVar("_Result")
@@ -35,25 +36,43 @@ class Backend:
 
     scan_forward: Callable[[Rows, AttentionState | None, bool], Scanned]
     scan_kept: Callable[[Rows, bool], tuple[Tensor | None, ...]]
-    scan_backward: Callable[..., ScanGradients]
+    scan_backward: Callable[..., Gradients]
     sum_up: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, FeatureMap], AttentionState]
-    window_forward: Callable[..., Part]
-    window_backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
-    bidirectional_forward: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
-    bidirectional_kept: Callable[[Tensor, Tensor, Tensor, FeatureMap], tuple[Tensor, ...]]
-    bidirectional_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    window_forward: Callable[[Rows, int, bool], Part]
+    window_backward: Callable[..., Gradients]
+    bidirectional_forward: Callable[[Rows, Total | None], tuple[Tensor, tuple[Tensor, ...]]]
+    bidirectional_kept: Callable[[Rows], tuple[Tensor, ...]]
+    bidirectional_backward: Callable[..., Gradients]
+
+    def __init__(self, *modules: ModuleType):
+        """Each operation is the function of that name in the first of the modules that has it."""
+        for name in Backend.__annotations__:
+            setattr(self, name, next(getattr(module, name) for module in modules if hasattr(module, name)))
+
+    def state(self, rows: Rows) -> AttentionState:
+        """The state of the keys, those of the last one's document, as seen from behind the last."""
+        k, v, out, weight = rows.k, rows.v, rows.hidden, None
+        if not k.shape[1]:
+            return AttentionState.empty(len(k), rows.feature_map.features, v.shape[-1], like=widened(v))
+        if rows.runs is not None:
+            other = rows.runs != rows.runs[:, -1:]
+            out = other if out is None else out | other
+        if rows.decay is not None:
+            weight = -rows.decay * torch.arange(k.shape[1], 0, -1, device=k.device).to(rows.decay)[:, None]
+        if out is not None:
+            weight = widened(k[..., :1]).new_zeros(*k.shape[:2], 1) if weight is None else weight
+            weight = weight.masked_fill(out[..., None], -torch.inf)
+        return self.sum_up(k, v, None, weight, rows.feature_map)
 
 
 class Torch(Backend):
     """Plain PyTorch operations, a chunk at a time: any device, any kernel."""
 
     def __init__(self) -> None:
-        self.scan_forward, self.scan_backward = _in_fp32(scan.scan_forward), _in_fp32(scan.scan_backward)
-        self.scan_kept, self.sum_up = scan.scan_kept, _in_fp32(bidirectional.sum_up)
-        self.window_forward, self.window_backward = _in_fp32(window.window_forward), _in_fp32(window.window_backward)
-        self.bidirectional_forward = _in_fp32(bidirectional.bidirectional_forward)
-        self.bidirectional_kept = bidirectional.bidirectional_kept
-        self.bidirectional_backward = _in_fp32(bidirectional.bidirectional_backward)
+        super().__init__(scan, bidirectional, window)
+        for name, operation in vars(self).items():
+            if not name.endswith("_kept"):
+                setattr(self, name, _in_fp32(operation))
 
 
 def _in_fp32(operation: Callable[..., _Result]) -> Callable[..., _Result]:
@@ -79,27 +98,17 @@ class Native(Backend):
     def __init__(self) -> None:
         from longseq.attention.backends.native import backend
 
-        self.scan_forward, self.scan_backward = backend.scan_forward, backend.scan_backward
-        self.scan_kept, self.sum_up = backend.scan_kept, backend.sum_up
-        self.window_forward, self.window_backward = backend.window_forward, backend.window_backward
-        self.bidirectional_forward = backend.bidirectional_forward
-        self.bidirectional_kept = bidirectional.bidirectional_kept
-        self.bidirectional_backward = backend.bidirectional_backward
+        super().__init__(backend, bidirectional)
 
 
 class Triton(Backend):
     """Our Triton kernels on NVIDIA GPUs, features in registers only. Triton is first imported here."""
 
     def __init__(self) -> None:
-        from longseq.attention.backends.triton import scan as triton_backend
+        from longseq.attention.backends.triton import scan as triton_scan
         from longseq.attention.backends.triton import window as triton_window
 
-        self.scan_forward, self.scan_backward = triton_backend.scan_forward, triton_backend.scan_backward
-        self.scan_kept, self.sum_up = triton_backend.scan_kept, triton_backend.sum_up
-        self.window_forward, self.window_backward = triton_window.window_forward, triton_window.window_backward
-        self.bidirectional_forward = triton_backend.bidirectional_forward
-        self.bidirectional_kept = triton_backend.bidirectional_kept
-        self.bidirectional_backward = triton_backend.bidirectional_backward
+        super().__init__(triton_scan, triton_window)
 
 
 def choose(backend: str, feature_map: FeatureMap | None, rows: Sequence[Tensor]) -> Backend:

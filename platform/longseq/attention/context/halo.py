@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from longseq.attention.context.group import ContextGroup, SlicedDocuments
 from longseq.attention.first_order import Saved, first_order
 from longseq.attention.parts import Part
+from longseq.attention.scan import Rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,51 +21,34 @@ class Neighbourhood:
     """A slice of keys with those around it that its queries may see one by one.
 
     Attributes:
-        k, v: (N, left + n + right, ·); zeros beyond the sequence.
-        hidden: (N, left + n + right) bool, True where there is no key to be seen; None: all are.
-        runs: (N, left + n + right) numbers of documents, or None. Those that none of the slice's queries belongs to may
-            share one.
+        rows: (N, left + n + right, ·): zeros for queries of other slices, and for keys beyond the sequence. Documents
+            that none of the slice's queries belongs to may share a number.
         left, right: how many stand before the slice and behind it.
     """
 
-    k: Tensor
-    v: Tensor
-    hidden: Tensor | None
-    runs: Tensor | None
+    rows: Rows
     left: int
     right: int
 
-    def queries(self, q: Tensor) -> Tensor:
-        """q (N, n, d) of the slice with zeros beside it."""
-        return F.pad(q, (0, 0, self.left, self.right))
-
     def own(self, part: Part) -> Part:
         """What belongs to the slice."""
-        mine = slice(self.left, self.k.shape[1] - self.right)
+        mine = slice(self.left, self.rows.k.shape[1] - self.right)
         return part[0][:, mine], part[1][:, mine]
 
 
 def neighbourhood(
-    context: ContextGroup,
-    k: Tensor,
-    v: Tensor,
-    hidden: Tensor | None,
-    runs: Tensor | None,
-    documents: SlicedDocuments | None,
-    left: int,
-    right: int,
+    context: ContextGroup, rows: Rows, documents: SlicedDocuments | None, left: int, right: int
 ) -> Neighbourhood:
     """Get ``left`` keys and values from the ranks before, ``right`` from those behind. All ranks call it.
 
     Args:
-        k, v: (N, n, ·) of this rank.
-        hidden: (N, n) bool or None, which may differ from rank to rank.
-        runs: (N, n) numbers of the slice's documents from 0, or None.
-        documents: how far they reach; goes with ``runs``.
+        rows: of this rank; which of them are hidden may differ from rank to rank, documents are numbered from 0.
+        documents: how far they reach; goes with ``rows.runs``.
     """
     if not left and not right:
-        return Neighbourhood(k, v, hidden, runs, 0, 0)
-    real = k.new_ones(*k.shape[:2], 1) if hidden is None else (~hidden[..., None]).to(k)
+        return Neighbourhood(rows, 0, 0)
+    k, v, runs = rows.k, rows.v, rows.runs
+    real = k.new_ones(*k.shape[:2], 1) if rows.hidden is None else (~rows.hidden[..., None]).to(k)
     k, v, real = _Halo.apply(k, v, real, context, left, right)
     if runs is not None:
         assert documents is not None
@@ -73,7 +57,8 @@ def neighbourhood(
         ahead = torch.arange(left, 0, -1, device=k.device) <= before
         behind = torch.arange(1, right + 1, device=k.device) <= after
         runs = 1 + torch.cat((ahead.long() - 1, runs, runs[:, -1:] + (~behind).long()), dim=1)
-    return Neighbourhood(k, v, real[..., 0] == 0, runs, left, right)
+    q = F.pad(rows.q, (0, 0, left, right))
+    return Neighbourhood(replace(rows, q=q, k=k, v=v, hidden=real[..., 0] == 0, runs=runs), left, right)
 
 
 class _Halo(torch.autograd.Function):

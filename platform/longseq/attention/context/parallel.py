@@ -38,7 +38,7 @@ c. A message is thus B · H · (m · (e + 1) + 1) numbers, forward and backward,
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,46 +62,33 @@ _EARLY = 32
 
 
 def relay(
-    engine: Backend,
-    q: Tensor,
-    near: Neighbourhood,
-    feature_map: FeatureMap,
-    decay: Tensor | None,
-    context: ContextGroup,
-    documents: SlicedDocuments | None,
-    *,
+    engine: Backend, near: Neighbourhood, context: ContextGroup, documents: SlicedDocuments | None, *,
     reverse: bool = False,
-) -> Part:
+) -> Part:  # fmt: skip
     """Attention of this rank's queries over all keys at least ``near.left`` positions before them, by features.
 
     With ``reverse``, over those at least ``near.right`` positions behind them. All ranks of the group call it.
 
     Args:
-        q: (N, n, d) of this rank.
-        near: its keys and values.
-        decay: (N, 1, 1) or None.
-        documents: goes with ``near.runs``.
+        near: its queries, keys and values.
+        documents: goes with the documents of its rows.
 
     Returns:
         out (N, n, e) and lse (N, n, 1).
     """
-    length, delay = q.shape[1], near.right if reverse else near.left
-    mine = slice(near.left, None) if reverse else slice(0, near.left + length)
-    q = near.queries(q)[:, mine]
-    k, v = near.k[:, mine], near.v[:, mine]
-    hidden, runs = (None if x is None else x[:, mine] for x in (near.hidden, near.runs))
+    end = near.rows.k.shape[1] - near.right
+    length, delay = end - near.left, near.right if reverse else near.left
+    rows = near.rows.at(slice(near.left, None) if reverse else slice(0, end))
     reach = None
-    if runs is not None:
+    if rows.runs is not None:
         assert documents is not None
         reach = documents.after.flip(0) if reverse else documents.before
-        reach = reach.repeat_interleave(len(q) // reach.shape[1], dim=1)
-    if reverse:
-        q, k, v = (x.flip(1) for x in (q, k, v))
-        hidden = None if hidden is None else hidden.flip(1)
-        runs = None if runs is None else runs[:, -1:] - runs.flip(1)
+        reach = reach.repeat_interleave(len(rows.q) // reach.shape[1], dim=1)
+    rows = rows.reversed() if reverse else rows
     chain = _Chain(context, reverse, length, delay, reach)
-    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, decay))
-    out, lse = _Relay.apply(q, k, v, decay, hidden, runs, feature_map, engine, chain, learns)
+    learned = *rows.qkv, rows.decay
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned)
+    out, lse = _Relay.apply(*learned, rows.hidden, rows.runs, rows.phi, engine, chain, learns)
     return (out.flip(1), lse.flip(1)) if reverse else (out, lse)
 
 
@@ -158,18 +145,9 @@ class _Relay(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        decay: Tensor | None,
-        hidden: Tensor | None,
-        runs: Tensor | None,
-        feature_map: FeatureMap,
-        engine: Backend,
-        chain: _Chain,
-        learns: bool,
-    ) -> Part:
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, hidden: Tensor | None, runs: Tensor | None,
+        feature_map: FeatureMap, engine: Backend, chain: _Chain, learns: bool,
+    ) -> Part:  # fmt: skip
         work = _Work(Rows(q, k, v, decay, hidden, runs, feature_map, chain.delay), engine, chain)
         early = work.early
         first, second = work.sum_up(0, early), work.sum_up(early, chain.length)
@@ -276,6 +254,7 @@ class _Gradients:
             total[:, self.shared : start + grad.shape[1]] = grad[:, self.shared - start :]
         if self.decay is not None and back.decay is not None:
             self.decay += back.decay
+        assert back.initial is not None
         return back.initial
 
 
@@ -297,27 +276,14 @@ class _Work:
 
     def rows(self, start: int, stop: int, *, keys: bool = True) -> Rows:
         """The queries that the keys of [start, stop) become visible to one by one, with these keys or without any."""
-        rows, where = self.all, slice(start, stop + self.chain.delay)
-        hidden, runs = (None if x is None else x[:, where] for x in (rows.hidden, rows.runs))
+        rows = self.all.at(slice(start, stop + self.chain.delay))
         if not keys:
-            hidden = torch.ones(*rows.q[:, where].shape[:2], dtype=torch.bool, device=rows.q.device)
-        if runs is not None:
-            runs = runs - runs[:, :1]
-        q, k, v = (x[:, where] for x in (rows.q, rows.k, rows.v))
-        return Rows(q, k, v, rows.decay, hidden, runs, rows.feature_map, rows.delay)
+            rows = replace(rows, hidden=torch.ones(*rows.q.shape[:2], dtype=torch.bool, device=rows.q.device))
+        return rows if rows.runs is None else replace(rows, runs=rows.runs - rows.runs[:, :1])
 
     def sum_up(self, start: int, stop: int) -> AttentionState:
         """The state of the keys of [start, stop), those of the last one's document, as seen from ``stop``."""
-        rows, where = self.all, slice(start, stop)
-        k, v = rows.k[:, where], rows.v[:, where]
-        if start == stop:
-            return AttentionState.empty(len(k), rows.feature_map.features, v.shape[-1], like=widened(v))
-        out = None if rows.hidden is None else rows.hidden[:, where]
-        if rows.runs is not None:
-            other = rows.runs[:, where] != rows.runs[:, stop - 1 : stop]
-            out = other if out is None else out | other
-        distances = torch.arange(stop - start, 0, -1, device=k.device)
-        return self.engine.sum_up(k, v, None, self._log_weight(k, distances, out), rows.feature_map)
+        return self.engine.state(self.all.at(slice(start, stop)))
 
     def wanted(self, dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, inverse_den: Tensor) -> AttentionState:
         """G: what the queries want of the state before the first key, as seen from it."""
@@ -328,9 +294,11 @@ class _Work:
         last = dlse - (dout * out).sum(-1, keepdim=True)
         if not rows.feature_map.positive:  # lse has lost the denominator's sign
             dout, last = dout * inverse_den.sign(), last * inverse_den.sign()
-        distances = torch.arange(delay, delay + dout.shape[1], device=dout.device)
-        log_weight = self._log_weight(dout, distances, blind)
-        assert log_weight is not None
+        log_weight = widened(dout[..., :1]).new_zeros(*dout.shape[:2], 1)
+        if rows.decay is not None:
+            distances = torch.arange(delay, delay + dout.shape[1], device=dout.device)[:, None]
+            log_weight = torch.addcmul(log_weight, rows.decay, distances.to(log_weight), value=-1)
+        log_weight = log_weight.masked_fill(blind[..., None], -torch.inf)
         q = rows.q[:, delay:]
         return self.engine.sum_up(q, dout, last, log_weight - lse.masked_fill(blind[..., None], 0.0), rows.feature_map)
 
@@ -345,15 +313,6 @@ class _Work:
         """(N,) whether two keys are of one document; None: all are."""
         runs = self.all.runs
         return None if runs is None else runs[:, one] == runs[:, other]
-
-    def _log_weight(self, like: Tensor, distances: Tensor, out: Tensor | None) -> Tensor | None:
-        """(N, L, 1): −γ · distance, −inf where left out."""
-        if self.all.decay is None and out is None:
-            return None
-        weight = widened(like[..., :1]).new_zeros(*like.shape[:2], 1)
-        if self.all.decay is not None:
-            weight = torch.addcmul(weight, self.all.decay, distances.to(weight)[:, None], value=-1)
-        return weight if out is None else weight.masked_fill(out[..., None], -torch.inf)
 
 
 def _together(parts: list[Scanned], delay: int) -> Part:

@@ -11,36 +11,26 @@ from longseq.attention.backends import choice as backends
 from longseq.attention.context.group import ContextGroup
 from longseq.attention.feature_maps import FeatureMap
 from longseq.attention.first_order import Saved, first_order
+from longseq.attention.scan import Rows
 
 if TYPE_CHECKING:
     from longseq.attention.backends.choice import Backend
 
 
-def whole(
-    backend: str,
-    rows: tuple[Tensor, Tensor, Tensor],
-    feature_map: FeatureMap,
-    hidden: Tensor | None,
-    context: ContextGroup,
-) -> Tensor:
+def whole(backend: str, rows: Rows, context: ContextGroup) -> Tensor:
     """Attention of this rank's queries over the keys of all ranks, (N, n, e). All ranks of the group call it."""
-    return _Whole.apply(*rows, hidden, feature_map, backends.choose(backend, feature_map, rows), context)
+    phi = rows.feature_map
+    return _Whole.apply(*rows.qkv, rows.hidden, phi, backends.choose(backend, phi, rows.qkv), context)
 
 
 class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        hidden: Tensor | None,
-        feature_map: FeatureMap,
-        engine: Backend,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, phi: FeatureMap, engine: Backend,
         context: ContextGroup,
-    ) -> Tensor:
-        out, kept = engine.bidirectional_forward(q, k, v, hidden, feature_map, context.total)
-        ctx.feature_map, ctx.engine, ctx.context = feature_map, engine, context
+    ) -> Tensor:  # fmt: skip
+        out, kept = engine.bidirectional_forward(Rows(q, k, v, hidden=hidden, phi=phi), context.total)
+        ctx.phi, ctx.engine, ctx.context = phi, engine, context
         ctx.save_for_backward(q, k, v, hidden, out, *kept)
         return out
 
@@ -48,5 +38,6 @@ class _Whole(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, saved: Saved, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, hidden, out, *kept = saved
-        rows, total = (q, k, v, hidden, ctx.feature_map), ctx.context.total
-        return *ctx.engine.bidirectional_backward(*rows, total, out, kept, dout), None, None, None, None
+        rows = Rows(q, k, v, hidden=hidden, phi=ctx.phi)
+        found = ctx.engine.bidirectional_backward(rows, ctx.context.total, out, kept, dout)
+        return found.q, found.k, found.v, None, None, None, None

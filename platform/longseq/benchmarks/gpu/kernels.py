@@ -21,6 +21,7 @@ from torch import Tensor
 
 from longseq.attention import favor_attention, prefill
 from longseq.attention.backends import choice as backends
+from longseq.attention.call import Call
 from longseq.attention.carried import State, carried_attention
 from longseq.attention.feature_maps import EPSILON, FeatureMap, PositiveExponential, feature_map
 from longseq.benchmarks.gpu.rows import Rows, first_line
@@ -246,7 +247,7 @@ def call(case: Case, inputs: Inputs, backend: str, **learned: Tensor) -> Tensor:
     state: State = ()
     outs = []
     for q, k, v in zip(*(x.split(case.tile, dim=2) for x in (inputs.q, inputs.k, inputs.v)), strict=True):
-        out, state = carried_attention(q, k, v, state, **options)
+        out, state = carried_attention(q, k, v, state, Call.of(**options))
         outs.append(out)
     return torch.cat(outs, dim=2)
 

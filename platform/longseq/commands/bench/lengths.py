@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from longseq.allocator import keep_freed_memory
+from longseq.attention.options import BACKENDS, KERNELS
 from longseq.benchmarks.request import (
     ATTENTION_CONTENDERS,
     BIDIRECTIONAL,
@@ -23,7 +24,6 @@ from longseq.commands.bench import arguments
 from longseq.commands.bench.keeping import EXIT_INTERRUPTED, Progress, check_folder, keep
 from longseq.errors import LongseqError
 from longseq.models.presets import PRESETS
-from longseq.models.spec import KERNELS
 
 if TYPE_CHECKING:
     from longseq.benchmarks.results import Results
@@ -110,8 +110,6 @@ def _shared(args: argparse.Namespace) -> dict[str, Any]:
 def _set_up(request: Request, threads: int | None) -> None:
     """Refuse what cannot be measured here, before anything is."""
     import torch
-
-    from longseq.attention.backends.choice import BACKENDS
 
     if request.backend not in BACKENDS:
         raise LongseqError(f"--backend {request.backend}: no such backend; choose from {', '.join(BACKENDS)}.")

@@ -18,9 +18,16 @@ from torch import Tensor
 
 from longseq.attention.backends.native import build
 from longseq.attention.bidirectional import Total
-from longseq.attention.feature_maps import EPSILON, LEAST_POWER, FeatureMap, Generalised, PositiveExponential
+from longseq.attention.feature_maps import (
+    EPSILON,
+    LEAST_POWER,
+    FeatureMap,
+    Generalised,
+    PositiveExponential,
+    not_written,
+)
 from longseq.attention.parts import Part
-from longseq.attention.scan import CHUNK, GROUP, Rows, ScanGradients, Scanned
+from longseq.attention.scan import CHUNK, GROUP, Gradients, Rows, Scanned
 from longseq.attention.state import AttentionState
 
 _LOG2E = math.log2(math.e)
@@ -32,10 +39,7 @@ def unsupported(feature_map: FeatureMap | None, rows: Sequence[Tensor]) -> str |
         return f"the kernels run on CPUs, and the tensors are on {rows[0].device}"
     if rows[0].dtype == torch.float64:
         return f"the kernels compute in torch.float32, and the inputs are {rows[0].dtype}"
-    relu = isinstance(feature_map, Generalised) and feature_map.activation.value is torch.relu_
-    if not (feature_map is None or isinstance(feature_map, PositiveExponential) or relu):
-        return "of the kernels, only softmax, hyperbolic, oprf, smreg, relu and relu_direct are written in C++"
-    return build.unavailable()
+    return not_written(feature_map, "C++") or build.unavailable()
 
 
 class _Map(ctypes.Structure):
@@ -88,27 +92,16 @@ class _States(ctypes.Structure):
 class _Call:
     """The arguments that all kernels share, and the tensors that must live as long as they do."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        feature_map: FeatureMap | None,
-        *,
-        delay: int = 0,
-        hidden: Tensor | None = None,
-        runs: Tensor | None = None,
-        decay: Tensor | None = None,
-    ) -> None:
-        self.q, self.k, self.v = _in_rows(q), _in_rows(k), _in_rows(v)
-        self.map, of_map = _map(feature_map, q.shape[-1])
-        hidden = None if hidden is None else hidden.to(torch.uint8).contiguous()
-        runs = None if runs is None else runs.to(torch.int32).contiguous()
-        decay = None if decay is None else decay.detach().to(torch.float32).contiguous()
+    def __init__(self, rows: Rows) -> None:
+        self.q, self.k, self.v = (_in_rows(x) for x in rows.qkv)
+        self.map, of_map = _map(rows.phi, rows.q.shape[-1])
+        hidden = None if rows.hidden is None else rows.hidden.to(torch.uint8).contiguous()
+        runs = None if rows.runs is None else rows.runs.to(torch.int32).contiguous()
+        decay = None if rows.decay is None else rows.decay.detach().to(torch.float32).contiguous()
         self.alive = of_map, hidden, runs, decay
-        self.shape = _Shape(k.shape[1], q.shape[1], delay, v.shape[-1])
+        self.shape = _Shape(rows.k.shape[1], rows.q.shape[1], rows.delay, rows.v.shape[-1])
         pointers = (_address(x) for x in (self.q, self.k, self.v, hidden, runs, decay))
-        self.inputs = _Inputs(*pointers, len(q), *(x.stride(0) for x in (self.q, self.k, self.v)))
+        self.inputs = _Inputs(*pointers, len(rows.q), *(x.stride(0) for x in (self.q, self.k, self.v)))
 
     def run(self, name: str, *more: Tensor | ctypes.Structure | None) -> None:
         function = getattr(build.library(), name)
@@ -155,7 +148,7 @@ def _states(sums: Tensor, log_scale: Tensor | None) -> _States:
 
 def scan_forward(rows: Rows, initial: AttentionState | None, learns: bool) -> Scanned:
     """See :func:`longseq.attention.scan.scan_forward`."""
-    call = _of(rows)
+    call = _Call(rows)
     v = call.v
     out = v.new_empty(v.shape)
     lse, inverse_den = v.new_empty(*v.shape[:2], 1), v.new_empty(*v.shape[:2], 1)
@@ -203,9 +196,9 @@ def scan_backward(
     dlse: Tensor | None,
     later: Tensor | None,
     wants_decay: bool,
-) -> ScanGradients:
+) -> Gradients:
     """See :func:`longseq.attention.scan.scan_backward`."""
-    call = _of(rows)
+    call = _Call(rows)
     v = call.v
     dout = torch.zeros_like(out) if dout is None else dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
@@ -215,7 +208,7 @@ def scan_backward(
     d_initial = v.new_empty(len(v), rows.feature_map.features, v.shape[-1] + 1)
     states = None if later is None else _states(later, None), _states(d_initial, None)
     call.run("longseq_scan_backward", *states, out, inverse_den, *kept, dout, dlse, dq, dk, dv, d_decay)
-    return ScanGradients(dq, dk, dv, d_decay, d_initial)
+    return Gradients(dq, dk, dv, d_decay, d_initial)
 
 
 def sum_up(
@@ -226,7 +219,7 @@ def sum_up(
     if log_weight is not None:
         hidden = log_weight[..., 0] == -torch.inf
         log_weight = log_weight.contiguous()
-    call = _Call(x, x, values, feature_map, hidden=hidden)
+    call = _Call(Rows(x, x, values, hidden=hidden, phi=feature_map))
     x = call.q
     last = None if last is None else last.contiguous()
     state = AttentionState(x.new_empty(len(x), feature_map.features, values.shape[-1] + 1), x.new_empty(len(x), 1, 1))
@@ -234,20 +227,12 @@ def sum_up(
     return state
 
 
-def _of(rows: Rows) -> _Call:
-    return _Call(
-        rows.q, rows.k, rows.v, rows.feature_map, delay=rows.delay, hidden=rows.hidden, runs=rows.runs, decay=rows.decay
-    )
-
-
-def bidirectional_forward(
-    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, feature_map: FeatureMap, total: Total | None
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+def bidirectional_forward(rows: Rows, total: Total | None) -> tuple[Tensor, tuple[Tensor, ...]]:
     """See :func:`longseq.attention.bidirectional.bidirectional_forward`."""
-    call = _Call(q, k, v, feature_map, hidden=hidden)
-    v = call.v
-    out, inverse_den = v.new_empty(*q.shape[:2], v.shape[-1]), v.new_empty(*q.shape[:2], 1)
-    state = AttentionState(v.new_empty(len(v), feature_map.features, v.shape[-1] + 1), v.new_empty(len(v), 1, 1))
+    call = _Call(rows)
+    v, queries = call.v, rows.q.shape[:2]
+    out, inverse_den = v.new_empty(*queries, v.shape[-1]), v.new_empty(*queries, 1)
+    state = AttentionState(v.new_empty(len(v), call.map.features, v.shape[-1] + 1), v.new_empty(len(v), 1, 1))
     call.run("longseq_sum_up", _states(state.sums, state.log_scale), None, None)
     if total is not None:
         state = total(state)()
@@ -256,21 +241,13 @@ def bidirectional_forward(
 
 
 def bidirectional_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    hidden: Tensor | None,
-    feature_map: FeatureMap,
-    total: Total | None,
-    out: Tensor,
-    kept: Sequence[Tensor | None],
-    dout: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+    rows: Rows, total: Total | None, out: Tensor, kept: Sequence[Tensor | None], dout: Tensor
+) -> Gradients:
     """See :func:`longseq.attention.bidirectional.bidirectional_backward`."""
     inverse_den, sums, log_scale = kept
     assert sums is not None
     assert log_scale is not None
-    call = _Call(q, k, v, feature_map, hidden=hidden)
+    call = _Call(rows)
     dq, dk, dv = (x.new_empty(x.shape) for x in (call.q, call.k, call.v))
     dout, d_sums = dout.contiguous(), torch.empty_like(sums)
     states = _states(sums, log_scale), _states(d_sums, None)
@@ -278,33 +255,19 @@ def bidirectional_backward(
     if total is not None:  # all have the same log-scale
         d_sums = total(AttentionState(d_sums, torch.zeros_like(log_scale)))().sums
     call.run("longseq_bidirectional_keys_vjp", _states(d_sums, log_scale), dk, dv)
-    return dq, dk, dv
+    return Gradients(dq, dk, dv)
 
 
-def window_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor | None,
-    hidden: Tensor | None,
-    runs: Tensor | None,
-    window: int,
-    causal: bool,
-) -> Part:
+def window_forward(rows: Rows, window: int, causal: bool) -> Part:
     """See :func:`longseq.attention.window.window_forward`."""
-    call = _Call(q, k, v, None, hidden=hidden, runs=runs, decay=decay)
-    out, lse = call.v.new_empty(v.shape), call.v.new_empty(*v.shape[:2], 1)
+    call = _Call(rows)
+    out, lse = call.v.new_empty(rows.v.shape), call.v.new_empty(*rows.v.shape[:2], 1)
     call.run("longseq_window_forward", _Band(window, causal), out, lse)
     return out, lse
 
 
 def window_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor | None,
-    hidden: Tensor | None,
-    runs: Tensor | None,
+    rows: Rows,
     window: int,
     causal: bool,
     out: Tensor,
@@ -312,12 +275,12 @@ def window_backward(
     dout: Tensor | None,
     dlse: Tensor | None,
     wants_decay: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> Gradients:
     """See :func:`longseq.attention.window.window_backward`."""
-    call = _Call(q, k, v, None, hidden=hidden, runs=runs, decay=decay)
+    call = _Call(rows)
     dout = torch.zeros_like(out) if dout is None else dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    dq, dk, dv = call.q.new_empty(q.shape), call.k.new_zeros(k.shape), call.v.new_zeros(v.shape)
-    d_decay = torch.zeros_like(decay, dtype=torch.float64) if decay is not None and wants_decay else None
+    dq, dk, dv = call.q.new_empty(rows.q.shape), call.k.new_zeros(rows.k.shape), call.v.new_zeros(rows.v.shape)
+    d_decay = torch.zeros_like(rows.decay, dtype=torch.float64) if rows.decay is not None and wants_decay else None
     call.run("longseq_window_backward", _Band(window, causal), out, lse, dout, dlse, dq, dk, dv, d_decay)
-    return dq, dk, dv, d_decay
+    return Gradients(dq, dk, dv, d_decay)

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from longseq.attention.backends.triton import rows as triton_rows
-from longseq.attention.feature_maps import FeatureMap, Generalised, PositiveExponential
+from longseq.attention.feature_maps import FeatureMap, not_written
 from longseq.attention.fused import MOST_ROWS
 
 # Without a GPU the kernels can only be interpreted: TRITON_INTERPRET=1, set before triton is imported.
@@ -108,11 +108,7 @@ def unsupported(feature_map: FeatureMap | None, rows: Sequence[Tensor]) -> str |
         )
     if len(rows[0]) > MOST_ROWS:
         return f"batch · heads may be up to {MOST_ROWS} and is {len(rows[0])}"
-    exponential = feature_map is None or isinstance(feature_map, PositiveExponential)
-    relu = isinstance(feature_map, Generalised) and feature_map.activation.value is torch.relu_
-    if not exponential and not relu:
-        return "of the kernels, only softmax, hyperbolic, oprf, smreg, relu and relu_direct are written in Triton"
-    return None
+    return not_written(feature_map, "Triton")
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:

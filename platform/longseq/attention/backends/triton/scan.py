@@ -17,15 +17,13 @@ import torch
 import triton
 from torch import Tensor
 
-from longseq.attention import bidirectional_operator, scan_operator
 from longseq.attention.backends.triton import gradients as gradients
 from longseq.attention.backends.triton import kernels as kernels
 from longseq.attention.backends.triton.launch import chip, on, padded, pointer
 from longseq.attention.backends.triton.tiles import CHUNK, tiles
 from longseq.attention.bidirectional import Total
 from longseq.attention.feature_maps import FeatureMap, Generalised, PositiveExponential, as_operands
-from longseq.attention.parts import Part
-from longseq.attention.scan import Rows, ScanGradients, Scanned
+from longseq.attention.scan import Gradients, Rows, Scanned
 from longseq.attention.state import AttentionState
 
 # Programs of a kernel: eight for each multiprocessor of an H200, where the sequences are long enough.
@@ -34,28 +32,6 @@ PROGRAMS = 1056
 SEGMENTS = 512
 # States in memory at a time. At m = 256, e = 64 and PROGRAMS segments they take 70 MB.
 STATE_BYTES = 512 * 1024**2
-
-
-def scan(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    feature_map: FeatureMap,
-    *,
-    delay: int = 0,
-    hidden: Tensor | None = None,
-    runs: Tensor | None = None,
-    decay: Tensor | None = None,
-) -> Part:
-    """See :func:`longseq.attention.scan_operator.scan`."""
-    return scan_operator.scan(
-        q, k, v, feature_map, delay=delay, hidden=hidden, runs=runs, decay=decay, backend="triton"
-    )
-
-
-def bidirectional_attention(q: Tensor, k: Tensor, v: Tensor, feature_map: FeatureMap, hidden: Tensor | None) -> Tensor:
-    """See :func:`longseq.attention.bidirectional_operator.bidirectional_attention`."""
-    return bidirectional_operator.bidirectional_attention(q, k, v, feature_map, hidden, backend="triton")
 
 
 def segments(rows: int, length: int) -> tuple[int, int]:
@@ -207,7 +183,7 @@ def scan_backward(
     dlse: Tensor | None,
     later: Tensor | None,
     wants_decay: bool,
-) -> ScanGradients:
+) -> Gradients:
     """See :func:`longseq.attention.scan.scan_backward`."""
     q, keys = rows.q.contiguous(), _keys(rows)
     q_gauge, k_gauge, key_scale, row_scale, before, begin, begin_scale = kept
@@ -262,7 +238,7 @@ def scan_backward(
                 part.delay, launch.steps, programs, head_dim**-0.5, FLOW=wants_decay, **kinds, **launch.tiles.keys,
             )  # fmt: skip
             del sums, d_sums, final
-    return ScanGradients(dq, dk, dv, flows.sum(1)[:, None, None] if wants_decay else None, d_initial)
+    return Gradients(dq, dk, dv, flows.sum(1)[:, None, None] if wants_decay else None, d_initial)
 
 
 def sum_up(
@@ -280,17 +256,15 @@ def sum_up(
         return launch.total(of, *(_floats(x, number, length) for _ in range(2)))
 
 
-def bidirectional_forward(
-    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, feature_map: FeatureMap, total: Total | None
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+def bidirectional_forward(rows: Rows, total: Total | None) -> tuple[Tensor, tuple[Tensor, ...]]:
     """See :func:`longseq.attention.bidirectional.bidirectional_forward`."""
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    (q, k, v), feature_map = (x.contiguous() for x in rows.qkv), rows.feature_map
     value_dim = v.shape[-1]
     k_gauge, key_scale = (_floats(q, *k.shape[:2]) for _ in range(2))
     q_gauge, inverse_den = (_floats(q, *q.shape[:2]) for _ in range(2))
     out = _floats(q, *q.shape[:2], value_dim)
     with on(q.device):
-        of = _Keys(k, v, _bytes(hidden))
+        of = _Keys(k, v, _bytes(rows.hidden))
         state = _Launch(feature_map, k, k.shape[1], value_dim).total(of, k_gauge, key_scale)
         if total is not None:
             state = total(state)()
@@ -305,31 +279,23 @@ def bidirectional_forward(
     return out, (q_gauge, k_gauge, key_scale, log_scale, inverse_den, sums)
 
 
-def bidirectional_kept(q: Tensor, k: Tensor, v: Tensor, feature_map: FeatureMap) -> tuple[Tensor, ...]:
+def bidirectional_kept(rows: Rows) -> tuple[Tensor, ...]:
     """See :func:`longseq.attention.bidirectional.bidirectional_kept`."""
-    m, queries, keys = feature_map.features, q.shape[1], k.shape[1]
-    sizes = (queries,), (keys,), (keys,), (1, 1), (queries,), (v.shape[2] + 1, m)
-    return tuple(_floats(v, len(v), *size) for size in sizes)
+    queries, keys, (number, _, value_dim) = rows.q.shape[1], rows.k.shape[1], rows.v.shape
+    sizes = (queries,), (keys,), (keys,), (1, 1), (queries,), (value_dim + 1, rows.feature_map.features)
+    return tuple(_floats(rows.v, number, *size) for size in sizes)
 
 
 def bidirectional_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    hidden: Tensor | None,
-    feature_map: FeatureMap,
-    total: Total | None,
-    out: Tensor,
-    kept: Sequence[Tensor | None],
-    dout: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+    rows: Rows, total: Total | None, out: Tensor, kept: Sequence[Tensor | None], dout: Tensor
+) -> Gradients:
     """See :func:`longseq.attention.bidirectional.bidirectional_backward`."""
     q_gauge, k_gauge, key_scale, log_scale, inverse_den, sums = kept
     assert q_gauge is not None
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    q, k, v = (x.contiguous() for x in rows.qkv)
     dout = dout.float().contiguous()
     dq, dk, dv, u = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(q_gauge)
-    launch = _Launch(feature_map, q, q.shape[1], v.shape[-1])
+    launch = _Launch(rows.feature_map, q, q.shape[1], v.shape[-1])
     kinds = {"LOCAL": False, "DLSE": False, "RUNS": False, **launch.kinds}
     d_total = _floats(q, len(q), launch.features, launch.value_dim + 1)
     with on(q.device):
@@ -347,16 +313,16 @@ def bidirectional_backward(
         if total is not None:
             d_total = total(AttentionState(d_total, u.new_zeros(len(u), 1, 1)))().sums
         d_state = d_total.mT.contiguous()
-        rows = (q, k, v, dout, out, u, q_gauge, k_gauge, key_scale, u, inverse_den, u)
+        shared = (q, k, v, dout, out, u, q_gauge, k_gauge, key_scale, u, inverse_den, u)
         gradients.queries_vjp[launch.chunks, len(q)](
-            *rows, u, u, u, *launch.map, sums, dq, u, q.shape[1], 0, 1, 0, launch.head_dim**-0.5, FLOW=False,
+            *shared, u, u, u, *launch.map, sums, dq, u, q.shape[1], 0, 1, 0, launch.head_dim**-0.5, FLOW=False,
             DECAY=False, **kinds, **launch.tiles.queries,
         )  # fmt: skip
         gradients.keys_vjp[triton.cdiv(k.shape[1], CHUNK), len(k)](
-            *rows, log_scale, u, u, *launch.map, d_state, dk, dv, u, k.shape[1], 0, 1, 0, launch.head_dim**-0.5,
+            *shared, log_scale, u, u, *launch.map, d_state, dk, dv, u, k.shape[1], 0, 1, 0, launch.head_dim**-0.5,
             FLOW=False, **kinds, **launch.tiles.keys,
         )  # fmt: skip
-    return dq, dk, dv
+    return Gradients(dq, dk, dv)
 
 
 def _floats(like: Tensor, *sizes: int) -> Tensor:

@@ -22,10 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longseq.attention import window_operator
 from longseq.attention.backends.triton.launch import chip, on, padded, pointer
 from longseq.attention.backends.triton.rows import load_rows, product, put_rows, rounded, sliced_product
 from longseq.attention.parts import Part
+from longseq.attention.scan import Gradients, Rows
 from longseq.attention.state import NOTHING as NO_KEY
 
 # Rows of the other side that a program sees at a time, where they are fp32: more overflow the registers.
@@ -240,41 +240,14 @@ def keys_vjp_near(
     put_rows(dv + (at + first) * e, rows, inside, e, value_gradient, E)
 
 
-def window_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    window: int,
-    causal: bool,
-    hidden: Tensor | None = None,
-    runs: Tensor | None = None,
-    decay: Tensor | None = None,
-) -> Part:
-    """See :func:`longseq.attention.window_operator.window_attention`."""
-    return window_operator.window_attention(
-        q, k, v, window=window, causal=causal, hidden=hidden, runs=runs, decay=decay, backend="triton"
-    )
-
-
 class _Launch:
     """What the kernels of both passes are given."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        decay: Tensor | None,
-        hidden: Tensor | None,
-        runs: Tensor | None,
-        window: int,
-        causal: bool,
-    ) -> None:
-        q, k, v = self.rows = tuple(x.contiguous() for x in (q, k, v))
-        mask = None if hidden is None else hidden.contiguous().view(torch.uint8)
-        numbers = None if runs is None else runs.to(torch.int32).contiguous()
-        rates = None if decay is None else decay.contiguous()
+    def __init__(self, rows: Rows, window: int, causal: bool) -> None:
+        q, _, v = self.rows = tuple(x.contiguous() for x in rows.qkv)
+        mask = None if rows.hidden is None else rows.hidden.contiguous().view(torch.uint8)
+        numbers = None if rows.runs is None else rows.runs.to(torch.int32).contiguous()
+        rates = None if rows.decay is None else rows.decay.contiguous()
         self.optional = [pointer(x, q) for x in (mask, numbers, rates)]
         length, d, e = q.shape[1], q.shape[2], v.shape[2]
         window = min(window, length)
@@ -289,18 +262,9 @@ class _Launch:
         }
 
 
-def window_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor | None,
-    hidden: Tensor | None,
-    runs: Tensor | None,
-    window: int,
-    causal: bool,
-) -> Part:
+def window_forward(rows: Rows, window: int, causal: bool) -> Part:
     """See :func:`longseq.attention.window.window_forward`."""
-    launch = _Launch(q, k, v, decay, hidden, runs, window, causal)
+    launch = _Launch(rows, window, causal)
     q, k, v = launch.rows
     out = v.new_empty(v.shape, dtype=torch.float32)
     lse = out.new_empty(*v.shape[:2], 1)
@@ -313,12 +277,7 @@ def window_forward(
 
 
 def window_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor | None,
-    hidden: Tensor | None,
-    runs: Tensor | None,
+    rows: Rows,
     window: int,
     causal: bool,
     out: Tensor,
@@ -327,9 +286,9 @@ def window_backward(
     dlse: Tensor | None,
     wants_decay: bool,
     onto: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> Gradients:
     """See :func:`longseq.attention.window.window_backward`. The first three are added to those of ``onto``, there."""
-    launch = _Launch(q, k, v, decay, hidden, runs, window, causal)
+    launch = _Launch(rows, window, causal)
     q, k, v = launch.rows
     dout = torch.zeros_like(out) if dout is None else dout.contiguous()
     dq, dk, dv = onto or (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
@@ -339,16 +298,16 @@ def window_backward(
     tiles, keys_tiles = _tiles(q, v, backward=True), _tiles(q, v, backward=True, keys=True)
     blocks = triton.cdiv(q.shape[1], tiles["B"])
     d_decay = lse.new_empty(len(q), blocks)
-    rows = (q, k, v, *launch.optional)
+    given = (q, k, v, *launch.optional)
     with on(q.device):
         queries_vjp_near[blocks, len(q)](
-            *rows, out, lse, dout, dout if dlse is None else dlse.contiguous(), half_dout, shared, dq, d_decay,
+            *given, out, lse, dout, dout if dlse is None else dlse.contiguous(), half_dout, shared, dq, d_decay,
             *launch.sizes, DLSE=dlse is not None, **launch.kinds, **tiles,
         )  # fmt: skip
         keys_vjp_near[triton.cdiv(q.shape[1], keys_tiles["B"]), len(q)](
-            *rows, lse, half_dout, shared, dk, dv, *launch.sizes, **launch.kinds, **keys_tiles
+            *given, lse, half_dout, shared, dk, dv, *launch.sizes, **launch.kinds, **keys_tiles
         )
-    return dq, dk, dv, d_decay.sum(1, dtype=torch.float64)[:, None, None] if wants_decay else None
+    return Gradients(dq, dk, dv, d_decay.sum(1, dtype=torch.float64)[:, None, None] if wants_decay else None)
 
 
 def _tiles(q: Tensor, v: Tensor, *, backward: bool = False, keys: bool = False) -> dict[str, int]:
