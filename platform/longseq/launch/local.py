@@ -173,6 +173,7 @@ def _wait(
         if look.due() and deadline is None:
             for ward in wards:
                 judge.hear(ward.rank, ward.facts())
+                ward.keep_asked(run)
             found = look()
             if found:
                 keep_all(run, wards, found)

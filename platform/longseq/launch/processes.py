@@ -12,8 +12,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from longseq.training.vitals import STACKS_SIGNAL
-
 STOPPED, STORAGE = "stopped", "storage"
 _STATES = {"T": STOPPED, "t": STOPPED, "D": STORAGE, "Z": "gone", "X": "gone"}
 _DUMP_SECONDS, _QUIET_SECONDS = 3.0, 0.2
@@ -62,7 +60,7 @@ def stacks(pid: int, file: BinaryIO, *, native: bool) -> str:
             continue
         before = os.fstat(file.fileno()).st_size
         with suppress(OSError):
-            os.kill(each, STACKS_SIGNAL)
+            os.kill(each, signal.SIGQUIT)
             os.kill(each, signal.SIGCONT)
         end = _settled(file, before)
         text = os.pread(file.fileno(), min(end - before, _MOST_BYTES), before).decode(errors="replace")
@@ -94,7 +92,7 @@ def _listens(pid: int) -> bool:
     with suppress(OSError, StopIteration, ValueError):
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         caught = next(line for line in lines if line.startswith("SigCgt:")).split()[1]
-        return bool(int(caught, 16) >> (STACKS_SIGNAL - 1) & 1)
+        return bool(int(caught, 16) >> (signal.SIGQUIT - 1) & 1)
     return False
 
 

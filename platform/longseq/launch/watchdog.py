@@ -13,7 +13,9 @@ between steps are a sign of life. Time is counted while this process runs: what 
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import socket
 import sys
 import tempfile
@@ -153,7 +155,9 @@ class Ward:
         self.ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.ours.setblocking(False)
         self.stacks: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the rank lives
+        fcntl.fcntl(self.stacks, fcntl.F_SETFL, os.O_APPEND)  # the rank and its loader's processes write to it
         self.sign: dict[str, Any] = Sign().__dict__
+        self._read = 0  # bytes of the stacks
 
     def close(self) -> None:
         for each in (self.ours, self.theirs, self.stacks):
@@ -182,8 +186,18 @@ class Ward:
         with suppress(OSError):
             self.ours.send(TRACE)
         text = processes.stacks(self.pid, self.stacks, native=self.rank in finding.ranks)
+        self._read = os.fstat(self.stacks.fileno()).st_size
         with suppress(OSError):  # for people
             run.stacks_of(self.rank).write_text(f"{finding.text}\n\nrank {self.rank}, {self.sign}\n{text}")
+
+    def keep_asked(self, run: Run) -> None:
+        """Keep the stacks that somebody else has asked for, by a signal."""
+        size = os.fstat(self.stacks.fileno()).st_size
+        if size > self._read:
+            data = os.pread(self.stacks.fileno(), size - self._read, self._read)
+            with suppress(OSError), run.stacks_of(self.rank).open("ab") as file:  # for people
+                file.write(data)
+            self._read = size
 
 
 class Look:

@@ -7,11 +7,9 @@ additions; a thread sends the last one.
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import os
 import select
-import signal
 import socket
 import statistics
 import sys
@@ -22,9 +20,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from longseq_data import children
+
 BEAT_SECONDS = 1.0
-# On this signal a process writes its Python stacks, as `kill -QUIT` makes other programs do, and goes on.
-STACKS_SIGNAL = signal.SIGQUIT
 TRACE = b"trace"  # what the watcher asks for: the last collectives
 # How much longer than a step something may take: what lies between steps (data, validations, checkpoints, probes) has
 # no usual time, and the first steps and compilers take their own.
@@ -127,23 +125,22 @@ class Vitals:
 
     def _tell(self) -> None:
         assert self.channel is not None
-        owner = os.getpid()
-        while os.getpid() == owner:
+        while self.channel.fileno() >= 0:
             with suppress(OSError):  # the watcher is slow, or gone: it will hear the next one
                 self.channel.send(json.dumps(asdict(self.sign())).encode())
-            with suppress(OSError):
+            try:
                 asked, _, _ = select.select([self.channel], [], [], BEAT_SECONDS)
                 if asked and self.channel.recv(64) == TRACE and self.trace is not None:
                     leave_trace(self.trace)
                     self.traced = True
+            except (OSError, ValueError):  # closed meanwhile
+                time.sleep(BEAT_SECONDS)
 
 
 def stacks_on_request(file: int) -> None:
-    """Write the Python stacks of all threads to the open file on ``STACKS_SIGNAL``, also while no Python runs.
-
-    Processes that are forked from this one, a loader's workers, do the same.
-    """
-    faulthandler.register(STACKS_SIGNAL, file=file, all_threads=True)
+    """Write the Python stacks of all threads to the open file on SIGQUIT, here and in the loader's processes."""
+    os.environ[children.STACKS] = f"/proc/{os.getpid()}/fd/{file}"
+    children.stacks_on_request()
 
 
 def leave_trace(path: Path) -> None:

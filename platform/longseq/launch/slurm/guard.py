@@ -86,6 +86,7 @@ class _Guard:
     def _turn(self) -> Finding | None:
         """Once a second: look at the own rank, and tell the others."""
         facts = self.ward.facts()
+        self.ward.keep_asked(self.run)
         if facts["sign"]["hub"] and not self.met:
             self.met = True
             nodes = {rank: self.place.node_of(rank) for rank in range(self.place.world if self.listener else 1)}
