@@ -5,6 +5,8 @@ A fork would take over the locks of its parent's threads in whatever state they 
 
 from __future__ import annotations
 
+import faulthandler
+import os
 import pickle
 import signal
 import subprocess
@@ -15,8 +17,11 @@ from typing import Any
 # The empty entry is the working directory, where a pickle.py may lie.
 _BEGIN = (
     "import sys; sys.path = [place for place in sys.path if place]; import pickle; "
-    "sys.path = pickle.load(sys.stdin.buffer); from {0} import work; work()"
+    "sys.path = pickle.load(sys.stdin.buffer); from longseq_data.children import stacks_on_request; "
+    "stacks_on_request(); from {0} import work; work()"
 )
+# Names the file where processes leave their Python stacks when they are sent SIGQUIT: a training process sets it.
+STACKS = "LONGSEQ_STACKS"
 # What a scheduler or a terminal sends to all processes of a job is meant for the parent, which ends its own itself.
 _FOR_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -34,6 +39,13 @@ def start(module: str, given: object, **options: Any) -> subprocess.Popen[bytes]
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     send(process, pickle.dumps(sys.path) + pickle.dumps(given))
     return process
+
+
+def stacks_on_request() -> None:
+    """Leave the stacks of all threads where ``STACKS`` says, on SIGQUIT, also while no Python runs."""
+    with suppress(KeyError, OSError):  # nobody asks, or what the parent had there is gone
+        descriptor = os.open(os.environ[STACKS], os.O_WRONLY | os.O_APPEND)
+        faulthandler.register(signal.SIGQUIT, file=descriptor, all_threads=True)
 
 
 def send(process: subprocess.Popen[bytes], data: bytes) -> None:

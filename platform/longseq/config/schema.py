@@ -274,6 +274,13 @@ class TrainerConfig:
     time_limit: str | None = key(
         None, "save and stop at the first step after this much time, e.g. 2h30m, 90s, 1d or 2:30:00; exit code 75"
     )
+    hang_seconds: float = key(
+        60.0,
+        "seconds after which a process that says nothing more, or a step that nobody goes on with, ends the start, and "
+        "the rank is named with everybody's stacks; a step may take ten median ones, what is between steps ten times "
+        "as long, the first steps and compilers thirty times; 0: never",
+        at_least=0,
+    )
     on_bad_step: str = key(
         "stop",
         "a loss or gradient that is not finite, or a spike: stop the run, or skip the step",

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from longseq.runs import starts
 from longseq.runs.run import Run
 
 _RECORDED = 2000  # collectives of a rank that are remembered
@@ -37,18 +36,13 @@ def recorder_settings(environment: Mapping[str, str], run: Run) -> dict[str, str
     if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in environment:  # its former name
         settings["TORCH_FR_BUFFER_SIZE"] = str(_RECORDED)
     if "TORCH_FR_DUMP_TEMP_FILE" not in environment:
-        settings["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] = str(trace_of(run, ""))  # torch appends the rank
+        settings["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] = str(run.trace_of(""))  # torch appends the rank
     return {name: value for name, value in settings.items() if name not in environment}
-
-
-def trace_of(run: Run, rank: int | str) -> Path:
-    """The last collectives of a rank of this start, as ``torchfrtrace`` reads them."""
-    return starts.path_of(run.starts_dir, run.start or 0, f"collectives-{rank}")
 
 
 def where_traces_are(run: Run) -> str:
     """A sentence, with a space before it; empty where no rank of this start has left any."""
-    prefix = trace_of(run, "")
+    prefix = run.trace_of("")
     if not any(prefix.parent.glob(f"{prefix.name}*")):
         return ""
     return f" What each rank's last collectives were: `torchfrtrace --prefix {prefix.name} {prefix.parent}`."

@@ -17,13 +17,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
 from longseq.devices import environment_of_place
 from longseq.errors import EXIT_GO_ON, EXIT_SUPERSEDED, LongseqError, SupersededError
 from longseq.launch.gpu_settings import gpu_settings, recorder_settings, where_traces_are
+from longseq.launch.watchdog import Judge, Look, Ward, keep_all, sentence
 from longseq.runs.run import Run
 from longseq.training.signs import PEER_LOST, STOP_SIGNAL, report_path
 
@@ -55,18 +56,20 @@ def train(
             f"trainer.nodes={nodes}: processes on other machines are started by `longseq submit`; to train on this one "
             f"alone, set trainer.nodes=1 trainer.devices={nodes * devices}, or fewer."
         )
-    with tempfile.TemporaryDirectory(prefix="longseq-") as reports, _stop_requests() as requests:
+    with ExitStack() as stack:
+        reports = stack.enter_context(tempfile.TemporaryDirectory(prefix="longseq-"))
+        requests = stack.enter_context(_stop_requests())
+        wards = [stack.enter_context(closing(Ward(rank))) for rank in range(devices)]
         read_end, write_end = os.pipe()
-        try:
-            processes = [
-                _start(run, checkpoint, origin, rehearse, rank, devices, Path(reports), read_end, port)
-                for port in [free_port()]
-                for rank in range(devices)
-            ]
-            os.close(read_end)
-            codes = _wait(processes, requests)
-        finally:
-            os.close(write_end)
+        stack.callback(os.close, write_end)
+        port = free_port()
+        processes = [
+            _start(run, checkpoint, origin, rehearse, ward, devices, Path(reports), read_end, port) for ward in wards
+        ]
+        os.close(read_end)
+        codes, hang = _wait(processes, requests, run, wards)
+        if hang:
+            raise LongseqError(f"{hang} Go on with `{run.resume_command}`." if run.checkpoints() else hang)
         return _outcome(codes, requests, run, Path(reports))
 
 
@@ -110,15 +113,17 @@ def _start(
     checkpoint: Path | None,
     origin: Path | None,
     rehearse: bool,
-    rank: int,
+    ward: Ward,
     world: int,
     reports: Path,
     parent_pipe: int,
     port: int,
 ) -> subprocess.Popen[bytes]:
+    rank, watched = ward.rank, (ward.theirs.fileno(), ward.stacks.fileno())
     environment = environment_of(rank, world, port) | recorder_settings(os.environ, run)
     command = [sys.executable, "-m", "longseq.training.worker", str(run.path), "--start", str(run.start)]
     command += ["--reports", str(reports), "--parent-pipe", str(parent_pipe)]
+    command += ["--watched", *map(str, watched)]
     command += ["--checkpoint", str(checkpoint)] if checkpoint else []
     command += ["--origin", str(origin)] if origin else []
     command += ["--rehearse"] if rehearse else []
@@ -127,23 +132,33 @@ def _start(
         run.rank_log(rank).parent.mkdir(exist_ok=True)
         output = run.rank_log(rank).open("ab")
     try:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             start_new_session=True,
-            pass_fds=(parent_pipe,),
+            pass_fds=(parent_pipe, *watched),
         )
+        ward.pid = process.pid
+        return process
     finally:
         if output:
             output.close()
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]], requests: list[int]) -> list[int]:
-    """Wait for all processes to end, pass stop requests on, and end the rest when one fails."""
-    passed_on, deadline = 0, None
+def _wait(
+    processes: Sequence[subprocess.Popen[bytes]], requests: list[int], run: Run, wards: Sequence[Ward]
+) -> tuple[list[int], str]:
+    """Wait for all processes to end, pass stop requests on, and end the rest when one fails.
+
+    Returns:
+        how each ended, and where one of them hung the sentence that says so.
+    """
+    passed_on, deadline, hang = 0, None, ""
+    judge = Judge({ward.rank: socket.gethostname() for ward in wards})
+    look = Look(run, judge)
     waited_in_vain: list[int] = []
     while None in [process.poll() for process in processes]:  # polls every one: rank 0 may wait for a dead one
         if len(requests) > passed_on:
@@ -155,8 +170,17 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], requests: list[int]) -> 
         if deadline is not None and time.monotonic() > deadline and not waited_in_vain:
             waited_in_vain = [rank for rank, process in enumerate(processes) if process.poll() is None]
             _signal_all(processes, signal.SIGKILL)
+        if look.due() and deadline is None:
+            for ward in wards:
+                judge.hear(ward.rank, ward.facts())
+                ward.keep_asked(run)
+            found = look()
+            if found:
+                keep_all(run, wards, found)
+                hang, deadline = sentence(run, found.text), 0.0
         time.sleep(0.05)
-    return [PEER_LOST if rank in waited_in_vain else process.returncode for rank, process in enumerate(processes)]
+    codes = [PEER_LOST if rank in waited_in_vain else process.returncode for rank, process in enumerate(processes)]
+    return codes, hang
 
 
 def _outcome(codes: Sequence[int], requests: Sequence[int], run: Run, reports: Path) -> int:

@@ -254,6 +254,14 @@ class Run:
         """Where the output of a process is kept; but that of rank 0 of a job, which is the job's log."""
         return self.logs_dir / f"rank-{rank}.log"
 
+    def trace_of(self, rank: int | str) -> Path:
+        """The last collectives of a rank of this start, as ``torchfrtrace`` reads them."""
+        return starts.path_of(self.starts_dir, self.start, f"collectives-{rank}")
+
+    def stacks_of(self, rank: int | str) -> Path:
+        """What a rank of this start was doing when a hang ended it."""
+        return starts.path_of(self.starts_dir, self.start, f"stacks-{rank}.txt")
+
     def has_output(self) -> bool:
         """Whether a process other than rank 0 had something to say: a traceback, mostly."""
         return any(log.stat().st_size for log in self.logs_dir.glob("*") if log.name != "rank-0.log")

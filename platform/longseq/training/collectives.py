@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from functools import cache
 
 import torch
@@ -9,6 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longseq.attention import ContextGroup
+
+# What hangs is ended by the watchdog, which knows who is to blame: a collective's own limit would only be in its way.
+PATIENCE = timedelta(days=7)
 
 
 def all_sum(tensor: Tensor) -> Tensor:
@@ -30,7 +34,7 @@ def context_group(parts: int) -> ContextGroup:
     mine = None
     for first in range(0, dist.get_world_size(), parts):
         ranks = list(range(first, first + parts))
-        group = dist.new_group(ranks)
+        group = dist.new_group(ranks, timeout=PATIENCE)
         if dist.get_rank() in ranks:
             mine = group
     assert isinstance(mine, dist.ProcessGroup)
@@ -78,6 +82,6 @@ def _gloo(world: dist.ProcessGroup) -> dist.ProcessGroup:
 @cache
 def _over_gloo(world: dist.ProcessGroup) -> dist.ProcessGroup:
     """One for each world."""
-    group = dist.new_group(backend="gloo")
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
     assert isinstance(group, dist.ProcessGroup)
     return group

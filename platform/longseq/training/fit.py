@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -13,7 +12,7 @@ from longseq.attention.backends import choice as backends
 from longseq.attention.feature_maps import feature_map
 from longseq.config.schema import Config
 from longseq.data import split_spec
-from longseq.devices import check_devices, on_cuda, sharing
+from longseq.devices import check_devices, on_cuda, own_device, sharing
 from longseq.errors import ConfigError
 from longseq.measure.memory import estimate
 from longseq.models.compiling import missing_compiler
@@ -45,6 +44,7 @@ from longseq.training.environment import start_facts
 from longseq.training.strategy import GivenPlaces, build_strategy
 from longseq.training.task import LanguageModelling
 from longseq.training.tensorboard import RunLogger
+from longseq.training.vitals import Vitals
 from longseq_data.datamodule import SequenceDataModule
 
 _SHARDING = {"deepspeed": "DeepSpeed ZeRO-{}", "ddp": "none (DDP)", "single": "none (one process)"}
@@ -56,13 +56,13 @@ def fit(
     config: Config,
     checkpoint: Checkpoint | None,
     stop: StopFlag,
-    extra: Sequence[pl.Callback] = (),
+    vitals: Vitals | None = None,
     origin: Path | None = None,
 ) -> bool:
     """Train until the last step or an agreed stop. Every rank calls it.
 
-    extra: callbacks of who has started this process. origin: where the weights lie that a new training begins with,
-    found and checked by one process for all.
+    vitals: told where the training is. origin: where the weights lie that a new training begins with, found and checked
+    by one process for all.
 
     Returns:
         True when the last step was reached, False when stopped (and saved) before it.
@@ -72,8 +72,11 @@ def fit(
     task = LanguageModelling(config)
     if origin and not checkpoint:
         begin_with(task.model, origin)
-    trainer = build_trainer(run, config, stop, checkpoint)
-    trainer.callbacks = [*extra, *trainer.callbacks]  # type: ignore[attr-defined]
+    vitals = vitals or Vitals()
+    vitals.device = str(own_device(config))
+    if config.trainer.compile:
+        vitals.watch_compiler()
+    trainer = build_trainer(run, config, stop, checkpoint, vitals)
     if trainer.is_global_zero:
         if checkpoint:
             task.train_sums.restore(*checkpoint.position.unlogged, device=trainer.strategy.root_device)
@@ -112,9 +115,11 @@ def begin_with(model: PerformerLM, origin: Path) -> None:
     load_weights(model, find(origin, sums=False).weights, may_learn_more=True)
 
 
-def build_trainer(run: Run, config: Config, stop: StopFlag, checkpoint: Checkpoint | None) -> pl.Trainer:
+def build_trainer(
+    run: Run, config: Config, stop: StopFlag, checkpoint: Checkpoint | None, vitals: Vitals | None = None
+) -> pl.Trainer:
     """Lightning's trainer with everything it would do by itself, and we do otherwise, switched off."""
-    settings, gradient_norm, clock = config.trainer, GradientNorm(config), Clock()
+    settings, gradient_norm, clock = config.trainer, GradientNorm(config), Clock(vitals)
     if on_cuda(config):
         torch.set_float32_matmul_precision(settings.float32_matmul_precision)
     curves = Curves(run, config, gradient_norm)

@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from longseq.config.schema import Config
 from longseq.devices import on_cuda, own_device
 from longseq.models.layers import Block
+from longseq.training.collectives import PATIENCE
 from longseq.training.deepspeed_settings import deepspeed_settings
 from longseq.training.snapshots import Snapshots
 
@@ -29,7 +30,7 @@ def build_strategy(config: Config) -> Strategy:
     if config.trainer.strategy == "single":
         return SavingSingleStrategy(own_device(config))
     if config.trainer.strategy == "ddp":
-        return SavingDDPStrategy(process_group_backend="nccl" if on_cuda(config) else "gloo")
+        return SavingDDPStrategy(process_group_backend="nccl" if on_cuda(config) else "gloo", timeout=PATIENCE)
     return _deepspeed_strategy(config)
 
 
@@ -37,10 +38,12 @@ def _deepspeed_strategy(config: Config) -> DeepSpeedStrategy:
     settings = deepspeed_settings(config, on_cuda=on_cuda(config))
     if on_cuda(config):
         _import_without_compiler()
-        return CleanDeepSpeedStrategy(config=settings, logging_level=logging.WARNING)
+        return CleanDeepSpeedStrategy(config=settings, logging_level=logging.WARNING, timeout=PATIENCE)
     os.environ["DS_ACCELERATOR"] = "cpu"
     _import_without_compiler()
-    return CPUDeepSpeedStrategy(config=settings, logging_level=logging.WARNING, process_group_backend="gloo")
+    return CPUDeepSpeedStrategy(
+        config=settings, logging_level=logging.WARNING, process_group_backend="gloo", timeout=PATIENCE
+    )
 
 
 def _import_without_compiler() -> None:

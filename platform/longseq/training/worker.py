@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import resource
+import socket
 import sys
 import threading
 import warnings
@@ -20,6 +21,7 @@ from longseq.runs import starts
 from longseq.runs.run import Run
 from longseq.training.kept_output import keep_output
 from longseq.training.signs import PEER_LOST, report_path
+from longseq.training.vitals import Vitals, stacks_on_request
 from longseq_data.os_errors import explained
 
 
@@ -32,10 +34,13 @@ def main() -> int:
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--reports", type=Path, required=True)
     parser.add_argument("--parent-pipe", type=int, required=True)
+    parser.add_argument("--watched", type=int, nargs=2, metavar=("SOCKET", "STACKS"), required=True)
     args = parser.parse_args()
+    stacks_on_request(args.watched[1])
     _end_with_parent(args.parent_pipe)
 
     run = Run(Run.open(args.run).path, args.start)
+    vitals = Vitals(socket.socket(fileno=args.watched[0]), run.trace_of(os.environ["RANK"]))
     if os.environ["RANK"] == "0" and not args.rehearse:  # the others write to nothing else
         keep_output(run.rank_log(0))
     report = report_path(args.reports, int(os.environ["RANK"]))
@@ -43,7 +48,7 @@ def main() -> int:
         code, sentence = outcome(lambda: _rehearse(run), run)
     else:
         starts.watch(run.starts_dir, run.start, partial(report.write_text, encoding="utf-8"))
-        code, sentence = outcome(lambda: _train(run, args.checkpoint, args.origin), run)
+        code, sentence = outcome(lambda: _train(run, args.checkpoint, args.origin, vitals), run)
     if sentence and code == PEER_LOST:
         print(f"longseq: warning: rank {os.environ['RANK']} {sentence}.", file=sys.stderr, flush=True)
     elif sentence:
@@ -78,7 +83,7 @@ def outcome(work: Callable[[], int], run: Run) -> tuple[int, str | None]:
         return EXIT_ERROR, sentence
 
 
-def _train(run: Run, checkpoint_path: Path | None, origin: Path | None) -> int:
+def _train(run: Run, checkpoint_path: Path | None, origin: Path | None, vitals: Vitals) -> int:
     raise_open_files()
     from longseq.training.callbacks.stopping import StopFlag
 
@@ -95,7 +100,8 @@ def _train(run: Run, checkpoint_path: Path | None, origin: Path | None) -> int:
         keep_freed_memory()
     config = run.config()
     stop.time_limit = config.time_limit_seconds
-    finished = fit(run, config, Checkpoint(checkpoint_path) if checkpoint_path else None, stop, origin=origin)
+    vitals.seconds = config.trainer.hang_seconds
+    finished = fit(run, config, Checkpoint(checkpoint_path) if checkpoint_path else None, stop, vitals, origin)
     return 0 if finished else EXIT_GO_ON
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from longseq.launch import local
-from longseq.launch.gpu_settings import gpu_settings, recorder_settings, trace_of, where_traces_are
+from longseq.launch.gpu_settings import gpu_settings, recorder_settings, where_traces_are
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def test_a_process_of_a_training_finds_the_settings(temporary, run):
     # NCCL appends the rank.
     assert (
         f"{found['TORCH_NCCL_DEBUG_INFO_TEMP_FILE']}1"
-        == str(trace_of(run, 1))
+        == str(run.trace_of(1))
         == f"{run.starts_dir}/00001.collectives-1"
     )
 
@@ -65,7 +65,7 @@ def test_kernels_are_not_kept_where_others_may_write(temporary):
 def test_the_traces_of_a_start_are_named_in_the_sentence(run):
     run = run.begin("process 1")
     assert where_traces_are(run) == ""
-    trace_of(run, 1).write_bytes(b"")
+    run.trace_of(1).write_bytes(b"")
     assert where_traces_are(run) == (
         f" What each rank's last collectives were: `torchfrtrace --prefix 00001.collectives- {run.starts_dir}`."
     )

@@ -20,7 +20,7 @@ class Limits:
     disk_gib: float = 1.0
     clock_seconds: float = 30.0
     gb_a_second: float = 0.0
-    hang_seconds: float = 600.0
+    hang_seconds: float | None = None  # None: trainer.hang_seconds
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:

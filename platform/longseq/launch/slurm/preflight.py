@@ -7,7 +7,6 @@ import os
 import shutil
 import socket
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,7 +22,7 @@ from longseq.errors import EXIT_UNFIT, LongseqError
 from longseq.launch.slurm.interfaces import choose_interface, own_address
 from longseq.launch.slurm.place import Limits, Place
 from longseq.measure.memory import gib
-from longseq.training.collectives import ControlGroup
+from longseq.training.collectives import PATIENCE, ControlGroup
 from longseq.training.rehearsal import all_reduce_rate
 
 _POLL_SECONDS, _LISTING_SECONDS = 0.1, 0.5
@@ -41,11 +40,16 @@ class NotMetError(UnfitError):
 
 
 def meet(
-    place: Place, device: torch.device, limits: Limits, port_file: Path | None = None
+    place: Place,
+    device: torch.device,
+    limits: Limits,
+    port_file: Path | None = None,
+    met: Callable[[TCPStore], None] = lambda store: None,
 ) -> tuple[TCPStore | None, str]:
     """Every process calls it: they meet, say what they see, and try a sum. Afterwards the process group is there.
 
     port_file: where rank 0 says on which port it listens; None: on the place's own, or not at all.
+    met: called when all have met, before the first collective.
 
     Returns:
         what the processes can leave each other messages in (None for one process), and a line for people.
@@ -67,15 +71,16 @@ def meet(
         return None, f"1 process on {place.node_of(0)}; {gib(room)} free in {tempfile.gettempdir()}"
     store = _all_there(place, device, problem, limits, port_file)
     choose_interface(place, store)
+    met(store)
     claim(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    with _time_out(limits.seconds, place), _said_by(place):
+    with _said_by(place):
         dist.init_process_group(
             backend,
             store=PrefixStore("training", store),
             rank=place.rank,
             world_size=place.world,
-            timeout=timedelta(minutes=30),
+            timeout=PATIENCE,
             device_id=device if device.type == "cuda" else None,
         )
         ControlGroup().barrier()
@@ -256,32 +261,11 @@ def _said_by(place: Place) -> Iterator[None]:
     except RuntimeError as error:
         raise NotMetError(
             f"{', '.join(place.nodes)}: they met, but rank {place.rank} on {place.node} cannot talk to all others "
-            f"({str(error).splitlines()[0]}). {_LOOK_AT_INTERFACES}"
+            f"({str(error).splitlines()[0]}). {LOOK_AT_INTERFACES}"
         ) from error
 
 
-_LOOK_AT_INTERFACES = (
+LOOK_AT_INTERFACES = (
     "Is the network between the nodes, and the interface that NCCL or gloo takes (NCCL_SOCKET_IFNAME, "
     "GLOO_SOCKET_IFNAME in environment of the site's profile), the right one?"
 )
-on_time_out: Callable[[str], None] = print  # what a process that hangs says, before it is ended
-
-
-@contextmanager
-def _time_out(seconds: float, place: Place) -> Iterator[None]:
-    """End the process where a collective hangs: nothing else would."""
-
-    def end() -> None:
-        on_time_out(
-            f"{', '.join(place.nodes)}: they met, but a collective did not end within {seconds:g} s. "
-            f"{_LOOK_AT_INTERFACES}"
-        )
-        os._exit(EXIT_UNFIT)
-
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()

@@ -173,7 +173,7 @@ def _training(config: Config, site: Site, request: Request, runs: Sequence[Path]
     least = request.nodes if request.min_nodes is None else request.min_nodes
     limits = {"seconds": site.preflight_seconds, "disk-gib": site.preflight_disk_gib}
     limits |= {"clock-seconds": site.preflight_clock_seconds, "gb-a-second": site.preflight_gb_a_second}
-    limits |= {"hang-seconds": site.hang_seconds}
+    limits |= {} if site.hang_seconds is None else {"hang-seconds": site.hang_seconds}
     return {
         "layouts": list(layouts(config, request.nodes, least, request.devices).items()),
         "devices": request.devices,

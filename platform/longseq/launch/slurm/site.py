@@ -54,9 +54,7 @@ class Site:
     preflight_disk_gib: float = key(1.0, "free space that a node's temporary folder must have", at_least=0)
     preflight_clock_seconds: float = key(30.0, "by how much clocks of nodes may differ", at_least=0)
     preflight_gb_a_second: float = key(0.0, "least bandwidth of an all-reduce over all processes; 0: any", at_least=0)
-    hang_seconds: int = key(
-        600, "how long a process may not answer, or all wait, before the start ends and names it", at_least=10
-    )
+    hang_seconds: int | None = key(None, "trainer.hang_seconds of all runs; null: each run's own", at_least=10)
     sbatch: list[str] = key([], "further directives, e.g. --mail-type=FAIL")
     srun: list[str] = key([], "further arguments of srun, e.g. --mpi=none")
 

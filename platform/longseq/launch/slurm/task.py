@@ -14,25 +14,25 @@ import socket
 import sys
 import time
 import traceback
-from datetime import timedelta
 from pathlib import Path
 
 from longseq.config.schema import Config
 from longseq.devices import environment_of_place, follow_scheduler, own_device
 from longseq.errors import EXIT_CRASHED, EXIT_ERROR, EXIT_GO_ON, EXIT_UNFIT
-from longseq.launch.gpu_settings import gpu_settings, recorder_settings, trace_of, where_traces_are
+from longseq.launch.gpu_settings import gpu_settings, recorder_settings
 from longseq.launch.local import without_ranks
+from longseq.launch.slurm.guard import fork_guard
 from longseq.launch.slurm.place import Limits, Place
 from longseq.runs import starts
 from longseq.runs.checkpoint import Checkpoint, go_back_to, remove_partials
 from longseq.runs.run import Run
 from longseq.training.callbacks.stopping import StopFlag
 from longseq.training.signs import PEER_LOST
+from longseq.training.vitals import Vitals, stacks_on_request
 from longseq.training.worker import leave, outcome, quiet, raise_open_files
 
 _FINISHED = "finished"
 _MOST_LETTERS = 400  # of an error that is shown next to a job
-_LONG = timedelta(hours=2)  # for the sums of a large checkpoint
 _CAUSE_SECONDS = 2.0  # for SLURM to say which process has died, before the others end that only lost it
 
 
@@ -49,11 +49,15 @@ def main() -> int:
     run = Run(args.run, args.start)
     _redirect(run, place.rank)
     _environment(place)
+    ward, port = fork_guard(run, place)
+    stacks_on_request(ward.stacks.fileno())
+    vitals = Vitals(ward.theirs, run.trace_of(place.rank))
     os.environ |= recorder_settings(os.environ, run)
 
     starts.watch(run.starts_dir, run.start, _say)
     try:
-        code, sentence = outcome(lambda: _train(run, tuple(args.overrides), place, Limits.of(args), stop), run)
+        overrides, limits = tuple(args.overrides), Limits.of(args)
+        code, sentence = outcome(lambda: _train(run, overrides, place, limits, stop, vitals, port), run)
     except Exception as error:
         traceback.print_exc()
         code, sentence = EXIT_CRASHED, _why(error)
@@ -80,9 +84,13 @@ def main() -> int:
     return 0 if code == EXIT_GO_ON else code
 
 
-def _train(run: Run, overrides: tuple[str, ...], place: Place, limits: Limits, stop: StopFlag) -> int:
+def _train(
+    run: Run, overrides: tuple[str, ...], place: Place, limits: Limits, stop: StopFlag, vitals: Vitals, port: int
+) -> int:
+    from torch._C._distributed_c10d import TCPStore
+
     from longseq.launch.slurm import preflight
-    from longseq.launch.slurm.watchdog import Watchdog, leave_trace
+    from longseq.training.collectives import PATIENCE
     from longseq.training.fit import fit
 
     quiet()
@@ -90,44 +98,42 @@ def _train(run: Run, overrides: tuple[str, ...], place: Place, limits: Limits, s
     config = run.config(overrides)
     stop.time_limit = config.time_limit_seconds
 
-    trace = trace_of(run, place.rank)
-
-    def lost(sentence: str) -> None:
-        sentence += where_traces_are(run)
-        _say(sentence)
-        starts.note_end(run.starts_dir, run.start, f"lost {sentence}")
-
-    def hangs(sentence: str) -> None:
-        leave_trace(trace)
-        lost(sentence)
-
-    preflight.on_time_out = hangs
+    vitals.seconds = config.trainer.hang_seconds if limits.hang_seconds is None else limits.hang_seconds
     follow_scheduler(config)
+    vitals.device = str(own_device(config))
+
+    def met(store: TCPStore) -> None:
+        if place.rank == 0:
+            store.set("guard", f"{place.address}:{port}")
+        vitals.hub = store.get("guard").decode()
+        vitals.at(f"the first collective. {preflight.LOOK_AT_INTERFACES}")
+        vitals.within = limits.seconds
+
+    vitals.at("preflight")
     try:
         store, line = preflight.meet(
-            place, own_device(config), limits, starts.path_of(run.starts_dir, run.start, "port")
+            place, own_device(config), limits, starts.path_of(run.starts_dir, run.start, "port"), met
         )
     except preflight.NotMetError as error:
         starts.note_end(run.starts_dir, run.start, f"lost {error}")
         raise
     if place.rank == 0:
         print(f"preflight {line}", file=sys.stderr, flush=True)
+    vitals.within = None
+    vitals.at("looking at data and checkpoints")
     # One looks at the checkpoints, whose sums take their time, and tells the others.
     chosen, origin = _begin(run, config) if place.rank == 0 else ("", "")
-    watching = []
     if store is not None:
         os.environ["MASTER_PORT"] = str(store.port)
-        silent = starts.path_of(run.starts_dir, run.start, "silent")
-        watching.append(Watchdog(place, store.port, limits.hang_seconds, silent, trace, lost))
         if place.rank == 0:
             store.set("origin", origin)
             store.set("checkpoint", chosen)
-        store.set_timeout(_LONG)
+        store.set_timeout(PATIENCE)
         chosen, origin = (store.get(name).decode() for name in ("checkpoint", "origin"))
     if chosen == _FINISHED:
         return 0
     checkpoint = Checkpoint(run.checkpoints_dir / chosen) if chosen else None
-    finished = fit(run, config, checkpoint, stop, watching, Path(origin) if origin else None)
+    finished = fit(run, config, checkpoint, stop, vitals, Path(origin) if origin else None)
     return 0 if finished else EXIT_GO_ON
 
 

@@ -13,29 +13,45 @@ from longseq.errors import SupersededError
 from longseq.training.callbacks.curves import Curves
 from longseq.training.callbacks.steps import ends_step
 from longseq.training.tensorboard import log_scalars
+from longseq.training.vitals import Vitals
 
 
 class Clock(Profiler):
-    """Adds up the seconds of what Lightning's loop says it is doing."""
+    """Adds up the seconds of what Lightning's loop says it is doing, and passes it on as a sign of life."""
 
-    def __init__(self) -> None:
+    def __init__(self, vitals: Vitals | None = None) -> None:
         super().__init__()
+        self.vitals = vitals or Vitals()
         self.seconds = {"data": 0.0, "step": 0.0, "checkpoint": 0.0}
         self.saved = False
         self._concerns: dict[str, str | None] = {}
         self._began: dict[str, float] = {}
 
     def start(self, action_name: str) -> None:
+        self.vitals.at(action_name)
+        concern = self._concern(action_name)
+        if concern == "step":
+            self.vitals.begin_batch()
+        elif concern == "data":
+            self.vitals.in_data = True
         self._began[action_name] = time.perf_counter()
 
     def stop(self, action_name: str) -> None:
-        if action_name not in self._concerns:
-            self._concerns[action_name] = _concern(action_name)
-        concern, began = self._concerns[action_name], self._began.pop(action_name, None)
+        concern, began = self._concern(action_name), self._began.pop(action_name, None)
+        self.vitals.mark += 1
+        if concern == "step":
+            self.vitals.end_batch()
+        elif concern == "data":
+            self.vitals.in_data = False
         if concern and began is not None:
             self.seconds[concern] += time.perf_counter() - began
         if action_name == "save_checkpoint":
             self.saved = True
+
+    def _concern(self, action: str) -> str | None:
+        if action not in self._concerns:
+            self._concerns[action] = _concern(action)
+        return self._concerns[action]
 
     def take(self) -> tuple[dict[str, float], bool]:
         """Seconds since this was last asked, and whether a checkpoint was saved in them."""
