@@ -6,6 +6,7 @@ Axes in names and comments: B batch, L length, H heads, D head_dim, E = H · D t
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, SupportsIndex
 
 import torch
@@ -16,6 +17,7 @@ from longseq.attention.arguments import floating, integer
 from longseq.attention.backends.choice import BACKENDS
 from longseq.attention.carried import State, carried_attention
 from longseq.attention.context.group import ContextGroup, SlicedDocuments
+from longseq.attention.convolution import ShortConvolution
 from longseq.attention.feature_maps import KERNELS
 from longseq.attention.functional import exact_attention, favor_attention
 from longseq.attention.heads import split_heads
@@ -49,6 +51,9 @@ class FavorAttention(nn.Module):
         learned_share: a learned factor a head on every weight beyond the window (only with ``window``).
         learned_decay: a learned decay a head, e^{−γ·distance} on every weight.
         bias: whether the linear maps have biases.
+        conv: width of a :class:`~longseq.attention.convolution.ShortConvolution` on queries, keys and values; 0: none.
+        value_residual: layers but the first (layer 0) mix its values into theirs, by a learned share of each head
+            (Zhou et al. 2024, arXiv 2410.17897).
         seed, layer: with ``draw``, what the projections are a function of.
 
     Raises:
@@ -70,6 +75,8 @@ class FavorAttention(nn.Module):
         learned_share: bool = False,
         learned_decay: bool = False,
         bias: bool = False,
+        conv: int = 0,
+        value_residual: bool = False,
         seed: int = 0,
         layer: int = 0,
         backend: str = "auto",
@@ -92,6 +99,10 @@ class FavorAttention(nn.Module):
         self.draw = 0
         self.qkv = Linear(dim, 3 * dim, bias=bias)
         self.out = Linear(dim, dim, bias=bias)
+        self.conv = ShortConvolution(3 * dim, conv, causal) if conv else None
+        # Half of each, where the paper begins.
+        self.value_residual = value_residual
+        self.value_mix = nn.Parameter(torch.full((heads, 1, 1), 0.5)) if value_residual and layer else None
         # The random features' variance grows with e^{4τ}: τ = 2 is sharp enough to select and cheap to approximate.
         self.log_temperature = nn.Parameter(torch.full((heads, 1, 1), math.log(2.0))) if qk_norm else None
         # Features estimate each far weight without bias but with noise: begin by trusting them little.
@@ -114,6 +125,7 @@ class FavorAttention(nn.Module):
         norm: nn.Module | None = None,
         tile: int = 0,
         carried: State | None = None,
+        first: Tensor | None = None,
     ) -> Any:
         """Self-attention over x.
 
@@ -129,27 +141,62 @@ class FavorAttention(nn.Module):
                 are x, q, k, v and what :meth:`mix` gives. 0: all at once.
             carried: x is the next tile of a sequence, and this is the state that the tile before has left, () before
                 the first: see :mod:`longseq.attention.carried`. For causal layers, without padding and segments.
+            first: the first layer's values, for ``value_residual``.
 
         Returns:
-            (B, L, E); with ``carried`` also the state behind the tile.
+            (B, L, E); with ``carried`` also the state behind the tile; and of a layer with ``value_residual``, as of
+            its :meth:`prefill` and :meth:`decode`, last the values (B, H, L, D) that the next one gets as ``first``.
         """
         if carried is not None:
-            options = self.options()
-            del options["causal"]
-            mixed, state = carried_attention(*self.project(x if norm is None else norm(x), rotary), carried, **options)
-            return self.merge(mixed), state
+            return self._carry(x if norm is None else norm(x), rotary, carried, first)
         if not tile or x.shape[1] <= tile:
-            q, k, v = self.project(x if norm is None else norm(x), rotary)
-            return self.merge(self.mix(q, k, v, padding, segments))
+            q, k, v = self.project(x if norm is None else norm(x), rotary, padding, segments)
+        else:
+            q, k, v = self._project_tiles(x, rotary, padding, segments, norm, tile)
+        v, first = self.with_first(v, first)
+        mixed = self.mix(q, k, v, padding, segments)
+        if not tile or x.shape[1] <= tile:
+            out = self.merge(mixed)
+        else:
+            (out,) = pointwise(lambda x: (self.merge(x),), tile, (mixed,), list(self.out.parameters()))
+        return (out, first) if self.value_residual else out
+
+    def _carry(self, x: Tensor, rotary: Tensor | None, carried: State, first: Tensor | None) -> tuple[Any, ...]:
+        options = self.options()
+        del options["causal"]
+        qkv, rest = self.qkv(x), carried
+        if self.conv is not None:
+            qkv, before = self.conv.following(qkv, carried[-1] if carried else None)
+            rest = carried[:-1]
+        q, k, v = self._heads(qkv, rotary)
+        v, first = self.with_first(v, first)
+        mixed, state = carried_attention(q, k, v, rest, **options)
+        return self._results(self.merge(mixed), state if self.conv is None else (*state, before), first)
+
+    def _results(self, out: Tensor, state: Any, first: Tensor) -> tuple[Any, ...]:
+        return (out, state, first) if self.value_residual else (out, state)
+
+    def _project_tiles(
+        self,
+        x: Tensor,
+        rotary: Tensor | None,
+        padding: Tensor | None,
+        segments: Tensor | SlicedDocuments | None,
+        norm: nn.Module | None,
+        tile: int,
+    ) -> tuple[Tensor, ...]:
+        """:meth:`project` a tile at a time, but for the convolution, which reads neighbours."""
+        learned = [*self.qkv.parameters(), *([] if norm is None else norm.parameters())]
+        normed = [] if self.log_temperature is None else [self.log_temperature]
+        tables = () if rotary is None else (rotary,)
 
         def project(x: Tensor, *table: Tensor) -> tuple[Tensor, ...]:
-            return self.project(x if norm is None else norm(x), *table)
+            return self._heads(self.qkv(x if norm is None else norm(x)), *table)
 
-        learned = [*self.qkv.parameters(), *([] if norm is None else norm.parameters())]
-        learned += [] if self.log_temperature is None else [self.log_temperature]
-        q, k, v = pointwise(project, tile, (x,) if rotary is None else (x, rotary), learned)
-        mixed = self.mix(q, k, v, padding, segments)
-        return pointwise(lambda x: (self.merge(x),), tile, (mixed,), list(self.out.parameters()))[0]
+        if self.conv is None:
+            return pointwise(project, tile, (x, *tables), learned + normed)
+        (qkv,) = pointwise(lambda x: (self.qkv(x if norm is None else norm(x)),), tile, (x,), learned)
+        return pointwise(self._heads, tile, (self.conv(qkv, padding, segments, self.context), *tables), normed)
 
     def merge(self, mixed: Tensor) -> Tensor:
         """The heads' results (B, H, L, D) to (B, L, E), by the output's map."""
@@ -157,8 +204,13 @@ class FavorAttention(nn.Module):
 
     @torch.no_grad()
     def prefill(
-        self, x: Tensor, *, padding: Tensor | None = None, rotary: Tensor | None = None
-    ) -> tuple[Tensor, RecurrentState]:
+        self,
+        x: Tensor,
+        *,
+        padding: Tensor | None = None,
+        rotary: Tensor | None = None,
+        first: Tensor | None = None,
+    ) -> Any:
         """The forward pass over a prompt, and the state to go on from with :meth:`decode`. No gradients.
 
         The state keeps the projections of this moment. Its size is fixed, except for ``kind="exact"``: there it is a
@@ -167,25 +219,52 @@ class FavorAttention(nn.Module):
         Raises:
             ValueError: if not causal.
         """
-        q, k, v = self.project(x, rotary)
+        qkv, before = self._following(self.qkv(x), None, padding)
+        q, k, v = self._heads(qkv, rotary)
+        v, first = self.with_first(v, first)
         if self.kind == "exact":
             out, state = prefill_exact(q, k, v, causal=self.causal, key_padding=padding, decay=self.decay)
         else:
             out, state = prefill(q, k, v, key_padding=padding, **self.options())
-        return self.out(out.transpose(1, 2).flatten(2)), state
+        return self._results(self.merge(out), replace(state, before=before), first)
 
     @torch.no_grad()
     def decode(
-        self, x: Tensor, state: RecurrentState, *, rotary: Tensor | None = None
-    ) -> tuple[Tensor, RecurrentState]:
+        self, x: Tensor, state: RecurrentState, *, rotary: Tensor | None = None, first: Tensor | None = None
+    ) -> Any:
         """The next position x (B, 1, E), or the next few. ``rotary`` is the table of their positions."""
-        out, state = decode(*self.project(x, rotary), state)
-        return self.out(out.transpose(1, 2).flatten(2)), state
+        qkv, before = self._following(self.qkv(x), state.before, None)
+        q, k, v = self._heads(qkv, rotary)
+        v, first = self.with_first(v, first)
+        out, state = decode(q, k, v, state)
+        return self._results(self.merge(out), replace(state, before=before), first)
 
-    def project(self, x: Tensor, rotary: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def _following(self, qkv: Tensor, before: Tensor | None, padding: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.conv is None or not self.causal:  # which decoding refuses
+            return qkv, None
+        return self.conv.following(qkv, before, padding)
+
+    def project(
+        self,
+        x: Tensor,
+        rotary: Tensor | None = None,
+        padding: Tensor | None = None,
+        segments: Tensor | SlicedDocuments | None = None,
+    ) -> tuple[Tensor, ...]:
         """Queries, keys and values (B, H, L, D) of x (B, L, E), normalised and rotated."""
         floating(x=x)
-        return split_heads(self.qkv(x), self.heads, rotary, self.log_temperature, self.backend)
+        qkv = self.qkv(x)
+        return self._heads(qkv if self.conv is None else self.conv(qkv, padding, segments, self.context), rotary)
+
+    def _heads(self, qkv: Tensor, rotary: Tensor | None = None) -> tuple[Tensor, ...]:
+        return split_heads(qkv, self.heads, rotary, self.log_temperature, self.backend)
+
+    def with_first(self, v: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
+        """This layer's values, those of the first layer mixed in if it does so; and the first layer's."""
+        if self.value_mix is None or first is None:
+            return v, v
+        # lerp() would keep both, which are parts of larger tensors.
+        return v + self.value_mix.to(v.dtype) * (first - v), first
 
     def mix(
         self,

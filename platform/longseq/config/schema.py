@@ -6,15 +6,15 @@ No torch here. ``config.loading`` reads YAML files and overrides into these clas
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from longseq.config import checks as config_checks
 from longseq.config.durations import duration_seconds
 from longseq.config.sources import Source
 from longseq.errors import ConfigError
-from longseq.models.presets import PRESETS
-from longseq.models.spec import KERNELS, ROTARY_BASE, PerformerSpec
+from longseq.models.presets import BLOCK_KEYS, BLOCKS, PRESETS, BlockRecipe
+from longseq.models.spec import FFNS, KERNELS, NORMS, ROTARY_BASE, PerformerSpec
 from longseq_data.readers.formats import FORMATS
 
 
@@ -47,6 +47,29 @@ class ModelConfig:
     depth: int | None = key(None, "number of blocks", at_least=1)
     heads: int | None = key(None, "attention heads; dim / heads must be even", at_least=1)
     ffn_dim: int | None = key(None, "width of the MLP's hidden layer", at_least=1)
+    block: str = key(
+        "classic",
+        "what blocks are made of, for the five keys below and attention.qk_norm where they are null; classic: "
+        "layernorm, gelu, biases and nothing else; modern: rmsnorm, swiglu, no biases, a convolution of width 4, the "
+        "value residual and qk_norm",
+        choices=tuple(BLOCKS),
+    )
+    norm_kind: str | None = key(None, "what norms divide by: deviation or root mean square", choices=NORMS)
+    ffn: str | None = key(
+        None,
+        "the MLP's activation; swiglu has three matrices of two thirds of ffn_dim, so that the number of weights stays",
+        choices=FFNS,
+    )
+    bias: bool | None = key(None, "biases in MLPs and norms")
+    conv: int | None = key(
+        None,
+        "width of a short convolution on queries, keys and values, each channel by itself; with a masked objective "
+        "centred; 0: none",
+        at_least=0,
+    )
+    value_residual: bool | None = key(
+        None, "each layer mixes the first layer's values into its own, in a share that each head learns"
+    )
     dropout: float = key(0.0, "probability, on the embedding and on each residual branch", at_least=0, below=1)
     objective: str = key("causal", "predict the next token, or 15 % masked ones", choices=("causal", "masked"))
     init_from: str | None = key(
@@ -89,8 +112,10 @@ class AttentionConfig:
     kind: str = key("favor", "FAVOR+, or exact softmax attention over the same weights", choices=("favor", "exact"))
     kernel: str = key("softmax", "feature map of FAVOR+", choices=KERNELS)
     features: int = key(256, "random features per head (m)", at_least=1)
-    qk_norm: bool = key(
-        False, "unit-length queries and keys with a learned temperature per head (next to no effect with kernel relu)"
+    qk_norm: bool | None = key(
+        None,
+        "unit-length queries and keys with a learned temperature per head (next to no effect with kernel relu); "
+        "default: as model.block says, classic false",
     )
     window: int = key(
         0, "exact attention to keys nearer than this many positions, features beyond; 0: none", at_least=0
@@ -369,6 +394,13 @@ class Config:
         """Sequences of one optimiser step, over all processes and accumulated batches; with bucket the fewest."""
         return self.data.batch_tokens // self.data.length
 
+    @property
+    def block(self) -> BlockRecipe:
+        """What blocks are made of: the keys that are given, the others by model.block."""
+        recipe = BLOCKS[self.model.block]
+        given = {name: getattr(self.model, name) for name in BLOCK_KEYS} | {"qk_norm": self.attention.qk_norm}
+        return replace(recipe, **{name: value for name, value in given.items() if value is not None})
+
     def performer_spec(self, vocabulary: int, *, on_cuda: bool = False) -> PerformerSpec:
         """The model's architecture, sizes filled in from the preset where they are null.
 
@@ -392,7 +424,12 @@ class Config:
                 features=attention.features,
                 window=attention.window,
                 projection=attention.projection,
-                qk_norm=attention.qk_norm,
+                qk_norm=self.block.qk_norm,
+                norm_kind=self.block.norm_kind,
+                ffn=self.block.ffn,
+                bias=self.block.bias,
+                conv=self.block.conv,
+                value_residual=self.block.value_residual,
                 learned_share=attention.learned_share,
                 learned_decay=attention.learned_decay,
                 backend=attention.backend,

@@ -50,8 +50,8 @@ def model_card(source: Source) -> str:
     tokens = Path(source.vocabulary.name).name
     what = (
         f"A {config.model.objective} language model of {spec.parameter_count:,} parameters: {spec.depth} blocks, "
-        f"{spec.heads} heads, width {spec.dim}, MLP {spec.ffn_dim}, {attention}; {source.vocabulary.size:,} tokens "
-        f"({tokens})."
+        f"{spec.heads} heads, width {spec.dim}, MLP {spec.hidden}, {f'{spec.made_of}, ' if spec.made_of else ''}"
+        f"{attention}; {source.vocabulary.size:,} tokens ({tokens})."
     )
     parts = [_HEAD.format(name=source.name, what=what), "\n## Training\n\n", *_training(source)]
     scores = list(_scores(source))
