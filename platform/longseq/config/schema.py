@@ -131,6 +131,7 @@ class AttentionConfig:
     redraw_every: int = key(1000, "optimiser steps between draws of the projections; 0: never", at_least=0)
 
 
+SCHEDULES = ("cosine", "wsd", "inverse_sqrt", "constant")
 Sources = list[Any]  # names of files, or each a config.sources.Source
 
 
@@ -246,10 +247,25 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    lr: float = key(1e-3, "peak learning rate of AdamW", at_least=0)
+    name: str = key(
+        "adamw",
+        "adamw, or muon: steps of the blocks' matrices are made orthogonal, and AdamW takes the other weights; one "
+        "rate serves both",
+        choices=("adamw", "muon"),
+    )
+    lr: float = key(1e-3, "peak learning rate", at_least=0)
     warmup_steps: int = key(100, "steps of linear warm-up", at_least=0)
-    schedule: str = key("cosine", "after the warm-up", choices=("cosine", "constant"))
-    final_lr: float = key(0.1, "where the cosine ends, as a share of lr", at_least=0)
+    schedule: str = key(
+        "cosine",
+        "after the warm-up: cosine down to final_lr; wsd: the peak, and over the last decay_fraction of the steps down "
+        "to final_lr; inverse_sqrt: falls with the square root of the step; or constant",
+        choices=SCHEDULES,
+    )
+    final_lr: float = key(0.1, "where cosine and wsd end, as a share of lr", at_least=0)
+    decay_fraction: float = key(
+        0.2, "with schedule wsd: the share of trainer.max_steps in which the rate falls", at_least=0, below=1
+    )
+    momentum: float = key(0.95, "Muon's momentum", at_least=0, below=1)
     betas: list[float] = key([0.9, 0.98], "AdamW's decay rates")
     eps: float = key(1e-9, "AdamW's epsilon", at_least=0)
     weight_decay: float = key(0.1, "on matrices; not on embeddings, norms and biases", at_least=0)

@@ -71,7 +71,8 @@ def _training(source: Source) -> Iterator[str]:
     if source.run:
         yield f"- tokens per step: {data.batch_tokens:,}, in sequences of {data.length} (packing {data.packing})\n"
         optim = config.optim
-        yield f"- AdamW: lr {optim.lr:g}, {optim.schedule} after {optim.warmup_steps} steps of warm-up, "
+        yield f"- {'AdamW' if optim.name == 'adamw' else 'Muon and AdamW'}: lr {optim.lr:g}, "
+        yield f"{optim.schedule} after {optim.warmup_steps} steps of warm-up, "
         yield f"weight decay {optim.weight_decay:g}, clip {optim.clip:g}; {config.trainer.precision}\n"
     if config.model.init_from:
         yield f"- began with the weights of {Path(config.model.init_from).name}\n"

@@ -11,7 +11,7 @@ from longseq.attention import FavorAttention, RecurrentState, SlicedDocuments
 from longseq.attention.carried import State
 from longseq.attention.narrow import narrowed
 from longseq.attention.tiles import pointwise
-from longseq.models.mlp import mlp
+from longseq.models.mlp import SwiGLU, mlp
 from longseq.models.norm import norm
 from longseq.models.spec import PerformerSpec
 
@@ -97,6 +97,12 @@ class Block(nn.Module):
         x_BLE, normed = self._begin(x_BLE)
         mixed, *rest = self.attention.decode(normed, state, rotary=rotary, first=first)
         return self._add(x_BLE, mixed), *rest
+
+    def matrices(self) -> dict[nn.Parameter, int]:
+        """The weights of the linear maps, each with how many maps it holds on top of each other."""
+        gated = 2 if isinstance(self.mlp[1], SwiGLU) else 1
+        maps = ((self.attention.qkv, 3), (self.attention.out, 1), (self.mlp[0], gated), (self.mlp[2], 1))
+        return {linear.weight: count for linear, count in maps}  # type: ignore[misc]
 
     def _attended(self, found: Any) -> tuple[Tensor, ...]:
         return found if self.attention.value_residual else (found,)
