@@ -68,6 +68,7 @@ _KEYS = {
     "attention.kernel": "feature_map kernel_type kernel_fn",
     "attention.window": "local_window window_size sliding_window",
     "attention.redraw_every": "feature_redraw_interval redraw redraw_interval",
+    "run.branch": "fork branch",
     "run.name": "name run_name experiment exp_name job_name",
     "run.dir": "output output_dir out out_dir outdir save_dir logdir log_dir dir work_dir",
     "run.seed": "seed random_seed",

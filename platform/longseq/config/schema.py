@@ -37,6 +37,11 @@ def key(
 class RunConfig:
     name: str | None = key(None, "folder of the run under run.dir; default: name of the config file and the time")
     dir: str = key("runs", "where run folders are made")
+    branch: str | None = key(
+        None,
+        "`longseq resume`: name of a new run, next to this one, that goes on from its checkpoint with other keys, a "
+        "schedule that ends say; this run stays as it is",
+    )
     seed: int = key(0, "everything random is a function of it: data order, masking, projections, weights", at_least=0)
 
 

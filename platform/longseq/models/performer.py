@@ -105,7 +105,7 @@ class PerformerLM(nn.Module):
         if recompute and not x.requires_grad:
             x.requires_grad_()  # a frozen embedding: reentrant checkpoints give gradients only if their input wants one
         offload = Offload()
-        first = list[Tensor]()  # with spec.value_residual the first layer's values
+        first: list[Tensor] = []  # with spec.value_residual the first layer's values
         for block in self.blocks:
             if recompute and self.training:
                 # Reentrant: ZeRO-3 gathers weights in module hooks, and the other kind checks saved shapes against
@@ -151,7 +151,8 @@ class PerformerLM(nn.Module):
         positions = _positions(tokens, padding, None)
         x = self._embed(tokens, positions, padding)  # (B, L, E)
         rotary = self._rotary(positions)
-        layers, first = [], list[Tensor]()
+        layers = []
+        first: list[Tensor] = []
         for block in self.blocks:
             assert isinstance(block, Block)
             x, state, *first = block.prefill(x, padding, rotary, *first)
@@ -169,7 +170,8 @@ class PerformerLM(nn.Module):
         """
         x = self._embed(token[:, None], state.positions[:, None], None)  # (B, 1, E)
         rotary = self._rotary(state.positions[:, None])
-        layers, first = [], list[Tensor]()
+        layers = []
+        first: list[Tensor] = []
         for block, before in zip(self.blocks, state.layers, strict=True):
             assert isinstance(block, Block)
             x, after, *first = block.decode(x, before, rotary, *first)
@@ -208,7 +210,8 @@ class PerformerLM(nn.Module):
             x = self._embed(tokens[:, start:stop], positions, None)  # (B, T, E)
             rotary = self._rotary(positions)
             size = len(before) // layers  # tensors per layer
-            behind, first = list[Tensor](), list[Tensor]()
+            behind: list[Tensor] = []
+            first: list[Tensor] = []
             for number, block in enumerate(self.blocks):
                 assert isinstance(block, Block)
                 x, state, *first = block.carry(x, before[number * size : (number + 1) * size], rotary, *first)

@@ -17,7 +17,7 @@ from longseq_data.prepare.identity import identity_of
 
 # What the weights or the order of the samples depend on, and a run keeps for its life.
 FIXED = (
-    *("run.name", "run.dir", "run.seed"),
+    *("run.name", "run.dir", "run.branch", "run.seed"),
     *("model.preset", "model.dim", "model.depth", "model.heads", "model.ffn_dim", "model.objective"),
     *(
         "model.init_from",

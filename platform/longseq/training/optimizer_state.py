@@ -123,7 +123,7 @@ def _state_of(base: Any, master: Tensor, moments: tuple[str, ...] = MOMENTS) -> 
     state = base.state[master]
     if not all(name in state for name in moments):
         # torch's fused Adam counts steps in a tensor where its weights are, DeepSpeed's Adams in a number.
-        torchs = type(base).__module__.startswith("torch.")
+        torchs = isinstance(base, torch.optim.AdamW)
         state["step"] = torch.zeros((), dtype=torch.float32, device=master.device) if torchs else 0
         for name in moments:
             state[name] = torch.zeros_like(master, memory_format=torch.preserve_format)
