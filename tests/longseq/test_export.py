@@ -33,6 +33,8 @@ SEQUENCE = "MKVLAACDEFGHIKLMNPQRSTVWYBOUXZ"
         ),
         ("masked", "AutoModelForMaskedLM", ("attention.kernel=relu", "attention.qk_norm=true", "model.rotary_base=50")),
         ("masked", "AutoModelForMaskedLM", ("attention.kind=exact", "model.head=transform", "model.norm=post")),
+        ("causal", "AutoModelForCausalLM", ("model.block=modern",)),
+        ("masked", "AutoModelForMaskedLM", ("model.block=modern", "model.conv=3", "model.ffn=relu2")),
     ],
 )
 def test_transformers_gives_the_logits_of_the_run_to_the_last_bit(trained, objective, auto, options, folder):

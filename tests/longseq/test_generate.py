@@ -24,6 +24,7 @@ ATTENTION = {
     "window": ("attention.window=4", "attention.learned_share=true", "attention.learned_decay=true"),
     "features alone": ("attention.qk_norm=true",),
     "exact": ("attention.kind=exact",),
+    "modern": ("model.block=modern", "attention.window=4"),
 }
 WAYS = {
     "greedy": {"do_sample": False},

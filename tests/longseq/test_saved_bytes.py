@@ -34,6 +34,14 @@ KINDS = {
     "learned share and decay": ("attention.window=16", "attention.learned_share=true", "attention.learned_decay=true"),
     "qk_norm": ("attention.qk_norm=true",),
     "relu": ("attention.kernel=relu",),
+    "rmsnorm": ("model.norm_kind=rmsnorm", "model.bias=false"),
+    "swiglu": ("model.ffn=swiglu",),
+    "relu2": ("model.ffn=relu2",),
+    "conv": ("model.conv=4",),
+    "value residual": ("model.value_residual=true",),
+    "modern": ("model.block=modern",),
+    "masked modern": ("model.block=modern", "model.objective=masked"),
+    "exact modern": ("model.block=modern", "attention.kind=exact"),
 }
 
 

@@ -17,6 +17,7 @@ from longseq.attention.arguments import floating
 from longseq.attention.call import Call
 from longseq.attention.carried import State, carried_attention
 from longseq.attention.context.group import ContextGroup, SlicedDocuments
+from longseq.attention.convolution import ShortConvolution
 from longseq.attention.functional import attention
 from longseq.attention.heads import split_heads
 from longseq.attention.narrow import Linear
@@ -43,6 +44,9 @@ class FavorAttention(nn.Module):
         heads: attention heads, H; must divide ``dim``.
         causal: position i sees the positions up to i.
         bias: whether the linear maps have biases.
+        conv: width of a :class:`~longseq.attention.convolution.ShortConvolution` on queries, keys and values; 0: none.
+        value_residual: layers but the first (layer 0) mix its values into theirs, by a learned share of each head
+            (Zhou et al. 2024, arXiv 2410.17897).
         seed, layer: with ``draw``, what the projections are a function of.
         options: of attention, as a whole.
         more: options by name, which replace those: ``kind`` ("favor", or "exact" for softmax attention by
@@ -62,6 +66,8 @@ class FavorAttention(nn.Module):
         *,
         causal: bool = False,
         bias: bool = False,
+        conv: int = 0,
+        value_residual: bool = False,
         seed: SupportsIndex = 0,
         layer: SupportsIndex = 0,
         options: AttentionOptions | None = None,
@@ -78,6 +84,10 @@ class FavorAttention(nn.Module):
         self.draw = 0
         self.qkv = Linear(dim, 3 * dim, bias=bias)
         self.out = Linear(dim, dim, bias=bias)
+        self.conv = ShortConvolution(3 * dim, conv, causal) if conv else None
+        # Half of each, where the paper begins.
+        self.value_residual = value_residual
+        self.value_mix = nn.Parameter(torch.full((heads, 1, 1), 0.5)) if value_residual and layer else None
         # The random features' variance grows with e^{4τ}: τ = 2 is sharp enough to select and cheap to approximate.
         self.log_temperature = nn.Parameter(torch.full((heads, 1, 1), math.log(2.0))) if options.qk_norm else None
         # Features estimate each far weight without bias but with noise: begin by trusting them little.
@@ -100,6 +110,7 @@ class FavorAttention(nn.Module):
         norm: nn.Module | None = None,
         tile: int = 0,
         carried: State | None = None,
+        first: Tensor | None = None,
     ) -> Any:
         """Self-attention over x.
 
@@ -115,26 +126,60 @@ class FavorAttention(nn.Module):
                 are x, q, k, v and what :meth:`mix` gives. 0: all at once.
             carried: x is the next tile of a sequence, and this is the state that the tile before has left, () before
                 the first: see :mod:`longseq.attention.carried`. For causal layers, without padding and segments.
+            first: the first layer's values, for ``value_residual``.
 
         Returns:
-            (B, L, E); with ``carried`` also the state behind the tile.
+            (B, L, E); with ``carried`` also the state behind the tile; and of a layer with ``value_residual``, as of
+            its :meth:`prefill` and :meth:`decode`, last the values (B, H, L, D) that the next one gets as ``first``.
         """
         if carried is not None:
-            q, k, v = self.project(x if norm is None else norm(x), rotary)
-            mixed, state = carried_attention(q, k, v, carried, self.call())
-            return self.merge(mixed), state
+            return self._carry(x if norm is None else norm(x), rotary, carried, first)
         if not tile or x.shape[1] <= tile:
-            q, k, v = self.project(x if norm is None else norm(x), rotary)
-            return self.merge(self.mix(q, k, v, padding, segments))
+            q, k, v = self.project(x if norm is None else norm(x), rotary, padding, segments)
+        else:
+            q, k, v = self._project_tiles(x, rotary, padding, segments, norm, tile)
+        v, first = self.with_first(v, first)
+        mixed = self.mix(q, k, v, padding, segments)
+        if not tile or x.shape[1] <= tile:
+            out = self.merge(mixed)
+        else:
+            (out,) = pointwise(lambda x: (self.merge(x),), tile, (mixed,), list(self.out.parameters()))
+        return (out, first) if self.value_residual else out
+
+    def _carry(self, x: Tensor, rotary: Tensor | None, carried: State, first: Tensor | None) -> tuple[Any, ...]:
+        qkv, rest = self.qkv(x), carried
+        if self.conv is not None:
+            qkv, before = self.conv.following(qkv, carried[-1] if carried else None)
+            rest = carried[:-1]
+        q, k, v = self._heads(qkv, rotary)
+        v, first = self.with_first(v, first)
+        mixed, state = carried_attention(q, k, v, rest, self.call())
+        return self._results(self.merge(mixed), state if self.conv is None else (*state, before), first)
+
+    def _results(self, out: Tensor, state: Any, first: Tensor) -> tuple[Any, ...]:
+        return (out, state, first) if self.value_residual else (out, state)
+
+    def _project_tiles(
+        self,
+        x: Tensor,
+        rotary: Tensor | None,
+        padding: Tensor | None,
+        segments: Tensor | SlicedDocuments | None,
+        norm: nn.Module | None,
+        tile: int,
+    ) -> tuple[Tensor, ...]:
+        """:meth:`project` a tile at a time, but for the convolution, which reads neighbours."""
+        learned = [*self.qkv.parameters(), *([] if norm is None else norm.parameters())]
+        normed = [] if self.log_temperature is None else [self.log_temperature]
+        tables = () if rotary is None else (rotary,)
 
         def project(x: Tensor, *table: Tensor) -> tuple[Tensor, ...]:
-            return self.project(x if norm is None else norm(x), *table)
+            return self._heads(self.qkv(x if norm is None else norm(x)), *table)
 
-        learned = [*self.qkv.parameters(), *([] if norm is None else norm.parameters())]
-        learned += [] if self.log_temperature is None else [self.log_temperature]
-        q, k, v = pointwise(project, tile, (x,) if rotary is None else (x, rotary), learned)
-        mixed = self.mix(q, k, v, padding, segments)
-        return pointwise(lambda x: (self.merge(x),), tile, (mixed,), list(self.out.parameters()))[0]
+        if self.conv is None:
+            return pointwise(project, tile, (x, *tables), learned + normed)
+        (qkv,) = pointwise(lambda x: (self.qkv(x if norm is None else norm(x)),), tile, (x,), learned)
+        return pointwise(self._heads, tile, (self.conv(qkv, padding, segments, self.context), *tables), normed)
 
     def merge(self, mixed: Tensor) -> Tensor:
         """The heads' results (B, H, L, D) to (B, L, E), by the output's map."""
@@ -142,8 +187,13 @@ class FavorAttention(nn.Module):
 
     @torch.no_grad()
     def prefill(
-        self, x: Tensor, *, padding: Tensor | None = None, rotary: Tensor | None = None
-    ) -> tuple[Tensor, RecurrentState]:
+        self,
+        x: Tensor,
+        *,
+        padding: Tensor | None = None,
+        rotary: Tensor | None = None,
+        first: Tensor | None = None,
+    ) -> Any:
         """The forward pass over a prompt, and the state to go on from with :meth:`decode`. No gradients.
 
         The state keeps the projections of this moment. Its size is fixed, except for ``kind="exact"``: there it is a
@@ -152,21 +202,49 @@ class FavorAttention(nn.Module):
         Raises:
             ValueError: if not causal.
         """
-        out, state = read(*self.project(x, rotary), self.call(), padding)
-        return self.merge(out), state
+        qkv, before = self._following(self.qkv(x), None, padding)
+        q, k, v = self._heads(qkv, rotary)
+        v, first = self.with_first(v, first)
+        out, state = read(q, k, v, self.call(), padding)
+        return self._results(self.merge(out), replace(state, before=before), first)
 
     @torch.no_grad()
     def decode(
-        self, x: Tensor, state: RecurrentState, *, rotary: Tensor | None = None
-    ) -> tuple[Tensor, RecurrentState]:
+        self, x: Tensor, state: RecurrentState, *, rotary: Tensor | None = None, first: Tensor | None = None
+    ) -> Any:
         """The next position x (B, 1, E), or the next few. ``rotary`` is the table of their positions."""
-        out, state = decode(*self.project(x, rotary), state)
-        return self.merge(out), state
+        qkv, before = self._following(self.qkv(x), state.before, None)
+        q, k, v = self._heads(qkv, rotary)
+        v, first = self.with_first(v, first)
+        out, state = decode(q, k, v, state)
+        return self._results(self.merge(out), replace(state, before=before), first)
 
-    def project(self, x: Tensor, rotary: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def _following(self, qkv: Tensor, before: Tensor | None, padding: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.conv is None or not self.causal:  # which decoding refuses
+            return qkv, None
+        return self.conv.following(qkv, before, padding)
+
+    def project(
+        self,
+        x: Tensor,
+        rotary: Tensor | None = None,
+        padding: Tensor | None = None,
+        segments: Tensor | SlicedDocuments | None = None,
+    ) -> tuple[Tensor, ...]:
         """Queries, keys and values (B, H, L, D) of x (B, L, E), normalised and rotated."""
         floating(x=x)
-        return split_heads(self.qkv(x), self.heads, rotary, self.log_temperature, self.options.backend)
+        qkv = self.qkv(x)
+        return self._heads(qkv if self.conv is None else self.conv(qkv, padding, segments, self.context), rotary)
+
+    def _heads(self, qkv: Tensor, rotary: Tensor | None = None) -> tuple[Tensor, ...]:
+        return split_heads(qkv, self.heads, rotary, self.log_temperature, self.options.backend)
+
+    def with_first(self, v: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
+        """This layer's values, those of the first layer mixed in if it does so; and the first layer's."""
+        if self.value_mix is None or first is None:
+            return v, v
+        # lerp() would keep both, which are parts of larger tensors.
+        return v + self.value_mix.to(v.dtype) * (first - v), first
 
     def mix(
         self,

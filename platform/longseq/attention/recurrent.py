@@ -87,7 +87,8 @@ class RecurrentState:
         recent: the keys inside the window. None: there is no window.
         decay: γ of each row, (N, 1, 1), or None.
         shape: (batch, heads, head_dim, value_dim); N = batch · heads.
-        dtype: of everything it holds.
+        dtype: of everything it holds, but for ``before``.
+        before: what the module's short convolution needs of the last positions, (batch, width − 1, 3E), or None.
     """
 
     far: Far | None
@@ -95,6 +96,7 @@ class RecurrentState:
     decay: Tensor | None
     shape: tuple[int, int, int, int]
     dtype: torch.dtype
+    before: Tensor | None = None
 
     def select(self, sequences: Tensor) -> RecurrentState:
         """The state of other sequences of the batch, in another order, or one several times.
@@ -111,7 +113,8 @@ class RecurrentState:
         if recent is not None:
             recent = Recent(recent.k[rows], recent.values[rows], recent.log_weight[rows], recent.rolling)
         decay = None if decay is None else decay[rows]
-        return RecurrentState(far, recent, decay, (len(sequences), *self.shape[1:]), self.dtype)
+        before = None if self.before is None else self.before[sequences]
+        return RecurrentState(far, recent, decay, (len(sequences), *self.shape[1:]), self.dtype, before)
 
 
 def prefill(

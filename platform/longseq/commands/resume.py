@@ -2,6 +2,8 @@
 
 trainer.devices, zero_stage, accumulate and strategy may be others than before: the steps stay those of the same samples
 (data.batch_tokens is the step of all processes together). The precision must be that of the checkpoint.
+run.branch=NAME leaves RUN as it is, and begins a run NAME at its newest checkpoint, or at the one that is given in its
+place: with another schedule, say (optim.schedule=wsd trainer.max_steps=...).
 """
 
 from __future__ import annotations

@@ -274,6 +274,17 @@ def _check_offload(config: Config) -> None:
             "trainer.activation_offload keeps what a recomputation starts from: set trainer."
             "activation_checkpointing=true too."
         )
+    if config.optim.name == "muon" and config.optim.implementation != "torch":
+        raise ConfigError(
+            f"optim.name=muon and optim.implementation={config.optim.implementation}: that is one of DeepSpeed's "
+            "AdamWs; leave it out."
+        )
+    if config.optim.name == "muon" and trainer.offload_optimizer != "none":
+        raise ConfigError(
+            f"optim.name=muon and trainer.offload_optimizer={trainer.offload_optimizer}: matrices are put together "
+            "where their gradients are, and offloaded ones cannot be; set trainer.offload_optimizer=none, or take "
+            "optim.name=adamw."
+        )
     if config.optim.implementation != "torch" and trainer.strategy != "deepspeed":
         raise ConfigError(
             f"optim.implementation={config.optim.implementation} is DeepSpeed's, but trainer.strategy="

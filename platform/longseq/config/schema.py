@@ -6,7 +6,7 @@ No torch here. ``config.loading`` reads YAML files and overrides into these clas
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from longseq.attention.options import AttentionOptions
@@ -15,8 +15,8 @@ from longseq.config import checks as config_checks
 from longseq.config.durations import duration_seconds
 from longseq.config.sources import Source
 from longseq.errors import ConfigError
-from longseq.models.presets import PRESETS
-from longseq.models.spec import ROTARY_BASE, PerformerSpec
+from longseq.models.presets import BLOCK_KEYS, BLOCKS, PRESETS, BlockRecipe
+from longseq.models.spec import FFNS, NORMS, ROTARY_BASE, PerformerSpec
 from longseq_data.readers.formats import FORMATS
 
 
@@ -24,6 +24,11 @@ from longseq_data.readers.formats import FORMATS
 class RunConfig:
     name: str | None = key(None, "folder of the run under run.dir; default: name of the config file and the time")
     dir: str = key("runs", "where run folders are made")
+    branch: str | None = key(
+        None,
+        "`longseq resume`: name of a new run, next to this one, that goes on from its checkpoint with other keys, a "
+        "schedule that ends say; this run stays as it is",
+    )
     seed: int = key(0, "everything random is a function of it: data order, masking, projections, weights", at_least=0)
 
 
@@ -34,6 +39,29 @@ class ModelConfig:
     depth: int | None = key(None, "number of blocks", at_least=1)
     heads: int | None = key(None, "attention heads; dim / heads must be even", at_least=1)
     ffn_dim: int | None = key(None, "width of the MLP's hidden layer", at_least=1)
+    block: str = key(
+        "classic",
+        "what blocks are made of, for the five keys below and attention.qk_norm where they are null; classic: "
+        "layernorm, gelu, biases and nothing else; modern: rmsnorm, swiglu, no biases, a convolution of width 4, the "
+        "value residual and qk_norm",
+        choices=tuple(BLOCKS),
+    )
+    norm_kind: str | None = key(None, "what norms divide by: deviation or root mean square", choices=NORMS)
+    ffn: str | None = key(
+        None,
+        "the MLP's activation; swiglu has three matrices of two thirds of ffn_dim, so that the number of weights stays",
+        choices=FFNS,
+    )
+    bias: bool | None = key(None, "biases in MLPs and norms")
+    conv: int | None = key(
+        None,
+        "width of a short convolution on queries, keys and values, each channel by itself; with a masked objective "
+        "centred; 0: none",
+        at_least=0,
+    )
+    value_residual: bool | None = key(
+        None, "each layer mixes the first layer's values into its own, in a share that each head learns"
+    )
     dropout: float = key(0.0, "probability, on the embedding and on each residual branch", at_least=0, below=1)
     objective: str = key("causal", "predict the next token, or 15 % masked ones", choices=("causal", "masked"))
     init_from: str | None = key(
@@ -71,6 +99,18 @@ class ModelConfig:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig(AttentionOptions):
+    """Attention's options; which blocks have qk_norm is a matter of model.block."""
+
+    qk_norm: bool | None = key(  # type: ignore[assignment]
+        None,
+        "unit-length queries and keys with a learned temperature per head (next to no effect with kernel relu); "
+        "default: as model.block says, classic false",
+    )
+
+
+SCHEDULES = ("cosine", "wsd", "inverse_sqrt", "constant")
 Sources = list[Any]  # names of files, or each a config.sources.Source
 
 
@@ -186,10 +226,25 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    lr: float = key(1e-3, "peak learning rate of AdamW", at_least=0)
+    name: str = key(
+        "adamw",
+        "adamw, or muon: steps of the blocks' matrices are made orthogonal, and AdamW takes the other weights; one "
+        "rate serves both",
+        choices=("adamw", "muon"),
+    )
+    lr: float = key(1e-3, "peak learning rate", at_least=0)
     warmup_steps: int = key(100, "steps of linear warm-up", at_least=0)
-    schedule: str = key("cosine", "after the warm-up", choices=("cosine", "constant"))
-    final_lr: float = key(0.1, "where the cosine ends, as a share of lr", at_least=0)
+    schedule: str = key(
+        "cosine",
+        "after the warm-up: cosine down to final_lr; wsd: the peak, and over the last decay_fraction of the steps down "
+        "to final_lr; inverse_sqrt: falls with the square root of the step; or constant",
+        choices=SCHEDULES,
+    )
+    final_lr: float = key(0.1, "where cosine and wsd end, as a share of lr", at_least=0)
+    decay_fraction: float = key(
+        0.2, "with schedule wsd: the share of trainer.max_steps in which the rate falls", at_least=0, below=1
+    )
+    momentum: float = key(0.95, "Muon's momentum", at_least=0, below=1)
     betas: list[float] = key([0.9, 0.98], "AdamW's decay rates")
     eps: float = key(1e-9, "AdamW's epsilon", at_least=0)
     weight_decay: float = key(0.1, "on matrices; not on embeddings, norms and biases", at_least=0)
@@ -302,7 +357,7 @@ class Config:
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    attention: AttentionOptions = field(default_factory=AttentionOptions)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -341,6 +396,13 @@ class Config:
         """Sequences of one optimiser step, over all processes and accumulated batches; with bucket the fewest."""
         return self.data.batch_tokens // self.data.length
 
+    @property
+    def block(self) -> BlockRecipe:
+        """What blocks are made of: the keys that are given, the others by model.block."""
+        recipe = BLOCKS[self.model.block]
+        given = {name: getattr(self.model, name) for name in BLOCK_KEYS} | {"qk_norm": self.attention.qk_norm}
+        return replace(recipe, **{name: value for name, value in given.items() if value is not None})
+
     def performer_spec(self, vocabulary: int, *, on_cuda: bool = False) -> PerformerSpec:
         """The model's architecture, sizes filled in from the preset where they are null.
 
@@ -359,7 +421,7 @@ class Config:
                 ffn_dim=model.ffn_dim or size.ffn_dim,
                 causal=model.objective == "causal",
                 dropout=model.dropout,
-                **vars(self.attention),
+                **{**vars(self.attention), **vars(self.block)},
                 seed=self.run.seed,
                 position=model.position,
                 max_positions=model.max_positions,

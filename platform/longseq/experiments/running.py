@@ -228,7 +228,7 @@ def facts(plan: Plan, settings: Settings, found: dict[str, dict[str, Any]]) -> s
             spec = config.performer_spec(29)
             tokens = config.trainer.max_steps * config.data.batch_tokens
             return (
-                f"{spec.depth} layers, {spec.heads} heads, width {spec.dim}, MLP {spec.ffn_dim}, "
+                f"{spec.depth} layers, {spec.heads} heads, width {spec.dim}, MLP {spec.hidden}, "
                 f"{spec.features} features; {config.trainer.max_steps:,} steps of {config.data.batch_tokens:,} tokens "
                 f"= {tokens:,} tokens a run, "
                 f"length {config.data.length}"

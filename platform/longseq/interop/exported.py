@@ -115,11 +115,13 @@ def sections_of(config: Config) -> dict[str, dict[str, Any]]:
     """The part of a configuration that is the model's own, sizes filled in."""
     spec = config.performer_spec(vocabulary=2)
     sizes = {"dim": spec.dim, "depth": spec.depth, "heads": spec.heads, "ffn_dim": spec.ffn_dim}
-    model = {**asdict(config.model), **sizes}
+    block = asdict(config.block)
+    attention = {**asdict(config.attention), "qk_norm": block.pop("qk_norm")}
+    model = {**asdict(config.model), **sizes, **block}
     return {
         "run": {"seed": config.run.seed},
         "model": {name: value for name, value in model.items() if name not in _NOT_ITS_OWN},
-        "attention": {name: v for name, v in asdict(config.attention).items() if name not in _NOT_ITS_OWN},
+        "attention": {name: v for name, v in attention.items() if name not in _NOT_ITS_OWN},
         "data": {name: getattr(config.data, name) for name in _DATA},
     }
 
@@ -135,7 +137,7 @@ def description(config: Config, tokens: Vocabulary, step: int) -> dict[str, Any]
         "hidden_size": spec.dim,
         "num_hidden_layers": spec.depth,
         "num_attention_heads": spec.heads,
-        "intermediate_size": spec.ffn_dim,
+        "intermediate_size": spec.hidden,
         "bos_token_id": tokens.bos,
         "eos_token_id": tokens.eos,
         "pad_token_id": tokens.pad,

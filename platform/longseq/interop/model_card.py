@@ -50,8 +50,8 @@ def model_card(source: Source) -> str:
     tokens = Path(source.vocabulary.name).name
     what = (
         f"A {config.model.objective} language model of {spec.parameter_count:,} parameters: {spec.depth} blocks, "
-        f"{spec.heads} heads, width {spec.dim}, MLP {spec.ffn_dim}, {attention}; {source.vocabulary.size:,} tokens "
-        f"({tokens})."
+        f"{spec.heads} heads, width {spec.dim}, MLP {spec.hidden}, {f'{spec.made_of}, ' if spec.made_of else ''}"
+        f"{attention}; {source.vocabulary.size:,} tokens ({tokens})."
     )
     parts = [_HEAD.format(name=source.name, what=what), "\n## Training\n\n", *_training(source)]
     scores = list(_scores(source))
@@ -71,7 +71,8 @@ def _training(source: Source) -> Iterator[str]:
     if source.run:
         yield f"- tokens per step: {data.batch_tokens:,}, in sequences of {data.length} (packing {data.packing})\n"
         optim = config.optim
-        yield f"- AdamW: lr {optim.lr:g}, {optim.schedule} after {optim.warmup_steps} steps of warm-up, "
+        yield f"- {'AdamW' if optim.name == 'adamw' else 'Muon and AdamW'}: lr {optim.lr:g}, "
+        yield f"{optim.schedule} after {optim.warmup_steps} steps of warm-up, "
         yield f"weight decay {optim.weight_decay:g}, clip {optim.clip:g}; {config.trainer.precision}\n"
     if config.model.init_from:
         yield f"- began with the weights of {Path(config.model.init_from).name}\n"

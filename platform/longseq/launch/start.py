@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -13,14 +14,14 @@ from longseq.config.loading import load_config, save_config
 from longseq.config.schema import Config
 from longseq.data import begin_reading, fix_order, identities, resolve_sources
 from longseq.data_report import check_data
-from longseq.errors import EXIT_GO_ON, LongseqError, RunError
+from longseq.errors import EXIT_GO_ON, ConfigError, LongseqError, RunError
 from longseq.launch import local
 from longseq.launch.before import check_disk, check_origin, say_schedule
 from longseq.launch.slurm.place import refuse_several_tasks
 from longseq.launch.slurm.state import check_free
 from longseq.runs import starts
 from longseq.runs.changes import FIXED, check_precision, note_weights, refuse_changes
-from longseq.runs.checkpoint import Checkpoint, go_back_to, remove_partials
+from longseq.runs.checkpoint import Checkpoint, copied, go_back_to, remove_partials, step_of
 from longseq.runs.curves import read_curves
 from longseq.runs.owner import Process, words_of
 from longseq.runs.run import Run, as_typed
@@ -57,6 +58,11 @@ def fit(config: str | Path, overrides: Sequence[str] = ()) -> Training:
     path = Path(config)
     refuse_several_tasks(os.environ, "fit")
     settings = load_config(path, list(overrides))
+    if settings.run.branch is not None:
+        raise ConfigError(
+            f"run.branch={settings.run.branch} goes on from a run's checkpoint, and a new run has none: leave it out, "
+            "or branch off a run with `longseq resume RUN run.branch=NAME`."
+        )
     resolve_sources(settings)
     fit_parts(settings)
     fix_order(settings)
@@ -76,10 +82,10 @@ def fit(config: str | Path, overrides: Sequence[str] = ()) -> Training:
 
 
 def resume(folder: str | Path, overrides: Sequence[str] = (), *, take_over: bool = False) -> Training:
-    """Go on with a run from its newest whole checkpoint.
+    """Go on with a run from its newest whole checkpoint, or with ``run.branch=NAME`` begin a new run there.
 
     Args:
-        folder: of the run.
+        folder: of the run; for a branch one of its checkpoints, too.
         overrides: ``section.key=value``: what may change, such as trainer.devices or trainer.max_steps.
         take_over: start although what had the run cannot be asked whether it still trains.
 
@@ -88,9 +94,18 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), *, take_over: bool
             finished or trains elsewhere.
     """
     refuse_several_tasks(os.environ, "resume")
-    run = Run.open(str(folder))
+    given = user_path(folder).resolve()
+    chosen = Checkpoint(given) if step_of(given) is not None else None
+    run = Run.open(str(given.parent.parent if chosen else folder))
     before, config = run.config(), run.config(tuple(overrides))
     resolve_sources(config)
+    if config.run.branch is not None:
+        return _branch(run, before, config, chosen)
+    if chosen:
+        raise RunError(
+            f"{folder}: a checkpoint, and a run goes on from its newest one: name the run, or give the new run that "
+            "begins here a name with run.branch=NAME."
+        )
     refuse_changes(before, config, run, FIXED)
     data = identities(config)
     if not config.data.accept_changes:
@@ -128,6 +143,48 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), *, take_over: bool
                 if checkpoint and checkpoint.position.step >= before.trainer.max_steps:
                     run.mark_finished(checkpoint.position.step)
             raise
+
+
+def _branch(run: Run, before: Config, config: Config, chosen: Checkpoint | None) -> Training:
+    """A new run that begins with a copy of a checkpoint of ``run``, the newest unless one is ``chosen``."""
+    name, config.run.branch = config.run.branch, None
+    refuse_changes(before, config, run, FIXED)
+    data = identities(config)
+    if not config.data.accept_changes:
+        run.check_data(config, data)
+    config.data.accept_changes = False
+    checkpoint = chosen or run.newest_checkpoint()[0]
+    if checkpoint is None:
+        raise RunError(f"{run.path}: has no checkpoint yet to branch off: wait for one, or start a run of its own.")
+    problem = checkpoint.problem()
+    if problem is not None:
+        raise problem
+    step = checkpoint.position.step
+    _compare(checkpoint, config)
+    say_schedule(before, config, step)
+    if step >= config.trainer.max_steps:
+        raise RunError(
+            f"{checkpoint.path}: trained for {step} steps, and trainer.max_steps={config.trainer.max_steps}: raise it, "
+            f"e.g. trainer.max_steps={step + max(1, step // 4)}."
+        )
+    note_weights(before, config, checkpoint.position.samples)
+    begin_reading(config)
+    check_data(config, begun=True)
+    check_deepspeed(config)
+    config.run.name, config.run.dir = name, str(run.path.parent)
+    check_disk(config, run.path.parent)
+    branch = Run.create(config, default_name=str(name))
+    try:
+        first = copied(checkpoint, branch.checkpoints_dir)
+        branch.record_origin(checkpoint.path, step)
+        with branch.locked():
+            branch.record_data(data)
+            return _train(branch, config, first)
+    except LongseqError:
+        newest = branch.last_good()
+        if (newest is None or newest.step == step) and not branch.has_output():  # nothing came of it
+            shutil.rmtree(branch.path, ignore_errors=True)
+        raise
 
 
 def _compare(checkpoint: Checkpoint, config: Config) -> None:

@@ -163,15 +163,20 @@ def block_bytes(spec: PerformerSpec, config: Config, width: int, *, triton: bool
     """Bytes per token that the backward pass of one block needs: those that its forward pass saves.
 
     The residual stream twice, both norms' outputs and the attention's output as its map reads it; the hidden layer
-    before and after its activation; queries, keys, values and output of attention; and what its kind keeps.
+    before and after its activation; queries, keys, values and output of attention; and what its kind keeps. What goes
+    through a convolution is kept before it and behind it, and so are values that the first layer's are mixed into.
     """
     dim, heads = spec.dim, spec.heads
-    total = width * (5.0 * dim + 2 * spec.ffn_dim) + 2 * 2 * 4  # and the norms' means and deviations
+    hidden = (3 if spec.ffn == "swiglu" else 2) * spec.hidden
+    total = width * (5.0 * dim + hidden) + 2 * 4 * (1 if spec.norm_kind == "rmsnorm" else 2)  # and the norms' numbers
+    total += width * 3 * dim if spec.conv else 0
     # q, k and v are slices of one tensor, which lives on as long as one of them is needed as it is; but not where
     # longseq.attention.backends.triton.heads takes them apart.
-    whole_qkv = spec.kind == "exact" or config.batch_sequences == 1
+    whole_qkv = (spec.kind == "exact" or config.batch_sequences == 1) and not spec.value_residual
+    if spec.value_residual:
+        total += width * dim  # what the first layer's values differ by
     if spec.kind == "exact":
-        total += width * (3 + 2 + 1) * dim + 4 * heads
+        total += width * ((3 if whole_qkv else 1) + 2 + 1) * dim + 4 * heads
         total += _mask(spec, config)
     else:
         total += width * (3 if whole_qkv and not triton else 1) * dim  # all of them, or the values
@@ -264,4 +269,5 @@ def _backward(spec: PerformerSpec, width: int) -> float:
     In the MLP the gradients of the residual stream and of the hidden layer; in the attention, where the MLP's are gone,
     those of q, k, v, its output and their copies.
     """
-    return width * max(spec.dim + spec.ffn_dim, 8 * spec.dim - 2 * spec.ffn_dim)
+    kept, gone = (3, 3) if spec.ffn == "swiglu" else (1, 2)
+    return width * max(spec.dim + kept * spec.hidden, (8 + 6 * bool(spec.conv)) * spec.dim - gone * spec.hidden)

@@ -14,7 +14,8 @@ from longseq.models.spec import PerformerSpec
 
 def training_flops(spec: PerformerSpec, length: int) -> float:
     """FLOPs of one token in a sequence of ``length``, embedding look-ups and norms left out."""
-    linear = spec.depth * (4 * spec.dim**2 + 2 * spec.dim * spec.ffn_dim) + spec.vocabulary * spec.dim
+    linear = spec.depth * (4 * spec.dim**2 + 3 * spec.dim * spec.conv) + spec.vocabulary * spec.dim
+    linear += spec.depth * (3 if spec.ffn == "swiglu" else 2) * spec.dim * spec.hidden
     linear += spec.dim**2 if spec.head == "transform" else 0
     attention = flops.attention(spec, spec.head_dim, length, causal=spec.causal, chunk=CHUNK).both.strict
     return 6 * linear + spec.depth * spec.heads * attention

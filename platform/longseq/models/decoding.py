@@ -110,6 +110,8 @@ def _of_layer(layer: RecurrentState) -> list[Tensor]:
     found: list[Tensor] = []
     if layer.far is not None:
         found += [layer.far.state.sums, layer.far.state.log_scale]
+    if layer.before is not None:
+        found.append(layer.before)
     if layer.recent is not None:
         found += [layer.recent.k, layer.recent.values, layer.recent.log_weight]
     return found

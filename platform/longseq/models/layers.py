@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 from torch import Tensor, nn
 
 from longseq.attention import FavorAttention, RecurrentState, SlicedDocuments
 from longseq.attention.carried import State
-from longseq.attention.narrow import Linear, narrowed
+from longseq.attention.narrow import narrowed
 from longseq.attention.tiles import pointwise
-from longseq.models.norm import Norm
+from longseq.models.mlp import SwiGLU, mlp
+from longseq.models.norm import norm
 from longseq.models.spec import PerformerSpec
 
 
@@ -22,54 +24,83 @@ class Block(nn.Module):
         self.tile = spec.tile
         self.post_norm = spec.norm == "post"
         backend = "torch" if self.post_norm else spec.backend  # a norm's result is the residual then: in fp32
-        self.attention_norm = Norm(spec.dim, spec.norm_eps, backend)
+        self.attention_norm = norm(spec.dim, spec.norm_eps, spec.norm_kind, spec.bias, backend)
         self.attention = FavorAttention(
             spec.dim,
             spec.heads,
             causal=spec.causal,
             bias=spec.attention_bias,
+            conv=spec.conv,
+            value_residual=spec.value_residual,
             seed=spec.seed,
             layer=layer,
             options=spec,
         )
-        self.mlp_norm = Norm(spec.dim, spec.norm_eps, backend)
-        self.mlp = nn.Sequential(Linear(spec.dim, spec.ffn_dim), nn.GELU(), Linear(spec.ffn_dim, spec.dim))
+        self.mlp_norm = norm(spec.dim, spec.norm_eps, spec.norm_kind, spec.bias, backend)
+        self.mlp = mlp(spec.dim, spec.hidden, spec.ffn, spec.bias)
         self.dropout = nn.Dropout(spec.dropout)
 
     def forward(
-        self, x_BLE: Tensor, padding: Tensor | None, segments: Tensor | SlicedDocuments | None, rotary: Tensor | None
-    ) -> Tensor:
-        """x (B, L, E); padding (B, L) bool, True where a token is real; segments (B, L) integers; or None."""
+        self,
+        x_BLE: Tensor,
+        padding: Tensor | None,
+        segments: Tensor | SlicedDocuments | None,
+        rotary: Tensor | None,
+        first: Tensor | None = None,
+    ) -> Any:
+        """x (B, L, E); padding (B, L) bool, True where a token is real; segments (B, L) integers; or None.
+
+        first: with ``value_residual`` the values that the block before has returned, None for the first block. Then
+        all methods return what the next block is given as ``first`` last.
+        """
+        options = {"padding": padding, "segments": segments, "rotary": rotary, "first": first}
         if not 0 < self.tile < x_BLE.shape[1]:
             with self._narrowed():
                 x_BLE, normed = self._begin(x_BLE)
-                mixed = self.attention(normed, padding=padding, segments=segments, rotary=rotary)
-                return self._add(x_BLE, mixed)
+                mixed, *handed = self._attended(self.attention(normed, **options))
+                return self._results(self._add(x_BLE, mixed), handed)
         tile, norm = self.tile, None if self.post_norm else self.attention_norm
-        mixed = self.attention(x_BLE, padding=padding, segments=segments, rotary=rotary, norm=norm, tile=tile)
+        mixed, *handed = self._attended(self.attention(x_BLE, norm=norm, tile=tile, **options))
         learned = [*self.mlp_norm.parameters(), *self.mlp.parameters()]
         learned += self.attention_norm.parameters() if self.post_norm else []
         random = self.training and self.dropout.p > 0
-        return pointwise(lambda *parts: (self._add(*parts),), tile, (x_BLE, mixed), learned, random=random)[0]
+        (x_BLE,) = pointwise(lambda *parts: (self._add(*parts),), tile, (x_BLE, mixed), learned, random=random)
+        return self._results(x_BLE, handed)
 
-    def carry(self, x_BTE: Tensor, state: State, rotary: Tensor | None) -> tuple[Tensor, State]:
+    def carry(self, x_BTE: Tensor, state: State, rotary: Tensor | None, first: Tensor | None = None) -> tuple[Any, ...]:
         """The forward pass of a causal block over the next tile of a sequence, and the attention's state behind it."""
         with self._narrowed():
             x_BTE, normed = self._begin(x_BTE)
-            mixed, state = self.attention(normed, rotary=rotary, carried=state)
-            return self._add(x_BTE, mixed), state
+            mixed, *rest = self.attention(normed, rotary=rotary, carried=state, first=first)
+            return self._add(x_BTE, mixed), *rest
 
-    def prefill(self, x_BLE: Tensor, padding: Tensor | None, rotary: Tensor | None) -> tuple[Tensor, RecurrentState]:
+    def prefill(
+        self, x_BLE: Tensor, padding: Tensor | None, rotary: Tensor | None, first: Tensor | None = None
+    ) -> tuple[Any, ...]:
         """The forward pass over a prompt, and the attention's state after it."""
         x_BLE, normed = self._begin(x_BLE)
-        mixed, state = self.attention.prefill(normed, padding=padding, rotary=rotary)
-        return self._add(x_BLE, mixed), state
+        mixed, *rest = self.attention.prefill(normed, padding=padding, rotary=rotary, first=first)
+        return self._add(x_BLE, mixed), *rest
 
-    def decode(self, x_BLE: Tensor, state: RecurrentState, rotary: Tensor | None) -> tuple[Tensor, RecurrentState]:
-        """The next position, or the next few."""
+    def decode(
+        self, x_BLE: Tensor, state: RecurrentState, rotary: Tensor | None, first: Tensor | None = None
+    ) -> tuple[Any, ...]:
+        """The next position, or the next few, and the attention's state after them."""
         x_BLE, normed = self._begin(x_BLE)
-        mixed, state = self.attention.decode(normed, state, rotary=rotary)
-        return self._add(x_BLE, mixed), state
+        mixed, *rest = self.attention.decode(normed, state, rotary=rotary, first=first)
+        return self._add(x_BLE, mixed), *rest
+
+    def matrices(self) -> dict[nn.Parameter, int]:
+        """The weights of the linear maps, each with how many maps it holds on top of each other."""
+        gated = 2 if isinstance(self.mlp[1], SwiGLU) else 1
+        maps = ((self.attention.qkv, 3), (self.attention.out, 1), (self.mlp[0], gated), (self.mlp[2], 1))
+        return {linear.weight: count for linear, count in maps}  # type: ignore[misc]
+
+    def _attended(self, found: Any) -> tuple[Tensor, ...]:
+        return found if self.attention.value_residual else (found,)
+
+    def _results(self, x_BLE: Tensor, handed: list[Tensor]) -> Any:
+        return (x_BLE, *handed) if handed else x_BLE
 
     def _narrowed(self) -> AbstractContextManager[None]:
         return narrowed([self.attention.qkv, self.attention.out, self.mlp[0], self.mlp[2]])

@@ -19,6 +19,7 @@ from longseq.attention.tiles import recurrence
 from longseq.errors import LongseqError
 from longseq.models.head import Head, TransformHead
 from longseq.models.layers import Block
+from longseq.models.norm import norm
 from longseq.models.offload import Offload
 from longseq.models.spec import PerformerSpec
 
@@ -47,10 +48,13 @@ class PerformerLM(nn.Module):
         self.spec = spec
         self.embedding = nn.Embedding(spec.vocabulary, spec.dim)
         self.positions = nn.Embedding(spec.max_positions, spec.dim) if spec.position == "learned" else None
-        self.embedding_norm = nn.LayerNorm(spec.dim, eps=spec.norm_eps) if spec.embedding_norm else None
+        self.embedding_norm = (
+            norm(spec.dim, spec.norm_eps, spec.norm_kind, spec.bias, "torch") if spec.embedding_norm else None
+        )
         self.dropout = nn.Dropout(spec.dropout)
         self.blocks = nn.ModuleList(Block(spec, layer) for layer in range(spec.depth))
-        self.norm = nn.LayerNorm(spec.dim, eps=spec.norm_eps) if spec.norm == "pre" else nn.Identity()
+        last = norm(spec.dim, spec.norm_eps, spec.norm_kind, spec.bias, "torch")
+        self.norm = last if spec.norm == "pre" else nn.Identity()
         self.head = (
             TransformHead(spec.dim, spec.vocabulary, spec.norm_eps)
             if spec.head == "transform"
@@ -101,14 +105,16 @@ class PerformerLM(nn.Module):
         if recompute and not x.requires_grad:
             x.requires_grad_()  # a frozen embedding: reentrant checkpoints give gradients only if their input wants one
         offload = Offload()
+        first: list[Tensor] = []  # with spec.value_residual the first layer's values
         for block in self.blocks:
             if recompute and self.training:
                 # Reentrant: ZeRO-3 gathers weights in module hooks, and the other kind checks saved shapes against
                 # weights that are partitioned again by then.
                 with offload.of(x) if self.spec.activation_offload else nullcontext():
-                    x = checkpoint(block, x, padding, documents, rotary, use_reentrant=True)
+                    found = checkpoint(block, x, padding, documents, rotary, *first, use_reentrant=True)
             else:
-                x = block(x, padding, documents, rotary)
+                found = block(x, padding, documents, rotary, *first)
+            x, *first = found if self.spec.value_residual else (found,)
         return self.norm(x)
 
     @torch.no_grad()
@@ -146,9 +152,10 @@ class PerformerLM(nn.Module):
         x = self._embed(tokens, positions, padding)  # (B, L, E)
         rotary = self._rotary(positions)
         layers = []
+        first: list[Tensor] = []
         for block in self.blocks:
             assert isinstance(block, Block)
-            x, state = block.prefill(x, padding, rotary)
+            x, state, *first = block.prefill(x, padding, rotary, *first)
             layers.append(state)
         following = tokens.new_full((len(tokens),), tokens.shape[1])
         if padding is not None:
@@ -164,9 +171,10 @@ class PerformerLM(nn.Module):
         x = self._embed(token[:, None], state.positions[:, None], None)  # (B, 1, E)
         rotary = self._rotary(state.positions[:, None])
         layers = []
+        first: list[Tensor] = []
         for block, before in zip(self.blocks, state.layers, strict=True):
             assert isinstance(block, Block)
-            x, after = block.decode(x, before, rotary)
+            x, after, *first = block.decode(x, before, rotary, *first)
             layers.append(after)
         return self.head(self.norm(x[:, 0])), DecodingState(tuple(layers), state.positions + 1)
 
@@ -203,9 +211,10 @@ class PerformerLM(nn.Module):
             rotary = self._rotary(positions)
             size = len(before) // layers  # tensors per layer
             behind: list[Tensor] = []
+            first: list[Tensor] = []
             for number, block in enumerate(self.blocks):
                 assert isinstance(block, Block)
-                x, state = block.carry(x, before[number * size : (number + 1) * size], rotary)
+                x, state, *first = block.carry(x, before[number * size : (number + 1) * size], rotary, *first)
                 behind += state
             return self.head(self.norm(x), targets[:, start:stop]), tuple(behind)
 

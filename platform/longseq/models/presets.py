@@ -1,8 +1,28 @@
-"""Model sizes by name. No torch here: the command line reads them before anything heavy is imported."""
+"""Model sizes and blocks by name. No torch here: the command line reads them before anything heavy is imported."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BlockRecipe:
+    """What a block is made of, under the names of the configuration."""
+
+    norm_kind: str
+    ffn: str
+    bias: bool
+    conv: int
+    value_residual: bool
+    qk_norm: bool  # of the section attention
+
+
+BLOCK_KEYS = ("norm_kind", "ffn", "bias", "conv", "value_residual")  # of the section model
+# A run is what its recipe says: another one gets another name, and these stay.
+BLOCKS: dict[str, BlockRecipe] = {
+    "classic": BlockRecipe("layernorm", "gelu", bias=True, conv=0, value_residual=False, qk_norm=False),
+    "modern": BlockRecipe("rmsnorm", "swiglu", bias=False, conv=4, value_residual=True, qk_norm=True),
+}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from longseq.attention.options import AttentionOptions
 
 EXPORTED = "model."  # before each weight's name in an exported folder: the transformers model holds ours under it
+NORMS = ("layernorm", "rmsnorm")
+FFNS = ("gelu", "swiglu", "relu2")
 ROTARY_BASE = 10_000.0  # Su et al. 2021, arXiv 2104.09864
 
 
@@ -36,6 +38,11 @@ class PerformerSpec(AttentionOptions):
     attention_bias: bool = False
     head: str = "linear"  # or "transform": linear, GELU and norm before it, and a bias on the logits (BERT's)
     mask_scaling: bool = False  # ESM's "token dropout": MASK, the last id, embeds as 0, and the others are scaled
+    norm_kind: str = "layernorm"  # or "rmsnorm"
+    ffn: str = "gelu"  # or "swiglu", "relu2": see longseq.models.mlp
+    bias: bool = True  # of the MLPs' linear maps and the norms
+    conv: int = 0  # width of a depthwise convolution on queries, keys and values; 0: none
+    value_residual: bool = False  # layers mix the first one's values into theirs
     seed: int = 0
     activation_checkpointing: bool = False
     activation_offload: bool = False
@@ -60,6 +67,12 @@ class PerformerSpec(AttentionOptions):
                 f"model.rotary_base={self.rotary_base:g} and model.position=learned: learned positions do not "
                 "rotate; leave it out"
             )
+        if self.attention_bias and not self.bias:
+            raise ValueError(
+                "model.attention_bias=true and model.bias=false contradict each other: leave one of them out"
+            )
+        if self.conv == 1:
+            raise ValueError("model.conv=1 sees one position and mixes nothing: take a width from 2 on, or 0 for none")
         self.check(causal=self.causal, at="attention.")
         if self.kind == "favor" and self.learned_share and not self.window:
             raise ValueError("attention.learned_share=true has no effect without attention.window, e.g. 64")
@@ -69,9 +82,30 @@ class PerformerSpec(AttentionOptions):
         return self.dim // self.heads
 
     @property
+    def hidden(self) -> int:
+        """Width of the MLP's hidden layer: ``ffn_dim``, or with SwiGLU's three matrices in the place of two the two
+        thirds of it that keep the number of weights, a multiple of 8 where that changes it by less than 2 %."""
+        if self.ffn != "swiglu":
+            return self.ffn_dim
+        step = 8 if self.ffn_dim >= 384 else 1
+        return max(1, round(2 * self.ffn_dim / (3 * step))) * step
+
+    @property
+    def made_of(self) -> str:
+        """What blocks have beyond a plain Transformer's, for people; empty where they have nothing."""
+        parts = {
+            self.norm_kind: self.norm_kind != "layernorm",
+            self.ffn: self.ffn != "gelu",
+            "no biases": not self.bias,
+            f"convolution of {self.conv}": self.conv > 0,
+            "value residual": self.value_residual,
+        }
+        return ", ".join(name for name, there in parts.items() if there)
+
+    @property
     def tile(self) -> int:
         """Positions a tile: a window and more, so that what a tile needs of those before it is in the last one."""
-        return max(self.sequence_tile, 2 * self.window) if self.sequence_tile else 0
+        return max(self.sequence_tile, 2 * self.window, self.conv) if self.sequence_tile else 0
 
     @property
     def carries(self) -> bool:
@@ -87,13 +121,16 @@ class PerformerSpec(AttentionOptions):
     def parameter_count(self) -> int:
         """Number of weights a model of this spec has."""
         learned = self.qk_norm + (self.learned_share and self.window > 0) + self.learned_decay  # one number per head
-        attention = 4 * self.dim**2 + self.heads * learned
-        mlp = 2 * self.dim * self.ffn_dim + self.ffn_dim + self.dim
-        norms = 4 * self.dim
+        attention = 4 * self.dim**2 + self.heads * learned + 3 * self.dim * self.conv
+        mlp = (3 if self.ffn == "swiglu" else 2) * self.dim * self.hidden
+        norm = self.dim * (1 + (self.bias and self.norm_kind == "layernorm"))
+        if self.bias:
+            mlp += (2 if self.ffn == "swiglu" else 1) * self.hidden + self.dim
         if self.attention_bias:
             attention += 4 * self.dim
         ends = 2 * self.vocabulary * self.dim + self.max_positions * self.dim
-        ends += 2 * self.dim * ((self.norm == "pre") + self.embedding_norm)
+        ends += norm * ((self.norm == "pre") + self.embedding_norm)
         if self.head == "transform":
             ends += self.dim**2 + 3 * self.dim + self.vocabulary
-        return self.depth * (attention + mlp + norms) + ends
+        mixes = self.heads * (self.depth - 1) if self.value_residual else 0
+        return self.depth * (attention + mlp + 2 * norm) + mixes + ends

@@ -13,7 +13,8 @@ from longseq.pinned import Copies
 from longseq_data.files import aside
 from longseq_data.os_errors import explained, of_library
 
-_LEARNED = ("log_temperature", "log_share", "log_decay")  # of attention: qk_norm, learned_share, learned_decay
+# qk_norm, learned_share, learned_decay; and model.conv, which begins as the identity.
+_LEARNED = ("log_temperature", "log_share", "log_decay", "attention.conv.weight")
 
 
 def full_state_dict(model: nn.Module, sharded: bool, keep: bool, by: Copies | None = None) -> dict[str, Tensor]:

@@ -10,14 +10,14 @@ from longseq.config.schema import Config
 from longseq.config.sources import reweighted, unweighted
 from longseq.data import SPLITS
 from longseq.errors import RunError
-from longseq.models.presets import PRESETS
+from longseq.models.presets import BLOCK_KEYS, PRESETS
 from longseq.runs.checkpoint import Checkpoint
 from longseq.runs.run import Run
 from longseq_data.prepare.identity import identity_of
 
 # What the weights or the order of the samples depend on, and a run keeps for its life.
 FIXED = (
-    *("run.name", "run.dir", "run.seed"),
+    *("run.name", "run.dir", "run.branch", "run.seed"),
     *("model.preset", "model.dim", "model.depth", "model.heads", "model.ffn_dim", "model.objective"),
     *(
         "model.init_from",
@@ -29,6 +29,8 @@ FIXED = (
         "model.embedding_norm",
     ),
     *("model.attention_bias", "model.head", "model.mask_scaling"),
+    *(f"model.{name}" for name in BLOCK_KEYS),
+    "optim.name",
     *("attention.qk_norm", "data.train", "data.valid", "data.test", "data.valid_fraction", "data.test_fraction"),
     *("data.split_by", "data.reverse_complement", "data.length", "data.packing", "data.batch_tokens"),
     *("data.shuffle_buffer", "data.later_epochs", "data.clusters"),
@@ -76,10 +78,12 @@ def _only_moved(run: Run, split: str, before: Config, after: Config) -> bool:
 
 
 def _value(config: Config, section: str, name: str) -> object:
-    """The value of a key, and where it is null the preset's: naming the size that a model has changes nothing."""
+    """The value of a key, and where it is null the preset's or block's: naming what a model has changes nothing."""
     value = getattr(getattr(config, section), name)
     if value is None and section == "model" and name in _SIZES:
         return getattr(PRESETS[config.model.preset], name)
+    if (section, name) == ("attention", "qk_norm") or (section == "model" and name in BLOCK_KEYS):
+        return getattr(config.block, name)
     return value
 
 

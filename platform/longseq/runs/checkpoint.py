@@ -276,6 +276,28 @@ def publish(
     return Checkpoint(final)
 
 
+def copied(checkpoint: Checkpoint, directory: Path) -> Checkpoint:
+    """A copy of a checkpoint as the only one of another run, ``directory`` of it.
+
+    Raises:
+        RunError: if it cannot be copied, or its run has removed it meanwhile.
+    """
+    final = directory / checkpoint.path.name
+    partial = partial_path(directory, checkpoint.step)
+    try:
+        shutil.copytree(checkpoint.path, partial)
+    except (OSError, shutil.Error) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunError(f"{checkpoint.path}: cannot be copied to {directory} ({error}).") from None
+    partial.rename(final)
+    _point_last_at(final)
+    copy = Checkpoint(final)
+    problem = copy.problem()
+    if problem is not None:
+        raise problem
+    return copy
+
+
 def go_back_to(newest: Checkpoint, damaged: Sequence[CheckpointError]) -> list[Path]:
     """Before training goes on from ``newest``: keep the damaged ones after it under names that it leaves alone.
 

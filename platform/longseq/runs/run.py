@@ -205,6 +205,10 @@ class Run:
             raise _damaged(path) from None
         write_text(path, json.dumps([*starts, facts], indent=2) + "\n")
 
+    def record_origin(self, checkpoint: Path, step: int) -> None:
+        """Note where a branch of another run has begun."""
+        write_text(self.path / "branch.json", json.dumps({"checkpoint": str(checkpoint), "step": step}) + "\n")
+
     def record_data(self, identities: dict[str, list[str | None]]) -> None:
         """Note which data the run is trained on: of each split's sources, in their order, what tells them apart."""
         write_text(self.data_path, json.dumps(identities, indent=1) + "\n")

@@ -236,7 +236,7 @@ def _summary(task: LanguageModelling, config: Config, run: Run, start: int, devi
         step = f"up to {data.batch_tokens:,} tokens of sequences of similar length, {data.length} at most"
     lines = [
         f"model    {spec.parameter_count:,} parameters: {spec.depth} blocks, {spec.heads} heads, width {spec.dim}, "
-        f"MLP {spec.ffn_dim}; {attention}; {config.model.objective}",
+        f"MLP {spec.hidden}; {f'{spec.made_of}; ' if spec.made_of else ''}{attention}; {config.model.objective}",
         f"step     {step}, on {_processes(config)} × {trainer.accumulate} batch(es)",
         f"sharding {_SHARDING[trainer.strategy].format(trainer.zero_stage)}, {trainer.precision}",
         f"memory   {estimate(config, spec.vocabulary, on_cuda=on_cuda(config)).line()}",

@@ -1,4 +1,4 @@
-"""AdamW and the learning rate over the steps."""
+"""The optimiser, and the learning rate over the steps."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from longseq.config.schema import Config, OptimConfig
 from longseq.errors import ConfigError
+from longseq.models.layers import Block
+from longseq.training.muon import MuonAdamW
+from longseq.training.optimizer_state import holder_of
 from longseq.training.schedule import learning_rate_share
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) with weight decay on matrices only.
+    """AdamW (Loshchilov & Hutter 2019) with weight decay on matrices only; or Muon for the matrices of the blocks, and
+    AdamW for the others. Muon must be bound (:func:`bind`) before its first step.
 
     torch's is its fused one, on CUDA and on the CPU: a single pass without temporaries, which over the long tensors
     that ZeRO makes of many short ones cost a quarter of a small model's step on the CPU.
@@ -23,14 +27,24 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
         ConfigError: if one of DeepSpeed's cannot be compiled here.
     """
     embeddings = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    matrices: dict[nn.Parameter, int] = {}
+    if config.name == "muon":
+        matrices = {p: maps for m in model.modules() if isinstance(m, Block) for p, maps in m.matrices().items()}
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in model.parameters():
-        (decayed if parameter.ndim == 2 and parameter not in embeddings else plain).append(parameter)
+        if parameter not in matrices:
+            (decayed if parameter.ndim == 2 and parameter not in embeddings else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     settings: dict[str, Any] = {"lr": config.lr, "betas": (config.betas[0], config.betas[1]), "eps": config.eps}
     if config.implementation == "torch":
-        optimizer = AdamW(groups, fused=True, **settings)
+        optimizer: AdamW
+        if config.name == "muon":
+            hidden = {"params": list(matrices), "weight_decay": config.weight_decay, "momentum": config.momentum}
+            others = [{**group, "muon": False} for group in groups]
+            optimizer = MuonAdamW([{**hidden, "muon": True}, *others], matrices, **settings)
+        else:
+            optimizer = AdamW(groups, fused=True, **settings)
         # It would unscale fp16's gradients in its step; they are clipped before, so the loss scaler does it.
         optimizer._step_supports_amp_scaling = False
         return optimizer
@@ -47,6 +61,13 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
         ) from error
 
 
+def bind(module: nn.Module, optimizer: Any) -> None:
+    """Tell Muon where its matrices are, under DeepSpeed's wrapper or without. All ranks call it before a training."""
+    holder = holder_of(module, optimizer)
+    if isinstance(holder.base, MuonAdamW):
+        holder.base.bind(holder.places())
+
+
 def build_schedule(optimizer: Optimizer, config: OptimConfig, max_steps: int) -> LambdaLR:
     """Linear warm-up, then the schedule, as a function of the optimiser step."""
     return LambdaLR(optimizer, lambda step: learning_rate_share(step, config, max_steps))
@@ -57,6 +78,9 @@ def follow_config(optimizer: Any, schedule: Any, config: Config, step: int) -> N
     optim = config.optim
     lr = optim.lr * learning_rate_share(step, optim, config.trainer.max_steps)
     # The groups are those of build_optimizer, in its order.
-    for group, weight_decay in zip(optimizer.param_groups, (optim.weight_decay, 0.0), strict=True):
+    decays = (optim.weight_decay, 0.0) if optim.name == "adamw" else (optim.weight_decay, optim.weight_decay, 0.0)
+    for group, weight_decay in zip(optimizer.param_groups, decays, strict=True):
+        if group.get("muon"):
+            group["momentum"] = optim.momentum
         group.update(lr=lr, betas=tuple(optim.betas), eps=optim.eps, weight_decay=weight_decay, initial_lr=optim.lr)
     schedule.base_lrs = [optim.lr] * len(schedule.base_lrs)

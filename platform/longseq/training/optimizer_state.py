@@ -1,8 +1,8 @@
-"""Master weights and Adam's moments by parameter name, whatever holds them: DeepSpeed at any stage, or plain AdamW.
+"""Master weights and moments by parameter name, whatever holds them: DeepSpeed at any stage, or a plain optimiser.
 
-A *piece* is a run of one parameter's elements that this rank holds: views of the fp32 master weights and of both
-moments. A checkpoint stores pieces under the parameter's name and their place in it, so that another number of ranks,
-another stage or another strategy finds what it needs.
+A *piece* is a run of one parameter's elements that this rank holds: views of the fp32 master weights, and of AdamW's
+two moments or Muon's one. A checkpoint stores pieces under the parameter's name and their place in it, so that another
+number of ranks, another stage or another strategy finds what it needs.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from longseq.training.muon import MOMENTUM, MuonAdamW
+
 MASTER, MOMENTS = "fp32", ("exp_avg", "exp_avg_sq")
 
 
@@ -25,18 +27,34 @@ class Piece:
 
     name: str
     start: int
-    tensors: dict[str, Tensor]  # "fp32", "exp_avg", "exp_avg_sq"
+    tensors: dict[str, Tensor]  # "fp32", "exp_avg", "exp_avg_sq"; of Muon's matrices "fp32", "momentum_buffer"
 
     @property
     def numel(self) -> int:
         return self.tensors[MASTER].numel()
 
 
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where elements [start, start + numel) of a flattened parameter live on this rank; numel may be 0."""
+
+    parameter: nn.Parameter
+    shape: torch.Size  # of all of it
+    start: int
+    numel: int
+    master: Tensor  # fp32 weights that the optimiser steps, of several parameters in a row perhaps
+    offset: int  # in it
+    group: Any = None  # the ranks that the parameter is cut among; None: it is not
+
+
 class Holder(Protocol):
     """Where the optimiser's state lives."""
 
-    base: Any  # the Adam that makes the step: torch's or one of DeepSpeed's
+    base: Any  # the optimiser that makes the step: torch's, ours or one of DeepSpeed's
     replicated: bool  # whether every rank holds everything
+
+    def places(self) -> Iterator[Place]:
+        """Where all parameters are, the same ones in the same order on all ranks."""
 
     def pieces(self) -> Iterator[Piece]:
         """What this rank holds. Moments that no step has made yet are made, and zero."""
@@ -96,42 +114,61 @@ def _scaler(optimizer: Any) -> Any:
     return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
 
 
-def _state_of(base: Any, master: Tensor) -> dict[str, Any]:
-    """Adam's state of one tensor, as its first step would make it where there is none yet."""
+def _moments(base: Any, parameter: Tensor) -> tuple[str, ...]:
+    return (MOMENTUM,) if isinstance(base, MuonAdamW) and parameter in base.matrices else MOMENTS
+
+
+def _state_of(base: Any, master: Tensor, moments: tuple[str, ...] = MOMENTS) -> dict[str, Any]:
+    """The optimiser's state of one tensor, as its first step would make it where there is none yet."""
     state = base.state[master]
-    if not all(name in state for name in MOMENTS):
+    if not all(name in state for name in moments):
         # torch's fused Adam counts steps in a tensor where its weights are, DeepSpeed's Adams in a number.
-        torchs = type(base).__module__.startswith("torch.")
+        torchs = isinstance(base, torch.optim.AdamW)
         state["step"] = torch.zeros((), dtype=torch.float32, device=master.device) if torchs else 0
-        for name in MOMENTS:
+        for name in moments:
             state[name] = torch.zeros_like(master, memory_format=torch.preserve_format)
     return state
 
 
-def _views(base: Any, master: Tensor, offset: int, numel: int) -> dict[str, Tensor]:
-    state = _state_of(base, master)
-    tensors = {MASTER: master, **{name: state[name] for name in MOMENTS}}
-    return {kind: tensor.detach().view(-1).narrow(0, offset, numel) for kind, tensor in tensors.items()}
+class _Holding:
+    """What all holders have in common."""
+
+    base: Any
+    names: dict[int, str]
+
+    def places(self) -> Iterator[Place]:
+        raise NotImplementedError
+
+    def pieces(self) -> Iterator[Piece]:
+        for place in self.places():
+            if not place.numel:
+                continue
+            moments = _moments(self.base, place.parameter)
+            state = _state_of(self.base, place.master, moments)
+            tensors = {MASTER: place.master, **{name: state[name] for name in moments}}
+            here = place.offset, place.numel
+            views = {kind: tensor.detach().view(-1).narrow(0, *here) for kind, tensor in tensors.items()}
+            yield Piece(self.names[id(place.parameter)], place.start, views)
 
 
-class _Plain:
-    """AdamW over the model's own fp32 weights: strategies single and ddp, and DeepSpeed's stage 0 in fp32."""
+class _Plain(_Holding):
+    """The optimiser over the model's own fp32 weights: strategies single and ddp, and DeepSpeed's stage 0 in fp32."""
 
     replicated = True
 
     def __init__(self, optimizer: Any, names: dict[int, str]):
         self.base, self.names = optimizer, names
 
-    def pieces(self) -> Iterator[Piece]:
+    def places(self) -> Iterator[Place]:
         for group in self.base.param_groups:
             for parameter in group["params"]:
-                yield Piece(self.names[id(parameter)], 0, _views(self.base, parameter, 0, parameter.numel()))
+                yield Place(parameter, parameter.shape, 0, parameter.numel(), parameter, 0)
 
     def refresh(self) -> None:
         pass
 
 
-class _Half:
+class _Half(_Holding):
     """Half precision at stage 0: fp32 copies of all weights on every rank, one by one or (FusedAdam) in a row."""
 
     replicated = True
@@ -139,25 +176,22 @@ class _Half:
     def __init__(self, optimizer: Any, names: dict[int, str]):
         self.optimizer, self.base, self.names = optimizer, optimizer.optimizer, names
 
-    def pieces(self) -> Iterator[Piece]:
-        for name, master, offset, numel, _ in self._places():
-            yield Piece(name, 0, _views(self.base, master, offset, numel))
-
     def refresh(self) -> None:
-        for _, master, offset, numel, weight in self._places():
-            weight.data.copy_(master.detach().view(-1).narrow(0, offset, numel).view(weight.shape))
+        for place in self.places():
+            master = place.master.detach().view(-1).narrow(0, place.offset, place.numel)
+            place.parameter.data.copy_(master.view(place.shape))
 
-    def _places(self) -> Iterator[tuple[str, Tensor, int, int, nn.Parameter]]:
+    def places(self) -> Iterator[Place]:
         flat = hasattr(self.optimizer, "fp32_groups_flat")
         for index, weights in enumerate(self.optimizer.fp16_groups):
             offsets = _offsets(weights) if flat else [0] * len(weights)
             in_a_row = self.optimizer.fp32_groups_flat[index] if flat else None
             masters = [in_a_row] * len(weights) if flat else self.optimizer.fp32_groups[index]
             for weight, master, offset in zip(weights, masters, offsets, strict=True):
-                yield self.names[id(weight)], master, offset, weight.numel(), weight
+                yield Place(weight, weight.shape, 0, weight.numel(), master, offset)
 
 
-class _Partitioned:
+class _Partitioned(_Holding):
     """Stages 1 and 2: each group's weights in a row, cut into as many equal partitions as there are ranks."""
 
     replicated = False
@@ -165,7 +199,7 @@ class _Partitioned:
     def __init__(self, optimizer: Any, names: dict[int, str]):
         self.optimizer, self.base, self.names = optimizer, optimizer.optimizer, names
 
-    def pieces(self) -> Iterator[Piece]:
+    def places(self) -> Iterator[Place]:
         import torch.distributed as dist
 
         zero = self.optimizer
@@ -176,19 +210,18 @@ class _Partitioned:
             groups, offsets = zero.bf16_groups, [_offsets(group) for group in zero.bf16_groups]
             partitions = zero.fp32_groups_flat_partition
         for index, (group, places, partition) in enumerate(zip(groups, offsets, partitions, strict=True)):
-            size = partition.numel()
-            first = dist.get_rank(group=zero.real_dp_process_group[index]) * size
+            size, ranks = partition.numel(), zero.real_dp_process_group[index]
+            first = dist.get_rank(group=ranks) * size
             for parameter, place in zip(group, places, strict=True):
                 begin, end = max(place, first), min(place + parameter.numel(), first + size)
-                if begin < end:
-                    views = _views(self.base, partition, begin - first, end - begin)
-                    yield Piece(self.names[id(parameter)], begin - place, views)
+                offset, start = (begin - first, begin - place) if begin < end else (0, 0)
+                yield Place(parameter, parameter.shape, start, max(0, end - begin), partition, offset, ranks)
 
     def refresh(self) -> None:
         self.optimizer.update_lp_params()
 
 
-class _Zero3:
+class _Zero3(_Holding):
     """Stage 3: every parameter cut into as many equal partitions as there are ranks, the last ones padded."""
 
     replicated = False
@@ -196,7 +229,7 @@ class _Zero3:
     def __init__(self, optimizer: Any, names: dict[int, str]):
         self.optimizer, self.base, self.names = optimizer, optimizer.optimizer, names
 
-    def pieces(self) -> Iterator[Piece]:
+    def places(self) -> Iterator[Place]:
         import torch.distributed as dist
 
         zero = self.optimizer
@@ -205,10 +238,10 @@ class _Zero3:
                 master, offset = zero.fp32_partitioned_groups_flat[index], 0
                 for parameter in group:
                     share = parameter.partition_numel()
-                    start = dist.get_rank(group=parameter.ds_process_group) * share
-                    real = min(share, parameter.ds_numel - start)
-                    if real > 0:
-                        yield Piece(self.names[id(parameter)], start, _views(self.base, master, offset, real))
+                    ranks = parameter.ds_process_group
+                    start = dist.get_rank(group=ranks) * share
+                    real = max(0, min(share, parameter.ds_numel - start))
+                    yield Place(parameter, parameter.ds_shape, start if real else 0, real, master, offset, ranks)
                     offset += share
 
     def refresh(self) -> None:

@@ -17,7 +17,7 @@ from longseq.devices import on_cuda
 from longseq.models.compiling import compile_blocks
 from longseq.models.performer import PerformerLM
 from longseq.training.collectives import all_sum, context_group
-from longseq.training.optim import build_optimizer, build_schedule, follow_config
+from longseq.training.optim import bind, build_optimizer, build_schedule, follow_config
 from longseq_data.samples.slices import sliced
 from longseq_data.vocabulary import IGNORE
 
@@ -82,6 +82,7 @@ class LanguageModelling(pl.LightningModule):
         # A restored optimiser brings the settings it was saved with; those of the configuration hold.
         optimizer, schedule = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
         follow_config(optimizer, schedule, self.config, self.trainer.global_step)
+        bind(self, optimizer)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         sources = list(self.source_sums.values())[self.part :][:1]

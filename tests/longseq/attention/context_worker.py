@@ -20,6 +20,7 @@ from longseq.models.performer import PerformerLM
 from longseq.models.spec import PerformerSpec
 from longseq_data.samples.slices import sliced
 from longseq_data.vocabulary import IGNORE
+from mixing import MODERN, mix
 
 BATCH, HEADS, HEAD_DIM, VALUE_DIM, FEATURES = 2, 2, 8, 6, 24
 
@@ -161,6 +162,10 @@ MODELS: dict[str, dict] = {
         "causal": False, "packed": True, "window": 9, "learned_share": True, "learned_decay": True, "qk_norm": True,
         "activation_checkpointing": True,
     },
+    "modern": {"causal": True, "packed": True, "window": 9, **MODERN},
+    "modern, in tiles": {"causal": True, "sequence_tile": 20, **MODERN},
+    "masked modern": {"causal": False, "packed": True, "activation_checkpointing": True, **MODERN, "conv": 5},
+    "a convolution wider than a slice": {"causal": True, "conv": 200},
 }  # fmt: skip
 
 
@@ -170,6 +175,7 @@ def train(options: dict, context: ContextGroup | None) -> list[Tensor]:
     packed = options.get("packed", False)
     spec = {name: value for name, value in options.items() if name != "packed"}
     model = PerformerLM(PerformerSpec(vocabulary=29, dim=16, depth=2, heads=2, ffn_dim=32, features=24, **spec))
+    mix(model)
     with torch.no_grad():
         model.head.weight.mul_(20)  # so that the loss has something to say
     model.set_context(context)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
@@ -34,11 +35,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What each rank has found, in all cases: processes take seconds to start."""
     folder = tmp_path_factory.mktemp("context")
     command = [sys.executable, str(WORKER)]
+    paths = [str(WORKER.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     workers = [
         subprocess.Popen(
             [*command, str(rank), str(WORLD), str(folder / "store"), str(folder / "result")],
             stderr=subprocess.PIPE,
             text=True,
+            env=env,
         )
         for rank in range(WORLD)
     ]

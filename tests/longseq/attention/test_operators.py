@@ -17,6 +17,7 @@ from longseq.attention.carried import carried_attention
 from longseq.attention.feature_maps import feature_map
 from longseq.models.performer import PerformerLM
 from longseq.models.spec import PerformerSpec
+from mixing import MODERN, mix
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 
@@ -136,7 +137,7 @@ def test_lengths_change_without_a_compilation_each():
 def model(**options: object) -> PerformerLM:
     torch.manual_seed(0)
     sizes = {"dim": 16, "depth": 2, "heads": 2, "ffn_dim": 24, "features": FEATURES}
-    return PerformerLM(PerformerSpec(vocabulary=11, **sizes, **options))
+    return mix(PerformerLM(PerformerSpec(vocabulary=11, **sizes, **options)))
 
 
 def losses(net: nn.Module, of: PerformerLM) -> list[Tensor]:
@@ -154,6 +155,8 @@ def losses(net: nn.Module, of: PerformerLM) -> list[Tensor]:
         {"causal": False, "qk_norm": True},
         {"causal": True, "window": 5, "learned_share": True, "learned_decay": True},
         {"causal": True, "position": "learned", "max_positions": LENGTH},
+        {"causal": True, **MODERN},
+        {"causal": False, "conv": 3, "ffn": "relu2"},
     ],
     ids=str,
 )

@@ -13,6 +13,7 @@ from longseq.models import decoding
 from longseq.models.decoding import Decoder
 from longseq.models.performer import DecodingState, PerformerLM
 from longseq.models.spec import PerformerSpec
+from mixing import MODERN, mix
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,6 +33,9 @@ attentions = pytest.mark.parametrize(
         {"kernel": "oprf", "window": 7},
         {"kind": "exact", "qk_norm": True},
         {"kind": "exact", "learned_decay": True},
+        {"window": 7, **MODERN},
+        {"kind": "exact", "conv": 3, "ffn": "relu2"},
+        {"value_residual": True, "kind": "exact"},
         {
             "position": "learned",
             "max_positions": 300,
@@ -53,7 +57,7 @@ def build(**options: object) -> PerformerLM:
         for block in model.blocks:
             block.attention.qkv.weight.mul_(10)
             block.attention.out.weight.mul_(10)
-    return model
+    return mix(model)
 
 
 def sample(length: int = LENGTH, batch: int = 2) -> Tensor:

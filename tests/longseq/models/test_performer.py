@@ -14,6 +14,7 @@ from longseq.attention.rotary import rotary_table, rotate
 from longseq.models.performer import PerformerLM
 from longseq.models.presets import PRESETS
 from longseq.models.spec import PerformerSpec
+from mixing import MODERN, mix
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,8 +24,13 @@ LENGTH = 131  # one chunk of the causal scan and a bit
 
 attentions = pytest.mark.parametrize(
     "attention",
-    [{"kind": "exact"}, {"kernel": "softmax"}, {"kernel": "relu"}],
-    ids=["exact", "softmax", "relu"],
+    [
+        {"kind": "exact"},
+        {"kernel": "softmax"},
+        {"kernel": "relu"},
+        {"conv": 4, "value_residual": True, "ffn": "swiglu", "norm_kind": "rmsnorm", "bias": False},
+    ],
+    ids=["exact", "softmax", "relu", "modern"],
 )
 normed = pytest.mark.parametrize("qk_norm", [False, True], ids=["plain", "qk_norm"])
 
@@ -37,7 +43,7 @@ def build(spec: PerformerSpec, enlarge: float = 15) -> PerformerLM:
         for block in model.blocks:
             block.attention.qkv.weight.mul_(enlarge)
             block.attention.out.weight.mul_(enlarge)
-    return model
+    return mix(model)
 
 
 def sample(length: int = LENGTH, batch: int = 2) -> Tensor:
@@ -53,6 +59,10 @@ def sample(length: int = LENGTH, batch: int = 2) -> Tensor:
         SPEC,
         replace(SPEC, qk_norm=True),
         replace(SPEC, causal=False, kind="exact"),
+        replace(SPEC, **MODERN),
+        replace(SPEC, ffn="swiglu"),
+        replace(SPEC, ffn="relu2", bias=False, embedding_norm=True),
+        replace(SPEC, norm_kind="rmsnorm", norm="post", conv=3),
         PerformerSpec(vocabulary=29, dim=10, depth=1, heads=5, ffn_dim=7, causal=True),
         *(
             PerformerSpec(29, size.dim, size.depth, size.heads, size.ffn_dim, causal=True, qk_norm=True)

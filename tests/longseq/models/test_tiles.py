@@ -13,6 +13,7 @@ from longseq.measure.peaks import peak
 from longseq.models.head import IGNORE, Head, TransformHead
 from longseq.models.performer import PerformerLM
 from longseq.models.spec import PerformerSpec
+from mixing import MODERN, mix
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,6 +33,9 @@ kinds = pytest.mark.parametrize(
         {"kernel": "oprf"},
         {"kind": "exact"},
         {"causal": False, "window": 3},
+        {"window": 7, **MODERN},
+        {"conv": 3, "value_residual": True, "ffn": "relu2"},
+        {"causal": False, "conv": 5, "value_residual": True},
     ],
     ids=lambda options: "-".join(f"{value}" for value in options.values()),
 )
@@ -44,7 +48,7 @@ def build(spec: PerformerSpec) -> PerformerLM:
         for block in model.blocks:
             block.attention.qkv.weight.mul_(12)  # attention that selects
             block.attention.out.weight.mul_(12)
-    return model
+    return mix(model)
 
 
 def rows(length: int = LENGTH, batch: int = 2) -> tuple[Tensor, Tensor]:
@@ -78,14 +82,15 @@ def test_tiles_change_neither_loss_nor_gradients(options, tile, carry):
 
 
 @pytest.mark.parametrize("carry", [True, False], ids=["carried", "by layer"])
-def test_tiles_see_padding_and_documents(carry):
+@pytest.mark.parametrize("spec", [SPEC, replace(SPEC, **MODERN)], ids=["classic", "modern"])
+def test_tiles_see_padding_and_documents(spec, carry):
     tokens, targets = rows()
     padding = torch.ones_like(tokens, dtype=torch.bool)
     padding[1, 200:] = False
     segments = torch.arange(LENGTH).expand(2, -1) // 100
     for hidden in ({"padding": padding}, {"segments": segments}):
-        wanted = outcome(SPEC, tokens, targets, **hidden)
-        found = outcome(replace(SPEC, sequence_tile=64, carry=carry), tokens, targets, **hidden)
+        wanted = outcome(spec, tokens, targets, **hidden)
+        found = outcome(replace(spec, sequence_tile=64, carry=carry), tokens, targets, **hidden)
         torch.testing.assert_close(found, wanted, rtol=2e-4, atol=2e-5)
 
 

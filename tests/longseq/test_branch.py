@@ -1,0 +1,104 @@
+"""A run that begins at another run's checkpoint: what it keeps, what it may change, and that the other one stays."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from longseq.cli import main
+from longseq.errors import ConfigError, RunError
+from longseq.launch.start import fit, resume
+from longseq.runs.curves import read_curves
+from longseq.runs.run import Run
+
+STEPS = ("trainer.max_steps=6", "trainer.checkpoint_every=3", "trainer.log_every=1", "optim.schedule=constant",
+         "optim.warmup_steps=1")  # fmt: skip
+QUICK = ("trainer.valid_every=0", "trainer.strategy=single", "trainer.probe_every=0")
+
+
+def files(folder: Path) -> dict[str, str]:
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+@pytest.fixture
+def source(folder) -> Run:
+    training = fit("small.yaml", [f"data.train=[{folder}/proteins.fasta]", "run.name=source", *STEPS, *QUICK])
+    assert training.finished
+    return training.run
+
+
+def losses(run: Run, curve: str = "train/loss") -> dict[int, float]:
+    return dict(read_curves(run.tensorboard_dir)[curve])
+
+
+def test_a_branch_goes_on_as_the_run_itself_would_and_leaves_it_as_it_was(source, folder):
+    before = files(source.path)
+    branched = resume(source.path, ["run.branch=longer", "trainer.max_steps=9"])
+    assert files(source.path) == before
+    assert branched.finished
+    assert branched.run.path == source.path.with_name("longer")
+    assert [c.step for c in branched.run.checkpoints()] == [6, 9]
+    config = branched.run.config()
+    assert (config.run.name, config.run.branch, config.trainer.max_steps) == ("longer", None, 9)
+    origin = json.loads((branched.run.path / "branch.json").read_text())
+    assert origin == {"checkpoint": str(source.checkpoints()[-1].path), "step": 6}
+    resume(source.path, ["trainer.max_steps=9"])
+    assert losses(branched.run) == {step: loss for step, loss in losses(source).items() if step > 6}
+    samples = [run.checkpoints()[-1].position.samples for run in (source, branched.run)]
+    assert samples[0] == samples[1]
+
+
+def test_a_decay_is_branched_off_an_older_checkpoint(source):
+    """From step 3 on, over the last 3 of 6 steps: 1 − √(1/3), 1 − √(2/3) and 0 of the peak."""
+    chosen = source.checkpoints()[0]
+    assert chosen.step == 3
+    decay = ["optim.schedule=wsd", "optim.decay_fraction=0.5", "optim.final_lr=0"]
+    branched = resume(chosen.path, ["run.branch=decayed", *decay])
+    rates = losses(branched.run, "train/learning_rate")
+    peak = source.config().optim.lr
+    expected = {4: 1 - (1 / 3) ** 0.5, 5: 1 - (2 / 3) ** 0.5, 6: 0.0}
+    assert {step: rate / peak for step, rate in rates.items()} == pytest.approx(expected, abs=1e-6)
+    assert losses(branched.run)[4] == losses(source)[4]  # the same weights and samples, before the first step
+    assert losses(branched.run)[6] != losses(source)[6]
+
+
+def test_a_branch_can_be_stopped_and_resumed_as_any_run(source):
+    branch = resume(source.path, ["run.branch=again", "trainer.max_steps=8"]).run
+    assert resume(branch.path, ["trainer.max_steps=9"]).finished
+    assert sorted(losses(branch)) == [7, 8, 9]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["run.branch=source", "trainer.max_steps=9"], "a run of this name exists"),
+        (["run.branch=new", "trainer.max_steps=9", "data.length=32"], "data.length=32"),
+        (["run.branch=new", "trainer.max_steps=9", "optim.name=muon"], "optim.name=muon"),
+        (["run.branch=new"], "trained for 6 steps, and trainer.max_steps=6: raise it"),
+        (["run.branch=a b", "trainer.max_steps=9"], "a run is named with letters"),
+    ],
+)
+def test_what_cannot_be_branched_is_refused_and_leaves_nothing(source, overrides, sentence):
+    before = files(source.path)
+    with pytest.raises(RunError, match=sentence):
+        resume(source.path, overrides)
+    assert files(source.path) == before
+    assert [path.name for path in source.path.parent.iterdir()] == ["source"]
+
+
+def test_a_checkpoint_is_no_run_and_a_new_run_is_no_branch(source, folder, capsys):
+    with pytest.raises(RunError, match=r"a checkpoint, .* run\.branch=NAME"):
+        resume(source.checkpoints()[0].path, ["trainer.max_steps=9"])
+    with pytest.raises(ConfigError, match=r"run\.branch=x goes on from a run's checkpoint"):
+        fit("small.yaml", [f"data.train=[{folder}/proteins.fasta]", "run.branch=x"])
+    assert main(["resume", str(source.path), "run.branch=new"]) == 1
+    assert "raise it" in capsys.readouterr().err
+
+
+def test_a_run_without_checkpoints_has_nothing_to_branch_off(run):
+    with pytest.raises(RunError, match="no checkpoint yet to branch off"):
+        resume(run.path, ["run.branch=new"])
