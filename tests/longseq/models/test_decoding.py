@@ -103,7 +103,7 @@ def test_prompts_of_several_lengths_are_padded_in_front(attention):
 
 @pytest.mark.parametrize("attention", ["favor", "exact"])
 def test_two_continuations_of_one_prompt_do_not_disturb_each_other(attention):
-    model, tokens = build(attention=attention, window=7), sample(60)
+    model, tokens = build(kind=attention, window=7), sample(60)
     _, state = model.prefill(tokens[:, :30])
     swapped = tokens[:, 30:].flip(0)
     one, _ = decoded(model, tokens[:, 30:], state)
@@ -156,7 +156,7 @@ def test_a_bf16_model_decodes_close_to_fp32():
 @pytest.mark.parametrize("attention", ["favor", "exact"])
 def test_a_masked_model_is_refused(attention):
     with pytest.raises(ValueError, match="bidirectional attention cannot be decoded"):
-        build(causal=False, attention=attention).prefill(sample(5))
+        build(causal=False, kind=attention).prefill(sample(5))
 
 
 @attentions

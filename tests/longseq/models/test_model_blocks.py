@@ -166,7 +166,8 @@ def test_a_block_is_its_recipe_where_no_key_says_otherwise():
     assert config.block == BLOCKS["classic"]
     config.model.block = "modern"
     assert config.block == BLOCKS["modern"]
-    config.model.conv, config.model.bias, config.attention.qk_norm = 0, True, False
+    config.model.conv, config.model.bias = 0, True
+    config.attention = replace(config.attention, qk_norm=False)
     assert config.block == replace(BLOCKS["modern"], conv=0, bias=True, qk_norm=False)
     spec = config.performer_spec(29)
     assert (spec.norm_kind, spec.ffn, spec.bias, spec.conv, spec.qk_norm) == ("rmsnorm", "swiglu", True, 0, False)
