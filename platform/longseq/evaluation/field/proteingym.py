@@ -17,8 +17,9 @@ from longseq.errors import LongseqError
 from longseq.evaluation.field.assays import Entry, Scan, collection, scan
 from longseq.evaluation.field.averages import Assay, Averages, averages
 from longseq.evaluation.field.measures import MEASURES, Floats
+from longseq.evaluation.field.plain import label, plain, proteins
 from longseq.evaluation.field.official import BESIDE, Official, of_kind, published
-from longseq.opening import Source, find
+from longseq.opening import Source
 from longseq_data.files import sha256_of, write_text
 
 if TYPE_CHECKING:
@@ -94,10 +95,7 @@ class ProteinGym:
         Raises:
             LongseqError: for a model that the tables lack, and where there are no tables.
         """
-        rows = {
-            _label(model, self.models): {measure: model.averages(kind, measure) for measure in MEASURES}
-            for model in self.models
-        }
+        rows = {model.name: {measure: model.averages(kind, measure) for measure in MEASURES} for model in self.models}
         first = self.models[0]
         for name in next((each.baselines for each in first.assays if each.kind == kind), {}):
             rows[name] = {measure: first.averages(kind, measure, name) for measure in MEASURES}
@@ -159,19 +157,16 @@ def benchmark_proteingym(
     Raises:
         LongseqError, DataError: in one sentence, for a model or a file that cannot be used.
     """
-    several = [targets] if isinstance(targets, str | Path | Source) else list(targets)
-    sources = [find(target, overrides, ema=ema) for target in several]
-    if not sources:
-        raise LongseqError("targets: no model; give at least one.")
+    sources = proteins(targets, overrides, ema)
     if passes < 0:
         raise LongseqError(f"passes={passes}: take 0 or more.")
-    for source in sources:
-        if source.vocabulary.name != "protein":
-            raise LongseqError(f"{source.folder}: no model of proteins.")
     found = collection(Path(folder), Path(reference) if reference else None, assays)
     tables = published([*map(Path, official), Path(folder)])
     return ProteinGym(
-        [_of_model(source, found.entries, (*overrides, f"ema={ema}"), passes, out, progress) for source in sources],
+        [
+            _of_model(source, label(source, sources), found.entries, overrides, passes, out, progress)
+            for source in sources
+        ],
         found.absent,
         tables,
     )
@@ -179,8 +174,9 @@ def benchmark_proteingym(
 
 def _of_model(
     source: Source,
+    name: str,
     entries: Sequence[Entry],
-    options: Sequence[str],
+    overrides: Sequence[str],
     passes: int,
     out: str | Path | None,
     progress: Progress,
@@ -191,11 +187,11 @@ def _of_model(
     done = []
     for entry in entries:
         mutants = scan(entry.file, entry.cutoff)
-        given = [_FORMAT, weights, *options, passes, sha256_of(entry.file), entry.target, str(entry.cutoff)]
+        given = [_FORMAT, weights, *overrides, passes, sha256_of(entry.file), entry.target, str(entry.cutoff)]
         key = hashlib.sha256(json.dumps(given).encode()).hexdigest()
         kept = place / mutants.kind / f"{entry.assay.id}.json"
         result = _read(kept, key)
-        progress(source.name, entry.assay.id, mutants.kind, result is not None)
+        progress(name, entry.assay.id, mutants.kind, result is not None)
         if result is None:
             from longseq.evaluation.field.fitness import fitness
 
@@ -213,7 +209,7 @@ def _of_model(
                 kept.with_suffix(".csv"),
             )
         )
-    return ModelResult(source.name, source.step, source.config.model.objective, done)
+    return ModelResult(name, source.step, source.config.model.objective, done)
 
 
 def _place(source: Source, out: str | Path | None) -> Path:
@@ -224,20 +220,6 @@ def _place(source: Source, out: str | Path | None) -> Path:
         / "proteingym"
         / source.folder.stem
     )
-
-
-def _label(model: ModelResult, models: Sequence[ModelResult]) -> str:
-    alike = [other for other in models if other.name == model.name]
-    return model.name if len(alike) == 1 else f"{model.name} step {model.step}"
-
-
-def plain(value: Any) -> Any:
-    """With None for NaN, which JSON has not."""
-    if isinstance(value, dict):
-        return {key: plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _whole(values: dict[str, Any]) -> dict[str, Any]:
