@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from longseq.evaluation.embed import embed
     from longseq.evaluation.evaluate import Evaluation, evaluate
     from longseq.evaluation.evaluate import Settings as EvaluationSettings
+    from longseq.evaluation.field.contacts import benchmark_contacts
+    from longseq.evaluation.field.proteingym import benchmark_proteingym
+    from longseq.evaluation.field.structure import benchmark_structure
     from longseq.evaluation.sample import infill, sample
     from longseq.evaluation.score import score, variant_effects
     from longseq.interop.exporting import export
@@ -36,6 +39,9 @@ _PUBLIC = {
     "sample": "longseq.evaluation.sample",
     "infill": "longseq.evaluation.sample",
     "embed": "longseq.evaluation.embed",
+    "benchmark_proteingym": "longseq.evaluation.field.proteingym",
+    "benchmark_contacts": "longseq.evaluation.field.contacts",
+    "benchmark_structure": "longseq.evaluation.field.structure",
     "export": "longseq.interop.exporting",
     "find": "longseq.opening",
 }
@@ -43,6 +49,9 @@ __all__ = [
     "Evaluation",
     "EvaluationSettings",
     "Training",
+    "benchmark_contacts",
+    "benchmark_proteingym",
+    "benchmark_structure",
     "embed",
     "evaluate",
     "export",

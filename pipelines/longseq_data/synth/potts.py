@@ -1,7 +1,8 @@
 """Protein families with contacts that are known: sequences drawn from Potts models with planted couplings.
 
-A family of L residues has the probability P(x) ∝ exp(Σ_i h_i(x_i) + Σ_{i<j} J_ij(x_i, x_j)), as direct coupling analysis
-supposes (Morcos et al. 2011, PNAS 108:E1293). L pairs of residues, at least 6 apart and at most 3 for each residue, are
+A family of L residues has the probability P(x) ∝ exp(Σ_i h_i(x_i) + Σ_{i<j} J_ij(x_i, x_j)), as direct coupling
+analysis supposes (Morcos et al. 2011, PNAS 108:E1293). L pairs of residues, at least 6 apart and at most 3 for each
+residue, are
 contacts: J_ij = s_ij M, with one matrix M for the whole corpus, as residues attract each other by their kind, and s_ij
 uniform on [½, 3/2] · coupling. All pairs have couplings besides that mean nothing, most of them weak, a few not: these
 come before the weakest contacts for anybody who knows the parameters, too (:func:`Potts.precision`).
@@ -163,16 +164,16 @@ def truth(spec: PottsSpec) -> Iterator[str]:
 
 
 def precision(spec: PottsSpec) -> float:
-    """Of the strongest pairs of each family by its true parameters, the share that are contacts: the mean over families."""
+    """Of each family's strongest pairs by its true parameters, the share that are contacts: the mean over families."""
     return sum(family(spec, number).precision() for number in range(spec.families)) / spec.families
 
 
 def write(
     spec: PottsSpec, path: Path, *, overwrite: bool = False, progress: Callable[[int], None] | None = None
 ) -> tuple[int, int, Path]:
-    """Write the corpus as FASTA, and its contacts next to it (NAME.contacts.jsonl); returns records, residues, that file.
+    """Write the corpus as FASTA, and its contacts next to it, in NAME.contacts.jsonl.
 
-    Raises DataError as ``write_records`` does, for either file.
+    Returns records, residues, and where the contacts are. Raises DataError as ``write_records`` does, for either file.
     """
     path = Path(path)
     beside = path.with_name(path.name.split(".")[0] + ".contacts.jsonl")
@@ -196,7 +197,7 @@ def _plant(length: int, rng: np.random.Generator) -> NDArray[np.int64]:
     first, second = np.triu_indices(length, NEAREST)
     order = rng.random(len(first)).argsort(kind="stable")
     degree = np.zeros(length, dtype=np.int64)
-    chosen = []
+    chosen: list[tuple[int, int]] = []
     for i, j in zip(first[order].tolist(), second[order].tolist(), strict=True):
         if degree[i] < DEGREE and degree[j] < DEGREE and len(chosen) < length:
             degree[[i, j]] += 1

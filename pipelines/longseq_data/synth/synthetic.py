@@ -266,7 +266,9 @@ def write_records(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[int, int]:
-    """Write (header without '>', sequence) as FASTA, gzipped when the name ends in ``.gz``; returns records and residues.
+    """Write (header without '>', sequence) as FASTA, gzipped when the name ends in ``.gz``.
+
+    Returns the numbers of records and residues.
 
     The text goes to a file next to ``path``, which takes its name once it is whole and on disk: an interrupt or a
     full disk leaves nothing behind. Parent folders are created. ``progress`` is called with the number of records
@@ -290,7 +292,7 @@ def write_records(
 
 
 def refuse_taken(path: Path, overwrite: bool) -> None:
-    """Raise DataError where a file cannot be written: a folder, a device, and, without ``overwrite``, one that is there."""
+    """Raise DataError where no file can be written: at a folder, a device, and, without ``overwrite``, a file."""
     if path.is_dir():
         raise DataError(f"{path} is a folder: give the name of a file, for example {path / 'synthetic.fasta.gz'}.")
     if path.exists() and not path.is_file():

@@ -1,10 +1,11 @@
 """Which residues touch, as far as a model knows: precision of its surest pairs, at L, L/2 and L/5.
 
-FILE has a JSON object on each line: id, sequence, contacts (pairs of residues counted from 0). Ranges are separations of 6
-to 11 (short), 12 to 23 (medium), 24 and more (long), and all of them. From attention: a logistic regression on the
-maps of all heads, read out with one-hot values, symmetric and corrected (APC), learned from 20 chains as for ESM (Rao et
-al. 2021); every chain is tested by one that has not seen it. From the categorical Jacobian (Zhang et al. 2024): how much
-each residue changes the predictions of each other one; nothing is learned, and it takes 20 passes for each residue.
+FILE has a JSON object on each line: id, sequence, contacts (pairs of residues counted from 0). Ranges are separations
+of 6 to 11 (short), 12 to 23 (medium), 24 and more (long), and all of them. From attention: a logistic regression on
+the maps of all heads, read out with one-hot values, symmetric and corrected (APC), learned from 20 chains as for ESM
+(Rao et al. 2021); every chain is tested by one that has not seen it. From the categorical Jacobian (Zhang et al.
+2024): how much each residue changes the predictions of each other one; nothing is learned, and it takes 20 passes for
+each residue.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """How well a model's scores of mutants predict deep mutational scans: ProteinGym (Notin et al. 2023).
 
-FOLDER is as ProteinGym distributes it: a reference file (DMS_substitutions.csv, DMS_indels.csv) and a CSV for each assay,
-in the folder or one below. Masked models score substitutions by masked marginals, causal ones by log-likelihood; indels
-go by (pseudo-)log-likelihood. Proteins are read whole, however long. Averages are the official ones: over the assays of a
-protein, the proteins of a selection type, the selection types. Published results (DMS_substitutions_Spearman_DMS_level.csv,
-...) stand next to them, over the same assays.
+FOLDER is as ProteinGym distributes it: a reference file (DMS_substitutions.csv, DMS_indels.csv) and a CSV for each
+assay, in the folder or one below. Masked models score substitutions by masked marginals, causal ones by
+log-likelihood; indels go by (pseudo-)log-likelihood. Proteins are read whole, however long. Averages are the official
+ones: over the assays of a protein, the proteins of a selection type, the selection types. Published results
+(DMS_substitutions_Spearman_DMS_level.csv, ...) stand next to them, over the same assays.
 
-An assay that is done is kept in the run's evaluations/proteingym (scores of all mutants, and measures): the same command
-goes on where it was stopped or killed.
+An assay that is done is kept in the run's evaluations/proteingym (scores of all mutants, and measures): the same
+command goes on where it was stopped or killed.
 """
 
 from __future__ import annotations

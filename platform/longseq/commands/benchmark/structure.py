@@ -1,8 +1,8 @@
 """Helix, strand or neither, residue by residue: accuracy of a linear probe on a model's frozen vectors.
 
-FILE has a JSON object on each line: id, sequence, secondary_structure (a letter of H, E, - for each residue, by DSSP). The
-probe is learned from 20 chains, and every chain is tested by one that has not seen it. Next to it: the same probe on the
-letters alone, and the commonest state.
+FILE has a JSON object on each line: id, sequence, secondary_structure (a letter of H, E, - for each residue, by DSSP).
+The probe is learned from 20 chains, and every chain is tested by one that has not seen it. Next to it: the same probe
+on the letters alone, and the commonest state.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ from typing import Any
 
 from longseq.errors import LongseqError
 
-
 _EVOLVED = {"mean_length": 330, "min_length": 30, "max_length": 2000, "divergence": 0.35}
 _PLANTED = {"length": 40, "coupling": 0.5}
 

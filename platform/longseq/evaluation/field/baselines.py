@@ -18,8 +18,8 @@ FREQUENCIES, BLOSUM62 = "residue frequencies", "BLOSUM62"
 def baselines() -> dict[str, Callable[[Iterable[Variant]], npt.NDArray[np.float64]]]:
     """By name, a function that scores variants.
 
-    "residue frequencies": Σ log f(new) − log f(old), with f the background of BLOSUM62: the same at every site. "BLOSUM62":
-    the sum of the matrix's scores. Letters beside the 20 count as X, and X as the mean of the 20.
+    "residue frequencies": Σ log f(new) − log f(old), with f the background of BLOSUM62: the same at every site.
+    "BLOSUM62": the sum of the matrix's scores. Letters beside the 20 count as X, and X as the mean of the 20.
     """
     logs = _with_x(np.log(blosum62_process().background))
     matrix = _with_x(_with_x(blosum62()).T).T

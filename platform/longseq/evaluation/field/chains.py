@@ -46,8 +46,8 @@ def read_chains(path: Path, needed: str) -> list[Chain]:
     """The chains of a file.
 
     Args:
-        path: on each line ``{"id": ..., "sequence": ..., "contacts": [[i, j], ...], "secondary_structure": "HHE-..."}``;
-            contacts count from 0, and other keys are left alone.
+        path: on each line an object with id, sequence, contacts ([[i, j], ...], counted from 0) and secondary_structure
+            ("HHE-..."); other keys are left alone.
         needed: contacts or secondary_structure, which every line must have.
 
     Raises:

@@ -1,9 +1,10 @@
-"""Contacts that a model knows of: what ``longseq benchmark contacts`` does, as a function that returns data."""
+"""Contacts that a model knows of: what ``longseq benchmark contacts`` does, as a function."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,10 +64,11 @@ def benchmark_contacts(
 ) -> ContactBenchmark:
     """Precision of the L, L/2 and L/5 surest pairs of residues at least 6 apart.
 
-    "attention": a logistic regression (L1, C = 0.15) on the maps of all heads, symmetric and corrected (APC), learned from
-    ``train`` chains, as for ESM (Rao et al. 2021, bioRxiv 2020.12.15.422761); features are scaled by their deviation, as a
-    Performer's maps may be flat. Every chain is tested by a regression that has not seen it. "jacobian": the
-    categorical Jacobian (Zhang et al. 2024, PNAS 121(45)), which learns nothing; 20 passes for each residue.
+    "attention": a logistic regression (L1, C = 0.15) on the maps of all heads, symmetric and corrected (APC), learned
+    from ``train`` chains, as for ESM (Rao et al. 2021, bioRxiv 2020.12.15.422761); features are scaled by their
+    deviation, as a Performer's maps may be flat. Every chain is tested by a regression that has not seen it.
+    "jacobian": the categorical Jacobian (Zhang et al. 2024, PNAS 121(45)), which learns nothing; 20 passes for each
+    residue.
 
     Args:
         file: chains as :func:`longseq.evaluation.field.chains.read_chains` reads them.
@@ -83,34 +85,30 @@ def benchmark_contacts(
     for method in methods:
         if method not in METHODS:
             raise LongseqError(f"methods={method}: take {' or '.join(METHODS)}.")
+    from longseq.evaluation.records import record_of
+
     sources = proteins(targets, overrides, ema)
     chains = read_chains(Path(file), "contacts")
     ways = folds(len(chains), train, seed) if ATTENTION in methods else []
     models = []
     for source in sources:
-        found: dict[str, list[Precision]] = {}
+        name = label(source, sources)
         model = source.load()
-        records = [_record(source, chain) for chain in chains]
+        records = [record_of(source, chain.id, chain.sequence, f"chain {chain.id}") for chain in chains]
+        found: dict[str, list[Precision]] = {}
         for method in methods:
+            say = partial(progress, name, method)
             if method == ATTENTION:
-                scores = _by_attention(
-                    model, records, chains, ways, lambda id_, s=source: progress(s.name, ATTENTION, id_)
-                )
+                scores = _by_attention(model, records, chains, ways, say)
             else:
-                scores = _by_jacobian(model, records, source, lambda id_, s=source: progress(s.name, JACOBIAN, id_))
+                scores = _by_jacobian(model, records, source.causal, say)
             found[method] = [precisions(each, chain.contact_map()) for each, chain in zip(scores, chains, strict=True)]
         by_chain = {
             method: {chain.id: each for chain, each in zip(chains, of, strict=True)} for method, of in found.items()
         }
         mean = {method: mean_precision(each) for method, each in found.items()}
-        models.append(ContactResult(label(source, sources), source.step, source.config.model.objective, mean, by_chain))
+        models.append(ContactResult(name, source.step, source.config.model.objective, mean, by_chain))
     return ContactBenchmark(models, mean_precision([chance(chain.contact_map()) for chain in chains]), len(chains))
-
-
-def _record(source: Source, chain: Chain) -> Record:
-    from longseq.evaluation.records import record_of
-
-    return record_of(source, chain.id, chain.sequence, f"chain {chain.id}")
 
 
 def _by_attention(
@@ -143,12 +141,12 @@ def _by_attention(
 
 
 def _by_jacobian(
-    model: PerformerLM, records: Sequence[Record], source: Source, progress: Callable[[str], None]
+    model: PerformerLM, records: Sequence[Record], causal: bool, progress: Callable[[str], None]
 ) -> list[Matrix]:
     from longseq.evaluation.field.jacobian import categorical_jacobian, coupling_scores
 
     found = []
     for record in records:
         progress(record.identifier)
-        found.append(coupling_scores(categorical_jacobian(model, record, source.causal)))
+        found.append(coupling_scores(categorical_jacobian(model, record, causal)))
     return found

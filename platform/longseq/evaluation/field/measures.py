@@ -1,4 +1,4 @@
-"""How well scores predict measurements: the five measures of ProteinGym (Notin et al. 2023), as its script defines them.
+"""How well scores predict measurements: the five measures of ProteinGym (Notin et al. 2023), as its script has them.
 
 https://github.com/OATML-Markslab/ProteinGym, proteingym/performance_DMS_benchmarks.py. No torch here.
 """

@@ -18,7 +18,8 @@ BESIDE = ("Site-Independent", "ESM2 (8M)", "ESM2 (150M)", "ESM2 (650M)", "Progen
 
 _NAME = re.compile(rf"DMS_({'|'.join(KINDS)})_({'|'.join(MEASURES)})_DMS_level\.csv")
 _ID = "DMS ID"
-_FACTS = (_ID, "Number of Mutants", "Selection Type", "UniProt ID", "MSA_Neff_L_category", "Taxon")
+_FACTS = ("UniProt ID", "Selection Type", "Taxon", "MSA_Neff_L_category")
+_NO_MODELS = {_ID, "Number of Mutants", *_FACTS}
 
 
 @dataclass(frozen=True)
@@ -57,21 +58,22 @@ def published(places: Iterable[Path]) -> list[Official]:
                 found.setdefault((match[1], match[2]), _read(path, match[1], match[2]))
             elif not place.is_dir():
                 raise LongseqError(
-                    f"{path}: no results by assay of ProteinGym; they are called as DMS_substitutions_Spearman_DMS_level.csv."
+                    f"{path}: no results by assay of ProteinGym; a file of them is called as "
+                    "DMS_substitutions_Spearman_DMS_level.csv."
                 )
     return list(found.values())
 
 
 def _read(path: Path, kind: str, measure: str) -> Official:
-    names = [name for name in columns(path) if name not in _FACTS]
+    names = [name for name in columns(path) if name not in _NO_MODELS]
     assays: dict[str, Assay] = {}
     models: dict[str, dict[str, float]] = {name: {} for name in names}
     for place, row in rows(path):
         if _ID not in row:
             raise LongseqError(f"{path}: no results of ProteinGym: it has no column {_ID!r}.")
         id_ = row[_ID]
-        facts = (row.get(name, "") for name in ("UniProt ID", "Selection Type", "Taxon", "MSA_Neff_L_category"))
-        assays[id_] = Assay(id_, *facts)
+        protein, selection, taxon, depth = (row.get(name, "") for name in _FACTS)
+        assays[id_] = Assay(id_, protein, selection, taxon, depth)
         for name in names:
             models[name][id_] = number(row, name, place) if row[name] else math.nan
     return Official(path, kind, measure, assays, models)

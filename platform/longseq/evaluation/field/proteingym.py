@@ -1,4 +1,4 @@
-"""Mutation effects on ProteinGym's assays: what ``longseq benchmark proteingym`` does, as a function that returns data."""
+"""Effects of mutations on ProteinGym's assays: what ``longseq benchmark proteingym`` does, as a function."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from longseq.errors import LongseqError
 from longseq.evaluation.field.assays import Entry, Scan, collection, scan
 from longseq.evaluation.field.averages import Assay, Averages, averages
 from longseq.evaluation.field.measures import MEASURES, Floats
-from longseq.evaluation.field.plain import label, plain, proteins
 from longseq.evaluation.field.official import BESIDE, Official, of_kind, published
+from longseq.evaluation.field.plain import label, plain, proteins
 from longseq.opening import Source
 from longseq_data.files import sha256_of, write_text
 
@@ -142,8 +142,8 @@ def benchmark_proteingym(
     An assay that is done is kept at once, and not done again for the same weights, assay and options.
 
     Args:
-        folder: as ProteinGym distributes it: a reference file and a CSV for each assay, in the folder or one below. What
-            the reference names and the folder lacks is left out.
+        folder: as ProteinGym distributes it: a reference file and a CSV for each assay, in the folder or one below.
+            What the reference names and the folder lacks is left out.
         targets: runs, checkpoints, exported folders, or what ``longseq.find`` returned; one or several.
         overrides: ``section.key=value`` on top of each run's configuration.
         assays: DMS_id of those wanted; none: all.
@@ -247,9 +247,9 @@ def _keep(path: Path, key: str, mutants: Scan, scores: Floats, result: Result) -
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["mutant", "DMS_score", *([] if mutants.fit is None else ["DMS_score_bin"]), "score"])
-    labels = [[]] * len(scores) if mutants.fit is None else [[int(label)] for label in mutants.fit]
+    labels = [[]] * len(scores) if mutants.fit is None else [[int(is_fit)] for is_fit in mutants.fit]
     measured = mutants.measured.tolist()
-    for name, value, label, score in zip(mutants.mutants, measured, labels, scores.tolist(), strict=True):
-        writer.writerow([name, value, *label, score])
+    for name, value, own, score in zip(mutants.mutants, measured, labels, scores.tolist(), strict=True):
+        writer.writerow([name, value, *own, score])
     write_text(path.with_suffix(".csv"), text.getvalue())
     write_text(path, json.dumps(plain({"key": key, **asdict(result)}), indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Secondary structure in a model's vectors: what ``longseq benchmark structure`` does, as a function that returns data."""
+"""Secondary structure in a model's vectors: what ``longseq benchmark structure`` does, as a function."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def benchmark_structure(
 ) -> StructureBenchmark:
     """Accuracy of helix, strand or neither (DSSP), residue by residue, of a linear probe on frozen vectors.
 
-    The probe is a softmax regression with a ridge of 1 on vectors scaled by their deviation, learned from ``train`` chains;
-    every chain is tested by a probe that has not seen it.
+    The probe is a softmax regression with a ridge of 1 on vectors scaled by their deviation, learned from ``train``
+    chains; every chain is tested by a probe that has not seen it.
 
     Args:
         file: chains as :func:`longseq.evaluation.field.chains.read_chains` reads them.
