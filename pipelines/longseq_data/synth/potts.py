@@ -2,10 +2,9 @@
 
 A family of L residues has the probability P(x) ∝ exp(Σ_i h_i(x_i) + Σ_{i<j} J_ij(x_i, x_j)), as direct coupling
 analysis supposes (Morcos et al. 2011, PNAS 108:E1293). L pairs of residues, at least 6 apart and at most 3 for each
-residue, are
-contacts: J_ij = s_ij M, with one matrix M for the whole corpus, as residues attract each other by their kind, and s_ij
-uniform on [½, 3/2] · coupling. All pairs have couplings besides that mean nothing, most of them weak, a few not: these
-come before the weakest contacts for anybody who knows the parameters, too (:func:`Potts.precision`).
+residue, are contacts: J_ij = s_ij M, with one matrix M for the whole corpus, as residues attract each other by their
+kind, and s_ij uniform on [½, 3/2] · coupling. All pairs have couplings besides that mean nothing, most of them weak,
+a few not: these come before the weakest contacts for anybody who knows the parameters, too (:func:`Potts.precision`).
 
 The corpus is a pure function of its ``PottsSpec``; only uniform draws are taken from the generators.
 """
@@ -55,7 +54,7 @@ class PottsSpec:
     families: int
     records: int
     length: int = 40
-    coupling: float = 1.0
+    coupling: float = 0.5
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -66,7 +65,7 @@ class PottsSpec:
         if not 14 <= self.length <= LONGEST:
             raise DataError(f"length is {self.length}: with planted contacts give 14 to {LONGEST} residues.")
         if not 0 <= self.coupling <= 10:  # NaN is refused too
-            raise DataError(f"coupling is {self.coupling}: give a number from 0 (no contacts) to 10; about 1 is plain.")
+            raise DataError(f"coupling is {self.coupling}: give a number from 0 (no contacts) to 10; 0.5 is plain.")
         if self.seed < 0:
             raise DataError(f"seed is {self.seed}: give 0 or a positive integer.")
 

@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         assays=args.assay,
         reference=args.reference,
         official=args.official,
+        beside=args.beside,
         ema=args.ema,
         passes=args.passes,
         out=args.out,
@@ -81,16 +82,19 @@ def run(args: argparse.Namespace) -> int:
     if found.absent:
         named = ", ".join(found.absent[:3]) + (", ..." if len(found.absent) > 3 else "")
         print(f"longseq: note: {len(found.absent)} assays of the reference are not here: {named}", file=sys.stderr)
-    report = found.as_dict(args.beside)
-    print(json.dumps(report, indent=2) if args.json else "\n".join(_tables(found, args.beside, args.details)))
+    if args.official and not any(
+        name.endswith(", published") for kind in found.kinds() for name in found.compared(kind)
+    ):
+        print("longseq: note: the published results have none of these assays", file=sys.stderr)
+    print(json.dumps(found.as_dict(), indent=2) if args.json else "\n".join(_tables(found, args.details)))
     return 0
 
 
-def _tables(found: ProteinGym, beside: list[str] | None, details: bool) -> Iterator[str]:
+def _tables(found: ProteinGym, details: bool) -> Iterator[str]:
     from longseq.evaluation.field.measures import MEASURES
 
     for kind in found.kinds():
-        rows = found.compared(kind, beside)
+        rows = found.compared(kind)
         of_all = next(iter(rows.values()))["Spearman"]
         yield f"{kind}: {of_all.assays} assays of {of_all.proteins} proteins"
         yield ""
@@ -121,6 +125,8 @@ def _group(rows: dict[str, Averages], group: str, title: str, width: int) -> Ite
     yield " " * width + "".join(f"{name:>{size}}" for name, size in zip(names, sizes, strict=True))
     for model, row in rows.items():
         values = row.groups.get(group, {})
+        if not values:
+            continue
         yield f"{model:<{width}}" + "".join(
             _cell(values.get(name), size) for name, size in zip(names, sizes, strict=True)
         )

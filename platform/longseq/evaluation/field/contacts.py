@@ -99,7 +99,7 @@ def benchmark_contacts(
         for method in methods:
             say = partial(progress, name, method)
             if method == ATTENTION:
-                scores = _by_attention(model, records, chains, ways, say)
+                scores = _by_attention(model, records, chains, ways, source.causal, say)
             else:
                 scores = _by_jacobian(model, records, source.causal, say)
             found[method] = [precisions(each, chain.contact_map()) for each, chain in zip(scores, chains, strict=True)]
@@ -116,6 +116,7 @@ def _by_attention(
     records: Sequence[Record],
     chains: Sequence[Chain],
     ways: Sequence[tuple[list[int], list[int]]],
+    causal: bool,
     progress: Callable[[str], None],
 ) -> list[Matrix]:
     from longseq.evaluation.field.attention import attention_maps, pair_features
@@ -125,7 +126,7 @@ def _by_attention(
     for record, chain in zip(records, chains, strict=True):
         progress(record.identifier)
         pairs = np.triu_indices(record.length, NEAREST)
-        features.append(pair_features(attention_maps(model, record))[:, *pairs].T)  # (pairs, heads)
+        features.append(pair_features(attention_maps(model, record, causal))[:, *pairs].T)  # (pairs, heads)
         labels.append(chain.contact_map()[pairs])
     found: list[Matrix] = [np.empty(0)] * len(chains)
     for learned, tested in ways:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,8 +77,3 @@ def _read(path: Path, kind: str, measure: str) -> Official:
         for name in names:
             models[name][id_] = number(row, name, place) if row[name] else math.nan
     return Official(path, kind, measure, assays, models)
-
-
-def of_kind(tables: Iterable[Official], kind: str) -> Mapping[str, Official]:
-    """By measure."""
-    return {table.measure: table for table in tables if table.kind == kind}

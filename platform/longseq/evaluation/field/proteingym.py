@@ -17,7 +17,7 @@ from longseq.errors import LongseqError
 from longseq.evaluation.field.assays import Entry, Scan, collection, scan
 from longseq.evaluation.field.averages import Assay, Averages, averages
 from longseq.evaluation.field.measures import MEASURES, Floats
-from longseq.evaluation.field.official import BESIDE, Official, of_kind, published
+from longseq.evaluation.field.official import BESIDE, Official, published
 from longseq.evaluation.field.plain import label, plain, proteins
 from longseq.opening import Source
 from longseq_data.files import sha256_of, write_text
@@ -77,6 +77,7 @@ class ProteinGym:
     models: list[ModelResult]
     absent: list[str]  # DMS_id of assays that the reference names and the folder lacks
     official: list[Official] = field(default_factory=list)
+    beside: list[str] = field(default_factory=list)  # published models to compare with
 
     def kinds(self) -> list[str]:
         """Of the assays that were scored."""
@@ -86,36 +87,26 @@ class ProteinGym:
         """Those of a kind that were scored."""
         return [each.assay for each in self.models[0].assays if each.kind == kind]
 
-    def compared(self, kind: str, beside: Sequence[str] | None = None) -> dict[str, dict[str, Averages]]:
-        """Averages over the assays that were scored, by measure: of the models, of baselines, of published models.
-
-        Args:
-            beside: names of published models; None: a few, as far as the published tables have them.
-
-        Raises:
-            LongseqError: for a model that the tables lack, and where there are no tables.
-        """
+    def compared(self, kind: str) -> dict[str, dict[str, Averages]]:
+        """Averages over the assays that were scored, by measure: of the models, of baselines, of published models."""
         rows = {model.name: {measure: model.averages(kind, measure) for measure in MEASURES} for model in self.models}
         first = self.models[0]
         for name in next((each.baselines for each in first.assays if each.kind == kind), {}):
             rows[name] = {measure: first.averages(kind, measure, name) for measure in MEASURES}
-        tables = of_kind(self.official, kind)
-        if beside and not tables:
-            raise LongseqError(f"beside={beside[0]}: no published results of {kind} by assay here (--official).")
-        known = {name for table in tables.values() for name in table.models}
         assays = self.assays(kind)
-        for name in [each for each in BESIDE if each in known] if beside is None else beside:
-            of_model = {measure: table.averages(name, assays) for measure, table in tables.items()}
-            if beside or any(each.assays for each in of_model.values()):
+        for name in self.beside:
+            tables = [table for table in self.official if table.kind == kind and name in table.models]
+            of_model = {table.measure: table.averages(name, assays) for table in tables}
+            if any(each.assays for each in of_model.values()):
                 rows[f"{name}, published"] = of_model
         return rows
 
-    def as_dict(self, beside: Sequence[str] | None = None) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """What ``longseq benchmark proteingym --json`` prints; what is not defined is None."""
         averages = {
             kind: {
                 name: {measure: each.as_dict() for measure, each in row.items()}
-                for name, row in self.compared(kind, beside).items()
+                for name, row in self.compared(kind).items()
             }
             for kind in self.kinds()
         }
@@ -132,6 +123,7 @@ def benchmark_proteingym(
     assays: Iterable[str] = (),
     reference: str | Path | None = None,
     official: Iterable[str | Path] = (),
+    beside: Sequence[str] | None = None,
     ema: bool = False,
     passes: int = 0,
     out: str | Path | None = None,
@@ -149,6 +141,7 @@ def benchmark_proteingym(
         assays: DMS_id of those wanted; none: all.
         reference: the reference file, if it is not in the folder.
         official: files or folders with ProteinGym's published results by assay; those in ``folder`` are found.
+        beside: published models to compare with; None: a few, as far as the published results have them.
         ema: with the running mean of the weights.
         passes: of masked models on indels: hide every passes-th position at once; 0: one pass per position, exact.
         out: where assays are kept, a folder for each model; default: each run's evaluations/proteingym.
@@ -162,6 +155,11 @@ def benchmark_proteingym(
         raise LongseqError(f"passes={passes}: take 0 or more.")
     found = collection(Path(folder), Path(reference) if reference else None, assays)
     tables = published([*map(Path, official), Path(folder)])
+    known = list(dict.fromkeys(name for table in tables for name in table.models))
+    for name in beside or ():
+        if name not in known:
+            has = f"those here have {', '.join(known)}" if known else "there are none here (--official)"
+            raise LongseqError(f"beside={name}: no such model in published results by assay; {has}.")
     return ProteinGym(
         [
             _of_model(source, label(source, sources), found.entries, overrides, passes, out, progress)
@@ -169,6 +167,7 @@ def benchmark_proteingym(
         ],
         found.absent,
         tables,
+        [name for name in BESIDE if name in known] if beside is None else list(beside),
     )
 
 
