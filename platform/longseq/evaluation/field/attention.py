@@ -5,12 +5,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from longseq.attention import FavorAttention
 from longseq.evaluation.field.precision import apc
 from longseq.evaluation.records import Record
-from longseq.measure.attention_probe import look_through
+from longseq.measure.attention_probe import attention_weights
 from longseq.models.performer import PerformerLM
 
 Maps = npt.NDArray[np.float32]
@@ -25,19 +23,10 @@ def attention_maps(model: PerformerLM, record: Record, causal: bool) -> Maps:
     With one-hot vectors as values, attention's result is its weights (Choromanski et al. 2020, appendix C.4): so they
     are those of the implementation that was trained, random features and window included. Memory grows with L².
     """
-    found: list[Tensor] = []
     queries = slice(0, -2) if causal else slice(1, -1)
-
-    def look(attention: FavorAttention, q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None) -> None:
-        size = q.shape[2]
-        one_hot = torch.eye(size, device=q.device, dtype=v.dtype).expand(*q.shape[:2], size, size)
-        maps = FavorAttention.mix(attention, q, k, one_hot, None, segments)
-        found.append(maps[0, :, queries, 1:-1].float().cpu())  # without the tokens before and behind
-
     device = next(model.parameters()).device
     tokens = torch.from_numpy(record.row.astype(np.int64))[None].to(device)
-    look_through(model, {"tokens": tokens}, look)
-    return torch.cat(found).numpy()
+    return torch.cat([layer[0, :, queries, 1:-1].cpu() for layer in attention_weights(model, tokens)]).numpy()
 
 
 def pair_features(maps: Maps) -> Maps:

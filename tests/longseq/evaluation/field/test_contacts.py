@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import longseq as api
-from longseq.errors import LongseqError
 from longseq.attention import projection_matrix
 from longseq.attention.reference import quadratic_attention
+from longseq.errors import LongseqError
 from longseq.evaluation.field import jacobian, precision, regression
 from longseq.evaluation.field.attention import attention_maps, pair_features
 from longseq.evaluation.field.chains import folds, read_chains
@@ -249,7 +249,7 @@ def test_a_probe_tells_states_that_follow_from_the_letters(trained, chains):
     [
         ("[1, 2]", "line 7: no JSON object with id, sequence and contacts"),
         ('{"id": "x", "sequence": "MKV"}', "line 7: no JSON object with id, sequence and contacts"),
-        ('{"id": "x", "sequence": "MKV", "contacts": [[0, 3]]}', "the contact [0, 3] is no pair of residues from 0 to 2"),
+        ('{"id": "x", "sequence": "MKV", "contacts": [[0, 3]]}', "[0, 3] is no pair of residues from 0 to 2"),
         ('{"id": "x", "sequence": "MKV", "contacts": [[1, 1]]}', "line 7: the contact [1, 1] is no pair"),
         ('{"id": "x", "sequence": "MKV", "contacts": [], "secondary_structure": "HH"}', "for each of its 3 residues"),
         ('{"id": "x", "sequence": "MJV", "contacts": []}', "chain x: 'J' at position 2 is not one of"),
