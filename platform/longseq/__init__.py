@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from longseq.evaluation.embed import embed
     from longseq.evaluation.evaluate import Evaluation, evaluate
     from longseq.evaluation.evaluate import Settings as EvaluationSettings
+    from longseq.evaluation.field.contacts import benchmark_contacts
+    from longseq.evaluation.field.proteingym import benchmark_proteingym
+    from longseq.evaluation.field.structure import benchmark_structure
     from longseq.evaluation.sample import infill, sample
     from longseq.evaluation.score import score, variant_effects
     from longseq.interop.exporting import export
@@ -40,6 +43,9 @@ _PUBLIC = {
     "embed": "longseq.evaluation.embed",
     "compare": "longseq.evaluation.compare",
     "Compared": "longseq.evaluation.compare",
+    "benchmark_proteingym": "longseq.evaluation.field.proteingym",
+    "benchmark_contacts": "longseq.evaluation.field.contacts",
+    "benchmark_structure": "longseq.evaluation.field.structure",
     "export": "longseq.interop.exporting",
     "find": "longseq.opening",
     "prepare": "longseq.preparation",
@@ -51,6 +57,9 @@ __all__ = [
     "EvaluationSettings",
     "Prepared",
     "Training",
+    "benchmark_contacts",
+    "benchmark_proteingym",
+    "benchmark_structure",
     "compare",
     "embed",
     "evaluate",

@@ -25,6 +25,7 @@ VERBS = {
     "score": "log-likelihoods of sequences, and effects of mutations",
     "embed": "a model's vectors of sequences, as Parquet or npz",
     "compare": "runs next to each other: settings that differ, losses, speed, scores",
+    "benchmark": "what a protein model is worth: ProteinGym, contacts, secondary structure",
     "figures": "pictures of a run: curves, accuracy by length, attention, similarities, errors",
     "export": "a model as a Hugging Face folder: safetensors, config.json, tokenizer, model card",
     "import": "the weights of a Hugging Face Transformer (ESM-2, BERT-like), to go on with as a Performer",

@@ -17,6 +17,7 @@ import yaml
 from documentation.pages import MADE, ROOT, blocks, text_of_all, written
 from longseq.cli import VERBS, main
 from longseq.commands.bench import BENCHMARKS
+from longseq.commands.benchmark import BENCHMARKS as MODEL_BENCHMARKS
 from longseq.commands.data import ACTIONS
 from longseq.config.loading import described_keys
 from longseq.config.schema import Config
@@ -44,12 +45,15 @@ def test_every_verb_benchmark_and_action_on_data_is_in_the_pages():
         assert re.search(rf"longseq {name}\b", TEXT), name
     for name in BENCHMARKS:
         assert re.search(rf"bench {name}\b", TEXT), name
+    for name in MODEL_BENCHMARKS:
+        assert re.search(rf"benchmark {name}\b", TEXT), name
     for name in ACTIONS:
         assert re.search(rf"data {name}\b", TEXT), name
 
 
 def test_every_option_in_the_pages_is_one_of_a_verb(capsys):
     groups = [(verb,) for verb in VERBS], [("bench", name) for name in BENCHMARKS], [("data", name) for name in ACTIONS]
+    groups += ([("benchmark", name) for name in MODEL_BENCHMARKS],)
     known = set()
     for words in chain(*groups):
         known |= set(re.findall(r"--[a-z][a-z-]+", help_of(*words, capsys=capsys)))
@@ -141,7 +145,8 @@ def test_the_made_pages_hold_every_key_verb_option_and_exit_code(tmp_path, monke
         assert about["meaning"].split(";")[0].split("*")[0].split("|")[0].split("<")[0].rstrip() in keys
     for schema in (PrepareConfig, Site):
         assert all(f"| `{name}` |" in keys for name in vars(schema()))
-    for words in [*((v,) for v in VERBS), *(("bench", b) for b in BENCHMARKS), *(("data", a) for a in ACTIONS)]:
+    several = {"bench": BENCHMARKS, "data": ACTIONS, "benchmark": MODEL_BENCHMARKS}
+    for words in [*((v,) for v in VERBS), *((verb, name) for verb, names in several.items() for name in names)]:
         assert re.search(rf"^#+ {' '.join(words)}$", verbs, re.MULTILINE), words
         options = set(re.findall(r"^  (?:-\w[^,]*, )?(--[a-z][a-z-]+)", help_of(*words, capsys=capsys), re.MULTILINE))
         assert all(option in verbs for option in options - {"--help"}), words

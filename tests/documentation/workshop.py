@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shlex
 import shutil
@@ -67,7 +68,19 @@ def furnish(folder: Path) -> Path:
     for i in range(40):
         Image.fromarray(colours.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / "pictures" / f"{i}.png")
     esm2(folder / "esm2_t6_8M_UR50D")
+    judges(folder, wild)
     return folder
+
+
+def judges(folder: Path, wild: str) -> None:
+    """What `longseq benchmark` reads: an assay with its reference file, and chains."""
+    (folder / "gym").mkdir()
+    reference = f"DMS_id,DMS_filename,target_seq,coarse_selection_type\nGB1_2014,GB1_2014.csv,{wild},Binding\n"
+    (folder / "gym" / "DMS_substitutions.csv").write_text(reference)
+    rows = "".join(f"{wild[at]}{at + 1}W,{at % 7},{at % 2}\n" for at in range(20))
+    (folder / "gym" / "GB1_2014.csv").write_text(f"mutant,DMS_score,DMS_score_bin\n{rows}")
+    chain = {"sequence": wild, "contacts": [[0, 9], [3, 20]], "secondary_structure": (12 * "HE-")[: len(wild)]}
+    (folder / "chains.jsonl").write_text("".join(json.dumps({"id": f"c{i}", **chain}) + "\n" for i in range(22)))
 
 
 def esm2(folder: Path) -> None:
@@ -141,7 +154,7 @@ class Hands:
         if words[:2] == ["data", "prepare"]:  # the other pages have found it made
             shutil.rmtree("data/uniref50")
         if words[:2] == ["data", "synth"]:
-            Path(words[2]).unlink()
+            Path(words[2]).unlink(missing_ok=True)
         for word in words:
             self._bring(word)
         with (Path(out) if out else Path(".said")).open("w") as file, redirect_stdout(file):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import gzip
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -254,7 +254,21 @@ def write_fasta(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> SyntheticReport:
-    """Write the corpus as FASTA, gzipped when the name ends in ``.gz``, and say how much there is.
+    """Write the corpus as FASTA, and say how much there is. See :func:`write_records`."""
+    records, residues = write_records(synthesize(spec), path, overwrite=overwrite, progress=progress)
+    return SyntheticReport(spec.families, records, residues)
+
+
+def write_records(
+    records: Iterable[tuple[str, str]],
+    path: Path,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[int, int]:
+    """Write (header without '>', sequence) as FASTA, gzipped when the name ends in ``.gz``.
+
+    Returns the numbers of records and residues.
 
     The text goes to a file next to ``path``, which takes its name once it is whole and on disk: an interrupt or a
     full disk leaves nothing behind. Parent folders are created. ``progress`` is called with the number of records
@@ -265,34 +279,39 @@ def write_fasta(
     """
     path = Path(path)
     try:
-        if path.is_dir():
-            raise DataError(f"{path} is a folder: give the name of a file, for example {path / 'synthetic.fasta.gz'}.")
-        if path.exists() and not path.is_file():
-            raise DataError(f"{path} is no regular file (a device or a pipe, perhaps): give the name of a file.")
-        if path.exists() and not overwrite:
-            raise DataError(f"{path} exists already: choose another name, or overwrite it (--overwrite).")
+        refuse_taken(path, overwrite)
         path.parent.mkdir(parents=True, exist_ok=True)
         with aside(path) as partial, partial.open("wb") as raw:
             if path.suffix == ".gz":  # no time and no name in its header: the same corpus is the same file
                 with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0, compresslevel=6) as packed:
-                    report = _write_records(spec, packed, progress)
-            else:
-                report = _write_records(spec, raw, progress)
+                    return _write(records, packed, progress)
+            return _write(records, raw, progress)
     except OSError as error:
         sentence = explained(error, path, "cannot be written")
         raise DataError(f"{sentence}; nothing half-written was left.") from error
-    return report
 
 
-def _write_records(
-    spec: SyntheticSpec, out: BinaryIO | gzip.GzipFile, progress: Callable[[int], None] | None
-) -> SyntheticReport:
-    records = residues = 0
-    for header, sequence in synthesize(spec):
+def refuse_taken(path: Path, overwrite: bool) -> None:
+    """Raise DataError where no file can be written: at a folder, a device, and, without ``overwrite``, a file."""
+    if path.is_dir():
+        raise DataError(f"{path} is a folder: give the name of a file, for example {path / 'synthetic.fasta.gz'}.")
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path} is no regular file (a device or a pipe, perhaps): give the name of a file.")
+    if path.exists() and not overwrite:
+        raise DataError(f"{path} exists already: choose another name, or overwrite it (--overwrite).")
+
+
+def _write(
+    records: Iterable[tuple[str, str]], out: BinaryIO | gzip.GzipFile, progress: Callable[[int], None] | None
+) -> tuple[int, int]:
+    written = residues = 0
+    for header, sequence in records:
         lines = [sequence[start : start + LINE] for start in range(0, len(sequence), LINE)]
         out.write("\n".join([f">{header}", *lines, ""]).encode("ascii"))
-        records += 1
+        written += 1
         residues += len(sequence)
-        if progress is not None and (records % 256 == 0 or records == spec.records):
-            progress(records)
-    return SyntheticReport(spec.families, records, residues)
+        if progress is not None and written % 256 == 0:
+            progress(written)
+    if progress is not None:
+        progress(written)
+    return written, residues

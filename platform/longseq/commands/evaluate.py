@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import time
-from pathlib import Path
 
 from longseq.commands.numbers import natural, positive
+from longseq.commands.options import models_and_keys
 from longseq.data import SPLITS
 from longseq.errors import ConfigError
-from longseq.evaluation.evaluate import Evaluation, Settings, evaluations, refuse_unkept, targets_of
+from longseq.evaluation.evaluate import Evaluation, Settings, evaluations, refuse_unkept
 from longseq.opening import TARGET_HELP
 
 _SILENCE = 30.0  # seconds between two lines of a log
-_OVERRIDE = re.compile(r"[A-Za-z]\w*(\.[\w-]+)+=")
 _DEVICES = "trainer.devices="
 
 
@@ -60,9 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    keys = [word for word in args.words if _OVERRIDE.match(word) and not Path(word).exists()]
-    targets = targets_of([word for word in args.words if word not in keys])
-    overrides = [*keys, *args.overrides]
+    targets, overrides = models_and_keys(args)
     settings = Settings(
         splits=tuple(args.split) if args.split else None,
         files=tuple(args.data or ()),

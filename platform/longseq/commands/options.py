@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 import sys
 import threading
@@ -19,6 +20,7 @@ TAKE_OVER_HELP = (
     "start although what had the run cannot be asked whether it still trains: a process of another machine, or a job "
     "where SLURM does not answer"
 )
+_OVERRIDE = re.compile(r"[A-Za-z]\w*(\.[\w-]+)+=")
 _DEVICES = (Path("/dev"), Path("/dev/fd"))
 
 
@@ -26,6 +28,31 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """The arguments that say which weights are meant."""
     parser.add_argument("target", metavar="RUN|CHECKPOINT|FOLDER", type=Path, help=TARGET_HELP)
     parser.add_argument("--ema", action="store_true", help="take the running mean of the weights (trainer.ema_decay)")
+
+
+def add_models(parser: argparse.ArgumentParser) -> None:
+    """One model or several, then keys."""
+    parser.add_argument(
+        "words",
+        nargs="+",
+        metavar="RUN|CHECKPOINT|FOLDER [key=value ...]",
+        help=f"{TARGET_HELP}, or several of them; then keys, e.g. trainer.accelerator=cpu",
+    )
+    parser.set_defaults(overrides=[])
+    parser.add_argument("--ema", action="store_true", help="take the running mean of the weights (trainer.ema_decay)")
+
+
+def models_and_keys(args: argparse.Namespace) -> tuple[list[Path], list[str]]:
+    """The words of a verb with several models: models, and key=value.
+
+    Raises:
+        LongseqError: where there is no model.
+    """
+    keys = [word for word in args.words if _OVERRIDE.match(word) and not Path(word).exists()]
+    targets = [Path(word) for word in args.words if word not in keys]
+    if not targets:
+        raise LongseqError(f"{args.verb}: no model; give {TARGET_HELP}.")
+    return targets, [*keys, *args.overrides]
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

@@ -1,16 +1,18 @@
 """Log-likelihoods of sequences, and the effects of mutations, under a model.
 
 Causal: the exact log-likelihood of residues and end, one pass. Masked: the pseudo-log-likelihood, which hides each
-position in turn and so costs L passes over a sequence of L (--passes 20 hides every 20th at once, in 20 passes).
-With variants (A24G, or several changes A24G:C30D) the file holds the wild type alone, and the effect is the variant's
+position in turn and so costs L passes over a sequence of L (--passes 20 hides every 20th at once, in 20 passes). With
+variants (A24G, or several changes A24G:C30D) the file holds the wild type alone, and the effect is the variant's
 log-likelihood less the wild type's; masked models score the changed positions hidden (masked marginals), in one pass
-per variant. Natural logarithms throughout.
+for all variants of the same positions. Of a deep mutational scan as ProteinGym has them (a CSV with the columns mutant
+and DMS_score) the rank correlation is printed, too, on stderr. Natural logarithms throughout.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -27,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="FASTA or text, as the model was trained on")
     add_overrides(parser)
     parser.add_argument("--variant", action="append", default=[], metavar="A24G", help="may be repeated")
-    parser.add_argument("--variants", type=Path, metavar="FILE", help="one variant per line")
+    parser.add_argument(
+        "--variants", type=Path, metavar="FILE", help="one variant per line, or a scan: CSV with mutant, DMS_score"
+    )
     parser.add_argument(
         "--passes", type=natural, default=0, metavar="N", help="of a masked model; default 0: one per position, exact"
     )
@@ -37,16 +41,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     rows: Iterator[Row]
+    pairs: list[tuple[float, float]] = []  # effect, DMS_score
     if args.variant or args.variants:
         if args.passes:
             raise LongseqError("--passes: effects of variants take one pass each in any case: leave it out.")
-        rows = variant_effects(args.target, args.file, args.variant, args.variants, args.overrides, ema=args.ema)
+        found = variant_effects(args.target, args.file, args.variant, args.variants, args.overrides, ema=args.ema)
+        rows = _noted(found, pairs)
     else:
         rows = score(args.target, args.file, args.overrides, ema=args.ema, passes=args.passes)
     ready()
     with output(args.out) as out:
         out.writelines(_json(rows) if args.json else _table(rows))
+    if pairs:
+        import numpy as np
+
+        from longseq.evaluation.field.measures import spearman
+
+        effects, measured = np.array(pairs).T
+        rho = spearman(effects, measured)
+        print(f"longseq: {args.variants}: {len(pairs):,} variants, Spearman {rho:.4f} with DMS_score", file=sys.stderr)
     return 0
+
+
+def _noted(rows: Iterable[VariantEffect], pairs: list[tuple[float, float]]) -> Iterator[VariantEffect]:
+    for row in rows:
+        if row.measured is not None:
+            pairs.append((row.effect, row.measured))
+        yield row
 
 
 def _table(rows: Iterable[Row]) -> Iterator[str]:

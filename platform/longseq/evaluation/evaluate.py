@@ -16,7 +16,7 @@ from longseq.data import SPLITS, corpus_of, reading, resolve_sources, split_spec
 from longseq.data_report import check_data, say
 from longseq.errors import ConfigError, LongseqError
 from longseq.evaluation.request import Request, is_split, samples_of
-from longseq.opening import TARGET_HELP, Source, checkpoints_of, find, of_checkpoint, run_of
+from longseq.opening import Source, checkpoints_of, find, of_checkpoint, run_of
 from longseq.runs.changes import FIXED, refuse_changes
 from longseq_data.errors import DataError
 from longseq_data.files import user_path
@@ -338,10 +338,3 @@ def _label(part: str, parts: tuple[str, ...]) -> str:
     name = part.rstrip("/").rpartition("/")[2]
     alike = [other for other in parts if other.rstrip("/").rpartition("/")[2] == name]
     return name if len(alike) == 1 else part
-
-
-def targets_of(words: Sequence[str]) -> list[Path]:
-    """Paths of models. Raises LongseqError where there is none."""
-    if not words:
-        raise LongseqError(f"evaluate: no model; give {TARGET_HELP}.")
-    return [Path(word) for word in words]

@@ -77,15 +77,24 @@ def _causal_effects(
 def _masked_effects(
     model: PerformerLM, vocabulary: Vocabulary, wild: Record, variants: Sequence[Variant]
 ) -> Iterator[tuple[Variant, float]]:
-    for group in batches(variants, lambda _: len(wild.row)):
+    """Variants of the same sites share a pass: a scan of all 19 mutants of each residue takes L passes, not 19 L."""
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for number, variant in enumerate(variants):
+        alike.setdefault(tuple(sorted(at for at, _, _ in variant.changes)), []).append(number)
+    found = np.empty(len(variants))
+    for group in batches(alike, lambda _: len(wild.row)):
         tokens = np.stack([wild.row.astype(np.int64) for _ in group])
-        for row, variant in zip(tokens, group, strict=True):
-            row[[position for position, _, _ in variant.changes]] = vocabulary.mask
+        for row, sites in zip(tokens, group, strict=True):
+            row[list(sites)] = vocabulary.mask
         states = _hidden(model, torch.from_numpy(tokens), vocabulary)
-        for row, variant in zip(states, group, strict=True):
-            places, old, new = torch.tensor(variant.changes, device=row.device).T
-            found = of_tokens(model, row[places], torch.stack([old, new], dim=-1)).double()
-            yield variant, sum((found[:, 1] - found[:, 0]).tolist())
+        for row, sites in zip(states, group, strict=True):
+            places = list(sites)
+            changes = [sorted(variants[number].changes) for number in alike[sites]]
+            new = torch.tensor([[to for _, _, to in each] for each in changes])  # (variants, sites)
+            old = torch.from_numpy(wild.row[places].astype(np.int64))
+            log_p = of_tokens(model, row[places], torch.cat([old[None], new]).T).double()  # (sites, 1 + variants)
+            found[alike[sites]] = (log_p[:, 1:] - log_p[:, :1]).sum(0).numpy()
+    yield from zip(variants, found.tolist(), strict=True)
 
 
 def _hidden(model: PerformerLM, tokens: Tensor, vocabulary: Vocabulary) -> Tensor:

@@ -51,6 +51,16 @@ def records(source: Source, file: str) -> Iterator[Record]:
         yield Record(each.identifier, np.concatenate([np.array([source.begins], dtype=tokens.dtype), body, ends]))
 
 
+def record_of(source: Source, identifier: str, sequence: str, what: str) -> Record:
+    """A record from its letters, as one of a file would be read.
+
+    Raises:
+        LongseqError: for a letter that is no residue; ``what`` says whose.
+    """
+    body = prompt_tokens(sequence, source.vocabulary, what)
+    return Record(identifier, np.array([source.begins, *body, source.vocabulary.eos], dtype=source.vocabulary.dtype))
+
+
 def look(source: Source, file: str) -> None:
     """Say what a file holds, and which of its letters are read as X. Raises as ``records`` does."""
     from longseq.data_report import say

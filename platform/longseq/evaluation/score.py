@@ -55,6 +55,7 @@ class VariantEffect:
     variant: str
     changes: int
     effect: float
+    measured: float | None = None  # DMS_score of a deep mutational scan
 
     def as_dict(self) -> dict[str, object]:
         return {"id": self.id, "variant": self.variant, "changes": self.changes, "effect": self.effect}
@@ -103,13 +104,15 @@ def variant_effects(
     Args:
         file: FASTA of the wild type alone.
         variants: as ``A24G``, or several changes ``A24G:C30D``.
-        table: a file with one variant per line, after those.
+        table: a file with one variant per line, after those; or a deep mutational scan as ProteinGym has them, a CSV
+            with the columns mutant and DMS_score.
 
     The other arguments and the errors are those of :func:`score`.
     """
     source = find(target, overrides, ema=ema)
     look(source, str(file))
-    from longseq.evaluation.variants import read_variants
+    from longseq.evaluation.field.assays import SUBSTITUTIONS, is_scan, scan
+    from longseq.evaluation.variants import parse, read_variants
 
     if source.vocabulary.name != "protein":
         raise LongseqError(f"{source.folder}: a model of text; variants are those of proteins.")
@@ -119,7 +122,18 @@ def variant_effects(
             f"{file}: more than one record, and variants are held against one wild type: give a FASTA of it alone."
         )
     (wild,) = found
-    return _effects(source, wild, read_variants(variants, Path(table) if table else None, wild))
+    if table is None or not is_scan(Path(table)):
+        given = read_variants(variants, Path(table) if table else None, wild)
+        return _effects(source, wild, given, [None] * len(given))
+    assay = scan(Path(table))
+    if assay.kind != SUBSTITUTIONS:
+        raise LongseqError(
+            f"{table}: its mutants are whole sequences, and variants are changes, as A24G; `longseq benchmark "
+            "proteingym` takes such a file."
+        )
+    given = read_variants(variants, None, wild)
+    listed = [parse(text, wild, place) for text, place in zip(assay.mutants, assay.places, strict=True)]
+    return _effects(source, wild, [*given, *listed], [*[None] * len(given), *assay.measured.tolist()])
 
 
 def _scores(source: Source, file: str, passes: int) -> Iterator[SequenceScore]:
@@ -135,8 +149,11 @@ def _scores(source: Source, file: str, passes: int) -> Iterator[SequenceScore]:
             yield SequenceScore(record.identifier, record.length, value, pseudo=not source.causal)
 
 
-def _effects(source: Source, wild: Record, variants: list[Variant]) -> Iterator[VariantEffect]:
+def _effects(
+    source: Source, wild: Record, variants: list[Variant], measured: Sequence[float | None]
+) -> Iterator[VariantEffect]:
     from longseq.evaluation.likelihood import effects
 
-    for variant, effect in effects(source.load(), source.vocabulary, wild, variants, source.causal):
-        yield VariantEffect(wild.identifier, variant.name, len(variant.changes), effect)
+    found = effects(source.load(), source.vocabulary, wild, variants, source.causal)
+    for (variant, effect), value in zip(found, measured, strict=True):
+        yield VariantEffect(wild.identifier, variant.name, len(variant.changes), effect, value)

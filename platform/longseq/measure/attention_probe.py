@@ -44,14 +44,24 @@ def probe(model: PerformerLM, batch: dict[str, Tensor]) -> list[LayerProbe]:
         shown = slice(0, MAP_LENGTH)
         q, k = q[:, :, shown], k[:, :, shown]
         segments = None if segments is None else segments[:, shown]
-        size = q.shape[2]
-        # In the model's own dtype, for its ω is rounded to that.
-        one_hot = torch.eye(size, device=q.device, dtype=v.dtype).expand(*q.shape[:2], size, size)
+        one_hot = _one_hot(q, v.dtype)
         own_map = FavorAttention.mix(attention, q, k, one_hot, None, segments)
         exact_map = _exact(attention, q, k, one_hot, segments)
         layers.append(LayerProbe(error, own_map[0].float().cpu(), exact_map[0].cpu()))
 
     look_through(model, batch, look)
+    return layers
+
+
+@torch.no_grad()
+def attention_weights(model: PerformerLM, tokens: Tensor) -> list[Tensor]:
+    """Each layer's attention (B, heads, queries, keys) over whole rows of tokens (B, L), in fp32. Changes nothing."""
+    layers: list[Tensor] = []
+
+    def look(attention: FavorAttention, q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None) -> None:
+        layers.append(FavorAttention.mix(attention, q, k, _one_hot(q, v.dtype), None, segments).float())
+
+    look_through(model, {"tokens": tokens}, look)
     return layers
 
 
@@ -114,6 +124,12 @@ def _mix(
     assert not isinstance(segments, SlicedDocuments)  # whole sequences
     look(attention, q, k, v, segments)
     return FavorAttention.mix(attention, q, k, v, padding, segments)
+
+
+def _one_hot(q: Tensor, dtype: torch.dtype) -> Tensor:
+    """A value for each key, (B, H, L, L); in the model's own dtype, for its ω is rounded to that."""
+    size = q.shape[2]
+    return torch.eye(size, device=q.device, dtype=dtype).expand(*q.shape[:2], size, size)
 
 
 def _exact(attention: FavorAttention, q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None) -> Tensor:
