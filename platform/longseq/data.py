@@ -18,6 +18,7 @@ from longseq_data.corpus.manifest import Manifest, read_manifest
 from longseq_data.errors import DataError
 from longseq_data.files import user_path
 from longseq_data.ingest.cache import default_folder
+from longseq_data.ingest.ring import Ring
 from longseq_data.os_errors import explained
 from longseq_data.prepare.identity import identity_of
 from longseq_data.prepare.members import member_index
@@ -234,7 +235,14 @@ def _spec(config: Config, split: str, where: Where, seed: int) -> Samples:
         crop=data.crop,
         later_epochs="permutation" if data.later_epochs == "permutation" else "buffer",
         cache=cache_folder(data.cache),
+        ring=_ring(config) if split == "train" else None,
     )
+
+
+def _ring(config: Config) -> Ring | None:
+    """What a run's processes share without a cache; None: there is one, or no run."""
+    run = config.run
+    return Ring(str(user_path(run.dir).absolute() / run.name)) if config.data.cache == "none" and run.name else None
 
 
 def members_of(config: Config, corpus: str) -> str:

@@ -187,8 +187,8 @@ class DataConfig:
     cache: str = key(
         "auto",
         "folder for what files are turned into, blocks of tokens, once for all processes and runs; auto: "
-        "$LONGSEQ_CACHE, or longseq in $XDG_CACHE_HOME or ~/.cache; none: nothing is kept, and each process reads the "
-        "files for itself",
+        "$LONGSEQ_CACHE, or longseq in $XDG_CACHE_HOME or ~/.cache; none: while a training runs, the last 512 MiB of "
+        "blocks of each of its sources, in $TMPDIR",
     )
     clusters: str | None = key(
         None,
