@@ -74,10 +74,10 @@ def resolve_sources(config: Config) -> None:
     tokens = vocabulary(config)
     if tokens.name == "pixels":
         check_pixels(config)
-    if data.reverse_complement and (tokens.name != "dna" or corpora):
+    if data.reverse_complement and tokens.name != "dna":
         raise ConfigError(
-            f"data.reverse_complement=true turns the strands of DNA files, and data.train is read as {tokens.name}"
-            f"{' from a prepared corpus' if corpora else ''}: set data.tokenizer=dna, or leave it out."
+            f"data.reverse_complement=true turns the strands of DNA, and data.train is read as {tokens.name}: set "
+            "data.tokenizer=dna, or leave it out."
         )
     if config.model.mask_scaling and tokens.mask != tokens.size - 1:
         raise ConfigError(
@@ -213,6 +213,7 @@ def _spec(config: Config, split: str, where: Where, seed: int) -> Samples:
             crop=data.crop,
             batch_tokens=data.batch_tokens,
             members=members_of(config, where.corpus) if split == "train" and data.clusters else None,
+            reverse_complement=data.reverse_complement,
         )
     return StreamSpec(
         sources=tuple(where.paths),
@@ -359,12 +360,13 @@ def _check_corpus(config: Config, corpus: str, manifest: Manifest) -> None:
             )
     if manifest.vocabulary.name == "pixels":
         data.image_size = int(str(manifest.settings["image_size"]))
-    for name in ("valid_fraction", "test_fraction"):
+    mixed = not all(map(is_corpus, data.files("train")))  # with files, of which the fractions are
+    for name in () if mixed else ("valid_fraction", "test_fraction"):
         prepared = manifest.settings.get(name)
         if getattr(data, name) not in (getattr(plain, name), prepared):
             raise ConfigError(
                 f"data.{name}={getattr(data, name)}, but {corpus} was prepared with {name}={prepared}, and its splits "
-                f"are fixed: set data.{name}={prepared}, or prepare another corpus."
+                f"are fixed: leave data.{name} out, or prepare another corpus."
             )
     if config.trainer.valid_every and not sources_of(config, "valid"):
         raise ConfigError(

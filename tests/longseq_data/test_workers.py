@@ -45,8 +45,9 @@ def refused(address: str) -> None:
     """A stranger with a certificate of its own, or with none, gets no answer."""
     import asyncio
 
-    from distributed import Security
     from distributed.core import rpc
+
+    from distributed import Security
 
     async def ask() -> None:
         own = Security.temporary().get_connection_args("client") if address.startswith("tls") else {}

@@ -160,8 +160,9 @@ def help_out(nodes: Nodes, count: int) -> None:
     if not where["address"]:
         return
     _settle()
-    from distributed import Nanny, Security, Status
     from distributed.utils import get_ip
+
+    from distributed import Nanny, Security, Status
 
     security = Security(require_encryption=True, **{f"tls_{name}": key for name, key in where["keys"].items()})
     host, port = where["address"].rpartition("/")[2].rsplit(":", 1)

@@ -196,7 +196,7 @@ class DataConfig:
         "MMseqs2 and UniRef write it; an epoch takes one member of each cluster, drawn anew",
     )
     reverse_complement: bool = key(
-        False, "with data.tokenizer=dna: half of the training sequences, drawn by run.seed, come as the other strand"
+        False, "of DNA: half of the training sequences, drawn by run.seed, come as the other strand"
     )
     strict: bool = key(
         False, "refuse letters outside the alphabet instead of reading them as X, and bytes that are not UTF-8"

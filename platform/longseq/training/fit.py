@@ -12,7 +12,7 @@ import torch
 from longseq.attention.backends import choice as backends
 from longseq.attention.feature_maps import feature_map
 from longseq.config.schema import Config
-from longseq.data import split_spec
+from longseq.data import identities, split_spec
 from longseq.devices import check_devices, on_cuda, sharing
 from longseq.errors import ConfigError
 from longseq.measure.memory import estimate
@@ -75,6 +75,7 @@ def fit(
     trainer = build_trainer(run, config, stop, checkpoint)
     trainer.callbacks = [*extra, *trainer.callbacks]  # type: ignore[attr-defined]
     if trainer.is_global_zero:
+        run.check_data(config, identities(config))  # once more: nothing was read before but its beginning
         if checkpoint:
             task.train_sums.restore(*checkpoint.position.unlogged, device=trainer.strategy.root_device)
         run.record_start(start_facts(config, start))
