@@ -102,7 +102,8 @@ class Reader:
                         asked = _ask(place, f"{name}-{number}")
                 if time.monotonic() - self._tended >= TEND:
                     self._tended, asked = time.monotonic(), False
-                    self._tend()
+                    with suppress(FileNotFoundError):  # another one that ends removes its folders
+                        self._tend()
                 if time.monotonic() - begun > LIMIT:
                     raise NoRingError(f"{leaf.source}: no block of it has come for {LIMIT / 60:.0f} minutes.")
                 time.sleep(PAUSE)
@@ -182,6 +183,10 @@ def _end_with_parent(place: Path) -> None:
     while sys.stdin.buffer.read(1 << 16):
         pass
     shutil.rmtree(place, ignore_errors=True)
+    with suppress(OSError):  # another process has a folder there
+        (place.parent / "lock").unlink()
+        place.parent.rmdir()
+        place.parents[1].rmdir()
     os._exit(0)
 
 
