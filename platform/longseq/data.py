@@ -18,6 +18,7 @@ from longseq_data.corpus.manifest import Manifest, read_manifest
 from longseq_data.errors import DataError
 from longseq_data.files import user_path
 from longseq_data.ingest.cache import default_folder
+from longseq_data.ingest.ring import Ring
 from longseq_data.os_errors import explained
 from longseq_data.prepare.identity import identity_of
 from longseq_data.prepare.members import member_index
@@ -73,10 +74,10 @@ def resolve_sources(config: Config) -> None:
     tokens = vocabulary(config)
     if tokens.name == "pixels":
         check_pixels(config)
-    if data.reverse_complement and (tokens.name != "dna" or corpora):
+    if data.reverse_complement and tokens.name != "dna":
         raise ConfigError(
-            f"data.reverse_complement=true turns the strands of DNA files, and data.train is read as {tokens.name}"
-            f"{' from a prepared corpus' if corpora else ''}: set data.tokenizer=dna, or leave it out."
+            f"data.reverse_complement=true turns the strands of DNA, and data.train is read as {tokens.name}: set "
+            "data.tokenizer=dna, or leave it out."
         )
     if config.model.mask_scaling and tokens.mask != tokens.size - 1:
         raise ConfigError(
@@ -212,6 +213,7 @@ def _spec(config: Config, split: str, where: Where, seed: int) -> Samples:
             crop=data.crop,
             batch_tokens=data.batch_tokens,
             members=members_of(config, where.corpus) if split == "train" and data.clusters else None,
+            reverse_complement=data.reverse_complement,
         )
     return StreamSpec(
         sources=tuple(where.paths),
@@ -234,7 +236,14 @@ def _spec(config: Config, split: str, where: Where, seed: int) -> Samples:
         crop=data.crop,
         later_epochs="permutation" if data.later_epochs == "permutation" else "buffer",
         cache=cache_folder(data.cache),
+        ring=_ring(config) if split == "train" else None,
     )
+
+
+def _ring(config: Config) -> Ring | None:
+    """What a run's processes share without a cache; None: there is one, or no run."""
+    run = config.run
+    return Ring(str(user_path(run.dir).absolute() / run.name)) if config.data.cache == "none" and run.name else None
 
 
 def members_of(config: Config, corpus: str) -> str:
@@ -351,12 +360,13 @@ def _check_corpus(config: Config, corpus: str, manifest: Manifest) -> None:
             )
     if manifest.vocabulary.name == "pixels":
         data.image_size = int(str(manifest.settings["image_size"]))
-    for name in ("valid_fraction", "test_fraction"):
+    mixed = not all(map(is_corpus, data.files("train")))  # with files, of which the fractions are
+    for name in () if mixed else ("valid_fraction", "test_fraction"):
         prepared = manifest.settings.get(name)
         if getattr(data, name) not in (getattr(plain, name), prepared):
             raise ConfigError(
                 f"data.{name}={getattr(data, name)}, but {corpus} was prepared with {name}={prepared}, and its splits "
-                f"are fixed: set data.{name}={prepared}, or prepare another corpus."
+                f"are fixed: leave data.{name} out, or prepare another corpus."
             )
     if config.trainer.valid_every and not sources_of(config, "valid"):
         raise ConfigError(

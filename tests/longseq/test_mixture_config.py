@@ -12,7 +12,10 @@ from longseq.data import resolve_sources, split_spec
 from longseq.errors import ConfigError, RunError
 from longseq.runs.changes import FIXED, note_weights, refuse_changes
 from longseq.runs.run import Run
+from longseq_data.corpus.corpus import Corpus
 from longseq_data.errors import DataError
+from longseq_data.prepare.config import PrepareConfig
+from longseq_data.prepare.prepare import prepare
 
 TWO = "data:\n  train:\n    - path: a.fasta\n      weight: 0.7\n    - {path: [b.fasta, c.fasta], weight: 3, name: bc}\n"
 
@@ -50,6 +53,27 @@ def test_an_argument_names_sources_as_a_file_does(here):
     assert [(each["name"], each["weight"]) for each in config.data.sources("train")] == [("a", 2.0), ("b", 1.0)]
     alone = config_of("", "data.train={path: NO, name: 012}")
     assert alone.data.train == [{"name": "012", "path": ["NO"], "weight": 1.0}]
+
+
+def test_an_argument_changes_one_source(here):
+    for which in ("1", "bc"):
+        config = config_of(TWO, f"data.train.{which}.weight=5", "data.train.0.name=first")
+        assert [(each["name"], each["weight"]) for each in config.data.train] == [("first", 0.7), ("bc", 5.0)]
+    assert config_of(TWO, "data.train.a.path=[c.fasta]").data.train[0]["path"] == ["c.fasta"]
+    for text, argument, words in (
+        (TWO, "data.train.2.weight=5", "data.train has no source '2'; it has 0 (a), 1 (bc)."),
+        (TWO, "data.train.x.weight=5", "data.train has no source 'x'; it has 0 (a), 1 (bc)."),
+        (TWO, "data.train.0.weight=0", "data.train[0].weight=0 must be a number above 0"),
+        (TWO, "data.train.0.wieght=5", "unknown key 'data.train[0].wieght'. Did you mean weight?"),
+        (TWO, "data.train.0.name=bc", "2 sources are called bc"),
+        ("data: {train: a.fasta}", "data.train.0.weight=5", "write data.train=[{path: FILE, weight: NUMBER}, ...]."),
+    ):
+        with pytest.raises(ConfigError) as error:
+            config_of(text, argument)
+        assert str(error.value).startswith(f"a.yaml and its overrides: argument {argument!r}: ") or str(
+            error.value
+        ).startswith(f"argument {argument!r}: ")
+        assert words in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -131,3 +155,25 @@ def test_a_run_with_its_sources_in_another_order_is_not_told_of_another_content(
     after = run.config()
     after.data.train[0]["weight"] = 9.0
     refuse_changes(run.config(), after, run, FIXED)
+
+
+def test_corpora_of_different_fractions_keep_their_own_splits(here):
+    for name, valid in (("one", 0.3), ("other", 0.5)):
+        config = PrepareConfig(
+            ["a.fasta", "b.fasta", "c.fasta"], name, valid_fraction=valid, test_fraction=0, workers=1
+        )
+        prepare(config)
+    two = "data: {length: 16, batch_tokens: 64, train: [{path: one}, {path: other}]}"
+    config = config_of(two)
+    resolve_sources(config)
+    held_out = [len(part.corpus) for part in split_spec(config, "valid").parts]
+    assert held_out == [len(Corpus.open(name, "valid")) for name in ("one", "other")]
+    assert held_out[0] < held_out[1]
+    with pytest.raises(
+        ConfigError, match=r"valid_fraction=0.2, but .*one was prepared .*: leave data.valid_fraction out"
+    ):
+        resolve_sources(config_of(two, "data.valid_fraction=0.2"))
+    config = config_of(two, "data.train=[{path: one}, {path: a.fasta}]", "data.valid_fraction=0.2")  # of the files
+    resolve_sources(config)
+    corpus, files = split_spec(config, "valid").parts
+    assert (len(corpus.corpus), files.valid_fraction) == (held_out[0], 0.2)

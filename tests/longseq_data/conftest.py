@@ -12,6 +12,7 @@ import pytest
 from corpora import write_files
 from downloads import CONTENT, PATH, PROMISE, QUICK
 from every_format import make, trained  # noqa: F401 - fixtures
+from ingesting import cache, counted, small  # noqa: F401 - fixtures
 from longseq_data.fetch.download import Patience, download
 from longseq_data.fetch.partial import Promise
 from longseq_data.prepare import prepare as preparing

@@ -16,9 +16,12 @@ from longseq.data import resolve_sources, split_spec
 from longseq.errors import ConfigError
 from longseq.interop.tokenizer_files import write_tokenizer
 from longseq_data.ingest.survey import survey
+from longseq_data.prepare.config import PrepareConfig
+from longseq_data.prepare.prepare import prepare
 from longseq_data.readers.fasta import read_records
 from longseq_data.readers.reading import Reading
-from longseq_data.samples.batches import Loader, TrainingBatches
+from longseq_data.samples.batches import EvaluationBatches, Loader, TrainingBatches
+from longseq_data.samples.corpus_samples import CorpusSpec
 from longseq_data.samples.streaming import StreamSpec
 from longseq_data.vocabulary import DNA, NUCLEIC_ACIDS, reverse_complement
 from plain_samples import evaluation_samples, training_samples
@@ -115,7 +118,45 @@ def test_nothing_is_turned_in_an_evaluation(genome):
     assert [sample.tokens.tolist() for sample in plain] == [sample.tokens.tolist() for sample in turning]
 
 
-def test_strands_of_anything_but_dna_files_are_refused(tmp_path, monkeypatch, genome):
+@pytest.mark.parametrize(
+    "way", [{"packing": "concat"}, {"packing": "concat", "reset": True}, {"packing": "crop"}, {"packing": "bucket"}]
+)
+def test_a_prepared_corpus_turns_half_of_its_training_samples(genome, tmp_path, way):
+    prepare(PrepareConfig([genome], str(tmp_path / "c"), tokenizer="dna", valid_fraction=0.2, workers=1))
+    given = {"length": 50, "objective": "causal", "seed": 3, "batch_tokens": 200, **way}
+    plain = CorpusSpec(str(tmp_path / "c"), "train", **given)
+    turning = replace(plain, reverse_complement=True)
+
+    def rows(spec: CorpusSpec, start: int = 0, count: int = 300) -> list[list[int]]:
+        """Tokens with the last target, without padding."""
+        found: list[list[int]] = []
+        for batch in TrainingBatches(spec, batch_sequences=1, accumulate=1, rank=0, world=1, start=start):
+            for tokens, target in zip(batch["tokens"].tolist(), batch["targets"].tolist(), strict=True):
+                real = [token for token in tokens if token != DNA.pad]
+                found.append([*real, target[len(real) - 1]])
+            if len(found) >= count:
+                return found
+        raise AssertionError
+
+    before, after = rows(plain), rows(turning)
+    assert len(before) == len(after)
+    other = [reverse_complement(np.array(row, dtype=np.int16)).tolist() for row in before]
+    if "reset" in way:  # a last target of the next document is not scored, and not seen here
+        before, after, other = ([row[:-1] for row in each] for each in (before, after, other))
+    same = sum(row == mine for row, mine in zip(before, after, strict=True))
+    assert 100 < same < 200
+    if "reset" not in way:
+        assert all(mine in (row, turned) for row, turned, mine in zip(before, other, after, strict=True))
+    if way["packing"] != "bucket":
+        assert rows(turning, 137, 50) == rows(turning, 0, 187)[137:187]
+    scored = [
+        [batch["tokens"].tolist() for batch in EvaluationBatches(each, batch_sequences=4, rank=0, world=1)]
+        for each in (replace(plain, split="valid"), replace(turning, split="valid"))
+    ]
+    assert scored[0] == scored[1]
+
+
+def test_strands_of_anything_but_dna_are_refused(tmp_path, monkeypatch, genome):
     monkeypatch.chdir(tmp_path)
     Path("a.yaml").write_text("model: {preset: tiny}\ndata: {length: 16, batch_tokens: 64}\n")
     words = [f"data.train={genome}", "data.reverse_complement=true"]

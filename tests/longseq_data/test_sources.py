@@ -2,22 +2,35 @@
 
 import bz2
 import gzip
+import hashlib
+import io
+import json
 import lzma
 import os
 import random
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
+import fsspec
 import pyarrow
+import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from longseq_data.errors import DataError
+from longseq_data.ingest.cache import entry_of
+from longseq_data.ingest.parse import parsed
+from longseq_data.prepare.identity import identify
 from longseq_data.readers.fasta import read_records
-from longseq_data.readers.formats import leaves
+from longseq_data.readers.formats import Leaf, leaves
+from longseq_data.readers.reading import FASTA as FASTA_READING
+from longseq_data.readers.reading import Reading
 from longseq_data.readers.sources import expand_sources
 
 FASTA = ">a first\nMKV\nLA\n>b\nACD\n"
@@ -34,8 +47,6 @@ def free_port() -> int:
 
 
 def test_plain_gzipped_url_and_memory_give_the_same_records(write, http_address):
-    import fsspec
-
     plain = write("a.fasta", FASTA)
     zipped = write("b.fasta.gz", gzip.compress(FASTA.encode()))
     disguised = write("zipped_but_named.fasta", gzip.compress(FASTA.encode()))
@@ -119,8 +130,6 @@ def test_the_home_folder_is_expanded(write, tmp_path, monkeypatch):
 
 
 def test_globs_of_urls_use_the_filesystem(write, http_address):
-    import fsspec
-
     for name in ("x1.fa", "x2.fa", "y.fa"):
         fsspec.filesystem("memory").pipe(f"/globbed/{name}", FASTA.encode())
         write(name, FASTA)
@@ -173,6 +182,84 @@ def test_a_server_that_does_not_answer():
 def test_kinds_of_urls_that_cannot_be_opened():
     with pytest.raises(DataError, match=r"^nonsense://a/b: unknown kind of URL .*; use a path"):
         list(read_records("nonsense://a/b"))
+
+
+@pytest.mark.parametrize(("scheme", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])
+def test_a_bucket_says_what_to_install(scheme, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)  # also where it is installed
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, scheme, raising=False)
+    for source in (f"{scheme}://bucket/a.fasta.gz", f"{scheme}://bucket/*.fasta.gz", f"{scheme}://bucket/a.parquet"):
+        with pytest.raises(DataError) as caught:
+            read(source)
+        assert str(caught.value) == (
+            f"{source}: this kind of URL needs a package that is missing: pip install {package}"
+        )
+
+
+def read(source: str) -> list[list[bytes]]:
+    """The tokens of its records, block by block."""
+    (leaf,) = leaves(*expand_sources([source]), "auto")
+    reading = Reading("auto", "protein" if leaf.format == "fasta" else "bytes")
+    return [block.ids(range(len(block))) for block in parsed(reading, leaf, strict=False)]
+
+
+class Bucket(MemoryFileSystem):
+    """What s3fs is to fsspec: files under a scheme of its own, with tags of their content and no local path."""
+
+    protocol = "bucket"
+    store: ClassVar = {}
+    pseudo_dirs: ClassVar = [""]
+
+    def info(self, path: str, **options: object) -> dict[str, object]:
+        found = super().info(path, **options)
+        content = self.store.get(self._strip_protocol(path))
+        return found if content is None else {**found, "ETag": hashlib.md5(content.getvalue()).hexdigest()}
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return "/" + str(path).removeprefix("bucket://").strip("/")
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "bucket", Bucket)
+    monkeypatch.setattr(Bucket, "store", {})
+    return fsspec.filesystem("bucket")
+
+
+TEXTS = ["one two\nthree", "four"]
+
+
+def test_every_format_is_read_from_a_bucket(bucket, tmp_path):
+    table, parquet = pyarrow.table({"text": TEXTS}), io.BytesIO()
+    pq.write_table(table, parquet)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+    files = {
+        "a.fasta.gz": gzip.compress(FASTA.encode()),
+        "a.parquet": parquet.getvalue(),
+        "a.jsonl.zst": pyarrow.compress(lines, "zstd", asbytes=True),
+        "a.txt": TEXTS[0].encode(),
+    }
+    for name, content in files.items():
+        bucket.pipe(f"/data/{name}", content)
+        (tmp_path / name).write_bytes(content)
+    assert expand_sources(["bucket://data/a.*"]) == sorted(f"bucket:///data/{name}" for name in files)
+    for name in files:
+        assert read(f"bucket://data/{name}") == read(str(tmp_path / name)) != []
+
+
+def test_a_files_tag_in_a_bucket_tells_its_content(bucket, tmp_path):
+    leaf = Leaf("bucket://data/a.fasta", "fasta")
+    assert entry_of(tmp_path, FASTA_READING, leaf, False) is None  # it is not there
+    places = []
+    for content in (FASTA, FASTA + ">c\nMK\n", FASTA):
+        bucket.pipe("/data/a.fasta", content.encode())
+        places.append(entry_of(tmp_path, FASTA_READING, leaf, False))
+    assert places[0] == places[2] != places[1]
+    before = identify("bucket://data/a.fasta")
+    bucket.pipe("/data/a.fasta", (FASTA + ">c\nMK\n").encode())
+    assert before.stamp is not None
+    assert identify("bucket://data/a.fasta").stamp not in (None, before.stamp)
 
 
 @contextmanager

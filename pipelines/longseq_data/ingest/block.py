@@ -213,6 +213,25 @@ def write_block(block: Block, path: Path) -> None:
     """One Arrow IPC file of one batch. Raises OSError."""
     import pyarrow as pa
 
+    try:
+        with pa.OSFile(str(path), "wb") as file:
+            _write(block, file)
+    except OSError as error:
+        raise _with_its_file(error, path) from None
+
+
+def written(block: Block) -> memoryview:
+    """The content of the file that write_block makes."""
+    import pyarrow as pa
+
+    stream = pa.BufferOutputStream()
+    _write(block, stream)
+    return memoryview(stream.getvalue())
+
+
+def _write(block: Block, file: object) -> None:
+    import pyarrow as pa
+
     binary = pa.large_binary()
     columns = {
         "id": pa.array(block.identifiers, binary),
@@ -223,23 +242,23 @@ def write_block(block: Block, path: Path) -> None:
     if block.texts is not None:
         columns["text"] = pa.array(block.texts, binary)
     batch = pa.record_batch(columns, metadata={"longseq": json.dumps({"notes": block.notes, "unknown": block.unknown})})
-    try:
-        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
-            writer.write_batch(batch)
-    except OSError as error:
-        raise _with_its_file(error, path) from None
+    with pa.ipc.new_file(file, batch.schema) as writer:
+        writer.write_batch(batch)
 
 
 class BadBlockError(Exception):
     """A file that is none of write_block."""
 
 
-def open_block(path: Path) -> Block:
-    """A block of write_block. Its tokens are not looked at. Raises OSError, or BadBlockError for what is none."""
+def open_block(path: Path, mapped: bool = True) -> Block:
+    """A block of write_block. Its tokens are not looked at. Raises OSError, or BadBlockError for what is none.
+
+    mapped: it stays where it lies; else it is read, and its file may go.
+    """
     import pyarrow as pa
 
     try:
-        with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
+        with pa.ipc.open_file(pa.memory_map(str(path)) if mapped else pa.py_buffer(path.read_bytes())) as reader:
             batch = reader.get_batch(0)
             said = json.loads(reader.schema.metadata[b"longseq"])
         batch.validate()
@@ -253,7 +272,7 @@ def open_block(path: Path) -> Block:
             {by: batch.column(name).to_numpy() for by, name in _PLACES.items() if name in batch.schema.names},
             tuple(said["notes"]),
             dict(said["unknown"]),
-            mapped=True,
+            mapped=mapped,
         )
     except (OSError, pa.ArrowException, ValueError, LookupError, TypeError, AttributeError) as error:
         if isinstance(error, OSError) and error.errno:

@@ -168,19 +168,24 @@ def content_of(source: str) -> list[object] | None:
         if source.startswith(HUB):
             return _of_hub(HubAddress.parse(source))
         if URL.match(source):
-            import fsspec
-
-            filesystem, path = fsspec.core.url_to_fs(source)
-            info = filesystem.info(path)
-            stamps = ("ETag", "etag", "md5Hash", "Last-Modified", "LastModified", "mtime", "created")
-            stamp = next((str(info[name]) for name in stamps if info.get(name)), None)
-            return None if stamp is None else [info.get("size"), stamp]
+            size, stamp = of_url(source)
+            return None if stamp is None else [size, stamp]
         if Path(source).is_dir():
             return _of_folder(source)
         status = Path(source).stat()
         return [status.st_size, status.st_mtime_ns]
     except Exception:  # those of every filesystem plugin; reading it says what is wrong
         return None
+
+
+def of_url(source: str) -> tuple[int | None, str | None]:
+    """Its size, and the tag or time of change that its server tells. Raises whatever a filesystem plugin does."""
+    import fsspec
+
+    filesystem, path = fsspec.core.url_to_fs(source)
+    info = filesystem.info(path)
+    stamps = ("ETag", "etag", "md5Hash", "Last-Modified", "LastModified", "mtime", "created")
+    return info.get("size"), next((str(info[name]) for name in stamps if info.get(name)), None)
 
 
 def _of_folder(folder: str) -> list[object]:

@@ -25,6 +25,7 @@ from .block import BadBlockError, Block, open_block
 from .cache import Entry, Refusal, entry_of, group_lock, read_json
 from .parse import parsed
 from .process import ALONE, RESERVE, Job
+from .ring import NoRingError, Reader
 
 PAUSE = 0.02  # seconds between looks for a block
 TEND = 0.25  # between looks whether somebody makes it
@@ -41,8 +42,9 @@ class Road:
     """The blocks of some leaves.
 
     leaves: those needed first before others.
-    folder: the cache; None: every reader parses for itself.
+    folder: the cache; None: see ``ring``.
     tell: gets what is worth a warning.
+    ring: gives the blocks without a cache; None: every reader parses for itself.
     """
 
     reading: Reading
@@ -50,6 +52,7 @@ class Road:
     strict: bool
     folder: Path | None = None
     tell: Tell | None = None
+    ring: Reader | None = None
     _entries: dict[Leaf, Entry] = field(default_factory=dict)
     _known: set[str] = field(default_factory=set)  # failures of earlier jobs: read again before they are believed
     _process: subprocess.Popen[bytes] | None = None
@@ -97,6 +100,15 @@ class Road:
                 f"{leaf.source}: neither a tag nor a time of change tells its content from another, so it is not kept "
                 "in data.cache, and each process reads it for itself."
             )
+        if entry is None and self.ring is not None:
+            try:
+                while (block := self.ring.block(leaf, number)) is not None:
+                    yield self._told(block)
+                    number += 1
+                return
+            except NoRingError as error:
+                if str(error) and self.tell is not None:
+                    self.tell(f"{error} {ALONE}")
         with closing(parsed(self.reading, leaf, strict=self.strict)) as blocks:
             for block in islice(blocks, number, None):
                 yield self._told(block.spilled() if self.reading.tokens == "pixels" else block)

@@ -13,7 +13,7 @@ from pathlib import Path
 from longseq_data.corpus.corpus import is_corpus
 from longseq_data.corpus.manifest import read_manifest
 from longseq_data.files import sha256_of
-from longseq_data.ingest.cache import content_of
+from longseq_data.ingest.cache import content_of, of_url
 from longseq_data.readers.formats import HUB
 from longseq_data.readers.sources import URL
 
@@ -39,12 +39,7 @@ def identify(source: str) -> Identity:
         if not URL.match(source):
             status = Path(source).stat()
             return Identity(source, status.st_size, str(status.st_mtime_ns))
-        import fsspec
-
-        filesystem, path = fsspec.core.url_to_fs(source)
-        info = filesystem.info(path)
-        stamp = info.get("ETag") or info.get("mtime") or info.get("LastModified")
-        return Identity(source, info.get("size"), str(stamp) if stamp else None)
+        return Identity(source, *of_url(source))
     except Exception:  # those of every filesystem plugin
         return Identity(source, None, None)
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 AHEAD = 2  # tasks for each worker, so that none waits for its next one
 PATIENCE = 300.0  # seconds that a node waits for the one that schedules
+KEYS = ("ca_file", "client_cert", "client_key", "scheduler_cert", "scheduler_key", "worker_cert", "worker_key")
 LOOK = 0.5  # seconds between looks at whether it is still there
 SETTINGS = {
     "DASK_LOGGING__DISTRIBUTED": "critical",  # what goes wrong is raised
@@ -39,7 +40,8 @@ Result = TypeVar("Result")
 class Nodes:
     """Nodes that share the work of one preparation, and a disk.
 
-    nodes: how many. address: of the one that schedules. file: where it says how to reach it. start: no two are alike.
+    nodes: how many. address: of the one that schedules. file: where it says how to reach it, and with which key; for
+    its owner alone. start: no two are alike.
     """
 
     nodes: int
@@ -105,10 +107,12 @@ class Workers:
         if self._client is not None:
             return self._client
         _settle()
-        from distributed import Client, LocalCluster
+        from distributed import Client, LocalCluster, Security
 
         watched = find_spec("bokeh") is not None
         host = "127.0.0.1" if self._nodes is None else self._nodes.address
+        # Whoever can speak to a port of Dask can run programs: only who has the key of this run can.
+        security = Security.temporary()
         # Ctrl-C reaches every process, and one of them speaks: the others inherit what is blocked here. Their tracker
         # of resources would unblock it when it is started.
         resource_tracker.ensure_running()
@@ -119,16 +123,18 @@ class Workers:
                 threads_per_worker=1,
                 memory_limit=0,
                 host=host,
+                security=security,
                 dashboard_address=f"{host}:0",
             )
-            self._client = Client(self._cluster)
+            self._client = Client(self._cluster, security=security)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if watched:
             self._tell(f"watch the work at {self._client.dashboard_link}")
         if self._nodes is not None:
-            where = {"start": self._nodes.start, "address": self._cluster.scheduler_address}
-            write_text(self._nodes.file, json.dumps(where))
+            keys = {name: getattr(security, f"tls_{name}") for name in KEYS}
+            where = {"start": self._nodes.start, "address": self._cluster.scheduler_address, "keys": keys}
+            _write_secret(self._nodes.file, json.dumps(where))
         return self._client
 
 
@@ -154,12 +160,17 @@ def help_out(nodes: Nodes, count: int) -> None:
     if not where["address"]:
         return
     _settle()
-    from distributed import Nanny, Status
+    from distributed.utils import get_ip
+
+    from distributed import Nanny, Security, Status
+
+    security = Security(require_encryption=True, **{f"tls_{name}": key for name, key in where["keys"].items()})
+    host, port = where["address"].rpartition("/")[2].rsplit(":", 1)
+    options = {"nthreads": 1, "memory_limit": 0, "death_timeout": 60, "dashboard": False, "security": security}
+    options["host"] = get_ip(host.strip("[]"), int(port))  # where it is reached, and nowhere else
 
     async def work() -> None:
-        helpers = [
-            Nanny(where["address"], nthreads=1, memory_limit=0, death_timeout=60, dashboard=False) for _ in range(count)
-        ]
+        helpers = [Nanny(where["address"], **options) for _ in range(count)]
         begun = asyncio.gather(*helpers, return_exceptions=True)
         while read_json(nodes.file) == where:
             await asyncio.sleep(LOOK)
@@ -168,6 +179,14 @@ def help_out(nodes: Nodes, count: int) -> None:
         await asyncio.gather(*(each.close(timeout=5) for each in helpers), return_exceptions=True)
 
     asyncio.run(work())
+
+
+def _write_secret(path: Path, text: str) -> None:
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    aside.unlink(missing_ok=True)
+    with os.fdopen(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+        file.write(text)
+    aside.replace(path)
 
 
 def send_home(nodes: Nodes) -> None:

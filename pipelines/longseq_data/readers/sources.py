@@ -305,6 +305,9 @@ def reading_error(source: str, line: int | None, error: BaseException) -> DataEr
     if isinstance(error, OSError) and error.errno and (LOCAL_URL.match(source) or not URL.match(source)):
         return DataError(f"{explained(error, where, 'cannot be read')}.")
     if isinstance(error, ImportError):
+        package = getattr(error.__cause__ or error, "name", None)
+        if package:
+            return DataError(f"{where}: this kind of URL needs a package that is missing: pip install {package}")
         return DataError(f"{where}: this kind of URL needs a package that is missing ({one_line(error)}).")
     if isinstance(error, ValueError) and "rotocol" in str(error):
         return DataError(

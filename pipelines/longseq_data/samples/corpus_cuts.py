@@ -21,7 +21,7 @@ from .corpus_stream import CorpusStream
 from .masking import masked_counts
 from .members import Members
 from .order import endless_order, permutation
-from .rows import Crop, Integers, Planned, Rows, mark_ends, residues_of
+from .rows import Crop, Integers, Planned, Rows, mark_ends, residues_of, turned
 
 CHUNK = 1024  # records, or windows, planned at once in an evaluation
 
@@ -37,6 +37,7 @@ class Plan(Planned):
     starts: Integers  # first token: of a record's row [BOS] residues [EOS], or of the stream
     sizes: Integers  # tokens, with the one beyond the last position that a causal sample needs as a target
     scored: Integers  # targets
+    strands: int | None = None  # the seed that says which samples come as the other strand; None: none does
 
     @staticmethod
     def joined(plans: Iterable[Plan]) -> Plan:
@@ -46,7 +47,8 @@ class Plan(Planned):
         )
 
     def rows(self) -> Rows:
-        return self.cut.rows(self)
+        rows, segments = self.cut.rows(self)
+        return rows if self.strands is None else turned(rows, self.strands, self.numbers), segments
 
 
 class Cut(Protocol):

@@ -31,11 +31,11 @@ class _Taker:
 
     ahead = PLANNED
 
-    def __init__(self, cut: Cut) -> None:
-        self._cut = cut
+    def __init__(self, spec: CorpusSpec) -> None:
+        self._spec = spec
 
     def take(self, numbers: Integers, until: int) -> Plan:
-        return self._cut.plan(numbers)
+        return self._spec.planned(numbers)
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class CorpusSpec:
     batch_tokens: int = 0  # "bucket": of one step over all ranks, padding included
     measured: bool = False  # evaluations know how many bytes and words their targets stand for
     members: str | None = None  # "crop" and "bucket": a file of prepare.members; an epoch takes one of each cluster
+    reverse_complement: bool = False  # of DNA: half of the training samples come as the other strand
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -117,7 +118,12 @@ class CorpusSpec:
         return even(self.taker(start), self._finish, start, share)
 
     def taker(self, start: int, warn: bool = False) -> _Taker:
-        return _Taker(self.cut)
+        return _Taker(self)
+
+    def planned(self, numbers: Integers) -> Plan:
+        """Training samples by their numbers."""
+        plan = self.cut.plan(numbers)
+        return replace(plan, strands=self.seed) if self.reverse_complement else plan
 
     @property
     def _finish(self) -> Finish:
@@ -154,7 +160,7 @@ class CorpusSpec:
         extra = self.objective == "causal"  # the token that is only a target
         size = block_samples(float(np.minimum(whole - extra, self.length).mean()), self.batch_tokens)
         for block in count(start // size):
-            plan = self.cut.plan(np.arange(block * size, (block + 1) * size))
+            plan = self.planned(np.arange(block * size, (block + 1) * size))
             steps = cut_block(plan.sizes - extra, self.batch_tokens)
             consumed = block * size
             for number in np.argsort(generator(self.seed, "bucket", block).random(len(steps)), kind="stable").tolist():

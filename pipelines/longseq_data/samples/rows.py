@@ -9,7 +9,8 @@ from typing import ClassVar, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from longseq_data.vocabulary import IGNORE, Vocabulary
+from longseq_data.randomness import uniforms
+from longseq_data.vocabulary import IGNORE, Vocabulary, reverse_complement
 
 from .masking import mask_rows, masked_counts
 
@@ -143,3 +144,11 @@ def mark_ends(rows: npt.NDArray, starts: Integers, sizes: Integers, lengths: Int
     rows[starts == 0, 0] = vocabulary.bos
     ended = np.flatnonzero(starts + sizes == lengths + 2)
     rows[ended, sizes[ended] - 1] = vocabulary.eos
+
+
+def turned(rows: npt.NDArray, seed: int, numbers: Integers) -> npt.NDArray:
+    """The other strand of half of the samples, those of DNA, as seed and number say; what is behind an end stays."""
+    for row in np.flatnonzero(uniforms(seed, "strand", numbers) < 0.5).tolist():
+        real = rows[row] >= 0
+        rows[row, real] = reverse_complement(rows[row, real])
+    return rows

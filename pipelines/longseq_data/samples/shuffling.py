@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from longseq_data.errors import DataError
 from longseq_data.ingest.follow import Road
+from longseq_data.ingest.ring import Job, Reader
 from longseq_data.randomness import generator
 from longseq_data.readers.documents import Document
 from longseq_data.readers.formats import Leaf
@@ -32,10 +33,13 @@ CHUNK_TOKENS = 1 << 18  # of a block, at a time: they are held several times on 
 BUFFER_RESIDUES = 1 << 26  # bytes: a shuffle buffer of whole proteomes must still fit in a worker's memory
 
 
-def road(spec: StreamSettings, leaves: list[Leaf]) -> Road:
-    """Where the blocks of a stream's leaves come from."""
-    folder = Path(spec.cache) if spec.cache else None
-    return Road(spec.reading, leaves, spec.strict, folder, spec.tell)
+def road(spec: StreamSettings, leaves: list[Leaf], epoch: int | None = None) -> Road:
+    """Where the blocks of a stream's leaves come from. epoch: of a training, which reads all of them once."""
+    folder, ring = Path(spec.cache) if spec.cache else None, None
+    if spec.ring is not None and epoch is not None and folder is None and spec.reading.tokens != "pixels":
+        place = spec.ring.folder(spec.seed, spec.sources)
+        ring = Reader(Job(tuple(leaves), spec.reading, spec.strict, place, spec.ring.bytes), epoch)
+    return Road(spec.reading, leaves, spec.strict, folder, spec.tell, ring)
 
 
 def leaves_of(spec: StreamSettings, epoch: int) -> list[Leaf]:
@@ -68,7 +72,7 @@ def shuffled(spec: StreamSettings, epoch: int, records_of: RecordsOf = tokens_of
         yield from _of_split(spec, permuted(spec, epoch, files, road(spec, files), records_of))
         return
     files = leaves_of(spec, epoch)
-    blocks = road(spec, files)
+    blocks = road(spec, files, epoch)
     waiting = (_chunks(spec, leaf, blocks, records_of) for leaf in files)
     with closing(_in_turn(waiting, OPEN_SOURCES if spec.shuffle_buffer > 1 else 1)) as chunks:
         yield from _through_buffer(spec, epoch, _of_split(spec, chunks))

@@ -14,11 +14,11 @@ import numpy.typing as npt
 
 from longseq_data.ingest.block import stored_dtype
 from longseq_data.randomness import uniforms
-from longseq_data.vocabulary import IGNORE, reverse_complement
+from longseq_data.vocabulary import IGNORE
 
 from .chunks import Chunk
 from .masking import masked_counts
-from .rows import Crop, Integers, Planned, Rows, Taken, mark_ends, residues_of
+from .rows import Crop, Integers, Planned, Rows, Taken, mark_ends, residues_of, turned
 from .shuffling import endless, shuffled
 from .stream_settings import StreamSettings
 
@@ -73,7 +73,7 @@ class _Cropped(Planned):
         for row in np.flatnonzero(self.sizes < width).tolist():  # faster than a mask of all places
             rows[row, self.sizes[row] :] = IGNORE
         mark_ends(rows, self.begins, self.sizes, self.lengths, vocabulary)
-        return _turned(self.spec, self.numbers, rows), None
+        return turned(rows, self.spec.seed, self.numbers) if self.spec.reverse_complement else rows, None
 
 
 class Joined:
@@ -158,8 +158,10 @@ class _Windows(Planned):
 
     def rows(self) -> Rows:
         rows = self.windows[self.places]
+        if self.spec.reverse_complement:
+            turned(rows, self.spec.seed, self.numbers)
         segments = None if self.documents is None else self.documents[self.places]
-        return _turned(self.spec, self.numbers, rows), None if segments is None else segments - segments[:, :1]
+        return rows, None if segments is None else segments - segments[:, :1]
 
 
 def _windows(ids: npt.NDArray, size: int, step: int) -> npt.NDArray:
@@ -170,12 +172,3 @@ def _windows(ids: npt.NDArray, size: int, step: int) -> npt.NDArray:
 
 def _lengths(chunk: Chunk) -> Integers:
     return np.fromiter(map(len, chunk.items), np.int64, len(chunk))
-
-
-def _turned(spec: StreamSettings, numbers: Integers, rows: npt.NDArray) -> npt.NDArray:
-    """The other strand of half of them; what is behind a row's end stays."""
-    if spec.reverse_complement:
-        for row in np.flatnonzero(uniforms(spec.seed, "strand", numbers) < 0.5).tolist():
-            real = rows[row] >= 0
-            rows[row, real] = reverse_complement(rows[row, real])
-    return rows

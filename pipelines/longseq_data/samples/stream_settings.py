@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from longseq_data.ingest.follow import Tell
+from longseq_data.ingest.ring import Ring
 from longseq_data.readers.documents import DocumentEncoder
 from longseq_data.readers.reading import FASTA, Reading
 from longseq_data.splits import SplitRule
@@ -33,7 +34,9 @@ class StreamSettings:
     measured: bool = False  # samples know how many bytes and words their targets stand for; slower, for evaluation
     later_epochs: str = "buffer"  # the order after the first: through the buffer as well, or a "permutation" of all
     # records, which needs a cache
-    cache: str | None = None  # the folder of the sources' blocks; None: every reader parses for itself
+    cache: str | None = None  # the folder of the sources' blocks; None: see ``ring``
+    ring: Ring | None = field(default=None, compare=False)  # blocks of a training without a cache; None: every reader
+    # parses for itself
     tell: Tell | None = field(default=None, compare=False)  # gets what is worth a warning
 
     def __post_init__(self) -> None:

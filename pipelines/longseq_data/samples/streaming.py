@@ -192,4 +192,4 @@ def _once() -> Tell:
 
 
 def _fair_order(spec: StreamSpec) -> Iterator[Document]:
-    return shuffled_documents(replace(spec, seed=0, shuffle_buffer=SAMPLE_BUFFER), 0)
+    return shuffled_documents(replace(spec, seed=0, shuffle_buffer=SAMPLE_BUFFER, ring=None), 0)

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from longseq.config.hints import near_choice, near_key, nearest
 from longseq.config.schema import Config
 from longseq.config.shipped import located
-from longseq.config.sources import named
+from longseq.config.sources import changed, named
 from longseq.config.written_values import SOURCES, WrittenError, argument_value
 from longseq.config.yaml_files import YAML_ERRORS, first_line, read_yaml, yaml_problem
 from longseq.errors import USER_ERRORS, ConfigError
@@ -191,6 +191,24 @@ class _Layer:
         return f"{self.where}:{line}" if line else self.where
 
 
+class _SourceLayer(_Layer):
+    """An argument about one of several sources: data.train.0.weight=5, or data.train.NAME.weight=5."""
+
+    def __init__(self, section: str, key: str, which: str, name: str, text: str, where: str) -> None:
+        super().__init__({}, where)
+        self._section, self._key, self._which, self._name = section, key, which, name
+        self._new = argument_value(text, {"path": "list[str]", "name": "str"}.get(name, "float"))
+
+    def onto(self, config: DictConfig) -> DictConfig:
+        before = OmegaConf.to_container(config[self._section][self._key])
+        full = f"{self._section}.{self._key}"
+        sources = changed(before, full, self._which, self._name, self._new, lambda _: self.where)
+        return OmegaConf.merge(config, {self._section: {self._key: sources}})  # type: ignore[return-value]
+
+    def places(self) -> dict[str, str]:
+        return {f"{self._section}.{self._key}": self.where}
+
+
 def _layers(path: Path, below: tuple[Path, ...]) -> Iterator[_Layer]:
     """The files that ``path`` extends, base first, then ``path`` itself."""
     if path.resolve() in below:
@@ -237,6 +255,9 @@ def _override_layer(argument: str) -> _Layer:
         raise ConfigError(f"argument {argument!r}: an override is section.key=value, e.g. trainer.devices=2.")
     section, _, key = name.partition(".")
     try:
+        first, *rest = key.split(".")
+        if len(rest) == 2 and type_of(section, first) == SOURCES:
+            return _SourceLayer(section, first, *rest, text, f"argument {argument!r}")
         value = argument_value(text, type_of(section, key))
     except YAML_ERRORS as error:
         raise ConfigError(f"argument {argument!r}: {bad_value(error)}") from None

@@ -192,8 +192,8 @@ class DataConfig:
     cache: str = key(
         "auto",
         "folder for what files are turned into, blocks of tokens, once for all processes and runs; auto: "
-        "$LONGSEQ_CACHE, or longseq in $XDG_CACHE_HOME or ~/.cache; none: nothing is kept, and each process reads the "
-        "files for itself",
+        "$LONGSEQ_CACHE, or longseq in $XDG_CACHE_HOME or ~/.cache; none: while a training runs, the last 512 MiB of "
+        "blocks of each of its sources, in $TMPDIR",
     )
     clusters: str | None = key(
         None,
@@ -201,7 +201,7 @@ class DataConfig:
         "MMseqs2 and UniRef write it; an epoch takes one member of each cluster, drawn anew",
     )
     reverse_complement: bool = key(
-        False, "with data.tokenizer=dna: half of the training sequences, drawn by run.seed, come as the other strand"
+        False, "of DNA: half of the training sequences, drawn by run.seed, come as the other strand"
     )
     strict: bool = key(
         False, "refuse letters outside the alphabet instead of reading them as X, and bytes that are not UTF-8"

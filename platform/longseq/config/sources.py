@@ -36,6 +36,23 @@ def named(value: Any, key: str, place: Callable[[str], str]) -> Any:
     return sources
 
 
+def changed(value: Any, key: str, which: str, name: str, new: Any, place: Callable[[str], str]) -> list[Source]:
+    """The sources of a key, of which one gets another weight, path or name. which: its number from 0, or its name.
+
+    Raises:
+        ConfigError: one sentence that names the place.
+    """
+    sources = [entry for entry in value if isinstance(entry, dict)]
+    names = [source["name"] for source in sources]
+    chosen = names.index(which) if which in names else int(which) if which.isdecimal() else len(names)
+    if chosen >= len(sources):
+        there = ", ".join(f"{number} ({each})" for number, each in enumerate(names))
+        hint = f"it has {there}" if there else f"write {key}=[{{path: FILE, weight: NUMBER}}, ...]"
+        raise ConfigError(f"{place(key)}: {key} has no source {which!r}; {hint}.")
+    sources[chosen] = {**sources[chosen], name: new}
+    return named(sources, key, place)
+
+
 def _source(entry: Any, key: str, place: Callable[[str], str]) -> Source:
     if not isinstance(entry, dict):
         raise ConfigError(f"{place(key)}: {key}={entry}: other sources here have weights: write {{path: {entry}}}.")

@@ -11,7 +11,7 @@ import torch
 from longseq.attention.backends import choice as backends
 from longseq.attention.feature_maps import feature_map
 from longseq.config.schema import Config
-from longseq.data import split_spec
+from longseq.data import identities, split_spec
 from longseq.devices import check_devices, on_cuda, own_device, sharing
 from longseq.errors import ConfigError
 from longseq.measure.memory import estimate
@@ -78,6 +78,7 @@ def fit(
         vitals.watch_compiler()
     trainer = build_trainer(run, config, stop, checkpoint, vitals)
     if trainer.is_global_zero:
+        run.check_data(config, identities(config))  # once more: nothing was read before but its beginning
         if checkpoint:
             task.train_sums.restore(*checkpoint.position.unlogged, device=trainer.strategy.root_device)
         run.record_start(start_facts(config, start))

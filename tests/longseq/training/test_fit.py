@@ -14,6 +14,8 @@ from torch.distributed import HashStore
 
 from gpu_streams import Streams
 from longseq.config.loading import load_config
+from longseq.data import identities
+from longseq.errors import RunError
 from longseq.runs.run import Run
 from longseq.training.callbacks.stopping import StopFlag
 from longseq.training.fit import fit
@@ -50,6 +52,20 @@ def test_one_process_trains_in_each_precision_with_clipped_gradients(folder, pre
     assert fit(run, config, None, StopFlag())
     assert run.last_good().position.step == 2
     assert torch.isfinite(torch.tensor(run.last_good().position.unlogged)).all()
+
+
+@pytest.mark.parametrize("cache", ["auto", "none"])
+def test_a_file_that_was_replaced_since_the_starts_look_is_no_data_to_train_on(folder, tmp_path, cache):
+    source = tmp_path / "proteins.fasta"
+    source.write_bytes((folder / "proteins.fasta").read_bytes())
+    config = load_config("small.yaml", [f"data.train={source}", f"data.cache={cache}", *TINY, *ALONE])
+    run = Run.create(config, default_name=f"replaced-{cache}")
+    run.record_data(identities(config))
+    source.write_bytes(source.read_bytes()[:-3] + b"MKV")  # of the same size
+    with pytest.raises(RunError, match=r"proteins.fasta \(data.train\) has changed since the run was started"):
+        fit(run, config, None, StopFlag())
+    run.record_data(identities(config))
+    assert fit(run, config, None, StopFlag())
 
 
 def test_a_checkpoint_copied_beside_the_training_is_that_of_its_step(folder, monkeypatch):
