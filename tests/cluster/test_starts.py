@@ -86,7 +86,7 @@ def test_a_rank_that_hangs_is_named_and_the_run_goes_on(login: Login) -> None:
     _until(lambda: (run / "starts/00001.end").exists(), "the end of the start", 120)
     said = starts.read_end(run / "starts", 1)
     assert said is not None
-    stopped = rf"lost {node}: rank 1 \(cpu\) has not answered for \d+ s: stopped by a signal or a debugger \(trainer.hang"
+    stopped = rf"lost {node}: rank 1 \(cpu\) has not answered for \d+ s: stopped by a signal or a debugger \("
     assert re.match(stopped, said), said
     assert "torchfrtrace" in said
     for rank in range(2):  # the guard of each node keeps them
