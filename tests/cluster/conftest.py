@@ -14,6 +14,7 @@ import pytest
 
 from cluster.slurm import Cluster, missing
 from command_line import LONGSEQ, longseq
+from longseq.launch.slurm import guard
 from longseq.runs import starts
 from longseq.runs.starts import Progress
 from longseq_data.synth.synthetic import SyntheticSpec, write_fasta
@@ -78,11 +79,12 @@ class Login:
         return "".join(log.read_text() for log in sorted((run / "slurm").glob("job-*.log")))
 
     def tasks(self, node: str) -> list[int]:
-        """Ids of the training processes on a node."""
+        """Ids of the training processes on a node, without the guards that they fork."""
         found = []
         for pid in self.cluster.processes(node):
             with suppress(OSError):
-                if b"longseq.launch.slurm.task" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:4]:
+                task = b"longseq.launch.slurm.task" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:4]
+                if task and Path(f"/proc/{pid}/comm").read_text().strip() != guard.NAME:
                     found.append(pid)
         return found
 

@@ -87,7 +87,8 @@ def the_output_has_the_shape_of_the_values(found: dict) -> None:
     assert found["out"].isfinite().all()
 
 
-RARE = {"train/epoch", "train/loss_scale"}  # of a corpus, of fp16; and gradient_noise/, which a key asks for
+# Of a corpus, of fp16, of several processes; and gradient_noise/, which a key asks for.
+RARE = {"train/epoch", "train/loss_scale", "time/slowest_rank", "time/slowest_ratio"}
 
 
 def the_page_of_curves_has_those_of_the_run(found: dict) -> None:
@@ -104,7 +105,7 @@ def the_page_of_the_run_folder_has_what_is_in_it(found: dict) -> None:
     named = set(re.findall(r"^  ([\w.]+)/?  ", page, re.MULTILINE))
     inside = {path.name for path in Path("runs/mine").iterdir() if not path.name.startswith(".")}
     assert inside - named == set()
-    assert named - inside == {"tokenizer.json", "figures", "slurm", "STOPPED"}  # of other runs
+    assert named - inside == {"tokenizer.json", "figures", "slurm", "code", "STOPPED"}  # of other runs
 
 
 def the_pages_of_a_run_have_what_it_has(found: dict) -> None:

@@ -6,14 +6,20 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from longseq.config.schema import Config
 from longseq.errors import EXIT_SUPERSEDED, SupersededError
 from longseq.runs import checkpoint, starts
 from longseq.runs.checkpoint import partial_path, remove_partials
+from longseq.runs.run import Run
 from longseq.runs.starts import Progress
+from longseq.training.callbacks import progress as callbacks
 from longseq.training.writer import Writer
 from positions import position
 
@@ -149,3 +155,30 @@ def test_the_summary_counts_every_step_that_was_trained(run, publish):
     assert results(started, 0, 2.0)[0] == "Trained:       27 steps in 2.0 s, 100 tokens/s"
     assert results(started, 26, 2.0)[0] == "Trained:       1 step in 2.0 s"
     assert "Trained" not in results(started, 27, 2.0)[0]
+
+
+def test_a_step_is_noted_while_the_file_system_stands_still_and_the_last_one_stays(tmp_path, monkeypatch):
+    run = Run(tmp_path, 1)
+    run.starts_dir.mkdir()
+    goes_on, real, written = threading.Event(), starts.note_progress, []
+
+    def stalled(folder: Path, number: int, progress: Progress) -> None:
+        goes_on.wait(60)
+        written.append(progress.step)
+        real(folder, number, progress)
+
+    monkeypatch.setattr(starts, "note_progress", stalled)
+    config = Config()
+    config.trainer.max_steps = 500
+    callback = callbacks.Progress(run, config, SimpleNamespace(shown={"loss": 2.5}))
+    trainer = SimpleNamespace(is_global_zero=True, global_step=0, accumulate_grad_batches=1)
+    callback.on_train_start(trainer, None)
+    for step in range(1, 301):  # the training is not held up
+        trainer.global_step = step
+        callback.on_train_batch_end(trainer, None, None, None, step - 1)
+    assert starts.read_progress(run.starts_dir, 1) is None
+    goes_on.set()
+    callback.teardown(trainer, None, "fit")
+    found = starts.read_progress(run.starts_dir, 1)
+    assert (found.step, found.last_step, found.loss) == (300, 500, 2.5)
+    assert len(written) <= 3  # those between were passed over

@@ -9,7 +9,7 @@ import time
 
 from longseq.commands.jobs import as_dict, ask
 from longseq.launch.slurm.state import state_of
-from longseq.runs import starts
+from longseq.runs import code, starts
 from longseq.runs.run import Run
 
 
@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     run = Run.open(args.run_folder)
     state = state_of(run, ask([run]))
     if args.json:
-        print(json.dumps(as_dict(state), indent=1))
+        print(json.dumps({**as_dict(state), "code": code.kept(run) or None}, indent=1))
         return 0
     print(f"run       {run.path}")
     print(f"state     {state.word}{f': {state.why}' if state.why else ''}")
@@ -34,6 +34,8 @@ def run(args: argparse.Namespace) -> int:
         loss = f", loss {at.loss:.4f}" if math.isfinite(at.loss) else ""
         rate = f", {at.tokens_per_second:,.0f} tokens/s" if math.isfinite(at.tokens_per_second) else ""
         print(f"step      {at.step} of {at.last_step}{loss}{rate}; {_ago(time.time() - at.time)} ago")
+    if code.kept(run):
+        print(f"code      {code.kept(run)}")
     kept = [str(checkpoint.step) for checkpoint in run.checkpoints()]
     print(f"kept      {'checkpoints of step ' + ', '.join(kept) if kept else 'no checkpoint yet'}")
     for number in starts.numbers(run.starts_dir):

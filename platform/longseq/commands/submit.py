@@ -34,6 +34,7 @@ from longseq.launch.slurm.render import (
 from longseq.launch.slurm.site import Site, load_site
 from longseq.launch.slurm.state import check_free, record_job
 from longseq.measure.memory import estimate, gib
+from longseq.runs import code
 from longseq.runs.changes import FIXED, check_precision, note_weights, refuse_changes
 from longseq.runs.run import Run, as_typed
 from longseq.text_parts import fit_parts
@@ -78,6 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("train", "evaluate", "prepare"),
         default="train",
         help="evaluate RUN, or prepare a corpus of CONFIG, with the key=value of `longseq evaluate` and `data prepare`",
+    )
+    parser.add_argument(
+        "--current-code", action="store_true", help="go on with RUN by today's code, and not that of its submission"
     )
     parser.add_argument("--take-over", action="store_true", help=TAKE_OVER_HELP)
     parser.add_argument("--dry-run", action="store_true", help="show the script, and make nothing")
@@ -127,6 +131,7 @@ def _training(args: argparse.Namespace, site: Site) -> int:
         dependency=args.dependency,
         comes_back=not args.chain,
         at_once=args.at_once,
+        code=_code(args, site, Run.open(args.target) if resuming else None),
     )
     _check_request(request, site)
     if resuming:
@@ -158,6 +163,8 @@ def _training(args: argparse.Namespace, site: Site) -> int:
                 made.append(Run.create(config, default_name=args.target.stem))
                 made[-1].record_data(identities(config))
                 made[-1].slurm_dir.mkdir()
+                if request.code:
+                    code.keep(made[-1])
         place = planned[0].slurm_dir / "train"
         job = _Job(script, place, tuple(planned), array=bool(args.array))
         return _submit(args, [job] * (args.chain or 1), estimate(configs[0], vocabulary(configs[0]).size).line())
@@ -201,6 +208,8 @@ def _go_on(args: argparse.Namespace, site: Site, request: Request, given: list[s
         save_config(config, run.config_path)
         run.record_data(data)
         run.mark_finished(None)
+        if request.code == code.current():
+            code.keep(run)
         (run.path / "STOPPED").unlink(missing_ok=True)
         for crash in run.starts_dir.glob("*.crash"):  # counted anew: somebody has looked
             crash.unlink()
@@ -209,6 +218,15 @@ def _go_on(args: argparse.Namespace, site: Site, request: Request, given: list[s
         except SlurmError:
             save_config(before, run.config_path)
             raise
+
+
+def _code(args: argparse.Namespace, site: Site, run: Run | None) -> str:
+    """Which code a training runs: of a new run, or one without a copy, today's; else that of its submission."""
+    if site.container != "none":
+        return ""
+    if run is None or args.current_code:
+        return code.current()
+    return code.kept(run) or code.current()
 
 
 def _check(config: Config, site: Site, request: Request) -> None:
@@ -304,6 +322,10 @@ def _submit(args: argparse.Namespace, jobs: list[_Job], memory: str = "") -> int
         return 0
     print(f"run     {as_typed(runs[0].path)}{f' to {runs[-1].path.name}' if len(runs) > 1 else ''}")
     print(f"memory  {memory}")
+    used = code.kept(runs[0])
+    if used:
+        whose = "" if used == code.current() else ", of the first submission (--current-code takes today's)"
+        print(f"code    {used}{whose}")
     print(f"Follow it:     longseq logs -f {as_typed(runs[0].path)}")
     print(f"State:         longseq jobs --dir {as_typed(runs[0].path.parent)}")
     print(f"Look at it:    tensorboard --logdir {as_typed(runs[0].path.parent)}")

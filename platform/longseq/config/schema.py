@@ -331,10 +331,12 @@ class TrainerConfig:
     )
     hang_seconds: float = key(
         60.0,
-        "seconds after which a process that says nothing more, or a step that nobody goes on with, ends the start, and "
-        "the rank is named with everybody's stacks; a step may take ten median ones, what is between steps ten times "
-        "as long, the first steps and compilers thirty times; 0: never",
+        "a process that says nothing for so long, or a step of so long and of ten median steps, ends the start and is "
+        "named; what is between steps may take ten times as long, first steps and compilers thirty; 0: nothing ends it",
         at_least=0,
+    )
+    slow_factor: float = key(
+        1.5, "a rank that is this many times as slow as the median one is named; 0: ranks are not compared", at_least=0
     )
     on_bad_step: str = key(
         "stop",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import cache
 
@@ -68,6 +69,15 @@ class ControlGroup:
         values: list[str | None] = [None] * dist.get_world_size(self._group)
         dist.all_gather_object(values, value, group=self._group)
         return values
+
+    def table(self, row: Sequence[float]) -> list[list[float]]:
+        """Every rank's row of numbers, by rank."""
+        mine = torch.tensor(row, dtype=torch.float64)
+        if self._group is None:
+            return [mine.tolist()]
+        rows = [torch.empty_like(mine) for _ in range(dist.get_world_size(self._group))]
+        dist.all_gather(rows, mine, group=self._group)
+        return [each.tolist() for each in rows]
 
     def barrier(self) -> None:
         if self._group is not None:

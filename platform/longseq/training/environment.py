@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import subprocess
 import time
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 
 from longseq.config.schema import Config
 from longseq.devices import on_cuda
+from longseq.runs import code
 
 _PACKAGES = ("longseq", "torch", "lightning", "deepspeed", "numpy", "biopython", "omegaconf", "tensorboard")
 
@@ -30,7 +28,8 @@ def start_facts(config: Config, step: int) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
-        "git_commit": _git_commit(Path(__file__).parent),
+        "git_commit": code.git_commit(),
+        "code": code.current(),
     }
 
 
@@ -39,13 +38,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _git_commit(folder: Path) -> str | None:
-    """The commit of the platform's own checkout, with ``-dirty`` where files differ from it; None outside one."""
-    command = ["git", "-C", os.fspath(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

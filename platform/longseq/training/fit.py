@@ -38,6 +38,7 @@ from longseq.training.callbacks.memory import Memory
 from longseq.training.callbacks.progress import Progress
 from longseq.training.callbacks.samples import Samples
 from longseq.training.callbacks.stopping import StopFlag, StopRequested
+from longseq.training.callbacks.stragglers import Stragglers
 from longseq.training.callbacks.times import Clock, Times
 from longseq.training.callbacks.utilisation import Utilisation
 from longseq.training.environment import start_facts
@@ -120,12 +121,13 @@ def build_trainer(
     run: Run, config: Config, stop: StopFlag, checkpoint: Checkpoint | None, vitals: Vitals | None = None
 ) -> pl.Trainer:
     """Lightning's trainer with everything it would do by itself, and we do otherwise, switched off."""
-    settings, gradient_norm, clock = config.trainer, GradientNorm(config), Clock(vitals)
+    settings, gradient_norm, vitals = config.trainer, GradientNorm(config), vitals or Vitals()
+    clock = Clock(vitals)
     if on_cuda(config):
         torch.set_float32_matmul_precision(settings.float32_matmul_precision)
     curves = Curves(run, config, gradient_norm)
     start = checkpoint.position.step if checkpoint else 0
-    checkpointing = Checkpointing(run, config, stop, gradient_norm)
+    checkpointing = Checkpointing(run, config, stop, gradient_norm, clock)
     trainer = pl.Trainer(
         accelerator="cuda" if on_cuda(config) else "cpu",
         devices=sharing(config) if on_cuda(config) else settings.devices,
@@ -154,6 +156,7 @@ def build_trainer(
             *([LengthWarmup(config, start)] if settings.length_warmup_steps else []),
             *([WeightAverage(config, checkpoint)] if settings.ema_decay else []),
             checkpointing,
+            *([Stragglers(config, curves, clock, vitals)] if settings.slow_factor else []),
             Times(curves, clock),
         ],
         profiler=clock,

@@ -63,7 +63,9 @@ class LanguageModelling(pl.LightningModule):
         if self.config.model.dropout:
             torch.manual_seed(hashed(7, "dropout", self.config.run.seed, step, batch_idx, self.global_rank))
         counted = self.train_sums.total
-        loss_sum = self._score(batch, self.train_sums)
+        trainer: Any = self.trainer
+        with trainer.profiler.profile("forward"):  # without waiting for other ranks
+            loss_sum = self._score(batch, self.train_sums)
         if self.judge_loss is not None:
             factor, counts = self.judge_loss(loss_sum, (batch["targets"] != IGNORE).sum())
             loss_sum = loss_sum * factor

@@ -63,7 +63,7 @@ class Vitals:
         self.in_step = self.in_data = self.traced = False
         self._began = 0.0
         self._steps: deque[float] = deque(maxlen=_REMEMBERED)
-        self._beat = 0
+        self._beat = self._storage = self._looks = 0
         if channel is not None:
             channel.setblocking(False)
             threading.Thread(target=self._tell, name="vitals", daemon=True).start()
@@ -108,6 +108,12 @@ class Vitals:
             hub=self.hub,
         )
 
+    def take_storage_share(self) -> float:
+        """Of the looks since this was last asked, the share that found this process or its loader's in storage."""
+        share = self._storage / self._looks if self._looks else 0.0
+        self._storage = self._looks = 0
+        return share
+
     def watch_compiler(self) -> None:
         """Tell when torch compiles, which it may do again for batches of another shape."""
         from torch._dynamo.callback import callback_handler
@@ -126,6 +132,8 @@ class Vitals:
     def _tell(self) -> None:
         assert self.channel is not None
         while self.channel.fileno() >= 0:
+            self._looks += 1
+            self._storage += _in_storage()
             with suppress(OSError):  # the watcher is slow, or gone: it will hear the next one
                 self.channel.send(json.dumps(asdict(self.sign())).encode())
             try:
@@ -135,6 +143,15 @@ class Vitals:
                     self.traced = True
             except (OSError, ValueError):  # closed meanwhile
                 time.sleep(BEAT_SECONDS)
+
+
+def _in_storage() -> bool:
+    """Whether the main thread, or that of a process that it has started, is in an uninterruptible sleep."""
+    pid = os.getpid()
+    with suppress(OSError, IndexError):
+        pids = [pid, *Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return "D" in [Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()[0] for each in pids]
+    return False
 
 
 def stacks_on_request(file: int) -> None:

@@ -60,7 +60,7 @@ def a_config(samples: int = 32, **trainer: object) -> Config:
 def scripts(site: Site = CLUSTER) -> dict[str, str]:
     """One of each template."""
     config, one = a_config(), Request(1, 1, gpus=False)
-    many = Request(4, 8, gpus=True, min_nodes=2, dependency="afterok:12")
+    many = Request(4, 8, gpus=True, min_nodes=2, dependency="afterok:12", code="3f2a9c01b7d4")
     pyxis = replace(site, container="pyxis", container_image="/i/longseq.sqsh", container_mounts=["/data", "/a:/b"])
     apptainer = replace(site, container="apptainer", container_image="/i/longseq.sif", container_mounts=["/data"])
     sweep = [RUN.with_name(f"sweep-{number}") for number in range(3)]

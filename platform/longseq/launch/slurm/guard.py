@@ -79,8 +79,10 @@ class _Guard:
     def _wait(self) -> None:
         """Until something has come, or a second has passed."""
         poll = select.poll()
-        for each in (*self.links, *([self.listener] if self.listener else [])):
-            poll.register(each.fileno(), select.POLLIN)
+        for link in self.links:
+            poll.register(link.fileno(), select.POLLIN)
+        if self.listener:
+            poll.register(self.listener.fileno(), select.POLLIN)
         poll.poll(LOOK_SECONDS * 1e3)
 
     def _turn(self) -> Finding | None:

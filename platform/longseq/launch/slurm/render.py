@@ -44,6 +44,7 @@ class Request:
     dependency: str | None = None
     comes_back: bool = True  # by itself; a chain has its next job instead
     at_once: int | None = None  # of an array
+    code: str = ""  # the snapshot in the run's folder that it runs, see runs.code; without one what is installed
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,8 @@ def _directives(site: Site, request: Request, name: str, log: Path, *, waits: bo
 
 
 def _training(config: Config, site: Site, request: Request, runs: Sequence[Path]) -> dict[str, object]:
+    if request.code and any(":" in str(run) for run in runs):
+        raise ConfigError(f"{runs[0]}: the path of a run's code cannot hold a ':': choose another run.dir.")
     least = request.nodes if request.min_nodes is None else request.min_nodes
     limits = {"seconds": site.preflight_seconds, "disk-gib": site.preflight_disk_gib}
     limits |= {"clock-seconds": site.preflight_clock_seconds, "gb-a-second": site.preflight_gb_a_second}
@@ -180,6 +183,7 @@ def _training(config: Config, site: Site, request: Request, runs: Sequence[Path]
         "max_restarts": site.max_restarts,
         "pause_seconds": site.pause_seconds,
         "requeue": site.requeue and request.comes_back,
+        "code": request.code if site.container == "none" else "",  # an image does not change
         "peer_lost": PEER_LOST,
         # A GPU that was asked for and cannot be seen is no reason to train on a CPU.
         "accelerator": Shell(" trainer.accelerator=cuda" if request.gpus else ""),

@@ -25,6 +25,7 @@ from longseq.launch.slurm.guard import fork_guard
 from longseq.launch.slurm.place import Limits, Place
 from longseq.runs import starts
 from longseq.runs.checkpoint import Checkpoint, go_back_to, remove_partials
+from longseq.runs.code import changed_packages
 from longseq.runs.run import Run
 from longseq.training.callbacks.stopping import StopFlag
 from longseq.training.signs import PEER_LOST
@@ -119,6 +120,9 @@ def _train(
         raise
     if place.rank == 0:
         print(f"preflight {line}", file=sys.stderr, flush=True)
+        changed = changed_packages()
+        if changed:
+            _say(f"since the run was submitted, packages have changed: {', '.join(changed)}.", "warning")
     vitals.within = None
     vitals.at("looking at data and checkpoints")
     # One looks at the checkpoints, whose sums take their time, and tells the others.

@@ -9,6 +9,7 @@ import shutil
 import sys
 
 import lightning.pytorch as pl
+from lightning.pytorch.profilers import Profiler
 from torch.optim import Optimizer
 
 from longseq.config.schema import Config
@@ -30,7 +31,8 @@ _LAST_WORDS_SECONDS = 10.0  # for a checkpoint in the making, when training ends
 class Checkpointing(StepBoundary):
     """Takes a snapshot, has it written and named; raises :class:`StopRequested` after a stop's checkpoint."""
 
-    def __init__(self, run: Run, config: Config, stop: StopFlag, gradient_norm: GradientNorm):
+    def __init__(self, run: Run, config: Config, stop: StopFlag, gradient_norm: GradientNorm, profiler: Profiler):
+        self.profiler = profiler
         self.run, self.config, self.stop, self.gradient_norm = run, config, stop, gradient_norm
         self.writer: Writer | None = None
 
@@ -105,7 +107,8 @@ class Checkpointing(StepBoundary):
         writer = self.writer
         assert writer is not None
         step = writer.step
-        writer.finish_part()
+        with self.profiler.profile("write"):
+            writer.finish_part()
         if self.control.any(writer.failed)[0]:
             writer.give_up()
         writer.finish()

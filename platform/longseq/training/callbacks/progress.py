@@ -1,8 +1,10 @@
-"""Where the training is, for `longseq jobs` and `longseq status`: one small file, renewed at every step."""
+"""Where the training is, for `longseq jobs` and `longseq status`: one small file, renewed after every step."""
 
 from __future__ import annotations
 
 import math
+import queue
+import threading
 import time
 from contextlib import suppress
 from typing import Any
@@ -15,15 +17,26 @@ from longseq.runs.run import Run
 from longseq.training.callbacks.curves import Curves
 from longseq.training.callbacks.steps import ends_step
 
+_LAST_WORDS_SECONDS = 5.0  # for the last step, when the training ends
+
 
 class Progress(pl.Callback):
-    """A job script also goes by it: two crashes after the same step are one too many."""
+    """A job script also goes by it: two crashes after the same step are one too many.
+
+    A thread writes: where the file system stands still the training goes on, and later steps take the place of those
+    that were not written.
+    """
 
     def __init__(self, run: Run, config: Config, curves: Curves):
         self.run, self.config, self.curves = run, config, curves
+        self.latest: queue.SimpleQueue[starts.Progress | None] = queue.SimpleQueue()
+        self.writing: threading.Thread | None = None
 
     def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
-        self._note(trainer)
+        if self.run.start and trainer.is_global_zero:
+            self.writing = threading.Thread(target=self._write, name="progress", daemon=True)
+            self.writing.start()
+            self._note(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -31,16 +44,41 @@ class Progress(pl.Callback):
         if ends_step(trainer, batch_idx):
             self._note(trainer)
 
+    def on_exception(self, trainer: pl.Trainer, task: pl.LightningModule, exception: BaseException) -> None:
+        self._end()
+
+    def teardown(self, trainer: pl.Trainer, task: pl.LightningModule, stage: str) -> None:
+        self._end()
+
     def _note(self, trainer: pl.Trainer) -> None:
-        if not self.run.start or not trainer.is_global_zero:
+        if self.writing is None:
             return
         shown = self.curves.shown
-        progress = starts.Progress(
-            step=trainer.global_step,
-            last_step=self.config.trainer.max_steps,
-            loss=shown.get("loss", math.nan),
-            tokens_per_second=shown.get("tokens_per_second", math.nan),
-            time=time.time(),
+        self.latest.put(
+            starts.Progress(
+                step=trainer.global_step,
+                last_step=self.config.trainer.max_steps,
+                loss=shown.get("loss", math.nan),
+                tokens_per_second=shown.get("tokens_per_second", math.nan),
+                time=time.time(),
+            )
         )
-        with suppress(OSError):  # for people: no reason to stop
-            starts.note_progress(self.run.starts_dir, self.run.start, progress)
+
+    def _end(self) -> None:
+        if self.writing is not None:
+            self.latest.put(None)
+            self.writing.join(_LAST_WORDS_SECONDS)
+            self.writing = None
+
+    def _write(self) -> None:
+        ended = False
+        while not ended:
+            waiting = [self.latest.get()]
+            with suppress(queue.Empty):
+                while True:
+                    waiting.append(self.latest.get_nowait())
+            ended = None in waiting
+            noted = [progress for progress in waiting if progress is not None]
+            if noted:
+                with suppress(OSError):  # for people: no reason to stop
+                    starts.note_progress(self.run.starts_dir, self.run.start, noted[-1])

@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.profilers import Profiler
 
 from longseq.errors import SupersededError
@@ -22,10 +23,11 @@ class Clock(Profiler):
     def __init__(self, vitals: Vitals | None = None) -> None:
         super().__init__()
         self.vitals = vitals or Vitals()
-        self.seconds = {"data": 0.0, "step": 0.0, "checkpoint": 0.0}
+        self.seconds = dict.fromkeys(("data", "step", "checkpoint", "forward", "write"), 0.0)
         self.saved = False
         self._concerns: dict[str, str | None] = {}
         self._began: dict[str, float] = {}
+        self._spans: list[list[torch.cuda.Event]] = []  # of forward passes on a GPU, which go on after their call
 
     def start(self, action_name: str) -> None:
         self.vitals.at(action_name)
@@ -34,6 +36,8 @@ class Clock(Profiler):
             self.vitals.begin_batch()
         elif concern == "data":
             self.vitals.in_data = True
+        elif concern == "forward" and torch.cuda.is_initialized():
+            self._spans.append([_now()])
         self._began[action_name] = time.perf_counter()
 
     def stop(self, action_name: str) -> None:
@@ -43,6 +47,8 @@ class Clock(Profiler):
             self.vitals.end_batch()
         elif concern == "data":
             self.vitals.in_data = False
+        elif concern == "forward" and self._spans:
+            self._spans[-1].append(_now())
         if concern and began is not None:
             self.seconds[concern] += time.perf_counter() - began
         if action_name == "save_checkpoint":
@@ -53,10 +59,18 @@ class Clock(Profiler):
             self._concerns[action] = _concern(action)
         return self._concerns[action]
 
+    def own(self, concern: str) -> float:
+        """Seconds of something that this rank does by itself since they were last taken, by the clock of its device."""
+        if concern == "forward" and self._spans:
+            ended = [span for span in self._spans if len(span) == 2 and span[1].query()]
+            return sum(first.elapsed_time(last) for first, last in ended) / 1e3
+        return self.seconds[concern]
+
     def take(self) -> tuple[dict[str, float], bool]:
         """Seconds since this was last asked, and whether a checkpoint was saved in them."""
         seconds, saved = self.seconds, self.saved
         self.seconds, self.saved = dict.fromkeys(seconds, 0.0), False
+        self._spans.clear()
         return seconds, saved
 
 
@@ -65,8 +79,16 @@ def _concern(action: str) -> str | None:
         return "data"
     if action == "run_training_batch":
         return "step"
+    if action in ("forward", "write"):  # as our own code says it
+        return action
     # The callback with all that it does around the file: copies, checksums, waiting for other ranks.
     return "checkpoint" if action.startswith("[Callback]Checkpointing.") else None
+
+
+def _now() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 class Times(pl.Callback):

@@ -1,0 +1,153 @@
+"""The code of a run: a copy of both packages in its folder, made when it is submitted. No torch here.
+
+    code/3f2a9c01b7d4/longseq, longseq_data   the packages, as they were
+    code/3f2a9c01b7d4/snapshot.json           when and of which commit they were copied, and what was installed then
+    code/used                                 which one the run goes on with
+
+A job that comes back days later runs what was submitted, whatever the checkout holds by then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import longseq
+import longseq_data
+from longseq.errors import RunError
+from longseq.runs.run import Run
+from longseq_data.files import write_text
+
+_FACTS = "snapshot.json"
+_DIGITS = 12
+
+
+@cache
+def current() -> str:
+    """The hash of the code that this process runs: of the names and contents of all files of both packages."""
+    digest = hashlib.sha256()
+    for package in _packages():
+        for path in _files(package):
+            content = path.read_bytes()
+            digest.update(f"{package.name}/{path.relative_to(package)}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()[:_DIGITS]
+
+
+def kept(run: Run) -> str:
+    """The hash of the code that a run goes on with; empty where none was kept."""
+    with suppress(OSError):
+        name = (_folder(run) / "used").read_text().strip()
+        if name and folder_of(run, name).is_dir():
+            return name
+    return ""
+
+
+def folder_of(run: Run, name: str) -> Path:
+    """What a process that is to run a snapshot finds first on its path."""
+    return _folder(run) / name
+
+
+def keep(run: Run) -> None:
+    """Keep the code of this process in the run's folder, and go on with it from now on.
+
+    Raises:
+        RunError: if it cannot be written.
+    """
+    target = folder_of(run, current())
+    try:
+        if not target.is_dir():
+            _copy(target)
+        write_text(target.parent / "used", f"{current()}\n")
+    except (OSError, shutil.Error) as error:
+        raise RunError(f"{target}: the code of the run cannot be kept: {error}.") from None
+
+
+def _copy(target: Path) -> None:
+    target.parent.mkdir(exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=".", dir=target.parent))
+    try:
+        for package in _packages():
+            # With their times: what Python has compiled stays valid, and no rank compiles it again.
+            shutil.copytree(package, aside / package.name)
+        facts = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "git_commit": git_commit(),
+            "packages": installed(),
+        }
+        (aside / _FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+        aside.chmod(0o777 & ~_umask())
+        aside.rename(target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def facts_of_this_process() -> dict[str, object]:
+    """What was noted when the code that this process runs was copied; empty for a checkout or an installed package."""
+    with suppress(OSError, ValueError):
+        return dict(json.loads((_packages()[0].with_name(_FACTS)).read_text()))
+    return {}
+
+
+def changed_packages() -> list[str]:
+    """What is installed in another version than when this process's code was copied: "numpy 2.1.0 → 2.2.0"."""
+    before = facts_of_this_process().get("packages")
+    if not isinstance(before, dict):
+        return []
+    now = installed()
+    names = sorted(name for name in before if name in now and before[name] != now[name])
+    return [f"{name} {before[name]} → {now[name]}" for name in names]
+
+
+def installed() -> dict[str, str]:
+    """The version of every package of this interpreter, but our own."""
+    found: dict[str, str] = {}
+    for distribution in importlib.metadata.distributions():
+        name = distribution.metadata["Name"]
+        if name and name != "longseq":
+            found.setdefault(name, distribution.version)
+    return dict(sorted(found.items()))
+
+
+def git_commit() -> str | None:
+    """The commit of the code's checkout, with ``-dirty`` where files differ from it; None outside one."""
+    facts = facts_of_this_process()
+    if facts:
+        commit = facts.get("git_commit")
+        return commit if isinstance(commit, str) else None
+    folder = os.fspath(_packages()[0])
+    command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _folder(run: Run) -> Path:
+    return run.path / "code"
+
+
+def _packages() -> tuple[Path, Path]:
+    return Path(str(longseq.__file__)).parent, Path(str(longseq_data.__file__)).parent
+
+
+def _files(package: Path) -> Iterator[Path]:
+    for path in sorted(package.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            yield path
+
+
+def _umask() -> int:
+    before = os.umask(0o022)
+    os.umask(before)
+    return before
