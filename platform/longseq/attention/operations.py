@@ -183,7 +183,8 @@ class _Differentiated(torch.autograd.Function):
         ctx.tensors = [place for place, x in enumerate(given) if isinstance(x, Tensor)]
         ctx.save_for_backward(*(given[place] for place in ctx.tensors), *results[: operation.saved], *kept)
         ctx.differentiable = operation.differentiable
-        ctx.mark_non_differentiable(*results[operation.differentiable :], *kept)
+        absent = (x for x in results[: operation.differentiable] if x.shape == (0,))  # a state that is not carried on
+        ctx.mark_non_differentiable(*absent, *results[operation.differentiable :], *kept)
         ctx.set_materialize_grads(False)  # else zeros are made for what was kept
         return *results, *kept
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longseq.attention import KERNELS
 from longseq.attention.feature_maps import (
-    KERNELS,
     feature_map,
 )
 from longseq.attention.oprf import oprf_a_from_moments, oprf_moments, oprf_parameter

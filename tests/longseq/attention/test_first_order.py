@@ -92,7 +92,8 @@ def carried(context: ContextGroup, *qkv: Tensor) -> Tensor:
 
 
 def halo(context: ContextGroup, *qkv: Tensor) -> Tensor:
-    rows = neighbourhood(context, Rows(*(x.flatten(0, 1) for x in qkv)), None, 3, 2).rows
+    k, v, q = (x.flatten(0, 1) for x in qkv)
+    rows = neighbourhood(context, Rows(q, k, v), None, 3, 2).rows
     return rows.k.square() * rows.v
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels of FAVOR+'s backward pass: see :mod:`longseq.attention.backends.triton.kernels`.
+"""Triton kernels of FAVOR+'s backward pass: for names see :mod:`.chunk`.
 
 :func:`add_up_queries` forms R's share of each segment, :func:`run_back` turns them into R behind each;
 :func:`queries_vjp` goes through the chunks of a segment with S, and :func:`keys_vjp` from the last to the first with R.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longseq.attention.backends.triton.kernels import (
+from longseq.attention.backends.triton.chunk import (
     ANY_LENGTH,
     EPSILON,
     INFINITY,
@@ -25,28 +25,15 @@ from longseq.attention.backends.triton.kernels import (
     operand,
     put_state,
     run_at,
+    scaled_gradients,
     seen_by,
     segment_held,
     state_reads,
     through,
     transposed,
+    visible_weights,
 )
 from longseq.attention.backends.triton.rows import product, put_rows
-
-
-@triton.jit
-def scaled_gradients(
-    grad, scale, out, dlse, rows, real, e: tl.constexpr, DLSE: tl.constexpr, HALF: tl.constexpr, E: tl.constexpr
-):
-    """g of a chunk's queries, times ``scale`` · their denominator: its values' part (C, E) as operands, its last (C,).
-
-    The last is of the rounded others, and all kernels take the same: most of Σ_j (g_iᵀv_j + g_i[e]) A_ij may cancel.
-    """
-    reading = operand(grad.to(tl.float32) * scale[:, None], HALF)
-    last = -tl.sum(reading.to(tl.float32) * load_tile(out, rows, real, e, E), 1)
-    if DLSE:
-        last += tl.load(dlse + rows, mask=real, other=0.0) * scale
-    return reading, last
 
 
 @triton.jit(do_not_specialize=ANY_LENGTH)
@@ -263,13 +250,6 @@ def queries_vjp(
             tl.debug_barrier()  # before others read what this thread has written of the state
     if FLOW:
         tl.store(flows + n * (others + 2 * tl.num_programs(0)) + others + part, flow)
-
-
-@triton.jit
-def visible_weights(b, scale, runs, first, rows, delay, length, RUNS: tl.constexpr):
-    """exp(b_j − M_i), 0 where i does not see j: (keys, queries)."""
-    seen = tl.trans(seen_by(runs, first, rows, delay, length, RUNS))
-    return tl.where(seen, tl.exp2(b[:, None] * LOG2E - scale[None, :] * LOG2E), 0.0)
 
 
 @triton.jit(do_not_specialize=ANY_LENGTH)
