@@ -57,13 +57,13 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, saved: Saved, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, saved: Saved, grad: Tensor) -> tuple[Tensor]:
         value, gate = saved[0].chunk(2, dim=-1)
         dx = torch.empty_like(saved[0])
         d_value, d_gate = dx.chunk(2, dim=-1)
         d_value.copy_(F.silu(gate).mul_(grad))
         d_gate.copy_(torch.ops.aten.silu_backward(grad * value, gate))
-        return dx
+        return (dx,)
 
 
 class _Squared(torch.autograd.Function):
@@ -76,5 +76,5 @@ class _Squared(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, saved: Saved, grad: Tensor) -> Tensor:
-        return F.relu(saved[0]).mul_(2).mul_(grad)
+    def backward(ctx: Any, saved: Saved, grad: Tensor) -> tuple[Tensor]:
+        return (F.relu(saved[0]).mul_(2).mul_(grad),)

@@ -153,6 +153,12 @@ class PerformerSpec:
         return step // self.redraw_every if self.redraw_every else 0
 
     @property
+    def matrix_count(self) -> int:
+        """Number of weights in the blocks' linear maps, without biases: Muon's."""
+        mlp = (3 if self.ffn == "swiglu" else 2) * self.dim * self.hidden
+        return self.depth * (4 * self.dim**2 + mlp)
+
+    @property
     def parameter_count(self) -> int:
         """Number of weights a model of this spec has."""
         learned = self.qk_norm + (self.learned_share and self.window > 0) + self.learned_decay  # one number per head
