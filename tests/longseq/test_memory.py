@@ -13,7 +13,7 @@ from longseq.models import head
 from longseq.models.performer import PerformerLM
 from longseq.models.weights import full_state_dict
 from longseq.training import shards
-from longseq.training.optim import build_optimizer
+from longseq.training.optim import bind, build_optimizer
 from longseq.training.optimizer_state import holder_of
 
 SMALL = ("model.preset=small", "data.length=256", "data.batch_tokens=1024")
@@ -80,12 +80,20 @@ def test_the_estimate_is_within_a_fifth_of_the_measured_peak(loaded, overrides):
     assert estimate(config, 29, on_cuda=False).peak == pytest.approx(measured(config), rel=0.2)
 
 
-@pytest.mark.parametrize("overrides", [SMALL, (*SMALL, "attention.kind=exact", "model.objective=masked")])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        SMALL,
+        (*SMALL, "attention.kind=exact", "model.objective=masked"),
+        (*SMALL, "optim.name=muon", "model.ffn=swiglu"),
+    ],
+)
 def test_each_part_is_what_it_says(loaded, overrides):
     config = loaded("trainer.strategy=single", *overrides)
     needed = estimate(config, 29, on_cuda=False)
     model = PerformerLM(config.performer_spec(29)).train()
     optimizer = build_optimizer(model, config.optim)
+    bind(model, optimizer)
     tokens = torch.randint(25, (config.batch_sequences, config.data.length))
     assert sum(p.nbytes for p in model.parameters()) == needed.weights
     meter = PeakMeter(torch.device("cpu"))

@@ -7,8 +7,8 @@ what the allocator holds without using it (fragments: leave a tenth), and the da
 P is the number of weights, n the number of ranks, w the bytes of a weight in training (fp32 4, bf16 and fp16 2):
 
     weights       w P;  ZeRO-3 w P / n, and w P gathered at the end of the forward pass
-    optimiser     8 P of AdamW's moments, and 4 P of fp32 weights where DeepSpeed keeps its own (ZeRO 1-3, half
-                  precision); ZeRO 1-3 divide both by n
+    optimiser     8 P of AdamW's moments (4 P of Muon's matrices), and 4 P of fp32 weights where DeepSpeed keeps its own
+                  (ZeRO 1-3, half precision); ZeRO 1-3 divide both by n
     gradients     w P;  ZeRO 1-3 w P / n, and the buffer in which gradients wait to be summed over the ranks
     activations   what the backward pass needs of every block (or with activation checkpointing of one block, and every
                   block's input), and what it holds at its most besides; with tiles of the sequence see :func:`_tiled`
@@ -74,7 +74,8 @@ def estimate(config: Config, vocabulary: int, *, on_cuda: bool = True) -> Memory
         weights += width * count  # autocast's copies
     gathered = width * min(count, _MAX_LIVE) if stage == 3 else 0
     masters = 4 * part if stage or (deepspeed and width == 2) else 0
-    optimizer = masters + 8 * part
+    state = 8 * count - (4 * spec.matrix_count if config.optim.name == "muon" else 0)
+    optimizer = masters + state * part / count
     mean = 4 * held if trainer.ema_decay else 0
     part_gradients = (width if deepspeed else 4) * part
     buffers = 2 if _overlaps(config) else 1

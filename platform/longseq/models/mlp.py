@@ -57,7 +57,7 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, saved: Saved, grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, saved: Saved, grad: Tensor) -> tuple[Tensor]:
         value, gate = saved[0].chunk(2, dim=-1)
         dx = torch.empty_like(saved[0])
         d_value, d_gate = dx.chunk(2, dim=-1)
@@ -76,5 +76,5 @@ class _Squared(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, saved: Saved, grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, saved: Saved, grad: Tensor) -> tuple[Tensor]:
         return (F.relu(saved[0]).mul_(2).mul_(grad),)

@@ -118,6 +118,12 @@ class PerformerSpec(AttentionOptions):
         return self.activation_checkpointing or 0 < self.tile < positions
 
     @property
+    def matrix_count(self) -> int:
+        """Number of weights in the blocks' linear maps, without biases: Muon's."""
+        mlp = (3 if self.ffn == "swiglu" else 2) * self.dim * self.hidden
+        return self.depth * (4 * self.dim**2 + mlp)
+
+    @property
     def parameter_count(self) -> int:
         """Number of weights a model of this spec has."""
         learned = self.qk_norm + (self.learned_share and self.window > 0) + self.learned_decay  # one number per head

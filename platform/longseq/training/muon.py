@@ -99,7 +99,7 @@ class MuonAdamW(AdamW):
             ]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -113,19 +113,19 @@ class MuonAdamW(AdamW):
         for group in groups:
             for master in group["params"] if group["muon"] else ():
                 if master.grad is not None:
-                    self._step_of(master, group)
+                    self._step_of(master, master.grad, group)
         return loss
 
-    def _step_of(self, master: Tensor, group: dict[str, Any]) -> None:
+    def _step_of(self, master: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         slots = self._slots.get(master)
         if slots is None:
-            if bool(master.grad.any()):  # type: ignore[union-attr]
+            if bool(gradient.any()):
                 raise RuntimeError("Muon does not know which matrices these weights are: bind() was not called")
             return  # DeepSpeed steps once with zeros when it begins
         state, rate = self.state[master], float(group["lr"])
         if MOMENTUM not in state:
             state[MOMENTUM] = torch.zeros_like(master, memory_format=torch.preserve_format)
-        weights, grad, momentum = (x.detach().view(-1) for x in (master, master.grad, state[MOMENTUM]))
+        weights, grad, momentum = (x.detach().view(-1) for x in (master, gradient, state[MOMENTUM]))
         momentum.lerp_(grad, 1 - group["momentum"])
         update = grad.lerp(momentum, group["momentum"])
         weights.mul_(1 - rate * group["weight_decay"])
