@@ -89,7 +89,9 @@ def collection(folder: Path, reference: Path | None = None, chosen: Iterable[str
             "ProteinGym's DMS_substitutions.csv there, or name it (--reference)."
         )
     wanted = list(chosen)
-    entries, absent, known = [], [], set()
+    entries: list[Entry] = []
+    absent: list[str] = []
+    known: set[str] = set()
     for path in found:
         missing = _NEEDED - set(columns(path))
         if missing:
@@ -103,7 +105,7 @@ def collection(folder: Path, reference: Path | None = None, chosen: Iterable[str
             file = _file(folder, row["DMS_filename"])
             if file is None:
                 absent.append(row["DMS_id"])
-            else:
+            elif file not in [entry.file for entry in entries]:  # the same reference may lie in both places
                 entries.append(_entry(row, place, file))
     unknown = [name for name in wanted if name not in known]
     if unknown:

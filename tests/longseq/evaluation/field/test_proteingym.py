@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -301,6 +302,10 @@ def test_two_checkpoints_of_a_run_keep_their_assays_apart(trained, gym, folder):
     assert first != second
     assert first.read_text() != second.read_text()
     assert first.is_relative_to(folder / "kept")
+    (folder / "copy").mkdir()
+    copy = shutil.copytree(run, folder / "copy/one")
+    alike = api.benchmark_proteingym(place, [run, copy], assays=["SHORT_2020"])
+    assert [model.name for model in alike.models] == [str(each / "checkpoints" / both[1].name) for each in (run, copy)]
 
 
 @pytest.mark.parametrize(
