@@ -71,7 +71,8 @@ def collection(folder: Path, reference: Path | None = None, chosen: Iterable[str
     """The assays of a folder: those that its reference files name.
 
     Reference files are the CSVs with the columns DMS_id, DMS_filename and target_seq, in the folder itself and in
-    reference_files/; assays lie in the folder or one below.
+    reference_files/; assays lie in the folder or one below. Where assays of substitutions and of indels have the same
+    name, the one is taken whose folder is called as the reference file is (indels or substitutions).
 
     Args:
         reference: the reference file, if it lies elsewhere.
@@ -102,7 +103,7 @@ def collection(folder: Path, reference: Path | None = None, chosen: Iterable[str
             known.add(row["DMS_id"])
             if wanted and row["DMS_id"] not in wanted:
                 continue
-            file = _file(folder, row["DMS_filename"])
+            file = _file(folder, row["DMS_filename"], path.name)
             if file is None:
                 absent.append(row["DMS_id"])
             elif file not in [entry.file for entry in entries]:  # the same reference may lie in both places
@@ -146,8 +147,13 @@ def _references(folder: Path) -> list[Path]:
     return [path for path in files if set(columns(path)) >= _NEEDED]
 
 
-def _file(folder: Path, name: str) -> Path | None:
-    return next((path for path in (folder / name, *sorted(folder.glob(f"*/{name}"))) if path.is_file()), None)
+def _file(folder: Path, name: str, reference: str) -> Path | None:
+    if (folder / name).is_file():
+        return folder / name
+    own = [kind for kind in KINDS if kind in reference.lower()]
+    others = [kind for kind in KINDS if own and kind not in own]
+    found = [path for path in sorted(folder.glob(f"*/{name}")) if path.is_file()]
+    return next((path for path in found if not any(kind in path.parent.name.lower() for kind in others)), None)
 
 
 def _entry(row: dict[str, str], place: str, file: Path) -> Entry:
