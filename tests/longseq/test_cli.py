@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,22 @@ def test_data_synth_writes_a_corpus_once(folder):
     assert longseq(*arguments, "--seed", "1", "--overwrite").returncode == 0
     assert path.read_bytes() != content
     assert [p.name for p in path.parent.iterdir()] == ["corpus.fasta.gz"]
+
+
+def test_data_synth_plants_contacts(folder):
+    done = longseq(
+        "data", "synth", "new/p.fasta.gz", "--contacts", "--records", "5", "--length", "16", "--families", "2"
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first == "new/p.fasta.gz: 5 records of 2 families, 80 residues"
+    assert re.fullmatch(r"new/p\.contacts\.jsonl: their contacts; the true parameters find \d+\.\d% of them .*", second)
+    assert len(Path("new/p.contacts.jsonl").read_text().splitlines()) == 26
+    sentence = refused(longseq("data", "synth", "q.fasta", "--contacts", "--mean-length", "90"))
+    assert "--mean-length and --contacts: leave one of them out; its families are of one --length." in sentence
+    assert "--coupling needs --contacts, which draws" in refused(longseq("data", "synth", "q.fasta", "--coupling", "1"))
+    assert "length is 8" in refused(longseq("data", "synth", "q.fasta", "--contacts", "--length", "8"))
+    assert not Path("q.fasta").exists()
 
 
 def test_data_synth_refuses_numbers_that_make_no_corpus(folder):

@@ -44,7 +44,9 @@ def run(args: argparse.Namespace) -> int:
     pairs: list[tuple[float, float]] = []  # effect, DMS_score
     if args.variant or args.variants:
         if args.passes:
-            raise LongseqError("--passes: effects of variants take one pass each in any case: leave it out.")
+            raise LongseqError(
+                "--passes: effects of variants take a pass per set of positions in any case: leave it out."
+            )
         found = variant_effects(args.target, args.file, args.variant, args.variants, args.overrides, ema=args.ema)
         rows = _noted(found, pairs)
     else:

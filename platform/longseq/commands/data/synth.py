@@ -43,8 +43,10 @@ def run(args: argparse.Namespace) -> int:
     own, others = (_PLANTED, _EVOLVED) if args.contacts else (_EVOLVED, _PLANTED)
     for name in others:
         if getattr(args, name) is not None:
-            what = "is of families without" if args.contacts else "needs"
-            raise LongseqError(f"--{name.replace('_', '-')} {what} --contacts: leave it out.")
+            option = f"--{name.replace('_', '-')}"
+            if args.contacts:
+                raise LongseqError(f"{option} and --contacts: leave one of them out; its families are of one --length.")
+            raise LongseqError(f"{option} needs --contacts, which draws families of Potts models: add it.")
     values = {name: default if getattr(args, name) is None else getattr(args, name) for name, default in own.items()}
     return _planted(args, values) if args.contacts else _evolved(args, values)
 

@@ -71,7 +71,8 @@ def collection(folder: Path, reference: Path | None = None, chosen: Iterable[str
     """The assays of a folder: those that its reference files name.
 
     Reference files are the CSVs with the columns DMS_id, DMS_filename and target_seq, in the folder itself and in
-    reference_files/; assays lie in the folder or one below.
+    reference_files/; assays lie in the folder or one below. Where assays of substitutions and of indels have the same
+    name, the one is taken whose folder is called as the reference file is (indels or substitutions).
 
     Args:
         reference: the reference file, if it lies elsewhere.
@@ -89,7 +90,9 @@ def collection(folder: Path, reference: Path | None = None, chosen: Iterable[str
             "ProteinGym's DMS_substitutions.csv there, or name it (--reference)."
         )
     wanted = list(chosen)
-    entries, absent, known = [], [], set()
+    entries: list[Entry] = []
+    absent: list[str] = []
+    known: set[str] = set()
     for path in found:
         missing = _NEEDED - set(columns(path))
         if missing:
@@ -100,10 +103,10 @@ def collection(folder: Path, reference: Path | None = None, chosen: Iterable[str
             known.add(row["DMS_id"])
             if wanted and row["DMS_id"] not in wanted:
                 continue
-            file = _file(folder, row["DMS_filename"])
+            file = _file(folder, row["DMS_filename"], path.name)
             if file is None:
                 absent.append(row["DMS_id"])
-            else:
+            elif file not in [entry.file for entry in entries]:  # the same reference may lie in both places
                 entries.append(_entry(row, place, file))
     unknown = [name for name in wanted if name not in known]
     if unknown:
@@ -144,8 +147,13 @@ def _references(folder: Path) -> list[Path]:
     return [path for path in files if set(columns(path)) >= _NEEDED]
 
 
-def _file(folder: Path, name: str) -> Path | None:
-    return next((path for path in (folder / name, *sorted(folder.glob(f"*/{name}"))) if path.is_file()), None)
+def _file(folder: Path, name: str, reference: str) -> Path | None:
+    if (folder / name).is_file():
+        return folder / name
+    own = [kind for kind in KINDS if kind in reference.lower()]
+    others = [kind for kind in KINDS if own and kind not in own]
+    found = [path for path in sorted(folder.glob(f"*/{name}")) if path.is_file()]
+    return next((path for path in found if not any(kind in path.parent.name.lower() for kind in others)), None)
 
 
 def _entry(row: dict[str, str], place: str, file: Path) -> Entry:

@@ -60,6 +60,10 @@ def read_chains(path: Path, needed: str) -> list[Chain]:
     except UnicodeDecodeError:
         raise LongseqError(f"{path}: not text; give a file with a JSON object on each line.") from None
     chains = [_chain(line, f"{path}, line {number}", needed) for number, line in enumerate(lines, 1) if line.strip()]
+    ids = [chain.id for chain in chains]
+    twice = next((id_ for id_ in ids if ids.count(id_) > 1), None)
+    if twice is not None:
+        raise LongseqError(f"{path}: two chains are called {twice}; give each an id of its own.")
     if not chains:
         raise LongseqError(f"{path}: no chain in it; give a file with a JSON object on each line.")
     return chains

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from longseq.evaluation.field.assays import SUBSTITUTIONS, Entry, Scan
 from longseq.evaluation.field.baselines import baselines
-from longseq.evaluation.field.measures import Floats, above_median, measures, measures_by_depth
+from longseq.evaluation.field.measures import Floats, Result, above_median, measures, measures_by_depth
 from longseq.evaluation.likelihood import causal, effects, pseudo
 from longseq.evaluation.records import Record, batches, record_of
 from longseq.evaluation.variants import Variant, parse
 from longseq.models.performer import PerformerLM
 from longseq.opening import Source
-
-
-@dataclass(frozen=True)
-class Result:
-    """Of one assay."""
-
-    measures: dict[str, float]
-    by_depth: dict[str, dict[str, float]]  # number of changes: measures; of indels empty
-    baselines: dict[str, dict[str, float]]  # name: measures; of indels empty
 
 
 def fitness(source: Source, model: PerformerLM, entry: Entry, scan: Scan, passes: int) -> tuple[Floats, Result]:

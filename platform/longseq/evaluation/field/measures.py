@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,15 @@ Labels = npt.NDArray[np.bool_]
 MEASURES = ("Spearman", "AUC", "MCC", "NDCG", "Top_recall")
 TOP = 10  # per cent of an assay that NDCG and top recall look at
 DEPTHS = ("1", "2", "3", "4", "5+")  # changes of a mutant
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the scores of one assay are worth."""
+
+    measures: dict[str, float]
+    by_depth: dict[str, dict[str, float]]  # number of changes: measures; of indels empty
+    baselines: dict[str, dict[str, float]]  # name: measures; of indels empty
 
 
 def measures(measured: Floats, scores: Floats, fit: Labels | None, above_median: Labels) -> dict[str, float]:

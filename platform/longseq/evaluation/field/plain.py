@@ -30,9 +30,11 @@ def proteins(
 
 
 def label(source: Source, sources: Sequence[Source]) -> str:
-    """What a model is called next to the others: its name, and the step where two have the same."""
-    alike = [other for other in sources if other.name == source.name]
-    return source.name if len(alike) == 1 else f"{source.name} step {source.step}"
+    """What a model is called next to the others: its name, with the step where two share that, or else its folder."""
+    names = (source.name, f"{source.name} step {source.step}", str(source.folder))
+    others = [other for other in sources if other is not source]
+    taken = [{other.name, f"{other.name} step {other.step}"} for other in others]
+    return next((name for name in names if not any(name in each for each in taken)), names[-1])
 
 
 def plain(value: Any) -> Any:

@@ -11,19 +11,16 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from longseq.errors import LongseqError
 from longseq.evaluation.field.assays import Entry, Scan, collection, scan
 from longseq.evaluation.field.averages import Assay, Averages, averages
-from longseq.evaluation.field.measures import MEASURES, Floats
+from longseq.evaluation.field.measures import MEASURES, Floats, Result
 from longseq.evaluation.field.official import BESIDE, Official, published
 from longseq.evaluation.field.plain import label, plain, proteins
-from longseq.opening import Source
+from longseq.opening import EMA, Source
 from longseq_data.files import sha256_of, write_text
-
-if TYPE_CHECKING:
-    from longseq.evaluation.field.fitness import Result
 
 Progress = Callable[[str, str, str, bool], None]  # model, assay, kind, whether it had been done before
 
@@ -212,13 +209,10 @@ def _of_model(
 
 
 def _place(source: Source, out: str | Path | None) -> Path:
+    name = source.folder.stem + ("-ema" if source.weights.name == EMA else "")
     if out is not None:
-        return Path(out) / f"{source.name}-{source.folder.stem}" if source.run else Path(out) / source.name
-    return (
-        (source.run.evaluations_dir if source.run else source.folder / "evaluations")
-        / "proteingym"
-        / source.folder.stem
-    )
+        return Path(out) / (f"{source.name}-{name}" if source.run else name)
+    return (source.run.evaluations_dir if source.run else source.folder / "evaluations") / "proteingym" / name
 
 
 def _whole(values: dict[str, Any]) -> dict[str, Any]:
@@ -231,8 +225,6 @@ def _whole(values: dict[str, Any]) -> dict[str, Any]:
 
 def _read(path: Path, key: str) -> Result | None:
     """What is kept of an assay; None where there is nothing, or of other weights, mutants or options."""
-    from longseq.evaluation.field.fitness import Result
-
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # half-written by nobody, but edited
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["key"] == key and path.with_suffix(".csv").is_file():

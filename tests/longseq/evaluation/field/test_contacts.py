@@ -252,6 +252,7 @@ def test_a_probe_tells_states_that_follow_from_the_letters(trained, chains):
         ('{"id": "x", "sequence": "MKV", "contacts": [[0, 3]]}', "[0, 3] is no pair of residues from 0 to 2"),
         ('{"id": "x", "sequence": "MKV", "contacts": [[1, 1]]}', "line 7: the contact [1, 1] is no pair"),
         ('{"id": "x", "sequence": "MKV", "contacts": [], "secondary_structure": "HH"}', "for each of its 3 residues"),
+        ('{"id": "c2", "sequence": "MKV", "contacts": []}', "two chains are called c2"),
         ('{"id": "x", "sequence": "MJV", "contacts": []}', "chain x: 'J' at position 2 is not one of"),
     ],
 )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,18 +93,18 @@ def gym(folder):
         write(place / "DMS_ProteinGym_substitutions" / f"{name}.csv", header, rows)
     indels = [WILD[:5] + WILD[7:], WILD[:9] + "GG" + WILD[9:], WILD[1:], WILD + "A", WILD[:12] + WILD[15:]]
     write(
-        place / "indels/SHORT_2020.csv",
+        place / "DMS_ProteinGym_indels/SHORT_2020.csv",
         ("mutated_sequence", "DMS_score"),
         list(zip(indels, [1, 4, 2, 3, 0], strict=True)),
     )
     header = ("DMS_id", "DMS_filename", "UniProt_ID", "taxon", "target_seq", "coarse_selection_type")
     rows = [
-        ("SHORT_2020", "DMS_ProteinGym_substitutions/SHORT_2020.csv", "SHORT", "Human", WILD, "Activity"),
+        ("SHORT_2020", "SHORT_2020.csv", "SHORT", "Human", WILD, "Activity"),
         ("LONG_2021", "LONG_2021.csv", "LONG", "Virus", LONG, "Binding"),
         ("ELSEWHERE_2022", "ELSEWHERE_2022.csv", "ELSE", "Virus", WILD, "Binding"),
     ]
     write(place / "DMS_substitutions.csv", (*header, "MSA_Neff_L_category"), [(*row, "medium") for row in rows])
-    row = ("SHORT_2020", "indels/SHORT_2020.csv", "SHORT", "Human", WILD, "Stability", 2.5)
+    row = ("SHORT_2020", "SHORT_2020.csv", "SHORT", "Human", WILD, "Stability", 2.5)
     write(place / "reference_files/DMS_indels.csv", (*header, "DMS_binarization_cutoff"), [row])
     return place, made, indels
 
@@ -207,7 +208,7 @@ def test_an_assay_that_is_done_is_not_done_again(trained, gym):
     again = api.benchmark_proteingym(place, run, progress=lambda *what: seen.append(what[1:]))
     assert [before for *_, before in seen] == [True, True, True]
     assert json.dumps(again.as_dict()) == json.dumps(first.as_dict())
-    path = place / "indels/SHORT_2020.csv"
+    path = place / "DMS_ProteinGym_indels/SHORT_2020.csv"
     path.write_text(path.read_text().replace(",4", ",5"))
     seen.clear()
     api.benchmark_proteingym(
@@ -301,6 +302,10 @@ def test_two_checkpoints_of_a_run_keep_their_assays_apart(trained, gym, folder):
     assert first != second
     assert first.read_text() != second.read_text()
     assert first.is_relative_to(folder / "kept")
+    (folder / "copy").mkdir()
+    copy = shutil.copytree(run, folder / "copy/one")
+    alike = api.benchmark_proteingym(place, [run, copy], assays=["SHORT_2020"])
+    assert [model.name for model in alike.models] == [str(each / "checkpoints" / both[1].name) for each in (run, copy)]
 
 
 @pytest.mark.parametrize(
@@ -362,5 +367,7 @@ def test_score_takes_a_scan_and_says_the_spearman(trained, gym, capsys, folder):
     effects = list(api.variant_effects(run, "wild.fasta", table=path))
     with path.open(newline="") as file:
         assert [each.measured for each in effects] == [float(row["DMS_score"]) for row in csv.DictReader(file)]
-    assert main(["score", str(run), "wild.fasta", "--variants", str(place / "indels/SHORT_2020.csv")]) == 1
+    assert (
+        main(["score", str(run), "wild.fasta", "--variants", str(place / "DMS_ProteinGym_indels/SHORT_2020.csv")]) == 1
+    )
     assert "its mutants are whole sequences" in capsys.readouterr().err
