@@ -8,6 +8,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,27 +31,35 @@ Integers = npt.NDArray[np.int64]
 class Records(NamedTuple):
     """Some records on their way into a block, one entry each."""
 
-    identifiers: list[bytes]
+    named: list[bytes] | None  # None: the first words of the headers
     tokens: list[bytes]  # ids in the dtype of ``stored_dtype``
     held: list[int]  # what they count for in a shuffle buffer
     texts: list[bytes] | None = None  # what a tokenizer read
     headers: list[bytes] | None = None  # of FASTA and UniProt's formats; a block does not keep them
 
+    @property
+    def identifiers(self) -> list[bytes]:
+        if self.named is not None:
+            return self.named
+        return [header.split(None, 1)[0] for header in self.headers or ()]
+
     def some(self, begin: int, end: int) -> Records:
+        if begin == 0 and end == len(self.tokens):
+            return self
         here = slice(begin, end)
-        texts = None if self.texts is None else self.texts[here]
-        return Records(self.identifiers[here], self.tokens[here], self.held[here], texts)
+        named, texts, headers = (each and each[here] for each in (self.named, self.texts, self.headers))
+        return Records(named, self.tokens[here], self.held[here], texts, headers)
 
 
 @dataclass(frozen=True)
 class Block:
     """The tokens of its records one after another: record r has [offsets[r], offsets[r + 1])."""
 
-    tokens: Tokens
+    made: tuple[Tokens, Sequence[bytes]] | list[Records]  # tokens and identifiers, joined where somebody asks
     offsets: Integers
-    identifiers: Sequence[bytes]
     held: Integers
     texts: Sequence[bytes] | None
+    dtype: np.dtype[np.unsignedinteger]  # of its tokens
     stored_places: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # what is worth a warning
     unknown: Mapping[str, int] = field(default_factory=dict)  # letters outside the alphabet, about those of its records
@@ -70,6 +79,22 @@ class Block:
     def lengths(self) -> Integers:
         return np.diff(self.offsets)
 
+    @cached_property
+    def tokens(self) -> Tokens:
+        if isinstance(self.made, tuple):
+            return self.made[0]
+        return np.frombuffer(b"".join(self._pieces), self.dtype)
+
+    @cached_property
+    def _pieces(self) -> list[bytes]:
+        return [each for part in self.made for each in part.tokens]  # type: ignore[union-attr]
+
+    @cached_property
+    def identifiers(self) -> Sequence[bytes]:
+        if isinstance(self.made, tuple):
+            return self.made[1]
+        return [name for part in self.made for name in part.identifiers]
+
     def view(self, row: int) -> Tokens:
         """The tokens of a record where they are mapped, or else a copy: a view would keep the whole block."""
         tokens = self.tokens[self.offsets[row] : self.offsets[row + 1]]
@@ -77,6 +102,8 @@ class Block:
 
     def ids(self, rows: Sequence[int]) -> list[bytes]:
         """The tokens of some records, as bytes of their own."""
+        if not isinstance(self.made, tuple):
+            return [self._pieces[row] for row in rows]
         data, size = memoryview(self.tokens).cast("B"), self.tokens.itemsize  # type: ignore[arg-type]
         where = np.asarray(rows, dtype=np.int64)
         begins, ends = (self.offsets[where] * size).tolist(), (self.offsets[where + 1] * size).tolist()
@@ -87,7 +114,8 @@ class Block:
         with tempfile.TemporaryFile() as file:
             file.write(self.tokens.tobytes())
             file.flush()
-            return replace(self, tokens=np.memmap(file, self.tokens.dtype, "r"), mapped=True)
+            mapped = np.memmap(file, self.tokens.dtype, "r"), self.identifiers
+            return replace(self, made=mapped, mapped=True)
 
     def document(self, row: int, source: str, vocabulary: Vocabulary) -> BlockDocument:
         text = None if self.texts is None else bytes(self.texts[row])
@@ -188,17 +216,15 @@ class Builder:
 
     def _block(self) -> Block:
         parts = self._parts
-        identifiers = [name for part in parts for name in part.identifiers]
-        tokens = [each for part in parts for each in part.tokens]
         held = [size for part in parts for size in part.held]
         texts = [text for part in parts for text in part.texts or ()] if parts and parts[0].texts is not None else None
-        sizes = np.fromiter(map(len, tokens), np.int64, len(tokens)) // self._dtype.itemsize
+        sizes = np.fromiter((len(each) for part in parts for each in part.tokens), np.int64, self._records)
         block = Block(
-            np.frombuffer(b"".join(tokens), dtype=self._dtype),
-            np.concatenate([[0], np.cumsum(sizes)]),
-            identifiers,
+            parts,
+            np.concatenate([[0], np.cumsum(sizes // self._dtype.itemsize)]),
             np.array(held, dtype=np.int64),
             texts,
+            self._dtype,
             notes=tuple(self.notes),
             unknown=dict(self.unknown),
             residues=self._residues,
@@ -264,11 +290,11 @@ def open_block(path: Path, mapped: bool = True) -> Block:
         batch.validate()
         tokens = batch.column("tokens")
         return Block(
-            tokens.values.to_numpy(),
+            (tokens.values.to_numpy(), _Bytes(batch.column("id"))),
             tokens.offsets.to_numpy(),
-            _Bytes(batch.column("id")),
             batch.column("held").to_numpy(),
             _Bytes(batch.column("text")) if "text" in batch.schema.names else None,
+            np.dtype(tokens.type.value_type.to_pandas_dtype()),
             {by: batch.column(name).to_numpy() for by, name in _PLACES.items() if name in batch.schema.names},
             tuple(said["notes"]),
             dict(said["unknown"]),

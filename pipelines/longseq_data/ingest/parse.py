@@ -82,20 +82,20 @@ def parse_lot(
     if isinstance(lot, Piece):
         for bulk, records in parse_piece(lot, leaf.source, proteins=reading.tokens == "protein"):
             if bulk is not None:
-                names = [header.split(None, 1)[0] for header in bulk.headers]
-                yield Records(names, bulk.ids, list(map(len, bulk.ids)), headers=bulk.headers)
+                yield Records(None, bulk.ids, list(map(len, bulk.ids)), headers=bulk.headers)
                 continue
             yield from _encoded(records, encoder)
         return
     dtype, written = stored_dtype(reading.vocabulary), reading.written
-    some = Records([], [], [], [] if written else None)
+    names: list[bytes] = []
+    some = Records(names, [], [], [] if written else None)
     try:
         for raw in lot:
             document = reading.document(raw, leaf, strict)
             if not document.length:
                 continue
             tokens = encoder.encode(document).astype(dtype, copy=False).tobytes()
-            some.identifiers.append(document.identifier.encode("utf-8", "surrogateescape"))
+            names.append(document.identifier.encode("utf-8", "surrogateescape"))
             some.tokens.append(tokens)
             some.held.append(document.held)
             if some.texts is not None:

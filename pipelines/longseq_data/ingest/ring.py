@@ -226,13 +226,13 @@ class Answers:
         asked = []
         for path in folder.iterdir():
             epoch, leaf, number = path.name.split("-")
-            asked.append((int(epoch), int(number), leaf))
-        for epoch, number, leaf in sorted(asked):
-            (folder / f"{epoch}-{leaf}-{number}").unlink()
-            if epoch > self._epoch:
-                self._epoch = epoch
-                self._forget(epoch - 2)
-            self._answer(f"{epoch}-{leaf}", number)
+            asked.append((int(epoch), int(number), f"{epoch}-{leaf}"))
+        for new, block, name in sorted(asked):
+            (folder / f"{name}-{block}").unlink()
+            if new > self._epoch:
+                self._epoch = new
+                self._forget(new - 2)
+            self._answer(name, block)
         return bool(asked)
 
     def _answer(self, name: str, number: int) -> None:

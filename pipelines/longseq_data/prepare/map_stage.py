@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,9 +34,6 @@ from .cluster_table import ClusterTable
 from .config import PrepareConfig
 from .held_out import HeldOut, Words, accession, hashes
 from .identity import checksum
-
-if TYPE_CHECKING:
-    pass
 
 SPLITS = ("train", "valid", "test", "ood")
 OOD = SPLITS.index("ood")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from longseq_data.errors import DataError
 from longseq_data.files import write_text
@@ -166,8 +166,8 @@ def help_out(nodes: Nodes, count: int) -> None:
 
     security = Security(require_encryption=True, **{f"tls_{name}": key for name, key in where["keys"].items()})
     host, port = where["address"].rpartition("/")[2].rsplit(":", 1)
-    options = {"nthreads": 1, "memory_limit": 0, "death_timeout": 60, "dashboard": False, "security": security}
-    options["host"] = get_ip(host.strip("[]"), int(port))  # where it is reached, and nowhere else
+    options: dict[str, Any] = {"nthreads": 1, "memory_limit": 0, "death_timeout": 60, "dashboard": False}
+    options |= {"security": security, "host": get_ip(host.strip("[]"), int(port))}  # reached there, and nowhere else
 
     async def work() -> None:
         helpers = [Nanny(where["address"], **options) for _ in range(count)]

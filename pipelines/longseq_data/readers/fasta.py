@@ -14,14 +14,12 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from longseq_data.errors import DataError
-from longseq_data.vocabulary import PROTEINS, TABLE, UNKNOWN, Alphabet, Tokens, X
+from longseq_data.vocabulary import PROTEINS, UNKNOWN, Alphabet, Tokens
 
 from .documents import DocumentEncoder
 from .sources import open_text, reading_error
 
 UNKNOWN_BYTE = bytes([UNKNOWN])
-UNKNOWN_TO_X = bytes.maketrans(UNKNOWN_BYTE, bytes([X]))
-KNOWN = bytes(byte for byte in range(256) if TABLE[byte] != UNKNOWN)
 PRINTABLE = bytes(range(32, 127))
 
 HOLLOW = "tokens=0"  # how `longseq sample` marks a sequence that ended before its first residue

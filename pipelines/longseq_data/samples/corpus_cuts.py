@@ -42,9 +42,8 @@ class Plan(Planned):
     @staticmethod
     def joined(plans: Iterable[Plan]) -> Plan:
         parts = list(plans)
-        return Plan(
-            parts[0].cut, *(np.concatenate([getattr(part, name) for part in parts]) for name in Plan.PER_SAMPLE)
-        )
+        joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in Plan.PER_SAMPLE}
+        return replace(parts[0], **joined)  # type: ignore[arg-type]
 
     def rows(self) -> Rows:
         rows, segments = self.cut.rows(self)

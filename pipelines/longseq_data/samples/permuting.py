@@ -24,7 +24,7 @@ RecordsOf = Callable[[StreamSettings, str, Block, list[int]], list[Any]]
 
 def tokens_of(spec: StreamSettings, source: str, block: Block, rows: list[int]) -> list[Any]:
     """Of each a sequence of tokens that ``bytes.join`` takes; those of pictures stay where they are mapped."""
-    if block.tokens.itemsize == 1 and spec.vocabulary.closed:
+    if block.dtype.itemsize == 1 and spec.vocabulary.closed:
         return block.ids(rows)
     return [memoryview(block.view(row)) for row in rows]  # type: ignore[arg-type]
 

@@ -121,7 +121,7 @@ def _chunks(
                 wanted = np.ones(len(there), dtype=bool)
             else:
                 wanted = spec.rule.chosen(spec.split or "", block.places(spec.rule.by)[there])
-            step = max(1, CHUNK_TOKENS * len(block) // max(1, len(block.tokens)))
+            step = max(1, CHUNK_TOKENS * len(block) // max(1, int(block.offsets[-1])))
             for first in range(0, len(there), step):
                 here, chosen = there[first : first + step], wanted[first : first + step]
                 rows = here[chosen].tolist()

@@ -64,16 +64,29 @@ class _Cropped(Planned):
     def rows(self) -> Rows:
         vocabulary, width = self.spec.vocabulary, int(self.sizes.max())
         first, last = residues_of(self.begins, self.sizes, self.lengths)
-        stored = stored_dtype(vocabulary)
-        room = b"\0" * stored.itemsize  # of BOS
-        places = zip(self.items.tolist(), first.tolist(), last.tolist(), (self.begins == 0).tolist(), strict=True)
-        size = width * stored.itemsize
+        begun = self.begins == 0
+        if vocabulary.size <= 128:  # all ids, and IGNORE, are signed bytes
+            ended = self.begins + self.sizes == self.lengths + 2
+            bos, eos, fill = (bytes([mark & 255]) for mark in (vocabulary.bos, vocabulary.eos, IGNORE))
+            places = zip(self.items.tolist(), *(each.tolist() for each in (first, last, begun, ended)), strict=True)
+            text = b"".join(
+                [(bos * a + item[low:high] + eos * z).ljust(width, fill) for item, low, high, a, z in places]
+            )
+            rows = np.frombuffer(text, np.int8).reshape(len(self), width).astype(vocabulary.target_dtype)
+        else:
+            rows = self._wide(first, last, begun, width)
+        return turned(rows, self.spec.seed, self.numbers) if self.spec.reverse_complement else rows, None
+
+    def _wide(self, first: Integers, last: Integers, begun: npt.NDArray[np.bool_], width: int) -> npt.NDArray:
+        vocabulary, stored = self.spec.vocabulary, stored_dtype(self.spec.vocabulary)
+        room, size = b"\0" * stored.itemsize, width * stored.itemsize  # of BOS, and of a row
+        places = zip(self.items.tolist(), first.tolist(), last.tolist(), begun.tolist(), strict=True)
         text = b"".join([(room * bos + bytes(item[low:high])).ljust(size, b"\0") for item, low, high, bos in places])
         rows = np.frombuffer(text, stored).reshape(len(self), width).astype(vocabulary.target_dtype)
         for row in np.flatnonzero(self.sizes < width).tolist():  # faster than a mask of all places
             rows[row, self.sizes[row] :] = IGNORE
         mark_ends(rows, self.begins, self.sizes, self.lengths, vocabulary)
-        return turned(rows, self.spec.seed, self.numbers) if self.spec.reverse_complement else rows, None
+        return rows
 
 
 class Joined:
