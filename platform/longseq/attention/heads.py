@@ -53,8 +53,10 @@ def lay_out(out: Tensor, batch: int, heads: int, dtype: torch.dtype) -> Tensor:
     pass over it instead of two, and backward as well.
     """
     if out.dtype == dtype or torch.compiler.is_compiling():
-        return out.unflatten(0, (batch, heads)).to(dtype)
-    return _Rounded.apply(out, batch, heads, dtype)
+        made: Tensor = out.unflatten(0, (batch, heads)).to(dtype)
+        return made
+    rounded: Tensor = _Rounded.apply(out, batch, heads, dtype)
+    return rounded
 
 
 class _Heads(torch.autograd.Function):

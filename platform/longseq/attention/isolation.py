@@ -67,7 +67,8 @@ class Sight:
             found = _sees(bad.flip(1), runs, self.causal, self.reach).flip(1)
         if context is not None:
             found = found.unflatten(1, (context.size, length))[:, context.rank]
-        return found.unflatten(0, of)
+        made: Tensor = found.unflatten(0, of)
+        return made
 
 
 def isolated(attend: Callable[[Inputs], Tensor], rows: Inputs, hidden: Tensor | None, sight: Sight) -> Tensor:
@@ -100,7 +101,8 @@ def isolated(attend: Callable[[Inputs], Tensor], rows: Inputs, hidden: Tensor | 
             pairs = zip(rows, (bad_q, bad_k, bad_k), strict=False)
             out = attend((*(x.masked_fill(of[..., None], 0.0) for x, of in pairs), *rows[3:]))
     if link is not None:
-        return _Exit.apply(out, bad, link)
+        made: Tensor = _Exit.apply(out, bad, link)
+        return made
     return out if bad is None else out.masked_fill(bad[..., None], torch.nan)
 
 

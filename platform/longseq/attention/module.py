@@ -183,7 +183,8 @@ class FavorAttention(nn.Module):
 
     def merge(self, mixed: Tensor) -> Tensor:
         """The heads' results (B, H, L, D) to (B, L, E), by the output's map."""
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        made: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return made
 
     @torch.no_grad()
     def prefill(

@@ -42,4 +42,5 @@ def oprf_a_from_moments(moments: Tensor) -> float:
     d = mean_q.shape[-1] - 1
     squared = mean_q[:, -1] + mean_k[:, -1] + 2 * (mean_q[:, :-1] * mean_k[:, :-1]).sum(-1)  # mean ‖x + y‖²
     ratio = max(squared.mean().item(), 0.0) / d
-    return (1 - 2 * ratio - math.sqrt((2 * ratio + 1) ** 2 + 8 * ratio)) / 16
+    made: float = (1 - 2 * ratio - math.sqrt((2 * ratio + 1) ** 2 + 8 * ratio)) / 16
+    return made

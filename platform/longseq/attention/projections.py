@@ -60,7 +60,8 @@ def _cached(draw: Draw) -> CachedDraw:
     cached = functools.lru_cache(maxsize=512)(draw)
     door: Any = by_index(cached)
     door.__wrapped__, door.cache_clear = by_index(draw), cached.cache_clear
-    return door
+    made: CachedDraw = door
+    return made
 
 
 @_cached
@@ -120,7 +121,8 @@ def projection_matrix(
             matrix = torch.randn(features, head_dim, generator=rng, device="cpu", dtype=torch.float64)
         if rows == "sqrt_d":
             matrix = matrix * (head_dim**0.5 / matrix.norm(dim=1, keepdim=True))
-        return matrix.to(device=device, dtype=dtype)
+        made: Tensor = matrix.to(device=device, dtype=dtype)
+        return made
 
 
 def _as_operator(

@@ -37,7 +37,8 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
         cos, sin = table
         a, b = x.float().chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
-    return _Rotation.apply(x, *table)
+    made: Tensor = _Rotation.apply(x, *table)
+    return made
 
 
 class _Rotation(torch.autograd.Function):

@@ -302,7 +302,8 @@ class Rows:
         part = x[:, max(start, 0) : max(stop, 0)]
         if start < 0:
             part = torch.cat((part.new_zeros(len(x), min(-start, stop - start), *part.shape[2:]), part), dim=1)
-        return part.unflatten(1, (-1, size)).transpose(0, 1).contiguous()
+        made: Tensor = part.unflatten(1, (-1, size)).transpose(0, 1).contiguous()
+        return made
 
     def load(self, start: int, stop: int) -> _Group:
         keys = start - self.delay, stop - self.delay
@@ -371,7 +372,8 @@ class Rows:
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
     """a @ b for stacks (G, N, ·, ·) of matrices."""
-    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
+    made: Tensor = torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
+    return made
 
 
 def _add_products(to: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -48,7 +48,8 @@ def pointwise(
         random: it draws random numbers (dropout), which have to come again.
     """
     learned = [p for p in parameters if p.requires_grad]
-    return _Pointwise.apply(function, tile, random, len(inputs), *inputs, *learned)
+    made: tuple[Tensor, ...] = _Pointwise.apply(function, tile, random, len(inputs), *inputs, *learned)
+    return made
 
 
 def recurrence(
@@ -69,7 +70,8 @@ def recurrence(
         The sums, the first one in float64 rounded to fp32 at the end.
     """
     learned = [p for p in parameters if p.requires_grad] if torch.is_grad_enabled() else []  # none: no state is kept
-    return _Recurrence.apply(piece, tiles(length, tile), device, random, *learned)
+    made: tuple[Tensor, ...] = _Recurrence.apply(piece, tiles(length, tile), device, random, *learned)
+    return made
 
 
 class _Pointwise(torch.autograd.Function):

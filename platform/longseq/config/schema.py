@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from longseq.attention.options import AttentionOptions
-from longseq.attention.options import option as key
+from longseq.attention.options import AttentionOptions, option
 from longseq.config import checks as config_checks
 from longseq.config.durations import duration_seconds
 from longseq.config.sources import Source
@@ -18,6 +17,8 @@ from longseq.errors import ConfigError
 from longseq.models.presets import BLOCK_KEYS, BLOCKS, PRESETS, BlockRecipe
 from longseq.models.spec import FFNS, NORMS, ROTARY_BASE, PerformerSpec
 from longseq_data.readers.formats import FORMATS
+
+key = option  # a configuration key: a field that carries its meaning and its limits
 
 
 @dataclass

@@ -101,9 +101,9 @@ def test_prompts_of_several_lengths_are_padded_in_front(attention):
     agree(torch.cat((first, rest), dim=1)[1:, 13:], alone)
 
 
-@pytest.mark.parametrize("attention", ["favor", "exact"])
-def test_two_continuations_of_one_prompt_do_not_disturb_each_other(attention):
-    model, tokens = build(kind=attention, window=7), sample(60)
+@pytest.mark.parametrize("kind", ["favor", "exact"])
+def test_two_continuations_of_one_prompt_do_not_disturb_each_other(kind):
+    model, tokens = build(kind=kind, window=7), sample(60)
     _, state = model.prefill(tokens[:, :30])
     swapped = tokens[:, 30:].flip(0)
     one, _ = decoded(model, tokens[:, 30:], state)
@@ -153,10 +153,10 @@ def test_a_bf16_model_decodes_close_to_fp32():
     assert (logits.float() - expected[:, 30:]).square().mean() < 0.01 * expected.var()
 
 
-@pytest.mark.parametrize("attention", ["favor", "exact"])
-def test_a_masked_model_is_refused(attention):
+@pytest.mark.parametrize("kind", ["favor", "exact"])
+def test_a_masked_model_is_refused(kind):
     with pytest.raises(ValueError, match="bidirectional attention cannot be decoded"):
-        build(causal=False, kind=attention).prefill(sample(5))
+        build(causal=False, kind=kind).prefill(sample(5))
 
 
 @attentions

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def whole(backend: str, rows: Rows, context: ContextGroup) -> Tensor:
     """Attention of this rank's queries over the keys of all ranks, (N, n, e). All ranks of the group call it."""
     phi = rows.feature_map
-    return _Whole.apply(*rows.qkv, rows.hidden, phi, backends.choose(backend, phi, rows.qkv), context)
+    made: Tensor = _Whole.apply(*rows.qkv, rows.hidden, phi, backends.choose(backend, phi, rows.qkv), context)
+    return made
 
 
 class _Whole(torch.autograd.Function):

@@ -6,9 +6,9 @@ import os
 import re
 from dataclasses import dataclass
 
-from longseq.attention.options import option as key
 from longseq.config.durations import duration_seconds
 from longseq.config.flat import load_flat
+from longseq.config.schema import key
 from longseq.errors import ConfigError
 from longseq.launch.slurm.templates import folder
 from longseq_data.files import user_path

@@ -184,7 +184,8 @@ def _state_floats(library: ctypes.CDLL, features: int, value_dim: int) -> int:
     function = library.longseq_scan_kept
     function.restype = ctypes.c_int64
     of_one_group = _Map(0, features, 1, None, None, 0.0, 0.0), _Shape(1, 1, 0, value_dim)
-    return function(*(ctypes.byref(x) for x in of_one_group))
+    made: int = function(*(ctypes.byref(x) for x in of_one_group))
+    return made
 
 
 def scan_backward(

@@ -139,7 +139,8 @@ def together(
 
 def _positions(head_dim: int) -> int:
     """That a program moves."""
-    return max(1, TILE // triton.next_power_of_2(head_dim // 2))
+    made: int = max(1, TILE // triton.next_power_of_2(head_dim // 2))
+    return made
 
 
 def _launch(

@@ -118,7 +118,8 @@ def on(device: torch.device) -> AbstractContextManager[object]:
 
 def padded(width: int) -> int:
     """The size of a tile that many columns wide: tl.dot wants a power of two, and at least 16."""
-    return max(16, triton.next_power_of_2(width))
+    made: int = max(16, triton.next_power_of_2(width))
+    return made
 
 
 def pointer(x: Tensor | None, unused: Tensor) -> Tensor:
