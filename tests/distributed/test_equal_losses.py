@@ -109,3 +109,20 @@ def test_tiles_of_the_sequence_change_no_loss(
     tiled = fit(name, "trainer.devices=2", f"trainer.zero_stage={stage}", "model.sequence_tile=24", more)
     for tag in ("train/loss", "valid/loss", "train/accuracy", "train/gradient_norm"):
         assert largest_difference(curve(tiled, tag), curve(two_processes(stage), tag)) < TOLERANCE, tag
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("trainer.zero_stage=3", "trainer.activation_checkpointing=true", "trainer.context_parallel=2"),
+        pytest.param(("trainer.zero_stage=3", "model.sequence_tile=24"), marks=pytest.mark.long),
+        pytest.param(("trainer.strategy=ddp",), marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+def test_a_modern_block_has_the_losses_of_one_process(fit: Fit, more: tuple[str, ...]) -> None:
+    """Packed documents, so that the convolution has borders to keep, of records and of slices."""
+    how = ("model.block=modern", "optim.name=muon", "data.reset=true", "trainer.max_steps=12")
+    one, two = fit("modern-one", *how), fit(f"modern-{len(more)}", *how, "trainer.devices=2", *more)
+    for tag in ("train/loss", "valid/loss", "train/gradient_norm"):
+        assert largest_difference(curve(two, tag), curve(one, tag)) < TOLERANCE, tag

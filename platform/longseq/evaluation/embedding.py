@@ -40,7 +40,12 @@ def vectors(
     device = next(model.parameters()).device
     caught: list[Tensor] = []
     module = model.norm if layer is None else model.embedding if layer == 0 else model.blocks[layer - 1]
-    handle = module.register_forward_hook(lambda _module, _inputs, output: caught.append(output))
+
+    def catch(_module: object, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        # A block with the value residual hands on the first layer's values besides.
+        caught.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = module.register_forward_hook(catch)
     try:
         for group in batches(records, lambda record: len(record.row)):
             tokens = torch.full((len(group), max(len(record.row) for record in group)), vocabulary.pad)

@@ -190,9 +190,11 @@ def test_inner_stops_are_read_as_x_and_said(trained, capsys, folder):
     assert "'*' in record 'a' is not one of" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("layer", [None, 0, 1])
-def test_embeddings_are_the_models_vectors_of_the_residues(trained, longseq, folder, layer):
-    run = trained()
+@pytest.mark.parametrize(
+    ("layer", "options"), [(None, ()), (0, ()), (1, ()), (1, ("model.block=modern",)), (None, ("model.block=modern",))]
+)
+def test_embeddings_are_the_models_vectors_of_the_residues(trained, longseq, folder, layer, options):
+    run = trained("one", *options)
     words = [] if layer is None else ["--layer", layer]
     for suffix in ("npz", "parquet"):
         longseq("embed", run, "test.fasta", "--per-residue", "--out", f"vectors.{suffix}", *words)
@@ -206,9 +208,10 @@ def test_embeddings_are_the_models_vectors_of_the_residues(trained, longseq, fol
     for number in (0, 1, 17, 29):
         tokens = torch.tensor([ids(sequences[number])])
         with torch.no_grad():
-            x = model.embedding(tokens)
+            x, first = model.embedding(tokens), ()
             for block in model.blocks[: 2 if layer is None else layer]:
-                x = block(x, None, None, model._rotary(torch.arange(tokens.shape[1])))
+                found = block(x, None, None, model._rotary(torch.arange(tokens.shape[1])), *first)
+                x, *first = found if options else (found,)
             x = (model.norm(x) if layer is None else x)[0, 1:-1].numpy()
         scale = np.abs(x).max()
         np.testing.assert_allclose(arrays["residues"][starts[number] : starts[number + 1]], x, atol=1e-5 * scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -45,6 +46,31 @@ def test_a_constant_rate_stays_at_the_peak():
     assert shares(6, warmup_steps=2, schedule="constant") == pytest.approx([0.5, 1, 1, 1, 1, 1])
 
 
+def test_wsd_stays_at_the_peak_and_falls_over_the_last_share_of_the_steps():
+    found = shares(100, warmup_steps=10, schedule="wsd", decay_fraction=0.25, final_lr=0.1)
+    assert found[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert found[10:75] == [1.0] * 65
+    assert found[75:] == pytest.approx([0.1 + 0.9 * (1 - math.sqrt(k / 25)) for k in range(1, 26)])
+    assert shares(20, warmup_steps=4, schedule="wsd", decay_fraction=0)[4:] == [1.0] * 16
+    longer = OptimConfig(warmup_steps=10, schedule="wsd", final_lr=0.1)
+    assert learning_rate_share(500, longer, 100) == pytest.approx(0.1)
+
+
+def test_wsd_whose_warm_up_reaches_into_the_decay_still_ends_at_the_final_rate():
+    found = shares(20, warmup_steps=15, schedule="wsd", decay_fraction=0.5, final_lr=0.0)
+    assert found[:15] == pytest.approx([(step + 1) / 15 for step in range(15)])
+    assert found[15:] == pytest.approx([1 - math.sqrt(k / 5) for k in range(1, 6)])
+    assert shares(5, warmup_steps=9, schedule="wsd") == pytest.approx([(step + 1) / 9 for step in range(5)])
+
+
+def test_the_inverse_square_root_begins_at_the_peak_and_halves_over_four_times_the_steps():
+    found = shares(401, warmup_steps=100, schedule="inverse_sqrt")
+    assert found[99] == 1.0
+    assert found[399] == pytest.approx(0.5)
+    assert found[100:] == pytest.approx([math.sqrt(100 / (step + 1)) for step in range(100, 401)])
+    assert shares(4, warmup_steps=0, schedule="inverse_sqrt") == pytest.approx([1, 2**-0.5, 3**-0.5, 0.5])
+
+
 def test_no_warm_up_starts_at_the_peak():
     assert shares(5, warmup_steps=0)[0] == 1.0
 
@@ -76,6 +102,18 @@ def test_matrices_decay_and_embeddings_norms_biases_and_temperatures_do_not():
     assert sum(decay > 0 for decay in decays.values()) == 2 * 4 + 1
     for group in optimizer.param_groups:
         assert (group["betas"], group["eps"]) == ((0.8, 0.7), 1e-5)
+
+
+def test_convolutions_and_mixes_of_values_do_not_decay():
+    model = PerformerLM(replace(SPEC, conv=3, value_residual=True, norm_kind="rmsnorm", ffn="swiglu", bias=False))
+    for name in ("adamw", "muon"):
+        optimizer = build_optimizer(model, OptimConfig(name=name))
+        plain = {p for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
+        names = {name for name, p in model.named_parameters() if p in plain}
+        assert {n for n in names if "conv" in n or "mix" in n} == {
+            *(f"blocks.{layer}.attention.conv.weight" for layer in (0, 1)), "blocks.1.attention.value_mix"
+        }  # fmt: skip
+        assert not any("mlp." in n or "qkv" in n or "out." in n for n in names)
 
 
 def test_a_restored_optimiser_follows_the_configuration():
@@ -111,4 +149,8 @@ def test_a_longer_cosine_says_both_rates_and_an_unchanged_rate_says_nothing(task
     constant = "optim.schedule=constant"
     assert schedule_change(config(constant, "trainer.max_steps=6"), config(constant, "trainer.max_steps=20"), 6) is None
     assert schedule_change(six, six, 3) is None
+    wsd = config("optim.schedule=wsd", "optim.decay_fraction=0.5", "trainer.max_steps=12")
+    said = schedule_change(config(constant, "trainer.max_steps=6"), wsd, 6)
+    assert "the wsd is now that of 12 steps" in said
+    assert f"to {1e-3 * (0.1 + 0.9 * (1 - (1 / 6) ** 0.5)):.3g} at step 7" in said
     assert schedule_change(six, twenty, 0) is None, "nothing has been trained"
