@@ -35,7 +35,7 @@ from longseq.training.vitals import BETWEEN, TRACE, Sign
 LOOK_SECONDS = 1.0
 _WARN_SECONDS = 30.0
 _MUCH = 1 << 20  # bytes that are progress
-_TRACE_SECONDS = 5.0
+_TRACE_SECONDS = 15.0
 _KEEP_SECONDS = 60.0  # for files that may be on a disk that hangs
 
 
