@@ -35,7 +35,7 @@ from longseq.training.vitals import BETWEEN, TRACE, Sign
 LOOK_SECONDS = 1.0
 _WARN_SECONDS = 30.0
 _MUCH = 1 << 20  # bytes that are progress
-_TRACE_SECONDS = 5.0
+_TRACE_SECONDS = 15.0
 _KEEP_SECONDS = 60.0  # for files that may be on a disk that hangs
 
 
@@ -89,13 +89,15 @@ class Judge:
     def look(self, elapsed: float) -> Finding:
         """What there is to say after so many more seconds: nothing, mostly."""
         self.still += elapsed
+        if any(not pulse.sign.silence for pulse in self.pulses.values()):
+            return Finding()  # trainer.hang_seconds=0
         silent, ends = [], False
         for rank, pulse in self.pulses.items():
             if pulse.state == "gone":  # whoever started it sees that
                 continue
             pulse.silent += elapsed
             limit = pulse.sign.silence * (BETWEEN if pulse.state == processes.STORAGE else 1)
-            if limit and pulse.silent >= min(_WARN_SECONDS, limit):
+            if pulse.silent >= min(_WARN_SECONDS, limit):
                 silent.append(rank)
                 ends = ends or pulse.silent >= limit
         if silent:
@@ -114,9 +116,8 @@ class Judge:
             rank for rank, pulse in self.pulses.items() if pulse.place == least
         ]
         pulses = [self.pulses[rank] for rank in behind]
-        off = any(not pulse.sign.silence for pulse in pulses)
         limit = pulses[0].sign.silence if held else max(pulse.sign.limit for pulse in pulses)
-        if off or self.still < limit:
+        if self.still < limit:
             return Finding()
         where = f", {_doing(pulses[0])}" if len({pulse.sign.doing for pulse in pulses}) == 1 else ""
         if len(behind) < len(self.pulses):

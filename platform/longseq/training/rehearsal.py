@@ -26,6 +26,7 @@ from longseq.training.callbacks.stopping import StopFlag
 from longseq.training.collectives import all_max
 from longseq.training.fit import build_trainer, check_machine, run_to_its_end, training_data
 from longseq.training.task import LanguageModelling
+from longseq.training.vitals import Vitals
 
 RESULTS = "check.json"
 _MESSAGE = 64 << 20  # bytes of the all-reduce: large enough for bandwidth to count, and not latency
@@ -44,10 +45,10 @@ class Measurements:
     peak: int  # bytes of tensors that a rank had at most
 
 
-def rehearse(run: Run, config: Config, first_length: int | None = None) -> None:
+def rehearse(run: Run, config: Config, first_length: int | None = None, vitals: Vitals | None = None) -> None:
     """Make two steps and leave the measurements in the run's folder. Every rank calls it.
 
-    first_length: of the sequences of the first step; None: the full length.
+    first_length: of the sequences of the first step; None: the full length. vitals: told where it is.
 
     Raises:
         LongseqError: if the machine cannot do it, and why.
@@ -56,7 +57,7 @@ def rehearse(run: Run, config: Config, first_length: int | None = None) -> None:
     device = own_device(config)
     _check_room(config, device)
     meter = PeakMeter(device)
-    trainer = build_trainer(run, config, StopFlag(), None)
+    trainer = build_trainer(run, config, StopFlag(), None, vitals)
     trainer.callbacks = [_Watch(run, config, meter, first_length or config.data.length)]  # type: ignore[attr-defined]  # nothing that writes
     trainer.loggers = []
     run_to_its_end(trainer, LanguageModelling(config), training_data(config, None), None)

@@ -45,7 +45,7 @@ def main() -> int:
         keep_output(run.rank_log(0))
     report = report_path(args.reports, int(os.environ["RANK"]))
     if args.rehearse:
-        code, sentence = outcome(lambda: _rehearse(run), run)
+        code, sentence = outcome(lambda: _rehearse(run, vitals), run)
     else:
         starts.watch(run.starts_dir, run.start, partial(report.write_text, encoding="utf-8"))
         code, sentence = outcome(lambda: _train(run, args.checkpoint, args.origin, vitals), run)
@@ -105,12 +105,14 @@ def _train(run: Run, checkpoint_path: Path | None, origin: Path | None, vitals: 
     return 0 if finished else EXIT_GO_ON
 
 
-def _rehearse(run: Run) -> int:
+def _rehearse(run: Run, vitals: Vitals) -> int:
     raise_open_files()
     from longseq.training.rehearsal import rehearse
 
     quiet()
-    rehearse(run, run.config())
+    config = run.config()
+    vitals.seconds = config.trainer.hang_seconds
+    rehearse(run, config, vitals=vitals)
     return 0
 
 

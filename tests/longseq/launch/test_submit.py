@@ -16,7 +16,7 @@ from longseq.errors import LongseqError
 from longseq.launch import local
 from longseq.launch.slurm.queue import Queued
 from longseq.launch.slurm.state import jobs_of, record_job, state_of
-from longseq.runs import starts
+from longseq.runs import code, starts
 from longseq.runs.run import Run
 from longseq.runs.starts import Progress
 
@@ -83,6 +83,28 @@ def test_a_job_is_submitted_confirmed_and_noted(place):
     again = longseq(place, "submit", "runs/new")
     assert again.returncode == 1
     assert "job 12 (PENDING) has this run" in again.stderr
+
+
+def test_a_run_goes_on_with_the_code_of_its_submission_or_with_todays(place):
+    tool(place, "sbatch", "print('12')")
+    tool(place, "squeue", "print('12|COMPLETED|None|0:00||N/A')")
+    today = code.current()
+    done = longseq(place, "submit", "small.yaml", "run.name=new")
+    assert f"code    {today}\n" in done.stdout, done.stderr
+    run = Run.open(place / "runs/new")
+    script = run.slurm_dir / "train-12.sbatch"
+    assert f"\ncode=$run/code/{today}\n" in script.read_text()
+    assert f"code      {today}\n" in longseq(place, "status", "runs/new").stdout
+    # As if it had been submitted with other code.
+    code.folder_of(run, today).rename(code.folder_of(run, "0123456789ab"))
+    (run.path / "code" / "used").write_text("0123456789ab\n")
+    done = longseq(place, "submit", "runs/new")
+    assert "code    0123456789ab, of the first submission (--current-code takes today's)\n" in done.stdout, done.stderr
+    assert "\ncode=$run/code/0123456789ab\n" in script.read_text()
+    done = longseq(place, "submit", "runs/new", "--current-code")
+    assert f"code    {today}\n" in done.stdout, done.stderr
+    assert f"\ncode=$run/code/{today}\n" in script.read_text()
+    assert (code.folder_of(run, today) / "longseq" / "cli.py").is_file()
 
 
 def test_a_job_that_sbatch_refuses_leaves_no_run(place):

@@ -27,6 +27,7 @@ from longseq.training.worker import raise_open_files
 
 NAME = "longseq-guard"  # of the process, as `ps -o comm` and `top` show it
 _KEEP_SECONDS = 40.0  # for the stacks of all ranks
+_ANSWER_SECONDS = 5.0  # of a guard that is told that the start ends; after that its machine is taken for lost
 _CONNECT_SECONDS = 5.0
 _NOTE_SECONDS = 20.0
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -121,7 +122,7 @@ class _Guard:
                 if "end" in line:
                     self.told = True
                     return Finding(**line["end"])
-                link.kept = link.kept or "kept" in line
+                link.told, link.kept = link.told or "told" in line, link.kept or "kept" in line
                 with suppress(LookupError, TypeError):  # no line of a guard
                     self.look.judge.hear(line["rank"], line["facts"])
             if link.closed:
@@ -130,12 +131,12 @@ class _Guard:
 
     def _end(self, found: Finding) -> None:
         """Keep what the ranks are doing, say so, and end them: the first that ends takes the others with it."""
-        for link in self.links if self.listener else ():
-            link.send({"end": asdict(found)})
+        for link in self.links:
+            link.send({"told": True} if self.told else {"end": asdict(found)})
         keep_all(self.run, [self.ward], found)
         deadline = time.monotonic() + _KEEP_SECONDS
         if not self.told:
-            while not all(link.kept for link in self.links) and time.monotonic() < deadline:
+            while self._waits(deadline):
                 self._wait()
                 self._hear()
             text = sentence(self.run, found.text)
@@ -151,12 +152,19 @@ class _Guard:
         if os.getppid() == self.ward.pid:
             os.kill(self.ward.pid, signal.SIGKILL)
 
+    def _waits(self, deadline: float) -> bool:
+        """Whether a guard that lives has not kept its rank's stacks yet."""
+        left = deadline - time.monotonic()
+        slow = _KEEP_SECONDS - left < _ANSWER_SECONDS
+        return left > 0 and any(not link.kept and (link.told or slow) for link in self.links)
+
 
 class _Link:
     """A connection to another guard: a line of JSON each time."""
 
     def __init__(self, connection: socket.socket):
-        self.connection, self.closed, self.kept = connection, False, False
+        self.connection = connection
+        self.closed = self.told = self.kept = False  # that the start ends; its rank's stacks
         self._rest = b""
         connection.setblocking(False)
 
