@@ -84,7 +84,8 @@ class ShortConvolution(nn.Module):
     def _of(self, x: Tensor, runs: Tensor | None, first: int, length: int) -> Tensor:
         if torch.compiler.is_compiling():
             return _sum(x, self.weight, runs, first, length, self.left).to(x.dtype)
-        return _Convolution.apply(x, self.weight, runs, first, length, self.left)
+        out: Tensor = _Convolution.apply(x, self.weight, runs, first, length, self.left)
+        return out
 
 
 def _runs(segments: Tensor) -> Tensor:

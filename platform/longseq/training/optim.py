@@ -8,7 +8,8 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from longseq.config.schema import Config, OptimConfig
+from longseq.config.schema import Config
+from longseq.config.training import OptimConfig
 from longseq.errors import ConfigError
 from longseq.models.layers import Block
 from longseq.training.muon import MuonAdamW

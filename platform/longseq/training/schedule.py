@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from longseq.config.schema import Config, OptimConfig
+from longseq.config.schema import Config
+from longseq.config.training import OptimConfig
 
 
 def schedule_change(before: Config, after: Config, step: int) -> str | None:

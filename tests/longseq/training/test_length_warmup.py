@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longseq.config.loading import load_config
-from longseq.config.schema import TrainerConfig
+from longseq.config.training import TrainerConfig
 from longseq.errors import ConfigError
 from longseq.training.callbacks.length_warmup import Shortened, length_at
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from longseq.config.loading import load_config
-from longseq.config.schema import Config, OptimConfig
+from longseq.config.schema import Config
+from longseq.config.training import OptimConfig
 from longseq.errors import ConfigError
 from longseq.models.performer import PerformerLM
 from longseq.models.spec import PerformerSpec

@@ -9,7 +9,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from longseq.config.schema import Config, OptimConfig
+from longseq.config.schema import Config
+from longseq.config.training import OptimConfig
 from longseq.models.performer import PerformerLM
 from longseq.models.spec import PerformerSpec
 from longseq.training.optim import build_optimizer, build_schedule, follow_config

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from longseq.config.schema import OptimConfig
+from longseq.config.training import OptimConfig
 from longseq.errors import RunError
 from longseq.training.optim import build_optimizer
 from longseq.training.optimizer_state import Piece, holder_of, optimizer_step, set_optimizer_step

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from longseq.benchmarks.gpu.parts import CPU_PATIENCE
 from longseq.benchmarks.gpu.rows import Rows, first_line
-from longseq.config.schema import TrainerConfig
+from longseq.config.training import TrainerConfig
 from longseq.runs.checkpoint import checkpoints_in
 from longseq.runs.curves import Curve, read_curves
 from longseq_data.synth.synthetic import SyntheticSpec, write_fasta

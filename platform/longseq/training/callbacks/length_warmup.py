@@ -9,7 +9,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from longseq.config.schema import Config, TrainerConfig
+from longseq.config.schema import Config
+from longseq.config.training import TrainerConfig
 from longseq_data.vocabulary import IGNORE
 
 Batch = dict[str, Tensor]
