@@ -108,7 +108,7 @@ def test_a_trained_tokenizer_counts_the_same_bytes_and_words(folder):
     assert scores["targets"] < len(data)
     (folder / "words.json").unlink()  # the run has kept its own
     table = longseq("evaluate", run, folder=folder).out
-    assert "bits a byte   word perplexity" in table
+    assert "bits per byte   word perplexity" in table
     assert f"{scores['bits_per_byte']:.5g}" in table
 
 
@@ -118,7 +118,7 @@ def test_images_are_learned_and_evaluated_in_bits_a_dimension(folder):
     assert scores["targets"] == scores["dimensions"] == scores["sequences"] * SIZE * SIZE * 3
     assert scores["bits_per_dimension"] == pytest.approx(scores["loss"] / math.log(2))
     assert scores["bits_per_dimension"] == pytest.approx(8, abs=0.3)  # noise
-    assert "bits a dimension" in longseq("evaluate", run, folder=folder).out
+    assert "bits per dimension" in longseq("evaluate", run, folder=folder).out
 
 
 def test_a_hub_dataset_of_images_is_trained_with_workers(folder):

@@ -45,7 +45,7 @@ def whole(fit: Callable[..., Path]) -> Path:
 
 QUALITY = {f"{split}/{name}" for split in ("train", "valid") for name in ("loss", "perplexity", "bits", "accuracy")}
 RATES = {"train/learning_rate", "train/gradient_norm", "train/tokens_per_second", "train/padded_tokens_per_second"}
-MACHINE = {"machine/mfu", "machine/model_tflops_a_step", "machine/model_tflops_a_second", "machine/memory_gib"}
+MACHINE = {"machine/mfu", "machine/model_tflops_per_step", "machine/model_tflops_per_second", "machine/memory_gib"}
 TIMES = {"time/data_ms", "time/step_ms", "time/checkpoint_seconds"}
 
 

@@ -12,7 +12,7 @@ import torch
 from longseq.benchmarks.results import Measurement, Note, Results
 from longseq.measure import peaks as memory
 from longseq.measure.flops import Flops
-from longseq.measure.timing import Gemm, repeats_for, seconds_a_call
+from longseq.measure.timing import Gemm, repeats_for, seconds_per_call
 
 Inputs = TypeVar("Inputs")
 
@@ -106,7 +106,7 @@ class Ladder(Generic[Inputs]):
             for name, work in calls[start:] + calls[:start]:
                 self.progress.now(f"{self.direction} {length:,}: round {turn + 1} of {self.rounds}, {name}")
                 call = ready[name][work].call
-                times[name, work].append(seconds_a_call(call, self.device, repeats[name, work]))
+                times[name, work].append(seconds_per_call(call, self.device, repeats[name, work]))
             self.gemm.measure()
         said = []
         for name, work in calls:
@@ -140,9 +140,9 @@ class Ladder(Generic[Inputs]):
             tasks = self.contenders[name](inputs)
             for work, task in tasks.items():
                 task.call()
-                seconds = seconds_a_call(task.call, self.device)
+                seconds = seconds_per_call(task.call, self.device)
                 if seconds < CHEAP_SECONDS:
-                    seconds = min(seconds, seconds_a_call(task.call, self.device))
+                    seconds = min(seconds, seconds_per_call(task.call, self.device))
                 peak, returned = memory.peak(task.call, self.device)
                 memories[work] = max(0, peak - returned)
                 points[work] = _Point(length, seconds, peak)

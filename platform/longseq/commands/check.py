@@ -150,7 +150,7 @@ def _rehearse(config: Config, memory: MemoryEstimate, report: _Report) -> tuple[
             "warning", "cores", f"{trainer.devices} processes on {cores} core(s) take turns; lower trainer.devices"
         )
     if found["backend"]:
-        rate = found["bytes_a_second"] / 1e9
+        rate = found["bytes_per_second"] / 1e9
         report.line("ok", "collectives", f"{found['backend']}: an all-reduce of 64 MiB runs at {rate:.2f} GB/s")
     return found["seconds"], (
         f"forward, backward and optimiser at full length: {found['seconds']:.2f} s, "

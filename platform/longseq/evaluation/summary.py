@@ -137,7 +137,7 @@ def _share(part: np.int64, whole: np.int64) -> float | None:
 
 
 def _per_unit(tally: Tally, loss: float, targets: int, kind: str) -> dict[str, float]:
-    """The loss in units that do not depend on the tokens: bits a byte, perplexity a word, bits a dimension."""
+    """The loss in units that do not depend on the tokens: bits per byte, perplexity a word, bits per dimension."""
     units, words, measured = tally.extent.tolist()
     if not measured or not units:
         return {}

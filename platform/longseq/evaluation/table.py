@@ -9,9 +9,9 @@ Report = Mapping[str, Any]
 
 # What some data have besides: key of the report -> column of the table.
 _EXTRA = {
-    "bits_per_byte": "bits a byte",
+    "bits_per_byte": "bits per byte",
     "word_perplexity": "word perplexity",
-    "bits_per_dimension": "bits a dimension",
+    "bits_per_dimension": "bits per dimension",
 }
 _TOKENS = 30  # of a large vocabulary, the most frequent ones are shown
 

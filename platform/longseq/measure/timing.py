@@ -14,7 +14,7 @@ import torch
 SAMPLE_SECONDS = 0.02
 
 
-def seconds_a_call(call: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
+def seconds_per_call(call: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
     """Mean wall-clock seconds of ``repeats`` calls in a row; on CUDA until the device has done them."""
     start = now(device)
     for _ in range(repeats):
@@ -45,10 +45,10 @@ class Gemm:
         self._out = torch.empty_like(self._a)
         self._repeats = 1
         self._product()
-        self._repeats = repeats_for(seconds_a_call(self._product, self.device))
+        self._repeats = repeats_for(seconds_per_call(self._product, self.device))
 
     def measure(self) -> None:
-        self.rates.append(2 * self.size**3 / seconds_a_call(self._product, self.device, self._repeats))
+        self.rates.append(2 * self.size**3 / seconds_per_call(self._product, self.device, self._repeats))
 
     @property
     def median(self) -> float:

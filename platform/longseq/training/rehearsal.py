@@ -39,7 +39,7 @@ class Measurements:
 
     device: str
     backend: str  # of the collectives; "" for one process
-    bytes_a_second: float  # of an all-reduce: its message by its time; 0 for one process
+    bytes_per_second: float  # of an all-reduce: its message by its time; 0 for one process
     seconds: float  # of the last optimiser step
     tokens: int  # of that step, all ranks together
     peak: int  # bytes of tensors that a rank had at most
@@ -112,7 +112,7 @@ class _Watch(pl.Callback):
         found = Measurements(
             device=name,
             backend=str(dist.get_backend()) if trainer.world_size > 1 else "",
-            bytes_a_second=all_reduce_rate(task.device),
+            bytes_per_second=all_reduce_rate(task.device),
             seconds=seconds,
             tokens=self.config.samples_per_step * self.config.data.length,
             peak=int(peak),

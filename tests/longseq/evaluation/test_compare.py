@@ -11,6 +11,7 @@ import longseq as api
 from longseq.cli import main
 from longseq.config.schema import Config
 from longseq.errors import LongseqError
+from longseq.runs.curves import read_curves
 from longseq.runs.run import Run
 from longseq_data.errors import DataError
 
@@ -85,3 +86,11 @@ def test_what_is_no_run_or_no_report_is_refused(made, tmp_path):
     (run.evaluations_dir / "broken.json").write_text("{}")
     with pytest.raises(DataError, match=r"broken\.json: not a report"):
         api.compare([run.path, made("b", {}).path])
+
+
+def test_a_curve_of_before_goes_on_under_its_name_of_now(made):
+    run = made("a", {})
+    for step, name in enumerate(("machine/model_tflops_a_step", "machine/model_tflops_per_step")):
+        with SummaryWriter(str(run.tensorboard_dir)) as writer:
+            writer.add_scalar(name, 1.5 + step, step)
+    assert read_curves(run.tensorboard_dir)["machine/model_tflops_per_step"] == {0: 1.5, 1: 2.5}

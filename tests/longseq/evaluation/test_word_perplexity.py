@@ -1,4 +1,4 @@
-"""Perplexity a word and bits a byte of a text, beside the same computed by hand from the model's probabilities."""
+"""Perplexity a word and bits per byte of a text, beside the same computed by hand from the model's probabilities."""
 
 from __future__ import annotations
 

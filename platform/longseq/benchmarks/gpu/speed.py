@@ -20,7 +20,7 @@ from longseq.benchmarks.gpu.rows import Rows
 from longseq.benchmarks.request import CAUSAL, AttentionRequest, StepRequest
 from longseq.benchmarks.results import Results, ratios
 from longseq.measure.peaks import PeakMeter
-from longseq.measure.timing import seconds_a_call
+from longseq.measure.timing import seconds_per_call
 from longseq.models.decoding import WARM_UP, Decoder
 from longseq.models.performer import PerformerLM
 from longseq.models.presets import PRESETS
@@ -134,7 +134,7 @@ def decode(rows: Rows, device: str, folder: Path) -> None:
         token = prompt[:, -1]
         for _ in range(3):
             model.decode(token, state)
-        seconds = seconds_a_call(partial(model.decode, token, state), torch.device(device), 50)
+        seconds = seconds_per_call(partial(model.decode, token, state), torch.device(device), 50)
         what = f"a token of {batch} sequences behind 2,048, bf16"
         rows.add(what, seconds * 1e3, "ms", note=f"{batch / seconds:,.0f} tokens/s")
         decoder = Decoder(model, state)
@@ -143,7 +143,7 @@ def decode(rows: Rows, device: str, folder: Path) -> None:
         if decoder.graph is None:
             rows.skipped(f"{what}, as a CUDA graph", "it was not captured: the log says why")
             continue
-        seconds = seconds_a_call(partial(decoder.step, token), torch.device(device), 50)
+        seconds = seconds_per_call(partial(decoder.step, token), torch.device(device), 50)
         rows.add(f"{what}, as a CUDA graph", seconds * 1e3, "ms", note=f"{batch / seconds:,.0f} tokens/s")
 
 
@@ -203,7 +203,7 @@ def _step_seconds(length: int, batch: int, device: str) -> float:
         optimizer.zero_grad(set_to_none=True)
 
     step()
-    return median(seconds_a_call(step, torch.device(device)) for _ in range(3))
+    return median(seconds_per_call(step, torch.device(device)) for _ in range(3))
 
 
 def _model(preset: str, device: str, **options: Any) -> PerformerLM:

@@ -60,8 +60,8 @@ class Utilisation(pl.Callback):
         tokens = self.tokens * trainer.accumulate_grad_batches * trainer.world_size
         rate = per_token * self.curves.shown["padded_tokens_per_second"]
         points = {
-            "model_tflops_a_step": per_token * tokens / 1e12,
-            "model_tflops_a_second": rate / 1e12,
+            "model_tflops_per_step": per_token * tokens / 1e12,
+            "model_tflops_per_second": rate / 1e12,
             "mfu": rate / self.peak,
         }
         log_scalars(trainer, "machine", points, step)
