@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longseq.attention import FavorAttention
 from longseq.attention.call import per_row
-from longseq.attention.feature_maps import PositiveExponential
+from longseq.attention.feature_maps import PositiveExponential, feature_map
 from longseq.attention.first_order import Saved, first_order
 from longseq.attention.parts import Part, combine
 
@@ -43,13 +43,16 @@ def mix(layer: FavorAttention, q: Tensor, k: Tensor, v: Tensor, dtype: torch.dty
         q, k, v: (B, H, L, D) fp32.
         dtype: torch.float32 rounds nothing.
     """
-    call, window = layer.call(), layer.options.window
-    given, share = call.rows(q, k, v), per_row(call.far_share, len(q), torch.float32)
-    phi, rates = given.feature_map, given.decay
+    options, window = layer.options, layer.options.window
+    rates, share = (per_row(x, len(q), torch.float32) for x in (layer.decay, layer.log_share))
+    phi = feature_map(
+        options.kernel, options.features, layer.head_dim, seed=layer.seed, layer=layer.layer, draw=layer.draw,
+        projection=options.projection,
+    )  # fmt: skip
     assert isinstance(phi, PositiveExponential)
     assert layer.causal
     assert phi.shift is None
-    rows = (_Operand.apply(x, dtype, True) for x in given.qkv)
+    rows = (_Operand.apply(x.flatten(0, 1), dtype, True) for x in (q, k, v))
     behind = -q.shape[2] % window  # zeros behind the last position, which sees none of them
     q_, k_, v_ = (F.pad(x, (0, 0, 0, behind)).unflatten(1, (-1, window)) for x in rows)  # (N, c, w, ·)
     near, far = _near(q_, k_, v_, rates, dtype), _far(q_, k_, v_, phi, rates, dtype)
