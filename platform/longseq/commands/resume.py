@@ -14,6 +14,7 @@ import sys
 
 from longseq.commands.key_help import help_on_keys
 from longseq.commands.options import TAKE_OVER_HELP
+from longseq.launch.slurm.place import refuse_several_tasks
 from longseq.launch.start import resume
 from longseq.runs import code
 from longseq.runs.run import Run
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    refuse_several_tasks(os.environ, "resume")
     _take_code(Run.open(args.run_folder), current=args.current_code)
     training = resume(args.run_folder, args.overrides, take_over=args.take_over)
     print("\n".join(training.report))

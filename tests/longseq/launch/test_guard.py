@@ -29,7 +29,7 @@ rank = int(sys.argv[1])
 ward, port = fork_guard(Run(Path(sys.argv[2]), 1), Place(rank, 0, 2, ("node1", "node2"), "127.0.0.1", 1))
 stacks_on_request(ward.stacks.fileno())
 vitals = Vitals(ward.theirs)
-vitals.seconds = 4.0
+vitals.seconds = 6.0
 print(port, flush=True)
 vitals.hub = input()
 def trains():
@@ -101,7 +101,7 @@ def test_a_node_that_stands_still_as_a_whole_is_named_by_the_other(tmp_path, job
     jobs.append(job := Job(tmp_path))
     for pid in (job.ranks[frozen].pid, job.guards[frozen]):
         os.kill(pid, signal.SIGSTOP)
-    assert re.match(rf"lost node{frozen + 1}: rank {frozen} \(cpu\) has not answered for \d s", job.said())
+    assert re.match(rf"lost node{frozen + 1}: rank {frozen} \(cpu\) has not answered for \d+ s", job.said())
     assert job.ranks[1 - frozen].wait(60) == -signal.SIGKILL
     assert "in trains" in job.run.stacks_of(1 - frozen).read_text()
     assert job.ranks[frozen].poll() is None
@@ -113,7 +113,7 @@ def test_a_rank_that_is_stopped_is_named_and_all_leave_their_stacks(tmp_path, jo
     os.kill(job.ranks[stopped].pid, signal.SIGSTOP)
     said = job.said()
     assert re.match(
-        rf"lost node{stopped + 1}: rank {stopped} \(cpu\) has not answered for \d s: stopped by a signal", said
+        rf"lost node{stopped + 1}: rank {stopped} \(cpu\) has not answered for \d+ s: stopped by a signal", said
     )
     assert f"What each rank was doing: {job.run.stacks_of('*')}" in said
     assert [rank.wait(60) for rank in job.ranks] == [-signal.SIGKILL] * 2
