@@ -35,7 +35,7 @@ def resumed(
 
     def resumed(before: tuple[str, ...], after: tuple[str, ...]) -> Path:
         run = stopped(unbroken(before), f"{name_of(before)}-to-{name_of(after)}", HALF)
-        ended = longseq("resume", run, *after, folder=folder)
+        ended = longseq("resume", run, *after, "trainer.slow_factor=0", folder=folder)
         assert ended.code == 0, ended.err
         assert "warning" not in ended.err
         assert checkpoints(run) == [HALF, WHOLE]

@@ -47,6 +47,7 @@ QUALITY = {f"{split}/{name}" for split in ("train", "valid") for name in ("loss"
 RATES = {"train/learning_rate", "train/gradient_norm", "train/tokens_per_second", "train/padded_tokens_per_second"}
 MACHINE = {"machine/mfu", "machine/model_tflops_per_step", "machine/model_tflops_per_second", "machine/memory_gib"}
 TIMES = {"time/data_ms", "time/step_ms", "time/checkpoint_seconds"}
+RANKS = {"time/slowest_rank", "time/slowest_ratio"}  # where there are several
 
 
 @pytest.mark.interfaces
@@ -54,7 +55,7 @@ def test_every_curve_is_there(whole: Path) -> None:
     scalars = set(stream(whole).Tags()["scalars"])
     noise = {f"gradient_noise/{name}" for name in ("noise", "signal", "noise_scale_tokens")}
     errors = {"attention_error/layer00", "attention_error/layer01"}
-    assert QUALITY | RATES | MACHINE | TIMES | noise | errors == scalars
+    assert QUALITY | RATES | MACHINE | TIMES | RANKS | noise | errors == scalars
     for tag in MACHINE | TIMES | errors:
         assert all(value > 0 for value in curve(whole, tag).values()), tag
     loss, bits = curve(whole, "valid/loss"), curve(whole, "valid/bits")
@@ -67,7 +68,8 @@ def test_every_curve_is_there(whole: Path) -> None:
 )
 def test_every_strategy_has_the_same_curves(fit: Callable[..., Path], overrides: tuple[str, ...]) -> None:
     run = fit(overrides[0].split("=")[1], *overrides, "trainer.checkpoint_every=10")
-    assert set(stream(run).Tags()["scalars"]) == QUALITY | RATES | MACHINE | TIMES
+    several = RANKS if len(overrides) > 1 else set()
+    assert set(stream(run).Tags()["scalars"]) == QUALITY | RATES | MACHINE | TIMES | several
 
 
 def test_checkpoints_have_their_time_at_their_step(whole: Path) -> None:

@@ -53,3 +53,13 @@ def test_it_is_said_once_after_three_points_and_when_it_is_over(capsys):
     callback._judge(slow, False)
     callback._judge(slow, False)
     assert capsys.readouterr().err == "longseq: all ranks are about as fast as each other again.\n"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "excess", "passed", "expected"),
+    [(1.6, 1.0, 3.0, True), (1.4, 1.0, 3.0, False), (9.0, 0.2, 0.3, False), (2.0, 1.0, 30.0, False)],
+    ids=["slow", "hardly slower", "short steps", "a small part of the time"],
+)
+def test_what_nobody_would_notice_is_not_said(ratio, excess, passed, expected):
+    callback = Stragglers(Config(), SimpleNamespace(), SimpleNamespace(), SimpleNamespace())
+    assert callback._matters(Slowest(1, ratio, excess, "data"), passed) is expected

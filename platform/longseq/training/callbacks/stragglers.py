@@ -23,7 +23,8 @@ from longseq.training.vitals import Vitals
 # What a rank does by itself, with no other to wait for, and what it then waits for.
 OWN = {"data": "data", "forward": "its device", "write": "storage"}
 _IN_A_ROW = 3  # points, before it is said
-_MATTERS = 0.05  # share of a step
+_MATTERS = 0.05  # share of the time
+_PERCEPTIBLE = 0.25  # seconds between two points: what the operating system does to short steps is no matter
 _STUCK_IN_STORAGE = 0.5  # share of the looks at a rank
 
 
@@ -76,9 +77,12 @@ class Stragglers(pl.Callback):
         found = slowest(self.control.table([*mine, self.vitals.take_storage_share()]))
         points = {"slowest_rank": float(found.rank), "slowest_ratio": found.ratio}
         log_scalars(trainer, "time", points, trainer.global_step)
-        step = sum(self.clock.seconds[name] for name in ("data", "step", "checkpoint"))
+        passed = sum(self.clock.seconds[name] for name in ("data", "step", "checkpoint"))
         if trainer.is_global_zero:
-            self._judge(found, found.ratio >= self.factor and found.excess > _MATTERS * step)
+            self._judge(found, self._matters(found, passed))
+
+    def _matters(self, found: Slowest, passed: float) -> bool:
+        return found.ratio >= self.factor and found.excess > max(_PERCEPTIBLE, _MATTERS * passed)
 
     def _judge(self, found: Slowest, slow: bool) -> None:
         self.found = [*self.found[1 - _IN_A_ROW :], (found.rank, found.cause)] if slow else []
