@@ -17,6 +17,7 @@ from longseq.launch import local
 from longseq.models.compiling import compile_blocks
 from longseq.runs.run import Run
 from longseq.training import fit, signs, task, worker
+from longseq.training.vitals import Vitals
 from ways import sources
 from ways.sources import Source
 
@@ -56,7 +57,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         assert devices == 1
         assert not rehearse
         with _unchanged(), warnings.catch_warnings():
-            code, sentence = worker.outcome(lambda: worker._train(run, checkpoint, origin), run)
+            code, sentence = worker.outcome(lambda: worker._train(run, checkpoint, origin, Vitals()), run)
         if sentence:
             raise LongseqError(sentence)
         return code

@@ -160,7 +160,8 @@ class _Operation:
         nothing = saved[0].new_empty(0)
         d_decay = nothing if found.decay is None or rows.decay is None else found.decay.to(rows.decay)
         dq, dk, dv = (x.to(of.dtype) for x, of in zip((found.q, found.k, found.v), rows.qkv, strict=True))
-        return dq, dk, dv, d_decay, nothing.clone() if found.initial is None else found.initial
+        d_initial = saved[0].new_empty(0) if found.initial is None else found.initial  # no two results are one tensor
+        return dq, dk, dv, d_decay, d_initial
 
     def _back_shapes(self, *args: Any) -> tuple[Tensor, ...]:
         _, rows, (*_, wants_decay) = _taken(args)

@@ -24,6 +24,7 @@ from longseq.attention.call import Call
 from longseq.attention.carried import carried_attention
 from longseq.attention.context.group import GatherSequence
 from longseq.attention.context.halo import neighbourhood
+from longseq.attention.convolution import ShortConvolution
 from longseq.attention.heads import lay_out, split_heads
 from longseq.attention.narrow import _Narrowed
 from longseq.attention.rotary import rotate
@@ -31,7 +32,8 @@ from longseq.attention.scan import Rows
 from longseq.attention.tiles import pointwise, recurrence
 from longseq.benchmarks import half_precision
 from longseq.models.head import Head
-from longseq.models.norm import Norm
+from longseq.models.mlp import SquaredReLU, SwiGLU
+from longseq.models.norm import Norm, RMSNorm
 
 BATCH, HEADS, LENGTH, DIM = 1, 2, 70, 8
 Function = Callable[..., Tensor]
@@ -143,6 +145,13 @@ def heads(context: ContextGroup, *qkv: Tensor) -> Tensor:
     return q.square() * k + v
 
 
+def convolved(context: ContextGroup, *qkv: Tensor) -> Tensor:
+    convolution = ShortConvolution(DIM, 3, causal=True)
+    torch.nn.init.normal_(convolution.weight, generator=torch.Generator().manual_seed(0))
+    documents = torch.arange(LENGTH)[None].expand(BATCH * HEADS, -1) // 30
+    return convolution(qkv[0].flatten(0, 1), segments=documents).square().view_as(qkv[1]) * qkv[1]
+
+
 def narrowed(context: ContextGroup, *qkv: Tensor) -> Tensor:
     return _Narrowed.apply(torch.bfloat16, *qkv)[0].float().square() * qkv[1]
 
@@ -187,13 +196,17 @@ EXAMPLES: dict[str, list[Function]] = {
         lambda context, *qkv: lay_out(qkv[0].flatten(0, 1), BATCH, HEADS, torch.bfloat16).float().square() * qkv[1]
     ],
     "models/norm.py:_Norm": [fused_(lambda context, *qkv: math.prod(Norm(DIM, 1e-5)(qkv[0], qkv[1])))],
+    "models/norm.py:_RMSNorm": [lambda context, *qkv: RMSNorm(DIM, 1e-5)(qkv[0] * qkv[1])],
+    "models/mlp.py:_Gated": [lambda context, *qkv: SwiGLU()(torch.cat(qkv[:2], -1))],
+    "models/mlp.py:_Squared": [lambda context, *qkv: SquaredReLU()(qkv[0] * qkv[1])],
+    "attention/convolution.py:_Convolution": [convolved],
     "attention/narrow.py:_Narrowed": [narrowed],
     "attention/tiles.py:_Pointwise": [pointwise_],
     "attention/tiles.py:_Recurrence": [recurrence_],
     "models/head.py:_Loss": [loss],
     "benchmarks/half_precision.py:_Operand": [rounded],
 }
-LINEAR = ("GatherSequence", "_Halo", "_Rotation", "_Heads", "_Rounded", "_Narrowed")
+LINEAR = ("GatherSequence", "_Halo", "_Rotation", "_Heads", "_Rounded", "_Narrowed", "_Convolution")
 REFUSAL = "_Final"  # the node that refuses
 WAYS = [pytest.param(name, way, id=f"{name}-{n}") for name, ways in EXAMPLES.items() for n, way in enumerate(ways)]
 every_way = pytest.mark.parametrize(("name", "way"), WAYS)

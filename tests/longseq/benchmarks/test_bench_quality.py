@@ -10,11 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from longseq.attention import KERNELS
 from longseq.benchmarks import quality, recall
 from longseq.benchmarks.variants import VARIANTS
 from longseq.cli import main
-from longseq.models import spec as model_spec
 from longseq.models.performer import PerformerLM
 
 TINY = quality.QualityRequest(length=17, batch=2, steps=3, window=4, features=6, dim=16, depth=1, heads=2)
@@ -132,10 +130,6 @@ def test_bench_recall_prints_a_column_a_distance(tmp_path, capsys):
     kept = json.loads(path.read_text())
     assert [result["steps"] for result in kept["results"]] == [2, 1]
     assert main(["bench", "recall", "--distances", "3", "--out", str(tmp_path)]) == 1
-
-
-def test_the_specs_kernels_are_those_of_the_attention():
-    assert sorted(model_spec.KERNELS) == sorted(KERNELS)
 
 
 @pytest.mark.parametrize("benchmark", ["attention", "step", "features"])
