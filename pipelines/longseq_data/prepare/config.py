@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from longseq_data.cores import cores
 from longseq_data.errors import DataError
 from longseq_data.files import user_path
 from longseq_data.readers.formats import FORMATS, Leaf
@@ -183,9 +183,7 @@ class PrepareConfig:
     @property
     def processes(self) -> int:
         """``workers``, or the number of cores that this process may use."""
-        if self.workers:
-            return self.workers
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return self.workers or cores()
 
     def content(self, read: Reading, leaves: Sequence[Leaf]) -> dict[str, object]:
         """The keys that decide what comes out, with their values; lists without order are sorted.

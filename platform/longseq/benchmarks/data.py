@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from statistics import median
 
+from longseq_data.cores import cores
 from longseq_data.corpus.corpus import Corpus
 from longseq_data.ingest.cache import entry_of, group_lock
 from longseq_data.ingest.process import Job, ingest
@@ -119,7 +120,7 @@ def numbers(request: DataRequest, results: Mapping[str, Measured]) -> dict[str, 
     """Everything that was measured, for the JSON file."""
     return {
         "request": {**asdict(request), "folder": str(request.folder)},
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "contenders": {name: asdict(result) for name, result in results.items()},
         "ratios": ratios(results),
     }

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ from longseq.launch.before import check_disk, check_origin
 from longseq.measure.memory import MemoryEstimate, estimate, gib
 from longseq.runs.run import Run
 from longseq.text_parts import fit_parts
+from longseq_data.cores import cores
 from longseq_data.files import user_path
 
 _Result = TypeVar("_Result")
@@ -144,10 +144,9 @@ def _rehearse(config: Config, memory: MemoryEstimate, report: _Report) -> tuple[
         found = json.loads((run.path / "check.json").read_text())
     trainer = config.trainer
     report.line("ok", "devices", f"{trainer.devices} × {found['device']}, {trainer.precision}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if not on_cuda(config) and trainer.devices > cores:
+    if not on_cuda(config) and trainer.devices > cores():
         report.line(
-            "warning", "cores", f"{trainer.devices} processes on {cores} core(s) take turns; lower trainer.devices"
+            "warning", "cores", f"{trainer.devices} processes on {cores()} core(s) take turns; lower trainer.devices"
         )
     if found["backend"]:
         rate = found["bytes_per_second"] / 1e9

@@ -27,6 +27,7 @@ from longseq.launch.gpu_settings import gpu_settings, recorder_settings, where_t
 from longseq.launch.watchdog import Judge, Look, Ward, keep_all, sentence
 from longseq.runs.run import Run
 from longseq.training.signs import PEER_LOST, STOP_SIGNAL, report_path
+from longseq_data.cores import cores
 
 # How long the others may take to notice that one process has died, before they are killed.
 _GRACE_SECONDS = 5.0
@@ -88,7 +89,7 @@ def without_ranks(environment: Mapping[str, str]) -> dict[str, str]:
 
 def environment_of(rank: int, world: int, port: int) -> dict[str, str]:
     """What a training process finds in its environment: this one's, and its place among the others."""
-    threads = max(1, (len(os.sched_getaffinity(0)) or 1) // world)
+    threads = max(1, cores() // world)
     return {
         "OMP_NUM_THREADS": str(threads),
         "GLOO_SOCKET_IFNAME": "lo",  # else gloo looks the host's name up, which fails on a laptop without a network

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+
+from longseq.commands.parts import add_parts
 
 # benchmark: what it does. The module of the same name here has add_arguments(parser) and run(args), like a verb's.
 BENCHMARKS = {
@@ -17,14 +18,7 @@ BENCHMARKS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    names = parser.add_subparsers(dest="benchmark", metavar="NAME", required=True)
-    for name, about in BENCHMARKS.items():
-        module = importlib.import_module(f"longseq.commands.benchmark.{name}")
-        child = names.add_parser(
-            name, help=about, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        module.add_arguments(child)
-        child.set_defaults(act=module.run)
+    add_parts(parser, "longseq.commands.benchmark", BENCHMARKS, "NAME")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+
+from longseq.commands.parts import add_parts
 
 # action: what it does. The module of the same name here has add_arguments(parser) and run(args), like a verb's.
 ACTIONS = {
@@ -18,14 +19,7 @@ ACTIONS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    for action, about in ACTIONS.items():
-        module = importlib.import_module(f"longseq.commands.data.{action}")
-        child = actions.add_parser(
-            action, help=about, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        module.add_arguments(child)
-        child.set_defaults(act=module.run)
+    add_parts(parser, "longseq.commands.data", ACTIONS, "ACTION")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -31,6 +31,7 @@ from longseq.training.callbacks.stopping import StopFlag
 from longseq.training.signs import PEER_LOST
 from longseq.training.vitals import Vitals, stacks_on_request
 from longseq.training.worker import leave, outcome, quiet, raise_open_files
+from longseq_data.cores import cores
 
 _FINISHED = "finished"
 _MOST_LETTERS = 400  # of an error that is shown next to a job
@@ -195,7 +196,7 @@ def _redirect(run: Run, rank: int) -> None:
 
 def _environment(place: Place) -> None:
     each = place.world // len(place.nodes)
-    threads = os.environ.get("SLURM_CPUS_PER_TASK") or max(1, len(os.sched_getaffinity(0)) // each)
+    threads = os.environ.get("SLURM_CPUS_PER_TASK") or max(1, cores() // each)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     if "TMPDIR" in os.environ:
         Path(os.environ["TMPDIR"]).mkdir(parents=True, exist_ok=True)
