@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import warm
 
 LONGSEQ = Path(sys.executable).with_name("longseq")
 
@@ -44,6 +46,7 @@ class Command:
         environment: dict[str, str] | None = None,
         inside: Sequence[str] = (),
         timeout: float = 150,
+        start: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen,
     ):
         self.out, self.err = folder / ".out", folder / ".err"
         self.acted = time.monotonic()
@@ -52,9 +55,7 @@ class Command:
         # One thread a process: tiny matrices gain nothing from a second, and sums are then added in one order.
         settings = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
         with self.out.open("wb") as out, self.err.open("wb") as err:
-            self.process = subprocess.Popen(
-                command, cwd=folder, env=settings, stdout=out, stderr=err, start_new_session=True
-            )
+            self.process = start(command, cwd=folder, env=settings, stdout=out, stderr=err, start_new_session=True)
 
     def wait_for(self, text: str) -> None:
         """Until the command has printed ``text`` on stderr."""
@@ -93,7 +94,9 @@ class Command:
 
 
 def longseq(*arguments: object, folder: Path, **settings: object) -> Ended:
-    """Run a command to its end."""
+    """Run a command to its end, see ``warm``; in processes started anew where they get another environment."""
+    if not {"environment", "inside"} & settings.keys() and warm.seed():
+        settings["start"] = warm.Process
     return Command(*arguments, folder=folder, **settings).end()  # type: ignore[arg-type]
 
 

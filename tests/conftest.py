@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import longseq.allocator
+import warm
 
 # Without a GPU Triton's kernels are interpreted, which it decides when it is imported.
 if not torch.cuda.is_available():
@@ -21,6 +22,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # memory, of which each process that is forked afterwards has to be promised as much.
 longseq.allocator._mallopt = lambda parameter, value: True
 
+warm.install()
 
 # Blocks of the tests' files, for all processes of this session.
 _CACHE = tempfile.TemporaryDirectory(prefix="longseq-tests-", ignore_cleanup_errors=True)
