@@ -44,20 +44,22 @@ quickstart: $(VENV)/.runs $(CORPUS)
 	@echo
 	@echo "See its curves:    $(BIN)/tensorboard --logdir runs/$(RUN)/tensorboard"
 
-# Tests that start no processes share the cores, also with those of SLURM, which wait most of the time. Of the others
-# that start processes two run at a time: one has its processes starting while the other's compute.
+# Some tests wait for what they disturb, those of SLURM most of the time: one process more than there are cores. Tests
+# start most processes warm (tests/warm.py).
+PYTEST_PROCESSES = $(shell $(PYTHON) -c 'import os; print(min(8, os.cpu_count() + 1))')
+
 test: $(VENV)/.tests
 	@status=0; slurm=$$(mktemp); trap 'rm -f "$$slurm"' EXIT; \
 	$(BIN)/python -m pytest -m "distributed and not long" tests/cluster >"$$slurm" 2>&1 & job=$$!; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not distributed and not long and not compiled" --numprocesses logical \
-		--maxprocesses 8 --dist loadfile || status=1; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not distributed and not long and not compiled" \
+		--numprocesses $(PYTEST_PROCESSES) --dist loadfile || status=1; \
 	wait $$job || status=1; cat "$$slurm"; \
-	$(BIN)/python -m pytest -m "distributed and not long" --ignore tests/cluster --numprocesses 2 --dist loadfile \
-		|| status=1; \
+	$(BIN)/python -m pytest -m "distributed and not long" --ignore tests/cluster \
+		--numprocesses 3 --dist loadfile || status=1; \
 	exit $$status
 
 test-long: $(VENV)/.tests
-	$(BIN)/python -m pytest -m "long and not compiled"
+	LONGSEQ_TESTS_COLD=1 $(BIN)/python -m pytest -m "long and not compiled"
 
 # By the Triton of constraints.txt, whose counts are in tests/gpu/ceilings.json, and by the newest release.
 .triton-newest/.installed: | $(VENV)/.tests

@@ -63,8 +63,8 @@ inline Vec exp2v(Vec x) {
     p = p * fraction + 6.93147181e-1f;
     p = p * fraction + 1.0f;
     const Bits exponent = (reinterpret_cast<const Bits&>(shifted) - reinterpret_cast<const Bits&>(magic)) << 23;
-    const Bits bits = (reinterpret_cast<const Bits&>(p) + exponent) & ~reinterpret_cast<const Bits&>(tiny);
-    return reinterpret_cast<const Vec&>(bits) + nan;
+    const Bits bits = reinterpret_cast<const Bits&>(p) + exponent;
+    return (tiny ? Vec{} : reinterpret_cast<const Vec&>(bits)) + nan;
 }
 
 // A matrix by pointer and strides, in floats: element (i, k) is at p[i * row + k * column].
