@@ -75,9 +75,13 @@ def second_resume(folder: Path, run: Path, parent_killed: Start) -> tuple[Ended,
     command.wait_for("run      ")
     elsewhere = folder / "elsewhere"
     elsewhere.mkdir()
-    other = longseq("resume", run, folder=elsewhere)
-    command.wait_for("step 27/")
     workers = command.workers()
+    for pid in workers:  # or it might be at its end before the other is told
+        os.kill(pid, signal.SIGSTOP)
+    other = longseq("resume", run, folder=elsewhere)
+    for pid in workers:
+        os.kill(pid, signal.SIGCONT)
+    command.wait_for("step 27/")
     command.interrupt()
     return other, Start(command.end(), checkpoints(run), curve(run, "train/loss"), workers)
 
