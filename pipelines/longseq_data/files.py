@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -63,6 +65,21 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with aside(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def own_folder(path: Path) -> Path:
+    """A folder of this user's that nobody else can write into, made if need be: others may write next to it.
+
+    Raises:
+        OSError: also where somebody else has the name, or has laid a link there.
+    """
+    path.mkdir(mode=0o700, exist_ok=True)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise PermissionError(
+            errno.EPERM, "it is a link, belongs to another user, or others may write into it", str(path)
+        )
+    return path
 
 
 def sync_folder(folder: Path) -> None:

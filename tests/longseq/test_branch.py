@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -102,3 +104,31 @@ def test_a_checkpoint_is_no_run_and_a_new_run_is_no_branch(source, folder, capsy
 def test_a_run_without_checkpoints_has_nothing_to_branch_off(run):
     with pytest.raises(RunError, match="no checkpoint yet to branch off"):
         resume(run.path, ["run.branch=new"])
+
+
+def test_a_branch_that_was_not_copied_to_its_end_never_begins_at_step_0(source, monkeypatch):
+    """Killed while it was copied: what is left then is no run to go on with; stopped by Ctrl-C it leaves nothing."""
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    monkeypatch.setattr(shutil, "copytree", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        resume(source.path, ["run.branch=new", "trainer.max_steps=9"])
+    left = files(source.path.with_name("new"))
+    with pytest.raises(RunError, match="a branch whose first checkpoint was not copied to its end"):
+        resume(source.path.with_name("new"))
+    assert files(source.path.with_name("new")) == left
+    monkeypatch.undo()
+    shutil.rmtree(source.path.with_name("new"))
+    monkeypatch.setattr(shutil, "copytree", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        resume(source.path, ["run.branch=new", "trainer.max_steps=9"])
+    assert not source.path.with_name("new").exists()
+
+
+def test_a_branch_says_that_the_newest_checkpoint_is_damaged(source, capsys):
+    newest = source.checkpoints()[-1].path / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    branch = resume(source.path, ["run.branch=older", "trainer.max_steps=5"]).run
+    assert json.loads((branch.path / "branch.json").read_text())["step"] == 3
+    said = capsys.readouterr().err
+    assert f"longseq: warning: {source.checkpoints()[-1].path}" in said
+    assert "Going back to the one before it." in said

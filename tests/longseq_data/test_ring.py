@@ -205,15 +205,37 @@ def test_from_a_block_larger_than_the_ring_on_each_reads_for_itself(job, answers
         assert [block.ids(range(len(block))) for block in road.blocks(leaf)] == expected
 
 
-def test_another_users_folder_is_not_used(write, scratch, monkeypatch) -> None:
+@pytest.mark.parametrize("laid", ["another user's", "a link", "open to others"])
+def test_a_folder_that_others_control_is_not_used(write, scratch, tmp_path, monkeypatch, laid) -> None:
     said: list[str] = []
     spec = spec_of(write("a.fasta", fasta("a", 300)), ring=Ring("run"), tell=said.append)
-    (scratch / f"longseq-{os.getuid()}").mkdir()
-    (scratch / f"longseq-{os.getuid() + 1}").mkdir()
-    own = os.getuid()
-    monkeypatch.setattr(os, "getuid", lambda: own + 1)
+    own, place = os.geteuid(), scratch / f"longseq-ring-{os.geteuid()}"
+    precious = tmp_path / "home" / "thesis" / "data" / "only_copy"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("years")
+    if laid == "a link":  # what killed processes have left below it is removed
+        place.symlink_to(tmp_path / "home")
+    elif laid == "open to others":
+        place.mkdir()
+        place.chmod(0o777)
+    else:
+        place = scratch / f"longseq-ring-{own + 1}"
+        place.mkdir()
+        monkeypatch.setattr(os, "geteuid", lambda: own + 1)
     assert batches(spec, 20) == batches(replace(spec, ring=None), 20)
     assert said == [
-        f"{scratch}/longseq-{own + 1} belongs to another user; set TMPDIR to a folder of your own. "
-        "Until then each process reads the files for itself."
+        f"{place}: it is a link, belongs to another user, or others may write into it; set TMPDIR to a folder of your "
+        "own. Until then each process reads the files for itself."
     ]
+    assert precious.read_text() == "years"
+
+
+def test_what_others_keep_next_to_rings_is_left_alone(tmp_path) -> None:
+    ring_of_another_run, kept = tmp_path / "a" / "0123", tmp_path / "cache" / "kernels"
+    for folder in (ring_of_another_run, kept, tmp_path / "own"):
+        folder.mkdir(parents=True)
+    (ring_of_another_run.parent / "lock").touch()
+    ring._sweep(tmp_path / "own")
+    assert not ring_of_another_run.exists()
+    assert kept.is_dir()
+    assert list(kept.parent.iterdir()) == [kept]

@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from longseq_data.children import start
-from longseq_data.os_errors import explained, lock
+from longseq_data.files import own_folder
+from longseq_data.os_errors import explained, lock, said
 from longseq_data.readers.formats import Leaf
 from longseq_data.readers.reading import Reading
 
@@ -68,7 +69,7 @@ class Ring:
 
     def folder(self, seed: int, sources: tuple[str, ...]) -> Path:
         key = hashlib.sha256("\n".join([self.run, str(seed), *sources]).encode("utf-8", "surrogateescape"))
-        return Path(tempfile.gettempdir()) / f"longseq-{os.getuid()}" / key.hexdigest()[:24]
+        return Path(tempfile.gettempdir()) / f"longseq-ring-{os.geteuid()}" / key.hexdigest()[:24]
 
 
 @dataclass
@@ -121,9 +122,10 @@ class Reader:
     def _tend(self) -> None:
         """See to it that somebody answers."""
         folder = self.job.folder
-        folder.parent.mkdir(mode=0o700, exist_ok=True)
-        if folder.parent.stat().st_uid != os.getuid():
-            raise NoRingError(f"{folder.parent} belongs to another user; set TMPDIR to a folder of your own.")
+        try:
+            own_folder(folder.parent)
+        except PermissionError as error:
+            raise NoRingError(f"{folder.parent}: {said(error)}; set TMPDIR to a folder of your own.") from None
         folder.mkdir(exist_ok=True)
         with (folder / "lock").open("ab") as file:
             try:
@@ -193,7 +195,7 @@ def _end_with_parent(place: Path) -> None:
 def _sweep(own: Path) -> None:
     """Remove what processes have left that were killed."""
     for folder in own.parent.iterdir():
-        with suppress(OSError), (folder / "lock").open("ab") as file:
+        with suppress(OSError), (folder / "lock").open("r+b") as file:
             if folder != own:
                 lock(file, folder / "lock", lambda notice: None)
             for rest in folder.iterdir():

@@ -256,8 +256,8 @@ def _override_layer(argument: str) -> _Layer:
     section, _, key = name.partition(".")
     try:
         first, *rest = key.split(".")
-        if len(rest) == 2 and type_of(section, first) == SOURCES:
-            return _SourceLayer(section, first, rest[0], rest[1], text, f"argument {argument!r}")
+        if len(rest) >= 2 and type_of(section, first) == SOURCES:  # a source's name may hold dots
+            return _SourceLayer(section, first, ".".join(rest[:-1]), rest[-1], text, f"argument {argument!r}")
         value = argument_value(text, type_of(section, key))
     except YAML_ERRORS as error:
         raise ConfigError(f"argument {argument!r}: {bad_value(error)}") from None

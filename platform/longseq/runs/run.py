@@ -68,6 +68,11 @@ class Run:
         return self.path / "data.json"
 
     @property
+    def branch_path(self) -> Path:
+        """Where a branch has begun; other runs have no such file."""
+        return self.path / "branch.json"
+
+    @property
     def resume_command(self) -> str:
         """What to type to go on with this run: as a job what jobs have trained, on this machine anything else."""
         return f"longseq {'submit' if self._of_jobs() else 'resume'} {as_typed(self.path)}"
@@ -207,7 +212,7 @@ class Run:
 
     def record_origin(self, checkpoint: Path, step: int) -> None:
         """Note where a branch of another run has begun."""
-        write_text(self.path / "branch.json", json.dumps({"checkpoint": str(checkpoint), "step": step}) + "\n")
+        write_text(self.branch_path, json.dumps({"checkpoint": str(checkpoint), "step": step}) + "\n")
 
     def record_data(self, identities: dict[str, list[str | None]]) -> None:
         """Note which data the run is trained on: of each split's sources, in their order, what tells them apart."""
