@@ -29,6 +29,12 @@ def user_path(name: str | Path) -> Path:
         ) from None
 
 
+def resolved(path: str | Path) -> Path:
+    """Without links and ``..``. Links that lead back to themselves stay, and say so when they are opened: Path.resolve
+    raises a RuntimeError of its own until Python 3.13."""
+    return Path(os.path.realpath(path))
+
+
 @contextmanager
 def aside(path: Path, name: str = "") -> Iterator[Path]:
     """A name of its own next to ``path`` to write to, which becomes ``path`` when the block ends well.

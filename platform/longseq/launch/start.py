@@ -27,7 +27,7 @@ from longseq.runs.owner import Process, words_of
 from longseq.runs.run import Run, as_typed
 from longseq.text_parts import fit_parts
 from longseq.training.deepspeed_settings import check_deepspeed
-from longseq_data.files import user_path
+from longseq_data.files import resolved, user_path
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def fit(config: str | Path, overrides: Sequence[str] = ()) -> Training:
     check_data(settings, begun=True)
     origin = check_origin(settings)
     check_deepspeed(settings)
-    check_disk(settings, user_path(settings.run.dir).resolve())
+    check_disk(settings, resolved(user_path(settings.run.dir)))
     run = Run.create(settings, default_name=path.stem)
     with run.locked():
         try:
@@ -94,7 +94,7 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), *, take_over: bool
             finished or trains elsewhere.
     """
     refuse_several_tasks(os.environ, "resume")
-    given = user_path(folder).resolve()
+    given = resolved(user_path(folder))
     chosen = Checkpoint(given) if step_of(given) is not None else None
     run = Run.open(str(given.parent.parent if chosen else folder))
     before, config = run.config(), run.config(tuple(overrides))

@@ -20,7 +20,7 @@ from longseq.errors import RunError
 from longseq.runs import starts
 from longseq.runs.checkpoint import Checkpoint, CheckpointError, checkpoints_in, newest_in
 from longseq.runs.curves import read_curves
-from longseq_data.files import user_path, write_text
+from longseq_data.files import resolved, user_path, write_text
 from longseq_data.os_errors import explained, lock
 
 TOKENIZER = "tokenizer.json"
@@ -128,7 +128,7 @@ class Run:
                 f"run.name={config.run.name!r}: a run is named with letters, digits, '.', '_' and '-', "
                 "begins with a letter or digit, and has at most 100 of them."
             )
-        path = user_path(config.run.dir).resolve() / config.run.name
+        path = resolved(user_path(config.run.dir)) / config.run.name
         if path.parent.exists() and not path.parent.is_dir():
             raise RunError(f"run.dir={config.run.dir}: a file, not a folder: choose another run.dir.")
         run = cls(path)
@@ -143,7 +143,7 @@ class Run:
         Raises:
             RunError: if there is none.
         """
-        run = cls(user_path(path).resolve())
+        run = cls(resolved(user_path(path)))
         if not run.config_path.is_file():
             what = "not a run folder (it has no config.yaml)" if run.path.exists() else "no such run folder"
             raise RunError(f"{path}: {what}. Runs are made by `longseq fit`, by default under runs/.")
