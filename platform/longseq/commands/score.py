@@ -11,7 +11,6 @@ and DMS_score) the rank correlation is printed, too, on stderr. Natural logarith
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from longseq.commands.numbers import natural
 from longseq.commands.options import add_model, add_overrides, output, ready
 from longseq.errors import LongseqError
 from longseq.evaluation.score import SequenceScore, VariantEffect, score, variant_effects
+from longseq.printed import as_json
 
 Row = SequenceScore | VariantEffect
 
@@ -83,6 +83,6 @@ def _json(rows: Iterable[Row]) -> Iterator[str]:
     """One array, an object a line, written as they come."""
     before = "[\n"
     for row in rows:
-        yield before + json.dumps(row.as_dict())
+        yield before + as_json(row.as_dict())
         before = ",\n"
     yield "[]\n" if before == "[\n" else "\n]\n"

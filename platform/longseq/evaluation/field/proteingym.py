@@ -17,9 +17,10 @@ from longseq.errors import LongseqError
 from longseq.evaluation.field.assays import Entry, Scan, collection, scan
 from longseq.evaluation.field.averages import Assay, Averages, averages
 from longseq.evaluation.field.measures import MEASURES, Floats, Result
+from longseq.evaluation.field.models import label, proteins
 from longseq.evaluation.field.official import BESIDE, Official, published
-from longseq.evaluation.field.plain import label, plain, proteins
 from longseq.opening import EMA, Source
+from longseq.printed import plain
 from longseq_data.files import sha256_of, write_text
 
 Progress = Callable[[str, str, str, bool], None]  # model, assay, kind, whether it had been done before
