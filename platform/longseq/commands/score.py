@@ -11,6 +11,7 @@ and DMS_score) the rank correlation is printed, too, on stderr. Natural logarith
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -61,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
 
         effects, measured = np.array(pairs).T
         rho = spearman(effects, measured)
-        print(f"longseq: {args.variants}: {len(pairs):,} variants, Spearman {rho:.4f} with DMS_score", file=sys.stderr)
+        said = "no Spearman, as one of the two is constant" if math.isnan(rho) else f"Spearman {rho:.4f}"
+        print(f"longseq: {args.variants}: {len(pairs):,} variants, {said} with DMS_score", file=sys.stderr)
     return 0
 
 

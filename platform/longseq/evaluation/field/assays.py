@@ -136,7 +136,8 @@ def scan(path: Path, cutoff: float = math.nan) -> Scan:
         raise LongseqError(f"{path}: an assay without any mutant.")
     measured = np.array([number(row, "DMS_score", place) for place, row in lines])
     # One that is none among them, a wild type's "WT" say, is refused by its line: its score would not be comparable.
-    changes = "mutant" in names and any(_CHANGES.fullmatch(row["mutant"].strip()) for _, row in lines)
+    looks = _CHANGES.fullmatch if "mutated_sequence" in names else re.compile(r".*\d.*").fullmatch
+    changes = "mutant" in names and any(looks(row["mutant"].strip()) for _, row in lines)
     column = "mutant" if changes or "mutated_sequence" not in names else "mutated_sequence"
     for place, row in lines:
         if not row[column].strip():

@@ -131,6 +131,11 @@ def _by_attention(
         labels.append(chain.contact_map()[pairs])
     found: list[Matrix] = [np.empty(0)] * len(chains)
     for learned, tested in ways:
+        if not any(len(features[index]) for index in learned):
+            raise LongseqError(
+                f"chain {chains[learned[0]].id}: nothing can be learned where no two residues are {NEAREST} apart; "
+                "leave short chains out, or raise --train."
+            )
         scaled = Scaled.of(np.concatenate([features[index] for index in learned]))
         given = np.concatenate([scaled(features[index]) for index in learned])
         weights, _ = sparse_logistic(given, np.concatenate([labels[index] for index in learned]), C)

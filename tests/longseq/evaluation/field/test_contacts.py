@@ -272,6 +272,9 @@ def test_what_cannot_be_measured_is_refused(trained, chains, refused, folder):
     assert "layer=3: one has 2 blocks; take 0 to 2" in refused("benchmark", "structure", chains, run, "--layer", "3")
     assert "nothing.jsonl" in refused("benchmark", "structure", "nothing.jsonl", run)
     (folder / "empty.jsonl").write_text("\n")
+    (folder / "short.jsonl").write_text("".join(f'{{"id": "{i}", "sequence": "MKVL", "contacts": []}}\n' for i in "ab"))
+    said = refused("benchmark", "contacts", "short.jsonl", run, "--train", "1")
+    assert "nothing can be learned where no two residues are 6 apart" in said
     assert "no chain in it" in refused("benchmark", "contacts", "empty.jsonl", run)
     with pytest.raises(LongseqError, match="methods=guess: take attention or jacobian"):
         api.benchmark_contacts(chains, run, methods=["guess"])

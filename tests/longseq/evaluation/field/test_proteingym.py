@@ -321,8 +321,13 @@ def test_two_checkpoints_of_a_run_keep_their_assays_apart(trained, gym, folder):
         (lambda place: edit(place, ",0\n", ",zero\n"), "line 2: DMS_score_bin is 'zero', which is no number"),
         (lambda place: edit(place, ",0\n", "\n"), "line 2: 3 fields, but the header has 4"),
         (lambda place: edit(place, "DMS_score,", "score,"), "it needs the columns DMS_score"),
+        (lambda place: edit(place, ",0.5,", ",1_0,"), "line 2: DMS_score is '1_0', which is no number"),
+        (lambda place: edit(place, "_score_bin", "_score"), "two columns are called DMS_score; remove one of them"),
+        (lambda place: (place / "DMS_ProteinGym_substitutions/LONG_2021.csv").write_text(
+            "mutant,DMS_score\np.Cys7Ala,1\n"), "line 2: 'p.Cys7Ala' is no change of a residue"),
         (lambda place: edit(place, "\nC7A,", f"\nWT,{LONG},0,1\nC7A,"), "line 2: 'WT' is no change of a residue"),
-        (lambda place: edit(place, "\nC7A,", "\n,"), "line 2: mutated_sequence is empty"),
+        (lambda place: (place / "DMS_ProteinGym_substitutions/LONG_2021.csv").write_text(
+            f"mutated_sequence,DMS_score\n{LONG},1\n ,2\n"), "line 3: mutated_sequence is empty"),
         (lambda place: refer(place, "LONG_2021", "LONG_2021"), "line 3: a second assay is called LONG_2021"),
         (lambda place: refer(place, "../LONG_2021"), "DMS_id '../LONG_2021' can be no file's name"),
     ],
@@ -379,6 +384,9 @@ def test_score_takes_a_scan_and_says_the_spearman(trained, gym, capsys, folder):
     assert [row["effect"] for row in rows[1:]] == pytest.approx(scores(found).tolist(), abs=1e-4)
     assert f"40 variants, Spearman {found.measures['Spearman']:.4f} with DMS_score" in shown.err
     effects = list(api.variant_effects(run, "wild.fasta", table=path))
+    (folder / "one.csv").write_text(" mutant ,\tDMS_score\r\nm1a,0.5\r\n")
+    assert main(["score", str(run), "wild.fasta", "--variants", "one.csv"]) == 0
+    assert "1 variants, no Spearman, as one of the two is constant" in capsys.readouterr().err
     with path.open(newline="") as file:
         assert [each.measured for each in effects] == [float(row["DMS_score"]) for row in csv.DictReader(file)]
     assert (
