@@ -103,12 +103,17 @@ def test_many_processes_of_a_run_parse_a_source_once_an_epoch(write, counted, sc
     script = READER.replace("cache=cache", "ring=Ring('run')").replace(
         "import StreamSpec", "import StreamSpec\nfrom longseq_data.ingest.ring import Ring"
     )
+    script += "print(flush=True)\nsys.stdin.read()\n"  # the parser ends with the reader that has started it
     command = [sys.executable, "-c", script, f"{address}/a.fasta.gz", ""]
-    readers = [subprocess.Popen([*command, str(rank), "3"]) for rank in range(3)]
-    assert [reader.wait(120) for reader in readers] == [0] * 3
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    readers = [subprocess.Popen([*command, str(rank), "3"], **pipes) for rank in range(3)]
+    assert [reader.stdout.readline() for reader in readers] == [b"\n"] * 3
     assert len(content) < sum(sent) <= 2 * len(content)  # the second epoch has just begun
+    for reader in readers:
+        reader.communicate(timeout=60)
+    assert [reader.returncode for reader in readers] == [0] * 3
     deadline = time.monotonic() + 10
-    while any(path.is_file() and path.name != "lock" for path in scratch.rglob("*")):  # it ends with its reader
+    while any(scratch.iterdir()):  # it ends with its reader
         assert time.monotonic() < deadline
         time.sleep(0.05)
 

@@ -166,7 +166,9 @@ def work() -> None:
     """What the process does, until its parent goes away."""
     job: Job = pickle.load(sys.stdin.buffer)
     place = job.folder / secrets.token_hex(8)
-    threading.Thread(target=_end_with_parent, args=(place,), daemon=True).start()
+    ends = threading.Event()
+    watcher = threading.Thread(target=_end_with_parent, args=(place, ends), daemon=True)
+    watcher.start()
     try:
         _sweep(job.folder)
         (place / "asked").mkdir(parents=True)
@@ -178,12 +180,15 @@ def work() -> None:
     except BaseException:
         shutil.rmtree(place, ignore_errors=True)
     finally:  # the thread that watches the parent cannot be ended otherwise
+        if ends.is_set():  # what it has removed is the reason: it is not done yet
+            watcher.join(TEND)
         os._exit(0)
 
 
-def _end_with_parent(place: Path) -> None:
+def _end_with_parent(place: Path, ends: threading.Event) -> None:
     while sys.stdin.buffer.read(1 << 16):
         pass
+    ends.set()
     shutil.rmtree(place, ignore_errors=True)
     with suppress(OSError):  # another process has a folder there
         (place.parent / "lock").unlink()
