@@ -241,6 +241,6 @@ def test_what_others_keep_next_to_rings_is_left_alone(tmp_path) -> None:
         folder.mkdir(parents=True)
     (ring_of_another_run.parent / "lock").touch()
     ring._sweep(tmp_path / "own")
-    assert not ring_of_another_run.exists()
+    assert not ring_of_another_run.parent.exists()
     assert kept.is_dir()
     assert list(kept.parent.iterdir()) == [kept]

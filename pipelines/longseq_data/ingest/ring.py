@@ -206,6 +206,9 @@ def _sweep(own: Path) -> None:
             for rest in folder.iterdir():
                 if rest.is_dir():
                     shutil.rmtree(rest, ignore_errors=True)
+            if folder != own:
+                (folder / "lock").unlink()
+                folder.rmdir()
 
 
 @dataclass
