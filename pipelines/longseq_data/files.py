@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,6 +27,12 @@ def user_path(name: str | Path) -> Path:
         raise DataError(
             f"{name} does not exist: this machine has no user {user}; correct the name, or write ./{name}."
         ) from None
+
+
+def resolved(path: str | Path) -> Path:
+    """Without links and ``..``. Links that lead back to themselves stay, and say so when they are opened: Path.resolve
+    raises a RuntimeError of its own until Python 3.13."""
+    return Path(os.path.realpath(path))
 
 
 @contextmanager
@@ -63,6 +71,21 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with aside(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def own_folder(path: Path) -> Path:
+    """A folder of this user's that nobody else can write into, made if need be: others may write next to it.
+
+    Raises:
+        OSError: also where somebody else has the name, or has laid a link there.
+    """
+    path.mkdir(mode=0o700, exist_ok=True)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise PermissionError(
+            errno.EPERM, "it is a link, belongs to another user, or others may write into it", str(path)
+        )
+    return path
 
 
 def sync_folder(folder: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -102,3 +104,33 @@ def test_a_checkpoint_is_no_run_and_a_new_run_is_no_branch(source, folder, capsy
 def test_a_run_without_checkpoints_has_nothing_to_branch_off(run):
     with pytest.raises(RunError, match="no checkpoint yet to branch off"):
         resume(run.path, ["run.branch=new"])
+
+
+def test_a_branch_that_was_not_copied_to_its_end_never_begins_at_step_0(run, publish, monkeypatch):
+    """Killed while it was copied: what is left then is no run to go on with; stopped by Ctrl-C it leaves nothing."""
+    publish(3)
+    new, remove = run.path.with_name("new"), shutil.rmtree
+    monkeypatch.setattr(shutil, "copytree", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # as of a process that is gone
+    with pytest.raises(KeyboardInterrupt):
+        resume(run.path, ["run.branch=new", *QUICK])
+    left = files(new)
+    with pytest.raises(RunError, match="a branch whose first checkpoint was not copied to its end"):
+        resume(new)
+    assert files(new) == left
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    remove(new)
+    with pytest.raises(KeyboardInterrupt):
+        resume(run.path, ["run.branch=new", *QUICK])
+    assert not new.exists()
+
+
+def test_a_branch_says_that_the_newest_checkpoint_is_damaged(run, publish, capsys):
+    publish(3)
+    newest = publish(6).path
+    (newest / "model.safetensors").write_bytes(b"")
+    with pytest.raises(RunError, match=r"step-0*3.ckpt: trained for 3 steps, and trainer.max_steps=3: raise it"):
+        resume(run.path, ["run.branch=older", "trainer.max_steps=3", *QUICK])
+    said = capsys.readouterr().err
+    assert f"longseq: warning: {newest}" in said
+    assert "Going back to the one before it." in said

@@ -76,6 +76,27 @@ def test_the_home_of_nobody_is_refused_in_one_sentence(trained, words):
 
 
 @pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("fit", "loop"), "Too many levels of symbolic links"),
+        (("fit", "tiny.yaml", "run.dir=loop"), "Too many levels of symbolic links"),
+        (("resume", "loop"), "no such run folder"),
+        (("evaluate", "loop"), "no such run folder"),
+    ],
+)
+def test_links_that_lead_back_to_themselves_are_refused_in_one_sentence(tmp_path, monkeypatch, capsys, words, why):
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(TINY)
+    Path("good.fasta").write_text(">a\nMKVLAACDEFGHIK\n" * 20)
+    Path("loop").symlink_to("pool")
+    Path("pool").symlink_to("loop")
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert why in said
+    assert said.splitlines()[-1].startswith("longseq: error: ")
+
+
+@pytest.mark.parametrize(
     "terminal",
     [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
     ids=["ascii", "C"],

@@ -60,6 +60,7 @@ def test_an_argument_changes_one_source(here):
         config = config_of(TWO, f"data.train.{which}.weight=5", "data.train.0.name=first")
         assert [(each["name"], each["weight"]) for each in config.data.train] == [("first", 0.7), ("bc", 5.0)]
     assert config_of(TWO, "data.train.a.path=[c.fasta]").data.train[0]["path"] == ["c.fasta"]
+    assert config_of(TWO.replace("bc}", "b.c}"), "data.train.b.c.weight=5").data.train[1]["weight"] == 5
     for text, argument, words in (
         (TWO, "data.train.2.weight=5", "data.train has no source '2'; it has 0 (a), 1 (bc)."),
         (TWO, "data.train.x.weight=5", "data.train has no source 'x'; it has 0 (a), 1 (bc)."),

@@ -103,12 +103,17 @@ def test_many_processes_of_a_run_parse_a_source_once_an_epoch(write, counted, sc
     script = READER.replace("cache=cache", "ring=Ring('run')").replace(
         "import StreamSpec", "import StreamSpec\nfrom longseq_data.ingest.ring import Ring"
     )
+    script += "print(flush=True)\nsys.stdin.read()\n"  # the parser ends with the reader that has started it
     command = [sys.executable, "-c", script, f"{address}/a.fasta.gz", ""]
-    readers = [subprocess.Popen([*command, str(rank), "3"]) for rank in range(3)]
-    assert [reader.wait(120) for reader in readers] == [0] * 3
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    readers = [subprocess.Popen([*command, str(rank), "3"], **pipes) for rank in range(3)]
+    assert [reader.stdout.readline() for reader in readers] == [b"\n"] * 3
     assert len(content) < sum(sent) <= 2 * len(content)  # the second epoch has just begun
+    for reader in readers:
+        reader.communicate(timeout=60)
+    assert [reader.returncode for reader in readers] == [0] * 3
     deadline = time.monotonic() + 10
-    while any(path.is_file() and path.name != "lock" for path in scratch.rglob("*")):  # it ends with its reader
+    while any(scratch.iterdir()):  # it ends with its reader
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -205,15 +210,37 @@ def test_from_a_block_larger_than_the_ring_on_each_reads_for_itself(job, answers
         assert [block.ids(range(len(block))) for block in road.blocks(leaf)] == expected
 
 
-def test_another_users_folder_is_not_used(write, scratch, monkeypatch) -> None:
+@pytest.mark.parametrize("laid", ["another user's", "a link", "open to others"])
+def test_a_folder_that_others_control_is_not_used(write, scratch, tmp_path, monkeypatch, laid) -> None:
     said: list[str] = []
     spec = spec_of(write("a.fasta", fasta("a", 300)), ring=Ring("run"), tell=said.append)
-    (scratch / f"longseq-{os.getuid()}").mkdir()
-    (scratch / f"longseq-{os.getuid() + 1}").mkdir()
-    own = os.getuid()
-    monkeypatch.setattr(os, "getuid", lambda: own + 1)
+    own, place = os.geteuid(), scratch / f"longseq-ring-{os.geteuid()}"
+    precious = tmp_path / "home" / "thesis" / "data" / "only_copy"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("years")
+    if laid == "a link":  # what killed processes have left below it is removed
+        place.symlink_to(tmp_path / "home")
+    elif laid == "open to others":
+        place.mkdir()
+        place.chmod(0o777)
+    else:
+        place = scratch / f"longseq-ring-{own + 1}"
+        place.mkdir()
+        monkeypatch.setattr(os, "geteuid", lambda: own + 1)
     assert batches(spec, 20) == batches(replace(spec, ring=None), 20)
     assert said == [
-        f"{scratch}/longseq-{own + 1} belongs to another user; set TMPDIR to a folder of your own. "
-        "Until then each process reads the files for itself."
+        f"{place}: it is a link, belongs to another user, or others may write into it; set TMPDIR to a folder of your "
+        "own. Until then each process reads the files for itself."
     ]
+    assert precious.read_text() == "years"
+
+
+def test_what_others_keep_next_to_rings_is_left_alone(tmp_path) -> None:
+    ring_of_another_run, kept = tmp_path / "a" / "0123", tmp_path / "cache" / "kernels"
+    for folder in (ring_of_another_run, kept, tmp_path / "own"):
+        folder.mkdir(parents=True)
+    (ring_of_another_run.parent / "lock").touch()
+    ring._sweep(tmp_path / "own")
+    assert not ring_of_another_run.parent.exists()
+    assert kept.is_dir()
+    assert list(kept.parent.iterdir()) == [kept]

@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from longseq_data.children import start
-from longseq_data.os_errors import explained, lock
+from longseq_data.files import own_folder
+from longseq_data.os_errors import explained, lock, said
 from longseq_data.readers.formats import Leaf
 from longseq_data.readers.reading import Reading
 
@@ -68,7 +69,7 @@ class Ring:
 
     def folder(self, seed: int, sources: tuple[str, ...]) -> Path:
         key = hashlib.sha256("\n".join([self.run, str(seed), *sources]).encode("utf-8", "surrogateescape"))
-        return Path(tempfile.gettempdir()) / f"longseq-{os.getuid()}" / key.hexdigest()[:24]
+        return Path(tempfile.gettempdir()) / f"longseq-ring-{os.geteuid()}" / key.hexdigest()[:24]
 
 
 @dataclass
@@ -121,9 +122,10 @@ class Reader:
     def _tend(self) -> None:
         """See to it that somebody answers."""
         folder = self.job.folder
-        folder.parent.mkdir(mode=0o700, exist_ok=True)
-        if folder.parent.stat().st_uid != os.getuid():
-            raise NoRingError(f"{folder.parent} belongs to another user; set TMPDIR to a folder of your own.")
+        try:
+            own_folder(folder.parent)
+        except PermissionError as error:
+            raise NoRingError(f"{folder.parent}: {said(error)}; set TMPDIR to a folder of your own.") from None
         folder.mkdir(exist_ok=True)
         with (folder / "lock").open("ab") as file:
             try:
@@ -164,7 +166,9 @@ def work() -> None:
     """What the process does, until its parent goes away."""
     job: Job = pickle.load(sys.stdin.buffer)
     place = job.folder / secrets.token_hex(8)
-    threading.Thread(target=_end_with_parent, args=(place,), daemon=True).start()
+    ends = threading.Event()
+    watcher = threading.Thread(target=_end_with_parent, args=(place, ends), daemon=True)
+    watcher.start()
     try:
         _sweep(job.folder)
         (place / "asked").mkdir(parents=True)
@@ -176,12 +180,15 @@ def work() -> None:
     except BaseException:
         shutil.rmtree(place, ignore_errors=True)
     finally:  # the thread that watches the parent cannot be ended otherwise
+        if ends.is_set():  # what it has removed is the reason: it is not done yet
+            watcher.join(TEND)
         os._exit(0)
 
 
-def _end_with_parent(place: Path) -> None:
+def _end_with_parent(place: Path, ends: threading.Event) -> None:
     while sys.stdin.buffer.read(1 << 16):
         pass
+    ends.set()
     shutil.rmtree(place, ignore_errors=True)
     with suppress(OSError):  # another process has a folder there
         (place.parent / "lock").unlink()
@@ -193,12 +200,15 @@ def _end_with_parent(place: Path) -> None:
 def _sweep(own: Path) -> None:
     """Remove what processes have left that were killed."""
     for folder in own.parent.iterdir():
-        with suppress(OSError), (folder / "lock").open("ab") as file:
+        with suppress(OSError), (folder / "lock").open("r+b") as file:
             if folder != own:
                 lock(file, folder / "lock", lambda notice: None)
             for rest in folder.iterdir():
                 if rest.is_dir():
                     shutil.rmtree(rest, ignore_errors=True)
+            if folder != own:
+                (folder / "lock").unlink()
+                folder.rmdir()
 
 
 @dataclass

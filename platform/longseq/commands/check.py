@@ -27,7 +27,7 @@ from longseq.measure.memory import MemoryEstimate, estimate, gib
 from longseq.runs.run import Run
 from longseq.text_parts import fit_parts
 from longseq_data.cores import cores
-from longseq_data.files import user_path
+from longseq_data.files import resolved, user_path
 
 _Result = TypeVar("_Result")
 
@@ -105,7 +105,7 @@ def _data(config: Config) -> tuple[Config, str]:
 
 
 def _disk(config: Config) -> tuple[Config, str]:
-    folder = user_path(config.run.dir).resolve()
+    folder = resolved(user_path(config.run.dir))
     check_disk(config, folder)
     return config, f"{folder} has room for the checkpoints"
 

@@ -6,10 +6,10 @@ A column per run. Scores are those of a run's newest evaluated step, with its ow
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 
 from longseq.evaluation.compare import compare, rows
+from longseq.printed import as_json
 
 _WIDEST = 48  # letters of a cell
 
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     found = compare(args.runs)
     if args.json:
-        print(json.dumps([asdict(one) for one in found], indent=1, default=str))
+        print(as_json([asdict(one) for one in found], indent=1))
         return 0
     lines = [(name, [_short(cell) for cell in cells]) for name, cells in rows(found)]
     names = max(len(name) for name, _ in lines)

@@ -8,7 +8,6 @@ evaluations/, and as curves over the steps in TensorBoard. Weights are read from
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 
@@ -18,6 +17,7 @@ from longseq.data import SPLITS
 from longseq.errors import ConfigError
 from longseq.evaluation.evaluate import Evaluation, Settings, evaluations, refuse_unkept
 from longseq.opening import TARGET_HELP
+from longseq.printed import as_json
 
 _SILENCE = 30.0  # seconds between two lines of a log
 _DEVICES = "trainer.devices="
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         if found:
             reports = [evaluation.as_dict() for evaluation in found]
             alone = len(targets) == 1 and not args.all_checkpoints
-            print(json.dumps(reports[0] if alone else reports, indent=2) if args.json else _text(found, args.details))
+            print(as_json(reports[0] if alone else reports, indent=2) if args.json else _text(found, args.details))
     refuse_unkept(found)
     return 0
 

@@ -6,7 +6,6 @@ From SLURM's queue and the runs' folders; it needs neither accounting nor, for w
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from longseq.launch.slurm.queue import Queued, SlurmError, queue
 from longseq.launch.slurm.state import State, jobs_of, runs_with_jobs, state_of
+from longseq.printed import as_json
 from longseq.runs.run import Run
 
 
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     queued = ask(runs)
     states = [state_of(run, queued) for run in runs]
     if args.json:
-        print(json.dumps([as_dict(state) for state in states], indent=1))
+        print(as_json([as_dict(state) for state in states], indent=1))
         return 0
     if not states:
         print(f"{args.dir}: no run here was submitted; `longseq submit` does that, and --dir names another folder.")

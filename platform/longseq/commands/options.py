@@ -14,7 +14,7 @@ from typing import TextIO
 
 from longseq.errors import LongseqError, place_of_errors
 from longseq.opening import TARGET_HELP
-from longseq_data.files import aside
+from longseq_data.files import aside, resolved
 
 TAKE_OVER_HELP = (
     "start although what had the run cannot be asked whether it still trains: a process of another machine, or a job "
@@ -88,7 +88,7 @@ def output_file(path: Path) -> Iterator[Path]:
         what = "a folder" if path.is_dir() else "a pipe or a device"
         raise LongseqError(f"{path}: {what}, and a file is to be written there; choose another name.")
     if path.is_symlink():
-        path = path.resolve()
+        path = resolved(path)
     if not path.parent.is_dir():
         raise LongseqError(f"{path}: the folder {path.parent} does not exist; make it, or choose another.")
     with place_of_errors(path), aside(path) as partial:

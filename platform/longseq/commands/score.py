@@ -11,7 +11,7 @@ and DMS_score) the rank correlation is printed, too, on stderr. Natural logarith
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,6 +20,7 @@ from longseq.commands.numbers import natural
 from longseq.commands.options import add_model, add_overrides, output, ready
 from longseq.errors import LongseqError
 from longseq.evaluation.score import SequenceScore, VariantEffect, score, variant_effects
+from longseq.printed import as_json
 
 Row = SequenceScore | VariantEffect
 
@@ -61,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
 
         effects, measured = np.array(pairs).T
         rho = spearman(effects, measured)
-        print(f"longseq: {args.variants}: {len(pairs):,} variants, Spearman {rho:.4f} with DMS_score", file=sys.stderr)
+        said = "no Spearman, as one of the two is constant" if math.isnan(rho) else f"Spearman {rho:.4f}"
+        print(f"longseq: {args.variants}: {len(pairs):,} variants, {said} with DMS_score", file=sys.stderr)
     return 0
 
 
@@ -83,6 +85,6 @@ def _json(rows: Iterable[Row]) -> Iterator[str]:
     """One array, an object a line, written as they come."""
     before = "[\n"
     for row in rows:
-        yield before + json.dumps(row.as_dict())
+        yield before + as_json(row.as_dict())
         before = ",\n"
     yield "[]\n" if before == "[\n" else "\n]\n"

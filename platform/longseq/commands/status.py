@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 
 from longseq.commands.jobs import as_dict, ask
 from longseq.launch.slurm.state import state_of
+from longseq.printed import as_json
 from longseq.runs import code, starts
 from longseq.runs.run import Run
 
@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     run = Run.open(args.run_folder)
     state = state_of(run, ask([run]))
     if args.json:
-        print(json.dumps({**as_dict(state), "code": code.kept(run) or None}, indent=1))
+        print(as_json({**as_dict(state), "code": code.kept(run) or None}, indent=1))
         return 0
     print(f"run       {run.path}")
     print(f"state     {state.word}{f': {state.why}' if state.why else ''}")

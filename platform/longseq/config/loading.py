@@ -22,7 +22,7 @@ from longseq.config.sources import changed, named
 from longseq.config.written_values import SOURCES, WrittenError, argument_value
 from longseq.config.yaml_files import YAML_ERRORS, first_line, read_yaml, yaml_problem
 from longseq.errors import USER_ERRORS, ConfigError
-from longseq_data.files import write_text
+from longseq_data.files import resolved, write_text
 
 _FREE_FORM = ("deepspeed",)  # sections passed through unchecked
 _LARGEST = 2**63 - 1  # of a tensor's integers
@@ -211,7 +211,7 @@ class _SourceLayer(_Layer):
 
 def _layers(path: Path, below: tuple[Path, ...]) -> Iterator[_Layer]:
     """The files that ``path`` extends, base first, then ``path`` itself."""
-    if path.resolve() in below:
+    if resolved(path) in below:
         raise ConfigError(f"{path}: extends itself by way of {' → '.join(map(str, below))}.")
     values, lines = read_yaml(path, _kind)
     _refuse_flat_keys(path, values, lines)
@@ -222,8 +222,8 @@ def _layers(path: Path, below: tuple[Path, ...]) -> Iterator[_Layer]:
         raise ConfigError(f"{where}: extends={bases}: name a YAML file or a list of them, relative to this file.")
     for base in bases:
         if not (path.parent / base).is_file():
-            raise ConfigError(f"{where}: extends {base}: no such file in {path.parent.resolve()}.")
-        yield from _layers(path.parent / base, (*below, path.resolve()))
+            raise ConfigError(f"{where}: extends {base}: no such file in {resolved(path.parent)}.")
+        yield from _layers(path.parent / base, (*below, resolved(path)))
     yield _Layer(values, str(path), lines)
 
 
@@ -256,8 +256,8 @@ def _override_layer(argument: str) -> _Layer:
     section, _, key = name.partition(".")
     try:
         first, *rest = key.split(".")
-        if len(rest) == 2 and type_of(section, first) == SOURCES:
-            return _SourceLayer(section, first, rest[0], rest[1], text, f"argument {argument!r}")
+        if len(rest) >= 2 and type_of(section, first) == SOURCES:  # a source's name may hold dots
+            return _SourceLayer(section, first, ".".join(rest[:-1]), rest[-1], text, f"argument {argument!r}")
         value = argument_value(text, type_of(section, key))
     except YAML_ERRORS as error:
         raise ConfigError(f"argument {argument!r}: {bad_value(error)}") from None

@@ -117,7 +117,8 @@ class TrainerConfig:
     hang_seconds: float = key(
         60.0,
         "a process that says nothing for so long, or a step of so long and of ten median steps, ends the start and is "
-        "named; what is between steps may take ten times as long, first steps and compilers thirty; 0: nothing ends it",
+        "named; what is between steps may take ten times as long, first steps and compilers thirty; less than 5 is "
+        "taken for 5; 0: nothing ends it",
         at_least=0,
     )
     slow_factor: float = key(

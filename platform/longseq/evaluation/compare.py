@@ -146,4 +146,8 @@ def _point(point: tuple[int, float] | None) -> str:
 
 
 def _shown(value: Any) -> str:
-    return "–" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list):  # sources have names
+        return ", ".join(
+            f"{each['name']} × {each['weight']:g}" if isinstance(each, dict) else str(each) for each in value
+        )
+    return "–" if value is None else str(value)

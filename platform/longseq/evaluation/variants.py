@@ -46,8 +46,8 @@ def read_variants(words: Iterable[str], file: Path | None, wild: Record) -> list
 def parse(text: str, wild: Record, place: str) -> Variant:
     """One variant, held against the wild type."""
     changes: list[tuple[int, int, int]] = []
-    for word in text.upper().split(":"):
-        match = _CHANGE.fullmatch(word)
+    for word in text.split(":"):
+        match = _CHANGE.fullmatch(word.upper())
         if not match:
             raise LongseqError(
                 f"{place}: {word!r} is no change of a residue; write residue, position and new residue, as in A24G, "

@@ -6,13 +6,13 @@ Set before torch is imported, which reads some of it then.
 from __future__ import annotations
 
 import os
-import stat
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from longseq.runs.run import Run
+from longseq_data.files import own_folder
 
 _RECORDED = 2000  # collectives of a rank that are remembered
 
@@ -24,9 +24,9 @@ def gpu_settings(environment: Mapping[str, str]) -> dict[str, str]:
         # Batches of other lengths and tiles leave fewer holes in segments that can grow.
         settings["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     if "TRITON_CACHE_DIR" not in environment:
-        cache = _own_folder(f"longseq-triton-{os.geteuid()}")
-        if cache:  # on the node's own disk; the default is in the home folder, which all nodes share
-            settings["TRITON_CACHE_DIR"] = str(cache)
+        with suppress(OSError):  # on the node's own disk; the default is in the home folder, which all nodes share
+            cache = Path(tempfile.gettempdir(), f"longseq-triton-{os.geteuid()}")
+            settings["TRITON_CACHE_DIR"] = str(own_folder(cache))
     return settings
 
 
@@ -46,14 +46,3 @@ def where_traces_are(run: Run) -> str:
     if not any(prefix.parent.glob(f"{prefix.name}*")):
         return ""
     return f" What each rank's last collectives were: `torchfrtrace --prefix {prefix.name} {prefix.parent}`."
-
-
-def _own_folder(name: str) -> Path | None:
-    """A folder for temporary files that nobody else can write into; None where somebody has its name."""
-    folder = Path(tempfile.gettempdir(), name)
-    with suppress(OSError):
-        folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
-        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022:
-            return folder
-    return None

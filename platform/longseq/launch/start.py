@@ -21,13 +21,13 @@ from longseq.launch.slurm.place import refuse_several_tasks
 from longseq.launch.slurm.state import check_free
 from longseq.runs import starts
 from longseq.runs.changes import FIXED, check_precision, note_weights, refuse_changes
-from longseq.runs.checkpoint import Checkpoint, copied, go_back_to, remove_partials, step_of
+from longseq.runs.checkpoint import Checkpoint, CheckpointError, copied, go_back_to, remove_partials, step_of
 from longseq.runs.curves import read_curves
 from longseq.runs.owner import Process, words_of
 from longseq.runs.run import Run, as_typed
 from longseq.text_parts import fit_parts
 from longseq.training.deepspeed_settings import check_deepspeed
-from longseq_data.files import user_path
+from longseq_data.files import resolved, user_path
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def fit(config: str | Path, overrides: Sequence[str] = ()) -> Training:
     check_data(settings, begun=True)
     origin = check_origin(settings)
     check_deepspeed(settings)
-    check_disk(settings, user_path(settings.run.dir).resolve())
+    check_disk(settings, resolved(user_path(settings.run.dir)))
     run = Run.create(settings, default_name=path.stem)
     with run.locked():
         try:
@@ -94,7 +94,7 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), *, take_over: bool
             finished or trains elsewhere.
     """
     refuse_several_tasks(os.environ, "resume")
-    given = user_path(folder).resolve()
+    given = resolved(user_path(folder))
     chosen = Checkpoint(given) if step_of(given) is not None else None
     run = Run.open(str(given.parent.parent if chosen else folder))
     before, config = run.config(), run.config(tuple(overrides))
@@ -113,9 +113,12 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), *, take_over: bool
     config.data.accept_changes = False  # of these data, and not of the next ones
     with run.locked():
         check_free(run, take_over=take_over)
-        checkpoint, damaged = run.newest_checkpoint()
-        for problem in damaged:
-            print(f"longseq: warning: {problem} Going back to the one before it.", file=sys.stderr)
+        checkpoint, damaged = _newest(run)
+        if checkpoint is None and run.branch_path.exists():
+            raise RunError(
+                f"{run.path}: a branch whose first checkpoint was not copied to its end: remove the folder, and branch "
+                "off again."
+            )
         if checkpoint:
             _compare(checkpoint, config)
             say_schedule(before, config, checkpoint.position.step)
@@ -153,7 +156,7 @@ def _branch(run: Run, before: Config, config: Config, chosen: Checkpoint | None)
     if not config.data.accept_changes:
         run.check_data(config, data)
     config.data.accept_changes = False
-    checkpoint = chosen or run.newest_checkpoint()[0]
+    checkpoint = chosen or _newest(run)[0]
     if checkpoint is None:
         raise RunError(f"{run.path}: has no checkpoint yet to branch off: wait for one, or start a run of its own.")
     problem = checkpoint.problem()
@@ -175,16 +178,24 @@ def _branch(run: Run, before: Config, config: Config, chosen: Checkpoint | None)
     check_disk(config, run.path.parent)
     branch = Run.create(config, default_name=str(name))
     try:
+        branch.record_origin(checkpoint.path, step)  # first: without its checkpoint it would begin at step 0
         first = copied(checkpoint, branch.checkpoints_dir)
-        branch.record_origin(checkpoint.path, step)
         with branch.locked():
             branch.record_data(data)
             return _train(branch, config, first)
-    except LongseqError:
+    except BaseException:
         newest = branch.last_good()
         if (newest is None or newest.step == step) and not branch.has_output():  # nothing came of it
             shutil.rmtree(branch.path, ignore_errors=True)
         raise
+
+
+def _newest(run: Run) -> tuple[Checkpoint | None, list[CheckpointError]]:
+    """The newest checkpoint that can be used, and what is wrong with newer ones, which is said."""
+    checkpoint, damaged = run.newest_checkpoint()
+    for problem in damaged:
+        print(f"longseq: warning: {problem} Going back to the one before it.", file=sys.stderr)
+    return checkpoint, damaged
 
 
 def _compare(checkpoint: Checkpoint, config: Config) -> None:

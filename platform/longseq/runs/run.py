@@ -20,7 +20,7 @@ from longseq.errors import RunError
 from longseq.runs import starts
 from longseq.runs.checkpoint import Checkpoint, CheckpointError, checkpoints_in, newest_in
 from longseq.runs.curves import read_curves
-from longseq_data.files import user_path, write_text
+from longseq_data.files import resolved, user_path, write_text
 from longseq_data.os_errors import explained, lock
 
 TOKENIZER = "tokenizer.json"
@@ -66,6 +66,11 @@ class Run:
     @property
     def data_path(self) -> Path:
         return self.path / "data.json"
+
+    @property
+    def branch_path(self) -> Path:
+        """Where a branch has begun; other runs have no such file."""
+        return self.path / "branch.json"
 
     @property
     def resume_command(self) -> str:
@@ -123,7 +128,7 @@ class Run:
                 f"run.name={config.run.name!r}: a run is named with letters, digits, '.', '_' and '-', "
                 "begins with a letter or digit, and has at most 100 of them."
             )
-        path = user_path(config.run.dir).resolve() / config.run.name
+        path = resolved(user_path(config.run.dir)) / config.run.name
         if path.parent.exists() and not path.parent.is_dir():
             raise RunError(f"run.dir={config.run.dir}: a file, not a folder: choose another run.dir.")
         run = cls(path)
@@ -138,7 +143,7 @@ class Run:
         Raises:
             RunError: if there is none.
         """
-        run = cls(user_path(path).resolve())
+        run = cls(resolved(user_path(path)))
         if not run.config_path.is_file():
             what = "not a run folder (it has no config.yaml)" if run.path.exists() else "no such run folder"
             raise RunError(f"{path}: {what}. Runs are made by `longseq fit`, by default under runs/.")
@@ -207,7 +212,7 @@ class Run:
 
     def record_origin(self, checkpoint: Path, step: int) -> None:
         """Note where a branch of another run has begun."""
-        write_text(self.path / "branch.json", json.dumps({"checkpoint": str(checkpoint), "step": step}) + "\n")
+        write_text(self.branch_path, json.dumps({"checkpoint": str(checkpoint), "step": step}) + "\n")
 
     def record_data(self, identities: dict[str, list[str | None]]) -> None:
         """Note which data the run is trained on: of each split's sources, in their order, what tells them apart."""

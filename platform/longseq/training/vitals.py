@@ -27,6 +27,7 @@ TRACE = b"trace"  # what the watcher asks for: the last collectives
 # How much longer than a step something may take: what lies between steps (data, validations, checkpoints, probes) has
 # no usual time, and the first steps and compilers take their own.
 BETWEEN, START = 10.0, 30.0
+LEAST = 5.0  # seconds: signs are counted once a second, and a busy machine may miss some
 _STEPS = 10.0  # median steps that a step may take
 _REMEMBERED = 32
 _DUMP_SECONDS = 10.0
@@ -56,7 +57,7 @@ class Vitals:
 
     def __init__(self, channel: socket.socket | None = None, trace: Path | None = None):
         self.channel, self.trace = channel, trace
-        self.seconds = 60.0  # trainer.hang_seconds
+        self.hang_seconds = 60.0  # trainer.hang_seconds
         self.batch = self.mark = self.compiling = 0
         self.doing, self.device, self.hub = "starting", "cpu", ""
         self.within: float | None = None  # seconds that something with a limit of its own may take
@@ -67,6 +68,11 @@ class Vitals:
         if channel is not None:
             channel.setblocking(False)
             threading.Thread(target=self._tell, name="vitals", daemon=True).start()
+
+    @property
+    def seconds(self) -> float:
+        """Without a sign, or of a step, after which it counts as hanging; 0: never."""
+        return max(LEAST, self.hang_seconds) if self.hang_seconds else 0.0
 
     def at(self, doing: str) -> None:
         """Something else has begun."""

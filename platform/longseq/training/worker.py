@@ -102,7 +102,7 @@ def _train(run: Run, checkpoint_path: Path | None, origin: Path | None, vitals: 
         keep_freed_memory()
     config = run.config()
     stop.time_limit = config.time_limit_seconds
-    vitals.seconds = config.trainer.hang_seconds
+    vitals.hang_seconds = config.trainer.hang_seconds
     finished = fit(run, config, Checkpoint(checkpoint_path) if checkpoint_path else None, stop, vitals, origin)
     return 0 if finished else EXIT_GO_ON
 
@@ -114,7 +114,7 @@ def _rehearse(run: Run, vitals: Vitals) -> int:
 
     quiet()
     config = run.config()
-    vitals.seconds = config.trainer.hang_seconds
+    vitals.hang_seconds = config.trainer.hang_seconds
     rehearse(run, config, vitals=vitals)
     return 0
 

@@ -29,7 +29,7 @@ rank = int(sys.argv[1])
 ward, port = fork_guard(Run(Path(sys.argv[2]), 1), Place(rank, 0, 2, ("node1", "node2"), "127.0.0.1", 1))
 stacks_on_request(ward.stacks.fileno())
 vitals = Vitals(ward.theirs)
-vitals.seconds = 6.0
+vitals.hang_seconds = 6.0
 print(port, flush=True)
 vitals.hub = input()
 def trains():

@@ -166,6 +166,24 @@ def test_limits_follow_the_steps(monkeypatch):
     assert vitals.limit() == 7
 
 
+@pytest.mark.parametrize("hang_seconds", [1e-9, 0.5, 1.0, 2.0, 5.0])
+def test_a_rank_that_answers_each_second_is_never_silent(hang_seconds):
+    vitals = Vitals()
+    vitals.hang_seconds = hang_seconds
+    assert vitals.sign().silence == 5
+    judge = Judge({0: "node1"})
+    for second in range(100):
+        if second % 3 == 0:  # on a busy machine
+            judge.hear(0, facts(replace(vitals.sign(), mark=second)))
+        assert judge.look(1.1) == Finding()
+
+
+def test_nothing_hangs_where_that_is_switched_off():
+    vitals = Vitals()
+    vitals.hang_seconds = 0.0
+    assert vitals.sign().silence == 0
+
+
 def test_the_time_in_which_the_watcher_itself_stood_still_does_not_count(tmp_path, monkeypatch):
     heard = Heard(STEP, STEP)
     look = Look(Run(tmp_path, 1), heard.judge)

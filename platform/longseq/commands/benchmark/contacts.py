@@ -11,7 +11,6 @@ each residue.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from longseq.commands.numbers import natural, positive
 from longseq.commands.options import add_models, models_and_keys, ready
+from longseq.printed import as_json
 
 if TYPE_CHECKING:
     from longseq.evaluation.field.contacts import ContactBenchmark
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         ema=args.ema,
         progress=lambda *what: print(f"longseq: {', '.join(what)}", file=sys.stderr, flush=True),
     )
-    print(json.dumps(found.as_dict(), indent=2) if args.json else "\n".join(_table(found)))
+    print(as_json(found.as_dict(), indent=2) if args.json else "\n".join(_table(found)))
     return 0
 
 

@@ -13,7 +13,6 @@ command goes on where it was stopped or killed.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from longseq.commands.numbers import natural
 from longseq.commands.options import add_models, models_and_keys, ready
+from longseq.printed import as_json
 
 if TYPE_CHECKING:
     from longseq.evaluation.field.averages import Averages
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         name.endswith(", published") for kind in found.kinds() for name in found.compared(kind)
     ):
         print("longseq: note: the published results have none of these assays", file=sys.stderr)
-    print(json.dumps(found.as_dict(), indent=2) if args.json else "\n".join(_tables(found, args.details)))
+    print(as_json(found.as_dict(), indent=2) if args.json else "\n".join(_tables(found, args.details)))
     return 0
 
 

@@ -8,7 +8,6 @@ on the letters alone, and the commonest state.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from longseq.commands.numbers import natural, positive
 from longseq.commands.options import add_models, models_and_keys, ready
+from longseq.printed import as_json
 
 if TYPE_CHECKING:
     from longseq.evaluation.field.structure import Probe, StructureBenchmark
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         ema=args.ema,
         progress=lambda name: print(f"longseq: {name}", file=sys.stderr, flush=True),
     )
-    print(json.dumps(found.as_dict(), indent=2) if args.json else "\n".join(_table(found)))
+    print(as_json(found.as_dict(), indent=2) if args.json else "\n".join(_table(found)))
     return 0
 
 

@@ -7,10 +7,10 @@ of the held-out record. Exit codes: 0 no record has one at 30 %; 3 some have; 1 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from longseq.errors import ConfigError
+from longseq.printed import as_json
 
 LEAKS = 3  # the exit code
 
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
             leaks.split: {"records": leaks.records, "related": leaks.related, "nearest": leaks.nearest}
             for leaks in found
         }
-        print(json.dumps({"corpus": str(args.corpus.absolute()), "coverage": args.coverage, "splits": splits}))
+        print(as_json({"corpus": str(args.corpus.absolute()), "coverage": args.coverage, "splits": splits}))
     else:
         print(f"{as_typed(args.corpus.absolute())}: relatives in train over at least {args.coverage:.0%} of a record")
         for leaks in found:

@@ -99,8 +99,12 @@ def collection(folder: Path, reference: Path | None = None, chosen: Iterable[str
             raise LongseqError(
                 f"{path}: no reference file of ProteinGym: it has no column {', '.join(sorted(missing))}."
             )
+        named: set[str] = set()
         for place, row in rows(path):
             known.add(row["DMS_id"])
+            if row["DMS_id"] in named:
+                raise LongseqError(f"{place}: a second assay is called {row['DMS_id']}; give each a DMS_id of its own.")
+            named.add(row["DMS_id"])
             if wanted and row["DMS_id"] not in wanted:
                 continue
             file = _file(folder, row["DMS_filename"], path.name)
@@ -131,8 +135,13 @@ def scan(path: Path, cutoff: float = math.nan) -> Scan:
     if not lines:
         raise LongseqError(f"{path}: an assay without any mutant.")
     measured = np.array([number(row, "DMS_score", place) for place, row in lines])
-    changes = "mutant" in names and _CHANGES.fullmatch(lines[0][1]["mutant"].strip())
+    # One that is none among them, a wild type's "WT" say, is refused by its line: its score would not be comparable.
+    looks = _CHANGES.fullmatch if "mutated_sequence" in names else re.compile(r".*\d.*").fullmatch
+    changes = "mutant" in names and any(looks(row["mutant"].strip()) for _, row in lines)
     column = "mutant" if changes or "mutated_sequence" not in names else "mutated_sequence"
+    for place, row in lines:
+        if not row[column].strip():
+            raise LongseqError(f"{place}: {column} is empty; give the mutant, or leave the line out.")
     fit = None
     if "DMS_score_bin" in names:
         fit = np.array([number(row, "DMS_score_bin", place) for place, row in lines]) > 0.5
@@ -152,7 +161,7 @@ def _file(folder: Path, name: str, reference: str) -> Path | None:
         return folder / name
     own = [kind for kind in KINDS if kind in reference.lower()]
     others = [kind for kind in KINDS if own and kind not in own]
-    found = [path for path in sorted(folder.glob(f"*/{name}")) if path.is_file()]
+    found = [path / name for path in sorted(folder.iterdir()) if path.is_dir() and (path / name).is_file()]
     return next((path for path in found if not any(kind in path.parent.name.lower() for kind in others)), None)
 
 
@@ -160,6 +169,10 @@ def _entry(row: dict[str, str], place: str, file: Path) -> Entry:
     target = row["target_seq"].strip().upper()
     if not target:
         raise LongseqError(f"{place}: target_seq is empty; it must be the wild type's sequence.")
+    if Path(row["DMS_id"]).name != row["DMS_id"]:  # its results are kept in a file of that name
+        raise LongseqError(
+            f"{place}: DMS_id {row['DMS_id']!r} can be no file's name; leave out '/', or name the assay."
+        )
     depth = row.get("MSA_Neff_L_category", "")
     assay = Assay(
         id=row["DMS_id"],

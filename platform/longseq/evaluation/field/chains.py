@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,7 @@ def read_chains(path: Path, needed: str) -> list[Chain]:
         LongseqError: for a file that cannot be read, and a line that is no such object; naming the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON's texts may hold Unicode's other line ends
     except OSError as error:
         raise LongseqError(f"{explained(error, path, 'cannot be read')}.") from None
     except UnicodeDecodeError:
@@ -94,21 +93,24 @@ def _chain(line: str, place: str, needed: str) -> Chain:
     try:
         row = json.loads(line)
         id_, sequence = row["id"], row["sequence"].upper()
-        row[needed]
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise LongseqError(f"{place}: no JSON object with id, sequence and {needed}; correct the line.") from None
-    states = row.get("secondary_structure")
-    if states is not None and (len(states) != len(sequence) or set(states) - set(STATES)):
+        whole = sequence and isinstance(row[needed], str if needed == "secondary_structure" else list)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
+        raise LongseqError(f"{place}: no JSON object with id, sequence and {needed}; correct the line.")
+    states, contacts = row.get("secondary_structure"), row.get("contacts")
+    if states is not None and (
+        not isinstance(states, str) or len(states) != len(sequence) or set(states) - set(STATES)
+    ):
         raise LongseqError(
             f"{place}: secondary_structure of {id_} must have one of {', '.join(STATES)} for each of its "
             f"{len(sequence)} residues."
         )
-    contacts = row.get("contacts")
     return Chain(str(id_), sequence, None if contacts is None else _pairs(contacts, len(sequence), place), states)
 
 
-def _pairs(pairs: Sequence[Any], length: int, place: str) -> npt.NDArray[np.int64]:
-    for pair in pairs:
+def _pairs(pairs: Any, length: int, place: str) -> npt.NDArray[np.int64]:
+    for pair in pairs if isinstance(pairs, list) else [pairs]:
         good = isinstance(pair, list) and len(pair) == 2 and all(type(i) is int and 0 <= i < length for i in pair)
         if not good or pair[0] == pair[1]:
             raise LongseqError(f"{place}: the contact {pair} is no pair of residues from 0 to {length - 1}.")

@@ -12,9 +12,10 @@ import numpy as np
 
 from longseq.errors import LongseqError
 from longseq.evaluation.field.chains import Chain, folds, read_chains
-from longseq.evaluation.field.plain import label, plain, proteins
+from longseq.evaluation.field.models import label, proteins
 from longseq.evaluation.field.precision import NEAREST, Matrix, Precision, chance, mean_precision, precisions
 from longseq.opening import Source
+from longseq.printed import plain
 
 if TYPE_CHECKING:
     from longseq.evaluation.records import Record
@@ -130,6 +131,11 @@ def _by_attention(
         labels.append(chain.contact_map()[pairs])
     found: list[Matrix] = [np.empty(0)] * len(chains)
     for learned, tested in ways:
+        if not any(len(features[index]) for index in learned):
+            raise LongseqError(
+                f"chain {chains[learned[0]].id}: nothing can be learned where no two residues are {NEAREST} apart; "
+                "leave short chains out, or raise --train."
+            )
         scaled = Scaled.of(np.concatenate([features[index] for index in learned]))
         given = np.concatenate([scaled(features[index]) for index in learned])
         weights, _ = sparse_logistic(given, np.concatenate([labels[index] for index in learned]), C)

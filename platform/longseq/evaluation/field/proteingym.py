@@ -17,9 +17,10 @@ from longseq.errors import LongseqError
 from longseq.evaluation.field.assays import Entry, Scan, collection, scan
 from longseq.evaluation.field.averages import Assay, Averages, averages
 from longseq.evaluation.field.measures import MEASURES, Floats, Result
+from longseq.evaluation.field.models import label, proteins
 from longseq.evaluation.field.official import BESIDE, Official, published
-from longseq.evaluation.field.plain import label, plain, proteins
 from longseq.opening import EMA, Source
+from longseq.printed import plain
 from longseq_data.files import sha256_of, write_text
 
 Progress = Callable[[str, str, str, bool], None]  # model, assay, kind, whether it had been done before
@@ -157,6 +158,14 @@ def benchmark_proteingym(
         if name not in known:
             has = f"those here have {', '.join(known)}" if known else "there are none here (--official)"
             raise LongseqError(f"beside={name}: no such model in published results by assay; {has}.")
+    kept: dict[Path, Path] = {}
+    for source in sources:
+        other = kept.setdefault(_place(source, out), source.weights)
+        if other != source.weights:
+            raise LongseqError(
+                f"{source.folder} and {other.parent} would be kept in one folder, {_place(source, out)}: give each an "
+                "out (--out) of its own."
+            )
     return ProteinGym(
         [
             _of_model(source, label(source, sources), found.entries, overrides, passes, out, progress)
@@ -209,7 +218,8 @@ def _of_model(
 
 
 def _place(source: Source, out: str | Path | None) -> Path:
-    name = source.folder.stem + ("-ema" if source.weights.name == EMA else "")
+    """Where a model's assays are kept."""
+    name = (source.folder.stem if source.run else source.folder.name) + ("-ema" if source.weights.name == EMA else "")
     if out is not None:
         return Path(out) / (f"{source.name}-{name}" if source.run else name)
     return (source.run.evaluations_dir if source.run else source.folder / "evaluations") / "proteingym" / name

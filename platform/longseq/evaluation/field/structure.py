@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from longseq.errors import LongseqError
 from longseq.evaluation.field.chains import STATES, Chain, folds, read_chains
-from longseq.evaluation.field.plain import label, plain, proteins
+from longseq.evaluation.field.models import label, proteins
 from longseq.opening import Source
+from longseq.printed import plain
 from longseq_data.vocabulary import LETTERS, RESIDUES
 
 if TYPE_CHECKING:

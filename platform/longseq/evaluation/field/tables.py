@@ -6,6 +6,7 @@ import csv
 import math
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from longseq.errors import LongseqError
@@ -18,9 +19,13 @@ def columns(path: Path) -> tuple[str, ...]:
     """The names in a file's first line.
 
     Raises:
-        LongseqError: for a file that cannot be read as text.
+        LongseqError: for a file that cannot be read as text, and two columns of one name.
     """
-    return next(_lines(path), (0, ()))[1]
+    names = tuple(name.strip() for name in next(_lines(path), (0, ()))[1])
+    twice = next((name for name in names if name and names.count(name) > 1), None)
+    if twice is not None:
+        raise LongseqError(f"{path}: two columns are called {twice}; remove one of them.")
+    return names
 
 
 def rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
@@ -29,9 +34,8 @@ def rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     Raises:
         LongseqError: for a file that cannot be read as text, and a line with another number of fields; naming it.
     """
-    lines = _lines(path)
-    _, names = next(lines, (0, ()))
-    for number, fields in lines:
+    names = columns(path)
+    for number, fields in islice(_lines(path), 1, None):
         if not fields:
             continue
         place = f"{path}, line {number}"
@@ -44,7 +48,7 @@ def number(row: dict[str, str], column: str, place: str) -> float:
     """A field that must be a finite number."""
     text = row[column]
     try:
-        value = float(text)
+        value = math.nan if "_" in text else float(text)  # Python reads 1_0 as 10
     except ValueError:
         value = math.nan
     if not math.isfinite(value):

@@ -100,7 +100,7 @@ def _train(
     config = run.config(overrides)
     stop.time_limit = config.time_limit_seconds
 
-    vitals.seconds = config.trainer.hang_seconds if limits.hang_seconds is None else limits.hang_seconds
+    vitals.hang_seconds = config.trainer.hang_seconds if limits.hang_seconds is None else limits.hang_seconds
     follow_scheduler(config)
     vitals.device = str(own_device(config))
 

@@ -252,6 +252,10 @@ def test_a_probe_tells_states_that_follow_from_the_letters(trained, chains):
         ('{"id": "x", "sequence": "MKV", "contacts": [[0, 3]]}', "[0, 3] is no pair of residues from 0 to 2"),
         ('{"id": "x", "sequence": "MKV", "contacts": [[1, 1]]}', "line 7: the contact [1, 1] is no pair"),
         ('{"id": "x", "sequence": "MKV", "contacts": [], "secondary_structure": "HH"}', "for each of its 3 residues"),
+        ('{"id": "x", "sequence": "MKV", "contacts": null}', "line 7: no JSON object with id, sequence and contacts"),
+        ('{"id": "x", "sequence": "", "contacts": []}', "line 7: no JSON object with id, sequence and contacts"),
+        ('{"id": "x", "sequence": "MKV", "contacts": [], "secondary_structure": 3}', "for each of its 3 residues"),
+        ('{"id": "\u2028", "sequence": "MKV", "contacts": [[0, 3]]}', "line 7: the contact [0, 3] is no pair"),
         ('{"id": "c2", "sequence": "MKV", "contacts": []}', "two chains are called c2"),
         ('{"id": "x", "sequence": "MJV", "contacts": []}', "chain x: 'J' at position 2 is not one of"),
     ],
@@ -268,6 +272,9 @@ def test_what_cannot_be_measured_is_refused(trained, chains, refused, folder):
     assert "layer=3: one has 2 blocks; take 0 to 2" in refused("benchmark", "structure", chains, run, "--layer", "3")
     assert "nothing.jsonl" in refused("benchmark", "structure", "nothing.jsonl", run)
     (folder / "empty.jsonl").write_text("\n")
+    (folder / "short.jsonl").write_text("".join(f'{{"id": "{i}", "sequence": "MKVL", "contacts": []}}\n' for i in "ab"))
+    said = refused("benchmark", "contacts", "short.jsonl", run, "--train", "1")
+    assert "nothing can be learned where no two residues are 6 apart" in said
     assert "no chain in it" in refused("benchmark", "contacts", "empty.jsonl", run)
     with pytest.raises(LongseqError, match="methods=guess: take attention or jacobian"):
         api.benchmark_contacts(chains, run, methods=["guess"])

@@ -306,26 +306,44 @@ def test_two_checkpoints_of_a_run_keep_their_assays_apart(trained, gym, folder):
     copy = shutil.copytree(run, folder / "copy/one")
     alike = api.benchmark_proteingym(place, [run, copy], assays=["SHORT_2020"])
     assert [model.name for model in alike.models] == [str(each / "checkpoints" / both[1].name) for each in (run, copy)]
+    with pytest.raises(LongseqError, match=r"would be kept in one folder, kept/one-step-0*20"):
+        api.benchmark_proteingym(place, [run, copy], assays=["SHORT_2020"], out="kept")
 
 
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (lambda place: (place / "DMS_substitutions.csv").unlink(), "has no assay 'LONG_2021'"),
-        (lambda place: (place / "DMS_substitutions.csv").write_text("DMS_id,DMS_filename,target_seq\nLONG_2021,x,\n"),
-         "none of the 1 assays of DMS_substitutions.csv is here"),
+        (lambda place: (place / "of_one.csv").write_text("DMS_id,DMS_filename,target_seq\nLONG_2021,x,\n"),
+         "none of the 1 assays of of_one.csv is here"),
+        (lambda place: (place / "of_one.csv").write_text("DMS_id,DMS_filename,target_seq\nLONG_2021,,\n"),
+         "none of the 1 assays of of_one.csv is here"),
         (lambda place: edit(place, "C7", "W7"), "position 7 of LONG_2021 is C, not W"),
         (lambda place: edit(place, ",0\n", ",zero\n"), "line 2: DMS_score_bin is 'zero', which is no number"),
         (lambda place: edit(place, ",0\n", "\n"), "line 2: 3 fields, but the header has 4"),
         (lambda place: edit(place, "DMS_score,", "score,"), "it needs the columns DMS_score"),
+        (lambda place: edit(place, ",0.5,", ",1_0,"), "line 2: DMS_score is '1_0', which is no number"),
+        (lambda place: edit(place, "_score_bin", "_score"), "two columns are called DMS_score; remove one of them"),
+        (lambda place: (place / "DMS_ProteinGym_substitutions/LONG_2021.csv").write_text(
+            "mutant,DMS_score\np.Cys7Ala,1\n"), "line 2: 'p.Cys7Ala' is no change of a residue"),
+        (lambda place: edit(place, "\nC7A,", f"\nWT,{LONG},0,1\nC7A,"), "line 2: 'WT' is no change of a residue"),
+        (lambda place: (place / "DMS_ProteinGym_substitutions/LONG_2021.csv").write_text(
+            f"mutated_sequence,DMS_score\n{LONG},1\n ,2\n"), "line 3: mutated_sequence is empty"),
+        (lambda place: refer(place, "LONG_2021", "LONG_2021"), "line 3: a second assay is called LONG_2021"),
+        (lambda place: refer(place, "../LONG_2021"), "DMS_id '../LONG_2021' can be no file's name"),
     ],
 )  # fmt: skip
 def test_what_is_no_assay_is_refused_by_its_place(trained, gym, refused, damage, sentence):
     place, _, _ = gym
     path = place / "DMS_ProteinGym_substitutions/LONG_2021.csv"
     path.write_text(f"mutant,mutated_sequence,DMS_score,DMS_score_bin\nC7A,{changed(LONG, [(7, 'A')])},0.5,0\n")
+    refer(place, "LONG_2021")
     damage(place)
-    assert sentence in refused("benchmark", "proteingym", place, trained(), "--assay", "LONG_2021")
+    assert sentence in refused("benchmark", "proteingym", place, trained(), "--reference", place / "of_one.csv")
+
+
+def refer(place, *names):
+    lines = [f"{name},LONG_2021.csv,{LONG}\n" for name in names]
+    (place / "of_one.csv").write_text("DMS_id,DMS_filename,target_seq\n" + "".join(lines))
 
 
 def edit(place, old, new):
@@ -338,6 +356,7 @@ def edit(place, old, new):
 def test_arguments_that_cannot_work_are_refused(trained, gym, refused, folder):
     place, _, _ = gym
     run = trained()
+    assert "has no assay 'LONG'" in refused("benchmark", "proteingym", place, run, "--assay", "LONG")
     assert "nowhere: no folder" in refused("benchmark", "proteingym", "nowhere", run)
     assert "no reference file" in refused("benchmark", "proteingym", run, run)
     assert "benchmark: no model" in refused("benchmark", "proteingym", place, "trainer.accelerator=cpu")
@@ -365,6 +384,9 @@ def test_score_takes_a_scan_and_says_the_spearman(trained, gym, capsys, folder):
     assert [row["effect"] for row in rows[1:]] == pytest.approx(scores(found).tolist(), abs=1e-4)
     assert f"40 variants, Spearman {found.measures['Spearman']:.4f} with DMS_score" in shown.err
     effects = list(api.variant_effects(run, "wild.fasta", table=path))
+    (folder / "one.csv").write_text(" mutant ,\tDMS_score\r\nm1a,0.5\r\n")
+    assert main(["score", str(run), "wild.fasta", "--variants", "one.csv"]) == 0
+    assert "1 variants, no Spearman, as one of the two is constant" in capsys.readouterr().err
     with path.open(newline="") as file:
         assert [each.measured for each in effects] == [float(row["DMS_score"]) for row in csv.DictReader(file)]
     assert (

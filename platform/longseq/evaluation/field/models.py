@@ -1,11 +1,9 @@
-"""What the benchmarks have in common: their models, and their reports as JSON. No torch here."""
+"""What the benchmarks have in common: their models. No torch here."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from longseq.errors import LongseqError
 from longseq.opening import Source, find
@@ -35,12 +33,3 @@ def label(source: Source, sources: Sequence[Source]) -> str:
     others = [other for other in sources if other is not source]
     taken = [{other.name, f"{other.name} step {other.step}"} for other in others]
     return next((name for name in names if not any(name in each for each in taken)), names[-1])
-
-
-def plain(value: Any) -> Any:
-    """With None for NaN, which JSON has not."""
-    if isinstance(value, dict):
-        return {key: plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(each) for each in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
