@@ -15,7 +15,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "source": ("fasta", "dna", "corpus", "bytes", "tokenizer", "pixels", "prepared text", "prepared pixels", "mixture"),
     "packing": ("concat", "crop", "bucket"),
     "objective": ("causal", "masked"),
-    "attention": ("favor", "window", "exact", "modern"),
+    "attention": ("favor", "window", "exact", "modern", "layers"),
     "reset": ("through", "reset"),
     "crop": ("random", "first"),
     "records": ("one", "two", "many"),  # of the validation and of the test split
@@ -31,6 +31,7 @@ SETTINGS: dict[tuple[str, str], tuple[str, ...]] = {
     ("attention", "window"): ("attention.window=4",),
     ("attention", "exact"): ("attention.kind=exact",),
     ("attention", "modern"): ("model.block=modern",),
+    ("attention", "layers"): ("attention.layers=[{window: 4}, exact]",),
     ("reset", "reset"): ("data.reset=true",),
     ("crop", "first"): ("data.crop=first",),
     ("blocks", "compiled"): ("trainer.compile=true",),

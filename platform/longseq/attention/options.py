@@ -126,6 +126,11 @@ class AttentionOptions:
             raise ValueError(f"oprf_a belongs to kernel 'oprf'; kernel {kernel!r} got {oprf_a}, set it to 0")
 
     @property
+    def has_features(self) -> bool:
+        """Whether it sees keys by features."""
+        return self.kind == "favor" and self.features > 0
+
+    @property
     def signed(self) -> bool:
         """Whether its features have both signs, which no two denominators can share."""
         return self.kind == "favor" and self.kernel in SIGNED_KERNELS
@@ -135,4 +140,5 @@ class AttentionOptions:
         return step // self.redraw_every if self.redraw_every else 0
 
 
+OPTIONS = tuple(field.name for field in dataclasses.fields(AttentionOptions))
 CHOICES = {field.name: field.metadata["choices"] for field in dataclasses.fields(AttentionOptions)}

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from longseq.attention.options import AttentionOptions
 from longseq.config.schema import Config
 from longseq.data import vocabulary
 from longseq.errors import USER_ERRORS, ConfigError, LongseqError
@@ -52,8 +53,10 @@ def check_origin(config: Config) -> Path | None:
 
 
 def _attention(config: Config) -> str:
-    attention = config.attention
-    return attention.kind if attention.kind == "exact" else f"{attention.kind} {attention.kernel}"
+    def words(layer: AttentionOptions) -> str:
+        return layer.kind if layer.kind == "exact" else f"{layer.kind} {layer.kernel}"
+
+    return config.performer_spec(vocabulary=2).in_words(words)
 
 
 def check_disk(config: Config, folder: Path) -> None:
