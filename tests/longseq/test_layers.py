@@ -92,7 +92,7 @@ def test_what_no_layer_can_be_is_refused_with_its_file_and_line(load, layers, li
     ("overrides", "sentence"),
     [
         (["attention.layers=[favor,exact,favor,exact,favor]"], "attention.layers has 5 layers and the model has 4"),
-        (["attention.layers=[exact,{features: 0}]"], "features must be an integer from 1"),
+        (["attention.layers=[exact,{features: 0}]"], "attention.layers[1].features must be an integer from 1"),
         (
             ["attention.layers=[exact,{kernel: gelu}]", "model.objective=masked", "data.reset=true"],
             "data.reset=true and attention.layers[1].kernel=gelu with a masked objective",

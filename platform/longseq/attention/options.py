@@ -101,8 +101,8 @@ class AttentionOptions:
         for name in ("kind", "backend", *(("kernel", "projection") if favor else ())):
             if getattr(self, name) not in CHOICES[name]:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; the {name}s are {', '.join(CHOICES[name])}")
-        integer("window", window)
-        integer("features", self.features, least=0 if window else 1)
+        integer(f"{at}window", window)
+        integer(f"{at}features", self.features, least=0 if window else 1)
         if not favor:
             return
         if kernel in PAIRED_KERNELS and self.features % 2:

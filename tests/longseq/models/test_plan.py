@@ -133,7 +133,7 @@ def test_weights_and_flops_are_those_of_each_layer():
         ((FAVOR, replace(FAVOR, kernel="hyperbolic", features=7)), r"attention\.layers\[1\]\.features=7 is odd"),
         ((replace(FAVOR, learned_share=True), EXACT), r"attention\.layers\[0\]\.learned_share=true has no effect"),
         ((FAVOR, EXACT, FAVOR), r"attention\.layers has 3 layers and the model has 2 \(model\.depth\)"),
-        ((replace(FAVOR, features=0), EXACT), "features must be an integer from 1"),
+        ((replace(FAVOR, features=0), EXACT), r"attention\.layers\[0\]\.features must be an integer from 1"),
     ],
 )
 def test_layers_that_cannot_be_are_refused_by_their_number(layers, sentence):

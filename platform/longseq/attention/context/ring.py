@@ -14,8 +14,8 @@ and backward, the slices coming by once more,
     dq_i = Σ_j ds_ij k_j/√d,   dk_j = Σ_i ds_ij q_i/√d,   dv_j = Σ_i p_ij dout_i
 
 where what a rank finds for another's keys goes home at once. A rank holds two foreign slices at most, and scores of a
-block of queries by one slice. Sent are n · (d + e) numbers a head and step, and as many gradients. Causal queries see
-no later slice, so rank r computes r + 1 of them: the last rank, with all, sets the time.
+block of queries by one slice. A step sends n · (d + e) numbers per head forward, and twice as many backward. Causal
+queries see no later slice, so rank r computes r + 1 of them: the last rank, with all, sets the time.
 """
 
 from __future__ import annotations
