@@ -252,7 +252,7 @@ def _exact_by_slices(
     slices = Slices(context, call.causal, hidden if bool(hidden.any()) else None, runs)
     with torch.autocast(q.device.type, enabled=False):
         operands, _ = dtypes(q, k, v)
-        out = ring_attention(*(x.to(operands) for x in (q, k, v)), slices, call.decay)
+        out = ring_attention(q.to(operands), k.to(operands), v.to(operands), slices, call.decay)
     return out.to(v.dtype)
 
 

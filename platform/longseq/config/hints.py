@@ -129,7 +129,7 @@ def near_key(name: str, known: Mapping[str, str]) -> str | None:
     section alone makes nothing alike.
     """
     last = name.rpartition(".")[2].lower().replace("-", "_")
-    other = _OTHERS.get(last)
+    other = _OTHERS.get(last, "")
     if other in known and name.partition(".")[0] in (last, other.partition(".")[0]):  # model.layers is model.depth
         return other
     alike = {key: difflib.SequenceMatcher(None, key.rpartition(".")[2], last).ratio() for key in known}

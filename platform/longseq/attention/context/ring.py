@@ -131,7 +131,7 @@ class _Ring(torch.autograd.Function):
                 den[:, :, at] = den[:, :, at] * fading + weights.sum(-1, keepdim=True)
                 total[:, :, at] = total[:, :, at] * fading + weights @ keys[1]
                 top[:, :, at] = higher
-        out = total / den.clamp_min(torch.finfo(den.dtype).tiny)  # the largest term is 1, or there is none
+        out: Tensor = total / den.clamp_min(torch.finfo(den.dtype).tiny)  # the largest term is 1, or there is none
         lse = torch.where(den == 0, NOTHING, den.log() + top)
         ctx.slices = slices
         ctx.save_for_backward(q, k, v, decay, out, lse)
