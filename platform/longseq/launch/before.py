@@ -7,7 +7,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from longseq.attention.options import AttentionOptions
 from longseq.config.schema import Config
 from longseq.data import vocabulary
 from longseq.errors import USER_ERRORS, ConfigError, LongseqError
@@ -53,10 +52,9 @@ def check_origin(config: Config) -> Path | None:
 
 
 def _attention(config: Config) -> str:
-    def words(layer: AttentionOptions) -> str:
-        return layer.kind if layer.kind == "exact" else f"{layer.kind} {layer.kernel}"
-
-    return config.performer_spec(vocabulary=2).in_words(words)
+    return config.performer_spec(vocabulary=2).in_words(
+        lambda layer: layer.kind if layer.kind == "exact" else f"{layer.kind} {layer.kernel}"
+    )
 
 
 def check_disk(config: Config, folder: Path) -> None:
