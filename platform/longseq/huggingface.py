@@ -8,7 +8,7 @@
     ids = model.generate(**tokenizer("MKV", return_tensors="pt"), max_new_tokens=100, do_sample=True)
 
 The folders are those of ``longseq export`` and ``longseq import``. Generation keeps a state of fixed size in the place
-of a key-value cache (with ``attention.kind=exact`` a cache). Prompts may be padded in front or behind.
+of a key-value cache (layers of exact attention have a cache). Prompts may be padded in front or behind.
 """
 
 from __future__ import annotations

@@ -33,7 +33,11 @@ SEQUENCE = "MKVLAACDEFGHIKLMNPQRSTVWYBOUXZ"
         ),
         ("masked", "AutoModelForMaskedLM", ("attention.kernel=relu", "attention.qk_norm=true", "model.rotary_base=50")),
         ("masked", "AutoModelForMaskedLM", ("attention.kind=exact", "model.head=transform", "model.norm=post")),
-        ("causal", "AutoModelForCausalLM", ("model.block=modern",)),
+        (
+            "causal",
+            "AutoModelForCausalLM",
+            ("model.block=modern", "attention.layers=[{window: 8, features: 8}, exact]"),
+        ),
         ("masked", "AutoModelForMaskedLM", ("model.block=modern", "model.conv=3", "model.ffn=relu2")),
     ],
 )

@@ -57,6 +57,7 @@ def measured(config, vocabulary=29):
         (*SMALL, "attention.qk_norm=true", "attention.features=64"),
         (*SMALL, "attention.kernel=relu", "attention.backend=torch"),
         (*SMALL, "attention.kind=exact", "attention.learned_decay=true"),
+        (*SMALL, "attention.layers=[favor, {kind: exact, learned_decay: true}]"),
         (*SMALL, "model.dropout=0.1"),
         (*SMALL, "model.norm_kind=rmsnorm"),
         (*SMALL, "model.ffn=swiglu"),
@@ -72,6 +73,7 @@ def measured(config, vocabulary=29):
         (*SMALL, *LONG, "attention.window=32"),
         (*SMALL, *LONG, "model.objective=masked"),
         (*SMALL, *LONG, "attention.kind=exact"),
+        (*SMALL, *LONG, "attention.layers=[{window: 32}, favor]"),
     ],
     ids=lambda overrides: " ".join(override.partition(".")[2] for override in overrides),
 )

@@ -15,7 +15,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "source": ("fasta", "dna", "corpus", "bytes", "tokenizer", "pixels", "prepared text", "prepared pixels", "mixture"),
     "packing": ("concat", "crop", "bucket"),
     "objective": ("causal", "masked"),
-    "attention": ("favor", "window", "exact", "modern"),
+    "attention": ("favor", "layers", "exact", "modern"),
     "reset": ("through", "reset"),
     "crop": ("random", "first"),
     "records": ("one", "two", "many"),  # of the validation and of the test split
@@ -28,7 +28,7 @@ SETTINGS: dict[tuple[str, str], tuple[str, ...]] = {
     ("packing", "bucket"): ("data.packing=bucket",),
     ("objective", "causal"): ("model.objective=causal",),
     ("objective", "masked"): ("model.objective=masked",),
-    ("attention", "window"): ("attention.window=4",),
+    ("attention", "layers"): ("attention.layers=[{window: 4}, exact]",),
     ("attention", "exact"): ("attention.kind=exact",),
     ("attention", "modern"): ("model.block=modern",),
     ("reset", "reset"): ("data.reset=true",),

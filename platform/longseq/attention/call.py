@@ -92,7 +92,7 @@ class Call:
         operands, dtype = dtypes(q, k, v)
         batch, heads, _, head_dim = q.shape
         phi, options = None, self.options
-        if options.kind == "favor" and (options.features or not options.window):
+        if options.has_features:
             phi = feature_map(
                 options.kernel, options.features, head_dim, seed=self.seed, layer=self.layer, draw=self.draw,
                 projection=options.projection, oprf_a=self.oprf_a, device=q.device, dtype=dtype, operands=operands,

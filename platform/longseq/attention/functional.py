@@ -12,9 +12,10 @@ from longseq.attention import near_and_far
 from longseq.attention.arguments import dtypes
 from longseq.attention.backends import choice as backends
 from longseq.attention.call import Call, document_numbers, per_row
-from longseq.attention.context.group import ContextGroup, GatherSequence, SlicedDocuments
+from longseq.attention.context.group import ContextGroup, SlicedDocuments
 from longseq.attention.context.halo import neighbourhood
 from longseq.attention.context.parallel import relay
+from longseq.attention.context.ring import Slices, ring_attention
 from longseq.attention.context.whole import whole
 from longseq.attention.heads import lay_out
 from longseq.attention.isolation import Inputs, Sight, isolated
@@ -204,7 +205,7 @@ def exact_attention(
 ) -> Tensor:
     """Softmax attention by ``F.scaled_dot_product_attention``: arguments and result as of :func:`favor_attention`.
 
-    With a ``context`` every rank gathers all keys and values, and holds a mask of its queries by all keys.
+    With a ``context`` slices of keys and values go from rank to rank: :mod:`longseq.attention.context.ring`.
     """
     call = Call(AttentionOptions(kind="exact"), causal, decay=decay)
     return attention(q, k, v, call, key_padding, segments, context=context)
@@ -216,33 +217,43 @@ def _exact(
     (q, k, v), causal, decay = inputs, call.causal, call.decay
     if key_padding is None and segments is None and decay is None and context is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    first = 0
-    own = slice(0, q.shape[2])
     if context is not None:
-        first = context.rank * q.shape[2]
-        own = slice(first, first + q.shape[2])
-        real = k.new_ones(len(k), k.shape[2], dtype=torch.bool) if key_padding is None else key_padding
-        key_padding = context.gather_rows(real.int()).transpose(0, 1).flatten(1).bool()
-        segments = None if segments is None else context.gather_rows(segments).transpose(0, 1).flatten(1)
-        k, v = GatherSequence.apply(k, context), GatherSequence.apply(v, context)
+        return _exact_by_slices(inputs, call, key_padding, segments, context)
     visible = torch.ones(1, 1, q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device)
     if causal:
-        visible = visible.tril(first)
+        visible = visible.tril()
     if key_padding is not None:
         visible = visible & key_padding[:, None, None, :]
         hidden = ~key_padding[:, None, :, None]
         k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)  # 0 · NaN would be NaN
     if segments is not None:
         runs = document_numbers(segments)
-        visible = visible & (runs[:, None, own, None] == runs[:, None, None, :])
+        visible = visible & (runs[:, None, :, None] == runs[:, None, None, :])
     blind = ~visible.any(-1, keepdim=True)  # such a row would be NaN
     mask = visible | blind
     if decay is not None:
         positions = torch.arange(k.shape[-2], device=q.device)
-        distance = (positions[own, None] - positions).abs()
+        distance = (positions[:, None] - positions).abs()
         bias = -decay.to(q.dtype).view(1, -1, 1, 1) * distance
         mask = bias.masked_fill(~mask, -torch.inf)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).masked_fill(blind, 0.0)
+
+
+def _exact_by_slices(
+    inputs: Inputs, call: Call, key_padding: Tensor | None, segments: Tensor | None, context: ContextGroup
+) -> Tensor:
+    q, k, v = inputs
+    batch, _, length, _ = k.shape
+    padding = k.new_zeros(batch, length, dtype=torch.uint8) if key_padding is None else (~key_padding).byte()
+    hidden = context.gather_rows(padding).bool()  # (P, B, n)
+    runs = _whole_runs(segments, 1, context)
+    if runs is not None:
+        runs = runs.unflatten(1, (context.size, length)).transpose(0, 1)
+    slices = Slices(context, call.causal, hidden if bool(hidden.any()) else None, runs)
+    with torch.autocast(q.device.type, enabled=False):
+        operands, _ = dtypes(q, k, v)
+        out = ring_attention(q.to(operands), k.to(operands), v.to(operands), slices, call.decay)
+    return out.to(v.dtype)
 
 
 def _whole_runs(segments: Tensor | None, heads: int, context: ContextGroup | None) -> Tensor | None:

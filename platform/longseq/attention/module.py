@@ -284,8 +284,18 @@ class FavorAttention(nn.Module):
         return None if self.log_decay is None else self.log_decay.float().exp()
 
     @property
+    def carried_tensors(self) -> int:
+        """How many tensors ``carried`` holds behind a tile."""
+        return 2 * self.options.has_features + 2 * (self.options.window > 0) + (self.conv is not None)
+
+    @property
     def _finds_a(self) -> bool:
         return self.options.kernel == "oprf" and self.options.kind == "favor"
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether its kernel has the constant that the first training step fixes, or has none."""
+        return not self._finds_a or self.oprf_a is not None
 
     @property
     def oprf_a(self) -> float | None:

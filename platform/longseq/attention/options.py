@@ -101,8 +101,8 @@ class AttentionOptions:
         for name in ("kind", "backend", *(("kernel", "projection") if favor else ())):
             if getattr(self, name) not in CHOICES[name]:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; the {name}s are {', '.join(CHOICES[name])}")
-        integer("window", window)
-        integer("features", self.features, least=0 if window else 1)
+        integer(f"{at}window", window)
+        integer(f"{at}features", self.features, least=0 if window else 1)
         if not favor:
             return
         if kernel in PAIRED_KERNELS and self.features % 2:
@@ -126,6 +126,11 @@ class AttentionOptions:
             raise ValueError(f"oprf_a belongs to kernel 'oprf'; kernel {kernel!r} got {oprf_a}, set it to 0")
 
     @property
+    def has_features(self) -> bool:
+        """Whether it sees keys by features."""
+        return self.kind == "favor" and self.features > 0
+
+    @property
     def signed(self) -> bool:
         """Whether its features have both signs, which no two denominators can share."""
         return self.kind == "favor" and self.kernel in SIGNED_KERNELS
@@ -135,4 +140,5 @@ class AttentionOptions:
         return step // self.redraw_every if self.redraw_every else 0
 
 
+OPTIONS = tuple(field.name for field in dataclasses.fields(AttentionOptions))
 CHOICES = {field.name: field.metadata["choices"] for field in dataclasses.fields(AttentionOptions)}

@@ -155,7 +155,7 @@ def spec_of(request: QualityRequest, variant: str, vocabulary: int, seed: int) -
         ffn_dim=4 * request.dim,
         causal=True,
         seed=seed,
-        **VARIANTS[variant].fields(request.window, request.features),  # type: ignore[arg-type]
+        **VARIANTS[variant].fields(request.window, request.features, request.depth),
     )
 
 

@@ -128,7 +128,7 @@ def _train(request: RecallRequest, variant: str, seed: int, tell: Callable[[str]
         ffn_dim=4 * request.dim,
         causal=True,
         seed=seed,
-        **VARIANTS[variant].fields(request.window, request.features),  # type: ignore[arg-type]
+        **VARIANTS[variant].fields(request.window, request.features, request.depth),
     )
     model = PerformerLM(spec)
     rng = torch.Generator().manual_seed(seed)

@@ -23,9 +23,10 @@ STEP_CONTENDERS: dict[str, str] = {
     "window": ATTENTION_CONTENDERS["window"],
     "exact": ATTENTION_CONTENDERS["exact"],
     "opt": "attention returns V: the limit (OPT, arXiv 2009.14794, section 4.1)",
+    "plan": "longseq, three layers of FAVOR+ (one of two) and one exact, repeated (only when asked for)",
     "compiled": "longseq, FAVOR+ alone, with blocks that torch.compile has compiled (only when asked for)",
 }
-STEP_USUAL = tuple(name for name in STEP_CONTENDERS if name != "compiled")  # compiling takes longer than measuring
+STEP_USUAL = tuple(name for name in STEP_CONTENDERS if name not in ("plan", "compiled"))  # compiling is slow itself
 
 OURS = ("favor", "window")
 

@@ -126,6 +126,8 @@ def _attentions(request: StepRequest, model: PerformerLM, contender: str) -> lis
         kind="exact" if contender == "exact" else "favor",
         window=request.window if contender == "window" else 0,
     )
+    if contender == "plan":
+        spec = replace(spec, layers=(*[spec] * min(3, spec.depth - 1), replace(spec, kind="exact")))
     attentions: list[FavorAttention] = []
     for layer, block in enumerate(model.blocks):
         assert isinstance(block, Block)

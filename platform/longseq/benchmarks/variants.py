@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from longseq.attention.options import AttentionOptions
 
 
 @dataclass(frozen=True)
@@ -13,12 +16,16 @@ class Variant:
     about: str
     spec: Mapping[str, str | int | bool] = field(default_factory=dict)
     half: bool = False  # attention rounds as a GPU's bf16 kernels do
+    last_exact: bool = False  # but softmax attention over all keys in the last layer
 
-    def fields(self, window: int, features: int) -> dict[str, str | int | bool]:
-        """The spec's fields, for a benchmark's window and number of features."""
-        sizes: dict[str, str | int | bool] = {"features": features, "window": 0}
-        fields = {**sizes, **self.spec}
-        return fields | ({"window": window} if fields["window"] else {})
+    def fields(self, window: int, features: int, depth: int) -> dict[str, Any]:
+        """The spec's fields, for a benchmark's window, number of features and of layers."""
+        fields: dict[str, Any] = {"features": features, "window": 0, **self.spec}
+        fields["window"] = window if fields["window"] else 0
+        if self.last_exact:
+            own = AttentionOptions(**fields)
+            fields["layers"] = (*[own] * (depth - 1), replace(own, kind="exact", learned_share=False))
+        return fields
 
 
 _SHARE = {"window": True, "learned_share": True}
@@ -55,6 +62,12 @@ VARIANTS: dict[str, Variant] = {
     ),
     "window-share-decay": Variant(
         "exact window, softmax features, a learned share and decay per head", _SHARE | {"learned_decay": True}
+    ),
+    "softmax-exact": Variant("FAVOR+ softmax, and exact attention in the last layer", last_exact=True),
+    "window-share-decay-exact": Variant(
+        "window-share-decay, and exact attention with a learned decay in the last layer",
+        _SHARE | {"learned_decay": True},
+        last_exact=True,
     ),
     "window-share-decay-bf16": Variant(
         "window-share-decay with bf16 operands, as GPUs multiply them (emulated)",

@@ -101,7 +101,7 @@ def check(config: Config) -> None:
 
 
 def _check_documents(config: Config) -> None:
-    data, attention = config.data, config.attention
+    data = config.data
     if data.reset and data.packing != "concat":
         raise ConfigError(
             f"data.reset=true and data.packing={data.packing}: a sequence of one record has nothing to begin anew; "
@@ -114,7 +114,8 @@ def _check_documents(config: Config) -> None:
         )
     try:
         documents = "data.reset=true" if data.reset else ""
-        attention.check(causal=config.model.objective == "causal", documents=documents, at="attention.")
+        for at, options in config.performer_spec(vocabulary=2).entries():
+            options.check(causal=config.model.objective == "causal", documents=documents, at=at)
     except ValueError as error:
         raise ConfigError(f"{error}.") from None
 

@@ -67,6 +67,7 @@ _KEYS = {
     "attention.kind": "attention_type attn attn_implementation attn_type",
     "attention.kernel": "feature_map kernel_type kernel_fn",
     "attention.window": "local_window window_size sliding_window",
+    "attention.layers": "layer_types attn_layers attention_layers layer_pattern hybrid",
     "attention.redraw_every": "feature_redraw_interval redraw redraw_interval",
     "run.branch": "fork branch",
     "run.name": "name run_name experiment exp_name job_name",
@@ -128,12 +129,15 @@ def near_key(name: str, known: Mapping[str, str]) -> str | None:
     section alone makes nothing alike.
     """
     last = name.rpartition(".")[2].lower().replace("-", "_")
+    other = _OTHERS.get(last, "")
+    if other in known and name.partition(".")[0] in (last, other.partition(".")[0]):  # model.layers is model.depth
+        return other
     alike = {key: difflib.SequenceMatcher(None, key.rpartition(".")[2], last).ratio() for key in known}
     ranked = sorted(alike, key=lambda key: (-alike[key], key.partition(".")[0] != name.partition(".")[0]))
     if ranked and alike[ranked[0]] == 1:
         return ranked[0]
-    if _OTHERS.get(last) in known:
-        return _OTHERS[last]
+    if other in known:
+        return other
     words = last.replace("_", " ")
     by_meaning = [key for key, meaning in known.items() if len(words) > 3 and words in meaning]
     near = [key for key in ranked if alike[key] > 0.8] or by_meaning or [key for key in ranked if alike[key] > 0.6]

@@ -16,10 +16,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from longseq.config.hints import near_choice, near_key, nearest
+from longseq.config.plan import OF_A_LAYER, planned
+from longseq.config.plan import named as named_of_layer
 from longseq.config.schema import Config
 from longseq.config.shipped import located
 from longseq.config.sources import changed, named
-from longseq.config.written_values import SOURCES, WrittenError, argument_value
+from longseq.config.written_values import LAYERS, SOURCES, WrittenError, argument_value
 from longseq.config.yaml_files import YAML_ERRORS, first_line, read_yaml, yaml_problem
 from longseq.errors import USER_ERRORS, ConfigError
 from longseq_data.files import resolved, write_text
@@ -101,12 +103,27 @@ def _merged(layers: Sequence[_Layer], path: str) -> Config:
         name = error.full_key or ""
         raise ConfigError(f"{places.get(name, path)}: {name}: {first_line(error)}.") from None
     assert isinstance(config, Config)
+    _refuse_unread(layers, config.attention.layers or [])
     for section, name, limits in described_keys():
         full, value = f"{section}.{name}", getattr(getattr(config, section), name)
         check_limits(full, value, limits, places.get(full, path))
         if full in places:
             check_text(full, value, limits["meaning"], places[full])
     return config
+
+
+def _refuse_unread(layers: Sequence[_Layer], plan: Sequence[Any]) -> None:
+    """A key of the section given on top of a plan whose layers all have one of their own would change nothing."""
+    last = max((n for n, layer in enumerate(layers) if "attention.layers" in layer.places()), default=0)
+    places = {name: place for layer in layers[last + 1 :] for name, place in layer.places().items()} if plan else {}
+    for name in OF_A_LAYER:
+        full = f"attention.{name}"
+        if full in places and all(name in named_of_layer(entry) for entry in plan):
+            raise ConfigError(
+                f"{places[full]}: {full} would change nothing: each of attention.layers "
+                f"({layers[last].places()['attention.layers']}) has a {name} of its own; change it there, or set "
+                "attention.layers=null too."
+            )
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -132,9 +149,12 @@ class _Layer:
         self.values, self.where, self.lines = values, where, lines or {}
         self._refuse_unknown_keys()
         for section, name, about in described_keys():
-            if about["type"] == SOURCES and name in (self.values.get(section) or {}):
-                full = f"{section}.{name}"
-                self.values[section][name] = named(self.values[section][name], full, self._place)
+            kind = about["type"].removesuffix(" | None")
+            if kind in (SOURCES, LAYERS) and name in (self.values.get(section) or {}):
+                full, value = f"{section}.{name}", self.values[section][name]
+                if kind == LAYERS:
+                    value = planned(value, full, self._place, _check_value)
+                self.values[section][name] = value if kind == LAYERS else named(value, full, self._place)
 
     def onto(self, config: DictConfig) -> DictConfig:
         try:
@@ -279,6 +299,13 @@ def _at(place: str, name: str, value: Any) -> str:
     return place if place.startswith(f"argument '{name}=") else f"{place}: {name}={value}"
 
 
+def _check_value(name: str, value: Any, about: Mapping[str, Any], place: str) -> None:
+    """Refuse a value of another type than its key's, or beyond its limits."""
+    if type(value).__name__ != about["type"].removesuffix(" | None"):
+        raise ConfigError(f"{place}: {name}={shown(value)} is not {type_name(about['type'])}: {about['meaning']}.")
+    check_limits(name, value, about, place)
+
+
 def check_limits(name: str, value: Any, limits: Mapping[str, Any], place: str) -> None:
     """Refuse a value beyond the limits of its key.
 
@@ -291,7 +318,7 @@ def check_limits(name: str, value: Any, limits: Mapping[str, Any], place: str) -
         near = near_choice(name, str(value), limits["choices"])
         hint = f" Did you mean {near}?" if near else ""
         raise ConfigError(f"{_at(place, name, value)}: choose from {', '.join(limits['choices'])}.{hint}")
-    nested = list if limits.get("type") == SOURCES else (list, dict)
+    nested = list if limits.get("type", "").removesuffix(" | None") in (SOURCES, LAYERS) else (list, dict)
     if isinstance(value, list) and any(isinstance(part, nested) for part in value):
         raise ConfigError(f"{_at(place, name, value)}: a list in a list; write [a, b]: {limits['meaning']}.")
     if any(isinstance(n, float) and not math.isfinite(n) for n in (value if isinstance(value, list) else [value])):
@@ -314,7 +341,7 @@ def check_text(name: str, value: Any, meaning: str, place: str) -> None:
             config.yaml would not hold as text.
     """
     texts = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
-    texts = [text for part in texts for text in (part["path"] if isinstance(part, dict) else [part])]
+    texts = [text for part in texts for text in (part.get("path", ()) if isinstance(part, dict) else [part])]
     for text in texts:
         if not isinstance(text, str):
             continue
@@ -341,6 +368,7 @@ def type_name(annotation: str) -> str:
         "list[float]": "a list of numbers",
         "dict[str, str]": "names with a text each",
         SOURCES: "a list of text, or of {path, weight, name}",
+        LAYERS: "a list of kinds, or of {kind, window, features, ...}",
     }
     return (names | lists).get(annotation.removesuffix(" | None"), annotation)
 

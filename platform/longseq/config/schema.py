@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from longseq.attention.options import AttentionOptions, option
+from longseq.attention.options import OPTIONS, AttentionOptions, option
 from longseq.config import checks as config_checks
 from longseq.config.durations import duration_seconds
+from longseq.config.plan import layers_of
 from longseq.config.sources import Source
 from longseq.config.training import OptimConfig, TrainerConfig
 from longseq.errors import ConfigError
@@ -101,9 +102,19 @@ class ModelConfig:
     )
 
 
+Layers = list[Any]  # each the name of a kind, or a mapping of options
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig(AttentionOptions):
     """Attention's options; which blocks have qk_norm is a matter of model.block."""
+
+    layers: Layers | None = key(
+        None,
+        "layers of several kinds, repeated over the depth: kinds, or mappings of what a layer has of its own, where "
+        "the rest is this section's: [favor, favor, favor, exact], or [{kind: favor, window: 64}, exact]; null: all "
+        "are alike",
+    )
 
     qk_norm: bool | None = key(  # type: ignore[assignment]
         None,
@@ -291,6 +302,8 @@ class Config:
             ConfigError: for sizes that do not fit together.
         """
         size, model = PRESETS[self.model.preset], self.model
+        own = {**vars(self.attention), **vars(self.block)}
+        section = AttentionOptions(**{name: own[name] for name in OPTIONS})
         try:
             return PerformerSpec(
                 vocabulary=vocabulary,
@@ -300,7 +313,7 @@ class Config:
                 ffn_dim=model.ffn_dim or size.ffn_dim,
                 causal=model.objective == "causal",
                 dropout=model.dropout,
-                **{**vars(self.attention), **vars(self.block)},
+                **{**own, "layers": layers_of(self.attention.layers, section)},
                 seed=self.run.seed,
                 position=model.position,
                 max_positions=model.max_positions,

@@ -11,7 +11,9 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-SOURCES = "Sources"  # the type of config.Sources
+from longseq.config.plan import OF_A_LAYER
+
+SOURCES, LAYERS = "Sources", "Layers"  # the types of lists that hold mappings: see config.schema
 _MAPPING = re.compile(r"[\[\s]*\{\s*[\w.'\"-]+:\s")  # and not the name of a file: {a}
 _NULL = ("null", "Null", "NULL", "~", "")
 _OCTAL = re.compile(r"[-+]?0[0-9_]+")
@@ -36,6 +38,8 @@ def typed(node: yaml.Node | None, kind: str, plain: Any) -> Any:
     kind = kind.removesuffix(" | None")
     if kind == SOURCES:
         return _sources(node, plain)
+    if kind == LAYERS:
+        return _layers(node, plain)
     if kind.startswith("list["):
         inner = kind[len("list[") : -1]
         if isinstance(node, yaml.SequenceNode) and isinstance(plain, list):
@@ -60,6 +64,22 @@ def _sources(node: yaml.Node | None, plain: Any) -> Any:
     if isinstance(node, yaml.SequenceNode) and isinstance(plain, list):
         return [_source(child, value) for child, value in zip(node.value, plain, strict=True)]
     return typed(node, "list[str]", plain)
+
+
+def _layers(node: yaml.Node | None, plain: Any) -> Any:
+    """Names of kinds, or mappings of attention's options; one may stand without brackets."""
+    if isinstance(node, yaml.SequenceNode) and isinstance(plain, list):
+        return [_layer(child, value) for child, value in zip(node.value, plain, strict=True)]
+    return plain if plain is None or node is None else [_layer(node, plain)]
+
+
+def _layer(node: yaml.Node, plain: Any) -> Any:
+    if isinstance(node, yaml.MappingNode) and isinstance(plain, dict):
+        kinds = {name: about["type"] for name, about in OF_A_LAYER.items()}
+        return {
+            name.value: typed(value, kinds.get(name.value, "str"), plain.get(name.value)) for name, value in pairs(node)
+        }
+    return _element(node, "str", plain)
 
 
 def _source(node: yaml.Node, plain: Any) -> Any:

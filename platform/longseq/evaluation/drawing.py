@@ -141,21 +141,24 @@ def similarities(cosine: Matrix, blosum: Matrix, letters: str, correlation: floa
 
 
 def approximation_errors(
-    errors: Mapping[int, Sequence[Sequence[float]]], own: int, estimates: bool, title: str
+    errors: Mapping[int, Sequence[Sequence[float]]], layers: Sequence[int], own: int, estimates: bool, title: str
 ) -> Figure:
-    """Of each number of features, the error by layer over the draws: mean, smallest and largest."""
+    """Of each number of features, the error by layer over the draws: mean, smallest and largest.
+
+    layers: the numbers of those that have features. own: of features, as the model was trained.
+    """
     figure, panels = _figure(1, 1, 7, 4.4, title)
     axes = panels.flat[0]
-    for number, ((features, layers), colour) in enumerate(zip(errors.items(), _SERIES, strict=False)):
-        mean = np.array([np.mean(draws) for draws in layers])
-        spread = np.array([[np.min(draws), np.max(draws)] for draws in layers]).T
+    for number, ((features, found), colour) in enumerate(zip(errors.items(), _SERIES, strict=False)):
+        mean = np.array([np.mean(draws) for draws in found])
+        spread = np.array([[np.min(draws), np.max(draws)] for draws in found]).T
         bars = np.abs(spread - mean)
         label = f"{features} features" + (" (as trained)" if features == own else "")
         x = np.arange(len(layers)) + 0.06 * (number - (len(errors) - 1) / 2)  # bars next to each other
         axes.errorbar(x, mean, yerr=bars, color=colour, marker="o", capsize=3, linewidth=1.5, label=label)
-    axes.set_xticks(range(len(layers)), [str(n) for n in range(len(layers))])
+    axes.set_xticks(range(len(layers)), [str(n) for n in layers])
     axes.set_xlim(-0.5, len(layers) - 0.5)
-    axes.set_ylim(0, 1.1 * max(max(draws) for layers in errors.values() for draws in layers))
+    axes.set_ylim(0, 1.1 * max(max(draws) for found in errors.values() for draws in found))
     axes.set(xlabel="layer", ylabel="‖own − softmax‖ / ‖softmax‖ of the output")
     if not estimates:
         axes.set_title("this kernel does not estimate softmax: a distance, not an error", fontsize="small", color=GREY)

@@ -55,20 +55,23 @@ def figures(source: Source) -> Iterator[tuple[str, Figure]]:
         correlation = pair_correlation(cosine, blosum)
         yield "embedding_similarity", drawing.similarities(cosine, blosum, LETTERS[:STANDARD], correlation, title)
 
-    spec = source.spec
+    plan = source.spec.plan
     batch = probe_batch(source.config, next(model.parameters()).device)
-    for number, layer in enumerate(probe(model, batch)):
-        own = None if spec.kind == "exact" else layer.own.numpy()
+    for number, (layer, of) in enumerate(zip(probe(model, batch), plan, strict=True)):
+        own = None if of.kind == "exact" else layer.own.numpy()
         what = f"{title}, layer {number}: what one held-out sequence looks at"
-        yield f"attention_layer{number:02}", drawing.attention_maps(own, layer.exact.numpy(), spec.kernel, what)
+        yield f"attention_layer{number:02}", drawing.attention_maps(own, layer.exact.numpy(), of.kernel, what)
 
-    if spec.kind != "exact":
-        numbers = sorted({max(2, spec.features // 4), spec.features, spec.features * 4})
+    far = {number: of for number, of in enumerate(plan) if of.has_features}
+    if far:
+        kernels, features = {of.kernel for of in far.values()}, next(iter(far.values())).features
+        numbers = sorted({max(2, features // 4), features, features * 4})
         found = errors(model, batch, numbers, _DRAWS)
         by_number = {m: [layer[at] for layer in found] for at, m in enumerate(numbers)}
-        what = f"{title}: attention ({spec.kernel}) next to softmax attention, {_DRAWS} draws"
-        estimates = spec.kernel in _ESTIMATES and not spec.learned_share
-        yield "approximation_error", drawing.approximation_errors(by_number, spec.features, estimates, what)
+        what = f"{title}: attention ({', '.join(sorted(kernels))}) next to softmax attention, {_DRAWS} draws"
+        estimates = kernels <= set(_ESTIMATES) and not any(of.learned_share for of in far.values())
+        trained = features if {of.features for of in far.values()} == {features} else 0
+        yield "approximation_error", drawing.approximation_errors(by_number, list(far), trained, estimates, what)
 
 
 def embedding_cosines(model: PerformerLM) -> Matrix:

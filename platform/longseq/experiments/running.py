@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from longseq.config.loading import read_config
+from longseq.config.loading import read_config, shown
+from longseq.config.plan import named
 from longseq.errors import EXIT_GO_ON, LongseqError
 from longseq.evaluation.evaluate import Evaluation, evaluate
 from longseq.evaluation.evaluate import Settings as EvaluationSettings
@@ -195,8 +196,11 @@ def _attention(run: Path, origin: Path) -> tuple[str, ...]:
     """What makes of the attention of ``origin`` that of ``run``, but for what only training can add: for a look at the
     weights before they were trained on."""
     new, old = (asdict(Run.open(path).config().attention) for path in (run, origin))
+    if new["layers"]:
+        layers = ({"kind": new["kind"], **named(entry)} for entry in new["layers"])
+        new["layers"] = [{name: of for name, of in layer.items() if name not in _LEARNED} for layer in layers]
     return tuple(
-        f"attention.{name}={value}" for name, value in new.items() if value != old[name] and name not in _LEARNED
+        f"attention.{name}={shown(value)}" for name, value in new.items() if value != old[name] and name not in _LEARNED
     )
 
 

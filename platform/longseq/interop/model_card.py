@@ -10,6 +10,7 @@ from pathlib import Path
 from longseq.data import SPLITS
 from longseq.errors import RunError
 from longseq.interop import exported
+from longseq.models.spec import PerformerSpec
 from longseq.opening import Source
 
 # Overrides that change no score of a file: which files are scored, and on what machine.
@@ -43,10 +44,7 @@ In longseq itself: `longseq evaluate FOLDER --data FILES`, `sample`, `embed`, or
 def model_card(source: Source) -> str:
     """Markdown with Hugging Face's header."""
     config, spec = source.config, source.spec
-    attention = "exact softmax attention"
-    if spec.kind == "favor":
-        attention = f"FAVOR+ linear attention (kernel {spec.kernel}, {spec.features} features"
-        attention += f", exact within {spec.window} positions)" if spec.window else ")"
+    attention = spec.in_words(_attention)
     tokens = Path(source.vocabulary.name).name
     what = (
         f"A {config.model.objective} language model of {spec.parameter_count:,} parameters: {spec.depth} blocks, "
@@ -62,6 +60,13 @@ def model_card(source: Source) -> str:
         )
     auto = exported.ARCHITECTURES[config.model.objective].replace("Longseq", "AutoModel")
     return "".join([*parts, _USE.format(auto=auto)])
+
+
+def _attention(spec: PerformerSpec) -> str:
+    if spec.kind == "exact":
+        return "exact softmax attention"
+    window = f", exact within {spec.window} positions" if spec.window else ""
+    return f"FAVOR+ linear attention (kernel {spec.kernel}, {spec.features} features{window})"
 
 
 def _training(source: Source) -> Iterator[str]:

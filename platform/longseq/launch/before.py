@@ -52,8 +52,9 @@ def check_origin(config: Config) -> Path | None:
 
 
 def _attention(config: Config) -> str:
-    attention = config.attention
-    return attention.kind if attention.kind == "exact" else f"{attention.kind} {attention.kernel}"
+    return config.performer_spec(vocabulary=2).in_words(
+        lambda layer: layer.kind if layer.kind == "exact" else f"{layer.kind} {layer.kernel}"
+    )
 
 
 def check_disk(config: Config, folder: Path) -> None:

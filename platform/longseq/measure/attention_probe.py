@@ -69,10 +69,12 @@ def attention_weights(model: PerformerLM, tokens: Tensor) -> list[Tensor]:
 def errors(
     model: PerformerLM, batch: dict[str, Tensor], features: Sequence[int], draws: int
 ) -> list[list[list[float]]]:
-    """The error of each layer's attention with other numbers of features: [layer][number][draw]. Changes nothing."""
+    """The error of each attention by features with other numbers of them: [layer][number][draw]. Changes nothing."""
     layers: list[list[list[float]]] = []
 
     def look(attention: FavorAttention, q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None) -> None:
+        if not attention.options.has_features:
+            return
         exact = _exact(attention, q, k, v, segments)
         before = attention.options, attention.draw
         found: list[list[float]] = []

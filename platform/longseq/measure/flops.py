@@ -77,7 +77,7 @@ def windowed(d: int, e: int, m: int, *, length: int, window: int, causal: bool, 
     """Exact over the keys less than ``window`` positions away, FAVOR+ over the others."""
     window = min(window, length)
     near = window - window * (window - 1) / (2 * length)  # the mean of min(i + 1, window)
-    far = favor(d, e, m, chunk) * ((length - window) / length)
+    far = favor(d, e, m, chunk) * ((length - window) / length) if m else NOTHING
     return exact(d, e, near) + far if causal else exact(d, e, 2 * near - 1) + far * 2
 
 

@@ -22,6 +22,7 @@ The peak is that of three moments: the beginning of the backward pass, its end, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from longseq.attention.options import OWN_KERNELS
@@ -85,17 +86,18 @@ def estimate(config: Config, vocabulary: int, *, on_cuda: bool = True) -> Memory
     step = 4.0 * read
 
     tokens = config.batch_sequences * config.slice_length
-    triton = on_cuda and runs_triton(spec)
-    block, behind = block_bytes(spec, config, width, triton=triton), _backward(spec, width)
-    if width < 4 and spec.kind == "favor" and not triton:
+    layers = [(layer := spec.layer(number), on_cuda and runs_triton(layer)) for number in range(spec.depth)]
+    blocks = [block_bytes(layer, config, width, triton=triton) for layer, triton in layers]
+    block, behind = max(blocks), _backward(spec, width)
+    if width < 4 and any(layer.kind == "favor" and not triton for layer, triton in layers):
         behind += 4 * 3 * spec.dim  # queries, keys and values once more: these backends compute in fp32
     head = 3.0 * width * spec.dim  # a token's, but for the logits
     start = width * spec.dim  # what a recomputation starts from
-    kept = 1.0 * tokens * spec.depth * (start if spec.activation_checkpointing else block)
+    kept = 1.0 * tokens * (spec.depth * start if spec.activation_checkpointing else sum(blocks))
     recomputed = tokens * (block - start) if spec.activation_checkpointing else 0
     tiles = 0 < spec.tile < config.slice_length
     if tiles:
-        kept, recomputed, head = _tiled(spec, config, width, count, triton)
+        kept, recomputed, head = _tiled(spec, layers, config, width)
         block = behind = 0
     offloaded = 0.0
     if trainer.activation_offload and on_cuda and not (tiles and _carries(spec, config)):
@@ -103,9 +105,9 @@ def estimate(config: Config, vocabulary: int, *, on_cuda: bool = True) -> Memory
         kept -= max(0, tokens * (spec.depth - 2) * start)  # one is in use, and one on its way
     inputs = tokens * 2 * 8  # tokens and targets, 64 bits each
     logits = _logits(spec, tokens, width)
-    states = _states(spec, config) if triton else 0.0
+    states = max(_states(layer, config, _carries(spec, config)) if triton else 0.0 for layer, triton in layers)
     first = inputs + max(kept + recomputed + max(tokens * behind, states), kept + tokens * head + logits)
-    last = inputs + (recomputed + states if tiles else tokens * block + max(tokens * behind, states))
+    last = inputs + (recomputed + states if tiles else tokens * blocks[0] + max(tokens * behind, states))
 
     if trainer.offload_optimizer != "none":
         offloaded, optimizer, step = offloaded + optimizer + 4 * part, 0, 4 * part  # and the fp32 gradients it reads
@@ -150,13 +152,11 @@ def runs_triton(spec: PerformerSpec) -> bool:
     return spec.kind == "favor" and (spec.backend == "triton" or (spec.backend == "auto" and known))
 
 
-def _states(spec: PerformerSpec, config: Config) -> float:
+def _states(spec: PerformerSpec, config: Config, carries: bool) -> float:
     """Bytes of the states that the Triton kernels have in memory at a time, at most."""
     rows = config.batch_sequences * spec.heads
     one = 4 * spec.features * (spec.head_dim + 1)
-    length = (
-        min(spec.tile or config.slice_length, config.slice_length) if _carries(spec, config) else config.slice_length
-    )
+    length = min(spec.tile or config.slice_length, config.slice_length) if carries else config.slice_length
     return min(STATE_BYTES, 2.0 * one * rows * -(-length // CHUNK))
 
 
@@ -220,8 +220,10 @@ def _packs(config: Config) -> bool:
 
 def _mask(spec: PerformerSpec, config: Config) -> float:
     """Bytes per token of what is quadratic in exact attention, where padding, documents or a decay ask for a mask."""
+    if config.trainer.context_parallel > 1:  # a ring, which keeps nothing quadratic
+        return 0
     length, rows = config.data.length, config.batch_sequences
-    masked = config.data.packing != "concat" or _packs(config) or config.trainer.context_parallel > 1
+    masked = config.data.packing != "concat" or _packs(config)
     if spec.learned_decay:  # a mask that learns: torch keeps all weights
         return 4 * spec.heads * length + (4 * spec.heads + 8) * length * (1 if masked else 1 / rows)
     return (1 + 4) * length if masked else 0
@@ -239,24 +241,30 @@ def _carries(spec: PerformerSpec, config: Config) -> bool:
 
 
 def _tiled(
-    spec: PerformerSpec, config: Config, width: int, parameters: int, triton: bool
+    spec: PerformerSpec, layers: Sequence[tuple[PerformerSpec, bool]], config: Config, width: int
 ) -> tuple[float, float, float]:
     """With tiles of the sequence: bytes that are kept, bytes of one recomputation, and the head's bytes per token.
+
+    layers: each with whether it takes the Triton kernels.
 
     Where a tile goes through all layers, the states between the tiles are kept, and one tile of all layers is computed
     again with two gradients of all weights. Elsewhere each block's input is kept, and the attention of one block is
     computed again as a whole: its queries, keys, values and output, the gradients of these and the residual stream's.
     """
     rows, length, dim = config.batch_sequences, config.slice_length, spec.dim
-    one = rows * spec.tile * (block_bytes(spec, config, width, triton=triton) + _backward(spec, width))
-    state = 4 * spec.heads * spec.features * (spec.head_dim + 1)
+    ones = [block_bytes(layer, config, width, triton=triton) + _backward(spec, width) for layer, triton in layers]
     if _carries(spec, config):
-        kept = rows * spec.depth * -(-length // spec.tile) * (state + 2 * 4 * spec.window * dim)
-        extra = rows * spec.tile * 4 * 4 * dim  # the output of each part, and of both
-        return kept, spec.depth * (one + extra) + 2 * 4 * parameters, 0
+        state = sum(4 * (spec.heads * x.features * (spec.head_dim + 1) + 2 * x.window * dim) for x in spec.plan)
+        extra = 4 * 4 * dim  # the output of each part, and of both
+        again = rows * spec.tile * (sum(ones) + spec.depth * extra) + 2 * 4 * spec.parameter_count
+        return rows * -(-length // spec.tile) * state, again, 0
     block = 11.0 * width * dim if width == 4 else width * 11 * dim + 4 * 8 * dim
-    block += _favor(spec, config, width, triton) if spec.kind == "favor" else _mask(spec, config)
-    return rows * length * (spec.depth + 1) * width * dim, rows * length * block + one, 3 * width * dim
+    mixing = (
+        _favor(layer, config, width, triton) if layer.kind == "favor" else _mask(layer, config)
+        for layer, triton in layers
+    )
+    again = rows * (length * (block + max(mixing)) + spec.tile * max(ones))
+    return rows * length * (spec.depth + 1) * width * dim, again, 3 * width * dim
 
 
 def _pads(config: Config) -> bool:

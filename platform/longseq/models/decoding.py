@@ -33,7 +33,7 @@ class Decoder:
     def __init__(self, model: PerformerLM, state: DecodingState, *, in_place: bool | None = None):
         self.model, self.on_gpu = model, state.positions.device.type == "cuda"
         self.in_place = self.on_gpu if in_place is None else in_place
-        if self.in_place and model.spec.kind == "exact":
+        if self.in_place and any(options.kind == "exact" for options in model.spec.plan):
             _say_once("exact attention's state grows with every token")
             self.in_place = False
         self.captures = self.in_place and self.on_gpu

@@ -34,7 +34,7 @@ class Block(nn.Module):
             value_residual=spec.value_residual,
             seed=spec.seed,
             layer=layer,
-            options=spec,
+            options=spec.layer(layer),
         )
         self.mlp_norm = norm(spec.dim, spec.norm_eps, spec.norm_kind, spec.bias, backend)
         self.mlp = mlp(spec.dim, spec.hidden, spec.ffn, spec.bias)

@@ -39,8 +39,8 @@ class DecodingState:
 class PerformerLM(nn.Module):
     """Token ids in, logits out.
 
-    The weights are those of a plain Transformer: ``kind="exact"`` and ``"favor"`` exchange on one state dict,
-    and projections are no part of it (they follow from the seed, the layer and the optimiser step).
+    The weights are those of a plain Transformer: ``kind="exact"`` and ``"favor"`` exchange on one state dict, in all
+    layers or in some, and projections are no part of it (they follow from the seed, the layer and the optimiser step).
     """
 
     def __init__(self, spec: PerformerSpec):
@@ -146,7 +146,7 @@ class PerformerLM(nn.Module):
                 prompt and its continuation, and counts as distance.
 
         Returns:
-            What the head reads, (B, L, E); and the state. With ``kind="favor"`` its size does not depend on L.
+            What the head reads, (B, L, E); and the state. Only in layers of kind "exact" does its size depend on L.
         """
         positions = _positions(tokens, padding, None)
         x = self._embed(tokens, positions, padding)  # (B, L, E)
@@ -194,8 +194,7 @@ class PerformerLM(nn.Module):
 
     def _carries(self, length: int) -> bool:
         """Whether the loss of so long a row takes the way of :meth:`_carried_loss`."""
-        layers = (module for module in self.modules() if isinstance(module, FavorAttention))
-        calibrated = self.spec.kernel != "oprf" or all(layer.oprf_a is not None for layer in layers)
+        calibrated = all(layer.calibrated for layer in self.modules() if isinstance(layer, FavorAttention))
         return self.spec.carries and self.context is None and length > self.spec.tile and calibrated
 
     def _carried_loss(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
@@ -203,18 +202,18 @@ class PerformerLM(nn.Module):
 
         What is kept of the sequence is every layer's attention state before each tile: nothing has the size L × E.
         """
-        layers = len(self.blocks)
 
         def piece(start: int, stop: int, before: State) -> tuple[tuple[Tensor, ...], State]:
             positions = torch.arange(start, stop, device=tokens.device)
             x = self._embed(tokens[:, start:stop], positions, None)  # (B, T, E)
             rotary = self._rotary(positions)
-            size = len(before) // layers  # tensors per layer
-            behind: list[Tensor] = []
+            left, behind = before, list[Tensor]()
             first: list[Tensor] = []
-            for number, block in enumerate(self.blocks):
+            for block in self.blocks:
                 assert isinstance(block, Block)
-                x, state, *first = block.carry(x, before[number * size : (number + 1) * size], rotary, *first)
+                size = block.attention.carried_tensors
+                x, state, *first = block.carry(x, left[:size], rotary, *first)
+                left = left[size:]
                 behind += state
             return self.head(self.norm(x), targets[:, start:stop]), tuple(behind)
 

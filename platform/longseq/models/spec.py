@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
-from longseq.attention.options import AttentionOptions
+from longseq.attention.options import OPTIONS, AttentionOptions
 
 EXPORTED = "model."  # before each weight's name in an exported folder: the transformers model holds ours under it
 NORMS = ("layernorm", "rmsnorm")
@@ -48,6 +49,7 @@ class PerformerSpec(AttentionOptions):
     activation_offload: bool = False
     sequence_tile: int = 0  # positions that norms, projections and MLPs compute at a time; 0: all
     carry: bool = True  # whether tiles may go through all layers at once, where the attention allows it
+    layers: tuple[AttentionOptions, ...] = ()  # a plan, repeated over the depth; (): all layers are as this spec says
 
     def __post_init__(self) -> None:
         if self.dim % self.heads:
@@ -73,9 +75,41 @@ class PerformerSpec(AttentionOptions):
             )
         if self.conv == 1:
             raise ValueError("model.conv=1 sees one position and mixes nothing: take a width from 2 on, or 0 for none")
-        self.check(causal=self.causal, at="attention.")
-        if self.kind == "favor" and self.learned_share and not self.window:
-            raise ValueError("attention.learned_share=true has no effect without attention.window, e.g. 64")
+        if len(self.layers) > self.depth:
+            raise ValueError(
+                f"attention.layers has {len(self.layers)} layers and the model has {self.depth} (model.depth): take as "
+                "many or fewer, which are repeated"
+            )
+        for at, options in self.entries():
+            options.check(causal=self.causal, at=at)
+            if options.kind == "favor" and options.learned_share and not options.window:
+                raise ValueError(f"{at}learned_share=true has no effect without {at}window, e.g. 64")
+
+    def entries(self) -> Iterator[tuple[str, AttentionOptions]]:
+        """The plan, or this spec where there is none; each after what stands before its keys in a configuration."""
+        for number, options in enumerate(self.layers or (self,)):
+            yield f"attention.layers[{number}]." if self.layers else "attention.", options
+
+    @property
+    def plan(self) -> tuple[AttentionOptions, ...]:
+        """The attention of each layer."""
+        layers = self.layers or (self,)
+        return tuple(layers[number % len(layers)] for number in range(self.depth))
+
+    def layer(self, number: int) -> PerformerSpec:
+        """The spec of a model all of whose layers are as this one is here."""
+        if not self.layers:
+            return self
+        return replace(self, layers=(), **{name: getattr(self.plan[number], name) for name in OPTIONS})
+
+    def in_words(self, words: Callable[[PerformerSpec], str]) -> str:
+        """What ``words`` says of the layers; in a plan, of which: "layers 0, 1: ...; layer 2: ..."."""
+        if not self.layers:
+            return words(self)
+        numbers: dict[str, list[str]] = {}
+        for number in range(self.depth):
+            numbers.setdefault(words(self.layer(number)), []).append(str(number))
+        return "; ".join(f"layer{'s' * (len(of) > 1)} {', '.join(of)}: {said}" for said, of in numbers.items())
 
     @property
     def head_dim(self) -> int:
@@ -105,12 +139,13 @@ class PerformerSpec(AttentionOptions):
     @property
     def tile(self) -> int:
         """Positions a tile: a window and more, so that what a tile needs of those before it is in the last one."""
-        return max(self.sequence_tile, 2 * self.window, self.conv) if self.sequence_tile else 0
+        window = max(options.window for _, options in self.entries())
+        return max(self.sequence_tile, 2 * window, self.conv) if self.sequence_tile else 0
 
     @property
     def carries(self) -> bool:
         """Whether a tile can go through all layers before the next, with a fixed-size state per layer between them."""
-        favor = self.kind == "favor" and not self.signed
+        favor = all(options.kind == "favor" and not options.signed for options in self.plan)
         return bool(self.sequence_tile) and self.carry and self.causal and favor and not self.mask_scaling
 
     def recomputes(self, positions: int) -> bool:
@@ -126,8 +161,7 @@ class PerformerSpec(AttentionOptions):
     @property
     def parameter_count(self) -> int:
         """Number of weights a model of this spec has."""
-        learned = self.qk_norm + (self.learned_share and self.window > 0) + self.learned_decay  # one number per head
-        attention = 4 * self.dim**2 + self.heads * learned + 3 * self.dim * self.conv
+        attention = 4 * self.dim**2 + 3 * self.dim * self.conv
         mlp = (3 if self.ffn == "swiglu" else 2) * self.dim * self.hidden
         norm = self.dim * (1 + (self.bias and self.norm_kind == "layernorm"))
         if self.bias:
@@ -138,5 +172,6 @@ class PerformerSpec(AttentionOptions):
         ends += norm * ((self.norm == "pre") + self.embedding_norm)
         if self.head == "transform":
             ends += self.dim**2 + 3 * self.dim + self.vocabulary
-        mixes = self.heads * (self.depth - 1) if self.value_residual else 0
-        return self.depth * (attention + mlp + 2 * norm) + mixes + ends
+        per_head = sum(o.qk_norm + (o.learned_share and o.window > 0) + o.learned_decay for o in self.plan)
+        per_head += self.depth - 1 if self.value_residual else 0
+        return self.depth * (attention + mlp + 2 * norm) + self.heads * per_head + ends

@@ -222,6 +222,13 @@ def _processes(config: Config) -> str:
     return f"{config.replicas} group(s) of {parts} {kind} processes that share sequences"
 
 
+def _attention(spec: PerformerSpec, device: torch.device) -> str:
+    if spec.kind == "exact":
+        return "exact attention"
+    window = f", window {spec.window}" if spec.window else ""
+    return f"FAVOR+ {spec.kernel}, {spec.features} features{window}, backend {_backend(spec, device)}"
+
+
 def _backend(spec: PerformerSpec, device: torch.device) -> str:
     """Who will compute attention."""
     row = torch.empty(1, 1, spec.head_dim, device=device)
@@ -231,9 +238,7 @@ def _backend(spec: PerformerSpec, device: torch.device) -> str:
 
 def _summary(task: LanguageModelling, config: Config, run: Run, start: int, device: torch.device) -> None:
     spec, trainer = task.model.spec, config.trainer
-    attention = "exact attention"
-    if spec.kind != "exact":
-        attention = f"FAVOR+ {spec.kernel}, {spec.features} features, backend {_backend(spec, device)}"
+    attention = spec.in_words(lambda layer: _attention(layer, device))
     data = config.data
     step = f"{data.batch_tokens:,} tokens = {config.samples_per_step} sequences × {data.length}"
     if data.packing == "bucket":

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longseq.attention import ContextGroup, exact_attention, favor_attention
 from longseq.attention.context.group import Traffic
+from longseq.attention.options import AttentionOptions
 from longseq.models.performer import PerformerLM
 from longseq.models.spec import PerformerSpec
 from longseq_data.samples.slices import sliced
@@ -59,6 +60,14 @@ CASES: dict[str, dict] = {
     "fewer positions than slices, exact": {"length": 3, "packed": 2, "exact": True},
     "exact": {"length": 37, "causal": True, "exact": True},
     "exact, everything": {"length": 37, "padded": True, "packed": 10, "decays": True, "exact": True},
+    "exact, causal, everything": {
+        "length": 301,
+        "causal": True,
+        "padded": True,
+        "packed": 100,
+        "decays": True,
+        "exact": True,
+    },
     **{
         f"kernel {kernel}": {"length": 301, "causal": True, "kernel": kernel}
         for kernel in ("hyperbolic", "oprf", "smreg", "relu", "relu_direct", "sigmoid", "exp", "abs", "elu")
@@ -148,6 +157,8 @@ def difference(a: Tensor, b: Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item()
 
 
+EXACT = AttentionOptions(kind="exact", learned_decay=True)
+
 # Models: loss and the gradient of every weight.
 MODELS: dict[str, dict] = {
     "causal": {"causal": True},
@@ -156,6 +167,10 @@ MODELS: dict[str, dict] = {
         "sequence_tile": 20,
     },
     "learned positions, as many as tokens": {"causal": False, "position": "learned", "max_positions": 301},
+    "a plan of layers": {"causal": True, "packed": True, "layers": (AttentionOptions(window=9, features=24), EXACT)},
+    "masked, a plan of layers in tiles": {
+        "causal": False, "sequence_tile": 20, "layers": (EXACT, AttentionOptions(features=24)),
+    },
     "oprf": {"causal": True, "kernel": "oprf"},  # whose constant comes from the moments of all slices
     "masked": {"causal": False},
     "masked, everything": {
@@ -199,11 +214,14 @@ def model_error(options: dict, context: ContextGroup) -> float:
     return max(difference(a, b) for a, b in zip(train(options, context), train(options, None), strict=True))
 
 
-def bytes_sent(context: ContextGroup, length: int, causal: bool, window: int) -> dict[str, int]:
-    """What this rank hands over in one layer, forward and backward."""
+def bytes_sent(context: ContextGroup, length: int, causal: bool, window: int | None) -> dict[str, int]:
+    """What this rank hands over in one layer, forward and backward. window: None is exact attention."""
     context.traffic = Traffic()
     q, k, v = (torch.randn(1, 2, length // context.size, 4, requires_grad=True) for _ in range(3))
-    favor_attention(q, k, v, causal=causal, features=8, window=window, context=context).sum().backward()
+    if window is None:
+        exact_attention(q, k, v, causal=causal, context=context).sum().backward()
+    else:
+        favor_attention(q, k, v, causal=causal, features=8, window=window, context=context).sum().backward()
     return vars(context.traffic).copy()
 
 
@@ -230,6 +248,8 @@ def main(rank: int, world: int, store: str, result: str) -> None:
     for length in (1 << 12, 1 << 18):
         for causal, window in ((True, 0), (False, 0), (True, 16)):
             found["sent"][f"{length} {causal} {window}"] = bytes_sent(groups[4], length, causal, window)
+    for causal in (True, False):
+        found["sent"][f"exact {causal}"] = bytes_sent(groups[4], 64, causal, None)
     everyone: list = [None] * world
     dist.all_gather_object(everyone, found)
     if rank == 0:

@@ -83,3 +83,14 @@ def test_a_window_sends_its_keys_and_values_to_the_neighbour(found: list[dict]) 
             sent = what["sent"][f"{length} True 16"]
             assert sent["halo"] == keys * (rank < WORLD - 1) + gradients * (rank > 0)
             assert sent["gathers"] == 2
+
+
+def test_exact_attention_sends_slices_to_single_ranks_and_gathers_no_keys(found: list[dict]) -> None:
+    """16 positions of k and v (4 numbers each), for 2 heads: there forward and backward, and the gradients home."""
+    size = 16 * 2 * (4 + 4) * 4
+    for rank, what in enumerate(found):
+        # Gathered: which of 16 keys are padding, and a byte each whether any number is not finite.
+        sent = {"gathers": 0, "gathered": 0, "other": 16 + 2}
+        behind = WORLD - 1 - rank  # the ranks that see its keys; those before it get gradients
+        assert what["sent"]["exact True"] == {**sent, "halo": (2 * behind + rank) * size}
+        assert what["sent"]["exact False"] == {**sent, "halo": 3 * (WORLD - 1) * size}

@@ -19,10 +19,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import longseq
-from longseq.attention import ContextGroup, FavorAttention, favor_attention, fused, rotary_table
+from longseq.attention import ContextGroup, FavorAttention, exact_attention, favor_attention, fused, rotary_table
 from longseq.attention.call import Call
 from longseq.attention.carried import carried_attention
-from longseq.attention.context.group import GatherSequence
 from longseq.attention.context.halo import neighbourhood
 from longseq.attention.convolution import ShortConvolution
 from longseq.attention.heads import lay_out, split_heads
@@ -185,8 +184,8 @@ EXAMPLES: dict[str, list[Function]] = {
     "attention/isolation.py:_Exit": [isolated],
     "attention/context/parallel.py:_Relay": [sliced(), sliced(window=5)],
     "attention/context/halo.py:_Halo": [halo],
-    "attention/context/group.py:GatherSequence": [
-        lambda context, *qkv: GatherSequence.apply(qkv[0], context).square() * qkv[1]
+    "attention/context/ring.py:_Ring": [
+        lambda context, *qkv: exact_attention(*qkv, causal=True, decay=decay(qkv), context=context)
     ],
     "attention/rotary.py:_Rotation": [
         lambda context, *qkv: rotate(qkv[0], rotary_table(torch.arange(LENGTH), DIM)).square() * qkv[1]
@@ -206,7 +205,7 @@ EXAMPLES: dict[str, list[Function]] = {
     "models/head.py:_Loss": [loss],
     "benchmarks/half_precision.py:_Operand": [rounded],
 }
-LINEAR = ("GatherSequence", "_Halo", "_Rotation", "_Heads", "_Rounded", "_Narrowed", "_Convolution")
+LINEAR = ("_Halo", "_Rotation", "_Heads", "_Rounded", "_Narrowed", "_Convolution")
 REFUSAL = "_Final"  # the node that refuses
 WAYS = [pytest.param(name, way, id=f"{name}-{n}") for name, ways in EXAMPLES.items() for n, way in enumerate(ways)]
 every_way = pytest.mark.parametrize(("name", "way"), WAYS)

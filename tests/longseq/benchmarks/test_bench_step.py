@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from command_line import longseq
+from longseq.attention.options import AttentionOptions
 from longseq.benchmarks import step
 from longseq.benchmarks.request import STEP_USUAL, StepRequest
 from longseq.models.compiling import missing_compiler
@@ -35,8 +36,12 @@ def test_a_table_and_its_numbers_are_kept(tmp_path):
     assert (tmp_path / "bench/step/step.png").stat().st_size > 10_000
 
 
+PLAN = (AttentionOptions(features=16), AttentionOptions(kind="exact"))  # of two layers
+
+
 @pytest.mark.parametrize(
-    ("contender", "fields"), [("favor", {}), ("window", {"window": 9}), ("exact", {"kind": "exact"})]
+    ("contender", "fields"),
+    [("favor", {}), ("window", {"window": 9}), ("exact", {"kind": "exact"}), ("plan", {"layers": PLAN})],
 )
 def test_a_contenders_step_is_that_of_the_model_built_for_it(contender, fields):
     trainer = step.make_trainer(REQUEST, causal=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from longseq.attention.options import AttentionOptions
 from longseq.errors import LongseqError
 from longseq.models import decoding
 from longseq.models.decoding import Decoder
@@ -19,6 +20,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 SPEC = PerformerSpec(vocabulary=11, dim=24, depth=3, heads=3, ffn_dim=20, causal=True, features=16)
 LENGTH = 201
+# A window with features, exact attention, a window alone.
+PLAN = (AttentionOptions(window=7, features=8), AttentionOptions(kind="exact"), AttentionOptions(window=5, features=0))
 
 attentions = pytest.mark.parametrize(
     "attention",
@@ -35,6 +38,7 @@ attentions = pytest.mark.parametrize(
         {"kind": "exact", "learned_decay": True},
         {"window": 7, **MODERN},
         {"kind": "exact", "conv": 3, "ffn": "relu2"},
+        {"layers": PLAN},
         {"value_residual": True, "kind": "exact"},
         {
             "position": "learned",
@@ -170,14 +174,22 @@ def test_steps_in_place_are_those_that_leave_the_state_alone(attention):
         held = [x.data_ptr() for x in decoding._moving(decoder.state)]
         found = torch.stack([decoder.step(token).clone() for token in tokens[:, 40:].unbind(1)], dim=1)
         assert torch.equal(found, expected)
-        if model.spec.kind == "favor":
+        if decoder.in_place:
             assert held == [x.data_ptr() for x in decoding._moving(decoder.state)]
         decoder.begin(state)
 
 
-def test_exact_attention_says_why_its_steps_are_no_graph(caplog):
+def test_only_exact_layers_keep_every_key():
+    model, tokens = build(layers=PLAN), sample(60)
+    _, state = model.prefill(tokens[:, :50])
+    _, state = decoded(model, tokens[:, 50:], state)
+    assert [layer.recent.k.shape[1] for layer in state.layers] == [7, 60, 5]
+
+
+@pytest.mark.parametrize("options", [{"kind": "exact"}, {"layers": PLAN}], ids=["all", "one"])
+def test_exact_attention_says_why_its_steps_are_no_graph(caplog, options):
     decoding._say_once.cache_clear()
-    model = build(kind="exact")
+    model = build(**options)
     _, state = model.prefill(sample(5))
     assert not Decoder(model, state, in_place=True).in_place
     assert caplog.messages == [

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longseq.attention.options import AttentionOptions
 from longseq.measure.peaks import peak
 from longseq.models.head import IGNORE, Head, TransformHead
 from longseq.models.performer import PerformerLM
@@ -32,6 +33,9 @@ kinds = pytest.mark.parametrize(
         {"kernel": "cos"},
         {"kernel": "oprf"},
         {"kind": "exact"},
+        {"layers": (AttentionOptions(window=7, features=8), AttentionOptions(kind="exact"))},  # by layer in any case
+        {"layers": (AttentionOptions(features=8), AttentionOptions(window=7, learned_decay=True))},
+        {"layers": (AttentionOptions(window=5, features=0), AttentionOptions(kernel="relu", features=16)), "conv": 3},
         {"causal": False, "window": 3},
         {"window": 7, **MODERN},
         {"conv": 3, "value_residual": True, "ffn": "relu2"},

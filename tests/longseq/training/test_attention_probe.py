@@ -8,6 +8,7 @@ import torch
 
 from longseq.attention.projections import projection_matrix
 from longseq.attention.reference import quadratic_attention
+from longseq.measure.attention_probe import errors
 from longseq.models.layers import Block
 from longseq.training.callbacks.attention_probe import probe
 from longseq.training.callbacks.heatmaps import heatmaps
@@ -67,6 +68,15 @@ def test_exact_attention_has_no_error(task, batch):
         for layer in probe(task(*overrides).model, row):
             assert layer.error < 1e-6
             torch.testing.assert_close(layer.own, layer.exact, atol=1e-6, rtol=0)
+
+
+def test_of_a_plan_the_layers_with_features_have_errors(task, batch):
+    task = task("attention.layers=[favor, exact]")
+    row = {"tokens": batch["tokens"][:1]}
+    first, second = probe(task.model, row)
+    assert first.error > 1e-3 > 1e-6 > second.error
+    ((own, *_),) = errors(task.model, row, [32], draws=1)
+    assert own == [pytest.approx(first.error, rel=1e-5)]
 
 
 def test_a_probe_leaves_the_model_as_it_was(task, batch):

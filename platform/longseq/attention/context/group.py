@@ -9,13 +9,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longseq.attention.first_order import Saved, first_order
 from longseq.attention.state import AttentionState
 
 # PyTorch 2.13 has renamed it.
@@ -28,8 +26,8 @@ class Traffic:
 
     gathers: int = 0  # all-gathers of states
     gathered: int = 0  # bytes of this rank's own states in them
-    halo: int = 0  # bytes of keys, values and their gradients to neighbours
-    other: int = 0  # documents' borders, a sign of life's byte, and the keys and values of exact attention
+    halo: int = 0  # bytes of keys, values and their gradients to single ranks
+    other: int = 0  # documents' borders, a sign of life's byte, and of exact attention which keys are padding
 
 
 @dataclass(eq=False)
@@ -114,23 +112,6 @@ class SlicedDocuments:
     segments: Tensor
     before: Tensor
     after: Tensor
-
-
-class GatherSequence(torch.autograd.Function):
-    """Slices (B, H, n, ·) of all ranks as whole sequences (B, H, P · n, ·); gradients are summed and cut."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, context: ContextGroup) -> Tensor:
-        ctx.context, ctx.length = context, x.shape[2]
-        return torch.cat(list(context.gather_rows(x)), dim=2)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, saved: Saved, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=ctx.context.group)
-        ctx.context.traffic.other += grad.nbytes
-        return grad[:, :, ctx.context.rank * ctx.length :][:, :, : ctx.length].contiguous(), None
 
 
 def _as(x: Tensor, like: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,7 +77,7 @@ class _Halo(torch.autograd.Function):
             return torch.cat([x[:, where] for x in (k, v, real)], dim=-1)
 
         hops = _hops(context, length, left, right)
-        received = _exchange(context, [(hop.away, edge(hop.kept)) for hop in hops], [hop.whence for hop in hops])
+        received = exchange(context, [(hop.away, edge(hop.kept)) for hop in hops], [hop.whence for hop in hops])()
         for hop, message in zip(hops, received, strict=True):
             if message is not None:
                 for target, part in zip(whole, message.split((*ctx.sizes, 1), dim=-1), strict=True):
@@ -91,7 +92,7 @@ class _Halo(torch.autograd.Function):
         own = [x[:, mine].clone() for x in (dk, dv)]
         hops = _hops(ctx.context, own[0].shape[1], ctx.left, ctx.right)
         outgoing = [(hop.whence, torch.cat((dk[:, hop.placed], dv[:, hop.placed]), dim=-1)) for hop in hops]
-        received = _exchange(ctx.context, outgoing, [hop.away for hop in hops])
+        received = exchange(ctx.context, outgoing, [hop.away for hop in hops])()
         for hop, message in zip(hops, received, strict=True):
             if message is not None:
                 for target, part in zip(own, message.split(ctx.sizes, dim=-1), strict=True):
@@ -124,14 +125,20 @@ def _hops(context: ContextGroup, length: int, left: int, right: int) -> list[_Ho
     return hops
 
 
-def _exchange(context: ContextGroup, outgoing: list[tuple[int, Tensor]], whence: list[int]) -> list[Tensor | None]:
-    """Send messages to ranks of the group and receive as many, of the same sizes; ranks beyond it are left out."""
+def exchange(
+    context: ContextGroup, outgoing: list[tuple[int, Tensor]], whence: list[int]
+) -> Callable[[], list[Tensor | None]]:
+    """Send messages to ranks of the group and receive as many, of the same sizes; ranks beyond it are left out.
+
+    What it returns waits for what is received.
+    """
     inside = range(context.size)
     received: list[Tensor | None] = []
-    operations = []
+    operations, sent = [], []
     for (to, message), source in zip(outgoing, whence, strict=True):
         if to in inside:
             message = message.contiguous()
+            sent.append(message)
             context.traffic.halo += message.nbytes
             operations.append(dist.P2POp(dist.isend, message, dist.get_global_rank(context.group, to), context.group))
         space = None
@@ -140,6 +147,12 @@ def _exchange(context: ContextGroup, outgoing: list[tuple[int, Tensor]], whence:
             peer = dist.get_global_rank(context.group, source)
             operations.append(dist.P2POp(dist.irecv, space, peer, context.group))
         received.append(space)
-    for work in dist.batch_isend_irecv(operations) if operations else []:
-        work.wait()
-    return received
+    under_way = dist.batch_isend_irecv(operations) if operations else []
+
+    def wait() -> list[Tensor | None]:
+        for work in under_way:
+            work.wait()
+        sent.clear()  # until now it had to stay
+        return received
+
+    return wait

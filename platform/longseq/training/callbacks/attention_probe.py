@@ -45,14 +45,15 @@ class AttentionProbe(StepBoundary):
                 layers = probe(task.model, self.batch)
             if not trainer.is_global_zero:
                 return
-            if task.model.spec.kind != "exact":
-                errors = {f"layer{number:02}": layer.error for number, layer in enumerate(layers)}
+            found = list(enumerate(zip(layers, task.model.spec.plan, strict=True)))
+            errors = {f"layer{number:02}": layer.error for number, (layer, of) in found if of.kind != "exact"}
+            if errors:
                 log_scalars(trainer, "attention_error", errors, step)
-            for number, layer in enumerate(layers):
-                spec, rows = task.model.spec, {"exact": layer.exact}
-                if spec.kind != "exact":
+            for number, (layer, of) in found:
+                rows = {"exact": layer.exact}
+                if of.kind != "exact":
                     rows = {"FAVOR+": layer.own, **rows}
-                what = "" if spec.kind == "exact" else f" {spec.kernel},"
+                what = "" if of.kind == "exact" else f" {of.kernel},"
                 title = f"layer {number},{what} step {step}: query down, key across"
                 writer(trainer).add_image(f"attention/layer{number:02}", heatmaps(title, rows), step, dataformats="HWC")
             writer(trainer).flush()
