@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from longseq.models.performer import PerformerLM
 
 EMA = "ema.safetensors"  # of longseq.training.callbacks.ema
+TILES = {"cpu": 4096, "cuda": 65_536}  # positions of a longer sequence that are read at a time
 TARGET_HELP = "a run folder, one of its checkpoints, or an exported folder"
 
 
@@ -90,10 +91,11 @@ class Source:
         from longseq.models.performer import PerformerLM
         from longseq.models.weights import load_weights
 
-        model = PerformerLM(self.spec)
+        device, spec = device or reading_device(self.config.trainer.accelerator), self.spec
+        model = PerformerLM(replace(spec, sequence_tile=spec.sequence_tile or TILES[device.partition(":")[0]]))
         load_weights(model, self.weights)
         model.set_step(max(0, self.step - 1))
-        return model.to(device or reading_device(self.config.trainer.accelerator)).eval()
+        return model.to(device).eval()
 
 
 def find(target: str | Path | Source, overrides: Sequence[str] = (), *, ema: bool = False, sums: bool = True) -> Source:
