@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longseq.config.schema import Config
+from longseq.config.schema import TILE, TILE_ON_GPU, Config
 from longseq.data import vocabulary
 from longseq.devices import reading_device
 from longseq.errors import LongseqError, RunError
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from longseq.models.performer import PerformerLM
 
 EMA = "ema.safetensors"  # of longseq.training.callbacks.ema
-TILES = {"cpu": 4096, "cuda": 65_536}  # positions of a longer sequence that are read at a time
 TARGET_HELP = "a run folder, one of its checkpoints, or an exported folder"
 
 
@@ -91,8 +90,11 @@ class Source:
         from longseq.models.performer import PerformerLM
         from longseq.models.weights import load_weights
 
-        device, spec = device or reading_device(self.config.trainer.accelerator), self.spec
-        model = PerformerLM(replace(spec, sequence_tile=spec.sequence_tile or TILES[device.partition(":")[0]]))
+        device = device or reading_device(self.config.trainer.accelerator)
+        tile = self.config.model.sequence_tile
+        if tile is None:
+            tile = TILE_ON_GPU if device.startswith("cuda") else TILE
+        model = PerformerLM(replace(self.spec, sequence_tile=tile))
         load_weights(model, self.weights)
         model.set_step(max(0, self.step - 1))
         return model.to(device).eval()

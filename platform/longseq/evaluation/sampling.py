@@ -86,7 +86,7 @@ def draw(
 
 
 def _read(model: PerformerLM, row: npt.NDArray[np.int64]) -> tuple[Tensor, float, DecodingState]:
-    """A prompt of any length: what the head reads last (1, E), the log-likelihood of its tokens, the state behind it."""
+    """A prompt of any length: what the head reads last (1, E), its tokens' log-likelihood, and the state behind it."""
     tokens = torch.from_numpy(row)
     if not (model.spec.carries and len(row) > model.spec.tile):
         hidden, state = model.read(tokens[None].to(model.embedding.weight.device))

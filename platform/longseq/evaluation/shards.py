@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Generic, TypeVar
 
 from longseq.errors import LongseqError
-from longseq.launch.workers import Workers
+from longseq.launch.workers import ToldError, Workers
 from longseq.opening import Source, find
 from longseq_data.errors import DataError
 from longseq_data.files import aside, write_text
@@ -130,7 +130,7 @@ def kept(place: Path, work: Work[Group, Row]) -> Iterator[None]:
         try:
             yield
             useful = False
-        except DataError:  # once it is corrected the shards are another file's
+        except (DataError, ToldError):  # once it is corrected the shards are another file's
             useful = False
             raise
         finally:

@@ -16,6 +16,10 @@ from longseq.launch.local import environment_of, free_port
 from longseq_data.os_errors import explained
 
 
+class ToldError(LongseqError):
+    """What one of the processes has said is wrong."""
+
+
 class Workers:
     """``python -m MODULE PLACE`` so many times, each told its rank; all end with the block.
 
@@ -45,7 +49,7 @@ class Workers:
         """The ranks that have ended without having done their work, and how; not those that are ``done`` for now.
 
         Raises:
-            LongseqError: with the sentence of one that has left one.
+            ToldError: with the sentence of one that has left one.
         """
         found = {}
         for rank, process in enumerate(self.processes):
@@ -54,7 +58,7 @@ class Workers:
                 continue
             sentence = _failure_path(self.place, rank)
             if sentence.exists():
-                raise LongseqError(sentence.read_text(encoding="utf-8"))
+                raise ToldError(sentence.read_text(encoding="utf-8"))
             assert code is not None
             found[rank] = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
         return found
