@@ -1,4 +1,4 @@
-"""One of the processes that share an evaluation: ``python -m longseq.evaluation.worker PLACE``."""
+"""One of the processes that share an evaluation: ``python -m longseq.evaluation.worker PLACE PARENT``."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class ToldError(LongseqError):
 
 
 class Workers:
-    """``python -m MODULE PLACE`` so many times, each told its rank; all end with the block.
+    """``python -m MODULE PLACE PARENT`` so many times, each told its rank; all end with the block.
 
     Args:
         place: the folder that they share.
@@ -72,7 +72,7 @@ class Workers:
         self.processes[rank] = self._started(rank)
 
     def _started(self, rank: int) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", self.module, str(self.place)]
+        command = [sys.executable, "-m", self.module, str(self.place), str(os.getpid())]
         # In a session of its own: a Ctrl-C is for the parent, which ends them.
         environment = environment_of(rank, self.world, self.port)
         return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
@@ -81,7 +81,7 @@ class Workers:
 def serve(work: Callable[[Path, int, int], None]) -> int:
     """One of the processes: ``work(place, rank, world)``, and the exit code. Its errors are left for the parent."""
     place, rank, world = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    _end_with_parent()
+    _end_with_parent(int(sys.argv[2]))
     try:
         work(place, rank, world)
     except USER_ERRORS as error:
@@ -98,9 +98,8 @@ def _failure_path(place: Path, rank: int) -> Path:
     return place / f"failure-{rank}.txt"
 
 
-def _end_with_parent() -> None:
-    """Do not outlive a parent that was killed."""
-    parent = os.getppid()
+def _end_with_parent(parent: int) -> None:
+    """Do not outlive a parent that was killed, before this process came so far even."""
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -35,7 +35,7 @@ WIDE = ROW.astype(np.int64)  # to index by
 
 carried = [{}, {"kernel": "relu"}, {"window": 9, "learned_share": True, "learned_decay": True, **MODERN}]
 summed = [{"causal": False}, {"causal": False, "kernel": "relu", "value_residual": True, "qk_norm": True}]
-in_one_piece = [{"kind": "exact"}, {"causal": False, "window": 9}, {"kernel": "cos"}]
+in_one_piece = [{"kind": "exact"}, {"causal": False, "window": 9}]
 
 
 def build(**options: object) -> PerformerLM:

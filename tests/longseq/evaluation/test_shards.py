@@ -199,13 +199,14 @@ def test_killed_processes_cost_their_shards_and_a_killed_start_nothing(trained, 
     workers = command.workers()
     command.kill(workers[0])
     command.wait_for("was killed by signal 9: its shard is done again")
+    while len(workers := command.workers()) < 2:
+        time.sleep(0.01)
     command.kill(command.process.pid)
     command.process.wait()
     while any(map(alive, workers)):
         time.sleep(0.05)
-    there = {path.name: path.stat().st_mtime_ns for path in place.glob("*.shard")}
-    whole = sum(min(256, 2 ** (number // 32)) for number in range(len(there)))
-    assert 0 < whole < 220
+    there = list(place.glob("*.shard"))
+    assert 0 < len(there) < 80
     ended = typed("embed", run, "many.fasta", "--out", "two.parquet", folder=folder)
     assert ended.code == 0, ended.err
     assert f"going on behind {len(there)} shards" in ended.err
