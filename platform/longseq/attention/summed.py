@@ -36,7 +36,7 @@ def attention_to_sums(q: Tensor, k: Tensor, v: Tensor, sums: AttentionState, cal
     narrow = sums.to(widened(rows.v).dtype)
     # Of the backend's own sums of these keys nothing is used.
     out, _ = choose(call.options.backend, rows.phi, rows.qkv).bidirectional_forward(rows, lambda _: lambda: narrow)
-    return lay_out(out, *q.shape[:2], v.dtype)
+    return lay_out(out, len(q), q.shape[1], v.dtype)
 
 
 def _rows(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Rows:

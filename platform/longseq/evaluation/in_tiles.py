@@ -136,7 +136,7 @@ class _Stored:
         """(1, T, E), or by heads (1, H, T, E / H)."""
         content = bytearray((stop - start) * self.size)
         self.file.seek(start * self.size)
-        self.file.readinto(content)  # type: ignore[attr-defined]
+        self.file.readinto(content)
         x = torch.frombuffer(content, dtype=self.dtype).view(1, stop - start, self.width).to(self.device)
         return x.unflatten(2, (heads, -1)).transpose(1, 2) if heads else x
 
