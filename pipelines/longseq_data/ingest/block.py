@@ -96,7 +96,7 @@ class Block:
         return [name for part in self.made for name in part.identifiers]
 
     def view(self, row: int) -> Tokens:
-        """The tokens of a record where they are mapped, or alone in their block; else a copy, which does not keep it."""
+        """The tokens of a record where they are mapped, or alone in their block; else a copy, that it may go."""
         tokens = self.tokens[self.offsets[row] : self.offsets[row + 1]]
         return tokens if self.mapped or len(self) == 1 else tokens.copy()
 
