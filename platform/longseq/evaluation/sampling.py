@@ -16,9 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from longseq.evaluation.in_tiles import carried
 from longseq.evaluation.predictions import log_probabilities, of_tokens
 from longseq.models.decoding import Decoder
+from longseq.models.in_tiles import carried
 from longseq.models.performer import DecodingState, PerformerLM
 from longseq_data.randomness import uniforms
 from longseq_data.vocabulary import Vocabulary
