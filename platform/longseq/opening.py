@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longseq.config.schema import Config
+from longseq.config.schema import TILE, TILE_ON_GPU, Config
 from longseq.data import vocabulary
 from longseq.devices import reading_device
 from longseq.errors import LongseqError, RunError
@@ -90,10 +90,14 @@ class Source:
         from longseq.models.performer import PerformerLM
         from longseq.models.weights import load_weights
 
-        model = PerformerLM(self.spec)
+        device = device or reading_device(self.config.trainer.accelerator)
+        tile = self.config.model.sequence_tile
+        if tile is None:
+            tile = TILE_ON_GPU if device.startswith("cuda") else TILE
+        model = PerformerLM(replace(self.spec, sequence_tile=tile))
         load_weights(model, self.weights)
         model.set_step(max(0, self.step - 1))
-        return model.to(device or reading_device(self.config.trainer.accelerator)).eval()
+        return model.to(device).eval()
 
 
 def find(target: str | Path | Source, overrides: Sequence[str] = (), *, ema: bool = False, sums: bool = True) -> Source:

@@ -96,9 +96,9 @@ class Block:
         return [name for part in self.made for name in part.identifiers]
 
     def view(self, row: int) -> Tokens:
-        """The tokens of a record where they are mapped, or else a copy: a view would keep the whole block."""
+        """The tokens of a record where they are mapped, or alone in their block; else a copy, that it may go."""
         tokens = self.tokens[self.offsets[row] : self.offsets[row + 1]]
-        return tokens if self.mapped else tokens.copy()
+        return tokens if self.mapped or len(self) == 1 else tokens.copy()
 
     def ids(self, rows: Sequence[int]) -> list[bytes]:
         """The tokens of some records, as bytes of their own."""

@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -73,8 +74,12 @@ class Protein(_Fields):
 Chunk = list["Protein | Record"]
 
 
-class Piece(NamedTuple):
-    """Whole records of one source: text that begins with '>', or records of what is no FASTA."""
+@dataclass(slots=True)
+class Piece:
+    """Whole records of one source: text that begins with '>', or records of what is no FASTA.
+
+    Who parses it takes the text out: of a genome it is as large as what is made of it.
+    """
 
     text: bytes
     line: int  # its first one
@@ -96,8 +101,7 @@ def read_pieces(source: str, watch: Watch | None = None) -> Generator[Piece, Non
     with open_binary(source, "FASTA", watch) as handle:
         if begins_with_record(handle):
             with closing(_texts(handle, source)) as texts:
-                for text, line in texts:
-                    yield Piece(text, line, [])
+                yield from texts
             return
         for record in records_of(handle, source):
             yield Piece(b"", 0, [record])
@@ -110,15 +114,17 @@ def parse_piece(piece: Piece, source: str, *, proteins: bool = True) -> Iterator
 
     Raises what read_proteins raises, after the records before it.
     """
-    found = plain_ids(piece.text) if proteins and not piece.records else None
+    text, piece.text = piece.text, b""
+    found = plain_ids(text) if proteins and not piece.records else None
     if found is not None:
+        del text
         yield found, []
         return
-    for chunk in [piece.records] if piece.records else _parsed(piece.text, source, piece.line):
+    for chunk in [piece.records] if piece.records else _parsed(text, source, piece.line):
         yield None, chunk
 
 
-def _texts(handle: io.BufferedReader, source: str) -> Generator[tuple[bytes, int], None, None]:
+def _texts(handle: io.BufferedReader, source: str) -> Generator[Piece, None, None]:
     rest: list[bytes] = []
     line, held = 1, 0
     pieces = with_line_feeds(iter(lambda: handle.read1(READ_SIZE), b""))
@@ -139,14 +145,15 @@ def _texts(handle: io.BufferedReader, source: str) -> Generator[tuple[bytes, int
                 raise DataError(f"{source}: a record is longer than {most}; check that it is FASTA, or cut it.")
             continue
         held = 0
-        text, rest = b"".join([*rest, memoryview(piece)[: border + 1]]), [piece[border + 1 :]]
-        yield text, line
-        line += _line_breaks(text)
-    text = b"".join(rest)
+        found, rest = Piece(b"".join([*rest, memoryview(piece)[: border + 1]]), line, []), [piece[border + 1 :]]
+        line += _line_breaks(found.text)
+        yield found
+    found = Piece(b"".join(rest), line, [])
     if problem is None:
-        yield text, line
+        rest.clear()
+        yield found
         return
-    raise reading_error(source, line - 1 + _line_breaks(text), problem) from problem
+    raise reading_error(source, line - 1 + _line_breaks(found.text), problem) from problem
 
 
 def _line_breaks(text: bytes) -> int:

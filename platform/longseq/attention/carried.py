@@ -10,6 +10,9 @@ which are disjoint, so :func:`longseq.attention.parts.combine` adds them up. The
 Backward it begins with the gradient R of that S. Log-scales carry no gradient: S e^c does not depend on what c is.
 
 A state is seen from the first key of the next tile's scan.
+
+However long the sequence, a tile's keys are summed up by themselves. ``wide`` also adds these sums to those of earlier
+tiles in float64: a key of millions has no more than the rounding of its tile's fp32 sum.
 """
 
 from __future__ import annotations
@@ -21,23 +24,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longseq.attention.arguments import dtypes
+from longseq.attention.backends.choice import choose
 from longseq.attention.call import Call, per_row
 from longseq.attention.heads import lay_out
 from longseq.attention.isolation import Inputs, Sight, isolated
-from longseq.attention.operations import carried_scan, window_attention
+from longseq.attention.operations import carried_scan, scan, window_attention
 from longseq.attention.parts import combine
-from longseq.attention.state import AttentionState
+from longseq.attention.scan import Rows
+from longseq.attention.state import AttentionState, widened
 
 State = tuple[Tensor, ...]  # S (N, m, e + 1) and c (N, 1, 1), unless features = 0; with a window the last w k and v
 
 
-def carried_attention(q: Tensor, k: Tensor, v: Tensor, state: State, call: Call) -> tuple[Tensor, State]:
+def carried_attention(
+    q: Tensor, k: Tensor, v: Tensor, state: State, call: Call, *, wide: bool = False
+) -> tuple[Tensor, State]:
     """What causal :func:`longseq.attention.favor_attention` gives for one tile of a sequence, with gradients.
 
     Args:
         q, k, v: (batch, heads, T, head_dim or value_dim), T at least the window but for the last tile.
         state: as the tile before returned it; () before the first.
         call: of a kernel with features of one sign. The tile is causal in any case.
+        wide: keep the state's sums in float64. For sequences of any length; without gradients.
 
     Returns:
         (batch, heads, T, value_dim) in the dtype of v, and the state behind the tile.
@@ -71,7 +79,7 @@ def carried_attention(q: Tensor, k: Tensor, v: Tensor, state: State, call: Call)
                 parts.append(window_attention(rows, min(window, length), True, options.backend))
             if rows.phi:
                 before = AttentionState(earlier[0], state[1].detach()) if state else None
-                out, lse, after = carried_scan(rows, before, options.backend)
+                out, lse, after = (_wide_scan if wide else carried_scan)(rows, before, options.backend)
                 parts.append((out, lse if share is None or not window else lse + share))
                 sums = after.sums
                 if again:  # without the keys that are NaN, which all queries of later tiles will see
@@ -85,5 +93,15 @@ def carried_attention(q: Tensor, k: Tensor, v: Tensor, state: State, call: Call)
         inputs = (*tile.qkv, *([state[0]] if tile.phi and state else []))
         out = isolated(attend, inputs, None, Sight(lambda: None, True, 0 if tile.phi else window))[:, halo:]
         if window:
-            behind = (*behind, tile.k[:, -window:], tile.v[:, -window:])
+            behind = (*behind, *(x[:, -window:].clone() for x in (tile.k, tile.v)))  # a view would keep all of the tile
     return lay_out(out, batch, heads, v.dtype), behind
+
+
+def _wide_scan(rows: Rows, before: AttentionState | None, backend: str) -> tuple[Tensor, Tensor, AttentionState]:
+    """As :func:`longseq.attention.operations.carried_scan`, with states in float64 and without gradients."""
+    entering = max(0, rows.k.shape[1] - rows.delay)
+    behind = choose(backend, rows.phi, rows.qkv).state(rows.at(slice(0, entering))).double()
+    out, lse = scan(rows, backend, None if before is None else before.to(widened(rows.v).dtype))
+    if before is not None:
+        behind = behind.merge(before if rows.decay is None else before.faded(-rows.decay.double() * entering))
+    return out, lse, behind

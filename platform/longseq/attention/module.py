@@ -24,7 +24,9 @@ from longseq.attention.narrow import Linear
 from longseq.attention.operators import is_traced
 from longseq.attention.oprf import oprf_a_from_moments, oprf_moments
 from longseq.attention.options import AttentionOptions, integer
-from longseq.attention.recurrent import RecurrentState, decode, read
+from longseq.attention.recurrent import RecurrentState, decode, following, read
+from longseq.attention.state import AttentionState
+from longseq.attention.summed import attention_to_sums, sum_of_keys
 from longseq.attention.tiles import pointwise
 
 # OPRF's constant is kept as an integer, in units of 1e-9: half-precision training casts every floating-point buffer.
@@ -110,6 +112,7 @@ class FavorAttention(nn.Module):
         norm: nn.Module | None = None,
         tile: int = 0,
         carried: State | None = None,
+        wide: bool = False,
         first: Tensor | None = None,
     ) -> Any:
         """Self-attention over x.
@@ -126,6 +129,7 @@ class FavorAttention(nn.Module):
                 are x, q, k, v and what :meth:`mix` gives. 0: all at once.
             carried: x is the next tile of a sequence, and this is the state that the tile before has left, () before
                 the first: see :mod:`longseq.attention.carried`. For causal layers, without padding and segments.
+            wide: carry the state's sums in float64, without gradients.
             first: the first layer's values, for ``value_residual``.
 
         Returns:
@@ -133,7 +137,7 @@ class FavorAttention(nn.Module):
             its :meth:`prefill` and :meth:`decode`, last the values (B, H, L, D) that the next one gets as ``first``.
         """
         if carried is not None:
-            return self._carry(x if norm is None else norm(x), rotary, carried, first)
+            return self._carry(x if norm is None else norm(x), rotary, carried, wide, first)
         if not tile or x.shape[1] <= tile:
             q, k, v = self.project(x if norm is None else norm(x), rotary, padding, segments)
         else:
@@ -146,18 +150,42 @@ class FavorAttention(nn.Module):
             (out,) = pointwise(lambda x: (self.merge(x),), tile, (mixed,), list(self.out.parameters()))
         return (out, first) if self.value_residual else out
 
-    def _carry(self, x: Tensor, rotary: Tensor | None, carried: State, first: Tensor | None) -> tuple[Any, ...]:
+    def _carry(
+        self, x: Tensor, rotary: Tensor | None, carried: State, wide: bool, first: Tensor | None
+    ) -> tuple[Any, ...]:
         qkv, rest = self.qkv(x), carried
         if self.conv is not None:
             qkv, before = self.conv.following(qkv, carried[-1] if carried else None)
             rest = carried[:-1]
         q, k, v = self._heads(qkv, rotary)
         v, first = self.with_first(v, first)
-        mixed, state = carried_attention(q, k, v, rest, self.call())
+        mixed, state = carried_attention(q, k, v, rest, self.call(), wide=wide)
         return self._results(self.merge(mixed), state if self.conv is None else (*state, before), first)
+
+    @torch.no_grad()
+    def decoding_state(self, carried: State, batch: int) -> RecurrentState:
+        """What :meth:`decode` goes on with behind tiles that have left this state."""
+        rest, before = (carried, None) if self.conv is None else (carried[:-1], carried[-1])
+        none = self.out.weight.new_empty(batch, self.heads, 0, self.head_dim)
+        return replace(following(rest, none, self.call()), before=before)
 
     def _results(self, out: Tensor, state: Any, first: Tensor) -> tuple[Any, ...]:
         return (out, state, first) if self.value_residual else (out, state)
+
+    def sum_up(self, x: Tensor, rotary: Tensor | None, first: Tensor | None) -> AttentionState:
+        """The sums of x's keys: see :mod:`longseq.attention.summed`."""
+        q, k, v = self.project(x, rotary)
+        return sum_of_keys(q, k, self.with_first(v, first)[0], self.call())
+
+    def read_sums(
+        self, x: Tensor, sums: AttentionState, rotary: Tensor | None, first: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Self-attention of x over all keys that ``sums`` are made of; with ``value_residual`` also the values that the
+        next layer gets as ``first``."""
+        q, k, v = self.project(x, rotary)
+        v, first = self.with_first(v, first)
+        out = self.merge(attention_to_sums(q, k, v, sums, self.call()))
+        return (out, first) if self.value_residual else (out,)
 
     def _project_tiles(
         self,

@@ -28,15 +28,18 @@ _COUNT = 11
 _NO_MAP = "", None, None, 0.0
 
 
-def scan(rows: Rows, backend: str = "torch") -> Part:
+def scan(rows: Rows, backend: str = "torch", state: AttentionState | None = None) -> Part:
     """Attention of query i over the keys j ≤ i − delay, by features: see :mod:`longseq.attention.scan`.
+
+    state: of the keys before, as of :func:`carried_scan`.
 
     Returns:
         out (N, L, e) and lse (N, L, 1), the log of the denominator, in fp32 (float64). A query that sees no
         key gets zeros and −1e30.
     """
-    learns = _learns(rows.q, rows.k, rows.v, rows.decay)
-    done = torch.ops.longseq.scan(*_given(rows, backend), rows.delay, False, learns, None, None)
+    before = (None, None) if state is None else (state.sums, state.log_scale)
+    learns = _learns(rows.q, rows.k, rows.v, rows.decay, before[0])
+    done = torch.ops.longseq.scan(*_given(rows, backend), rows.delay, False, learns, *before)
     return done[0], done[1]
 
 
@@ -48,9 +51,9 @@ def carried_scan(
     A state is as seen from the first key of the next tile's scan, ``delay`` positions before its first query. The
     gradient goes through its sums. No key is hidden, and all are of one document.
     """
-    sums, log_scale = (None, None) if state is None else (state.sums, state.log_scale)
-    learns = _learns(rows.q, rows.k, rows.v, rows.decay, sums)
-    done = torch.ops.longseq.scan(*_given(rows, backend), rows.delay, True, learns, sums, log_scale)
+    before = (None, None) if state is None else (state.sums, state.log_scale)
+    learns = _learns(rows.q, rows.k, rows.v, rows.decay, before[0])
+    done = torch.ops.longseq.scan(*_given(rows, backend), rows.delay, True, learns, *before)
     out, lse, behind, scale, _ = done
     return out, lse, AttentionState(behind, scale)
 

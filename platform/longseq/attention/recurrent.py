@@ -165,19 +165,49 @@ def read(
         )
     out = attention(q, k, v, call, key_padding)
     exact, window, dtype = call.options.kind == "exact", call.options.window, dtypes(q, k, v)[1]
-    far = recent = None
+    state = None
     with torch.autocast(q.device.type, enabled=False):
         rows = call.rows(q, k, v, key_padding)
         rows = replace(rows, k=rows.k.to(dtype), v=rows.v.to(dtype))
-        if exact or window:
-            recent = _last(rows, k.shape[2] if exact else window, rolling=not exact)
         if rows.phi is not None:
             # By PyTorch, whose features of bf16 keys are not rounded.
             state = choose("torch", rows.phi, rows.qkv).state(rows.at(slice(0, max(0, k.shape[2] - window))))
-            if rows.decay is not None:
-                state = state.faded(-rows.decay * (window - 1))
-            far = Far(state, rows.phi, per_row(call.far_share, len(k), dtype))
-    return out, RecurrentState(far, recent, rows.decay, (*k.shape[:2], k.shape[3], v.shape[3]), dtype)
+    shape = *k.shape[:2], k.shape[3], v.shape[3]
+    return out, _behind(rows, state, call, shape, dtype, k.shape[2] if exact else window)
+
+
+def following(carried: tuple[Tensor, ...], none: Tensor, call: Call) -> RecurrentState:
+    """What decoding goes on with behind the tiles of :mod:`longseq.attention.carried`.
+
+    Args:
+        carried: as the last tile returned it.
+        none: (batch, heads, 0, head_dim), of the values' dtype.
+        call: as of the tiles.
+    """
+    batch, heads, _, head_dim = none.shape
+    rows, window, dtype = call.rows(none, none, none), call.options.window, dtypes(none, none, none)[1]
+    if window:
+        rows = replace(rows, k=carried[-2].to(dtype), v=carried[-1].to(dtype))
+    state = None if rows.phi is None else AttentionState(carried[0], carried[1]).to(dtype)
+    return _behind(rows, state, call, (batch, heads, head_dim, head_dim), dtype, window)
+
+
+def _behind(
+    rows: Rows,
+    state: AttentionState | None,
+    call: Call,
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    size: int,
+) -> RecurrentState:
+    """The state after the last of ``rows``: ``size`` of them as they are, and the sums of those before."""
+    far, exact = None, call.options.kind == "exact"
+    if state is not None and rows.phi is not None:
+        if rows.decay is not None:  # from behind the last key that entered to the last position
+            state = state.faded(-rows.decay * (call.options.window - 1))
+        far = Far(state, rows.phi, per_row(call.far_share, shape[0], dtype))
+    recent = _last(rows, size, rolling=not exact) if exact or size else None
+    return RecurrentState(far, recent, rows.decay, shape, dtype)
 
 
 @torch.no_grad()

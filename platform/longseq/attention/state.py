@@ -50,6 +50,14 @@ class AttentionState:
         mine, theirs = torch.exp(self.log_scale - log_scale), torch.exp(other.log_scale - log_scale)
         return AttentionState(torch.addcmul(mine * self.sums, theirs, other.sums), log_scale)
 
+    def to(self, dtype: torch.dtype) -> AttentionState:
+        """The same in another dtype."""
+        return AttentionState(self.sums.to(dtype), self.log_scale.to(dtype))
+
+    def double(self) -> AttentionState:
+        """In float64, which states of many tiles are added up in."""
+        return self.to(torch.float64)
+
     def faded(self, log_factor: Tensor) -> AttentionState:
         """The same keys, every weight multiplied by exp(``log_factor``), (N, 1, 1)."""
         return AttentionState(self.sums, self.log_scale + log_factor)

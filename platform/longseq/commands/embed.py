@@ -1,7 +1,8 @@
 """Embeddings of sequences: the mean over each, and with --per-residue a vector for every residue.
 
-Sequences stream through, so memory does not depend on their number. The file has its name when it is whole. In Parquet:
-columns id, length, mean, residues. In npz: arrays ids, length, mean, residues, the last record after record.
+Sequences stream through, so memory does not depend on their number, nor, without --per-residue, on their length. What
+is finished is kept in .FILE.shards next to FILE until that is whole: the same command goes on where it was killed. In
+Parquet: columns id, length, mean, residues. In npz: arrays ids, length, mean, residues, the last record after record.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import sys
 from pathlib import Path
 
 from longseq.commands.numbers import natural
-from longseq.commands.options import add_model, add_overrides, output_file, ready
+from longseq.commands.options import add_devices, add_model, add_overrides, check_output, output_file, ready
 from longseq.errors import LongseqError
-from longseq.evaluation.embed import embed
+from longseq.evaluation.embed import embedding
+from longseq.evaluation.records import look
+from longseq.evaluation.shards import kept, results
 from longseq.opening import find
 
 _SUFFIXES = (".parquet", ".npz")
@@ -25,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_overrides(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .parquet or .npz file")
     parser.add_argument("--per-residue", action="store_true", help="a vector for every residue as well")
+    add_devices(parser)
     parser.add_argument(
         "--layer",
         type=natural,
@@ -39,14 +43,18 @@ def run(args: argparse.Namespace) -> int:
         raise LongseqError(
             f"--out {args.out}: embeddings are written to .parquet or .npz; give it one of these endings."
         )
-    embedded = embed(source, args.file, layer=args.layer)
+    job = embedding(source, args.file, args.overrides, ema=args.ema, layer=args.layer, per_residue=args.per_residue)
+    check_output(args.out)
+    look(source, args.file)
 
     from longseq.evaluation.vectors import write_npz, write_parquet
+    from longseq.evaluation.work import Vectors
 
     write = write_parquet if args.out.suffix == ".parquet" else write_npz
-    width = source.spec.dim
-    with output_file(args.out) as partial:
+    work, place = Vectors(job, source), args.out.with_name(f".{args.out.name}.shards")
+    # The shards go after the file has its name: whenever it is killed, one of the two is there.
+    with kept(place, work), output_file(args.out) as partial:
         ready()
-        written = write(embedded, partial, width, args.per_residue)
-    print(f"longseq: {written:,} sequences × {width} written to {args.out}", file=sys.stderr)
+        written = write(results(place, work, args.devices), partial, source.spec.dim, args.per_residue)
+    print(f"longseq: {written:,} sequences × {source.spec.dim} written to {args.out}", file=sys.stderr)
     return 0

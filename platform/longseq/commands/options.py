@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from longseq.commands.numbers import positive
 from longseq.errors import LongseqError, place_of_errors
 from longseq.opening import TARGET_HELP
 from longseq_data.files import aside, resolved
@@ -55,6 +56,17 @@ def models_and_keys(args: argparse.Namespace) -> tuple[list[Path], list[str]]:
     return targets, [*keys, *args.overrides]
 
 
+def add_devices(parser: argparse.ArgumentParser) -> None:
+    """How many processes share the work."""
+    parser.add_argument(
+        "--devices",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="processes that share the work, a GPU each where there are any; the results are the same (default 1)",
+    )
+
+
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """key=value on top of the model's configuration; the last of the positional arguments."""
     parser.add_argument("overrides", nargs="*", metavar="key=value", default=[], help="e.g. trainer.accelerator=cpu")
@@ -83,6 +95,23 @@ def output_file(path: Path) -> Iterator[Path]:
             is computed for the file.
         OSError: where the folder cannot be written to, or the disk is full; nothing is left then.
     """
+    check_output(path)
+    if path.is_symlink():
+        path = path.resolve()
+    with place_of_errors(path), aside(path) as partial:
+        try:
+            partial.touch()
+        except OSError as error:
+            raise OSError(error.errno, f"cannot be written ({error.strerror})", str(path)) from None
+        yield partial
+
+
+def check_output(path: Path) -> None:
+    """Refuse what :func:`output_file` cannot write to, as far as that can be seen.
+
+    Raises:
+        LongseqError: where the folder is missing, or the name is that of a folder, a pipe or a device.
+    """
     device = path.absolute().parent in _DEVICES  # /dev/stdout is a link to what may be a file
     if device or (path.exists() and not path.is_file()):
         what = "a folder" if path.is_dir() else "a pipe or a device"
@@ -91,12 +120,6 @@ def output_file(path: Path) -> Iterator[Path]:
         path = resolved(path)
     if not path.parent.is_dir():
         raise LongseqError(f"{path}: the folder {path.parent} does not exist; make it, or choose another.")
-    with place_of_errors(path), aside(path) as partial:
-        try:
-            partial.touch()
-        except OSError as error:
-            raise OSError(error.errno, f"cannot be written ({error.strerror})", str(path)) from None
-        yield partial
 
 
 def ready() -> None:

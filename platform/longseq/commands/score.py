@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from longseq.commands.numbers import natural
-from longseq.commands.options import add_model, add_overrides, output, ready
+from longseq.commands.options import add_devices, add_model, add_overrides, output, ready
 from longseq.errors import LongseqError
 from longseq.evaluation.score import SequenceScore, VariantEffect, score, variant_effects
 from longseq.printed import as_json
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--passes", type=natural, default=0, metavar="N", help="of a masked model; default 0: one per position, exact"
     )
+    add_devices(parser)
     parser.add_argument("--json", action="store_true", help="JSON instead of a table with tabs")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: standard output")
 
@@ -48,10 +49,12 @@ def run(args: argparse.Namespace) -> int:
             raise LongseqError(
                 "--passes: effects of variants take a pass per set of positions in any case: leave it out."
             )
-        found = variant_effects(args.target, args.file, args.variant, args.variants, args.overrides, ema=args.ema)
+        found = variant_effects(
+            *(args.target, args.file, args.variant, args.variants, args.overrides), ema=args.ema, devices=args.devices
+        )
         rows = _noted(found, pairs)
     else:
-        rows = score(args.target, args.file, args.overrides, ema=args.ema, passes=args.passes)
+        rows = score(args.target, args.file, args.overrides, ema=args.ema, passes=args.passes, devices=args.devices)
     ready()
     with output(args.out) as out:
         out.writelines(_json(rows) if args.json else _table(rows))

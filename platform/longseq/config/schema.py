@@ -97,7 +97,8 @@ class ModelConfig:
         None,
         "tokens that norms, projections, MLPs and, in causal FAVOR+ models, all layers compute at a time, once more in "
         "the backward pass, so that memory hardly grows with data.length; 0: off; default: 4096 (on GPUs 65,536) "
-        "from a data.length of 32,768 on, where activations need more than the model, else 0",
+        "from a data.length of 32,768 on, where activations need more than the model, else 0. Unless it is 0, trained "
+        "models are read in tiles, too, whatever data.length is",
         at_least=0,
     )
 
@@ -237,7 +238,7 @@ class DataConfig:
 
 
 # Tiles cost a fourth forward pass in three; the paper's Regular model needs 3 GB of activations at 8,192 tokens.
-_TILE, _TILE_ON_GPU = 4096, 65536
+TILE, TILE_ON_GPU = 4096, 65536
 _TILED_FROM = 32768
 
 
@@ -268,7 +269,7 @@ class Config:
         """model.sequence_tile, with its default filled in."""
         given = self.model.sequence_tile
         if given is None:
-            return (_TILE_ON_GPU if on_cuda else _TILE) if self.slice_length >= _TILED_FROM else 0
+            return (TILE_ON_GPU if on_cuda else TILE) if self.slice_length >= _TILED_FROM else 0
         return given
 
     @property

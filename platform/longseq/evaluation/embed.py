@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longseq.errors import LongseqError
-from longseq.evaluation.records import look, records
+from longseq.evaluation.records import look
+from longseq.evaluation.shards import Job, done, refuse_devices
 from longseq.opening import Source, find
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ def embed(
     *,
     ema: bool = False,
     layer: int | None = None,
+    per_residue: bool = True,
+    devices: int = 1,
 ) -> Iterator[Embedded]:
     """A vector of size E for each residue of each record, and their mean, in the file's order.
 
@@ -30,23 +33,40 @@ def embed(
         overrides: ``section.key=value`` on top of the run's configuration.
         ema: with the running mean of the weights.
         layer: 0: the embedding, k: after block k; None: after the final norm, which is what the head reads.
+        per_residue: False: means alone; then a record of any length takes no more memory than a tile of it.
+        devices: processes that share the work; results are the same to the last bit.
 
     Returns:
-        records with ``identifier``, ``residues`` (length, E) and ``mean`` (E,), float32; memory holds one batch.
+        records with ``identifier``, ``length``, ``mean`` (E,) and ``residues`` (length, E) or None, float32; memory
+        holds one batch.
 
     Raises:
         LongseqError, DataError: at once, for a model or file that cannot be used; while it is read, for a bad record.
     """
     source = find(target, overrides, ema=ema)
+    job = embedding(source, file, overrides, ema=ema, layer=layer, per_residue=per_residue)
+    refuse_devices(devices)
+    look(source, job.file)
+    return _vectors(source, job, devices)
+
+
+def embedding(
+    source: Source, file: str | Path, overrides: Sequence[str], *, ema: bool, layer: int | None, per_residue: bool
+) -> Job:
+    """The job that :func:`embed` does.
+
+    Raises:
+        LongseqError: for a layer that there is not.
+    """
     if layer is not None and not 0 <= layer <= source.spec.depth:
         raise LongseqError(
             f"layer={layer}: {source.name} has {source.spec.depth} blocks; take 0 to {source.spec.depth}."
         )
-    look(source, str(file))
-    return _vectors(source, str(file), layer)
+    options = {"layer": layer, "per_residue": per_residue}
+    return Job("embed", str(source.folder), str(file), tuple(overrides), ema, options)
 
 
-def _vectors(source: Source, file: str, layer: int | None) -> Iterator[Embedded]:
-    from longseq.evaluation.embedding import vectors
+def _vectors(source: Source, job: Job, devices: int) -> Iterator[Embedded]:
+    from longseq.evaluation.work import Vectors
 
-    yield from vectors(source.load(), source.vocabulary, records(source, file), layer)
+    yield from done(Vectors(job, source), devices)

@@ -2,59 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from longseq.evaluation.records import Record, batches
+from longseq.evaluation.in_tiles import hidden_in_tiles
+from longseq.evaluation.records import BATCH_TOKENS, Record, batches
 from longseq.models.performer import PerformerLM
 from longseq_data.vocabulary import Vocabulary
+
+Vectors = npt.NDArray[np.float32]
 
 
 class Embedded(NamedTuple):
     identifier: str
-    residues: npt.NDArray[np.float32]  # (length, E), without the special tokens around
-
-    @property
-    def mean(self) -> npt.NDArray[np.float32]:
-        """(E,), summed in float64; NaN of a record without residues."""
-        if not len(self.residues):
-            return np.full(self.residues.shape[1], np.nan, dtype=np.float32)
-        return self.residues.mean(0, dtype=np.float64).astype(np.float32)
+    length: int
+    mean: Vectors  # (E,) over the residues, summed in float64; NaN of a record without any
+    residues: Vectors | None = None  # (length, E), without the special tokens around; None: they were not asked for
 
 
 @torch.inference_mode()
 def vectors(
-    model: PerformerLM, vocabulary: Vocabulary, records: Iterable[Record], layer: int | None
+    model: PerformerLM,
+    vocabulary: Vocabulary,
+    records: Iterable[Record],
+    layer: int | None,
+    *,
+    per_residue: bool = True,
 ) -> Iterator[Embedded]:
-    """The vectors of each record, in their order. Memory holds one batch.
+    """The vectors of each record, in their order. Memory holds a batch, of longer records a tile and what is asked for.
 
     Args:
         layer: 0: the embedding; k: the output of block k; None: of the last block after the final norm, which is what
             the head reads.
+        per_residue: whether the vectors of residues are wanted, too.
     """
-    device = next(model.parameters()).device
-    caught: list[Tensor] = []
-    module = model.norm if layer is None else model.embedding if layer == 0 else model.blocks[layer - 1]
+    for group in batches(records, lambda record: len(record.row)):
+        yield from of_batch(model, vocabulary, group, layer, per_residue)
 
-    def catch(_module: object, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        # A block with the value residual hands on the first layer's values besides.
-        caught.append(output[0] if isinstance(output, tuple) else output)
 
-    handle = module.register_forward_hook(catch)
-    try:
-        for group in batches(records, lambda record: len(record.row)):
-            tokens = torch.full((len(group), max(len(record.row) for record in group)), vocabulary.pad)
-            for into, record in zip(tokens, group, strict=True):
-                into[: len(record.row)] = torch.from_numpy(record.row.astype(np.int64))
-            real = tokens != vocabulary.pad
-            model.hidden(tokens.to(device), None if bool(real.all()) else real.to(device))
-            found = caught.pop().float().cpu().numpy()  # (B, L, E)
-            for row, record in zip(found, group, strict=True):
-                yield Embedded(record.identifier, row[1 : 1 + record.length])
-    finally:
-        handle.remove()
+@torch.inference_mode()
+def of_batch(
+    model: PerformerLM, vocabulary: Vocabulary, group: Sequence[Record], layer: int | None, per_residue: bool
+) -> list[Embedded]:
+    """The same of records that are read together, as :func:`longseq.evaluation.records.batches` puts them."""
+    if len(group) == 1 and len(group[0].row) > BATCH_TOKENS:
+        return [_in_tiles(model, group[0], layer, per_residue)]
+    device = model.embedding.weight.device
+    tokens = torch.full((len(group), max(len(record.row) for record in group)), vocabulary.pad)
+    for into, record in zip(tokens, group, strict=True):
+        into[: len(record.row)] = torch.from_numpy(record.row.astype(np.int64))
+    real = tokens != vocabulary.pad
+    hidden = model.hidden(tokens.to(device), None if bool(real.all()) else real.to(device), layer=layer)
+    found = hidden.float().cpu().numpy()  # (B, L, E)
+    made = []
+    for row, record in zip(found, group, strict=True):
+        residues = row[1 : 1 + record.length]
+        mean = _mean(residues.sum(0, dtype=np.float64), record.length)
+        made.append(Embedded(record.identifier, record.length, mean, residues if per_residue else None))
+    return made
+
+
+def _in_tiles(model: PerformerLM, record: Record, layer: int | None, per_residue: bool) -> Embedded:
+    total, kept = np.zeros(model.spec.dim), []
+    for start, hidden in hidden_in_tiles(model, record.row, layer=layer):
+        own = hidden[0].float().cpu().numpy()
+        own = own[max(0, 1 - start) : 1 + record.length - start]
+        total += own.sum(0, dtype=np.float64)
+        if per_residue:
+            kept.append(own)
+    residues = np.concatenate(kept) if per_residue else None
+    return Embedded(record.identifier, record.length, _mean(total, record.length), residues)
+
+
+def _mean(total: npt.NDArray[np.float64], length: int) -> Vectors:
+    return (total / length if length else np.full_like(total, np.nan)).astype(np.float32)

@@ -7,26 +7,43 @@ hide several positions at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from longseq.evaluation.in_tiles import hidden_in_tiles
 from longseq.evaluation.predictions import of_tokens
 from longseq.evaluation.records import BATCH_TOKENS, Record, batches
 from longseq.evaluation.variants import Variant
 from longseq.models.performer import PerformerLM
 from longseq_data.vocabulary import Tokens, Vocabulary
 
+Places = npt.NDArray[np.int64]
+Share = list[list[int]]  # variants by number, those that share a pass together
+
 
 @torch.inference_mode()
 def causal(model: PerformerLM, vocabulary: Vocabulary, rows: Sequence[Tokens]) -> list[float]:
     """Σ log p of each row's tokens after the first, its EOS included. Nats."""
+    if len(rows) == 1 and len(rows[0]) > BATCH_TOKENS:
+        return [_in_tiles(model, rows[0])]
     tokens = _padded(rows, vocabulary.pad)
     targets = tokens[:, 1:]
     found = of_tokens(model, _hidden(model, tokens[:, :-1], vocabulary), targets).double()
     return found.masked_fill(targets == vocabulary.pad, 0.0).numpy().sum(1).tolist()
+
+
+def _in_tiles(model: PerformerLM, row: Tokens) -> float:
+    """The same of one row of any length."""
+    total = 0.0
+    for start, hidden in hidden_in_tiles(model, row[:-1]):
+        targets = torch.from_numpy(row[start + 1 : start + 1 + hidden.shape[1]].astype(np.int64))
+        total += float(of_tokens(model, hidden[0], targets).double().numpy().sum())
+    return total
 
 
 @torch.inference_mode()
@@ -38,6 +55,8 @@ def pseudo(model: PerformerLM, vocabulary: Vocabulary, row: Tokens, passes: int)
     """
     length = len(row) - 2
     passes = min(passes or length, length)
+    if len(row) > BATCH_TOKENS:
+        return sum(_pass_in_tiles(model, vocabulary, row, turn, passes) for turn in range(passes))
     base = torch.from_numpy(row.astype(np.int64))
     places = torch.arange(1, length + 1)
     total = 0.0
@@ -53,6 +72,24 @@ def pseudo(model: PerformerLM, vocabulary: Vocabulary, row: Tokens, passes: int)
     return total
 
 
+def _pass_in_tiles(model: PerformerLM, vocabulary: Vocabulary, row: Tokens, turn: int, passes: int) -> float:
+    """One of the passes over a row of any length."""
+    places, masked, total = np.arange(1 + turn, len(row) - 1, passes), row.copy(), 0.0
+    masked[places] = vocabulary.mask
+    for which, hidden in _of_places(model, masked, places):
+        targets = torch.from_numpy(row[places[which]].astype(np.int64))
+        total += float(of_tokens(model, hidden, targets).double().numpy().sum())
+    return total
+
+
+def _of_places(model: PerformerLM, row: Tokens, places: Places) -> Iterator[tuple[slice, Tensor]]:
+    """What the head reads of some places (n,) of a row of any length, which rise: which of them, and (n', E)."""
+    for start, hidden in hidden_in_tiles(model, row):
+        first, last = np.searchsorted(places, (start, start + hidden.shape[1]))
+        if first < last:
+            yield slice(first, last), hidden[0, torch.from_numpy(places[first:last] - start).to(hidden.device)]
+
+
 def effects(
     model: PerformerLM, vocabulary: Vocabulary, wild: Record, variants: Sequence[Variant], is_causal: bool
 ) -> Iterator[tuple[Variant, float]]:
@@ -61,40 +98,75 @@ def effects(
     Masked: the masked marginal Σ_sites log p(mutant) − log p(wild type), all sites of the variant masked (Meier et al.
     2021); one pass for each set of sites.
     """
-    return (_causal_effects if is_causal else _masked_effects)(model, vocabulary, wild, variants)
+    found = np.empty(len(variants))
+    of_share = share_effects(model, vocabulary, wild, variants, is_causal)
+    for share in shares(wild, variants, is_causal):
+        numbers = [number for alike in share for number in alike]
+        found[numbers] = of_share(share)
+        if is_causal:  # they come in their order
+            yield from ((variants[number], float(found[number])) for number in numbers)
+    if not is_causal:
+        yield from zip(variants, found.tolist(), strict=True)
 
 
-def _causal_effects(
-    model: PerformerLM, vocabulary: Vocabulary, wild: Record, variants: Sequence[Variant]
-) -> Iterator[tuple[Variant, float]]:
+def shares(wild: Record, variants: Sequence[Variant], is_causal: bool) -> list[Share]:
+    """The variants by number, as they are read by a model at once: several passes, each of variants that share it.
+
+    Masked: variants of the same sites do, so that a scan of all 19 mutants of each residue takes L passes, not 19 L.
+    """
+    alike: dict[object, list[int]] = {}
+    for number, variant in enumerate(variants):
+        alike.setdefault(number if is_causal else _sites(variant), []).append(number)
+    return list(batches(alike.values(), lambda _: len(wild.row)))
+
+
+def share_effects(
+    model: PerformerLM, vocabulary: Vocabulary, wild: Record, variants: Sequence[Variant], is_causal: bool
+) -> Callable[[Share], list[float]]:
+    """A function that gives the effects of a share's variants, one after the other."""
+    if not is_causal:
+        return partial(_masked_effects, model, vocabulary, wild, variants)
     (base,) = causal(model, vocabulary, [wild.row])
-    for group in batches(variants, lambda _: len(wild.row)):
-        scores = causal(model, vocabulary, [variant.applied(wild.row) for variant in group])
-        yield from ((variant, score - base) for variant, score in zip(group, scores, strict=True))
+
+    def found(share: Share) -> list[float]:
+        scores = causal(model, vocabulary, [variants[number].applied(wild.row) for (number,) in share])
+        return [score - base for score in scores]
+
+    return found
 
 
 @torch.inference_mode()
 def _masked_effects(
-    model: PerformerLM, vocabulary: Vocabulary, wild: Record, variants: Sequence[Variant]
-) -> Iterator[tuple[Variant, float]]:
-    """Variants of the same sites share a pass: a scan of all 19 mutants of each residue takes L passes, not 19 L."""
-    alike: dict[tuple[int, ...], list[int]] = {}
-    for number, variant in enumerate(variants):
-        alike.setdefault(tuple(sorted(at for at, _, _ in variant.changes)), []).append(number)
-    found = np.empty(len(variants))
-    for group in batches(alike, lambda _: len(wild.row)):
-        tokens = np.stack([wild.row.astype(np.int64) for _ in group])
+    model: PerformerLM, vocabulary: Vocabulary, wild: Record, variants: Sequence[Variant], share: Share
+) -> list[float]:
+    group = [_sites(variants[alike[0]]) for alike in share]
+    tokens = np.stack([wild.row.astype(np.int64) for _ in group])
+    for row, sites in zip(tokens, group, strict=True):
+        row[list(sites)] = vocabulary.mask
+    found: list[float] = []
+    for state, sites, alike in zip(_of_sites(model, vocabulary, tokens, group), group, share, strict=True):
+        changes = [sorted(variants[number].changes) for number in alike]
+        new = torch.tensor([[to for _, _, to in each] for each in changes])  # (variants, sites)
+        old = torch.from_numpy(wild.row[list(sites)].astype(np.int64))
+        log_p = of_tokens(model, state, torch.cat([old[None], new]).T).double()  # (sites, 1 + variants)
+        found += (log_p[:, 1:] - log_p[:, :1]).sum(0).tolist()
+    return found
+
+
+def _sites(variant: Variant) -> tuple[int, ...]:
+    return tuple(sorted(at for at, _, _ in variant.changes))
+
+
+def _of_sites(
+    model: PerformerLM, vocabulary: Vocabulary, tokens: Places, group: Sequence[tuple[int, ...]]
+) -> Iterator[Tensor]:
+    """What the head reads of each row's sites, (sites, E)."""
+    if tokens.shape[1] > BATCH_TOKENS:
         for row, sites in zip(tokens, group, strict=True):
-            row[list(sites)] = vocabulary.mask
-        states = _hidden(model, torch.from_numpy(tokens), vocabulary)
-        for row, sites in zip(states, group, strict=True):
-            places = list(sites)
-            changes = [sorted(variants[number].changes) for number in alike[sites]]
-            new = torch.tensor([[to for _, _, to in each] for each in changes])  # (variants, sites)
-            old = torch.from_numpy(wild.row[places].astype(np.int64))
-            log_p = of_tokens(model, row[places], torch.cat([old[None], new]).T).double()  # (sites, 1 + variants)
-            found[alike[sites]] = (log_p[:, 1:] - log_p[:, :1]).sum(0).numpy()
-    yield from zip(variants, found.tolist(), strict=True)
+            yield torch.cat([hidden for _, hidden in _of_places(model, row, np.array(sites))])
+        return
+    for states, sites in zip(_hidden(model, torch.from_numpy(tokens), vocabulary), group, strict=True):
+        yield states[list(sites)]
 
 
 def _hidden(model: PerformerLM, tokens: Tensor, vocabulary: Vocabulary) -> Tensor:

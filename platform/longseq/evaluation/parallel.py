@@ -7,8 +7,6 @@ the order of the sequences. No process waits for another, so none can hang.
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +17,7 @@ from longseq.allocator import keep_freed_memory
 from longseq.errors import LongseqError
 from longseq.evaluation.request import Request, batch_sequences, samples_of
 from longseq.evaluation.tally import Tally
-from longseq.launch.local import environment_of, free_port
+from longseq.launch.workers import Workers
 
 Progress = Callable[[int, int, int], None]  # checkpoint, part and sequences so far, about
 
@@ -38,23 +36,14 @@ def scored(request: Request, devices: int, progress: Progress) -> Iterator[tuple
     with tempfile.TemporaryDirectory(prefix="longseq-evaluate-") as folder:
         place = Path(folder)
         request.write(place / "request.json")
-        port = free_port()
-        processes = [_start(place, rank, devices, port) for rank in range(devices)]
-        try:
+        with Workers("longseq.evaluation.worker", place, devices) as workers:
             for number in range(len(request.folders)):
                 for part in range(len(request.parts)):
                     files = [tally_path(place, number, part, rank) for rank in range(devices)]
-                    _wait(files, processes, place, progress)
+                    _wait(files, workers, progress)
                     yield number, part, Tally.merged([Tally.load(file) for file in files])
                     for file in files:
                         file.unlink()
-            for process in processes:
-                process.wait()
-        finally:
-            for process in processes:
-                if process.poll() is None:
-                    process.kill()
-                process.wait()
 
 
 def of_this_process(
@@ -89,11 +78,6 @@ def tally_path(place: Path, number: int, part: int, rank: int) -> Path:
     return place / f"{number}-{part}-{rank}.npz"
 
 
-def failure_path(place: Path, rank: int) -> Path:
-    """Where a process leaves the sentence that says why it failed."""
-    return place / f"failure-{rank}.txt"
-
-
 class Reports:
     """Where a process is, in a file for the one that waits; renewed at most once a second."""
 
@@ -121,31 +105,17 @@ def _report_path(place: Path, rank: int) -> Path:
     return place / f"progress-{rank}.txt"
 
 
-def _start(place: Path, rank: int, world: int, port: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "longseq.evaluation.worker", str(place)]
-    # In a session of its own: a Ctrl-C is for the parent, which ends them.
-    environment = environment_of(rank, world, port)
-    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
-
-
-def _wait(files: Sequence[Path], processes: Sequence[subprocess.Popen[bytes]], place: Path, progress: Progress) -> None:
+def _wait(files: Sequence[Path], workers: Workers, progress: Progress) -> None:
     looked = time.monotonic()
     while not all(file.exists() for file in files):
         if time.monotonic() - looked > _LOOK:
             looked = time.monotonic()
-            done = reported(place, len(processes))
+            done = reported(workers.place, workers.world)
             if done:
                 progress(*done)
-        for rank, process in enumerate(processes):
-            code = process.poll()
-            if code is None or files[rank].exists():
-                continue
-            sentence = failure_path(place, rank)
-            if sentence.exists():
-                raise LongseqError(sentence.read_text(encoding="utf-8"))
-            how = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
+        for rank, how in workers.lost(lambda rank: files[rank].exists()).items():
             raise LongseqError(
-                f"evaluate: process {rank} of {len(processes)} {how}; is there enough memory for that many? "
+                f"evaluate: process {rank} of {workers.world} {how}; is there enough memory for that many? "
                 "Take fewer devices."
             )
         time.sleep(0.05)

@@ -43,12 +43,11 @@ def records(source: Source, file: str) -> Iterator[Record]:
         DataError, LongseqError: for what cannot be read as the model's tokens.
     """
     samples = _samples(source, file)
-    encoder, vocabulary = samples.encoder, source.vocabulary
+    encoder = samples.encoder
     for each in documents_in_file_order(samples, hollow=True):
-        tokens = Window((document(each),)).tokens(encoder)
-        body = tokens[1 : 1 + each.length]
-        ends = np.array([vocabulary.eos], dtype=tokens.dtype)
-        yield Record(each.identifier, np.concatenate([np.array([source.begins], dtype=tokens.dtype), body, ends]))
+        row = Window((document(each),)).tokens(encoder)  # BOS, its tokens, EOS
+        row[0] = source.begins
+        yield Record(each.identifier, row)
 
 
 def record_of(source: Source, identifier: str, sequence: str, what: str) -> Record:

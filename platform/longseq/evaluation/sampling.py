@@ -18,7 +18,8 @@ from torch import Tensor
 
 from longseq.evaluation.predictions import log_probabilities, of_tokens
 from longseq.models.decoding import Decoder
-from longseq.models.performer import PerformerLM
+from longseq.models.in_tiles import carried
+from longseq.models.performer import DecodingState, PerformerLM
 from longseq_data.randomness import uniforms
 from longseq_data.vocabulary import Vocabulary
 
@@ -71,19 +72,31 @@ def draw(
         clock: gets the time after each token.
     """
     device = next(model.parameters()).device
-    read = torch.tensor([[begins, *prompt]], device=device)
-    hidden, state = model.read(read)
-    before = float(of_tokens(model, hidden[0, :-1], read[0, 1:]).double().sum())
+    hidden, before, state = _read(model, np.array([begins, *prompt]))
     never = torch.zeros(vocabulary.size, dtype=torch.bool)
     never[[vocabulary.bos, vocabulary.pad, vocabulary.mask]] = True
     never[vocabulary.eos] = not settings.stop
-    last = model.head(hidden[:, -1]).expand(BLOCK, -1)
+    last = model.head(hidden).expand(BLOCK, -1)
     block = state.select(torch.zeros(BLOCK, dtype=torch.long, device=device))
     decoder = Decoder(model, block)
     for first in range(0, number, BLOCK):
         rows = min(BLOCK, number - first)
         decoder.begin(block)
         yield from _block(decoder, vocabulary, list(prompt), before, last, never, first, rows, settings, clock)
+
+
+def _read(model: PerformerLM, row: npt.NDArray[np.int64]) -> tuple[Tensor, float, DecodingState]:
+    """A prompt of any length: what the head reads last (1, E), its tokens' log-likelihood, and the state behind it."""
+    tokens = torch.from_numpy(row)
+    if not (model.spec.carries and len(row) > model.spec.tile):
+        hidden, state = model.read(tokens[None].to(model.embedding.weight.device))
+        return hidden[:, -1], float(of_tokens(model, hidden[0, :-1], tokens[1:]).double().sum()), state
+    total = 0.0
+    for tile in carried(model, row):
+        start, hidden, behind = tile
+        targets = tokens[start + 1 : start + 1 + hidden.shape[1]]
+        total += float(of_tokens(model, hidden[0, : len(targets)], targets).double().sum())
+    return hidden[:, -1], total, model.decoding_state(behind, torch.tensor([len(row)], device=hidden.device))
 
 
 def _block(

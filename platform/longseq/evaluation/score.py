@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from longseq.errors import LongseqError
-from longseq.evaluation.records import batches, look, records
+from longseq.evaluation.records import Record, look, records
+from longseq.evaluation.shards import Job, done, refuse_devices
 from longseq.opening import Source, find
 
 if TYPE_CHECKING:
-    from longseq.evaluation.records import Record
     from longseq.evaluation.variants import Variant
 
 
@@ -68,6 +68,7 @@ def score(
     *,
     ema: bool = False,
     passes: int = 0,
+    devices: int = 1,
 ) -> Iterator[SequenceScore]:
     """The log-likelihood of each record, in the file's order.
 
@@ -77,6 +78,7 @@ def score(
         overrides: ``section.key=value`` on top of the run's configuration.
         ema: with the running mean of the weights.
         passes: of a masked model: hide every passes-th position at once; 0: one pass per position, exact.
+        devices: processes that share the work; results are the same to the last bit.
 
     Raises:
         LongseqError, DataError: at once, for a model or file that cannot be used; while it is read, for a bad record.
@@ -86,8 +88,10 @@ def score(
         raise LongseqError(f"passes={passes}: take 0 or more.")
     if passes and source.causal:
         raise LongseqError(f"passes={passes}: a causal model takes one pass per sequence in any case: leave it out.")
+    refuse_devices(devices)
     look(source, str(file))
-    return _scores(source, str(file), passes)
+    job = Job("score", str(source.folder), str(file), tuple(overrides), ema, {"passes": passes})
+    return _scores(source, job, devices)
 
 
 def variant_effects(
@@ -98,6 +102,7 @@ def variant_effects(
     overrides: Sequence[str] = (),
     *,
     ema: bool = False,
+    devices: int = 1,
 ) -> Iterator[VariantEffect]:
     """The effect of each variant of one wild type, in the order given.
 
@@ -110,13 +115,30 @@ def variant_effects(
     The other arguments and the errors are those of :func:`score`.
     """
     source = find(target, overrides, ema=ema)
+    refuse_devices(devices)
     look(source, str(file))
+    options = {"variants": list(variants), "table": None if table is None else str(table)}
+    asked = asked_for(source, str(file), variants, table)
+    job = Job("effects", str(source.folder), str(file), tuple(overrides), ema, options)
+    return _effects(source, job, asked, devices)
+
+
+class Asked(NamedTuple):
+    """Variants of a wild type, each with its DMS_score if it came with one."""
+
+    wild: Record
+    variants: list[Variant]
+    measured: list[float | None]
+
+
+def asked_for(source: Source, file: str, variants: Sequence[str], table: str | Path | None) -> Asked:
+    """What :func:`variant_effects` was asked for. Raises LongseqError for what does not fit together."""
     from longseq.evaluation.field.assays import SUBSTITUTIONS, is_scan, scan
     from longseq.evaluation.variants import parse, read_variants
 
     if source.vocabulary.name != "protein":
         raise LongseqError(f"{source.folder}: a model of text; variants are those of proteins.")
-    found = list(islice(records(source, str(file)), 2))
+    found = list(islice(records(source, file), 2))
     if len(found) != 1:
         raise LongseqError(
             f"{file}: more than one record, and variants are held against one wild type: give a FASTA of it alone."
@@ -124,7 +146,7 @@ def variant_effects(
     (wild,) = found
     if table is None or not is_scan(Path(table)):
         given = read_variants(variants, Path(table) if table else None, wild)
-        return _effects(source, wild, given, [None] * len(given))
+        return Asked(wild, given, [None] * len(given))
     assay = scan(Path(table))
     if assay.kind != SUBSTITUTIONS:
         raise LongseqError(
@@ -133,27 +155,32 @@ def variant_effects(
         )
     given = read_variants(variants, None, wild)
     listed = [parse(text, wild, place) for text, place in zip(assay.mutants, assay.places, strict=True)]
-    return _effects(source, wild, [*given, *listed], [*[None] * len(given), *assay.measured.tolist()])
+    return Asked(wild, [*given, *listed], [*[None] * len(given), *assay.measured.tolist()])
 
 
-def _scores(source: Source, file: str, passes: int) -> Iterator[SequenceScore]:
-    from longseq.evaluation.likelihood import causal, pseudo
+def _scores(source: Source, job: Job, devices: int) -> Iterator[SequenceScore]:
+    from longseq.evaluation.work import Scores
 
-    model, vocabulary = source.load(), source.vocabulary
-    for group in batches(records(source, file), lambda record: len(record.row)):
-        if source.causal:
-            found = causal(model, vocabulary, [record.row for record in group])
-        else:
-            found = [pseudo(model, vocabulary, record.row, passes) for record in group]
-        for record, value in zip(group, found, strict=True):
-            yield SequenceScore(record.identifier, record.length, value, pseudo=not source.causal)
+    yield from (SequenceScore(**row) for row in done(Scores(job, source), devices))
 
 
-def _effects(
-    source: Source, wild: Record, variants: list[Variant], measured: Sequence[float | None]
-) -> Iterator[VariantEffect]:
-    from longseq.evaluation.likelihood import effects
+def _effects(source: Source, job: Job, asked: Asked, devices: int) -> Iterator[VariantEffect]:
+    """Those of a causal model as they come; a masked one has variants of the same sites in one pass."""
+    from longseq.evaluation.work import Effects
 
-    found = effects(source.load(), source.vocabulary, wild, variants, source.causal)
-    for (variant, effect), value in zip(found, measured, strict=True):
-        yield VariantEffect(wild.identifier, variant.name, len(variant.changes), effect, value)
+    work = Effects(job, source)
+    work.asked = asked
+    found: dict[int, float] = {}
+    following = 0
+    for number, effect in done(work, devices):
+        found[number] = effect
+        while following in found:
+            variant = asked.variants[following]
+            yield VariantEffect(
+                asked.wild.identifier,
+                variant.name,
+                len(variant.changes),
+                found.pop(following),
+                asked.measured[following],
+            )
+            following += 1

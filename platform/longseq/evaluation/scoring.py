@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longseq.evaluation.in_tiles import hidden_in_tiles
 from longseq.evaluation.predictions import in_pieces, refuse_what_is_not_finite
 from longseq.evaluation.tally import BINS, Tally
 from longseq.models.performer import PerformerLM
@@ -61,8 +62,12 @@ def score(
         # Exact attention needs no L × L mask without any padding.
         padding = None if bool(real.all()) else real.to(device)
         segments = batch["segments"].to(device) if "segments" in batch else None
-        hidden = model.hidden(batch["tokens"].to(device), padding, segments)  # (B, L, E)
-        parts.append(_count(model, hidden, batch, vocabulary, number * batch_sequences, top_k))
+        first = number * batch_sequences
+        if len(real) == 1 and padding is None and segments is None:
+            parts.append(_count_in_tiles(model, batch, vocabulary, first, top_k))
+        else:
+            hidden = model.hidden(batch["tokens"].to(device), padding, segments)  # (B, L, E)
+            parts.append(_count(model, hidden, batch, vocabulary, first, top_k))
         if len(parts) > _HELD:
             parts = [Tally.merged(parts)]
         progress((number + 1) * batch_sequences)
@@ -80,6 +85,18 @@ def refuse_nothing(spec: Samples, tally: Tally) -> None:
         raise DataError(
             f"{', '.join(spec.sources)}: nothing to score{held_out}: hold out a larger share of the records."
         )
+
+
+def _count_in_tiles(
+    model: PerformerLM, batch: Mapping[str, Tensor], vocabulary: Vocabulary, first: int, top_k: int
+) -> Tally:
+    """Of one sequence of any length."""
+    parts = []
+    for start, hidden in hidden_in_tiles(model, batch["tokens"][0].numpy()):
+        tile = slice(start, start + hidden.shape[1])
+        own = {**batch, "tokens": batch["tokens"][:, tile], "targets": batch["targets"][:, tile]}
+        parts.append(_count(model, hidden, own, vocabulary, first, top_k))
+    return Tally.of_one(parts)
 
 
 def _count(

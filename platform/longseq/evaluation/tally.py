@@ -58,6 +58,16 @@ class Tally:
             values[item.name] = np.concatenate(arrays)[order] if per_sequence else np.sum(arrays, axis=0)
         return Tally(**values)
 
+    @staticmethod
+    def of_one(parts: Sequence[Tally]) -> Tally:
+        """The parts of one sequence as one; its extent is that of the first, which knows all of it."""
+        added = {
+            item.name: np.sum([getattr(part, item.name) for part in parts], axis=0)
+            for item in fields(Tally)
+            if item.name not in ("number", "extent")
+        }
+        return Tally(**added, number=parts[0].number, extent=parts[0].extent)
+
     def save(self, path: Path) -> None:
         """A file of this name is whole."""
         with aside(path) as partial, partial.open("wb") as file:

@@ -35,25 +35,30 @@ def write_parquet(items: Iterable[Embedded], path: Path, dim: int, per_residue: 
         def flush() -> None:
             arrays = [
                 pa.array([item.identifier for item in held], pa.string()),
-                pa.array([len(item.residues) for item in held], pa.int32()),
+                pa.array([item.length for item in held], pa.int32()),
                 _vectors(np.stack([item.mean for item in held]), vector),
             ]
             if per_residue:
-                ends = np.cumsum([0, *(len(item.residues) for item in held)]).astype(np.int32)
-                flat = _vectors(np.concatenate([item.residues for item in held]), vector)
+                ends = np.cumsum([0, *(item.length for item in held)]).astype(np.int32)
+                flat = _vectors(np.concatenate([_residues(item) for item in held]), vector)
                 arrays.append(pa.ListArray.from_arrays(pa.array(ends), flat))
             writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
 
         for item in items:
             held.append(item)
             written += 1
-            values += item.residues.size if per_residue else dim
+            values += dim * (item.length if per_residue else 1)
             if len(held) >= _ROWS or values >= _VALUES:
                 flush()
                 held, values = [], 0
         if held:
             flush()
     return written
+
+
+def _residues(item: Embedded) -> npt.NDArray[np.float32]:
+    assert item.residues is not None
+    return item.residues
 
 
 def _vectors(array: npt.NDArray[np.float32], vector: object) -> object:
@@ -77,11 +82,11 @@ def write_npz(items: Iterable[Embedded], path: Path, dim: int, per_residue: bool
             for item in items:
                 identifier = item.identifier.encode()
                 files["ids"].write(len(identifier).to_bytes(4, "little") + identifier)
-                files["length"].write(np.int64(len(item.residues)).tobytes())
+                files["length"].write(np.int64(item.length).tobytes())
                 files["mean"].write(item.mean.tobytes())
                 if per_residue:
-                    files["residues"].write(np.ascontiguousarray(item.residues).tobytes())
-                written, residues = written + 1, residues + len(item.residues)
+                    files["residues"].write(np.ascontiguousarray(_residues(item)).tobytes())
+                written, residues = written + 1, residues + item.length
                 widest = max(widest, len(item.identifier))
             with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
                 _put(archive, "ids", f"<U{widest}", (written,), _padded_names(files["ids"], widest))

@@ -1,53 +1,42 @@
-"""One of the processes that share an evaluation: ``python -m longseq.evaluation.worker PLACE``."""
+"""One of the processes that share an evaluation: ``python -m longseq.evaluation.worker PLACE PARENT``."""
 
 from __future__ import annotations
 
 import os
 import sys
-import threading
-import time
 from pathlib import Path
 
 from longseq.devices import claim, reading_device
-from longseq.errors import EXIT_ERROR, USER_ERRORS
-from longseq.evaluation.parallel import Reports, failure_path, of_this_process, tally_path
+from longseq.evaluation.parallel import Reports, of_this_process, tally_path
 from longseq.evaluation.request import Request
-from longseq_data.os_errors import explained
+from longseq.evaluation.shards import JOB, Job, take_part
+from longseq.launch.workers import serve
 
 
-def main() -> int:
-    place, rank, world = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    _end_with_parent()
+def work(place: Path, rank: int, world: int) -> None:
+    """This process's share of a job in shards, or else of an evaluation's request."""
+    if (place / JOB).is_file():
+        from longseq.evaluation.work import work_of
+
+        job = work_of(Job.read(place))
+        _claimed(job.source.config.trainer.accelerator)
+        take_part(place, rank, world, job)
+        return
+    request = Request.read(place / "request.json")
+    device = _claimed(request.source(0).config.trainer.accelerator)
+    for number, part, tally in of_this_process(request, rank, world, device, Reports(place, rank)):
+        tally.save(tally_path(place, number, part, rank))
+
+
+def _claimed(accelerator: str) -> str:
     import torch
 
-    request = Request.read(place / "request.json")
-    try:
-        device = reading_device(request.source(0).config.trainer.accelerator)
-        claim(torch.device(device))
-        for number, part, tally in of_this_process(request, rank, world, device, Reports(place, rank)):
-            tally.save(tally_path(place, number, part, rank))
-    except USER_ERRORS as error:
-        failure_path(place, rank).write_text(str(error), encoding="utf-8")
-        return EXIT_ERROR
-    except OSError as error:
-        failure_path(place, rank).write_text(f"{explained(error, error.filename or place)}.", encoding="utf-8")
-        return EXIT_ERROR
-    return 0
-
-
-def _end_with_parent() -> None:
-    """Do not outlive a parent that was killed."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(EXIT_ERROR)
-
-    threading.Thread(target=watch, daemon=True).start()
+    device = reading_device(accelerator)
+    claim(torch.device(device))
+    return device
 
 
 if __name__ == "__main__":
-    code = main()
+    code = serve(work)
     sys.stderr.flush()
     os._exit(code)  # threads of native libraries race with the interpreter's end

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from longseq.attention import FavorAttention, RecurrentState, SlicedDocuments
 from longseq.attention.carried import State
 from longseq.attention.narrow import narrowed
+from longseq.attention.state import AttentionState
 from longseq.attention.tiles import pointwise
 from longseq.models.mlp import SwiGLU, mlp
 from longseq.models.norm import norm
@@ -67,11 +68,27 @@ class Block(nn.Module):
         (x_BLE,) = pointwise(lambda *parts: (self._add(*parts),), tile, (x_BLE, mixed), learned, random=random)
         return self._results(x_BLE, handed)
 
-    def carry(self, x_BTE: Tensor, state: State, rotary: Tensor | None, first: Tensor | None = None) -> tuple[Any, ...]:
+    def carry(
+        self, x_BTE: Tensor, state: State, rotary: Tensor | None, first: Tensor | None = None, *, wide: bool = False
+    ) -> tuple[Any, ...]:
         """The forward pass of a causal block over the next tile of a sequence, and the attention's state behind it."""
         with self._narrowed():
             x_BTE, normed = self._begin(x_BTE)
-            mixed, *rest = self.attention(normed, rotary=rotary, carried=state, first=first)
+            mixed, *rest = self.attention(normed, rotary=rotary, carried=state, wide=wide, first=first)
+            return self._add(x_BTE, mixed), *rest
+
+    def sum_up(self, x_BTE: Tensor, rotary: Tensor | None, first: Tensor | None = None) -> AttentionState:
+        """The sums of a tile's keys, of a bidirectional block: see :mod:`longseq.attention.summed`."""
+        with self._narrowed():
+            return self.attention.sum_up(self._begin(x_BTE)[1], rotary, first)
+
+    def read_sums(
+        self, x_BTE: Tensor, sums: AttentionState, rotary: Tensor | None, first: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """The forward pass over a tile, given the sums of all tiles' keys."""
+        with self._narrowed():
+            x_BTE, normed = self._begin(x_BTE)
+            mixed, *rest = self.attention.read_sums(normed, sums, rotary, first)
             return self._add(x_BTE, mixed), *rest
 
     def prefill(

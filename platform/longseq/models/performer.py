@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -88,11 +89,22 @@ class PerformerLM(nn.Module):
             return self._carried_loss(tokens, targets)
         return self.head(self.hidden(tokens, padding, segments), targets)
 
-    def hidden(self, tokens: Tensor, padding: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+    def hidden(
+        self,
+        tokens: Tensor,
+        padding: Tensor | None = None,
+        segments: Tensor | None = None,
+        *,
+        layer: int | None = None,
+    ) -> Tensor:
         """What the head reads of each position, (B, L, E); see :meth:`forward`.
 
         For those who want something else than the loss, but not the logits of all positions at once.
+
+        layer: 0: the embedding alone, k: what block k gives; None: what the head reads.
         """
+        if layer == 0:
+            return self.embedding(tokens)
         documents: Tensor | SlicedDocuments | None = segments
         if self.context is None:
             positions = _positions(tokens, padding, segments)
@@ -106,7 +118,7 @@ class PerformerLM(nn.Module):
             x.requires_grad_()  # a frozen embedding: reentrant checkpoints give gradients only if their input wants one
         offload = Offload()
         first: list[Tensor] = []  # with spec.value_residual the first layer's values
-        for block in self.blocks:
+        for block in islice(self.blocks, layer):
             if recompute and self.training:
                 # Reentrant: ZeRO-3 gathers weights in module hooks, and the other kind checks saved shapes against
                 # weights that are partitioned again by then.
@@ -115,7 +127,7 @@ class PerformerLM(nn.Module):
             else:
                 found = block(x, padding, documents, rotary, *first)
             x, *first = found if self.spec.value_residual else (found,)
-        return self.norm(x)
+        return self.norm(x) if layer is None else x
 
     @torch.no_grad()
     def prefill(
@@ -204,23 +216,58 @@ class PerformerLM(nn.Module):
         """
 
         def piece(start: int, stop: int, before: State) -> tuple[tuple[Tensor, ...], State]:
-            positions = torch.arange(start, stop, device=tokens.device)
-            x = self._embed(tokens[:, start:stop], positions, None)  # (B, T, E)
-            rotary = self._rotary(positions)
-            left, behind = before, list[Tensor]()
-            first: list[Tensor] = []
-            for block in self.blocks:
-                assert isinstance(block, Block)
-                size = block.attention.carried_tensors
-                x, state, *first = block.carry(x, left[:size], rotary, *first)
-                left = left[size:]
-                behind += state
-            return self.head(self.norm(x), targets[:, start:stop]), tuple(behind)
+            x, behind = self.carry(tokens[:, start:stop], start, before)
+            return self.head(x, targets[:, start:stop]), behind
 
         random = self.training and self.spec.dropout > 0
         return recurrence(
             piece, tokens.shape[1], self.spec.tile, list(self.parameters()), device=tokens.device, random=random
         )
+
+    def carry(
+        self, tokens: Tensor, start: int, before: State, *, wide: bool = False, layer: int | None = None
+    ) -> tuple[Tensor, State]:
+        """What the head reads of the next tile of a causal sequence, and all layers' attention states behind it.
+
+        Args:
+            tokens: (B, T) token ids, without padding.
+            start: the first one's position.
+            before: the states that the tile before has left, () before the first.
+            wide: carry sums in float64, for sequences of any length; no gradients.
+            layer: as of :meth:`hidden`, from 1 on.
+
+        Returns:
+            (B, T, E), and the states of the layers it went through.
+        """
+        x, rotary = self.entering(tokens, start)
+        behind: list[Tensor] = []
+        first: list[Tensor] = []
+        for block in islice(self.blocks, layer):
+            assert isinstance(block, Block)
+            size = block.attention.carried_tensors
+            own, before = before[:size], before[size:]
+            x, state, *first = block.carry(x, own, rotary, *first, wide=wide)
+            behind += state
+        return self.norm(x) if layer is None else x, tuple(behind)
+
+    def entering(self, tokens: Tensor, start: int) -> tuple[Tensor, Tensor | None]:
+        """What enters the first block, (B, T, E), of a tile that begins at position ``start``; and its rotary table."""
+        stop = start + tokens.shape[1]
+        return self._embed(tokens, torch.arange(start, stop, device=tokens.device), None), self.rotary(start, stop)
+
+    def rotary(self, start: int, stop: int) -> Tensor | None:
+        """The rotary table of positions start…stop; None where positions are learned."""
+        return self._rotary(torch.arange(start, stop, device=self.embedding.weight.device))
+
+    def decoding_state(self, carried: State, positions: Tensor) -> DecodingState:
+        """What :meth:`decode` goes on with behind tiles that :meth:`carry` has read; positions (B,), the next ones."""
+        layers = []
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            size = block.attention.carried_tensors
+            layers.append(block.attention.decoding_state(carried[:size], len(positions)))
+            carried = carried[size:]
+        return DecodingState(tuple(layers), positions)
 
     def set_context(self, context: ContextGroup | None) -> None:
         """From now on the forward pass gets this rank's slices of sequences that the group's ranks hold together.

@@ -148,6 +148,12 @@ class PerformerSpec(AttentionOptions):
         favor = all(options.kind == "favor" and not options.signed for options in self.plan)
         return bool(self.sequence_tile) and self.carry and self.causal and favor and not self.mask_scaling
 
+    @property
+    def sums_up(self) -> bool:
+        """Whether a bidirectional layer needs nothing of other tiles but the sums of their keys."""
+        placeless = self.kind == "favor" and not (self.window or self.learned_decay or self.conv or self.mask_scaling)
+        return bool(self.sequence_tile) and not self.causal and placeless
+
     def recomputes(self, positions: int) -> bool:
         """Whether the backward pass computes layers again, of so many positions of a row in one process."""
         return self.activation_checkpointing or 0 < self.tile < positions

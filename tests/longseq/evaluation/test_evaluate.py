@@ -26,6 +26,7 @@ from longseq.evaluation.request import Request, samples_of
 from longseq.evaluation.scoring import score
 from longseq.evaluation.tally import Tally
 from longseq.interop import exported
+from longseq.launch.workers import Workers
 from longseq.models.performer import PerformerLM
 from longseq.models.weights import save_weights
 from longseq.opening import find
@@ -54,11 +55,11 @@ def test_processes_that_share_the_batches_count_the_same_to_the_last_bit(trained
 def test_a_process_that_is_killed_ends_the_others_and_the_evaluation(tmp_path, monkeypatch):
     started = []
 
-    def start(place: Path, rank: int, world: int, port: int) -> subprocess.Popen[bytes]:
+    def start(self: Workers, rank: int) -> subprocess.Popen[bytes]:
         started.append(subprocess.Popen(["sh", "-c", "kill -9 $$" if rank == 1 else "exec sleep 60"]))
         return started[-1]
 
-    monkeypatch.setattr(parallel, "_start", start)
+    monkeypatch.setattr(Workers, "_started", start)
     monkeypatch.setattr(parallel.tempfile, "tempdir", str(tmp_path))
     with pytest.raises(LongseqError, match="process 1 of 3 was killed by signal 9"):
         list(parallel.scored(Request(("a",), (), ("test",)), 3, lambda *_: None))
@@ -250,15 +251,15 @@ def test_a_log_has_a_line_now_and_then(trained, capsys, monkeypatch):
 
 
 def test_processes_that_share_the_work_say_how_far_all_of_them_are(tmp_path, monkeypatch):
-    def start(place: Path, rank: int, world: int, port: int) -> subprocess.Popen[bytes]:
-        parallel.Reports(place, rank)(0, 1, 100 - rank)
-        assert parallel.reported(place, rank + 1) == (0, 1, 100 - rank)
+    def start(self: Workers, rank: int) -> subprocess.Popen[bytes]:
+        parallel.Reports(self.place, rank)(0, 1, 100 - rank)
+        assert parallel.reported(self.place, rank + 1) == (0, 1, 100 - rank)
         return subprocess.Popen(["sleep", "60"])
 
     def shown(*done: int) -> None:
         raise LongseqError(f"seen {done}")
 
-    monkeypatch.setattr(parallel, "_start", start)
+    monkeypatch.setattr(Workers, "_started", start)
     monkeypatch.setattr(parallel, "_LOOK", 0.0)
     with pytest.raises(LongseqError, match=r"seen \(0, 1, 98\)"):
         list(parallel.scored(Request(("a",), (), ("valid", "test")), 3, shown))

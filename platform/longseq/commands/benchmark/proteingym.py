@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longseq.commands.numbers import natural
-from longseq.commands.options import add_models, models_and_keys, ready
+from longseq.commands.options import add_devices, add_models, models_and_keys, ready
 from longseq.printed import as_json
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="masked models on indels; default 0: one per position, exact",
     )
+    add_devices(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="where assays are kept; default: in the run")
     parser.add_argument("--details", action="store_true", help="also a table of all assays")
     parser.add_argument("--json", action="store_true", help="JSON instead of tables")
@@ -77,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
         ema=args.ema,
         passes=args.passes,
         out=args.out,
+        devices=args.devices,
         progress=progress,
     )
     if found.absent:

@@ -7,11 +7,13 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from longseq.errors import LongseqError
 from longseq.evaluation.field.assays import Entry, Scan, collection, scan
@@ -19,9 +21,13 @@ from longseq.evaluation.field.averages import Assay, Averages, averages
 from longseq.evaluation.field.measures import MEASURES, Floats, Result
 from longseq.evaluation.field.models import label, proteins
 from longseq.evaluation.field.official import BESIDE, Official, published
-from longseq.opening import EMA, Source
+from longseq.evaluation.shards import Job, Work, done, refuse_devices
+from longseq.opening import EMA, Source, find
 from longseq.printed import plain
 from longseq_data.files import sha256_of, write_text
+
+if TYPE_CHECKING:
+    from longseq.models.performer import PerformerLM
 
 Progress = Callable[[str, str, str, bool], None]  # model, assay, kind, whether it had been done before
 
@@ -125,6 +131,7 @@ def benchmark_proteingym(
     ema: bool = False,
     passes: int = 0,
     out: str | Path | None = None,
+    devices: int = 1,
     progress: Progress = lambda *_: None,
 ) -> ProteinGym:
     """Score the mutants of ProteinGym's assays (Notin et al. 2023) and hold the scores against the measurements.
@@ -143,7 +150,9 @@ def benchmark_proteingym(
         ema: with the running mean of the weights.
         passes: of masked models on indels: hide every passes-th position at once; 0: one pass per position, exact.
         out: where assays are kept, a folder for each model; default: each run's evaluations/proteingym.
-        progress: called with the model's name, the assay and its kind before each, and whether it was done before.
+        devices: processes that share the assays; results are the same to the last bit.
+        progress: called with the model's name, the assay and its kind before each, or with several devices behind each,
+            and whether it was done before.
 
     Raises:
         LongseqError, DataError: in one sentence, for a model or a file that cannot be used.
@@ -151,6 +160,8 @@ def benchmark_proteingym(
     sources = proteins(targets, overrides, ema)
     if passes < 0:
         raise LongseqError(f"passes={passes}: take 0 or more.")
+    refuse_devices(devices)
+    assays = list(assays)
     found = collection(Path(folder), Path(reference) if reference else None, assays)
     tables = published([*map(Path, official), Path(folder)])
     known = list(dict.fromkeys(name for table in tables for name in table.models))
@@ -166,55 +177,91 @@ def benchmark_proteingym(
                 f"{source.folder} and {other.parent} would be kept in one folder, {_place(source, out)}: give each an "
                 "out (--out) of its own."
             )
+    if devices > 1:
+        options = {"targets": [str(source.folder) for source in sources], "assays": list(assays), "passes": passes}
+        options |= {"reference": reference and str(reference), "out": out and str(out)}
+        job = Job("proteingym", str(sources[0].folder), str(folder), tuple(overrides), ema, options)
+        for told in done(Assays(job), devices):
+            progress(*told)
+        progress = lambda *_: None  # noqa: E731 - all is done, and was said
+    models = []
+    for source in sources:
+        scorer = Scorer(source, label(source, sources), overrides, passes, out)
+        results = [scorer.result(entry, progress) for entry in found.entries]
+        models.append(ModelResult(scorer.name, source.step, source.config.model.objective, results))
     return ProteinGym(
-        [
-            _of_model(source, label(source, sources), found.entries, overrides, passes, out, progress)
-            for source in sources
-        ],
+        models,
         found.absent,
         tables,
         [name for name in BESIDE if name in known] if beside is None else list(beside),
     )
 
 
-def _of_model(
-    source: Source,
-    name: str,
-    entries: Sequence[Entry],
-    overrides: Sequence[str],
-    passes: int,
-    out: str | Path | None,
-    progress: Progress,
-) -> ModelResult:
-    weights = sha256_of(source.weights)
-    place = _place(source, out)
-    model = None
-    done = []
-    for entry in entries:
+class Scorer:
+    """One model, which scores assays as :func:`benchmark_proteingym` is asked to and keeps what it has done."""
+
+    def __init__(self, source: Source, name: str, overrides: Sequence[str], passes: int, out: str | Path | None):
+        self.source, self.name, self.overrides, self.passes = source, name, overrides, passes
+        self.place = _place(source, out)
+
+    @cached_property
+    def weights(self) -> str:
+        return sha256_of(self.source.weights)
+
+    @cached_property
+    def model(self) -> PerformerLM:
+        return self.source.load()
+
+    def result(self, entry: Entry, progress: Progress) -> AssayResult:
+        """Of one assay, which is scored if that was not done before."""
         mutants = scan(entry.file, entry.cutoff)
-        given = [_FORMAT, weights, *overrides, passes, sha256_of(entry.file), entry.target, str(entry.cutoff)]
+        given = [_FORMAT, self.weights, *self.overrides, self.passes]
+        given += [sha256_of(entry.file), entry.target, str(entry.cutoff)]
         key = hashlib.sha256(json.dumps(given).encode()).hexdigest()
-        kept = place / mutants.kind / f"{entry.assay.id}.json"
+        kept = self.place / mutants.kind / f"{entry.assay.id}.json"
         result = _read(kept, key)
-        progress(name, entry.assay.id, mutants.kind, result is not None)
+        progress(self.name, entry.assay.id, mutants.kind, result is not None)
         if result is None:
             from longseq.evaluation.field.fitness import fitness
 
-            model = model or source.load()
-            scores, result = fitness(source, model, entry, mutants, passes)
+            scores, result = fitness(self.source, self.model, entry, mutants, self.passes)
             _keep(kept, key, mutants, scores, result)
-        done.append(
-            AssayResult(
-                entry.assay,
-                mutants.kind,
-                len(mutants.mutants),
-                result.measures,
-                result.by_depth,
-                result.baselines,
-                kept.with_suffix(".csv"),
-            )
+        return AssayResult(
+            entry.assay,
+            mutants.kind,
+            len(mutants.mutants),
+            result.measures,
+            result.by_depth,
+            result.baselines,
+            kept.with_suffix(".csv"),
         )
-    return ModelResult(name, source.step, source.config.model.objective, done)
+
+
+class Assays(Work[tuple[int, int], list[Any]]):
+    """Assays of each model, for processes that share them; a row is what ``progress`` is told of one.
+
+    Options: targets, reference, assays, passes, out.
+    """
+
+    grows = False
+
+    def __init__(self, job: Job, source: Source | None = None):
+        self.job, options = job, job.options
+        sources = [find(target, job.overrides, ema=job.ema, sums=False) for target in options["targets"]]
+        self.source = sources[0]
+        self.scorers = [
+            Scorer(each, label(each, sources), job.overrides, options["passes"], options["out"]) for each in sources
+        ]
+        reference = options["reference"] and Path(options["reference"])
+        self.entries = collection(Path(job.file), reference, options["assays"]).entries
+
+    def groups(self) -> Iterator[tuple[int, int]]:
+        return product(range(len(self.scorers)), range(len(self.entries)))
+
+    def rows(self, group: tuple[int, int]) -> list[list[Any]]:
+        told: list[list[Any]] = []
+        self.scorers[group[0]].result(self.entries[group[1]], lambda *what: told.append(list(what)))
+        return told
 
 
 def _place(source: Source, out: str | Path | None) -> Path:

@@ -109,7 +109,8 @@ def _vectors(source: Source, chains: Sequence[Chain], layer: int | None) -> Vect
     from longseq.evaluation.records import record_of
 
     records = [record_of(source, chain.id, chain.sequence, f"chain {chain.id}") for chain in chains]
-    return [each.residues for each in vectors(source.load(), source.vocabulary, records, layer)]
+    found = vectors(source.load(), source.vocabulary, records, layer)
+    return [each.residues for each in found if each.residues is not None]
 
 
 def _one_hot(sequence: str) -> npt.NDArray[np.floating]:

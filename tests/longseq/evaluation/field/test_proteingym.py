@@ -16,9 +16,25 @@ import torch
 
 import longseq as api
 from longseq.errors import LongseqError
+from longseq.evaluation import shards
+from longseq.evaluation.field import fitness
 from longseq.evaluation.field.measures import above_median, measures
+from longseq.evaluation.work import work_of
 from longseq.opening import find
 from longseq_data.vocabulary import BOS, EOS, LETTERS, MASK
+
+
+class Here(shards.Workers):
+    """Processes that are none: each does its share at once."""
+
+    def __enter__(self):
+        for rank in range(self.world):
+            shards.take_part(self.place, rank, self.world, work_of(shards.Job.read(self.place)))
+        return self
+
+    def lost(self, done=None):
+        return {}
+
 
 WILD = "MKVLAACDEFGHIKLMNPQRSTVWY"
 LONG = "MKVLAACDEFGHIKLMNPQRSTVWY" * 42  # 1,050 residues
@@ -239,6 +255,21 @@ def test_a_kill_in_the_middle_loses_no_assay_that_was_done(trained, gym, folder)
     api.benchmark_proteingym(place, run, assays=["SHORT_2020"], progress=lambda *what: seen.append(what[2:]))
     assert seen == [("substitutions", True), ("indels", False)]
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_processes_share_the_assays(trained, gym, monkeypatch):
+    place, _, _ = gym
+    runs = [trained(name, f"model.objective={name}") for name in ("causal", "masked")]
+    wanted = api.benchmark_proteingym(place, runs, out="alone").as_dict()
+    told, computed = [], []
+    own = fitness.fitness
+    monkeypatch.setattr(fitness, "fitness", lambda *what: computed.append(what[2].assay.id) or own(*what))
+    monkeypatch.setattr(shards, "Workers", Here)
+    found = api.benchmark_proteingym(place, runs, out="shared", devices=2, progress=lambda *what: told.append(what))
+    assert len(computed) == len(told) == 6
+    assert [what[0] for what in told] == ["causal"] * 3 + ["masked"] * 3
+    assert not any(before for _, _, _, before in told)
+    assert json.dumps(found.as_dict()).replace("shared/", "alone/") == json.dumps(wanted)
 
 
 def test_published_models_stand_beside_over_the_same_assays(trained, gym, longseq):

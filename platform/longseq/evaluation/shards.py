@@ -1,0 +1,233 @@
+"""Work on a file's records in shards: dealt out to processes, kept as each is finished, put together in their order.
+
+A shard is a run of batches, and its results are the same whoever computes it and when: so they do not depend on the
+number of processes, and a start that finds the shards of an earlier one does not compute them again. A process that is
+lost costs its shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import count, islice
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Generic, TypeVar
+
+from longseq.errors import LongseqError
+from longseq.launch.workers import ToldError, Workers
+from longseq.opening import Source, find
+from longseq_data.errors import DataError
+from longseq_data.files import aside, write_text
+from longseq_data.os_errors import lock
+
+if TYPE_CHECKING:
+    from longseq.models.performer import PerformerLM
+
+JOB = "job.json"
+_LOCK, _SHARD = ".lock", ".shard"
+_FORMAT = 1  # of what is kept
+_GROWS_EVERY = 32  # shards are of one batch at first, so that there are some for everyone, and then
+_LARGEST = 256  # twice as large after every so many, up to this: a file for each batch of a proteome would be too many
+_MOST_LOSSES = 3  # of one process
+
+Group = TypeVar("Group")
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done, as processes are told it and a later start compares it."""
+
+    kind: str  # of longseq.evaluation.work
+    folder: str
+    file: str
+    overrides: tuple[str, ...] = ()
+    ema: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def read(place: Path) -> Job:
+        values = json.loads((place / JOB).read_text(encoding="utf-8"))["job"]
+        return Job(**{**values, "overrides": tuple(values["overrides"])})
+
+
+class Work(Generic[Group, Row]):
+    """One kind of job: its batches, what is made of one, and how rows are kept. Kept as JSON, a row a line."""
+
+    grows = True  # whether later shards are of more batches
+
+    def __init__(self, job: Job, source: Source | None = None):
+        self.job = job
+        self.source = source or find(job.folder, job.overrides, ema=job.ema, sums=False)
+
+    @cached_property
+    def model(self) -> PerformerLM:
+        return self.source.load()
+
+    def groups(self) -> Iterator[Group]:
+        """What the model reads at once, in the order of the results."""
+        raise NotImplementedError
+
+    def rows(self, group: Group) -> list[Row]:
+        raise NotImplementedError
+
+    def write(self, file: IO[bytes], rows: list[Row]) -> None:
+        """Those of one batch, behind others."""
+        file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+
+    def read(self, file: IO[bytes]) -> Iterator[Row]:
+        """All that were written."""
+        yield from map(json.loads, file)
+
+
+def refuse_devices(devices: int) -> None:
+    """Raise LongseqError for less than one."""
+    if devices < 1:
+        raise LongseqError(f"devices={devices}: take 1 or more.")
+
+
+def done(work: Work[Group, Row], devices: int) -> Iterator[Row]:
+    """All rows in their order. Of one process straight away, of several by shards that nobody else needs."""
+    if devices == 1:
+        for group in work.groups():
+            yield from work.rows(group)
+        return
+    with tempfile.TemporaryDirectory(prefix="longseq-shards-") as folder, kept(Path(folder) / "shards", work):
+        yield from results(Path(folder) / "shards", work, devices)
+
+
+@contextmanager
+def kept(place: Path, work: Work[Group, Row]) -> Iterator[None]:
+    """The folder of a job's shards: those of the same job stay, any others go. It goes when the block ends well, for
+    bad data, and where nothing is in it; else it waits for the next start.
+
+    Raises:
+        LongseqError: if another process has it.
+    """
+    place.mkdir(exist_ok=True)
+    with (place / _LOCK).open("a") as file:
+        try:
+            lock(file, place)
+        except BlockingIOError:
+            raise LongseqError(f"{place}: another process writes there; wait for it, or choose another name.") from None
+        facts = [_FORMAT, _facts(work.source.weights), _facts(Path(work.job.file))]
+        told, text = place / JOB, json.dumps({"job": asdict(work.job), "of": facts}, indent=1) + "\n"
+        same = told.is_file() and told.read_text(encoding="utf-8") == text
+        _empty(place, but=_SHARD if same else "")
+        write_text(told, text)
+        found = len(list(place.glob(f"*{_SHARD}")))
+        if found:
+            print(f"longseq: going on behind {found} shards in {place}", file=sys.stderr)
+        useful = True
+        try:
+            yield
+            useful = False
+        except (DataError, ToldError):  # once it is corrected the shards are another file's
+            useful = False
+            raise
+        finally:
+            if not useful or not any(place.glob(f"*{_SHARD}")):
+                shutil.rmtree(place, ignore_errors=True)
+
+
+def results(place: Path, work: Work[Group, Row], devices: int) -> Iterator[Row]:
+    """All rows in their order, as soon as they are there, from a folder that is ``kept``.
+
+    Raises:
+        LongseqError, DataError: what went wrong, in one sentence. Shards that were finished stay.
+    """
+    if devices == 1:
+        for number, groups in enumerate(_shards(work)):
+            yield from _read(_finish(place, work, number, groups), work)
+        return
+    with Workers("longseq.evaluation.worker", place, devices) as workers:
+        losses, number = [0] * devices, 0
+        while (total := _total(place)) is None or number < total:
+            path = _path(place, number)
+            if path.exists():
+                yield from _read(path, work)
+                number += 1
+                continue
+            _replace_lost(workers, losses)
+            time.sleep(0.02)
+
+
+def take_part(place: Path, rank: int, world: int, work: Work[Group, Row]) -> None:
+    """A process's own shards, and then how many there are of all."""
+    total = 0
+    for number, groups in enumerate(_shards(work)):
+        total += 1
+        if number % world == rank:
+            _finish(place, work, number, groups)
+    write_text(place / f"end-{rank}.txt", str(total))
+
+
+def _shards(work: Work[Group, Row]) -> Iterator[list[Group]]:
+    """Runs of batches."""
+    groups = work.groups()
+    for number in count():
+        size = min(_LARGEST, 2 ** (number // _GROWS_EVERY)) if work.grows else 1
+        shard = list(islice(groups, size))
+        if not shard:
+            return
+        yield shard
+
+
+def _finish(place: Path, work: Work[Group, Row], number: int, groups: Iterable[Group]) -> Path:
+    """The file of a shard, made if it is not there. A file of this name is whole."""
+    path = _path(place, number)
+    if not path.exists():
+        with aside(path) as partial, partial.open("wb") as file:
+            for group in groups:
+                work.write(file, work.rows(group))
+    return path
+
+
+def _read(path: Path, work: Work[Group, Row]) -> Iterator[Row]:
+    with path.open("rb") as file:
+        yield from work.read(file)
+
+
+def _path(place: Path, number: int) -> Path:
+    """Named after the job: what a process of an earlier one still writes is no shard of this."""
+    job = hashlib.sha256((place / JOB).read_bytes()).hexdigest()[:12]
+    return place / f"{job}-{number:06}{_SHARD}"
+
+
+def _total(place: Path) -> int | None:
+    """How many shards there are, once a process has seen all."""
+    return next((int(path.read_text()) for path in place.glob("end-*.txt")), None)
+
+
+def _replace_lost(workers: Workers, losses: list[int]) -> None:
+    for rank, how in workers.lost().items():
+        losses[rank] += 1
+        if losses[rank] == _MOST_LOSSES:
+            raise LongseqError(
+                f"process {rank} of {workers.world} {how}, for the third time; is there enough memory for that many? "
+                "Take fewer devices."
+            )
+        print(f"longseq: warning: process {rank} of {workers.world} {how}: its shard is done again", file=sys.stderr)
+        workers.start_again(rank)
+
+
+def _facts(path: Path) -> list[str | int]:
+    """What tells a file from another of its name, as far as that can be said without reading it."""
+    if not path.is_file():  # an address, or a pattern
+        return [str(path)]
+    found = path.stat()
+    return [str(path.resolve()), found.st_size, found.st_mtime_ns]
+
+
+def _empty(place: Path, but: str = "") -> None:
+    for path in place.iterdir():
+        if path.name != _LOCK and not (but and path.name.endswith(but)):
+            path.unlink()

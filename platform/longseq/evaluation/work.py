@@ -1,0 +1,97 @@
+"""What is done to a file's records, batch by batch, in one process or in shards: scores, effects, vectors.
+
+``field/proteingym.py`` has one more, of assays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import IO, Any
+
+import numpy as np
+
+from longseq.evaluation.embedding import Embedded, of_batch
+from longseq.evaluation.field.proteingym import Assays
+from longseq.evaluation.likelihood import Share, causal, pseudo, share_effects, shares
+from longseq.evaluation.records import Record, batches, records
+from longseq.evaluation.score import Asked, asked_for
+from longseq.evaluation.shards import Job, Work
+
+Fields = dict[str, Any]
+
+
+class Scores(Work[list[Record], Fields]):
+    """Log-likelihoods of records: the fields of SequenceScore. Option: passes."""
+
+    def groups(self) -> Iterator[list[Record]]:
+        return batches(records(self.source, self.job.file), lambda record: len(record.row))
+
+    def rows(self, group: list[Record]) -> list[Fields]:
+        vocabulary, passes = self.source.vocabulary, self.job.options["passes"]
+        if self.source.causal:
+            found = causal(self.model, vocabulary, [record.row for record in group])
+        else:
+            found = [pseudo(self.model, vocabulary, record.row, passes) for record in group]
+        return [
+            {
+                "id": record.identifier,
+                "length": record.length,
+                "log_likelihood": value,
+                "pseudo": not self.source.causal,
+            }
+            for record, value in zip(group, found, strict=True)
+        ]
+
+
+class Effects(Work[Share, tuple[int, float]]):
+    """Effects of variants: their numbers among those asked for, and the effects. Options: variants, table."""
+
+    @cached_property
+    def asked(self) -> Asked:
+        return asked_for(self.source, self.job.file, self.job.options["variants"], self.job.options["table"])
+
+    def groups(self) -> Iterator[Share]:
+        return iter(shares(self.asked.wild, self.asked.variants, self.source.causal))
+
+    @cached_property
+    def _of_share(self) -> Any:
+        wild, variants = self.asked.wild, self.asked.variants
+        return share_effects(self.model, self.source.vocabulary, wild, variants, self.source.causal)
+
+    def rows(self, group: Share) -> list[tuple[int, float]]:
+        return list(zip([number for alike in group for number in alike], self._of_share(group), strict=True))
+
+
+class Vectors(Work[list[Record], Embedded]):
+    """Embeddings. Options: layer, per_residue."""
+
+    def groups(self) -> Iterator[list[Record]]:
+        return batches(records(self.source, self.job.file), lambda record: len(record.row))
+
+    def rows(self, group: list[Record]) -> list[Embedded]:
+        options = self.job.options
+        return of_batch(self.model, self.source.vocabulary, group, options["layer"], options["per_residue"])
+
+    def write(self, file: IO[bytes], rows: list[Embedded]) -> None:
+        np.save(file, np.array([row.identifier.encode().hex() for row in rows]))  # names may end in what NumPy cuts off
+        np.save(file, np.array([row.length for row in rows]))
+        np.save(file, np.stack([row.mean for row in rows]))
+        for row in rows:
+            if row.residues is not None:
+                np.save(file, row.residues)
+
+    def read(self, file: IO[bytes]) -> Iterator[Embedded]:
+        while file.peek(1):  # type: ignore[attr-defined]
+            names, lengths, means = (np.load(file) for _ in range(3))
+            for name, length, mean in zip(names.tolist(), lengths.tolist(), means, strict=True):
+                residues = np.load(file) if self.job.options["per_residue"] else None
+                yield Embedded(bytes.fromhex(name).decode(), length, mean, residues)
+
+
+_KINDS: dict[str, type[Work[Any, Any]]] = {"score": Scores, "effects": Effects, "embed": Vectors, "proteingym": Assays}
+
+
+def work_of(job: Job) -> Work[Any, Any]:
+    """What a job asks for."""
+    return _KINDS[job.kind](job)

@@ -1,0 +1,174 @@
+"""Sequences longer than what a model reads at a time: tiles against one pass in float64, and memory that stays."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from longseq.errors import LongseqError
+from longseq.evaluation import in_tiles
+from longseq.evaluation.embedding import vectors
+from longseq.evaluation.in_tiles import hidden_in_tiles
+from longseq.evaluation.likelihood import causal, effects, pseudo
+from longseq.evaluation.records import Record
+from longseq.evaluation.request import samples_of
+from longseq.evaluation.sampling import Settings, draw
+from longseq.evaluation.scoring import score
+from longseq.evaluation.variants import Variant
+from longseq.measure.peaks import PeakMeter
+from longseq.models.performer import PerformerLM
+from longseq.models.spec import PerformerSpec
+from longseq.opening import find
+from longseq_data.vocabulary import BOS, EOS, MASK, PROTEIN
+from mixing import MODERN, mix
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SPEC = PerformerSpec(vocabulary=29, dim=24, depth=3, heads=3, ffn_dim=20, causal=True, features=16, sequence_tile=700)
+LENGTH = 4500  # more than a batch of short records
+ROW = np.array([BOS, *np.random.default_rng(1).integers(0, 20, LENGTH), EOS], dtype=np.uint8)
+WIDE = ROW.astype(np.int64)  # to index by
+
+carried = [{}, {"kernel": "relu"}, {"window": 9, "learned_share": True, "learned_decay": True, **MODERN}]
+summed = [{"causal": False}, {"causal": False, "kernel": "relu", "value_residual": True, "qk_norm": True}]
+in_one_piece = [{"kind": "exact"}, {"causal": False, "window": 9}]
+
+
+def build(**options: object) -> PerformerLM:
+    torch.manual_seed(1)
+    model = PerformerLM(replace(SPEC, **options)).eval()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attention.qkv.weight.mul_(10)
+            block.attention.out.weight.mul_(10)
+    return mix(model)
+
+
+def reference(tokens, **options) -> torch.Tensor:
+    """Log-probabilities (L, V) of one pass in float64."""
+    model = build(**options, sequence_tile=0).double()
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens.astype(np.int64))[None])[0].log_softmax(-1)
+
+
+def named(options):
+    return "-".join(f"{key}={value}" for key, value in options.items()) or "softmax"
+
+
+@pytest.mark.parametrize("options", carried + summed + in_one_piece, ids=named)
+@pytest.mark.parametrize("layer", [0, 2, None])
+def test_tiles_give_what_one_pass_gives(options, layer):
+    model, whole = build(**options), build(**options, sequence_tile=0).double()
+    with torch.inference_mode():
+        wanted = whole.hidden(torch.from_numpy(ROW.astype(np.int64))[None], layer=layer)
+        tiles = list(hidden_in_tiles(model, ROW, layer=layer))
+    assert (len(tiles) > 6) == (options not in in_one_piece or layer == 0)
+    assert [start for start, _ in tiles] == [700 * number for number in range(len(tiles))]
+    torch.testing.assert_close(torch.cat([x for _, x in tiles], 1).double(), wanted, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("options", carried, ids=named)
+def test_a_long_log_likelihood_is_that_of_one_pass(options):
+    (found,) = causal(build(**options), PROTEIN, [ROW])
+    wanted = reference(ROW[:-1], **options)[np.arange(LENGTH + 1), WIDE[1:]].sum()
+    assert found == pytest.approx(float(wanted), rel=1e-6)
+
+
+@pytest.mark.parametrize("options", [*summed, {"causal": False, "window": 9}], ids=named)
+def test_long_masked_scores_are_those_of_one_pass(options):
+    """The pseudo-log-likelihood in three passes, and the effects of variants, whose sites lie in several tiles."""
+    model, total = build(**options), 0.0
+    for turn in range(3):
+        places = np.arange(1 + turn, LENGTH + 1, 3)
+        hidden = ROW.copy()
+        hidden[places] = MASK
+        total += float(reference(hidden, **options)[places, WIDE[places]].sum())
+    assert pseudo(model, PROTEIN, ROW, 3) == pytest.approx(total, rel=1e-6)
+
+    sites = [(10, 4400), (10, 4400), (2000,)]
+    variants = [
+        Variant(str(number), tuple((at, int(ROW[at]), int(ROW[at] + 1 + number) % 20) for at in each))
+        for number, each in enumerate(sites)
+    ]
+    for variant, effect in effects(model, PROTEIN, Record("wild", ROW), variants, is_causal=False):
+        hidden = ROW.copy()
+        hidden[[at for at, _, _ in variant.changes]] = MASK
+        log_p = reference(hidden, **options)
+        wanted = sum(float(log_p[at, new] - log_p[at, old]) for at, old, new in variant.changes)
+        assert effect == pytest.approx(wanted, abs=2e-4)
+
+
+def test_effects_in_a_long_protein_are_differences_of_its_log_likelihoods():
+    model, variant = build(), Variant("one", ((4300, int(ROW[4300]), int(ROW[4300] + 1) % 20),))
+    ((_, effect),) = effects(model, PROTEIN, Record("wild", ROW), [variant], is_causal=True)
+    wild, mutant = (causal(model, PROTEIN, [row])[0] for row in (ROW, variant.applied(ROW)))
+    assert effect == mutant - wild
+    assert effect != 0
+
+
+@pytest.mark.parametrize("options", [carried[2], summed[1]], ids=named)
+def test_the_mean_vector_of_a_long_record_needs_none_of_its_residues(options):
+    model, short = build(**options), Record("short", ROW[-30:])
+    found = list(vectors(model, PROTEIN, [Record("long", ROW), short], None))
+    means = list(vectors(model, PROTEIN, [Record("long", ROW), short], None, per_residue=False))
+    whole = build(**options, sequence_tile=0).double()
+    with torch.inference_mode():
+        wanted = whole.hidden(torch.from_numpy(ROW.astype(np.int64))[None])[0, 1:-1].numpy()
+    np.testing.assert_allclose(found[0].residues, wanted, rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(found[0].mean, wanted.mean(0), rtol=1e-5, atol=1e-5)
+    for one, other in zip(found, means, strict=True):
+        assert np.array_equal(one.mean, other.mean)
+        assert (one.identifier, one.length, other.residues) == (other.identifier, other.length, None)
+
+
+@pytest.mark.parametrize("options", [*carried, {"window": 9, "features": 0}], ids=named)
+def test_draws_behind_a_long_prompt_are_those_behind_one_read_at_once(options):
+    """4,201 tokens are seven tiles, the last of one token, less than a window."""
+    prompt, settings = ROW[1:4201].tolist(), Settings(length=12, seed=3)
+    (found,), (wanted,) = (
+        list(draw(build(**options, **tile), PROTEIN, BOS, prompt, 1, settings)) for tile in ({}, {"sequence_tile": 0})
+    )
+    assert found.tokens == wanted.tokens
+    assert found.log_likelihood == pytest.approx(wanted.log_likelihood, rel=1e-6)
+
+
+def test_an_evaluation_of_long_windows_counts_what_one_pass_counts(trained, folder):
+    letters = "".join(random.Random(3).choices("ACDEFGHIKLMNPQRSTVWY", k=3 * LENGTH))
+    (folder / "long.fasta").write_text("".join(f">r{i}\n{letters[i::3]}\n" for i in range(3)))
+    run = trained("one", "data.test=long.fasta", "data.length=6000", "data.batch_tokens=6000")
+    whole, tiles = (
+        score(source.load(), samples_of(source, "test"), batch_sequences=1)
+        for source in (find(run, [f"model.sequence_tile={tile}"]) for tile in (0, 512))
+    )
+    assert whole.tokens.max() > 512
+    for name in ("number", "tokens", "targets", "correct", "near", "wanted", "predicted", "hits", "extent"):
+        assert np.array_equal(getattr(tiles, name), getattr(whole, name)), name
+    np.testing.assert_allclose(tiles.loss, whole.loss, rtol=1e-6)
+    np.testing.assert_allclose(tiles.confidence, whole.confidence, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [carried[2], summed[1]], ids=named)
+def test_tensors_of_a_ten_times_longer_sequence_take_no_more_memory(options):
+    model, peaks = build(**options), []
+    for length in (3000, 30_000):
+        row = np.random.default_rng(0).integers(0, 20, length, dtype=np.uint8)
+        meter = PeakMeter(torch.device("cpu"))
+        with torch.inference_mode():
+            for _ in hidden_in_tiles(model, row):
+                pass
+        peaks.append(meter.stop())
+    assert peaks[1] < 1.05 * peaks[0]
+    assert peaks[1] < 30_000 * SPEC.dim * 4  # the activations of one layer
+
+
+def test_what_cannot_be_carried_and_does_not_fit_is_refused(monkeypatch):
+    monkeypatch.setattr(in_tiles, "available", lambda _: 2.0**20)
+    with pytest.raises(LongseqError, match=r"4,502 tokens in one piece .* exact attention has no sums to carry"):
+        list(hidden_in_tiles(build(kind="exact"), ROW))
+    with pytest.raises(LongseqError, match="this model's attention has no sums"):
+        list(hidden_in_tiles(build(causal=False, window=9), ROW))
+    assert len(list(hidden_in_tiles(build(), ROW))) == 7

@@ -1,0 +1,215 @@
+"""Records in shards: the same results whoever computes them, and none of them twice."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import time
+
+import numpy as np
+import pytest
+
+import longseq as api
+from command_line import Command, alive
+from command_line import longseq as typed
+from longseq.cli import main
+from longseq.errors import LongseqError
+from longseq.evaluation import shards
+from longseq.evaluation.embed import embedding
+from longseq.evaluation.shards import Job, kept, results, take_part
+from longseq.evaluation.work import Scores, Vectors, work_of
+from longseq.launch.workers import Workers
+from longseq.opening import find
+
+
+@pytest.fixture
+def many(folder):
+    """60 records in 15 batches, some of them of one name."""
+    rng = random.Random(2)
+    names = ["same" if i % 7 == 0 else f"r{i}" for i in range(60)]
+    records = (f">{name}\n{''.join(rng.choices('ACDEFGHIK', k=900 + i))}\n" for i, name in enumerate(names))
+    (folder / "many.fasta").write_text("".join(records))
+    return folder / "many.fasta"
+
+
+def computed(monkeypatch, stop=None):
+    """The batches of vectors that are computed, by the first record's length; after ``stop`` of them Ctrl-C."""
+    seen, own = [], Vectors.rows
+
+    def rows(self, group):
+        if len(seen) == stop:
+            raise KeyboardInterrupt
+        seen.append(group[0].length)
+        return own(self, group)
+
+    monkeypatch.setattr(Vectors, "rows", rows)
+    return seen
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "npz"])
+@pytest.mark.parametrize("residues", [[], ["--per-residue"]], ids=["means", "residues"])
+def test_an_embedding_that_was_killed_goes_on_where_it_was(
+    trained, longseq, many, folder, monkeypatch, suffix, residues
+):
+    run, words = trained(), ("embed", "many.fasta", *residues)
+    longseq(words[0], run, *words[1:], "--out", f"whole.{suffix}")
+    with monkeypatch.context() as patch:
+        first = computed(patch, stop=8)
+        assert main([words[0], str(run), *words[1:], "--out", f"out.{suffix}"]) == 130
+    place = folder / f".out.{suffix}.shards"
+    assert not (folder / f"out.{suffix}").exists()
+    assert len(list(place.glob("*.shard"))) == len(first) == 8
+    second = computed(monkeypatch)
+    longseq(words[0], run, *words[1:], "--out", f"out.{suffix}")
+    assert len({*first, *second}) == len([*first, *second]) > 12  # nothing twice
+    assert (folder / f"out.{suffix}").read_bytes() == (folder / f"whole.{suffix}").read_bytes()
+    assert not place.exists()
+
+
+def test_shards_of_another_job_or_of_a_file_that_has_changed_are_not_taken(trained, longseq, many, folder, monkeypatch):
+    run = trained()
+    out, words = folder / ".v.npz.shards", ["embed", str(run), "many.fasta", "--out", "v.npz"]
+
+    def stopped(*more):
+        with monkeypatch.context() as patch:
+            computed(patch, stop=3)
+            assert main([*words, *more]) == 130
+        return {path.name.partition("-")[0] for path in out.glob("*.shard")}
+
+    (first,), (other,) = stopped(), stopped("--layer", "1")
+    many.write_text(many.read_text() + ">one more\nMKV\n")
+    (changed,) = stopped()
+    assert len({first, other, changed}) == 3
+    longseq(*words)
+    with np.load(folder / "v.npz") as kept_file:
+        means = np.stack([each.mean for each in api.embed(run, "many.fasta")])
+        assert np.array_equal(kept_file["mean"], means)
+        assert kept_file["ids"][-1] == "one"
+
+
+def test_bad_data_leave_no_shards_and_a_second_process_is_refused(trained, refused, many, folder):
+    run = trained()
+    work = Vectors(embedding(find(run), many, (), ema=False, layer=None, per_residue=False))
+    with kept(folder / ".v.npz.shards", work):
+        assert "another process writes there" in refused("embed", run, "many.fasta", "--out", "v.npz")
+    many.write_text(many.read_text() + ">empty\n>bad\nMK1\n")
+    assert "line" in refused("embed", run, "many.fasta", "--out", "v.npz")
+    assert not list(folder.glob("*v.npz*"))
+    assert "does not exist" in refused("embed", run, "test.fasta", "--out", "nowhere/v.npz")
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("kind", ["score", "effects", "embed"])
+def test_processes_that_share_a_job_find_what_one_finds(trained, many, folder, kind, world):
+    run = trained("one", "model.objective=masked" if kind == "effects" else "model.objective=causal")
+    (folder / "wild.fasta").write_text(">wild\n" + "MKVLAACDEF" * 90 + "\n")
+    options = {
+        "score": {"passes": 0},
+        "effects": {"variants": [f"{'MKVLAACDEF'[i % 10]}{i + 1}{'AG'[i % 2]}" for i in range(3, 43)], "table": None},
+        "embed": {"layer": None, "per_residue": True},
+    }
+    file = folder / "wild.fasta" if kind == "effects" else many
+    job = Job(kind, str(find(run).folder), str(file), options=options[kind])
+    with kept(folder / "shards", work_of(job)):
+        assert Job.read(folder / "shards") == job
+        for rank in reversed(range(world)):
+            take_part(folder / "shards", rank, world, work_of(Job.read(folder / "shards")))
+        assert len(list((folder / "shards").glob("*.shard"))) > 6
+        shared = list(results(folder / "shards", work_of(job), 1))
+    alone = [row for work in [work_of(job)] for group in work.groups() for row in work.rows(group)]
+    assert len(shared) == len(alone) > 30
+    for one, other in zip(shared, alone, strict=True):
+        assert _plain(one) == _plain(other)
+
+
+def _plain(row):
+    return [x.tobytes() if isinstance(x, np.ndarray) else x for x in row] if isinstance(row, (list, tuple)) else row
+
+
+def test_shards_grow_so_that_large_files_make_few(monkeypatch):
+    monkeypatch.setattr(shards, "_GROWS_EVERY", 3)
+    monkeypatch.setattr(shards, "_LARGEST", 4)
+    work = object.__new__(Scores)
+    monkeypatch.setattr(Scores, "groups", lambda self: iter(range(31)))
+    assert [len(each) for each in shards._shards(work)] == [1, 1, 1, 2, 2, 2, 4, 4, 4, 4, 4, 2]
+    monkeypatch.setattr(Scores, "grows", False)
+    assert [len(each) for each in shards._shards(work)] == [1] * 31
+
+
+class Lost(Workers):
+    """Processes that are killed as soon as they are started."""
+
+    def _started(self, rank):
+        process = subprocess.Popen(["sh", "-c", "kill -9 $$"])
+        process.wait()
+        return process
+
+
+def test_a_process_that_is_lost_over_and_over_is_an_error(trained, many, folder, monkeypatch, capsys):
+    monkeypatch.setattr(shards, "Workers", Lost)
+    work = Scores(Job("score", str(find(trained()).folder), str(many), options={"passes": 0}))
+    with kept(folder / "shards", work):
+        with pytest.raises(LongseqError, match=r"process 0 of 2 was killed by signal 9, for the third time"):
+            list(results(folder / "shards", work, 2))
+        assert "process 0 of 2 was killed by signal 9: its shard is done again" in capsys.readouterr().err
+
+
+class Here(Workers):
+    """Processes that are none: each does its share at once, the last one first."""
+
+    def __enter__(self):
+        for rank in reversed(range(self.world)):
+            take_part(self.place, rank, self.world, work_of(Job.read(self.place)))
+        return self
+
+    def lost(self, done=None):
+        return {}
+
+
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+def test_scores_and_effects_are_the_same_for_any_number_of_devices(trained, many, folder, monkeypatch, objective):
+    run = trained("one", f"model.objective={objective}")
+    (folder / "wild.fasta").write_text(">wild\n" + "MKVLAACDEF" * 30 + "\n")
+    variants = ["M1A", "K2C:V3D", "K2D", "M1C"]
+    records = many if objective == "causal" else "test.fasta"
+    calls = (
+        lambda devices: list(api.score(run, records, devices=devices)),
+        lambda devices: list(api.variant_effects(run, "wild.fasta", variants, devices=devices)),
+        lambda devices: [each.mean.tobytes() for each in api.embed(run, "test.fasta", devices=devices)],
+    )
+    alone = [call(1) for call in calls]
+    monkeypatch.setattr(shards, "Workers", Here)
+    assert [call(3) for call in calls] == alone
+    assert [each.variant for each in alone[1]] == variants
+    with pytest.raises(LongseqError, match="devices=0: take 1 or more"):
+        api.score(run, records, devices=0)
+
+
+@pytest.mark.distributed
+def test_killed_processes_cost_their_shards_and_a_killed_start_nothing(trained, folder):
+    """One of two processes is killed, and then all: what goes on, with one process, writes the same bytes."""
+    rng = random.Random(4)
+    records = (f">r{i}\n{''.join(rng.choices('ACDEFGHIK', k=2100))}\n" for i in range(220))
+    (folder / "many.fasta").write_text("".join(records))
+    run, place = trained("one", "model.dim=64", "model.depth=4"), folder / ".two.parquet.shards"
+    command = Command("embed", run, "many.fasta", "--out", "two.parquet", "--devices", 2, folder=folder)
+    while not list(place.glob("*.shard")):
+        assert command.process.poll() is None
+        time.sleep(0.01)
+    workers = command.workers()
+    command.kill(workers[0])
+    command.wait_for("was killed by signal 9: its shard is done again")
+    while len(workers := command.workers()) < 2:
+        time.sleep(0.01)
+    command.kill(command.process.pid)
+    command.process.wait()
+    while any(map(alive, workers)):
+        time.sleep(0.05)
+    there = list(place.glob("*.shard"))
+    assert 0 < len(there) < 80
+    ended = typed("embed", run, "many.fasta", "--out", "two.parquet", folder=folder)
+    assert ended.code == 0, ended.err
+    assert f"going on behind {len(there)} shards" in ended.err
+    assert typed("embed", run, "many.fasta", "--out", "one.parquet", folder=folder).code == 0
+    assert (folder / "two.parquet").read_bytes() == (folder / "one.parquet").read_bytes()
+    assert not place.exists()
