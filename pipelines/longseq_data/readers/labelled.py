@@ -115,7 +115,7 @@ def read_table(source: str) -> Table:
         try:
             # The header as a row: so the types of columns whose names repeat are text, too.
             read = csv.ReadOptions(autogenerate_column_names=True, block_size=1 << 24)
-            width = csv.read_csv(pa.BufferReader(head.encode()), read, parse).num_columns
+            width = csv.read_csv(pa.BufferReader(f"{head}\n".encode()), read, parse).num_columns
             kinds = {f"f{number}": pa.string() for number in range(width)}
             table = csv.read_csv(file, read, parse, csv.ConvertOptions(column_types=kinds, strings_can_be_null=False))
         except pa.ArrowInvalid as error:
