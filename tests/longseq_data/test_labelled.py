@@ -94,7 +94,7 @@ def test_the_task_follows_from_the_labels(tmp_path, labels, task):
 
 def test_whole_numbers_may_be_classes_or_amounts(tmp_path):
     table = read_table(write(tmp_path / "t.csv", "sequence,label", "M,1", "K,2", "V,3"))
-    with pytest.raises(DataError, match="label holds whole numbers, 3 different ones, .* --task classification or"):
+    with pytest.raises(DataError, match=r"label holds whole numbers, 3 different ones, .* --task classification or"):
         task_of(table, "sequence", "label")
 
 

@@ -49,4 +49,4 @@ def embed(
 def _vectors(source: Source, file: str, layer: int | None) -> Iterator[Embedded]:
     from longseq.evaluation.embedding import vectors
 
-    yield from vectors(source.load(), source.vocabulary, records(source, file), layer)
+    yield from vectors(source.load(tuned=True), source.vocabulary, records(source, file), layer)

@@ -118,4 +118,4 @@ def table(reports: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _shown(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}" if abs(value) >= 1000 else f"{value:.4f}"
+    return "–" if value is None else f"{value:.4f}" if 0.01 <= abs(value) < 1000 or value == 0 else f"{value:.3g}"
