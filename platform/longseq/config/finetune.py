@@ -31,7 +31,7 @@ class FinetuneConfig:
         choices=LEARN,
     )
     lora_rank: int = key(8, "rank of LoRA's factors", at_least=1)
-    lora_alpha: float = key(16.0, "LoRA's product is scaled by this share of its rank", at_least=0)
+    lora_alpha: int = key(16, "LoRA's product is multiplied by lora_alpha / lora_rank", at_least=1)
     split: str | None = key(
         None,
         "column that says train, valid or test; rows where it is empty are left out; null: a hash of the sequence, by "

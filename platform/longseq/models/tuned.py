@@ -33,7 +33,7 @@ class Learning:
     residues: bool
     learn: str
     rank: int = 8
-    alpha: float = 16.0
+    alpha: int = 16
 
 
 class Readout(nn.Module):
@@ -42,6 +42,9 @@ class Readout(nn.Module):
     Features are scaled by mean and deviation where they were learned from: the vectors of similar proteins are nearly
     the same, and a map that had to find the difference first would learn for ever.
     """
+
+    center: Tensor
+    deviation: Tensor
 
     def __init__(self, dim: int, outputs: int, residues: bool):
         super().__init__()
