@@ -125,7 +125,7 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), *, take_over: bool
             _compare(checkpoint, config)
             say_schedule(before, config, checkpoint.position.step)
             settled = run.finished and checkpoint.position.step < before.trainer.max_steps
-            if settled and config.finetune.patience == before.finetune.patience:
+            if config.finetune.table and settled and config.finetune.patience == before.finetune.patience:
                 raise RunError(
                     f"{run.path}: finished at step {checkpoint.position.step}, as its validation loss fell no more. To "
                     f"train on, wait longer: `{run.resume_command} finetune.patience={2 * config.finetune.patience}`."

@@ -134,7 +134,7 @@ def test_a_run_that_has_settled_or_whose_table_changed_is_not_resumed(tuned, tab
         (["MKV,x", "MKL,x", "ML,x"], ["data.valid_fraction=0.5"], "the training rows have one class, 'x'"),
         (["MKV,1.5", "MKL,1.5", "ML,1.5"], ["data.valid_fraction=0.4"], "all training rows have the same label, 1.5"),
         (["MKV,1.5", "MKL,2.5"], ["data.valid_fraction=0.0001", "data.test_fraction=0"], "no row is for valid"),
-        (["MKV,1.5", "MKL,2.5", "MW,3.5", "MY,4.5"], ["data.length=4"], "data.length=4: the longest sequence"),
+        (["MKV,1", "MKL,2.5", "ML,3", "MW,4"], ["data.length=4", "data.valid_fraction=0.5"], "data.length=4: the longest"),
         (["MKV,1.5", "MKL,2.5"], ["--label", "score"], "has no column 'score' for the labels"),
         (["MKV,1.5", "MKL,2.5"], ["--split-column", "label"], "label is '1.5'; write train, valid or test"),
         ([], [], "a table without rows"),
