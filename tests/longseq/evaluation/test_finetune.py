@@ -70,6 +70,8 @@ def test_what_evaluate_measures_is_what_predict_says(tuned, table, longseq):
         assert found["mse"] == pytest.approx(float(((truth - np.array(told)[here]) ** 2).mean()), rel=1e-4)
         assert found["pearson"] == pytest.approx(float(np.corrcoef(truth, np.array(told)[here])[0, 1]), rel=1e-4)
         assert found["intervals"]["mse"][0] <= found["mse"] <= found["intervals"]["mse"][1]
+    shown = longseq("compare", run.path, tuned("share", "all").path)
+    assert f"{printed['splits']['test']['spearman']:.4f}" in shown.partition("test, spearman")[2].splitlines()[0]
 
 
 def test_another_table_is_evaluated_and_its_unknown_classes_refused(tuned, table, longseq, refused, folder):
@@ -134,7 +136,11 @@ def test_a_run_that_has_settled_or_whose_table_changed_is_not_resumed(tuned, tab
         (["MKV,x", "MKL,x", "ML,x"], ["data.valid_fraction=0.5"], "the training rows have one class, 'x'"),
         (["MKV,1.5", "MKL,1.5", "ML,1.5"], ["data.valid_fraction=0.4"], "all training rows have the same label, 1.5"),
         (["MKV,1.5", "MKL,2.5"], ["data.valid_fraction=0.0001", "data.test_fraction=0"], "no row is for valid"),
-        (["MKV,1", "MKL,2.5", "ML,3", "MW,4"], ["data.length=4", "data.valid_fraction=0.5"], "data.length=4: the longest"),
+        (
+            ["MKV,1", "MKL,2.5", "ML,3", "MW,4"],
+            ["data.length=4", "data.valid_fraction=0.5"],
+            "data.length=4: the longest",
+        ),
         (["MKV,1.5", "MKL,2.5"], ["--label", "score"], "has no column 'score' for the labels"),
         (["MKV,1.5", "MKL,2.5"], ["--split-column", "label"], "label is '1.5'; write train, valid or test"),
         ([], [], "a table without rows"),
