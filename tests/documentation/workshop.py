@@ -70,7 +70,7 @@ def furnish(folder: Path) -> Path:
         Image.fromarray(colours.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / "pictures" / f"{i}.png")
     esm2(folder / "esm2_t6_8M_UR50D")
     judges(folder, wild)
-    labels = [f"{''.join(rng.choices('ACDEFGHIKLMNPQRSTVWY', k=30))},{rng.random():.3f}" for _ in range(40)]
+    labels = [f"{''.join(rng.choices('ACDEFGHIKLMNPQRSTVWY', k=30))},{rng.random():.3f}" for _ in range(90)]
     (folder / "labelled.csv").write_text("\n".join(["sequence,stability", *labels, ""]))
     return folder
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
+from longseq.data import identities
 from longseq.errors import LongseqError
 from longseq.evaluation.records import BATCH_TOKENS, Record, records
 from longseq.labelled import labelled
@@ -98,10 +100,9 @@ def _records(source: Source, file: str, column: str | None, id: str | None) -> S
     ]
 
 
-def _record(source: Source, identifier: str, ids: Any) -> Record:
-    marks = (np.array([mark], dtype=np.int64) for mark in (source.begins, source.vocabulary.eos))
-    first, last = marks
-    return Record(identifier, np.concatenate([first, ids, last]).astype(source.vocabulary.dtype))
+def _record(source: Source, identifier: str, ids: npt.NDArray[np.unsignedinteger]) -> Record:
+    row = np.concatenate([[source.begins], ids, [source.vocabulary.eos]])
+    return Record(identifier, row.astype(source.vocabulary.dtype))
 
 
 def label_parts(source: Source, settings: Settings) -> tuple[str, ...]:
@@ -117,7 +118,7 @@ def label_parts(source: Source, settings: Settings) -> tuple[str, ...]:
     splits = list(settings.splits or ())
     if splits or not files:
         refuse_changes(source.run.config(), source.config, source.run, _OF_ROWS)
-        source.run.check_data(source.config, {"table": _identity(source)})
+        source.run.check_data(source.config, identities(source.config))
         rows = labelled(source.config, None).rows
         splits = splits or [next(split for split in ("test", "valid", "train") if rows.of(split))]
         for split in splits:
@@ -148,9 +149,3 @@ def _samples(source: Source, part: str) -> LabelledSamples:
     if part in ("train", "valid", "test"):
         return labelled(source.config, part)
     return labelled(source.config, None, part)
-
-
-def _identity(source: Source) -> list[str | None]:
-    from longseq.data import identities
-
-    return identities(source.config)["table"]
