@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
@@ -32,25 +33,39 @@ def table(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(one_process: Path, table: Path, folder: Path) -> Path:
-    ended = longseq("finetune", one_process, table, *WORDS, *STEPS, "run.name=alone", folder=folder)
+def seeds(one_process: Path, table: Path, folder: Path) -> list[Path]:
+    """The runs of two seeds, of one process each."""
+    ended = longseq("finetune", one_process, table, "--seeds", 2, *WORDS, *STEPS, "run.name=alone", folder=folder)
     assert ended.code == 0, ended.err
-    assert "spearman" in ended.out
-    return folder / "runs/alone"
+    assert "over 2 seeds" in ended.out
+    return [folder / f"runs/alone-seed{seed}" for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def alone(seeds: list[Path]) -> Path:
+    return seeds[0]
+
+
+def test_seeds_learn_otherwise_from_the_same_rows(seeds):
+    (one,), (other,) = (run.glob("evaluations/*.json") for run in seeds)
+    reports = [json.loads(path.read_text()) for path in (one, other)]
+    for split in ("valid", "test"):
+        first, second = (report["splits"][split] for report in reports)
+        assert first["labels"] == second["labels"] > 2
+        assert first["mse"] != second["mse"]
 
 
 def test_two_processes_with_zero_2_have_the_losses_of_one(alone, one_process, table, folder):
     two = ("trainer.devices=2", "trainer.zero_stage=2", "trainer.accumulate=2", "run.name=two")
     ended = longseq("finetune", one_process, table, *WORDS, *STEPS, *two, folder=folder)
     assert ended.code == 0, ended.err
-    curves = [read_curves(folder / "runs" / name / "tensorboard") for name in ("alone", "two")]
+    curves = [read_curves(run / "tensorboard") for run in (alone, folder / "runs/two")]
     for name in ("train/loss", "valid/loss", "train/gradient_norm"):
         one, other = (each[name] for each in curves)
         assert one.keys() == other.keys()
         assert list(other.values()) == pytest.approx(list(one.values()), rel=2e-4)
     assert len(curves[0]["train/loss"]) == 6
     assert len(curves[0]["valid/loss"]) == 3
-    assert {path.name for path in (alone / "evaluations").iterdir()} == {"step-00000006-valid-test.json"}
 
 
 def test_a_run_that_goes_on_repeats_what_it_would_have_done(alone, stopped):
