@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from longseq.config.loading import config_of
+from longseq.config.loading import check_text, config_of
 from longseq.config.schema import Config
 from longseq.data import resolve_sources
 from longseq.errors import LongseqError
@@ -149,6 +149,7 @@ def configured(source: Source, asked: dict[str, Any], overrides: Sequence[str], 
     _fill(config, {"trainer.accumulate": _accumulated(config)}, fixed)
     if train and config.finetune.task in OF_CLASSES:
         config.finetune.classes = list(rows.classes)
+        check_text("finetune.classes", config.finetune.classes, "labels", str(config.finetune.table))
     elif train:
         numbers = np.concatenate([rows.labels[row] for row in train])
         config.finetune.center, config.finetune.scale = float(np.nanmean(numbers)), float(np.nanstd(numbers))

@@ -113,6 +113,8 @@ def label_parts(source: Source, settings: Settings) -> tuple[str, ...]:
     """
     if settings.devices > 1:
         raise LongseqError(f"devices={settings.devices}: one process is enough for labels; leave it out.")
+    if settings.sequences is not None:
+        raise LongseqError(f"sequences={settings.sequences}: of labels all rows are measured; leave it out.")
     assert source.run is not None
     files = expand_sources([str(file) for file in settings.files]) if settings.files else []
     splits = list(settings.splits or ())

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import longseq as api
-from longseq.errors import LongseqError, RunError
+from longseq.config.loading import load_config, save_config
+from longseq.errors import ConfigError, LongseqError, RunError
 from longseq.evaluation.finetune import Finetuning, configured
 from longseq.evaluation.labels import of_classes, of_numbers, summary
 from longseq.opening import find
@@ -81,6 +82,9 @@ def test_another_table_is_evaluated_and_its_unknown_classes_refused(tuned, table
     shown = json.loads(longseq("evaluate", run, "--data", "new.csv", "--json", "--bootstrap", 0))
     assert shown["splits"]["new.csv"]["labels"] == 8
     assert "intervals" not in shown["splits"]["new.csv"]
+    assert "devices=2: one process is enough" in refused("evaluate", run, "--devices", "2")
+    assert "sequences=5: of labels all rows are measured" in refused("evaluate", run, "--sequences", "5")
+    assert "table.csv: no row is for ood" in refused("evaluate", run, "--split", "ood")
     (folder / "odd.csv").write_text("\n".join([lines[0], lines[1].replace("little", "some").replace("much", "some")]))
     sentence = refused("evaluate", run, "--data", "odd.csv")
     assert "odd.csv, row 1: kind is 'some', a class that the model has not learned; it knows little, much." in sentence
@@ -173,6 +177,19 @@ def test_defaults_fit_the_table_and_overrides_go_before(base, table):
     assert config.performer_spec(29).seed == base.config.run.seed != config.run.seed
     long = configured(base, asked, ["data.length=16384"], batch=8)
     assert long.trainer.accumulate == 2  # 65,536 tokens at a time
+
+
+def test_classes_are_kept_as_the_table_has_them(base, folder):
+    words = ["yes", "no", "1e3", "007", "true", "-", "~", "a; b", "[a]", "{b: c}", "#", "'x'"]
+    (folder / "t.csv").write_text(
+        "\n".join(["sequence,label", *(f"MKV{'ACDEFGHIKLMN'[i]},{w}" for i, w in enumerate(words))])
+    )
+    asked = {"table": "t.csv", "label": "label", "learn": "head", "task": "classification"}
+    save_config(configured(base, asked, ["data.valid_fraction=0.3"]), folder / "config.yaml")
+    assert load_config(folder / "config.yaml", resolved=True).finetune.classes == sorted(words)
+    (folder / "t.csv").write_text("sequence,label\nMKV,${x}\nMKL,b\nML,c\n")
+    with pytest.raises(ConfigError, match=r"finetune.classes=\$\{x\}: '\$\{' is a reference"):
+        configured(base, asked, ["data.valid_fraction=0.5"])
 
 
 def test_the_best_checkpoint_is_taken_unless_one_is_named(tuned, folder):
