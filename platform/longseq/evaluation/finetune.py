@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime
@@ -146,7 +146,7 @@ def configured(source: Source, asked: dict[str, Any], overrides: Sequence[str], 
     defaults = {"trainer.checkpoint_every": validated, "trainer.keep_best": int(validated > 0)}
     defaults |= {"optim.warmup_steps": min(100, last // 20), "data.batch_tokens": batch * config.data.length}
     _fill(config, defaults, fixed)
-    _fill(config, {"trainer.accumulate": _accumulated(config)}, fixed)
+    _fill(config, {"trainer.accumulate": _accumulated(config), "optim.lr": _RATES[config.finetune.learn]}, fixed)
     if train and config.finetune.task in OF_CLASSES:
         config.finetune.classes = list(rows.classes)
         check_text("finetune.classes", config.finetune.classes, "labels", str(config.finetune.table))
@@ -172,7 +172,7 @@ def _sections(source: Source, asked: dict[str, Any]) -> dict[str, dict[str, Any]
     sections["data"] |= {"reset": own.reset, "valid_fraction": 0.1, "test_fraction": 0.2}
     return {
         **sections,
-        "optim": {"lr": _RATES.get(str(asked["learn"]), 0.0), "weight_decay": 0.01, "clip": 1.0},
+        "optim": {"weight_decay": 0.01, "clip": 1.0},
         "trainer": {"probe_every": 0, "keep_checkpoints": 1},
         "finetune": {**learned, "feature_seed": source.config.run.seed},
     }
@@ -195,7 +195,7 @@ def _accumulated(config: Config) -> int:
     return next((count for count in range(1, rows + 1) if rows % count == 0 and rows // count <= most), 1)
 
 
-def _fill(config: Config, defaults: dict[str, int], fixed: set[str]) -> None:
+def _fill(config: Config, defaults: Mapping[str, float], fixed: set[str]) -> None:
     for key, value in defaults.items():
         section, _, name = key.partition(".")
         if key not in fixed:

@@ -175,6 +175,7 @@ def test_defaults_fit_the_table_and_overrides_go_before(base, table):
     assert (config.finetune.sequence, config.finetune.task) == ("sequence", "regression")
     assert config.finetune.feature_seed == base.config.run.seed
     assert config.performer_spec(29).seed == base.config.run.seed != config.run.seed
+    assert [configured(base, asked, [f"finetune.learn={each}"]).optim.lr for each in ("lora", "all")] == [1e-3, 3e-4]
     long = configured(base, asked, ["data.length=16384"], batch=8)
     assert long.trainer.accumulate == 2  # 65,536 tokens at a time
 
