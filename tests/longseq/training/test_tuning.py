@@ -50,7 +50,7 @@ def test_what_learns_changes_and_the_rest_stays_to_the_last_bit(tuned, base, lea
 def test_what_follows_from_the_letters_is_learned_by_the_head(tuned, label, least):
     from longseq.evaluation.evaluate import Settings, evaluate
 
-    run = tuned(label, "head", "optim.lr=0.01", "data.valid_fraction=0.3", "finetune.patience=0", steps=150)
+    run = tuned(label, "head", "optim.lr=0.03", "data.valid_fraction=0.3", "finetune.patience=0", steps=60)
     (found,) = evaluate(run.path, Settings(splits=("valid",), bootstrap=30))
     values = found.splits["valid"]
     measure = "r2" if label == "share" else "mcc"
