@@ -147,8 +147,7 @@ class Where(NamedTuple):
 
 
 def sources_of(config: Config, split: str) -> list[Where]:
-    """Where a split comes from: what is named for it, or held out of the training data; empty: there is none, as of
-    labelled tables."""
+    """Where a split comes from: what is named for it, or held out of the training data; empty: there is none."""
     data = config.data
     if config.finetune.table:
         return []
