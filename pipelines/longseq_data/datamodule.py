@@ -5,13 +5,13 @@ from __future__ import annotations
 import lightning
 
 from longseq_data.samples.batches import EvaluationBatches, Loader, TrainingBatches
-from longseq_data.samples.sharing import Samples
+from longseq_data.samples.sharing import Batches
 
 
 class SequenceDataModule(lightning.LightningDataModule):
     """Training batches from sample ``start`` on, and a validation pass over at most ``valid_samples`` samples.
 
-    train, valid: a StreamSpec or a CorpusSpec.
+    train, valid: a StreamSpec, a CorpusSpec or LabelledSamples.
     batch_sequences: sequences per rank and micro-batch; with packing "bucket" those of a validation.
     start: samples that all ranks have consumed; the last trained batch says it in "samples".
     accumulate: micro-batches per optimiser step, as in the Trainer.
@@ -21,8 +21,8 @@ class SequenceDataModule(lightning.LightningDataModule):
 
     def __init__(
         self,
-        train: Samples,
-        valid: Samples | None,
+        train: Batches,
+        valid: Batches | None,
         *,
         batch_sequences: int,
         accumulate: int = 1,

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from longseq_data.errors import DataError, one_line
 from longseq_data.files import write_text
 from longseq_data.os_errors import explained
-from longseq_data.vocabulary import Vocabulary
+from longseq_data.vocabulary import ALPHABETS, UNKNOWN, Vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -81,6 +81,28 @@ def tokenizer_vocabulary(path: str) -> Vocabulary:
         found[role] = own[0] if own else size
         size += not own
     return Vocabulary(path, size, **found, ordinary=ordinary, replacements=ordinary)
+
+
+def ids_of(text: str, tokens: str, what: str) -> list[int]:
+    """A text as ids, without special tokens. tokens: protein, dna, bytes or a tokenizer's file.
+
+    Raises DataError for a letter that is no residue, naming it and its position, and for what is no text; ``what`` says
+    whose.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{what}: not UTF-8 from position {error.start + 1} on; write it in UTF-8.") from None
+    if tokens in ALPHABETS:
+        alphabet = ALPHABETS[tokens]
+        ids = list(text.encode("ascii", "replace").translate(alphabet.table))
+        if UNKNOWN in ids:
+            at = ids.index(UNKNOWN)
+            raise DataError(f"{what}: {text[at]!r} at position {at + 1} is not one of {alphabet.letters}; correct it.")
+        return ids
+    if tokens == "bytes":
+        return list(text.encode())
+    return load_tokenizer(tokens).encode(text, add_special_tokens=False).ids
 
 
 def extents(text: str, path: str) -> tuple[Counts, Counts]:

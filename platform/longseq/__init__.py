@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from longseq.evaluation.field.contacts import benchmark_contacts
     from longseq.evaluation.field.proteingym import benchmark_proteingym
     from longseq.evaluation.field.structure import benchmark_structure
+    from longseq.evaluation.finetune import Finetuning, finetune
+    from longseq.evaluation.predict import Prediction, predict
     from longseq.evaluation.sample import infill, sample
     from longseq.evaluation.score import score, variant_effects
     from longseq.interop.exporting import export
@@ -41,6 +43,10 @@ _PUBLIC = {
     "sample": "longseq.evaluation.sample",
     "infill": "longseq.evaluation.sample",
     "embed": "longseq.evaluation.embed",
+    "finetune": "longseq.evaluation.finetune",
+    "Finetuning": "longseq.evaluation.finetune",
+    "predict": "longseq.evaluation.predict",
+    "Prediction": "longseq.evaluation.predict",
     "compare": "longseq.evaluation.compare",
     "Compared": "longseq.evaluation.compare",
     "benchmark_proteingym": "longseq.evaluation.field.proteingym",
@@ -55,6 +61,8 @@ __all__ = [
     "Compared",
     "Evaluation",
     "EvaluationSettings",
+    "Finetuning",
+    "Prediction",
     "Prepared",
     "Training",
     "benchmark_contacts",
@@ -65,8 +73,10 @@ __all__ = [
     "evaluate",
     "export",
     "find",
+    "finetune",
     "fit",
     "infill",
+    "predict",
     "prepare",
     "resume",
     "sample",

@@ -24,6 +24,8 @@ VERBS = {
     "sample": "new sequences from a causal model; masked positions filled in by a masked one",
     "score": "log-likelihoods of sequences, and effects of mutations",
     "embed": "a model's vectors of sequences, as Parquet or npz",
+    "finetune": "teach a model the labels of a table: classes, numbers, a label for each residue",
+    "predict": "labels of sequences, by a model that has learned them",
     "compare": "runs next to each other: settings that differ, losses, speed, scores",
     "benchmark": "what a protein model is worth: ProteinGym, contacts, secondary structure",
     "figures": "pictures of a run: curves, accuracy by length, attention, similarities, errors",

@@ -55,6 +55,11 @@ def resolve_sources(config: Config) -> None:
         data.cache = str(user_path(data.cache).absolute())
     if config.model.init_from:
         config.model.init_from = str(user_path(config.model.init_from).absolute())
+    if config.finetune.table:
+        table, *others = expand_sources([config.finetune.table])
+        if others:
+            raise ConfigError(f"finetune.table={config.finetune.table}: {1 + len(others)} files; name one.")
+        config.finetune.table = table
     corpora = [path for path in data.files("train") if is_corpus(path)]
     if data.packing == "bucket" and data.sources("train"):
         raise ConfigError(
@@ -144,6 +149,8 @@ class Where(NamedTuple):
 def sources_of(config: Config, split: str) -> list[Where]:
     """Where a split comes from: what is named for it, or held out of the training data; empty: there is none."""
     data = config.data
+    if config.finetune.table:
+        return []
     own = split == "train" or bool(getattr(data, split))
     share = {"valid": data.valid_fraction, "test": data.test_fraction}.get(split, 0.0)
     of = split if own else "train"
@@ -159,6 +166,14 @@ def sources_of(config: Config, split: str) -> list[Where]:
 def corpus_of(config: Config, split: str) -> str | None:
     """The first prepared corpus that a split comes from; None where it comes from files, or there is no such split."""
     return next((where.corpus for where in sources_of(config, split) if where.corpus), None)
+
+
+def begins(config: Config, tokens: Vocabulary) -> int:
+    """The token before a record: the end of another where records were joined, else BOS.
+
+    The one that evaluations begin with too; longseq_data.samples.streaming.evaluation_windows says why.
+    """
+    return tokens.eos if config.data.packing == "concat" and not config.data.reset else tokens.bos
 
 
 def split_spec(config: Config, split: str) -> Samples:
@@ -288,7 +303,7 @@ def begin_reading(config: Config) -> None:
             "data.later_epochs=permutation needs the blocks of data.cache, and data.cache=none keeps none: leave "
             "data.cache out or name a folder; a new run may set data.later_epochs=buffer."
         )
-    for split in read_while_training(config):
+    for split in () if config.finetune.table else read_while_training(config):
         with suppress(*USER_ERRORS):
             split_spec(config, split).begin()
 
@@ -320,6 +335,8 @@ def cache_folder(name: str) -> str | None:
 def identities(config: Config) -> dict[str, list[str | None]]:
     """What tells the data of each split, and the table of clusters, apart from others, in the order of its sources;
     without ood, which no training looks at."""
+    if config.finetune.table:
+        return {"table": [identity_of(config.finetune.table)]}
     keys = (*(split for split in SPLITS if split != "ood"), *(["clusters"] if config.data.clusters else []))
     return {key: [identity_of(name) for name in config.data.files(key)] for key in keys}
 

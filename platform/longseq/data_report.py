@@ -7,6 +7,7 @@ from pathlib import Path
 
 from longseq.config.schema import Config
 from longseq.data import SPLITS, Where, cache_folder, members_of, read_while_training, reading, sources_of
+from longseq.labelled import check_table
 from longseq_data.corpus.corpus import Corpus
 from longseq_data.corpus.manifest import read_manifest
 from longseq_data.errors import DataError
@@ -24,6 +25,9 @@ def check_data(config: Config, begun: bool = False) -> None:
     Raises:
         DataError: for a file that cannot be trained on.
     """
+    if config.finetune.table:
+        check_table(config)
+        return
     for split in SPLITS:
         for where in sources_of(config, split):
             name = f"data.{split}" + (f" ({where.name})" if where.name else "")

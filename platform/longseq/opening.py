@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longseq.config.schema import TILE, TILE_ON_GPU, Config
-from longseq.data import vocabulary
+from longseq.data import begins, vocabulary
 from longseq.devices import reading_device
 from longseq.errors import LongseqError, RunError
 from longseq.interop import exported
@@ -28,6 +28,7 @@ from longseq_data.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from longseq.models.performer import PerformerLM
+    from longseq.models.tuned import Learning
 
 EMA = "ema.safetensors"  # of longseq.training.callbacks.ema
 TARGET_HELP = "a run folder, one of its checkpoints, or an exported folder"
@@ -61,12 +62,8 @@ class Source:
 
     @property
     def begins(self) -> int:
-        """The token before a record: the end of another where records were joined, else BOS.
-
-        The one that evaluations begin with too; longseq_data.samples.streaming.evaluation_windows says why.
-        """
-        data = self.config.data
-        return self.vocabulary.eos if data.packing == "concat" and not data.reset else self.vocabulary.bos
+        """The token before a record."""
+        return begins(self.config, self.vocabulary)
 
     def require(self, objective: str, why: str) -> None:
         """Refuse a model of the other objective; ``why`` ends the sentence.
@@ -78,30 +75,59 @@ class Source:
         if own != objective:
             raise LongseqError(f"{self.folder}: a {own} model (model.objective={own}); {why}")
 
-    def load(self, device: str | None = None) -> PerformerLM:
+    @property
+    def tuned(self) -> bool:
+        """Whether it predicts labels, and no tokens."""
+        return self.config.finetune.table is not None
+
+    def load(self, device: str | None = None, *, tuned: bool = False) -> PerformerLM:
         """The model in evaluation mode, with the projections of the last step that was trained.
 
         Args:
             device: default: CUDA where there is a GPU and trainer.accelerator does not say cpu.
+            tuned: whether a model that predicts labels will do, a :class:`~longseq.models.tuned.TunedModel`.
 
         Raises:
-            RunError: if the weights are those of another architecture.
+            RunError: if the weights are those of another architecture, or of a model that predicts labels.
         """
         from longseq.models.performer import PerformerLM
+        from longseq.models.tuned import TunedModel
         from longseq.models.weights import load_weights
 
+        if self.tuned and not tuned:
+            raise RunError(
+                f"{self.folder}: predicts labels ({self.config.finetune.task}) and no tokens; `longseq predict` and "
+                f"`longseq embed` take it. For this, give the model that it began with: {self.config.model.init_from}."
+            )
         device = device or reading_device(self.config.trainer.accelerator)
         tile = self.config.model.sequence_tile
         if tile is None:
             tile = TILE_ON_GPU if device.startswith("cuda") else TILE
-        model = PerformerLM(replace(self.spec, sequence_tile=tile))
+        spec = replace(self.spec, sequence_tile=tile)
+        model = TunedModel(spec, learning_of(self.config)) if self.tuned else PerformerLM(spec)
         load_weights(model, self.weights)
         model.set_step(max(0, self.step - 1))
         return model.to(device).eval()
 
 
+def learning_of(config: Config) -> Learning:
+    """What a model of labels has to say, and what of it learns."""
+    from longseq.models.tuned import Learning
+    from longseq_data.readers.labelled import OF_CLASSES, PER_RESIDUE
+
+    tune = config.finetune
+    return Learning(
+        outputs=len(tune.classes) if tune.task in OF_CLASSES else 1,
+        residues=tune.task in PER_RESIDUE,
+        learn=tune.learn,
+        rank=tune.lora_rank,
+        alpha=tune.lora_alpha,
+    )
+
+
 def find(target: str | Path | Source, overrides: Sequence[str] = (), *, ema: bool = False, sums: bool = True) -> Source:
-    """What a path means: of a run, its newest whole checkpoint.
+    """What a path means: of a run, its newest whole checkpoint; of one that has learned labels, the whole checkpoint of
+    the lowest validation loss.
 
     Args:
         target: a run folder, a checkpoint or an exported folder; what has been found before is returned as it is.
@@ -127,7 +153,16 @@ def find(target: str | Path | Source, overrides: Sequence[str] = (), *, ema: boo
         raise RunError(f"{target}: there is no checkpoint yet; `{run.resume_command}` trains on.")
     for problem in damaged:
         print(f"longseq: warning: {problem} Going back to the one before it.", file=sys.stderr)
+    if run.config().finetune.table:
+        newest = _best(run, newest, sums)
     return of_checkpoint(newest, overrides, ema=ema)
+
+
+def _best(run: Run, newest: Checkpoint, sums: bool) -> Checkpoint:
+    """The whole checkpoint of the lowest validation loss, of equal ones the oldest; else the newest one."""
+    whole = [each for each in run.checkpoints() if each.problem(sums=sums) is None]
+    losses = [(each.position.valid_loss, each.step, each) for each in whole if each.position.valid_loss is not None]
+    return min(losses, key=lambda entry: entry[:2])[2] if losses else newest
 
 
 def of_checkpoint(checkpoint: Checkpoint, overrides: Sequence[str] = (), *, ema: bool = False) -> Source:

@@ -39,6 +39,7 @@ OPTIONS = {"--records": "200", "--number": "2", "--length": "8", "--devices": "1
 EXTRA = {
     ("data", "prepare"): ("workers=1", "memory_mb=64", "valid_fraction=0.1", "test_fraction=0.1"),
     ("evaluate",): ("--bootstrap", "20"),
+    ("finetune",): ("--bootstrap", "20", "trainer.max_steps=2", "trainer.valid_every=1", "trainer.accelerator=cpu"),
 }
 
 
@@ -69,6 +70,8 @@ def furnish(folder: Path) -> Path:
         Image.fromarray(colours.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / "pictures" / f"{i}.png")
     esm2(folder / "esm2_t6_8M_UR50D")
     judges(folder, wild)
+    labels = [f"{''.join(rng.choices('ACDEFGHIKLMNPQRSTVWY', k=30))},{rng.random():.3f}" for _ in range(90)]
+    (folder / "labelled.csv").write_text("\n".join(["sequence,stability", *labels, ""]))
     return folder
 
 

@@ -3,7 +3,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
 from longseq.config.loading import load_config
@@ -13,6 +15,9 @@ from longseq.runs.checkpoint import Checkpoint
 from longseq.runs.run import Run
 from longseq.training.shards import write
 from positions import position
+
+if TYPE_CHECKING:
+    from longseq.opening import Source
 
 FASTA = "".join(f">r{i}\n{'MKVLAACDEFGHIKLMNP'[i % 7 :]}{'QRSTVW'[i // 7]}\n" for i in range(40))  # no two alike
 # Small enough to be refused in no time, and to be trained in no time if a refusal is missing.
@@ -93,3 +98,57 @@ def trained(folder: Path) -> Callable[..., Run]:
         return run
 
     return trained
+
+
+@pytest.fixture
+def table(folder) -> str:
+    """A number for each of 90 sequences, their share of W, Y and F; how many of those as a class; a state a residue."""
+    residues, rng = "ACDEFGHIKLMNPQRSTVWY", np.random.default_rng(1)
+    rows = ["sequence,share,kind,states"]
+    for _ in range(90):
+        letters = "".join(rng.choice(list(residues), size=rng.integers(8, 30)))
+        share = sum(map(letters.count, "WYF")) / len(letters)
+        states = "".join("HE-"[residues.index(letter) % 3] for letter in letters)
+        rows.append(f"{letters},{share:.4f},{'much' if share > 0.15 else 'little'},{states}")
+    (folder / "table.csv").write_text("\n".join(rows) + "\n")
+    return "table.csv"
+
+
+@pytest.fixture
+def base(folder) -> Source:
+    """An exported masked model, new."""
+    import torch
+
+    from longseq.data import vocabulary
+    from longseq.interop.exporting import write_folder
+    from longseq.models.performer import PerformerLM
+    from longseq.opening import find
+
+    config = load_config("small.yaml", ["data.train=proteins.fasta", *TINY, "model.objective=masked"])
+    torch.manual_seed(1)
+    model = PerformerLM(config.performer_spec(29))
+    write_folder(folder / "base", model.state_dict(), config, vocabulary(config), 0, "", first=25)
+    return find(folder / "base")
+
+
+@pytest.fixture
+def tuned(base, table) -> Callable[..., Run]:
+    """tuned(label, learn, key=value, ..., steps=2): a run that has learned in this process."""
+    from longseq.data import identities
+    from longseq.evaluation.finetune import configured
+    from longseq.training.callbacks.stopping import StopFlag
+    from longseq.training.fit import fit
+
+    def tuned(label: str, learn: str, *overrides: str, steps: int = 2) -> Run:
+        alone = ("trainer.strategy=single", "trainer.accelerator=cpu", "trainer.log_every=1", "optim.warmup_steps=1")
+        asked = {"table": table, "label": label, "learn": learn, "task": "auto"}
+        lengths = (f"trainer.max_steps={steps}", f"trainer.valid_every={steps}")
+        given = {word.partition("=")[0] for word in overrides}
+        defaults = [word for word in (*alone, *lengths) if word.partition("=")[0] not in given]
+        config = configured(base, asked, [*defaults, *overrides], batch=8)
+        run = Run.create(config, default_name=f"{label}-{learn}")
+        run.record_data(identities(config))
+        assert fit(run, config, None, StopFlag(), origin=base.folder)
+        return run
+
+    return tuned

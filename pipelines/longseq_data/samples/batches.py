@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from .background import Background
 from .parcels import Parcel, pack
 from .rows import Arrays
-from .sharing import Evaluation, Samples, Share, Training
+from .sharing import Batches, Evaluation, Share, Training
 
 Batch = dict[str, Tensor]
 
@@ -38,7 +38,7 @@ class TrainingBatches(IterableDataset[Batch]):
     """
 
     def __init__(
-        self, spec: Samples, *, batch_sequences: int, accumulate: int, rank: int, world: int, start: int = 0
+        self, spec: Batches, *, batch_sequences: int, accumulate: int, rank: int, world: int, start: int = 0
     ) -> None:
         self.spec = spec
         self.share = Share(batch_sequences, accumulate, rank, world)
@@ -66,7 +66,7 @@ class EvaluationBatches(IterableDataset[Batch]):
     """
 
     def __init__(
-        self, spec: Samples, *, batch_sequences: int, rank: int, world: int, max_samples: int | None = None
+        self, spec: Batches, *, batch_sequences: int, rank: int, world: int, max_samples: int | None = None
     ) -> None:
         self.spec = spec
         self.share = Share(batch_sequences, 1, rank, world)

@@ -50,7 +50,7 @@ class Share:
 class Training:
     """The micro-batches of a rank without end, to be shared out among workers; see batches.TrainingBatches."""
 
-    spec: Samples
+    spec: Batches
     share: Share
     start: int = 0
 
@@ -63,7 +63,7 @@ class Training:
 class Evaluation:
     """The batches of a rank in one pass, to be shared out among workers; see batches.EvaluationBatches."""
 
-    spec: Samples
+    spec: Batches
     share: Share
     max_samples: int | None = None
 
@@ -77,25 +77,17 @@ def _every(batches: Iterator[MakeBatch], worker: int, workers: int) -> Iterator[
             yield make()
 
 
-class Samples(Protocol):
-    """One split of some data, as samples in an order that is a function of the settings alone."""
+class Batches(Protocol):
+    """One split of some data, as batches in an order that is a function of the settings alone."""
 
     @property
     def vocabulary(self) -> Vocabulary: ...
-
-    @property
-    def objective(self) -> str: ...
 
     @property
     def split(self) -> str | None: ...
 
     @property
     def sources(self) -> tuple[str, ...]: ...
-
-    @property
-    def epoch_samples(self) -> float | None:
-        """Training samples of one pass over the split; None as long as nothing tells but a whole pass."""
-        ...
 
     def epochs(self, samples: int) -> dict[str, float]:
         """Passes over each source after so many samples, where that is known; over a single one by the name ""."""
@@ -109,12 +101,24 @@ class Samples(Protocol):
         """The micro-batches of a rank without end, from the step that begins with sample ``start`` on."""
         ...
 
-    def taker(self, start: int, warn: bool = False) -> Taker:
-        """Its training samples from number ``start`` on."""
-        ...
-
     def evaluation(self, share: Share, max_samples: int | None = None) -> Iterator[MakeBatch]:
         """The batches of a rank in one pass over the split; equally many on every rank."""
+        ...
+
+
+class Samples(Batches, Protocol):
+    """One split of some data, whose samples have tokens for targets."""
+
+    @property
+    def objective(self) -> str: ...
+
+    @property
+    def epoch_samples(self) -> float | None:
+        """Training samples of one pass over the split; None as long as nothing tells but a whole pass."""
+        ...
+
+    def taker(self, start: int, warn: bool = False) -> Taker:
+        """Its training samples from number ``start`` on."""
         ...
 
     def target_counts(self, max_targets: int | None = None) -> npt.NDArray[np.int64]:

@@ -1,7 +1,8 @@
 """How well checkpoints predict: loss, perplexity, bits, accuracy, calibration, next to the empirical baseline.
 
 The test split is scored, and the OOD files where data.ood names them; or any file, with --data. Intervals are 95 %, by
-the bootstrap over sequences. Several checkpoints make one table. Results are kept in the run's folder as JSON under
+the bootstrap over sequences. Of a run of `longseq finetune` the labels are measured; --data takes another table.
+Several checkpoints make one table. Results are kept in the run's folder as JSON under
 evaluations/, and as curves over the steps in TensorBoard. Weights are read from safetensors; nothing is unpickled.
 """
 
@@ -97,10 +98,15 @@ def _devices(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _text(found: list[Evaluation], in_detail: bool) -> str:
+    from longseq.evaluation import labels
     from longseq.evaluation.table import details, table
 
     reports = [evaluation.as_dict() for evaluation in found]
-    text = [table(reports), *([details(reports)] if in_detail else [])]
+    of_labels = [report for report in reports if any("labels" in values for values in report["splits"].values())]
+    of_tokens = [report for report in reports if report not in of_labels]
+    text = [table(of_tokens)] if of_tokens else []
+    text += [details(of_tokens)] if of_tokens and in_detail else []
+    text += [labels.table(of_labels)] if of_labels else []
     kept = [evaluation.kept for evaluation in found if evaluation.kept]
     if kept and not any(evaluation.unkept for evaluation in found):
         where = kept[0] if len(kept) == 1 else ", ".join(str(path) for path in dict.fromkeys(k.parent for k in kept))

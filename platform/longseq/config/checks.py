@@ -38,14 +38,16 @@ def check(config: Config) -> None:
         ConfigError: with the numbers, and numbers that would do.
     """
     data, trainer = config.data, config.trainer
-    if not data.train:
+    if config.finetune.table:
+        _check_finetune(config)
+    elif not data.train:
         raise ConfigError("data.train is empty: name files, e.g. data.train='[proteins.fasta.gz]'.")
     if data.valid_fraction + data.test_fraction >= 1:
         raise ConfigError(
             f"data.valid_fraction + data.test_fraction = {data.valid_fraction} + {data.test_fraction} leaves "
             "nothing to train on: make them smaller."
         )
-    if trainer.valid_every and not data.valid and not data.valid_fraction:
+    if trainer.valid_every and not (data.valid or data.valid_fraction or config.finetune.split):
         raise ConfigError(
             f"trainer.valid_every={trainer.valid_every}, but nothing is held out to validate on: name files in "
             "data.valid, set data.valid_fraction above 0, or trainer.valid_every=0."
@@ -98,6 +100,24 @@ def check(config: Config) -> None:
     _check_trainer(config)
     _check_watching(config)
     _check_deepspeed(config)
+
+
+def _check_finetune(config: Config) -> None:
+    trainer, learn = config.trainer, config.finetune.learn
+    if config.data.train:
+        raise ConfigError(
+            f"finetune.table={config.finetune.table} and data.train: a run learns labels or tokens; leave one out."
+        )
+    if trainer.context_parallel > 1:
+        raise ConfigError(
+            f"trainer.context_parallel={trainer.context_parallel}: a label is that of a whole sequence, and a slice "
+            "does not have it; set trainer.context_parallel=1."
+        )
+    if config.optim.name == "muon" and learn != "all":
+        raise ConfigError(f"optim.name=muon steps whole matrices, which finetune.learn={learn} freezes: take adamw.")
+    for name in ("probe_every", "noise_every", "length_warmup_steps", "ema_decay"):
+        if getattr(trainer, name):
+            raise ConfigError(f"trainer.{name}={getattr(trainer, name)} is about tokens, not labels; set it to 0.")
 
 
 def _check_documents(config: Config) -> None:

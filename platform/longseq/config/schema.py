@@ -12,6 +12,7 @@ from typing import Any
 from longseq.attention.options import OPTIONS, AttentionOptions, option
 from longseq.config import checks as config_checks
 from longseq.config.durations import duration_seconds
+from longseq.config.finetune import FinetuneConfig
 from longseq.config.plan import layers_of
 from longseq.config.sources import Source
 from longseq.config.training import OptimConfig, TrainerConfig
@@ -252,6 +253,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     deepspeed: dict[str, Any] = key({}, "passed through to DeepSpeed's own configuration")
 
     @property
@@ -315,7 +317,7 @@ class Config:
                 causal=model.objective == "causal",
                 dropout=model.dropout,
                 **{**own, "layers": layers_of(self.attention.layers, section)},
-                seed=self.run.seed,
+                seed=self.finetune.feature_seed if self.finetune.table else self.run.seed,
                 position=model.position,
                 max_positions=model.max_positions,
                 rotary_base=model.rotary_base,

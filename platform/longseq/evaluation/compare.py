@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from longseq.errors import LongseqError
+from longseq.evaluation.labels import MEASURES
 from longseq.runs.curves import read_curves
 from longseq.runs.run import Run
 from longseq_data.errors import DataError
@@ -102,7 +103,10 @@ def _scores(run: Run) -> tuple[int | None, dict[str, dict[str, float]]]:
             if report["overrides"] or report["sequences_limit"] is not None or report["weights"] != "last":
                 continue
             step, splits = report["step"], report["splits"]
-            found = {name: {key: float(values[key]) for key in _SCORES} for name, values in splits.items()}
+            found = {
+                name: {key: float(values[key]) for key in (_measured(values) if "labels" in values else _SCORES)}
+                for name, values in splits.items()
+            }
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: not a report of `longseq evaluate` ({error!r}); remove it.") from None
         if newest is None or step > newest:
@@ -110,6 +114,11 @@ def _scores(run: Run) -> tuple[int | None, dict[str, dict[str, float]]]:
         if step == newest:
             scores |= found
     return newest, scores
+
+
+def _measured(values: dict[str, Any]) -> list[str]:
+    """The measures of labels that a report has a value of."""
+    return [key for key in MEASURES if values.get(key) is not None]
 
 
 def rows(found: Sequence[Compared]) -> Iterator[tuple[str, list[str]]]:
@@ -132,7 +141,7 @@ def rows(found: Sequence[Compared]) -> Iterator[tuple[str, list[str]]]:
         yield "", []
         yield "evaluated at step", [_number(one.scores_step) for one in found]
     for name in splits:
-        for key in _SCORES:
+        for key in dict.fromkeys(key for one in found for key in one.scores.get(name, {})):
             values = [one.scores.get(name, {}).get(key) for one in found]
             yield f"{name}, {key}", ["–" if value is None else f"{value:.4f}" for value in values]
 

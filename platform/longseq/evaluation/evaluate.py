@@ -15,6 +15,8 @@ from longseq.config.schema import Config
 from longseq.data import SPLITS, corpus_of, reading, resolve_sources, split_spec
 from longseq.data_report import check_data, say
 from longseq.errors import ConfigError, LongseqError
+from longseq.evaluation.labels import MEASURES
+from longseq.evaluation.predict import label_parts, label_results
 from longseq.evaluation.request import Request, is_split, samples_of
 from longseq.opening import Source, checkpoints_of, find, of_checkpoint, run_of
 from longseq.runs.changes import FIXED, refuse_changes
@@ -163,6 +165,8 @@ def _groups(targets: Sequence[Path], settings: Settings) -> list[list[Source]]:
 
 def _parts(source: Source, settings: Settings, looked: list[object]) -> tuple[str, ...]:
     """Names of splits, and files, all of which have been looked at: ``looked``, those of the models before it too."""
+    if source.tuned:
+        return label_parts(source, settings)
     config = deepcopy(source.config)
     files = [word if "://" in word else str(user_path(word).absolute()) for word in map(str, settings.files)]
     splits = list(settings.splits or ())
@@ -211,6 +215,13 @@ def _scored(
     group: list[Source], parts: tuple[str, ...], settings: Settings, progress: Progress
 ) -> Iterator[Evaluation]:
     """The models of one run."""
+    if group[0].tuned:
+        for source in group:
+            found = {
+                _label(part, parts): label_results(source, part, settings.bootstrap, settings.seed) for part in parts
+            }
+            yield _evaluation(source, found, parts, settings)
+        return
     # Heavy imports only now: what can be refused has been refused.
     from longseq.evaluation.parallel import scored
 
@@ -312,7 +323,7 @@ def _keep(source: Source, evaluation: Evaluation, parts: tuple[str, ...], settin
             f"{label}/{key}": float(value)
             for label, values in evaluation.splits.items()
             for key, value in values.items()
-            if key in _CURVES or key.startswith("top_")
+            if (key in (*_CURVES, *MEASURES) or key.startswith("top_")) and value is not None
         }
         add_points(source.run.tensorboard_dir / f"evaluation{variant}", points, source.step)
     return kept

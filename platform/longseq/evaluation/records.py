@@ -11,12 +11,13 @@ import numpy as np
 from longseq.errors import LongseqError
 from longseq.evaluation.request import samples_of
 from longseq.opening import Source
+from longseq_data.errors import DataError
 from longseq_data.ingest.survey import survey
 from longseq_data.samples.packing import Window, document
 from longseq_data.samples.shuffling import documents_in_file_order
 from longseq_data.samples.streaming import StreamSpec
-from longseq_data.tokenization import load_tokenizer
-from longseq_data.vocabulary import ALPHABETS, UNKNOWN, Tokens, Vocabulary
+from longseq_data.tokenization import ids_of
+from longseq_data.vocabulary import Tokens, Vocabulary
 
 BATCH_TOKENS = 4096  # read by a model at once, padding included; a longer record is read alone
 
@@ -91,21 +92,9 @@ def prompt_tokens(text: str, vocabulary: Vocabulary, what: str) -> list[int]:
         LongseqError: for a letter that is no residue, naming it and its position; and for what is no text.
     """
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise LongseqError(f"{what}: not UTF-8 from position {error.start + 1} on; write it in UTF-8.") from None
-    if vocabulary.name in ALPHABETS:
-        alphabet = ALPHABETS[vocabulary.name]
-        ids = list(text.encode("ascii", "replace").translate(alphabet.table))
-        if UNKNOWN in ids:
-            at = ids.index(UNKNOWN)
-            raise LongseqError(
-                f"{what}: {text[at]!r} at position {at + 1} is not one of {alphabet.letters}; correct it."
-            )
-        return ids
-    if vocabulary.name == "bytes":
-        return list(text.encode())
-    return load_tokenizer(vocabulary.name).encode(text, add_special_tokens=False).ids
+        return ids_of(text, vocabulary.name, what)
+    except DataError as error:
+        raise LongseqError(str(error)) from None
 
 
 def _samples(source: Source, file: str) -> StreamSpec:

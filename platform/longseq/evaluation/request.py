@@ -61,6 +61,7 @@ def samples_of(source: Source, part: str) -> Samples:
         return samples.parts[samples.names.index(name)] if name and isinstance(samples, MixtureSpec) else samples
     # The file alone: where the training data are now, and whether they still are, does not matter.
     config.data.train, config.data.valid, config.data.test = [], [], []
+    config.finetune.table = None
     config.data.tokenizer = source.vocabulary.name
     config.data.cache = "none"  # it is read once
     config.data.ood = list(expand_sources([part], config.data.format))

@@ -63,16 +63,21 @@ def fit(config: str | Path, overrides: Sequence[str] = ()) -> Training:
             f"run.branch={settings.run.branch} goes on from a run's checkpoint, and a new run has none: leave it out, "
             "or branch off a run with `longseq resume RUN run.branch=NAME`."
         )
+    return begin(settings, path.stem)
+
+
+def begin(settings: Config, name: str) -> Training:
+    """Train a new run, called ``name`` and the time where its configuration has no name for it."""
     resolve_sources(settings)
     fit_parts(settings)
     fix_order(settings)
-    Run.new(settings, default_name=path.stem)  # a taken name is said before the data are read
+    Run.new(settings, default_name=name)  # a taken name is said before the data are read
     begin_reading(settings)
     check_data(settings, begun=True)
     origin = check_origin(settings)
     check_deepspeed(settings)
     check_disk(settings, resolved(user_path(settings.run.dir)))
-    run = Run.create(settings, default_name=path.stem)
+    run = Run.create(settings, default_name=name)
     with run.locked():
         try:
             run.record_data(identities(settings))
@@ -122,6 +127,12 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), *, take_over: bool
         if checkpoint:
             _compare(checkpoint, config)
             say_schedule(before, config, checkpoint.position.step)
+            settled = run.finished and checkpoint.position.step < before.trainer.max_steps
+            if config.finetune.table and settled and config.finetune.patience == before.finetune.patience:
+                raise RunError(
+                    f"{run.path}: finished at step {checkpoint.position.step}, as its validation loss fell no more. To "
+                    f"train on, wait longer: `{run.resume_command} finetune.patience={2 * config.finetune.patience}`."
+                )
             if checkpoint.position.step >= config.trainer.max_steps:
                 raise RunError(
                     f"{run.path}: finished at step {checkpoint.position.step}. To train on, raise the last step: "
@@ -268,8 +279,9 @@ def results(run: Run, start: int, seconds: float) -> list[str]:
     valid = curves.get("valid/loss", {})
     if valid:
         best = min(valid, key=lambda step: valid[step])
-        perplexity, accuracy = (curves[f"valid/{name}"][best] for name in ("perplexity", "accuracy"))
-        quality = f"loss {valid[best]:.4f}, perplexity {perplexity:.2f}, accuracy {accuracy:.1%}"
+        forms = {"loss": ".4f", "perplexity": ".2f", "accuracy": ".1%", "rmse": ".4g"}
+        known = {name: curves[f"valid/{name}"][best] for name in forms if f"valid/{name}" in curves}
+        quality = ", ".join(f"{name} {value:{forms[name]}}" for name, value in known.items())
         lines.append(f"Best on valid: {quality}, at step {best}")
     if saved:
         steps = f"step{'s' if len(saved) > 1 else ''} {', '.join(map(str, saved))}"

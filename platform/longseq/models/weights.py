@@ -70,12 +70,40 @@ def load_weights(model: nn.Module, path: Path, *, may_learn_more: bool = False) 
     Raises:
         RunError: if the file is damaged, or holds the weights of another architecture.
     """
-    state = {
-        name.removeprefix(EXPORTED): t.float() if t.is_floating_point() else t for name, t in read_weights(path).items()
-    }
+    state = _read(path)
     own = model.state_dict()
     fresh = [name for name in own if may_learn_more and name not in state and name.endswith(_LEARNED)]
     state |= {name: own[name] for name in fresh}
+    _refuse_others(path, state, own)
+    model.load_state_dict(state)
+    return fresh
+
+
+def load_body(model: nn.Module, path: Path) -> None:
+    """Load a language model's weights but for those of its head, which ``model`` has replaced; LoRA's factors stay.
+
+    Raises:
+        RunError: as :func:`load_weights` does.
+    """
+    own = {name.replace(".base_layer.", "."): t for name, t in model.state_dict().items()}
+    body = {name: t for name, t in own.items() if not name.startswith("head.") and ".lora_" not in name}
+    state = {name: t for name, t in _read(path).items() if not name.startswith("head.")}
+    state |= {name: t for name, t in body.items() if name not in state and name.endswith(_LEARNED)}
+    _refuse_others(path, state, body)
+    for name, tensor in state.items():
+        if name in body:
+            body[name].copy_(tensor)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """In fp32, by the names that longseq has for them."""
+    return {
+        name.removeprefix(EXPORTED): t.float() if t.is_floating_point() else t for name, t in read_weights(path).items()
+    }
+
+
+def _refuse_others(path: Path, state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """Refuse the weights of another architecture."""
     have = {name: tuple(tensor.shape) for name, tensor in state.items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in own.items()}
     for name in sorted(wanted.keys() | have.keys()):
@@ -85,5 +113,3 @@ def load_weights(model: nn.Module, path: Path, *, may_learn_more: bool = False) 
                 f"{path}: {name} is {have.get(name, 'missing')}, the configured model wants "
                 f"{wanted.get(name, 'none')}: leave model.* and the learned parts of attention.* as the run has them."
             )
-    model.load_state_dict(state)
-    return fresh

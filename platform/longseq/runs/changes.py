@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
+from longseq.config.finetune import FinetuneConfig
 from longseq.config.loading import shown
 from longseq.config.schema import Config
 from longseq.config.sources import reweighted, unweighted
@@ -34,6 +36,7 @@ FIXED = (
     *("attention.qk_norm", "data.train", "data.valid", "data.test", "data.valid_fraction", "data.test_fraction"),
     *("data.split_by", "data.reverse_complement", "data.length", "data.packing", "data.batch_tokens"),
     *("data.shuffle_buffer", "data.later_epochs", "data.clusters"),
+    *(f"finetune.{item.name}" for item in fields(FinetuneConfig) if item.name not in ("table", "patience")),
     *("data.format", "data.tokenizer", "data.column", "data.part_bytes", "data.image_size", "data.reset", "data.crop"),
 )
 

@@ -77,6 +77,11 @@ class Run:
         """What to type to go on with this run: as a job what jobs have trained, on this machine anything else."""
         return f"longseq {'submit' if self._of_jobs() else 'resume'} {as_typed(self.path)}"
 
+    @property
+    def finished(self) -> bool:
+        """Whether its training has reached its end."""
+        return (self.path / "FINISHED").exists()
+
     def _of_jobs(self) -> bool:
         with suppress(OSError):
             number = self.start or max(starts.numbers(self.starts_dir), default=0)
@@ -243,10 +248,12 @@ class Run:
         except ValueError:
             raise _damaged(self.data_path) from None
         for split, now in identities.items():
-            for name, old, new in zip(config.data.files(split), before.get(split, []), now, strict=False):
+            key = "finetune.table" if split == "table" else f"data.{split}"
+            names = [config.finetune.table] if split == "table" else config.data.files(split)
+            for name, old, new in zip(names, before.get(split, []), now, strict=False):
                 if None not in (old, new) and old != new:
                     raise RunError(
-                        f"{name} (data.{split}) has changed since the run was started: it had {old}, and has {new}, so "
+                        f"{name} ({key}) has changed since the run was started: it had {old}, and has {new}, so "
                         "its samples come in another order. Restore it, start another run, or go on all the same with "
                         f"`{self.resume_command} data.accept_changes=true`."
                     )

@@ -11,9 +11,10 @@ import torch
 from longseq.attention.backends import choice as backends
 from longseq.attention.feature_maps import feature_map
 from longseq.config.schema import Config
-from longseq.data import identities, split_spec
+from longseq.data import identities
 from longseq.devices import check_devices, on_cuda, own_device, sharing
 from longseq.errors import ConfigError
+from longseq.labelled import batches_of
 from longseq.measure.memory import estimate
 from longseq.models.compiling import missing_compiler
 from longseq.models.performer import PerformerLM
@@ -35,9 +36,10 @@ from longseq.training.callbacks.hyperparameters import Hyperparameters
 from longseq.training.callbacks.length_warmup import LengthWarmup
 from longseq.training.callbacks.loss_scale import LossScale
 from longseq.training.callbacks.memory import Memory
+from longseq.training.callbacks.patience import Patience
 from longseq.training.callbacks.progress import Progress
 from longseq.training.callbacks.samples import Samples
-from longseq.training.callbacks.stopping import StopFlag, StopRequested
+from longseq.training.callbacks.stopping import Settled, StopFlag, StopRequested
 from longseq.training.callbacks.stragglers import Stragglers
 from longseq.training.callbacks.times import Clock, Times
 from longseq.training.callbacks.utilisation import Utilisation
@@ -70,9 +72,7 @@ def fit(
     """
     check_machine(config)
     start = checkpoint.position.step if checkpoint else 0
-    task = LanguageModelling(config)
-    if origin and not checkpoint:
-        begin_with(task.model, origin)
+    task = task_of(config, origin, checkpoint)
     vitals = vitals or Vitals()
     vitals.device = str(own_device(config))
     if config.trainer.compile:
@@ -86,6 +86,8 @@ def fit(
         _summary(task, config, run, start, trainer.strategy.root_device)
     try:
         run_to_its_end(trainer, task, training_data(config, checkpoint), checkpoint)
+    except Settled:
+        pass
     except StopRequested:
         return False
     if trainer.is_global_zero:
@@ -106,6 +108,23 @@ def run_to_its_end(
             raise
     if first.failure is not None:
         raise first.failure
+
+
+def task_of(config: Config, origin: Path | None, checkpoint: Checkpoint | None) -> LanguageModelling:
+    """What a run learns, tokens or labels, with the weights that it begins with."""
+    if config.finetune.table:
+        from longseq.training.tuning import LabelLearning
+
+        labels = LabelLearning(config)
+        if checkpoint:  # its training state has no more than what learns
+            load_weights(labels.model, checkpoint.weights_path)
+        elif origin:
+            labels.begin_with(find(origin, sums=False).weights, own_device(config))
+        return labels
+    task = LanguageModelling(config)
+    if origin and not checkpoint:
+        begin_with(task.model, origin)
+    return task
 
 
 def begin_with(model: PerformerLM, origin: Path) -> None:
@@ -155,6 +174,7 @@ def build_trainer(
             *watching(config, curves),
             *([LengthWarmup(config, start)] if settings.length_warmup_steps else []),
             *([WeightAverage(config, checkpoint)] if settings.ema_decay else []),
+            *([Patience(run, config)] if config.finetune.table and config.finetune.patience else []),
             checkpointing,
             *([Stragglers(config, curves, clock, vitals)] if settings.slow_factor else []),
             Times(curves, clock),
@@ -204,8 +224,8 @@ def check_machine(config: Config) -> None:
 def training_data(config: Config, checkpoint: Checkpoint | None) -> SequenceDataModule:
     """Batches of the training from where a checkpoint left it, and of the validations."""
     return SequenceDataModule(
-        split_spec(config, "train"),
-        split_spec(config, "valid") if config.trainer.valid_every else None,
+        batches_of(config, "train"),
+        batches_of(config, "valid") if config.trainer.valid_every else None,
         batch_sequences=config.batch_sequences,
         accumulate=config.trainer.accumulate,
         workers=config.data.workers,
@@ -239,13 +259,17 @@ def _backend(spec: PerformerSpec, device: torch.device) -> str:
 def _summary(task: LanguageModelling, config: Config, run: Run, start: int, device: torch.device) -> None:
     spec, trainer = task.model.spec, config.trainer
     attention = spec.in_words(lambda layer: _attention(layer, device))
+    learns = config.model.objective
+    if config.finetune.table:
+        learnt = sum(parameter.numel() for parameter in task.model.parameters() if parameter.requires_grad)
+        learns = f"{config.finetune.task}, {config.finetune.learn} learns ({learnt:,} parameters)"
     data = config.data
     step = f"{data.batch_tokens:,} tokens = {config.samples_per_step} sequences × {data.length}"
     if data.packing == "bucket":
         step = f"up to {data.batch_tokens:,} tokens of sequences of similar length, {data.length} at most"
     lines = [
         f"model    {spec.parameter_count:,} parameters: {spec.depth} blocks, {spec.heads} heads, width {spec.dim}, "
-        f"MLP {spec.hidden}; {f'{spec.made_of}; ' if spec.made_of else ''}{attention}; {config.model.objective}",
+        f"MLP {spec.hidden}; {f'{spec.made_of}; ' if spec.made_of else ''}{attention}; {learns}",
         f"step     {step}, on {_processes(config)} × {trainer.accumulate} batch(es)",
         f"sharding {_SHARDING[trainer.strategy].format(trainer.zero_stage)}, {trainer.precision}",
         f"memory   {estimate(config, spec.vocabulary, on_cuda=on_cuda(config)).line()}",

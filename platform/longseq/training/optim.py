@@ -34,7 +34,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in model.parameters():
-        if parameter not in matrices:
+        if parameter.requires_grad and parameter not in matrices:
             (decayed if parameter.ndim == 2 and parameter not in embeddings else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     settings: dict[str, Any] = {"lr": config.lr, "betas": (config.betas[0], config.betas[1]), "eps": config.eps}

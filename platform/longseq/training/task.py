@@ -19,7 +19,7 @@ from longseq.models.performer import PerformerLM
 from longseq.training.collectives import all_sum, context_group
 from longseq.training.optim import bind, build_optimizer, build_schedule, follow_config
 from longseq_data.samples.slices import sliced
-from longseq_data.vocabulary import IGNORE
+from longseq_data.vocabulary import IGNORE, Vocabulary
 
 Batch = dict[str, Tensor]
 
@@ -37,7 +37,7 @@ class LanguageModelling(pl.LightningModule):
         torch.manual_seed(config.run.seed)
         tokens = vocabulary(config)
         self.pad = tokens.pad
-        self.model: PerformerLM = PerformerLM(config.performer_spec(tokens.size, on_cuda=on_cuda(config)))
+        self.model: PerformerLM = self.build_model(tokens, on_cuda(config))
         if config.trainer.compile:
             compile_blocks(self.model)
         self.train_sums = Sums()
@@ -51,6 +51,22 @@ class LanguageModelling(pl.LightningModule):
         # whether the curves show it.
         self.judge_loss: Callable[[Tensor, Tensor], tuple[float, bool]] | None = None
         self.validated: tuple[int, float] | None = None  # step and loss of the last validation
+        self.settled = False  # whether there is nothing more to learn: this step is the last one
+
+    def build_model(self, tokens: Vocabulary, on_cuda: bool) -> PerformerLM:
+        """What is trained, new."""
+        return PerformerLM(self.config.performer_spec(tokens.size, on_cuda=on_cuda))
+
+    def quality(self, sums: Tensor) -> dict[str, float]:
+        """Loss (nats a target), perplexity, bits a target and accuracy from [Σ loss, correct, targets, ...]."""
+        loss_sum, correct, targets = sums[:3].tolist()
+        loss = loss_sum / max(targets, 1)
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "bits": loss / math.log(2),
+            "accuracy": correct / max(targets, 1),
+        }
 
     def setup(self, stage: str) -> None:
         parts = self.config.trainer.context_parallel

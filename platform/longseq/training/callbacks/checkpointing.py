@@ -19,7 +19,7 @@ from longseq.runs.checkpoint import TrainingPosition
 from longseq.runs.run import Run
 from longseq.training.callbacks.boundary import StepBoundary
 from longseq.training.callbacks.gradients import GradientNorm, not_finite
-from longseq.training.callbacks.stopping import StopFlag, StopRequested
+from longseq.training.callbacks.stopping import Settled, StopFlag, StopRequested
 from longseq.training.collectives import ControlGroup
 from longseq.training.snapshots import Snapshots
 from longseq.training.task import LanguageModelling
@@ -29,7 +29,8 @@ _LAST_WORDS_SECONDS = 10.0  # for a checkpoint in the making, when training ends
 
 
 class Checkpointing(StepBoundary):
-    """Takes a snapshot, has it written and named; raises :class:`StopRequested` after a stop's checkpoint."""
+    """Takes a snapshot, has it written and named; raises :class:`StopRequested` after a stop's checkpoint, and
+    :class:`Settled` after that of a settled task."""
 
     def __init__(self, run: Run, config: Config, stop: StopFlag, gradient_norm: GradientNorm, profiler: Profiler):
         self.profiler = profiler
@@ -45,7 +46,7 @@ class Checkpointing(StepBoundary):
         assert self.writer is not None
         every, last = self.config.trainer.checkpoint_every, self.config.trainer.max_steps
         asked, late, unwritten = self.control.any(self.stop.requested, self.stop.out_of_time, self.writer.failed)
-        stopping = (asked or late) and step < last
+        stopping = (asked or late or task.settled) and step < last
         if unwritten:
             self.finish_writing()
         if stopping or step >= last or (every and step % every == 0):
@@ -55,6 +56,8 @@ class Checkpointing(StepBoundary):
             self._save(trainer, task, step)
         if stopping or step >= last:
             self.finish_writing()
+        if task.settled and step < last:
+            raise Settled
         if stopping and not asked and trainer.is_global_zero:
             limit = self.config.trainer.time_limit
             print(f"longseq: trainer.time_limit={limit} is over: saved and stopped", file=sys.stderr, flush=True)

@@ -10,11 +10,10 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import lightning.pytorch as pl
-from torch import Tensor
 from tqdm import tqdm
 
 from longseq.config.schema import Config
-from longseq.data import split_spec
+from longseq.labelled import batches_of
 from longseq.runs.run import Run
 from longseq.training.callbacks.gradients import GradientNorm, not_finite
 from longseq.training.callbacks.steps import due, ends_step
@@ -39,7 +38,7 @@ class Curves(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         self.since = time.monotonic()
-        self.epochs = split_spec(self.config, "train").epochs
+        self.epochs = batches_of(self.config, "train").epochs
         if trainer.is_global_zero:
             self.bar = _Bar(trainer.global_step, self.config)
 
@@ -74,11 +73,11 @@ class Curves(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         assert isinstance(task, LanguageModelling)
         self.since += time.monotonic() - self.validation_began  # training speed is that of training
-        curves = quality(task.valid_sums.take(task.device))
+        curves = task.quality(task.valid_sums.take(task.device))
         task.validated = (trainer.global_step, curves["loss"])
         log_scalars(trainer, "valid", curves, trainer.global_step)
         for name, sums in task.source_sums.items():
-            log_scalars(trainer, f"valid/{name}", quality(sums.take(task.device)), trainer.global_step)
+            log_scalars(trainer, f"valid/{name}", task.quality(sums.take(task.device)), trainer.global_step)
         if self.bar:
             self.bar.say(f"step {trainer.global_step}  validation: {_line(curves)}")
 
@@ -93,7 +92,7 @@ class Curves(pl.Callback):
         now = time.monotonic()
         if not sums[2]:
             return  # every step since the last point was left out
-        curves = quality(sums)
+        curves = task.quality(sums)
         norm = self.gradient_norm.value(trainer)
         if not (math.isfinite(curves["loss"]) and self.gradient_norm.finite(trainer)):
             raise not_finite(self.run, step)
@@ -117,20 +116,9 @@ class Curves(pl.Callback):
             self.bar.close()
 
 
-def quality(sums: Tensor) -> dict[str, float]:
-    """Loss (nats a target), perplexity, bits a target and accuracy from [Σ loss, correct, targets, ...]."""
-    loss_sum, correct, targets = sums[:3].tolist()
-    loss = loss_sum / max(targets, 1)
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "bits": loss / math.log(2),
-        "accuracy": correct / max(targets, 1),
-    }
-
-
 def _line(curves: dict[str, float]) -> str:
-    text = f"loss {curves['loss']:.4f}  perplexity {curves['perplexity']:.2f}  accuracy {curves['accuracy']:.1%}"
+    forms = {"loss": ".4f", "perplexity": ".2f", "accuracy": ".1%", "rmse": ".4g"}
+    text = "  ".join(f"{name} {curves[name]:{form}}" for name, form in forms.items() if name in curves)
     if "tokens_per_second" in curves:
         text += f"  {curves['tokens_per_second']:,.0f} tokens/s"
     return text + _epoch(curves)

@@ -27,7 +27,7 @@ _ASIDE = (
         "trainer.probe_every",
     ),
     *("trainer.sample_tokens", "trainer.histogram_every", "trainer.noise_every", "trainer.peak_tflops"),
-    *("trainer.time_limit", "trainer.offload_path"),
+    *("trainer.time_limit", "trainer.offload_path", "finetune.table", "finetune.feature_seed"),
 )
 # TensorBoard shows five columns until it is told more: these.
 _FIRST = ("attention.kernel", "attention.kind", "data.length", "model.preset", "optim.lr")
@@ -56,7 +56,10 @@ class Hyperparameters(pl.Callback):
 def flat(config: Config) -> dict[str, float | int | str]:
     """``section.key`` and value; lists and truth values as text, keys that are null left out."""
     values: dict[str, float | int | str] = {}
-    for section, keys in asdict(config).items():
+    sections = asdict(config)
+    if config.finetune.table is None:
+        del sections["finetune"]
+    for section, keys in sections.items():
         for name, value in keys.items():
             full = f"{section}.{name}"
             if full not in _ASIDE and value is not None:

@@ -13,6 +13,10 @@ class StopRequested(Exception):
     """All ranks have agreed to stop at this step and the state is saved."""
 
 
+class Settled(StopRequested):
+    """There is nothing more to learn: this was the last step."""
+
+
 class StopFlag:
     """Remembers that a stop was asked for. Handlers do no work: the ranks agree at a step boundary."""
 

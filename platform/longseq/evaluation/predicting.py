@@ -1,0 +1,34 @@
+"""What a model of labels says of sequences, a batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from longseq.evaluation.records import BATCH_TOKENS, Record, batches
+from longseq.models.tuned import TunedModel
+from longseq.opening import Source
+from longseq_data.readers.labelled import OF_CLASSES
+
+
+@torch.inference_mode()
+def told(
+    source: Source, records: Iterable[Record], batch_tokens: int = BATCH_TOKENS
+) -> Iterator[tuple[Record, npt.NDArray[np.float32]]]:
+    """Each record, in their order, with (1, outputs) or, per residue, (n, outputs): probabilities, or numbers."""
+    model = source.load(tuned=True)
+    assert isinstance(model, TunedModel)
+    tune, pad = source.config.finetune, source.vocabulary.pad
+    device = next(model.parameters()).device
+    for group in batches(records, lambda record: len(record.row), batch_tokens):
+        tokens = torch.full((len(group), max(len(record.row) for record in group)), pad)
+        for into, record in zip(tokens, group, strict=True):
+            into[: len(record.row)] = torch.from_numpy(record.row.astype(np.int64))
+        real = tokens != pad
+        made = model(tokens.to(device), None if bool(real.all()) else real.to(device))
+        made = made.softmax(-1) if tune.task in OF_CLASSES else made.double() * tune.scale + tune.center
+        for each, record in zip(made.cpu().numpy(), group, strict=True):
+            yield record, each[1 : 1 + record.length] if model.learning.residues else each[None]
