@@ -60,7 +60,7 @@ def a_config(samples: int = 32, **trainer: object) -> Config:
 def scripts(site: Site = CLUSTER) -> dict[str, str]:
     """One of each template."""
     config, one = a_config(), Request(1, 1, gpus=False)
-    many = Request(4, 8, gpus=True, min_nodes=2, dependency="afterok:12", code="3f2a9c01b7d4")
+    many = Request(4, 8, gpus=True, min_nodes=2, spares=1, dependency="afterok:12", code="3f2a9c01b7d4")
     pyxis = replace(site, container="pyxis", container_image="/i/longseq.sqsh", container_mounts=["/data", "/a:/b"])
     apptainer = replace(site, container="apptainer", container_image="/i/longseq.sif", container_mounts=["/data"])
     sweep = [RUN.with_name(f"sweep-{number}") for number in range(3)]
@@ -201,6 +201,16 @@ def test_fewer_nodes_do_the_same_step_in_more_batches():
     assert found == {4: Layout(4, 1), 3: Layout(2, 2), 2: Layout(2, 2), 1: Layout(1, 4)}
     for layout in found.values():
         assert layout.nodes * 4 * layout.accumulate * 2 == 32
+
+
+def test_spares_are_asked_for_where_there_are_any_and_outlive_nothing_without():
+    heads = {}
+    for request in (Request(2, 1, False), Request(2, 1, False, spares=1), Request(2, 1, False, min_nodes=1, spares=3)):
+        script = train_script(RUN, a_config(), Site(), request)
+        heads[request.spares] = [line for line in script.splitlines() if line.startswith(("#SBATCH --no", "    2) "))]
+    assert heads[0] == ["#SBATCH --nodes=2", "    2) nodes=2 accumulate=1 ;;"]
+    assert heads[1] == ["#SBATCH --nodes=2-3", "#SBATCH --no-kill", "    2) nodes=2 accumulate=1 ;;"]
+    assert heads[3] == ["#SBATCH --nodes=1-5", "#SBATCH --no-kill", "    2) nodes=2 accumulate=1 ;;"]
 
 
 def test_fewer_nodes_keep_groups_whole():
