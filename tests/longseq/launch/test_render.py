@@ -203,14 +203,26 @@ def test_fewer_nodes_do_the_same_step_in_more_batches():
         assert layout.nodes * 4 * layout.accumulate * 2 == 32
 
 
-def test_spares_are_asked_for_where_there_are_any_and_outlive_nothing_without():
-    heads = {}
-    for request in (Request(2, 1, False), Request(2, 1, False, spares=1), Request(2, 1, False, min_nodes=1, spares=3)):
-        script = train_script(RUN, a_config(), Site(), request)
-        heads[request.spares] = [line for line in script.splitlines() if line.startswith(("#SBATCH --no", "    2) "))]
-    assert heads[0] == ["#SBATCH --nodes=2", "    2) nodes=2 accumulate=1 ;;"]
-    assert heads[1] == ["#SBATCH --nodes=2-3", "#SBATCH --no-kill", "    2) nodes=2 accumulate=1 ;;"]
-    assert heads[3] == ["#SBATCH --nodes=1-5", "#SBATCH --no-kill", "    2) nodes=2 accumulate=1 ;;"]
+def head(request: Request, site: Site) -> list[str]:
+    words = ("nodes", "ntasks", "cpus", "no-kill")
+    lines = (line.removeprefix("#SBATCH --") for line in train_script(RUN, a_config(), site, request).splitlines())
+    return [line for line in lines if line.startswith(words)]
+
+
+def test_spares_are_asked_for_where_there_are_any():
+    four = Site(cpus_per_task=4)
+    assert head(Request(2, 2, False), four) == ["nodes=2", "ntasks-per-node=2", "cpus-per-task=4"]
+    asked = head(Request(2, 2, False, spares=1), four)
+    assert asked == ["nodes=2-3", "ntasks-per-node=2", "cpus-per-task=4", "no-kill"]
+
+
+def test_a_range_of_nodes_is_not_cut_by_a_count_of_tasks():
+    """SLURM gives no more nodes than --ntasks-per-node times the fewest."""
+    asked = head(Request(2, 2, False, min_nodes=1, spares=1), Site(cpus_per_task=4))
+    assert asked == ["nodes=1-3", "cpus-per-task=8", "no-kill"]
+    request = Request(2, 1, False, spares=1)
+    assert head(request, Site()) == ["nodes=2-3", "cpus-per-task=1", "no-kill"]
+    assert " --cpus-per-task=1 " in train_script(RUN, a_config(), Site(), request)
 
 
 def test_fewer_nodes_keep_groups_whole():

@@ -56,6 +56,12 @@ class Request:
     def most(self) -> int:
         return self.nodes + self.spares
 
+    @property
+    def wide(self) -> bool:
+        """SLURM gives no more nodes than tasks, which it counts for the fewest nodes: where those would be too few, a
+        node is one task to it, with the cores of all of its processes."""
+        return self.least * self.devices < self.most
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -147,10 +153,10 @@ def _directives(site: Site, request: Request, name: str, log: Path, *, waits: bo
     lines = [
         directive("job-name", name),
         directive("nodes", f"{request.least}-{request.most}" if outlives else request.nodes),
-        directive("ntasks-per-node", request.devices),
+        *([] if request.wide else [directive("ntasks-per-node", request.devices)]),
     ]
     wanted: dict[str, object] = {
-        "cpus-per-task": site.cpus_per_task,
+        "cpus-per-task": request.devices * (site.cpus_per_task or 1) if request.wide else site.cpus_per_task,
         "mem": site.memory,
         "partition": site.partition,
         "account": site.account,
@@ -221,7 +227,8 @@ def _environment(site: Site) -> dict[str, object]:
 def _command(site: Site, request: Request, runs: Sequence[Path]) -> dict[str, object]:
     """Arguments of srun, and what stands before ``-m module``: an interpreter, here or in a container."""
     # srun does not take over --cpus-per-task of the job.
-    srun = ["--input=none", *([f"--cpus-per-task={site.cpus_per_task}"] if site.cpus_per_task else []), *site.srun]
+    cpus = site.cpus_per_task or (1 if request.wide else None)
+    srun = ["--input=none", *([f"--cpus-per-task={cpus}"] if cpus else []), *site.srun]
     mounts = list(dict.fromkeys([*site.container_mounts, *(str(run.parent) for run in runs)]))
     command = [sys.executable]
     if site.container == "pyxis":
