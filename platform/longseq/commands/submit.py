@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=natural,
         default=0,
         metavar="K",
-        help="ask for K nodes more, where there are any: idle until one takes the place of a node that is lost or unfit",
+        help="ask for K more nodes, where there are any: idle until one takes the place of a lost or unfit node",
     )
     parser.add_argument("--site", metavar="FILE", help="the cluster's profile; default: $LONGSEQ_SITE")
     parser.add_argument("--time", metavar="T", help="limit of one start, e.g. 24h; default: the site's")
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     if args.job == "train":
         return _training(args, site)
     if args.spares:
-        raise ConfigError(f"--spares={args.spares}: only a training has spare nodes; leave it out with --job={args.job}.")
+        raise ConfigError(f"--spares={args.spares}: only a training has spares; leave it out with --job={args.job}.")
     job = _evaluation(args, site) if args.job == "evaluate" else _preparation(args, site)
     return _submit(args, [job])
 
@@ -152,7 +152,6 @@ def _training(args: argparse.Namespace, site: Site) -> int:
         _check(config, site, request)
         fit_parts(config)
         fix_order(config)
-    least = request.min_nodes or nodes
     shared = [layouts(config, nodes, request.least, devices) for config in configs]
     if any(layout != shared[0] for layout in shared):
         raise ConfigError("--array: jobs of one array share a step in the same way; submit these runs one by one.")
