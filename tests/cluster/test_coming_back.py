@@ -37,11 +37,12 @@ def whole(run: Path, uninterrupted: Path, within: float = 0.0) -> None:
         assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-def back_inside_the_job(login: Login, job: str, run: Path, ends: list[str]) -> None:
-    """SLURM has seen one job that was never in its queue again; its starts ended so."""
+def back_inside_the_job(login: Login, job: str, run: Path, why: str) -> None:
+    """SLURM has seen one job that was never in its queue again, whose first start ended so."""
     assert login.cluster.wait_for(job, *ENDED) == "COMPLETED", login.log(run)
     assert "Restarts=0" in login.cluster.run("scontrol", "show", "job", job)
-    assert [starts.read_end(run / "starts", number) for number in starts.numbers(run / "starts")] == ends
+    assert starts.numbers(run / "starts") == [1, 2]
+    assert (starts.read_end(run / "starts", 1) or "").startswith(why)
 
 
 def test_a_run_comes_back_from_signal_requeue_a_killed_rank_and_a_new_controller(
@@ -79,7 +80,7 @@ def test_a_spare_takes_the_place_of_a_node_whose_power_fails(login: Login, unint
     login.wait_for_step(run, 12)
     cluster.kill_node("node2")
     try:
-        back_inside_the_job(login, job, run, ["lost node2: SLURM has lost it.", "finished"])
+        back_inside_the_job(login, job, run, "lost node2: SLURM ")
     finally:
         cluster.start_node("node2")
     assert "without node2 in this job from now on" in login.log(run)
@@ -101,8 +102,9 @@ def test_a_spare_takes_the_place_of_an_unfit_node(login: Login, uninterrupted: P
     (login.folder / "small.yaml").write_text(site)
     job, run = login.submit("one-unfit", "--nodes=2", "--spares=1", "--site=small.yaml", *LONG)
     try:
-        words = f"preflight node1: only 1.0 MiB free in {small} (preflight_disk_gib=0.01)."
-        back_inside_the_job(login, job, run, [words, "finished"])
+        back_inside_the_job(
+            login, job, run, f"preflight node1: only 1.0 MiB free in {small} (preflight_disk_gib=0.01)."
+        )
     finally:
         cluster.tell("node1", f"umount {small}")
     assert "2 processes on node2, node3" in login.log(run)
