@@ -55,7 +55,7 @@ def _refuse_what_does_not_fit(model: PerformerLM, length: int) -> None:
     weight, spec = model.embedding.weight, model.spec
     needed, free = _AT_ONCE * length * spec.dim * weight.element_size(), available(weight.device)
     if needed > free:
-        what = "exact attention" if spec.kind == "exact" else "this model's attention"
+        what = "exact attention" if any(options.kind == "exact" for options in spec.plan) else "this model's attention"
         raise LongseqError(
             f"a sequence of {length:,} tokens in one piece takes about {needed / 2**30:,.1f} GiB, and "
             f"{free / 2**30:,.1f} GiB are free: {what} has no sums to carry from tile to tile; give shorter sequences, "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from longseq.evaluation.likelihood import Share, causal, pseudo, share_effects, 
 from longseq.evaluation.records import Record, batches, records
 from longseq.evaluation.score import Asked, asked_for
 from longseq.evaluation.shards import Job, Work
+
+if TYPE_CHECKING:
+    from longseq.models.performer import PerformerLM
 
 Fields = dict[str, Any]
 
@@ -65,6 +68,10 @@ class Effects(Work[Share, tuple[int, float]]):
 
 class Vectors(Work[list[Record], Embedded]):
     """Embeddings. Options: layer, per_residue."""
+
+    @cached_property
+    def model(self) -> PerformerLM:
+        return self.source.load(tuned=True)
 
     def groups(self) -> Iterator[list[Record]]:
         return batches(records(self.source, self.job.file), lambda record: len(record.row))

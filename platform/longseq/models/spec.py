@@ -151,8 +151,11 @@ class PerformerSpec(AttentionOptions):
     @property
     def sums_up(self) -> bool:
         """Whether a bidirectional layer needs nothing of other tiles but the sums of their keys."""
-        placeless = self.kind == "favor" and not (self.window or self.learned_decay or self.conv or self.mask_scaling)
-        return bool(self.sequence_tile) and not self.causal and placeless
+        placeless = all(
+            options.kind == "favor" and not (options.window or options.learned_decay) for options in self.plan
+        )
+        bare = placeless and not self.conv and not self.mask_scaling
+        return bool(self.sequence_tile) and not self.causal and bare
 
     def recomputes(self, positions: int) -> bool:
         """Whether the backward pass computes layers again, of so many positions of a row in one process."""
