@@ -27,7 +27,7 @@ from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 TESTS = Path(__file__).parent
-PROGRAMS = ("longseq.training.worker", "longseq.evaluation.worker")  # which must not be imported before
+WORKER = "longseq.training.worker"  # a program, which must not have been imported
 IMPORTED = (
     *("lightning.pytorch", "longseq.cli", "longseq.commands.evaluate", "longseq.commands.fit"),
     *("longseq.commands.resume", "longseq.evaluation.scoring", "longseq.launch.local", "longseq.training.fit"),
@@ -116,15 +116,14 @@ class Process:
 
 def install() -> None:
     """Have commands that are called in this process start their training processes warm."""
-    from longseq.evaluation import parallel
     from longseq.launch import local
 
-    for module in (local, parallel):
-        module.subprocess = SimpleNamespace(Popen=_start, DEVNULL=subprocess.DEVNULL)  # type: ignore[attr-defined]
+    local.subprocess = SimpleNamespace(Popen=_start, DEVNULL=subprocess.DEVNULL)  # type: ignore[attr-defined]
 
 
 def _start(command: list[str], **options: Any) -> Process | subprocess.Popen[bytes]:
-    warm = (os.environ.get(_SEED) or seed()) and command[2] in PROGRAMS
+    assert command[1:3] == ["-m", WORKER]
+    warm = os.environ.get(_SEED) or seed()
     return Process(command, **options) if warm else subprocess.Popen(command, **options)
 
 
@@ -206,7 +205,7 @@ def _become(asked: dict[str, Any], address: str) -> None:
     if command[1:2] == ["-m"]:
         sys.argv = command[2:]
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-        runpy.run_module(command[2], run_name="__main__", alter_sys=True)
+        runpy.run_module(WORKER, run_name="__main__", alter_sys=True)
         return
     import longseq.cli
 
