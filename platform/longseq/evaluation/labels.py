@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from longseq.evaluation.field.measures import auc, spearman
-from longseq.evaluation.field.plain import plain
 from longseq.evaluation.summary import LEVEL
+from longseq.printed import plain
 from longseq_data.randomness import generator
 from longseq_data.vocabulary import IGNORE
 
