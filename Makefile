@@ -44,15 +44,16 @@ quickstart: $(VENV)/.runs $(CORPUS)
 	@echo
 	@echo "See its curves:    $(BIN)/tensorboard --logdir runs/$(RUN)/tensorboard"
 
-# Some tests wait for what they disturb, those of SLURM most of the time: one process more than there are cores. Tests
-# start most processes warm (tests/warm.py).
+# Some tests wait for what they disturb, those of SLURM most of the time: one process more than there are cores. Files
+# that take longest come first. Tests start most processes warm (tests/warm.py).
 PYTEST_PROCESSES = $(shell $(PYTHON) -c 'import os; print(min(8, os.cpu_count() + 1))')
 
 test: $(VENV)/.tests
 	@status=0; slurm=$$(mktemp); trap 'rm -f "$$slurm"' EXIT; \
 	$(BIN)/python -m pytest -m "distributed and not long" tests/cluster >"$$slurm" 2>&1 & job=$$!; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not distributed and not long and not compiled" \
-		--numprocesses $(PYTEST_PROCESSES) --dist loadfile || status=1; \
+		--numprocesses $(PYTEST_PROCESSES) --dist loadfile --no-loadscope-reorder \
+		tests/ways tests/longseq/launch tests/longseq tests || status=1; \
 	wait $$job || status=1; cat "$$slurm"; \
 	$(BIN)/python -m pytest -m "distributed and not long" --ignore tests/cluster \
 		--numprocesses 3 --dist loadfile || status=1; \

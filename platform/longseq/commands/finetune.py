@@ -8,12 +8,12 @@ lowest validation loss is the one that counts; training ends when that has not f
 from __future__ import annotations
 
 import argparse
-import json
 
 from longseq.commands.key_help import help_on_keys
 from longseq.commands.numbers import natural, positive
 from longseq.config.finetune import LEARN
 from longseq.opening import TARGET_HELP
+from longseq.printed import as_json
 from longseq_data.readers.labelled import TASKS
 
 
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     )
     reports = [evaluation.as_dict() for evaluation in found.evaluations]
     if args.json:
-        print(json.dumps(reports, indent=2))
+        print(as_json(reports, indent=2))
         return found.code
     print("\n".join(line for training in found.trainings for line in training.report))
     if reports:

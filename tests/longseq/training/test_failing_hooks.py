@@ -33,6 +33,7 @@ from longseq.runs.curves import read_curves
 from longseq.runs.run import Run
 from longseq.training import fit, shards, snapshots, task, tensorboard, writer
 from longseq.training.callbacks.first_failure import FirstFailure
+from longseq.training.callbacks.patience import Patience
 from longseq.training.callbacks.stopping import StopFlag
 from longseq.training.strategy import build_strategy
 from longseq.training.worker import outcome, quiet
@@ -216,6 +217,8 @@ def test_an_error_in_a_hook_of_our_callbacks_is_what_the_user_reads(kind, hook, 
         return original(*args, **kwargs)
 
     monkeypatch.setattr(kind, hook, failing)
+    if kind is Patience:  # of a fine-tuning
+        with_callback(monkeypatch, Patience(run, config), "first")
     check_the_end(run, train(run, config), capfd.readouterr().err, {})
 
 
