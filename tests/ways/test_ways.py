@@ -214,4 +214,4 @@ def pictured(longseq: Callable[..., str]) -> None:
     for name in names:
         with Image.open(name) as image:
             assert min(image.size) > 100
-            assert len(np.unique(np.asarray(image)[..., :3].reshape(-1, 3), axis=0)) > 5
+            assert len(image.convert("RGB").getcolors(image.width * image.height)) > 5

@@ -10,8 +10,10 @@ import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 
 from longseq.config.loading import load_config, save_config
@@ -26,6 +28,11 @@ from longseq_data.os_errors import explained, lock
 TOKENIZER = "tokenizer.json"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@lru_cache(maxsize=8)
+def _as_started(path: Path, content: bytes) -> Config:
+    return load_config(path, resolved=True)
 
 
 @dataclass(frozen=True)
@@ -169,7 +176,10 @@ class Run:
 
     def config(self, overrides: tuple[str, ...] = ()) -> Config:
         """The resolved configuration the run was started with, and overrides on top of it."""
-        config = load_config(self.config_path, overrides, resolved=True)
+        if overrides or not self.config_path.is_file():
+            config = load_config(self.config_path, overrides, resolved=True)
+        else:  # a verb asks several times, and it takes a tenth of a second
+            config = deepcopy(_as_started(self.config_path, self.config_path.read_bytes()))
         own = self.path / TOKENIZER
         if own.is_file() and not any(override.startswith("data.tokenizer") for override in overrides):
             config.data.tokenizer = str(own)  # wherever the run has been moved to
