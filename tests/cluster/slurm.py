@@ -157,7 +157,8 @@ class Cluster:
             (self.folder / "resolv.conf").touch()  # no server: look-ups of other names must fail at once
             self.tell(
                 "login",
-                f"hostname login && ip link set lo up && ip link add br0 type bridge && "
+                # By itself it has the lowest address of its ports, which changes with a node: others lose their way.
+                f"hostname login && ip link set lo up && ip link add br0 address 02:00:00:00:00:01 type bridge && "
                 f"ip addr add {_LOGIN}/24 dev br0 && ip link set br0 up && mount --bind {folder}/hosts /etc/hosts && "
                 f"mount --bind {folder}/resolv.conf /etc/resolv.conf && touch {folder}/run/network",
             )
