@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from longseq.evaluation.in_tiles import hidden_in_tiles
+from longseq.evaluation.padded import on_device, padded
 from longseq.evaluation.records import BATCH_TOKENS, Record, batches
 from longseq.models.performer import PerformerLM
 from longseq_data.vocabulary import Vocabulary
@@ -51,12 +52,8 @@ def of_batch(
     """The same of records that are read together, as :func:`longseq.evaluation.records.batches` puts them."""
     if len(group) == 1 and len(group[0].row) > BATCH_TOKENS:
         return [_in_tiles(model, group[0], layer, per_residue)]
-    device = model.embedding.weight.device
-    tokens = torch.full((len(group), max(len(record.row) for record in group)), vocabulary.pad)
-    for into, record in zip(tokens, group, strict=True):
-        into[: len(record.row)] = torch.from_numpy(record.row.astype(np.int64))
-    real = tokens != vocabulary.pad
-    hidden = model.hidden(tokens.to(device), None if bool(real.all()) else real.to(device), layer=layer)
+    tokens = padded([record.row for record in group], vocabulary.pad)
+    hidden = model.hidden(*on_device(tokens, vocabulary.pad, model.embedding.weight.device), layer=layer)
     found = hidden.float().cpu().numpy()  # (B, L, E)
     made = []
     for row, record in zip(found, group, strict=True):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from longseq.evaluation.in_tiles import hidden_in_tiles
+from longseq.evaluation.padded import on_device, padded
 from longseq.evaluation.predictions import of_tokens
 from longseq.evaluation.records import BATCH_TOKENS, Record, batches
 from longseq.evaluation.variants import Variant
@@ -31,7 +32,7 @@ def causal(model: PerformerLM, vocabulary: Vocabulary, rows: Sequence[Tokens]) -
     """Σ log p of each row's tokens after the first, its EOS included. Nats."""
     if len(rows) == 1 and len(rows[0]) > BATCH_TOKENS:
         return [_in_tiles(model, rows[0])]
-    tokens = _padded(rows, vocabulary.pad)
+    tokens = padded(rows, vocabulary.pad)
     targets = tokens[:, 1:]
     found = of_tokens(model, _hidden(model, tokens[:, :-1], vocabulary), targets).double()
     return found.masked_fill(targets == vocabulary.pad, 0.0).numpy().sum(1).tolist()
@@ -171,14 +172,4 @@ def _of_sites(
 
 def _hidden(model: PerformerLM, tokens: Tensor, vocabulary: Vocabulary) -> Tensor:
     """What the model's head reads, (B, L, E), on the model's device."""
-    device = next(model.parameters()).device
-    real = tokens != vocabulary.pad
-    padding = None if bool(real.all()) else real.to(device)
-    return model.hidden(tokens.to(device), padding)
-
-
-def _padded(rows: Sequence[Tokens], pad: int) -> Tensor:
-    tokens = torch.full((len(rows), max(map(len, rows))), pad)
-    for into, row in zip(tokens, rows, strict=True):
-        into[: len(row)] = torch.from_numpy(row.astype(np.int64))
-    return tokens
+    return model.hidden(*on_device(tokens, vocabulary.pad, next(model.parameters()).device))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
+from longseq.evaluation.embedding import Vectors
+from longseq.evaluation.padded import on_device, padded
 from longseq.evaluation.records import BATCH_TOKENS, Record, batches
 from longseq.models.tuned import TunedModel
 from longseq.opening import Source
@@ -17,18 +17,14 @@ from longseq_data.readers.labelled import OF_CLASSES
 @torch.inference_mode()
 def told(
     source: Source, records: Iterable[Record], batch_tokens: int = BATCH_TOKENS
-) -> Iterator[tuple[Record, npt.NDArray[np.float32]]]:
+) -> Iterator[tuple[Record, Vectors]]:
     """Each record, in their order, with (1, outputs) or, per residue, (n, outputs): probabilities, or numbers."""
     model = source.load(tuned=True)
     assert isinstance(model, TunedModel)
     tune, pad = source.config.finetune, source.vocabulary.pad
     device = next(model.parameters()).device
     for group in batches(records, lambda record: len(record.row), batch_tokens):
-        tokens = torch.full((len(group), max(len(record.row) for record in group)), pad)
-        for into, record in zip(tokens, group, strict=True):
-            into[: len(record.row)] = torch.from_numpy(record.row.astype(np.int64))
-        real = tokens != pad
-        made = model(tokens.to(device), None if bool(real.all()) else real.to(device))
+        made = model(*on_device(padded([record.row for record in group], pad), pad, device))
         made = made.softmax(-1) if tune.task in OF_CLASSES else made.double() * tune.scale + tune.center
         for each, record in zip(made.cpu().numpy(), group, strict=True):
             yield record, each[1 : 1 + record.length] if model.learning.residues else each[None]

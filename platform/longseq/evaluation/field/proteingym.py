@@ -183,7 +183,7 @@ def benchmark_proteingym(
         job = Job("proteingym", str(sources[0].folder), str(folder), tuple(overrides), ema, options)
         for told in done(Assays(job), devices):
             progress(*told)
-        progress = lambda *_: None  # noqa: E731 - all is done, and was said
+        progress = _said
     models = []
     for source in sources:
         scorer = Scorer(source, label(source, sources), overrides, passes, out)
@@ -195,6 +195,10 @@ def benchmark_proteingym(
         tables,
         [name for name in BESIDE if name in known] if beside is None else list(beside),
     )
+
+
+def _said(*_: object) -> None:
+    """For what is done, and was told by those who did it."""
 
 
 class Scorer:
