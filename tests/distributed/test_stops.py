@@ -36,14 +36,14 @@ def test_a_schedulers_signal_saves_at_the_next_step(folder: Path, number: signal
 
 
 def test_the_time_limit_saves_and_stops_every_start(folder: Path) -> None:
-    """It counts from the start of the process: a second is over before the first step."""
-    ended = longseq("fit", "tiny.yaml", "run.name=limited", "trainer.time_limit=1s", *SLOW, folder=folder)
+    """It counts from the start of the process: 10 ms are over before the first step, 2 s end at one of 5,000."""
+    ended = longseq("fit", "tiny.yaml", "run.name=limited", "trainer.time_limit=0.01s", *SLOW, folder=folder)
     assert ended.code == 75
-    assert "trainer.time_limit=1s is over" in ended.err
+    assert "trainer.time_limit=0.01s is over" in ended.err
     run = folder / "runs/limited"
     assert checkpoints(run) == [1]
     again = longseq("resume", run, "trainer.time_limit=0:00:02", folder=folder)
     assert again.code == 75
-    assert checkpoints(run)[-1] == 2
+    assert 2 <= checkpoints(run)[-1] < 5000
     losses = curve(run, "train/loss")
     assert list(losses) == list(range(1, checkpoints(run)[-1] + 1))
