@@ -188,7 +188,7 @@ def _rank(pid: int) -> bytes:
     return b""
 
 
-def _until(condition: object, what: str, seconds: float = 20) -> None:
+def _until(condition: object, what: str, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline, f"no sign of {what}"

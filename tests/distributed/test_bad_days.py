@@ -107,7 +107,7 @@ def test_checkpoint_that_does_not_fit_on_the_disk_spares_the_one_before(
     assert str(disk) in ended.sentence
     assert "No space left on device" in ended.sentence
     assert "longseq resume" in ended.sentence
-    assert checkpoints(run) == [10]
+    assert checkpoints(run) in ([10], [10, 20])  # it goes on while the ballast is laid
     assert not list((run / "checkpoints").glob(".*.partial")), "what could not be written takes no room"
 
     ballast.unlink()

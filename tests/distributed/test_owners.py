@@ -33,7 +33,7 @@ def test_a_living_process_is_not_overtaken_and_a_killed_one_is(folder: Path) -> 
 
     first.kill(first.process.pid)
     first.process.wait()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while any(map(alive, workers)):
         assert time.monotonic() < deadline
         time.sleep(0.05)

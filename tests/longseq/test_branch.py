@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import pytest
 
 from longseq.cli import main
-from longseq.errors import ConfigError, RunError
+from longseq.errors import RunError
 from longseq.launch.start import fit, resume
 from longseq.runs.curves import read_curves
 from longseq.runs.run import Run
@@ -95,7 +95,7 @@ def test_what_cannot_be_branched_is_refused_and_leaves_nothing(source, overrides
 def test_a_checkpoint_is_no_run_and_a_new_run_is_no_branch(source, folder, capsys):
     with pytest.raises(RunError, match=r"a checkpoint, .* run\.branch=NAME"):
         resume(source.checkpoints()[0].path, ["trainer.max_steps=9"])
-    with pytest.raises(ConfigError, match=r"run\.branch=x goes on from a run's checkpoint"):
+    with pytest.raises(RunError, match=r"run\.branch=x goes on from a run's checkpoint"):
         fit("small.yaml", [f"data.train=[{folder}/proteins.fasta]", "run.branch=x"])
     assert main(["resume", str(source.path), "run.branch=new"]) == 1
     assert "raise it" in capsys.readouterr().err

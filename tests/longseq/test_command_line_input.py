@@ -281,5 +281,5 @@ def test_ctrl_c_while_a_verb_is_imported_ends_with_130_and_without_a_word(verb, 
     assert process.stdout
     assert process.stdout.read(9) == b"importing"
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (130, b"")

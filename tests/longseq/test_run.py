@@ -52,10 +52,14 @@ def test_a_new_run_holds_its_configuration_and_nothing_else(run, config):
     assert not (run.path / "FINISHED").exists()
 
 
-def test_a_run_without_a_name_is_named_by_its_configuration_and_the_time(config):
+@pytest.mark.parametrize(
+    ("name", "called"),
+    [("base", "base"), ("Table S1 (1)-head", "Table-S1-1-head"), ("данные", "run"), ("", "run"), ("x" * 200, "x" * 70)],
+)
+def test_a_run_without_a_name_is_named_by_its_configuration_and_the_time(config, name, called):
     config.run.name = None
-    run = Run.create(config, default_name="base")
-    assert re.fullmatch(r"base-\d{8}-\d{6}", run.path.name)
+    run = Run.create(config, default_name=name)
+    assert re.fullmatch(rf"{called}-\d{{8}}-\d{{6}}", run.path.name)
     assert run.config().run.name == run.path.name
 
 

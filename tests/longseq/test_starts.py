@@ -84,13 +84,13 @@ def test_a_process_that_waits_for_ever_ends_when_a_newer_start_has_the_run(tmp_p
     program = (
         "import sys, time, pathlib\nfrom longseq.runs import starts\n"
         f"starts.watch(pathlib.Path(sys.argv[1]), {number}, lambda text: print(text, flush=True))\n"
-        "print('waiting', flush=True)\ntime.sleep(60)\n"
+        "print('waiting', flush=True)\ntime.sleep(600)\n"
     )
     with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "waiting\n"
         starts.take(tmp_path, "new")
         assert "start 2 has this run now" in process.stdout.readline()
-        assert process.wait(10) == EXIT_SUPERSEDED
+        assert process.wait(60) == EXIT_SUPERSEDED
 
 
 def test_one_process_of_a_node_looks_for_newer_starts_and_the_next_when_it_ends(tmp_path):
@@ -99,7 +99,7 @@ def test_one_process_of_a_node_looks_for_newer_starts_and_the_next_when_it_ends(
         "import os, sys, time, pathlib\nfrom longseq.runs import starts\nstarts.POLL_SECONDS = 0.1\n"
         "note = lambda event, _: event == 'os.listdir' and os.write(1, b'%d\\n' % os.getpid())\n"
         f"starts.watch(pathlib.Path(sys.argv[1]), {number}, lambda text: None)\n"
-        "sys.addaudithook(note)\ntime.sleep(60)\n"
+        "sys.addaudithook(note)\ntime.sleep(600)\n"
     )
     reading, writing = os.pipe()
     command = [sys.executable, "-c", program, str(tmp_path)]
@@ -113,7 +113,7 @@ def test_one_process_of_a_node_looks_for_newer_starts_and_the_next_when_it_ends(
                 pass
             assert {int(looked.readline()) for _ in range(20)} == {second}
             starts.take(tmp_path, "new")
-            codes = sorted(process.wait(30) for process in processes)
+            codes = sorted(process.wait(60) for process in processes)
         assert codes == [-signal.SIGKILL, EXIT_SUPERSEDED, EXIT_SUPERSEDED]
     finally:
         os.close(writing)

@@ -48,6 +48,7 @@ def test_every_kind_of_table_gives_the_same_rows(tmp_path, name):
         ("sequence,label", "sequence", "label"),
         ("mutant,mutated_sequence,DMS_score,DMS_score_bin", "mutated_sequence", "DMS_score"),
         ("id,Sequence,melting point", "Sequence", "melting point"),
+        (",sequence,melting point,", "sequence", "melting point"),  # an index, and a comma too many
     ],
 )
 def test_columns_are_found_by_their_names(tmp_path, header, sequence, label):
@@ -85,11 +86,20 @@ def test_columns_that_may_be_several_are_asked_for_by_name(tmp_path, header, sen
         (["0.5 1 2", "1,2,3"], "residue-numbers"),
         (['["H", "E", null]'], "residue-classes"),
         (["H", "E"], "classification"),
+        (["1_00", "2_00"], "classification"),  # names, which Python reads as 100 and 200
+        (["[null, null, null]", '["H", "E", null]'], "residue-classes"),
     ],
 )
 def test_the_task_follows_from_the_labels(tmp_path, labels, task):
     rows = (f'MKV;"{label.replace(chr(34), 2 * chr(34))}"' for label in labels)
     assert task_of(read_table(write(tmp_path / "t.csv", "sequence;label", *rows)), "sequence", "label") == task
+
+
+def test_numbers_among_words_are_asked_about(tmp_path):
+    """One of 1,000 that says "n.d." would make a class of each number."""
+    table = read_table(write(tmp_path / "t.csv", "sequence,label", "M,1.5", "K,", "V,n.d.", "L,2.5"))
+    with pytest.raises(DataError, match=r"label holds numbers and also 'n\.d\.'; .* --task classification"):
+        task_of(table, "sequence", "label")
 
 
 def test_whole_numbers_may_be_classes_or_amounts(tmp_path):
@@ -103,6 +113,7 @@ def test_whole_numbers_may_be_classes_or_amounts(tmp_path):
     [
         (["MKV,abc"], {}, "row 1: label is 'abc', which is no number; correct it"),
         (["MKV,1", "M,inf"], {}, "row 2: label is 'inf', which is no number"),
+        (["MKV,1", "M,1_0"], {}, "row 2: label is '1_0', which is no number"),
         (["MJV,1"], {}, "row 1, sequence: 'J' at position 2 is not one of ACDEF"),
         ([",1"], {}, "row 1, sequence: is empty"),
         (["MKV,"], {}, "no row has a label in label"),
@@ -152,6 +163,8 @@ def test_residues_without_a_label_are_not_scored(tmp_path):
     found = spec(source, "residue-classes").read()
     assert found.classes == ("E", "H")
     assert found.labels[0].tolist() == [1, IGNORE, 0]
+    found = spec(write(tmp_path / "n.csv", "sequence;label", 'MKVL;["H", NaN, "NA", "E"]'), "residue-classes").read()
+    assert found.labels[0].tolist() == [1, IGNORE, IGNORE, 0]
 
 
 def test_classes_are_sorted_as_text_or_as_numbers(tmp_path):

@@ -112,7 +112,7 @@ def test_many_processes_of_a_run_parse_a_source_once_an_epoch(write, counted, sc
     for reader in readers:
         reader.communicate(timeout=60)
     assert [reader.returncode for reader in readers] == [0] * 3
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(scratch.iterdir()):  # it ends with its reader
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from longseq_data.errors import DataError, one_line
+from longseq_data.numbers import number_in
 from longseq_data.splits import SplitRule
 from longseq_data.tokenization import ids_of
 from longseq_data.vocabulary import ALPHABETS, BUILT_IN, IGNORE
@@ -81,7 +82,7 @@ class Table:
         """The column of labels: the one that is given, or by its name, or the only one beside ``others``."""
         if given:
             return given
-        left = [name for name in self.columns if name not in others and name.lower() not in _IDENTIFIERS]
+        left = [name for name in self.columns if name not in others and name.lower() not in ("", *_IDENTIFIERS)]
         return left[0] if len(left) == 1 else self._named(_LABELS, "labels", "--label", "label")
 
     def identifiers(self, given: str | None) -> list[str]:
@@ -124,7 +125,7 @@ def read_table(source: str) -> Table:
             raise reading_error(source, None, error) from error
     columns = [column.to_pylist() for column in table.columns]
     names = [str(column[0]).strip().removeprefix("\ufeff") for column in columns]
-    twice = [name for name, count in Counter(names).items() if count > 1]
+    twice = [name for name, count in Counter(names).items() if name and count > 1]
     if twice:
         raise DataError(f"{source}: {twice[0]!r} is the name of several columns; rename them.")
     if len(columns[0]) < 2:
@@ -279,19 +280,20 @@ def task_of(table: Table, sequence: str, label: str) -> Task:
             "amounts; say which with --task classification or --task regression (task= in Python)."
         )
     if all(cell.startswith("[") or (len(parts := _LIST.split(cell)) > 1 and _all_numbers(parts)) for cell in cells):
-        text = cells[0].startswith("[") and '"' in cells[0]
-        return "residue-classes" if text else "residue-numbers"
+        return "residue-classes" if any('"' in cell for cell in cells) else "residue-numbers"
     if all(len(letters) == len(cell) for letters, cell in labelled) and max(map(len, cells)) > 1:
         return "residue-classes"
+    if any(map(_is_number, cells)):
+        text = next(cell for cell in cells if not _is_number(cell))
+        raise DataError(
+            f"{table.source}: {label} holds numbers and also {text[:40]!r}; correct that, leave it empty, or, if these "
+            "are classes, say so with --task classification (task= in Python)."
+        )
     return "classification"
 
 
 def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    return text.lower() in _MISSING or not math.isnan(number_in(text))
 
 
 def _all_numbers(parts: Sequence[str]) -> bool:
@@ -314,7 +316,7 @@ def _residue_classes(cell: str, place: str, column: str) -> list[str | None]:
     if not cell.startswith("["):
         return list(cell)
     found = _json(cell, place, column)
-    return [None if label is None else str(label) for label in found]
+    return [None if label is None or str(label).lower() in _MISSING else str(label) for label in found]
 
 
 def _residue_numbers(cell: str, place: str, column: str) -> list[float]:
@@ -345,11 +347,8 @@ def _number(text: str, place: str, column: str) -> float:
     """NaN where a residue has no label."""
     if text.lower() in _MISSING:
         return math.nan
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.inf
-    if math.isinf(value):
+    value = number_in(text)
+    if not math.isfinite(value):
         raise DataError(
             f"{place}: {column} is {text[:40]!r}, which is no number; correct it, or leave it empty, which leaves the "
             "row out."

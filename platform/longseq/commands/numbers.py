@@ -6,6 +6,8 @@ import argparse
 import math
 from collections.abc import Callable
 
+from longseq_data.numbers import number_in
+
 
 def at_least(least: int) -> Callable[[str], int]:
     """A whole number."""
@@ -28,7 +30,7 @@ def naturals(text: str) -> tuple[int, ...]:
 
 def real(text: str) -> float:
     """A number from 0 on."""
-    value = _float(text)
+    value = number_in(text)
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
     return value
@@ -36,7 +38,7 @@ def real(text: str) -> float:
 
 def above_zero(text: str) -> float:
     """A number above 0."""
-    value = _float(text)
+    value = number_in(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
@@ -44,14 +46,7 @@ def above_zero(text: str) -> float:
 
 def share(text: str) -> float:
     """A number in (0, 1]."""
-    value = _float(text)
+    value = number_in(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and at most 1")
     return value
-
-
-def _float(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan

@@ -11,6 +11,7 @@ import torch
 
 from longseq.evaluation.in_tiles import hidden_in_tiles
 from longseq.evaluation.padded import on_device, padded
+from longseq.evaluation.predictions import refuse_what_is_not_finite
 from longseq.evaluation.records import BATCH_TOKENS, Record, batches
 from longseq.models.performer import PerformerLM
 from longseq_data.vocabulary import Vocabulary
@@ -76,4 +77,5 @@ def _in_tiles(model: PerformerLM, record: Record, layer: int | None, per_residue
 
 
 def _mean(total: npt.NDArray[np.float64], length: int) -> Vectors:
+    refuse_what_is_not_finite(torch.from_numpy(total))
     return (total / length if length else np.full_like(total, np.nan)).astype(np.float32)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +20,10 @@ from longseq.evaluation.evaluate import Evaluation, Settings, evaluate
 from longseq.evaluation.labels import MEASURES
 from longseq.interop.exported import inherited
 from longseq.labelled import labelled
+from longseq.launch.slurm.place import refuse_several_tasks
 from longseq.launch.start import Training, begin
 from longseq.opening import Source, find
+from longseq.runs.run import Run, dated
 from longseq_data.errors import DataError
 from longseq_data.readers.labelled import OF_CLASSES, Task, read_table, task_of
 
@@ -92,19 +94,21 @@ def finetune(
     for name, value, least in (("batch", batch, 1), ("seeds", seeds, 1), ("bootstrap", bootstrap, 0)):
         if value < least:
             raise LongseqError(f"{name}={value}: take {least} or more.")
+    refuse_several_tasks(os.environ, "finetune")
     given = {"sequence": sequence, "label": label, "split": split_column, "cluster": cluster_column}
     asked = {**given, "table": str(table), "task": task, "learn": learn}
     config = configured(find(target), asked, overrides, batch)
     name = f"{Path(str(table)).name.partition('.')[0]}-{learn}"
     if seeds > 1 and config.run.name is None:
-        config.run.name = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+        config.run.name = dated(name)
     trainings: list[Training] = []
     evaluations: list[Evaluation] = []
-    for number in range(seeds):
-        own = deepcopy(config)
-        if seeds > 1:
-            own.run.seed += number
-            own.run.name = f"{config.run.name}-seed{own.run.seed}"
+    configs = [deepcopy(config) for _ in range(seeds)]
+    for number, own in enumerate(configs if seeds > 1 else ()):
+        own.run.seed += number
+        own.run.name = f"{config.run.name}-seed{own.run.seed}"
+        Run.new(own, name)  # a taken name is said before the first of them trains
+    for own in configs:
         trainings.append(begin(own, name))
         if trainings[-1].code:
             break
@@ -152,12 +156,11 @@ def configured(source: Source, asked: dict[str, Any], overrides: Sequence[str], 
         check_text("finetune.classes", config.finetune.classes, "labels", str(config.finetune.table))
     elif train:
         numbers = np.concatenate([rows.labels[row] for row in train])
-        config.finetune.center, config.finetune.scale = float(np.nanmean(numbers)), float(np.nanstd(numbers))
-        if not config.finetune.scale > 0:
-            raise DataError(
-                f"{config.finetune.table}: all training rows have the same {config.finetune.label}, "
-                f"{config.finetune.center:g}: there is nothing to learn."
-            )
+        numbers = numbers[~np.isnan(numbers)]
+        if not len(numbers) or not np.ptp(numbers):  # whose deviation is not quite 0
+            same = f"the same {config.finetune.label}, {numbers[0]:g}" if len(numbers) else "no number"
+            raise DataError(f"{config.finetune.table}: all training rows have {same}: there is nothing to learn.")
+        config.finetune.center, config.finetune.scale = float(numbers.mean()), float(numbers.std())
     config.check()
     return config
 

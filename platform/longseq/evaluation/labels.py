@@ -66,7 +66,8 @@ def of_numbers(truth: Floats, told: Floats) -> dict[str, float]:
     """Rank correlation, correlation, share of the variance that is explained, and mean squared error."""
     if not len(truth):
         return dict.fromkeys(OF_NUMBERS, math.nan)
-    a, b = truth - truth.mean(), told - told.mean()
+    # The mean of equal numbers is not quite one of them.
+    a, b = (each - each.mean() if np.ptp(each) else np.zeros(len(each)) for each in (truth, told))
     spread, errors = float(a @ a), float(((truth - told) ** 2).sum())
     scale = math.sqrt(spread * float(b @ b))
     return {

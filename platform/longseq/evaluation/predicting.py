@@ -8,6 +8,7 @@ import torch
 
 from longseq.evaluation.embedding import Vectors
 from longseq.evaluation.padded import on_device, padded
+from longseq.evaluation.predictions import refuse_what_is_not_finite
 from longseq.evaluation.records import BATCH_TOKENS, Record, batches
 from longseq.models.tuned import TunedModel
 from longseq.opening import Source
@@ -18,7 +19,11 @@ from longseq_data.readers.labelled import OF_CLASSES
 def told(
     source: Source, records: Iterable[Record], batch_tokens: int = BATCH_TOKENS
 ) -> Iterator[tuple[Record, Vectors]]:
-    """Each record, in their order, with (1, outputs) or, per residue, (n, outputs): probabilities, or numbers."""
+    """Each record, in their order, with (1, outputs) or, per residue, (n, outputs): probabilities, or numbers.
+
+    Raises:
+        LongseqError: if one is no finite number.
+    """
     model = source.load(tuned=True)
     assert isinstance(model, TunedModel)
     tune, pad = source.config.finetune, source.vocabulary.pad
@@ -26,5 +31,7 @@ def told(
     for group in batches(records, lambda record: len(record.row), batch_tokens):
         made = model(*on_device(padded([record.row for record in group], pad), pad, device))
         made = made.softmax(-1) if tune.task in OF_CLASSES else made.double() * tune.scale + tune.center
-        for each, record in zip(made.cpu().numpy(), group, strict=True):
-            yield record, each[1 : 1 + record.length] if model.learning.residues else each[None]
+        for each, record in zip(made.cpu(), group, strict=True):
+            own = each[1 : 1 + record.length] if model.learning.residues else each[None]
+            refuse_what_is_not_finite(own)
+            yield record, own.numpy()

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Generic, TypeVar
 
 from longseq.errors import LongseqError
-from longseq.launch.workers import ToldError, Workers
+from longseq.launch.workers import Workers
 from longseq.opening import Source, find
 from longseq_data.errors import DataError
 from longseq_data.files import aside, write_text
@@ -130,7 +130,7 @@ def kept(place: Path, work: Work[Group, Row]) -> Iterator[None]:
         try:
             yield
             useful = False
-        except (DataError, ToldError):  # once it is corrected the shards are another file's
+        except DataError:  # once it is corrected the shards are another file's
             useful = False
             raise
         finally:
@@ -144,14 +144,15 @@ def results(place: Path, work: Work[Group, Row], devices: int) -> Iterator[Row]:
     Raises:
         LongseqError, DataError: what went wrong, in one sentence. Shards that were finished stay.
     """
+    mark = _mark(place)
     if devices == 1:
         for number, groups in enumerate(_shards(work)):
-            yield from _read(_finish(place, work, number, groups), work)
+            yield from _read(_finish(place / f"{mark}-{number:06}{_SHARD}", work, groups), work)
         return
     with Workers("longseq.evaluation.worker", place, devices) as workers:
         losses, number = [0] * devices, 0
-        while (total := _total(place)) is None or number < total:
-            path = _path(place, number)
+        while (total := _total(place, mark)) is None or number < total:
+            path = place / f"{mark}-{number:06}{_SHARD}"
             if path.exists():
                 yield from _read(path, work)
                 number += 1
@@ -162,12 +163,12 @@ def results(place: Path, work: Work[Group, Row], devices: int) -> Iterator[Row]:
 
 def take_part(place: Path, rank: int, world: int, work: Work[Group, Row]) -> None:
     """A process's own shards, and then how many there are of all."""
-    total = 0
+    mark, total = _mark(place), 0
     for number, groups in enumerate(_shards(work)):
         total += 1
         if number % world == rank:
-            _finish(place, work, number, groups)
-    write_text(place / f"end-{rank}.txt", str(total))
+            _finish(place / f"{mark}-{number:06}{_SHARD}", work, groups)
+    write_text(place / f"{mark}-end-{rank}.txt", str(total))
 
 
 def _shards(work: Work[Group, Row]) -> Iterator[list[Group]]:
@@ -181,9 +182,8 @@ def _shards(work: Work[Group, Row]) -> Iterator[list[Group]]:
         yield shard
 
 
-def _finish(place: Path, work: Work[Group, Row], number: int, groups: Iterable[Group]) -> Path:
+def _finish(path: Path, work: Work[Group, Row], groups: Iterable[Group]) -> Path:
     """The file of a shard, made if it is not there. A file of this name is whole."""
-    path = _path(place, number)
     if not path.exists():
         with aside(path) as partial, partial.open("wb") as file:
             for group in groups:
@@ -196,15 +196,14 @@ def _read(path: Path, work: Work[Group, Row]) -> Iterator[Row]:
         yield from work.read(file)
 
 
-def _path(place: Path, number: int) -> Path:
-    """Named after the job: what a process of an earlier one still writes is no shard of this."""
-    job = hashlib.sha256((place / JOB).read_bytes()).hexdigest()[:12]
-    return place / f"{job}-{number:06}{_SHARD}"
+def _mark(place: Path) -> str:
+    """What a job's files begin with. Taken once: what a process of an earlier job still writes is nothing of this."""
+    return hashlib.sha256((place / JOB).read_bytes()).hexdigest()[:12]
 
 
-def _total(place: Path) -> int | None:
+def _total(place: Path, mark: str) -> int | None:
     """How many shards there are, once a process has seen all."""
-    return next((int(path.read_text()) for path in place.glob("end-*.txt")), None)
+    return next((int(path.read_text()) for path in place.glob(f"{mark}-end-*.txt")), None)
 
 
 def _replace_lost(workers: Workers, losses: list[int]) -> None:

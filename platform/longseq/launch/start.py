@@ -14,7 +14,7 @@ from longseq.config.loading import load_config, save_config
 from longseq.config.schema import Config
 from longseq.data import begin_reading, fix_order, identities, resolve_sources
 from longseq.data_report import check_data
-from longseq.errors import EXIT_GO_ON, ConfigError, LongseqError, RunError
+from longseq.errors import EXIT_GO_ON, LongseqError, RunError
 from longseq.launch import local
 from longseq.launch.before import check_disk, check_origin, say_schedule
 from longseq.launch.slurm.place import refuse_several_tasks
@@ -57,13 +57,7 @@ def fit(config: str | Path, overrides: Sequence[str] = ()) -> Training:
     """
     path = Path(config)
     refuse_several_tasks(os.environ, "fit")
-    settings = load_config(path, list(overrides))
-    if settings.run.branch is not None:
-        raise ConfigError(
-            f"run.branch={settings.run.branch} goes on from a run's checkpoint, and a new run has none: leave it out, "
-            "or branch off a run with `longseq resume RUN run.branch=NAME`."
-        )
-    return begin(settings, path.stem)
+    return begin(load_config(path, list(overrides)), path.stem)
 
 
 def begin(settings: Config, name: str) -> Training:

@@ -8,20 +8,23 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 from longseq.errors import EXIT_ERROR, USER_ERRORS, LongseqError
 from longseq.launch.local import environment_of, free_port
+from longseq_data.errors import DataError
 from longseq_data.os_errors import explained
 
-
-class ToldError(LongseqError):
-    """What one of the processes has said is wrong."""
+_OF_DATA = "data"
+_MOST = 1 << 16  # bytes of a sentence: what a pipe holds, so that nobody waits for a reader
 
 
 class Workers:
-    """``python -m MODULE PLACE PARENT`` so many times, each told its rank; all end with the block.
+    """``python -m MODULE PLACE PARENT PIPE`` so many times, each told its rank; all end with the block.
+
+    What is wrong comes through a pipe: on a disk that is full no file could say so.
 
     Args:
         place: the folder that they share.
@@ -32,33 +35,43 @@ class Workers:
         self.module, self.place, self.world = module, place, world
         self.port = free_port()
         self.processes: list[subprocess.Popen[bytes]] = []
+        self.pipes: dict[int, int] = {}
 
     def __enter__(self) -> Workers:
-        for rank in range(self.world):
-            _failure_path(self.place, rank).unlink(missing_ok=True)  # of an earlier start
-            self.processes.append(self._started(rank))
+        try:
+            for rank in range(self.world):
+                self.processes.append(self._started(rank))
+        except BaseException:  # no more processes may be started, or a Ctrl-C
+            self._end()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._end()
+
+    def _end(self) -> None:
         for process in self.processes:
             if process.poll() is None:
                 process.kill()
             process.wait()
+        while self.pipes:
+            os.close(self.pipes.popitem()[1])
 
     def lost(self, done: Callable[[int], bool] = lambda rank: False) -> dict[int, str]:
         """The ranks that have ended without having done their work, and how; not those that are ``done`` for now.
 
         Raises:
-            ToldError: with the sentence of one that has left one.
+            DataError: with the sentence of one that has found bad data.
+            LongseqError: with that of one that cannot go on for another reason.
         """
         found = {}
         for rank, process in enumerate(self.processes):
             code = process.poll()
             if code in (None, 0) or done(rank):
                 continue
-            sentence = _failure_path(self.place, rank)
-            if sentence.exists():
-                raise ToldError(sentence.read_text(encoding="utf-8"))
+            kind, _, sentence = self._said(rank).partition(" ")
+            if sentence:
+                raise DataError(sentence) if kind == _OF_DATA else LongseqError(sentence)
             assert code is not None
             found[rank] = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
         return found
@@ -72,30 +85,43 @@ class Workers:
         self.processes[rank] = self._started(rank)
 
     def _started(self, rank: int) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", self.module, str(self.place), str(os.getpid())]
-        # In a session of its own: a Ctrl-C is for the parent, which ends them.
+        reading, writing = os.pipe()
+        os.set_blocking(reading, False)
+        if rank in self.pipes:
+            os.close(self.pipes[rank])
+        self.pipes[rank] = reading
+        command = [sys.executable, "-m", self.module, str(self.place), str(os.getpid()), str(writing)]
         environment = environment_of(rank, self.world, self.port)
-        return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+        try:
+            # In a session of its own: a Ctrl-C is for the parent, which ends them.
+            return subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True, pass_fds=[writing]
+            )
+        finally:
+            os.close(writing)
+
+    def _said(self, rank: int) -> str:
+        """The last words of one that has ended: kind and sentence, or nothing."""
+        with suppress(KeyError, BlockingIOError):
+            return os.read(self.pipes[rank], _MOST).decode(errors="replace")
+        return ""
 
 
 def serve(work: Callable[[Path, int, int], None]) -> int:
-    """One of the processes: ``work(place, rank, world)``, and the exit code. Its errors are left for the parent."""
+    """One of the processes: ``work(place, rank, world)``, and the exit code. Its errors are told to the parent."""
     place, rank, world = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     _end_with_parent(int(sys.argv[2]))
+    kind = "other"
     try:
         work(place, rank, world)
     except USER_ERRORS as error:
-        sentence = str(error)
+        kind, sentence = _OF_DATA if isinstance(error, DataError) else kind, str(error)
     except OSError as error:
         sentence = f"{explained(error, error.filename or place)}."
     else:
         return 0
-    _failure_path(place, rank).write_text(sentence, encoding="utf-8")
+    os.write(int(sys.argv[3]), f"{kind} {sentence}".encode()[:_MOST])
     return EXIT_ERROR
-
-
-def _failure_path(place: Path, rank: int) -> Path:
-    return place / f"failure-{rank}.txt"
 
 
 def _end_with_parent(parent: int) -> None:

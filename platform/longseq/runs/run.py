@@ -131,10 +131,15 @@ class Run:
         """The run a configuration asks for, its name filled in; nothing is made yet.
 
         Raises:
-            RunError: if the name is unusable or taken.
+            RunError: if the name is unusable or taken, or there is a run to branch off.
         """
+        if config.run.branch is not None:
+            raise RunError(
+                f"run.branch={config.run.branch} goes on from a run's checkpoint, and a new run has none: leave it "
+                "out, or branch off a run with `longseq resume RUN run.branch=NAME`."
+            )
         if config.run.name is None:
-            config.run.name = f"{default_name}-{datetime.now():%Y%m%d-%H%M%S}"
+            config.run.name = dated(default_name)
         if not _NAME.fullmatch(config.run.name):
             raise RunError(
                 f"run.name={config.run.name!r}: a run is named with letters, digits, '.', '_' and '-', "
@@ -341,6 +346,12 @@ class Run:
 
 def _damaged(path: Path) -> RunError:
     return RunError(f"{path}: not valid JSON, so it was damaged; remove it to go on.")
+
+
+def dated(name: str) -> str:
+    """A name for a run: the time behind what a file is called, as far as runs may be called so."""
+    plain = re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("._-")[:70]
+    return f"{plain or 'run'}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def as_typed(path: Path) -> str:

@@ -56,7 +56,7 @@ def test_a_process_that_is_killed_ends_the_others_and_the_evaluation(tmp_path, m
     started = []
 
     def start(self: Workers, rank: int) -> subprocess.Popen[bytes]:
-        started.append(subprocess.Popen(["sh", "-c", "kill -9 $$" if rank == 1 else "exec sleep 60"]))
+        started.append(subprocess.Popen(["sh", "-c", "kill -9 $$" if rank == 1 else "exec sleep 600"]))
         return started[-1]
 
     monkeypatch.setattr(Workers, "_started", start)
@@ -254,7 +254,7 @@ def test_processes_that_share_the_work_say_how_far_all_of_them_are(tmp_path, mon
     def start(self: Workers, rank: int) -> subprocess.Popen[bytes]:
         parallel.Reports(self.place, rank)(0, 1, 100 - rank)
         assert parallel.reported(self.place, rank + 1) == (0, 1, 100 - rank)
-        return subprocess.Popen(["sleep", "60"])
+        return subprocess.Popen(["sleep", "600"])
 
     def shown(*done: int) -> None:
         raise LongseqError(f"seen {done}")

@@ -6,10 +6,13 @@ import csv
 import json
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save
 
 import longseq as api
 from longseq.config.loading import load_config, save_config
@@ -17,7 +20,10 @@ from longseq.errors import ConfigError, LongseqError, RunError
 from longseq.evaluation.finetune import Finetuning, configured
 from longseq.evaluation.labels import of_classes, of_numbers, summary
 from longseq.opening import find
+from longseq.runs import checkpoint
+from longseq.training.shards import write
 from longseq_data.vocabulary import IGNORE
+from positions import position
 
 
 def rows_of(text: str) -> list[dict[str, str]]:
@@ -104,6 +110,20 @@ def test_predictions_are_refused_where_letters_are_unknown_or_columns_missing(tu
     assert "predicts tokens; `longseq finetune` makes" in refused("predict", trained("plain"), table)
 
 
+def test_what_is_no_number_is_refused_by_all_that_read_a_model(tuned, table, refused, folder):
+    place = tuned("share", "head").checkpoints_dir
+    weights = load_file(place / "step-00000002.ckpt/model.safetensors")
+    weights["norm.weight"][3] = torch.nan
+    facts = asdict(write(checkpoint.partial_path(place, 9) / "model.safetensors", save(weights)))
+    broken = checkpoint.publish(place, position(9), {"model.safetensors": facts}).path
+    calls = [("predict", table, "--out", "p.csv"), ("evaluate", "--data", table)]
+    calls.append(("embed", "proteins.fasta", "--out", "v.npz"))
+    for verb, *words in calls:
+        assert "the model predicts what is no number (NaN or infinite)" in refused(verb, broken, *words)
+    assert not (folder / "p.csv").exists()
+    assert not (folder / "v.npz").exists()
+
+
 def test_ids_are_those_of_the_column(tuned, longseq, folder):
     run = tuned("share", "head").path
     (folder / "named.tsv").write_text("name\tseq\tcode\nb\tMKV\t7\na\tWWW\t8\n")
@@ -138,7 +158,10 @@ def test_a_run_that_has_settled_or_whose_table_changed_is_not_resumed(tuned, tab
         (["MKV,1.5"], [], "one labelled row cannot be both learned from and held out"),
         (["MKV,1.5", "MKL,nan"], [], "one labelled row cannot be both"),
         (["MKV,x", "MKL,x", "ML,x"], ["data.valid_fraction=0.5"], "the training rows have one class, 'x'"),
-        (["MKV,1.5", "MKL,1.5", "ML,1.5"], ["data.valid_fraction=0.4"], "all training rows have the same label, 1.5"),
+        *(
+            ([f"MKV,{x}", f"MKL,{x}", f"ML,{x}"], ["data.valid_fraction=0.4"], f"rows have the same label, {x}:")
+            for x in (1.5, 0.1)  # three times 0.1 has a deviation of 1e-17
+        ),
         (["MKV,1.5", "MKL,2.5"], ["data.valid_fraction=0.0001", "data.test_fraction=0"], "no row is for valid"),
         (
             ["MKV,1", "MKL,2.5", "ML,3", "MW,4"],
@@ -154,6 +177,21 @@ def test_a_table_that_teaches_nothing_is_refused_and_leaves_no_run(base, refused
     (folder / "t.csv").write_text("\n".join(["sequence,label", *rows, ""]))
     assert sentence in refused("finetune", base.folder, "t.csv", "run.name=x", "trainer.accelerator=cpu", *words)
     assert not (folder / "runs/x").exists()
+
+
+def test_names_of_all_seeds_are_free_before_the_first_is_trained(base, table, refused, folder):
+    (folder / "runs/x-seed2").mkdir(parents=True)
+    words = ("--label", "share", "--seeds", "3", "run.name=x", "trainer.accelerator=cpu")
+    assert "x-seed2: a folder of this name exists" in refused("finetune", base.folder, table, *words)
+    assert [path.name for path in (folder / "runs").iterdir()] == ["x-seed2"]
+
+
+def test_a_table_is_not_learned_once_a_task_nor_as_a_branch(base, table, refused, folder, monkeypatch):
+    words = ("finetune", base.folder, table, "--label", "share", "trainer.accelerator=cpu")
+    assert "run.branch=x goes on from a run's checkpoint" in refused(*words, "run.branch=x")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    assert "longseq finetune: task None of 2 that srun has started" in refused(*words)
+    assert not (folder / "runs").exists()
 
 
 def test_lora_without_peft_says_what_to_install(base, table, monkeypatch):
@@ -214,7 +252,10 @@ def test_measures_of_numbers_are_those_of_their_formulas():
     assert found["pearson"] == pytest.approx(np.corrcoef(truth, told)[0, 1])
     assert found["r2"] == pytest.approx(1 - ((truth - told) ** 2).sum() / ((truth - truth.mean()) ** 2).sum())
     assert found["mse"] == pytest.approx(((truth - told) ** 2).mean())
-    assert np.isnan(of_numbers(np.ones(3), told[:3])["r2"])
+    for constant in (1.0, 0.1):  # the mean of the latter is another number
+        alike = np.full(3, constant)
+        assert np.isnan([of_numbers(alike, told[:3])[name] for name in ("r2", "pearson", "spearman")]).all()
+        assert np.isnan([of_numbers(truth[:3], alike)[name] for name in ("pearson", "spearman")]).all()
 
 
 @pytest.mark.parametrize("classes", [2, 4])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import time
@@ -20,6 +21,7 @@ from longseq.evaluation.shards import Job, kept, results, take_part
 from longseq.evaluation.work import Scores, Vectors, work_of
 from longseq.launch.workers import Workers
 from longseq.opening import find
+from longseq_data.errors import DataError
 
 
 @pytest.fixture
@@ -152,6 +154,78 @@ def test_a_process_that_is_lost_over_and_over_is_an_error(trained, many, folder,
         with pytest.raises(LongseqError, match=r"process 0 of 2 was killed by signal 9, for the third time"):
             list(results(folder / "shards", work, 2))
         assert "process 0 of 2 was killed by signal 9: its shard is done again" in capsys.readouterr().err
+
+
+TELLS = """
+import errno, os, sys
+from longseq.launch.workers import serve
+from longseq_data.errors import DataError
+def work(place, rank, world):
+    if place.name == "data":
+        raise DataError("a.fasta, line 3: bad.")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+sys.exit(serve(work))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "sentence"),
+    [("data", DataError, "line 3: bad."), ("full", LongseqError, "full: No space left on device; make room")],
+)
+def test_what_a_process_says_needs_no_disk(folder, monkeypatch, name, kind, sentence):
+    (folder / "tells.py").write_text(TELLS)
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+    with Workers("tells", folder / name, 1) as workers:
+        workers.processes[0].wait()
+        with pytest.raises(kind, match=sentence):
+            workers.lost()
+    assert not (folder / name).exists()
+    assert not workers.pipes
+
+
+class Full(Workers):
+    """Each does a shard, and then the disk is full; of data that are bad the first says so."""
+
+    kind = "other"
+
+    def _started(self, rank):
+        work = work_of(Job.read(self.place))
+        shards._finish(self.place / f"{shards._mark(self.place)}-{rank:06}.shard", work, next(shards._shards(work)))
+        process = subprocess.Popen(["false"])
+        process.wait()
+        return process
+
+    def _said(self, rank):
+        return f"{self.kind} {self.place}: No space left on device."
+
+
+@pytest.mark.parametrize("kind", ["other", "data"])
+def test_shards_outlive_a_full_disk_and_not_bad_data(trained, refused, many, folder, monkeypatch, kind):
+    monkeypatch.setattr(shards, "Workers", Full)
+    monkeypatch.setattr(Full, "kind", kind)
+    words = ("embed", trained(), "many.fasta", "--out", "v.npz")
+    assert "No space left on device." in refused(*words, "--devices", "2")
+    assert len(list(folder.glob(".v.npz.shards/*.shard"))) == (2 if kind == "other" else 0)
+
+
+def test_a_process_of_an_earlier_job_adds_nothing_to_a_later_one(trained, many, folder, monkeypatch):
+    """It lives for a second after its command was killed, in which another may have begun there."""
+    place, own = folder / "shards", Vectors.rows
+    work = Vectors(embedding(find(trained()), many, (), ema=False, layer=None, per_residue=False))
+
+    def rows(self, group):
+        if len(list(place.glob("*.shard"))) == 3:
+            (place / shards.JOB).write_text("another job")
+        return own(self, group)
+
+    monkeypatch.setattr(Vectors, "rows", rows)
+    with kept(place, work):
+        mark = shards._mark(place)
+        take_part(place, 0, 1, work)
+        assert shards._mark(place) != mark
+        names = sorted(path.name for path in place.iterdir() if path.name not in (shards.JOB, shards._LOCK))
+        assert len(names) > 12
+        assert {name[:12] for name in names} == {mark}
 
 
 class Here(Workers):

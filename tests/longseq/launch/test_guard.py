@@ -59,8 +59,9 @@ class Job:
         for rank in self.ranks if meet else ():
             rank.stdin.write(f"127.0.0.1:{ports[0]}\n")
             rank.stdin.flush()
-        if meet:
-            time.sleep(3)  # for the guards to hear of it
+        if meet:  # both guards look once a second
+            until(lambda: connected(int(ports[0])))
+            time.sleep(2)
 
     def said(self) -> str:
         until(lambda: (self.run.starts_dir / "00001.end").exists())
@@ -127,6 +128,12 @@ def test_a_rank_that_is_stopped_before_it_has_met_the_others_is_named_by_its_own
     assert job.said().startswith("lost node2: rank 1 (cpu) has not answered for ")
     assert job.ranks[1].wait(60) == -signal.SIGKILL
     assert job.ranks[0].poll() is None
+
+
+def connected(port: int) -> bool:
+    """Whether somebody has connected to a port of this machine."""
+    rows = (line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:])
+    return any(row[3] == "01" and int(row[2].partition(":")[2], 16) == port for row in rows)
 
 
 def children(pid: int) -> list[int]:

@@ -51,7 +51,7 @@ class Job:
             env={**os.environ, "PATH": f"{self.tools}:/usr/bin:/bin", **slurm, **environment},
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=120,
         )
         self.restart += 1
         after = self.log.read_text() if self.log.exists() else ""
@@ -265,7 +265,7 @@ if [ -e "{job.tools}/asked" ]; then echo CANCELLED; else touch "{job.tools}/aske
 
 def test_sigterm_with_time_to_save_is_a_signal_like_the_other(job):
     """As preemption with a time of grace sends it: a job that just ended would not come back."""
-    waits = """trap 'echo saved >"$start.end"; exit 0' USR1; kill -TERM $PPID; for _ in {1..100}; do sleep 0.05; done"""
+    waits = """trap 'echo saved >"$start.end"; exit 0' USR1; kill -TERM $PPID; for _ in {1..900}; do sleep 0.05; done"""
     ended = job.start(waits)
     assert (ended.code, ended.requeued) == (75, True)
     assert "TERM: the training is asked to save" in ended.said
@@ -281,7 +281,7 @@ def test_a_start_that_was_overtaken_touches_nothing(job):
 
 
 def test_a_signal_reaches_the_training_and_what_it_says_then_counts(job):
-    waits = """trap 'echo saved >"$start.end"; exit 0' USR1; kill -USR1 $PPID; for _ in {1..100}; do sleep 0.05; done"""
+    waits = """trap 'echo saved >"$start.end"; exit 0' USR1; kill -USR1 $PPID; for _ in {1..900}; do sleep 0.05; done"""
     ended = job.start(waits)
     assert (ended.code, ended.requeued) == (75, True)
     assert "USR1: the training is asked to save" in ended.said

@@ -51,6 +51,6 @@ def test_a_letter_that_is_half_written_is_waited_for(run):
         file.write("→".encode()[-1:] + b"\n")
     time.sleep(0.1)
     (run.path / "FINISHED").write_text("1\n")
-    rest, _ = follower.communicate(timeout=30)
+    rest, _ = follower.communicate(timeout=120)
     assert rest == "→\n".encode()
     assert follower.returncode == 0

@@ -83,13 +83,13 @@ def said_by(parts: list[Place], limits: list[Limits], port_file: Path | None = N
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(120)
     return said
 
 
 def test_ranks_that_do_not_come_are_named_with_their_node():
-    said = said_by(places(2, "41"), [Limits(seconds=2)] * 2)
-    assert said == ["node2: no sign of rank 2, 3 after 2 s (preflight_seconds)."] * 2
+    said = said_by(places(2, "41"), [Limits(seconds=5)] * 2)
+    assert said == ["node2: no sign of rank 2, 3 after 5 s (preflight_seconds)."] * 2
 
 
 class SlowToHear(preflight.TCPStore):

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from longseq.errors import LongseqError
+from longseq_data.numbers import number_in
 from longseq_data.os_errors import explained
 
 csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a sequence is one field
@@ -47,10 +48,7 @@ def rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
 def number(row: dict[str, str], column: str, place: str) -> float:
     """A field that must be a finite number."""
     text = row[column]
-    try:
-        value = math.nan if "_" in text else float(text)  # Python reads 1_0 as 10
-    except ValueError:
-        value = math.nan
+    value = number_in(text)
     if not math.isfinite(value):
         raise LongseqError(f"{place}: {column} is {text!r}, which is no number; correct it, or leave the line out.")
     return value
