@@ -56,7 +56,10 @@ def resolve_sources(config: Config) -> None:
     if config.model.init_from:
         config.model.init_from = str(user_path(config.model.init_from).absolute())
     if config.finetune.table:
-        table, *others = expand_sources([config.finetune.table])
+        try:
+            table, *others = expand_sources([config.finetune.table])
+        except DataError as error:
+            raise ConfigError(f"finetune.table: {error}") from None
         if others:
             raise ConfigError(f"finetune.table={config.finetune.table}: {1 + len(others)} files; name one.")
         config.finetune.table = table

@@ -71,6 +71,7 @@ class Source:
         Raises:
             LongseqError: naming the model.
         """
+        self.refuse_labels()
         own = self.config.model.objective
         if own != objective:
             raise LongseqError(f"{self.folder}: a {own} model (model.objective={own}); {why}")
@@ -79,6 +80,14 @@ class Source:
     def tuned(self) -> bool:
         """Whether it predicts labels, and no tokens."""
         return self.config.finetune.table is not None
+
+    def refuse_labels(self) -> None:
+        """Raise RunError for a model that predicts labels."""
+        if self.tuned:
+            raise RunError(
+                f"{self.folder}: predicts labels ({self.config.finetune.task}) and no tokens; `longseq predict` and "
+                f"`longseq embed` take it. For this, give the model that it began with: {self.config.model.init_from}."
+            )
 
     def load(self, device: str | None = None, *, tuned: bool = False) -> PerformerLM:
         """The model in evaluation mode, with the projections of the last step that was trained.
@@ -94,11 +103,8 @@ class Source:
         from longseq.models.tuned import TunedModel
         from longseq.models.weights import load_weights
 
-        if self.tuned and not tuned:
-            raise RunError(
-                f"{self.folder}: predicts labels ({self.config.finetune.task}) and no tokens; `longseq predict` and "
-                f"`longseq embed` take it. For this, give the model that it began with: {self.config.model.init_from}."
-            )
+        if not tuned:
+            self.refuse_labels()
         device = device or reading_device(self.config.trainer.accelerator)
         tile = self.config.model.sequence_tile
         if tile is None:

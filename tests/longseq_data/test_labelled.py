@@ -167,6 +167,27 @@ def test_residues_without_a_label_are_not_scored(tmp_path):
     assert found.labels[0].tolist() == [1, IGNORE, IGNORE, 0]
 
 
+def test_blanks_are_states_of_residues_and_nothing_to_a_sequence(tmp_path):
+    source = write(tmp_path / "t.csv", "sequence,label", "MKVL, HH ", "MKLA,HEE ", "MK,  ")
+    assert task_of(read_table(source), "sequence", "label") == "residue-classes"
+    found = spec(source, "residue-classes").read()
+    assert (found.classes, found.left_out) == ((" ", "E", "H"), (1, 0))
+    assert [row.tolist() for row in found.labels] == [[0, 2, 2, 0], [2, 1, 1, 0]]
+    assert spec(source, "classification").read().classes == ("HEE", "HH")
+
+
+@pytest.mark.parametrize("mark", ['"', '"open'])
+@pytest.mark.parametrize("last", ["", '"'])
+def test_a_quote_that_is_not_closed_takes_no_rows(tmp_path, mark, last):
+    """Of 5' ends and inches in a description, as tables with tabs have them."""
+    rows = ["MKV\t1.5\tone", f"MKL\t2.5\t{mark}", "MKA\t3.5\ttwo", f"MKC\t4.5\t{last}", ""]
+    source = write(tmp_path / "t.tsv", "sequence\tlabel\tname", *rows)
+    with pytest.raises(DataError, match=r"t\.tsv, row 2: name holds the lines that follow, as a quotation mark is not"):
+        read_table(source)
+    several = 'MKV,1.5,"two\nlines, or 3"'
+    assert read_table(write(tmp_path / "t.csv", "sequence,label,name", several)).columns["name"] == [several[9:-1]]
+
+
 def test_classes_are_sorted_as_text_or_as_numbers(tmp_path):
     words = write(tmp_path / "w.csv", "sequence,label", "M,b", "K,a", "V,10")
     numbers = write(tmp_path / "n.csv", "sequence,label", "M,10", "K,9", "V,10")

@@ -58,8 +58,8 @@ class Table:
     def place(self, row: int) -> str:
         return f"{self.source}, row {row + 1}"
 
-    def cells(self, column: str, what: str) -> list[str]:
-        """A column, without white space around its cells.
+    def cells(self, column: str, what: str, *, blanks: bool = False) -> list[str]:
+        """A column, without white space around its cells, unless ``blanks`` count: to DSSP one is a residue's state.
 
         Raises:
             DataError: where there is none of this name.
@@ -68,7 +68,7 @@ class Table:
             raise DataError(
                 f"{self.source}: has no column {column!r} for {what}; its columns are {', '.join(self.columns)}."
             )
-        return [cell.strip() for cell in self.columns[column]]
+        return self.columns[column] if blanks else [cell.strip() for cell in self.columns[column]]
 
     def sequence_column(self, given: str | None) -> str:
         """The column of sequences: the one that is given, or by its name.
@@ -130,7 +130,22 @@ def read_table(source: str) -> Table:
         raise DataError(f"{source}: {twice[0]!r} is the name of several columns; rename them.")
     if len(columns[0]) < 2:
         raise DataError(f"{source}: a table without rows; it needs a header, and a row for each sequence.")
+    for name, column in zip(names, columns, strict=True):
+        row = next(
+            (row for row, cell in enumerate(column) if "\n" in cell and _swallows(cell, parse.delimiter, len(names))),
+            None,
+        )
+        if row is not None:
+            raise DataError(
+                f"{source}, row {row}: {name or 'a cell'} holds the lines that follow, as a quotation mark is not "
+                "closed; remove it, or write the cell in quotation marks with two of them inside."
+            )
     return Table(source, {name: column[1:] for name, column in zip(names, columns, strict=True)})
+
+
+def _swallows(cell: str, delimiter: str, width: int) -> bool:
+    """Whether a line inside a cell is a row of the table."""
+    return any(line.count(delimiter) >= width - 1 for line in cell.splitlines()[1:])
 
 
 def _delimiter(source: str, head: str) -> str:
@@ -201,7 +216,7 @@ class Labelled:
 def _read(spec: LabelSpec, stamp: int) -> Labelled:
     table = read_table(spec.source)
     sequences = table.cells(spec.sequence, "the sequences")
-    cells = table.cells(spec.label, "the labels")
+    cells = table.cells(spec.label, "the labels", blanks=True)
     splits = [_SPLITS.get(cell.lower(), cell) for cell in table.cells(spec.split, "the splits")] if spec.split else []
     clusters = table.cells(spec.cluster, "the clusters") if spec.cluster else []
     parse = _PARSERS[spec.task]
@@ -214,7 +229,9 @@ def _read(spec: LabelSpec, stamp: int) -> Labelled:
             continue
         if splits and splits[row] not in ("train", "valid", "test"):
             raise DataError(f"{place}: {spec.split} is {splits[row]!r}; write train, valid or test, or leave it empty.")
-        if cell.lower() in _MISSING:
+        if spec.task != "residue-classes" or len(cell) != len(sequence):
+            cell = cell.strip()
+        if cell.strip().lower() in _MISSING:
             unlabelled += 1
             continue
         found = tokens_of(sequence, spec.tokens, f"{place}, {spec.sequence}")
@@ -265,9 +282,9 @@ def task_of(table: Table, sequence: str, label: str) -> Task:
     Raises:
         DataError: where they may be classes or numbers.
     """
-    pairs = zip(table.cells(sequence, "the sequences"), table.cells(label, "the labels"), strict=True)
-    labelled = [(letters, cell) for letters, cell in pairs if cell.lower() not in _MISSING]
-    cells = [cell for _, cell in labelled]
+    pairs = zip(table.cells(sequence, "the sequences"), table.cells(label, "the labels", blanks=True), strict=True)
+    labelled = [(letters, cell) for letters, cell in pairs if cell.strip().lower() not in _MISSING]
+    cells = [cell.strip() for _, cell in labelled]
     if not cells:
         raise DataError(f"{table.source}: no row has a label in {label}.")
     if all(map(_is_number, cells)):
@@ -281,7 +298,7 @@ def task_of(table: Table, sequence: str, label: str) -> Task:
         )
     if all(cell.startswith("[") or (len(parts := _LIST.split(cell)) > 1 and _all_numbers(parts)) for cell in cells):
         return "residue-classes" if any('"' in cell for cell in cells) else "residue-numbers"
-    if all(len(letters) == len(cell) for letters, cell in labelled) and max(map(len, cells)) > 1:
+    if all(len(letters) in (len(cell), len(cell.strip())) for letters, cell in labelled) and max(map(len, cells)) > 1:
         return "residue-classes"
     if any(map(_is_number, cells)):
         text = next(cell for cell in cells if not _is_number(cell))

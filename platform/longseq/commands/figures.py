@@ -30,7 +30,8 @@ def run(args: argparse.Namespace) -> int:
     source = find(args.target, args.overrides, ema=args.ema)
     if source.run is None:
         raise LongseqError(f"{args.target}: an exported folder has neither curves nor data; give the run it came from.")
-    resolve_sources(source.config)
+    if not source.tuned:
+        resolve_sources(source.config)
 
     from longseq.evaluation.figures import figures
     from longseq.evaluation.keeping import show_pictures

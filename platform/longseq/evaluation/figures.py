@@ -45,6 +45,8 @@ def figures(source: Source) -> Iterator[tuple[str, Figure]]:
     if curves:
         yield "curves", drawing.training_curves(curves, evaluated, source.name)
 
+    if source.tuned:  # the others are of tokens
+        return
     model = source.load()
     by_length = _by_length(source, model)
     if by_length:

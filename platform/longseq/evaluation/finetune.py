@@ -160,7 +160,13 @@ def configured(source: Source, asked: dict[str, Any], overrides: Sequence[str], 
         if not len(numbers) or not np.ptp(numbers):  # whose deviation is not quite 0
             same = f"the same {config.finetune.label}, {numbers[0]:g}" if len(numbers) else "no number"
             raise DataError(f"{config.finetune.table}: all training rows have {same}: there is nothing to learn.")
-        config.finetune.center, config.finetune.scale = float(numbers.mean()), float(numbers.std())
+        with np.errstate(over="ignore", invalid="ignore"):
+            config.finetune.center, config.finetune.scale = float(numbers.mean()), float(numbers.std())
+        if not 0 < config.finetune.scale < math.inf:
+            raise DataError(
+                f"{config.finetune.table}: {config.finetune.label} has numbers whose squares are too large or too "
+                "small for a computer: give them in another unit."
+            )
     config.check()
     return config
 

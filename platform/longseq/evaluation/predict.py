@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from longseq.data import identities
+from longseq.data import identities, resolve_sources
 from longseq.errors import LongseqError
 from longseq.evaluation.records import BATCH_TOKENS, Record, records
 from longseq.labelled import labelled
@@ -120,6 +120,7 @@ def label_parts(source: Source, settings: Settings) -> tuple[str, ...]:
     splits = list(settings.splits or ())
     if splits or not files:
         refuse_changes(source.run.config(), source.config, source.run, _OF_ROWS)
+        resolve_sources(source.config)
         source.run.check_data(source.config, identities(source.config))
         rows = labelled(source.config, None).rows
         splits = splits or [next(split for split in ("test", "valid", "train") if rows.of(split))]

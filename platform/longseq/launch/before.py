@@ -28,6 +28,7 @@ def check_origin(config: Config) -> Path | None:
         return None
     try:
         source = find(config.model.init_from)
+        source.refuse_labels()
     except USER_ERRORS as error:
         raise ConfigError(f"model.init_from: {error}") from None
     own, theirs = vocabulary(config), source.vocabulary

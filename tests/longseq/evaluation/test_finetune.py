@@ -18,6 +18,7 @@ from longseq.config.loading import load_config, save_config
 from longseq.errors import ConfigError, LongseqError, RunError
 from longseq.evaluation.finetune import Finetuning, configured
 from longseq.evaluation.labels import of_classes, of_numbers, summary
+from longseq.launch.before import check_origin
 from longseq.opening import find
 from longseq.runs import checkpoint
 from longseq.training.shards import write
@@ -136,10 +137,27 @@ def test_other_verbs_refuse_a_model_of_labels_or_take_its_body(tuned, table, ref
     (folder / "one.fasta").write_text(">a\nMKVLAAG\n")
     assert "predicts labels (regression) and no tokens" in refused("score", run, "one.fasta")
     assert "has learned labels already; give the model that it began with" in refused("finetune", run, table)
+    assert "predicts labels (regression) and no tokens" in refused("sample", run)
+    with pytest.raises(ConfigError, match=r"model\.init_from: .*: predicts labels \(regression\) and no tokens"):
+        check_origin(load_config("small.yaml", ["data.train=proteins.fasta", f"model.init_from={run}"]))
     (found,) = api.embed(run, "one.fasta")
     assert found.residues.shape == (7, 32)
     (before,) = api.embed(base, "one.fasta")
     assert not np.allclose(found.residues, before.residues)
+
+
+def test_a_run_whose_table_has_moved_predicts_and_says_which_key_names_it(tuned, table, longseq, refused, folder):
+    run = tuned("kind", "head").path
+    before = longseq("predict", run, table)
+    moved = run.rename(folder / "else where")
+    (folder / table).rename(folder / "a table.csv")
+    assert longseq("predict", moved, "a table.csv") == before
+    for verb in ("evaluate", "resume"):
+        assert f"finetune.table: {folder / table} does not exist" in refused(verb, moved)
+    shown = json.loads(longseq("evaluate", moved, "finetune.table=a table.csv", "--json", "--bootstrap", 0))
+    assert shown["splits"]["test"]["labels"] > 3
+    longseq("figures", moved)
+    assert [path.name for path in (moved / "figures").iterdir()] == ["curves.png"]
 
 
 def test_a_run_that_has_settled_or_whose_table_changed_is_not_resumed(tuned, table, refused):
@@ -162,6 +180,7 @@ def test_a_run_that_has_settled_or_whose_table_changed_is_not_resumed(tuned, tab
             ([f"MKV,{x}", f"MKL,{x}", f"ML,{x}"], ["data.valid_fraction=0.4"], f"rows have the same label, {x}:")
             for x in (1.5, 0.1)  # three times 0.1 has a deviation of 1e-17
         ),
+        (["MKV,1e300", "MKL,-1e300", "ML,1.5"], ["data.valid_fraction=0.4"], "squares are too large or too small"),
         (["MKV,1.5", "MKL,2.5"], ["data.valid_fraction=0.0001", "data.test_fraction=0"], "no row is for valid"),
         (
             ["MKV,1", "MKL,2.5", "ML,3", "MW,4"],

@@ -57,10 +57,11 @@ def number(row: dict[str, str], column: str, place: str) -> float:
 def _lines(path: Path) -> Iterator[tuple[int, tuple[str, ...]]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
+            reader = csv.reader(file, strict=True)  # else a quote that is not closed takes all lines that follow
             for fields in reader:
                 yield reader.line_num, tuple(fields)
     except OSError as error:
         raise LongseqError(f"{explained(error, path, 'cannot be read')}.") from None
-    except (UnicodeDecodeError, csv.Error):
-        raise LongseqError(f"{path}: no table of text with commas; give a CSV file.") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        why = f" ({error})" if isinstance(error, csv.Error) else ""
+        raise LongseqError(f"{path}: no table of text with commas{why}; give a CSV file.") from None

@@ -12,9 +12,11 @@ import torch
 from torchmetrics.functional import auroc, matthews_corrcoef, spearman_corrcoef
 
 from documentation.pages import ROOT
+from longseq.errors import LongseqError
 from longseq.evaluation.field import measures as m
 from longseq.evaluation.field.averages import Assay, averages
 from longseq.evaluation.field.official import published
+from longseq.evaluation.field.tables import rows
 
 SHARED = ROOT.parent / "shared/data/proteingym"
 
@@ -154,3 +156,9 @@ def test_a_table_that_is_none_of_proteingyms_is_refused(tmp_path: Path):
     assert (table.kind, table.measure, table.models) == ("indels", "AUC", {"One": {"x": 0.25}})
     with pytest.raises(LongseqError, match="has no model 'Two'; it has One"):
         table.averages("Two")
+
+
+def test_a_quote_that_is_not_closed_takes_no_lines(tmp_path):
+    (tmp_path / "a.csv").write_text('mutant,DMS_score,note\nA1C,1.5,"5 inch\nA1D,2.5,x\n')
+    with pytest.raises(LongseqError, match=r"a\.csv: no table of text with commas \(unexpected end of data\); give"):
+        list(rows(tmp_path / "a.csv"))
