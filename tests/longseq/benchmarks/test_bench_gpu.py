@@ -77,7 +77,7 @@ def run(tmp_path: Path, *parts: Part, seconds: float = 300.0) -> dict[str, Found
 
 
 def test_a_part_that_hangs_dies_or_finds_nothing_leaves_the_others_alone(tmp_path, stand_in):
-    limits = {"hangs": 20.0}
+    limits = {"hangs": 40.0}  # by then it has written on a busy machine, too
     names = ("passes", "hangs", "dies", "is-wrong", "is-nan", "is-slow")
     parts = [
         Part(name, "", limits.get(name, 100.0), correct=name != "is-slow", alone=name == "is-slow", program=stand_in)
