@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
             f"--out {args.out}: embeddings are written to .parquet or .npz; give it one of these endings."
         )
     job = embedding(source, args.file, args.overrides, ema=args.ema, layer=args.layer, per_residue=args.per_residue)
-    check_output(args.out)
+    check_output(args.out, args.file)
     look(source, args.file)
 
     from longseq.evaluation.vectors import write_npz, write_parquet

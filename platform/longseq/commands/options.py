@@ -73,12 +73,13 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 
 @contextmanager
-def output(path: Path | None) -> Iterator[TextIO]:
-    """Where results go: standard output, or a file that has its name once it is whole."""
+def output(path: Path | None, *read: str | Path | None) -> Iterator[TextIO]:
+    """Where results go: standard output, or a file that has its name once it is whole; none of those that are read."""
     if path is None:
         yield sys.stdout
         sys.stdout.flush()
         return
+    check_output(path, *read)
     with output_file(path) as partial, partial.open("w", encoding="utf-8") as file:
         yield file
     print(f"longseq: written to {path}", file=sys.stderr)
@@ -106,12 +107,17 @@ def output_file(path: Path) -> Iterator[Path]:
         yield partial
 
 
-def check_output(path: Path) -> None:
+def check_output(path: Path, *read: str | Path | None) -> None:
     """Refuse what :func:`output_file` cannot write to, as far as that can be seen.
 
+    Args:
+        read: files that it would replace before they have been read for the last time.
+
     Raises:
-        LongseqError: where the folder is missing, or the name is that of a folder, a pipe or a device.
+        LongseqError: where the folder is missing, or the name is that of a folder, a pipe, a device or such a file.
     """
+    if path.is_file() and any(each and Path(each).is_file() and path.samefile(each) for each in read):
+        raise LongseqError(f"{path}: the file that is read, and results would replace it; choose another name.")
     device = path.absolute().parent in _DEVICES  # /dev/stdout is a link to what may be a file
     if device or (path.exists() and not path.is_file()):
         what = "a folder" if path.is_dir() else "a pipe or a device"

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     found = predict(source, args.file, sequence=args.sequence, id=args.id, batch_tokens=args.batch_tokens)
     ready()
     classes = source.config.finetune.classes if source.config.finetune.task == "classification" else []
-    with output(args.out) as out:
+    with output(args.out, args.file) as out:
         rows = csv.writer(out, lineterminator="\n")
         rows.writerow(["id", "prediction", *(f"probability of {name}" for name in classes)])
         for each in found:

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 def _infill(source: Source, args: argparse.Namespace, how: dict) -> int:
     filled = infill(source, args.infill, rounds=args.rounds or 0, **how)
     ready()
-    with output(args.out) as out:
+    with output(args.out, args.infill) as out:
         for each in filled:
             facts = f"filled={each.hidden} seed={args.seed} run={source.name} step={source.step}"
             _fasta(out, f"{each.id} {facts} log_likelihood={each.log_likelihood:.4f}", each.text)

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         rows = score(args.target, args.file, args.overrides, ema=args.ema, passes=args.passes, devices=args.devices)
     ready()
-    with output(args.out) as out:
+    with output(args.out, args.file, args.variants) as out:
         out.writelines(_json(rows) if args.json else _table(rows))
     if pairs:
         import numpy as np

@@ -107,6 +107,11 @@ def test_predictions_are_refused_where_letters_are_unknown_or_columns_missing(tu
     assert "none is known to hold the sequences" in refused("predict", run, "other.csv")
     assert "has no column 'c'" in refused("predict", run, "other.csv", "--sequence", "c")
     assert "FASTA has no columns" in refused("predict", run, "bad.fasta", "--id", "x")
+    before = Path(table).read_bytes()
+    assert "table.csv: the file that is read, and results would replace it" in refused(
+        "predict", run, table, "--out", table
+    )
+    assert Path(table).read_bytes() == before
     assert "predicts tokens; `longseq finetune` makes" in refused("predict", trained("plain"), table)
 
 

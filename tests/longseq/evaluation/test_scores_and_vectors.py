@@ -251,3 +251,19 @@ def test_an_embedding_that_fails_leaves_no_file(trained, refused, folder):
     assert ".parquet or .npz" in refused("embed", run, "test.fasta", "--out", "out.csv")
     assert "take 0 to 2" in refused("embed", run, "test.fasta", "--out", "out.npz", "--layer", "3")
     assert not list(folder.glob("*out*"))
+
+
+def test_results_never_replace_what_they_are_of(trained, refused, folder):
+    run = trained("one", "model.objective=masked")
+    (folder / "wild.fasta").write_text(">wild\nMK?V\n")
+    (folder / "one.fasta").write_text(">one\nMKV\n")
+    (folder / "changes").write_text("M1A\n")
+    (folder / "link.fasta").symlink_to("wild.fasta")
+    for words in (
+        ("score", run, "test.fasta", "--passes", "1", "--out", folder / "test.fasta"),
+        ("score", run, "one.fasta", "--variants", "changes", "--out", "changes"),
+        ("sample", run, "--infill", "wild.fasta", "--out", "link.fasta"),
+    ):
+        before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        assert "the file that is read, and results would replace it" in refused(*words)
+        assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
