@@ -124,10 +124,9 @@ def _members(arguments: list[str]) -> list[list[str]]:
         lines = [line for line in text if line.strip() and not line.lstrip().startswith("#")]
     elif len(arguments) == 1 and "=" not in arguments[0]:
         raise ConfigError(f"--array={arguments[0]}: no such file, and no key=value.")
+    if arguments and not lines:
+        raise ConfigError(f"--array={arguments[0]}: a file without a line of key=value.")
     try:
-        members = [shlex.split(line) for line in lines]
+        return [shlex.split(line) for line in lines]
     except ValueError as error:
         raise ConfigError(f"--array: {error}: close the quotation.") from None
-    if any(word.startswith(("run.name=", "run.dir=")) for member in members for word in member):
-        raise ConfigError("--array: run.name and run.dir are one for all; each run gets a number behind its name.")
-    return members

@@ -114,8 +114,8 @@ def submit(
         command: what the run's folder says it was submitted by.
 
     Raises:
-        LongseqError, DataError: in one sentence, for what cannot be trained, and where SLURM refuses; nothing is left of
-            a new run then.
+        LongseqError, DataError: in one sentence, for what cannot be trained, and where SLURM refuses; of a new run
+            nothing is left then.
     """
     profile, path = load_site(site), Path(target)
     if time:
@@ -128,6 +128,8 @@ def submit(
         return _send(_preparation(path, overrides, profile, nodes or 1), how)
     if chain and array:
         raise ConfigError("--chain and --array: an array's jobs come back by themselves; leave --chain out.")
+    if any(word.startswith(("run.name=", "run.dir=")) for member in array for word in member):
+        raise ConfigError("--array: run.name and run.dir are one for all; each run gets a number behind its name.")
     run = Run.open(path) if (path / "config.yaml").is_file() else None
     if run and array:
         raise ConfigError(f"--array: a sweep makes new runs, and {target} is one: give a configuration.")
