@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from longseq_data.samples.sharing import Share
+from longseq_data.samples.rank_share import Share
 from longseq_data.samples.streaming import StreamSpec
 
 
@@ -68,7 +68,7 @@ def counted(tmp_path: Path) -> Iterator[tuple[str, list[int], type[Counting]]]:
 READER = """
 import sys
 from itertools import islice
-from longseq_data.samples.sharing import Share
+from longseq_data.samples.rank_share import Share
 from longseq_data.samples.streaming import StreamSpec
 url, cache, rank, world = sys.argv[1], sys.argv[2] or None, int(sys.argv[3]), int(sys.argv[4])
 spec = StreamSpec((url,), None, 0.0, 0.0, 64, "concat", "causal", 3, shuffle_buffer=50, cache=cache)

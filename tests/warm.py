@@ -30,7 +30,7 @@ TESTS = Path(__file__).parent
 WORKER = "longseq.training.worker"  # a program, which must not have been imported
 IMPORTED = (
     *("lightning.pytorch", "longseq.cli", "longseq.commands.evaluate", "longseq.commands.fit"),
-    *("longseq.commands.resume", "longseq.evaluation.scoring", "longseq.launch.local", "longseq.training.fit"),
+    *("longseq.commands.resume", "longseq.evaluation.split_scores", "longseq.launch.local", "longseq.training.fit"),
     *("longseq.training.rehearsal", "torch.distributed.checkpoint", "torch.utils.tensorboard"),
 )
 _HIGH = 512  # own descriptors lie above those that a process may be given by number

@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning
 
 from longseq_data.samples.batches import EvaluationBatches, Loader, TrainingBatches
-from longseq_data.samples.sharing import Batches
+from longseq_data.samples.rank_share import Batches
 
 
 class SequenceDataModule(lightning.LightningDataModule):

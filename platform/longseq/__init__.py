@@ -27,14 +27,17 @@ if TYPE_CHECKING:
     from longseq.evaluation.score import score, variant_effects
     from longseq.interop.exporting import export
     from longseq.launch.start import Training, fit, resume
-    from longseq.opening import find
+    from longseq.launch.submission import Submission, submit
     from longseq.preparation import Prepared, prepare
+    from longseq.trained_model import find
 
 # name: the module that has it, and its name there. Imported late: `longseq --help` needs none of them.
 _PUBLIC = {
     "fit": "longseq.launch.start",
     "resume": "longseq.launch.start",
     "Training": "longseq.launch.start",
+    "submit": "longseq.launch.submission",
+    "Submission": "longseq.launch.submission",
     "evaluate": "longseq.evaluation.evaluate",
     "Evaluation": "longseq.evaluation.evaluate",
     "EvaluationSettings": "longseq.evaluation.evaluate:Settings",
@@ -53,7 +56,7 @@ _PUBLIC = {
     "benchmark_contacts": "longseq.evaluation.field.contacts",
     "benchmark_structure": "longseq.evaluation.field.structure",
     "export": "longseq.interop.exporting",
-    "find": "longseq.opening",
+    "find": "longseq.trained_model",
     "prepare": "longseq.preparation",
     "Prepared": "longseq.preparation",
 }
@@ -64,6 +67,7 @@ __all__ = [
     "Finetuning",
     "Prediction",
     "Prepared",
+    "Submission",
     "Training",
     "benchmark_contacts",
     "benchmark_proteingym",
@@ -81,6 +85,7 @@ __all__ = [
     "resume",
     "sample",
     "score",
+    "submit",
     "variant_effects",
 ]
 

@@ -28,7 +28,7 @@ from longseq_data.readers.sources import expand_sources
 from longseq_data.samples.corpus_samples import CorpusSpec
 from longseq_data.samples.draw import Draw
 from longseq_data.samples.mixture import MixtureSpec
-from longseq_data.samples.sharing import Samples
+from longseq_data.samples.rank_share import Samples
 from longseq_data.samples.streaming import StreamSpec
 from longseq_data.vocabulary import Vocabulary
 

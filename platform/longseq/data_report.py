@@ -7,7 +7,7 @@ from pathlib import Path
 
 from longseq.config.schema import Config
 from longseq.data import SPLITS, Where, cache_folder, members_of, read_while_training, reading, sources_of
-from longseq.labelled import check_table
+from longseq.label_data import check_table
 from longseq_data.corpus.corpus import Corpus
 from longseq_data.corpus.manifest import read_manifest
 from longseq_data.errors import DataError

@@ -17,7 +17,7 @@ from longseq.training.shards import write
 from positions import position
 
 if TYPE_CHECKING:
-    from longseq.opening import Source
+    from longseq.trained_model import Source
 
 FASTA = "".join(f">r{i}\n{'MKVLAACDEFGHIKLMNP'[i % 7 :]}{'QRSTVW'[i // 7]}\n" for i in range(40))  # no two alike
 # Small enough to be refused in no time, and to be trained in no time if a refusal is missing.
@@ -122,7 +122,7 @@ def base(folder) -> Source:
     from longseq.data import vocabulary
     from longseq.interop.exporting import write_folder
     from longseq.models.performer import PerformerLM
-    from longseq.opening import find
+    from longseq.trained_model import find
 
     config = load_config("small.yaml", ["data.train=proteins.fasta", *TINY, "model.objective=masked"])
     torch.manual_seed(1)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from longseq.cli import main
-from longseq.opening import find
+from longseq.trained_model import find
 from longseq_data.tokenization import save_tokenizer, tokenizer_vocabulary, train_tokenizer
 from longseq_data.vocabulary import LETTERS
 

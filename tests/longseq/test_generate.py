@@ -12,7 +12,7 @@ import torch
 
 from longseq.cli import main
 from longseq.errors import LongseqError
-from longseq.opening import find
+from longseq.trained_model import find
 
 transformers = pytest.importorskip("transformers")
 importlib.import_module("longseq.huggingface")  # registers the Auto classes

@@ -14,7 +14,7 @@ from blocks import by_line, in_blocks
 from longseq_data.errors import DataError
 from longseq_data.randomness import generator
 from longseq_data.readers.reading import Reading
-from longseq_data.samples.sharing import Share
+from longseq_data.samples.rank_share import Share
 from longseq_data.samples.shuffling import shuffled_documents
 from longseq_data.samples.streaming import StreamSpec
 from longseq_data.tokenization import save_tokenizer, train_tokenizer

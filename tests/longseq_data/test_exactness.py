@@ -25,7 +25,7 @@ from longseq_data.prepare.config import PrepareConfig
 from longseq_data.prepare.prepare import prepare
 from longseq_data.samples.batches import Loader, TrainingBatches
 from longseq_data.samples.corpus_samples import CorpusSpec
-from longseq_data.samples.sharing import Samples
+from longseq_data.samples.rank_share import Samples
 from longseq_data.samples.streaming import StreamSpec
 
 GROUP = 8  # sequences a step; with buckets as many as there are

@@ -15,7 +15,7 @@ from longseq_data.ingest.survey import survey
 from longseq_data.prepare.inspection import count, raw_lines
 from longseq_data.readers.fasta import Encoder, Record, read_records
 from longseq_data.readers.reading import Reading
-from longseq_data.samples.sharing import Share
+from longseq_data.samples.rank_share import Share
 from longseq_data.samples.streaming import StreamSpec
 from longseq_data.splits import SplitRule, split_of
 from longseq_data.vocabulary import LETTERS, X, decode

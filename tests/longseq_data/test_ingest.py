@@ -23,7 +23,7 @@ from longseq_data.ingest.process import Job, ingest
 from longseq_data.os_errors import lock
 from longseq_data.readers.formats import Leaf
 from longseq_data.readers.reading import FASTA
-from longseq_data.samples.sharing import Share
+from longseq_data.samples.rank_share import Share
 from longseq_data.samples.streaming import StreamSpec
 
 

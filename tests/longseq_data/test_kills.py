@@ -28,7 +28,7 @@ import pytest
 
 from ingesting import fasta, spec_of
 from longseq_data.ingest.ring import Ring
-from longseq_data.samples.sharing import Share
+from longseq_data.samples.rank_share import Share
 from longseq_data.samples.streaming import StreamSpec
 
 pytestmark = pytest.mark.long

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from longseq_data.errors import DataError
-from longseq_data.readers.labelled import LabelSpec, is_table, read_table, task_of
-from longseq_data.samples.labelled import LabelledSamples
-from longseq_data.samples.sharing import Share
+from longseq_data.readers.label_table import LabelSpec, is_table, read_table, task_of
+from longseq_data.samples.label_samples import LabelledSamples
+from longseq_data.samples.rank_share import Share
 from longseq_data.splits import SplitRule
 from longseq_data.vocabulary import ALPHABETS, IGNORE, PROTEIN
 

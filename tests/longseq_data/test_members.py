@@ -17,7 +17,7 @@ from longseq_data.prepare.config import PrepareConfig
 from longseq_data.prepare.members import member_index
 from longseq_data.prepare.prepare import prepare
 from longseq_data.samples.corpus_samples import CorpusSpec
-from longseq_data.samples.sharing import Share
+from longseq_data.samples.rank_share import Share
 
 SIZES = [1, 2, 3, 40, 1, 7]  # of the clusters that are listed
 ALONE = 5

@@ -16,8 +16,8 @@ from longseq_data.samples.batches import Loader, TrainingBatches
 from longseq_data.samples.corpus_samples import CorpusSpec
 from longseq_data.samples.draw import STEP, WHOLE, Draw, _floors
 from longseq_data.samples.mixture import MixtureSpec
+from longseq_data.samples.rank_share import Samples, Share
 from longseq_data.samples.rows import Finish
-from longseq_data.samples.sharing import Samples, Share
 from longseq_data.samples.streaming import StreamSpec
 from longseq_data.vocabulary import PROTEIN
 

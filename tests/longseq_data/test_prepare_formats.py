@@ -21,7 +21,7 @@ from longseq_data.prepare.inspection import corpus_lines
 from longseq_data.prepare.prepare import prepare
 from longseq_data.prepare.verify import verify
 from longseq_data.samples.corpus_samples import CorpusSpec
-from longseq_data.samples.sharing import Share
+from longseq_data.samples.rank_share import Share
 from longseq_data.samples.shuffling import documents_in_file_order
 from longseq_data.samples.streaming import StreamSpec
 from longseq_data.tokenization import load_tokenizer

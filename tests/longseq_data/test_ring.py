@@ -25,7 +25,7 @@ from longseq_data.ingest.ring import Answers, Job, NoRingError, Reader, Ring
 from longseq_data.readers.formats import Leaf
 from longseq_data.readers.reading import FASTA
 from longseq_data.samples.batches import Loader, TrainingBatches
-from longseq_data.samples.sharing import Share
+from longseq_data.samples.rank_share import Share
 
 KIB = 1 << 10
 

@@ -18,7 +18,7 @@ from ingesting import batches, fasta, spec_of
 from longseq_data.errors import DataError
 from longseq_data.readers.reading import FASTA, Reading
 from longseq_data.samples.batches import Loader, TrainingBatches
-from longseq_data.samples.sharing import Share
+from longseq_data.samples.rank_share import Share
 from longseq_data.samples.shuffling import documents_in_file_order, shuffled_documents
 from longseq_data.samples.streaming import StreamSpec
 from plain_samples import training_samples

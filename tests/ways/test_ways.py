@@ -20,8 +20,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from command_line import checkpoint, checkpoints, curve, weights_checksum
-from longseq.evaluation.sampling import Settings, draw
-from longseq.opening import find
+from longseq.evaluation.generation import Settings, draw
+from longseq.trained_model import find
 from longseq_data.readers.fasta import read_records
 from ways import axes, oracle
 from ways.axes import Way

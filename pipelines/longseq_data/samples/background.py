@@ -24,8 +24,8 @@ from typing import IO, Any
 
 from longseq_data.children import send, start
 
-from .parcels import Parcel, pack
-from .sharing import Evaluation, Training
+from .rank_share import Evaluation, Training
+from .transport import Parcel, pack
 
 _LENGTH = struct.Struct("<Q")
 _GONE = object()

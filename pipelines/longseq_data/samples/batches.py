@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .background import Background
-from .parcels import Parcel, pack
+from .rank_share import Batches, Evaluation, Share, Training
 from .rows import Arrays
-from .sharing import Batches, Evaluation, Share, Training
+from .transport import Parcel, pack
 
 Batch = dict[str, Tensor]
 

@@ -19,8 +19,8 @@ from .buckets import block_samples, cut_block
 from .corpus_cuts import Crops, Cut, Joined, Plan, rounds
 from .members import Members
 from .order import permutation
+from .rank_share import MakeBatch, Share, even
 from .rows import Arrays, Finish, Integers
-from .sharing import MakeBatch, Share, even
 
 PLANNED = 4096  # samples of a rank, at once: a plan costs a hundred small steps of NumPy
 LOOK = 1 << 16  # records from which the mean length is taken; they are stored in a random order

@@ -12,8 +12,8 @@ import numpy.typing as npt
 from longseq_data.vocabulary import IGNORE, Vocabulary
 
 from .draw import Draw
+from .rank_share import MakeBatch, Samples, Share, Taker, even
 from .rows import Arrays, Finish, Integers, Planned, Rows, Taken
-from .sharing import MakeBatch, Samples, Share, Taker, even
 
 
 @dataclass(frozen=True)

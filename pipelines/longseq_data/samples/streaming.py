@@ -19,8 +19,8 @@ from longseq_data.readers.documents import Document
 
 from .masking import masked_count
 from .packing import Piece, Window, Windows, crop, cut, document
+from .rank_share import MakeBatch, Share, Taker, even
 from .rows import Arrays, Finish
-from .sharing import MakeBatch, Share, Taker, even
 from .shuffling import documents_in_file_order, leaves_of, road, shuffled_documents
 from .stream_rows import Crops, Joined
 from .stream_settings import StreamSettings

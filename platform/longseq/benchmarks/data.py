@@ -25,7 +25,7 @@ from longseq_data.prepare.prepare import prepare
 from longseq_data.readers.reading import FASTA
 from longseq_data.samples.batches import Loader, TrainingBatches
 from longseq_data.samples.corpus_samples import CorpusSpec
-from longseq_data.samples.sharing import Samples
+from longseq_data.samples.rank_share import Samples
 from longseq_data.samples.streaming import StreamSpec
 from longseq_data.synth.synthetic import SyntheticSpec, write_fasta
 

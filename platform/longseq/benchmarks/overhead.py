@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longseq.benchmarks.alone import configuration, one_process
+from longseq.benchmarks.training_process import configuration, one_process
 from longseq.config.schema import Config
 from longseq.data import split_spec, vocabulary
 from longseq.devices import on_cuda

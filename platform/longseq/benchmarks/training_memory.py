@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
-from longseq.benchmarks.alone import configuration, one_process
+from longseq.benchmarks.training_process import configuration, one_process
 from longseq.data import vocabulary
 from longseq.devices import on_cuda
 from longseq.measure.memory import MemoryEstimate, estimate, gib

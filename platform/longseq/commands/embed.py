@@ -12,14 +12,9 @@ import sys
 from pathlib import Path
 
 from longseq.commands.numbers import natural
-from longseq.commands.options import add_devices, add_model, add_overrides, check_output, output_file, ready
-from longseq.errors import LongseqError
-from longseq.evaluation.embed import embedding
-from longseq.evaluation.records import look
-from longseq.evaluation.shards import kept, results
-from longseq.opening import find
-
-_SUFFIXES = (".parquet", ".npz")
+from longseq.commands.options import add_devices, add_model, add_overrides, ready
+from longseq.evaluation.embed import embed_to_file
+from longseq.trained_model import find
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,22 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     source = find(args.target, args.overrides, ema=args.ema)
-    if args.out.suffix not in _SUFFIXES:
-        raise LongseqError(
-            f"--out {args.out}: embeddings are written to .parquet or .npz; give it one of these endings."
-        )
-    job = embedding(source, args.file, args.overrides, ema=args.ema, layer=args.layer, per_residue=args.per_residue)
-    check_output(args.out, args.file)
-    look(source, args.file)
-
-    from longseq.evaluation.vectors import write_npz, write_parquet
-    from longseq.evaluation.work import Vectors
-
-    write = write_parquet if args.out.suffix == ".parquet" else write_npz
-    work, place = Vectors(job, source), args.out.with_name(f".{args.out.name}.shards")
-    # The shards go after the file has its name: whenever it is killed, one of the two is there.
-    with kept(place, work), output_file(args.out) as partial:
-        ready()
-        written = write(results(place, work, args.devices), partial, source.spec.dim, args.per_residue)
+    written = embed_to_file(
+        *(source, args.file, args.out, args.overrides),
+        ema=args.ema,
+        layer=args.layer,
+        per_residue=args.per_residue,
+        devices=args.devices,
+        begin=ready,
+    )
     print(f"longseq: {written:,} sequences × {source.spec.dim} written to {args.out}", file=sys.stderr)
     return 0

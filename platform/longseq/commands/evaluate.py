@@ -17,8 +17,8 @@ from longseq.commands.options import models_and_keys
 from longseq.data import SPLITS
 from longseq.errors import ConfigError
 from longseq.evaluation.evaluate import Evaluation, Settings, evaluations, refuse_unkept
-from longseq.opening import TARGET_HELP
 from longseq.printed import as_json
+from longseq.trained_model import TARGET_HELP
 
 _SILENCE = 30.0  # seconds between two lines of a log
 _DEVICES = "trainer.devices="
@@ -98,7 +98,7 @@ def _devices(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _text(found: list[Evaluation], in_detail: bool) -> str:
-    from longseq.evaluation import labels
+    from longseq.evaluation import label_measures
     from longseq.evaluation.table import details, table
 
     reports = [evaluation.as_dict() for evaluation in found]
@@ -106,7 +106,7 @@ def _text(found: list[Evaluation], in_detail: bool) -> str:
     of_tokens = [report for report in reports if report not in of_labels]
     text = [table(of_tokens)] if of_tokens else []
     text += [details(of_tokens)] if of_tokens and in_detail else []
-    text += [labels.table(of_labels)] if of_labels else []
+    text += [label_measures.table(of_labels)] if of_labels else []
     kept = [evaluation.kept for evaluation in found if evaluation.kept]
     if kept and not any(evaluation.unkept for evaluation in found):
         where = kept[0] if len(kept) == 1 else ", ".join(str(path) for path in dict.fromkeys(k.parent for k in kept))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from longseq.errors import LongseqError
 from longseq.interop import exported
-from longseq.opening import TARGET_HELP, find
+from longseq.trained_model import TARGET_HELP, find
 
 DTYPES = ("float32", "bfloat16")
 

@@ -12,10 +12,11 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from longseq.commands.options import add_model, add_overrides, output_file, ready
+from longseq.commands.options import add_model, add_overrides, ready
 from longseq.data import resolve_sources
 from longseq.errors import LongseqError
-from longseq.opening import find
+from longseq.output_files import output_file
+from longseq.trained_model import find
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         resolve_sources(source.config)
 
     from longseq.evaluation.figures import figures
-    from longseq.evaluation.keeping import show_pictures
+    from longseq.evaluation.result_files import show_pictures
 
     ready()
     folder = args.out or source.run.path / "figures"

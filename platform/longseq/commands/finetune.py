@@ -12,9 +12,9 @@ import argparse
 from longseq.commands.key_help import help_on_keys
 from longseq.commands.numbers import natural, positive
 from longseq.config.finetune import LEARN
-from longseq.opening import TARGET_HELP
 from longseq.printed import as_json
-from longseq_data.readers.labelled import TASKS
+from longseq.trained_model import TARGET_HELP
+from longseq_data.readers.label_table import TASKS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from longseq.evaluation.finetune import finetune
-    from longseq.evaluation.labels import table
+    from longseq.evaluation.label_measures import table
 
     found = finetune(
         args.target,

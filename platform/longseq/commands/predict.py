@@ -13,9 +13,10 @@ import json
 from pathlib import Path
 
 from longseq.commands.numbers import positive
-from longseq.commands.options import add_overrides, output, ready
+from longseq.commands.options import add_overrides, ready
 from longseq.evaluation.predict import predict
-from longseq.opening import find
+from longseq.output_files import output
+from longseq.trained_model import find
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

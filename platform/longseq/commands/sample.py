@@ -15,10 +15,11 @@ from statistics import median
 from typing import TextIO
 
 from longseq.commands.numbers import natural, positive, real, share
-from longseq.commands.options import add_model, add_overrides, output, ready
+from longseq.commands.options import add_model, add_overrides, ready
 from longseq.errors import LongseqError
 from longseq.evaluation.sample import infill, sample
-from longseq.opening import Source, find
+from longseq.output_files import output
+from longseq.trained_model import Source, find
 from longseq_data.vocabulary import ALPHABETS
 
 _LINE = 60  # residues per line of FASTA
@@ -110,7 +111,7 @@ def speed(clock: list[float], length: int) -> str:
     part = max(1, min(1000, length // 2))
     steps = [(later - earlier) * 1e3 for earlier, later in pairwise(clock[:length])] or [math.nan]
     first, last = median(steps[:part]), median(steps[-part:])
-    from longseq.evaluation.sampling import BLOCK
+    from longseq.evaluation.generation import BLOCK
 
     return (
         f"longseq: {length:,} tokens of {BLOCK} sequences at once: median {first:.3f} ms for the first {part:,}, "

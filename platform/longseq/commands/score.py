@@ -17,9 +17,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from longseq.commands.numbers import natural
-from longseq.commands.options import add_devices, add_model, add_overrides, output, ready
+from longseq.commands.options import add_devices, add_model, add_overrides, ready
 from longseq.errors import LongseqError
 from longseq.evaluation.score import SequenceScore, VariantEffect, score, variant_effects
+from longseq.output_files import output
 from longseq.printed import as_json
 
 Row = SequenceScore | VariantEffect

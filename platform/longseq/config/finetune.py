@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from longseq.attention.options import option as key
-from longseq_data.readers.labelled import TASKS
+from longseq_data.readers.label_table import TASKS
 
 LEARN = ("head", "lora", "all")
 

@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from longseq.errors import LongseqError
-from longseq.evaluation.labels import MEASURES
+from longseq.evaluation.label_measures import MEASURES
 from longseq.runs.curves import read_curves
 from longseq.runs.run import Run
 from longseq_data.errors import DataError

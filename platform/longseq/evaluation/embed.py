@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longseq.errors import LongseqError
 from longseq.evaluation.records import look
-from longseq.evaluation.shards import Job, done, refuse_devices
-from longseq.opening import Source, find
+from longseq.evaluation.shards import Job, done, kept, refuse_devices, results
+from longseq.output_files import check_output, output_file
+from longseq.trained_model import Source, find
 
 if TYPE_CHECKING:
-    from longseq.evaluation.embedding import Embedded
+    from longseq.evaluation.hidden_vectors import Embedded
 
 
 def embed(
@@ -48,6 +49,46 @@ def embed(
     refuse_devices(devices)
     look(source, job.file)
     return _vectors(source, job, devices)
+
+
+def embed_to_file(
+    target: str | Path | Source,
+    file: str | Path,
+    out: Path,
+    overrides: Sequence[str] = (),
+    *,
+    ema: bool = False,
+    layer: int | None = None,
+    per_residue: bool = False,
+    devices: int = 1,
+    begin: Callable[[], None] = lambda: None,
+) -> int:
+    """The same into a .parquet or .npz file, and the number of its sequences.
+
+    What is finished is kept in .FILE.shards next to it until the file is whole: the same call goes on there.
+
+    Args:
+        begin: called when all has been checked, before the model is read.
+
+    Raises:
+        LongseqError, DataError: also for a file of another ending, and one that cannot be written.
+    """
+    source = find(target, overrides, ema=ema)
+    if out.suffix not in (".parquet", ".npz"):
+        raise LongseqError(f"--out {out}: embeddings are written to .parquet or .npz; give it one of these endings.")
+    job = embedding(source, file, overrides, ema=ema, layer=layer, per_residue=per_residue)
+    check_output(out, file)
+    look(source, job.file)
+
+    from longseq.evaluation.embedding_files import write_npz, write_parquet
+    from longseq.evaluation.work import Vectors
+
+    write = write_parquet if out.suffix == ".parquet" else write_npz
+    work, place = Vectors(job, source), out.with_name(f".{out.name}.shards")
+    # The shards go after the file has its name: whenever it is killed, one of the two is there.
+    with kept(place, work), output_file(out) as partial:
+        begin()
+        return write(results(place, work, devices), partial, source.spec.dim, per_residue)
 
 
 def embedding(

@@ -15,17 +15,17 @@ from longseq.config.schema import Config
 from longseq.data import SPLITS, corpus_of, reading, resolve_sources, split_spec
 from longseq.data_report import check_data, say
 from longseq.errors import ConfigError, LongseqError
-from longseq.evaluation.labels import MEASURES
+from longseq.evaluation.label_measures import MEASURES
 from longseq.evaluation.predict import label_parts, label_results
 from longseq.evaluation.request import Request, is_split, samples_of
-from longseq.opening import Source, checkpoints_of, find, of_checkpoint, run_of
 from longseq.runs.changes import FIXED, refuse_changes
+from longseq.trained_model import Source, checkpoints_of, find, of_checkpoint, run_of
 from longseq_data.errors import DataError
 from longseq_data.files import user_path
 from longseq_data.ingest.survey import survey
 from longseq_data.os_errors import explained
 from longseq_data.samples.mixture import MixtureSpec
-from longseq_data.samples.sharing import Samples
+from longseq_data.samples.rank_share import Samples
 from longseq_data.samples.streaming import StreamSpec
 
 if TYPE_CHECKING:
@@ -270,7 +270,7 @@ def _evaluation(
 
 def _results(source: Source, part: str, tally: Tally, train: Counts | None, settings: Settings) -> dict[str, Any]:
     from longseq.evaluation.metrics import frequency_baseline
-    from longseq.evaluation.scoring import refuse_nothing
+    from longseq.evaluation.split_scores import refuse_nothing
     from longseq.evaluation.summary import summary
     from longseq.evaluation.tokens import token_names
 
@@ -311,7 +311,7 @@ def _training_counts(source: Source) -> Counts | None:
 
 def _keep(source: Source, evaluation: Evaluation, parts: tuple[str, ...], settings: Settings) -> Path:
     """As JSON, then as points in TensorBoard. Raises OSError where the disk is full, say."""
-    from longseq.evaluation.keeping import add_points, keep_json
+    from longseq.evaluation.result_files import add_points, keep_json
 
     variant = _variant(parts, settings)
     labels = "-".join(re.sub(r"[^A-Za-z0-9._-]", "_", label)[:40] for label in evaluation.splits)

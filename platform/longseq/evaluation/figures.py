@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from longseq.errors import ConfigError
 from longseq.evaluation import drawing
-from longseq.opening import Source
 from longseq.runs.curves import read_curves
+from longseq.trained_model import Source
 from longseq_data.errors import DataError
 from longseq_data.vocabulary import LETTERS, STANDARD
 
@@ -108,7 +108,7 @@ def _by_length(source: Source, model: PerformerLM) -> dict[str, list[dict]]:
         return kept
     from longseq.data import corpus_of
     from longseq.evaluation.request import batch_sequences, samples_of
-    from longseq.evaluation.scoring import score
+    from longseq.evaluation.split_scores import score
     from longseq.evaluation.summary import by_length
 
     splits = ["test", *(["ood"] if source.config.data.ood or corpus_of(source.config, "ood") else [])]

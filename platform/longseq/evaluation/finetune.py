@@ -17,15 +17,15 @@ from longseq.config.schema import Config
 from longseq.data import resolve_sources
 from longseq.errors import LongseqError
 from longseq.evaluation.evaluate import Evaluation, Settings, evaluate
-from longseq.evaluation.labels import MEASURES
+from longseq.evaluation.label_measures import MEASURES
 from longseq.interop.exported import inherited
-from longseq.labelled import labelled
+from longseq.label_data import labelled
 from longseq.launch.slurm.place import refuse_several_tasks
 from longseq.launch.start import Training, begin
-from longseq.opening import Source, find
 from longseq.runs.run import Run, dated
+from longseq.trained_model import Source, find
 from longseq_data.errors import DataError
-from longseq_data.readers.labelled import OF_CLASSES, Task, read_table, task_of
+from longseq_data.readers.label_table import OF_CLASSES, Task, read_table, task_of
 
 BATCH = 32
 _RATES = {"head": 3e-3, "lora": 1e-3, "all": 3e-4}

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from longseq.evaluation.predictions import in_pieces, refuse_what_is_not_finite
-from longseq.evaluation.sampling import Settings, choose
+from longseq.evaluation.generation import Settings, choose
+from longseq.evaluation.log_probabilities import in_pieces, refuse_what_is_not_finite
 from longseq.models.performer import PerformerLM
 from longseq_data.randomness import uniforms
 from longseq_data.vocabulary import Vocabulary

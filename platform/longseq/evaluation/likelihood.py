@@ -15,9 +15,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from longseq.evaluation.in_tiles import hidden_in_tiles
+from longseq.evaluation.hidden_tiles import hidden_in_tiles
+from longseq.evaluation.log_probabilities import of_tokens
 from longseq.evaluation.padded import on_device, padded
-from longseq.evaluation.predictions import of_tokens
 from longseq.evaluation.records import BATCH_TOKENS, Record, batches
 from longseq.evaluation.variants import Variant
 from longseq.models.performer import PerformerLM

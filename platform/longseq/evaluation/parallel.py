@@ -52,7 +52,7 @@ def of_this_process(
     """This process's share of everything."""
     import torch
 
-    from longseq.evaluation.scoring import score
+    from longseq.evaluation.split_scores import score
 
     if not torch.cuda.is_available():
         keep_freed_memory()

@@ -12,12 +12,12 @@ import numpy.typing as npt
 from longseq.data import identities, resolve_sources
 from longseq.errors import LongseqError
 from longseq.evaluation.records import BATCH_TOKENS, Record, records
-from longseq.labelled import labelled
-from longseq.opening import Source, find
+from longseq.label_data import labelled
 from longseq.runs.changes import FIXED, refuse_changes
-from longseq_data.readers.labelled import OF_CLASSES, PER_RESIDUE, is_table, read_table, tokens_of
+from longseq.trained_model import Source, find
+from longseq_data.readers.label_table import OF_CLASSES, PER_RESIDUE, is_table, read_table, tokens_of
 from longseq_data.readers.sources import expand_sources
-from longseq_data.samples.labelled import LabelledSamples
+from longseq_data.samples.label_samples import LabelledSamples
 
 if TYPE_CHECKING:
     from longseq.evaluation.evaluate import Settings
@@ -66,7 +66,7 @@ def predict(
 
 
 def _predictions(source: Source, found: Sequence[Record] | Iterator[Record], batch_tokens: int) -> Iterator[Prediction]:
-    from longseq.evaluation.predicting import told
+    from longseq.evaluation.label_outputs import told
 
     tune = source.config.finetune
     classes = tune.classes
@@ -134,8 +134,8 @@ def label_parts(source: Source, settings: Settings) -> tuple[str, ...]:
 
 def label_results(source: Source, part: str, bootstrap: int, seed: int) -> dict[str, Any]:
     """What an evaluation reports of a split or a table."""
-    from longseq.evaluation.labels import summary
-    from longseq.evaluation.predicting import told
+    from longseq.evaluation.label_measures import summary
+    from longseq.evaluation.label_outputs import told
 
     samples = _samples(source, part)
     rows, numbers = samples.rows, samples.rows.of(samples.split)

@@ -10,7 +10,7 @@ import numpy as np
 
 from longseq.errors import LongseqError
 from longseq.evaluation.request import samples_of
-from longseq.opening import Source
+from longseq.trained_model import Source
 from longseq_data.errors import DataError
 from longseq_data.ingest.survey import survey
 from longseq_data.samples.packing import Window, document

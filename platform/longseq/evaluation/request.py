@@ -9,10 +9,10 @@ from pathlib import Path
 
 from longseq.config.schema import Config
 from longseq.data import SPLITS, resolve_sources, split_spec
-from longseq.opening import Source, find
+from longseq.trained_model import Source, find
 from longseq_data.readers.sources import expand_sources
 from longseq_data.samples.mixture import MixtureSpec
-from longseq_data.samples.sharing import Samples
+from longseq_data.samples.rank_share import Samples
 
 
 @dataclass(frozen=True)

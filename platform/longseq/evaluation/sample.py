@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from longseq.errors import LongseqError
 from longseq.evaluation.records import prompt_tokens
-from longseq.opening import Source, find
+from longseq.trained_model import Source, find
 from longseq_data.readers.fasta import read_records
 from longseq_data.vocabulary import ALPHABETS, UNKNOWN, Alphabet
 
 if TYPE_CHECKING:
-    from longseq.evaluation.sampling import Settings
+    from longseq.evaluation.generation import Settings
 
 _HIDDEN = "?"
 
@@ -76,7 +76,7 @@ def sample(
     source.require("causal", "sample continues with causal models, and infill fills in positions with masked ones.")
     begin = prompt_tokens(prompt, source.vocabulary, "prompt")
 
-    from longseq.evaluation.sampling import Settings
+    from longseq.evaluation.generation import Settings
 
     settings = Settings(length, temperature, top_k, top_p, seed, stop=clock is None)
     return _drawn(source, begin, number, settings, clock)
@@ -113,7 +113,7 @@ def infill(
         raise LongseqError(f"{source.folder}: a model of text; infill works on proteins and DNA.")
     records = list(_masked_records(str(file), alphabet))
 
-    from longseq.evaluation.sampling import Settings
+    from longseq.evaluation.generation import Settings
 
     return _filled(source, records, rounds, Settings(512, temperature, top_k, top_p, seed))
 
@@ -137,7 +137,7 @@ def _source(target: str | Path | Source, overrides: Sequence[str], ema: bool) ->
 def _drawn(
     source: Source, prompt: list[int], number: int, settings: Settings, clock: list[float] | None
 ) -> Iterator[Sample]:
-    from longseq.evaluation.sampling import draw
+    from longseq.evaluation.generation import draw
     from longseq.evaluation.tokens import plain_text
 
     for each in draw(source.load(), source.vocabulary, source.begins, prompt, number, settings, clock):

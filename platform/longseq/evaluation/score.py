@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from longseq.errors import LongseqError
 from longseq.evaluation.records import Record, look, records
 from longseq.evaluation.shards import Job, done, refuse_devices
-from longseq.opening import Source, find
+from longseq.trained_model import Source, find
 
 if TYPE_CHECKING:
     from longseq.evaluation.variants import Variant

@@ -23,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any, Generic, TypeVar
 
 from longseq.errors import LongseqError
 from longseq.launch.workers import Workers
-from longseq.opening import Source, find
+from longseq.trained_model import Source, find
 from longseq_data.errors import DataError
 from longseq_data.files import aside, write_text
 from longseq_data.os_errors import lock

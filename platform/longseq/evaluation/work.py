@@ -11,8 +11,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from longseq.evaluation.embedding import Embedded, of_batch
 from longseq.evaluation.field.proteingym import Assays
+from longseq.evaluation.hidden_vectors import Embedded, of_batch
 from longseq.evaluation.likelihood import Share, causal, pseudo, share_effects, shares
 from longseq.evaluation.records import Record, batches, records
 from longseq.evaluation.score import Asked, asked_for

@@ -103,7 +103,7 @@ def inherited(origin: str) -> dict[str, dict[str, Any]]:
     if is_exported(folder):
         config = read(folder).config()
     else:
-        from longseq.opening import find
+        from longseq.trained_model import find
 
         config = find(folder, sums=False).config  # its weights are looked at when they are wanted
     sections = sections_of(config)

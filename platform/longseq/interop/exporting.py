@@ -17,7 +17,7 @@ from longseq.interop.model_card import model_card
 from longseq.interop.tokenizer_files import write_tokenizer
 from longseq.models.spec import EXPORTED
 from longseq.models.weights import save_weights
-from longseq.opening import Source, find
+from longseq.trained_model import Source, find
 from longseq_data.vocabulary import Vocabulary
 
 

@@ -11,7 +11,7 @@ from longseq.data import SPLITS
 from longseq.errors import RunError
 from longseq.interop import exported
 from longseq.models.spec import PerformerSpec
-from longseq.opening import Source
+from longseq.trained_model import Source
 
 # Overrides that change no score of a file: which files are scored, and on what machine.
 _ELSEWHERE = ("data.train=", "data.valid=", "data.test=", "data.ood=", "data.reweighted=", "data.workers=", "trainer.")

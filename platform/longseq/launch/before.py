@@ -10,8 +10,8 @@ from pathlib import Path
 from longseq.config.schema import Config
 from longseq.data import vocabulary
 from longseq.errors import USER_ERRORS, ConfigError, LongseqError
-from longseq.opening import find
 from longseq.runs.checkpoint import checkpoints_in, expected_bytes
+from longseq.trained_model import find
 from longseq.training.schedule import schedule_change
 
 

@@ -14,15 +14,15 @@ from longseq.config.schema import Config
 from longseq.data import identities
 from longseq.devices import check_devices, on_cuda, own_device, sharing
 from longseq.errors import ConfigError
-from longseq.labelled import batches_of
+from longseq.label_data import batches_of
 from longseq.measure.memory import estimate
 from longseq.models.compiling import missing_compiler
 from longseq.models.performer import PerformerLM
 from longseq.models.spec import PerformerSpec
 from longseq.models.weights import load_weights
-from longseq.opening import find
 from longseq.runs.checkpoint import Checkpoint
 from longseq.runs.run import Run
+from longseq.trained_model import find
 from longseq.training.callbacks.attention_probe import AttentionProbe
 from longseq.training.callbacks.bad_steps import BadSteps
 from longseq.training.callbacks.checkpointing import Checkpointing

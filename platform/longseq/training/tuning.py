@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longseq.config.schema import Config
-from longseq.labelled import labelled
+from longseq.label_data import labelled
 from longseq.models.tuned import TunedModel
 from longseq.models.weights import load_body
-from longseq.opening import learning_of
+from longseq.trained_model import learning_of
 from longseq.training.task import Batch, LanguageModelling, Sums
-from longseq_data.readers.labelled import OF_CLASSES
+from longseq_data.readers.label_table import OF_CLASSES
 from longseq_data.samples.batches import unpack
-from longseq_data.samples.parcels import pack
-from longseq_data.samples.sharing import Share
+from longseq_data.samples.rank_share import Share
+from longseq_data.samples.transport import pack
 from longseq_data.vocabulary import IGNORE, Vocabulary
 
 _ROWS, _TOKENS = 512, 1 << 16  # that features are scaled by

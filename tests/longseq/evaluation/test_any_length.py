@@ -10,19 +10,19 @@ import pytest
 import torch
 
 from longseq.errors import LongseqError
-from longseq.evaluation import in_tiles
-from longseq.evaluation.embedding import vectors
-from longseq.evaluation.in_tiles import hidden_in_tiles
+from longseq.evaluation import hidden_tiles
+from longseq.evaluation.generation import Settings, draw
+from longseq.evaluation.hidden_tiles import hidden_in_tiles
+from longseq.evaluation.hidden_vectors import vectors
 from longseq.evaluation.likelihood import causal, effects, pseudo
 from longseq.evaluation.records import Record
 from longseq.evaluation.request import samples_of
-from longseq.evaluation.sampling import Settings, draw
-from longseq.evaluation.scoring import score
+from longseq.evaluation.split_scores import score
 from longseq.evaluation.variants import Variant
 from longseq.measure.peaks import PeakMeter
 from longseq.models.performer import PerformerLM
 from longseq.models.spec import PerformerSpec
-from longseq.opening import find
+from longseq.trained_model import find
 from longseq_data.vocabulary import BOS, EOS, MASK, PROTEIN
 from mixing import MODERN, mix
 
@@ -166,7 +166,7 @@ def test_tensors_of_a_ten_times_longer_sequence_take_no_more_memory(options):
 
 
 def test_what_cannot_be_carried_and_does_not_fit_is_refused(monkeypatch):
-    monkeypatch.setattr(in_tiles, "available", lambda _: 2.0**20)
+    monkeypatch.setattr(hidden_tiles, "available", lambda _: 2.0**20)
     with pytest.raises(LongseqError, match=r"4,502 tokens in one piece .* exact attention has no sums to carry"):
         list(hidden_in_tiles(build(kind="exact"), ROW))
     with pytest.raises(LongseqError, match="this model's attention has no sums"):

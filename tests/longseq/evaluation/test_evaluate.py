@@ -19,17 +19,17 @@ from safetensors.torch import load_file, save_file
 from command_line import curve
 from longseq.cli import main
 from longseq.commands import evaluate
-from longseq.commands.options import output_file
 from longseq.errors import LongseqError, RunError
-from longseq.evaluation import keeping, parallel
+from longseq.evaluation import parallel, result_files
 from longseq.evaluation.request import Request, samples_of
-from longseq.evaluation.scoring import score
+from longseq.evaluation.split_scores import score
 from longseq.evaluation.tally import Tally
 from longseq.interop import exported
 from longseq.launch.workers import Workers
 from longseq.models.performer import PerformerLM
 from longseq.models.weights import save_weights
-from longseq.opening import find
+from longseq.output_files import output_file
+from longseq.trained_model import find
 from longseq_data.vocabulary import BOS, EOS, LETTERS
 
 
@@ -126,7 +126,7 @@ def test_results_are_printed_where_they_cannot_be_kept(trained, capsys, monkeypa
     def full(report: object, path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(keeping, "keep_json", full)
+    monkeypatch.setattr(result_files, "keep_json", full)
     assert main(["evaluate", str(run)]) == 1
     shown = capsys.readouterr()
     assert any(line.startswith("test") for line in shown.out.splitlines())
@@ -136,23 +136,23 @@ def test_results_are_printed_where_they_cannot_be_kept(trained, capsys, monkeypa
 
 def test_points_of_an_evaluation_take_the_place_of_earlier_ones(tmp_path):
     for step, value in ((10, 3.0), (20, 2.0), (10, 2.5)):
-        keeping.add_points(tmp_path / "evaluation", {"test/loss": value}, step)
+        result_files.add_points(tmp_path / "evaluation", {"test/loss": value}, step)
     assert curve_of(tmp_path / "evaluation", "test/loss") == {10: 2.5, 20: 2.0}
     assert len(list((tmp_path / "evaluation").glob("*tfevents*"))) == 1
 
 
 def test_what_a_killed_evaluation_left_is_no_run_in_tensorboard(tmp_path):
     folder = tmp_path / "evaluation"
-    keeping.add_points(folder, {"test/loss": 3.0}, 10)
+    result_files.add_points(folder, {"test/loss": 3.0}, 10)
     shutil.copytree(folder, folder / ".partial-0123abcd")
-    keeping.add_points(folder, {"test/loss": 2.0}, 20)
+    result_files.add_points(folder, {"test/loss": 2.0}, 20)
     assert [path for path in folder.iterdir() if path.is_dir()] == []
     assert curve_of(folder, "test/loss") == {10: 3.0, 20: 2.0}
 
 
 def test_evaluations_at_the_same_time_lose_no_points(tmp_path):
     writers = [
-        Thread(target=keeping.add_points, args=(tmp_path / "evaluation", {"test/loss": float(step)}, step))
+        Thread(target=result_files.add_points, args=(tmp_path / "evaluation", {"test/loss": float(step)}, step))
         for step in range(8)
     ]
     for writer in writers:
@@ -163,14 +163,14 @@ def test_evaluations_at_the_same_time_lose_no_points(tmp_path):
 
 
 def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(tmp_path, monkeypatch):
-    keeping.keep_json({"a": 1}, tmp_path / "kept.json")
+    result_files.keep_json({"a": 1}, tmp_path / "kept.json")
 
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
-        keeping.keep_json({"a": 2}, tmp_path / "kept.json")
+        result_files.keep_json({"a": 2}, tmp_path / "kept.json")
     assert json.loads((tmp_path / "kept.json").read_text()) == {"a": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["kept.json"]
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from longseq.evaluation.figures import blosum62, embedding_cosines, pair_correlation
 from longseq.measure.attention_probe import errors, probe
-from longseq.opening import find
+from longseq.trained_model import find
 from longseq_data.vocabulary import LETTERS
 
 pytest.importorskip("matplotlib")

@@ -17,10 +17,10 @@ import longseq as api
 from longseq.config.loading import load_config, save_config
 from longseq.errors import ConfigError, LongseqError, RunError
 from longseq.evaluation.finetune import Finetuning, configured
-from longseq.evaluation.labels import of_classes, of_numbers, summary
+from longseq.evaluation.label_measures import of_classes, of_numbers, summary
 from longseq.launch.before import check_origin
-from longseq.opening import find
 from longseq.runs import checkpoint
+from longseq.trained_model import find
 from longseq.training.shards import write
 from longseq_data.vocabulary import IGNORE
 from positions import position
@@ -65,7 +65,7 @@ def test_what_evaluate_measures_is_what_predict_says(tuned, table, longseq):
     printed = json.loads(longseq("evaluate", run.path, *words))
     (kept,) = run.evaluations_dir.glob("*.json")
     assert json.loads(kept.read_text()) == printed
-    from longseq.labelled import labelled
+    from longseq.label_data import labelled
 
     told = [each.value for each in api.predict(run.path, table)]
     rows = labelled(find(run.path).config, None).rows
@@ -220,7 +220,7 @@ def test_a_table_is_not_learned_once_a_task_nor_as_a_branch(base, table, refused
 
 def test_lora_without_peft_says_what_to_install(base, table, monkeypatch):
     from longseq.models.tuned import TunedModel
-    from longseq.opening import learning_of
+    from longseq.trained_model import learning_of
 
     config = configured(base, {"table": table, "label": "share", "learn": "lora", "task": "auto"}, [])
     monkeypatch.setitem(sys.modules, "peft", None)

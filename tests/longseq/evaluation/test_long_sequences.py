@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from longseq.evaluation.generation import Settings, draw
 from longseq.evaluation.infilling import fill
 from longseq.evaluation.likelihood import causal, pseudo
 from longseq.evaluation.request import samples_of
-from longseq.evaluation.sampling import Settings, draw
-from longseq.evaluation.scoring import score
+from longseq.evaluation.split_scores import score
 from longseq.measure.peaks import PeakMeter
 from longseq.models import head
-from longseq.opening import find
+from longseq.trained_model import find
 
 LENGTH = 6000
 

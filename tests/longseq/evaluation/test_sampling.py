@@ -14,9 +14,9 @@ from Bio import SeqIO
 
 from longseq.cli import main
 from longseq.commands.sample import speed
+from longseq.evaluation.generation import Settings, choose, draw
 from longseq.evaluation.infilling import fill
-from longseq.evaluation.sampling import Settings, choose, draw
-from longseq.opening import find
+from longseq.trained_model import find
 from longseq_data.randomness import uniforms
 from longseq_data.vocabulary import BOS, EOS, LETTERS, MASK, PAD, PROTEIN
 

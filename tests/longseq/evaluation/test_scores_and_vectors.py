@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from longseq.opening import find
+from longseq.trained_model import find
 from longseq_data.tokenization import load_tokenizer, save_tokenizer, train_tokenizer
 from longseq_data.vocabulary import BOS, EOS, LETTERS, MASK
 
@@ -222,8 +222,8 @@ def test_embeddings_are_the_models_vectors_of_the_residues(trained, longseq, fol
 
 def test_memory_of_an_embedding_does_not_grow_with_the_sequences(folder):
     """What is read and what is held stay within a row group of each other."""
-    from longseq.evaluation import vectors
-    from longseq.evaluation.embedding import Embedded
+    from longseq.evaluation import embedding_files
+    from longseq.evaluation.hidden_vectors import Embedded
 
     read, behind = 0, []
 
@@ -239,7 +239,7 @@ def test_memory_of_an_embedding_does_not_grow_with_the_sequences(folder):
             read += 1
             yield Counted(str(number), 3, np.full(4, number, np.float32))
 
-    assert vectors.write_parquet(items(), folder / "v.parquet", 4, per_residue=True) == 2000
+    assert embedding_files.write_parquet(items(), folder / "v.parquet", 4, per_residue=True) == 2000
     assert max(behind) <= 257
     assert pq.read_table(folder / "v.parquet")["mean"][1999].as_py() == [1999.0] * 4
 

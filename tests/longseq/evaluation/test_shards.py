@@ -20,7 +20,7 @@ from longseq.evaluation.embed import embedding
 from longseq.evaluation.shards import Job, kept, results, take_part
 from longseq.evaluation.work import Scores, Vectors, work_of
 from longseq.launch.workers import Workers
-from longseq.opening import find
+from longseq.trained_model import find
 from longseq_data.errors import DataError
 
 

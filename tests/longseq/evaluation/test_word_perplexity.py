@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longseq.evaluation.scoring import score
+from longseq.evaluation.split_scores import score
 from longseq.evaluation.summary import summary
 from longseq.evaluation.tokens import token_names
 from longseq.models.performer import PerformerLM

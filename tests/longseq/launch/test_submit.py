@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import longseq as api
 from longseq.config.loading import load_config
 from longseq.errors import LongseqError
 from longseq.launch import local
@@ -64,6 +65,21 @@ def test_a_dry_run_shows_the_script_makes_nothing_and_imports_no_torch(place):
     assert "gpus" not in done.stdout  # trainer.accelerator=cpu
     assert not (place / "runs").exists()
     assert HEAVY.isdisjoint(done.stderr.split())
+
+
+def test_a_program_gets_the_scripts_that_would_be_submitted_as_data(place, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.delenv("LONGSEQ_SITE", raising=False)
+    sweep = [["optim.lr=0.1"], ["optim.lr=0.2"], ["optim.lr=0.3"]]
+    found = api.submit("small.yaml", ["run.name=new"], nodes=2, array=sweep, at_once=2, dry_run=True)
+    assert found.script.startswith("#!/bin/bash\n#SBATCH --job-name=new\n#SBATCH --nodes=2\n")
+    assert "#SBATCH --array=0-2%2\n" in found.script
+    assert ([run.path.name for run in found.runs], found.jobs) == (["new-0", "new-1", "new-2"], ())
+    assert not (place / "runs").exists()
+    with pytest.raises(LongseqError, match="min-nodes=3 is more than"):
+        api.submit("small.yaml", nodes=2, min_nodes=3)
+    with pytest.raises(LongseqError, match=r"run\.name and run\.dir are one for all"):
+        api.submit("small.yaml", array=[["run.name=a"]])
 
 
 def test_a_job_is_submitted_confirmed_and_noted(place):

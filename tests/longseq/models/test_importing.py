@@ -12,7 +12,7 @@ import torch
 from longseq.cli import main
 from longseq.errors import LongseqError
 from longseq.interop.foreign_vocabulary import ForeignVocabulary
-from longseq.opening import find
+from longseq.trained_model import find
 from longseq_data.vocabulary import LETTERS, TOKENS
 
 transformers = pytest.importorskip("transformers")

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 
 from longseq.config.loading import load_config
 from longseq.data import resolve_sources, split_spec
-from longseq.evaluation.scoring import score
+from longseq.evaluation.split_scores import score
 from longseq.training.rehearsal import _Watch
 from longseq.training.task import LanguageModelling
 from longseq_data.samples.batches import EvaluationBatches, unpack
-from longseq_data.samples.parcels import pack
+from longseq_data.samples.transport import pack
 from longseq_data.vocabulary import BYTES, IGNORE
 from plain_samples import Sample, collate, evaluation_samples
 

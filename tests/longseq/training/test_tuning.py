@@ -14,8 +14,8 @@ from longseq.evaluation.finetune import configured
 from longseq.models.spec import PerformerSpec
 from longseq.models.tuned import Learning, Readout, TunedModel
 from longseq.models.weights import load_body
-from longseq.opening import find
 from longseq.runs.run import Run
+from longseq.trained_model import find
 from longseq.training.callbacks.patience import validations_since_best
 from longseq.training.tuning import LabelLearning
 from longseq_data.vocabulary import IGNORE
@@ -62,7 +62,7 @@ def test_what_follows_from_the_letters_is_learned_by_the_head(tuned, label, leas
 
 
 def sequences(run: Run) -> list:
-    from longseq.labelled import labelled
+    from longseq.label_data import labelled
 
     rows = labelled(run.config(), "valid").rows
     return [rows.sequences[row] for row in rows.of("valid")]

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from longseq.commands.bench import arguments
-from longseq.commands.bench.keeping import EXIT_INTERRUPTED, Progress, check_folder, keep, keep_numbers
+from longseq.commands.bench.output import EXIT_INTERRUPTED, Progress, check_folder, keep, keep_numbers
 from longseq.models.presets import PRESETS
 
 

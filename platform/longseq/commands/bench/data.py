@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from longseq.commands.bench import arguments
-from longseq.commands.bench.keeping import check_folder, keep_numbers
+from longseq.commands.bench.output import check_folder, keep_numbers
 from longseq.errors import LongseqError
 
 

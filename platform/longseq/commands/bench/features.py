@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from longseq.commands.bench import arguments
-from longseq.commands.bench.keeping import Progress, check_folder, keep
+from longseq.commands.bench.output import Progress, check_folder, keep
 
 
 def features_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from longseq.benchmarks.gpu.parts import CPU_PATIENCE, PARTS
 from longseq.commands.bench import arguments
-from longseq.commands.bench.keeping import EXIT_INTERRUPTED, check_folder
+from longseq.commands.bench.output import EXIT_INTERRUPTED, check_folder
 from longseq.errors import EXIT_ERROR, LongseqError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from longseq.benchmarks.variants import VARIANTS
 from longseq.commands.bench import arguments
-from longseq.commands.bench.keeping import EXIT_INTERRUPTED, Progress
+from longseq.commands.bench.output import EXIT_INTERRUPTED, Progress
 from longseq.errors import LongseqError
 
 

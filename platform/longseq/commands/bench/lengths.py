@@ -21,7 +21,7 @@ from longseq.benchmarks.request import (
     StepRequest,
 )
 from longseq.commands.bench import arguments
-from longseq.commands.bench.keeping import EXIT_INTERRUPTED, Progress, check_folder, keep
+from longseq.commands.bench.output import EXIT_INTERRUPTED, Progress, check_folder, keep
 from longseq.errors import LongseqError
 from longseq.models.presets import PRESETS
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from longseq.commands.bench import arguments
-from longseq.commands.bench.keeping import EXIT_INTERRUPTED, Progress, check_folder, keep_numbers
+from longseq.commands.bench.output import EXIT_INTERRUPTED, Progress, check_folder, keep_numbers
 from longseq.models.presets import PRESETS
 
 

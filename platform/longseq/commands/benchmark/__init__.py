@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from longseq.commands.parts import add_parts
+from longseq.commands.subverbs import add_parts
 
 # benchmark: what it does. The module of the same name here has add_arguments(parser) and run(args), like a verb's.
 BENCHMARKS = {

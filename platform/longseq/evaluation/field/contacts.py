@@ -14,8 +14,8 @@ from longseq.errors import LongseqError
 from longseq.evaluation.field.chains import Chain, folds, read_chains
 from longseq.evaluation.field.models import label, proteins
 from longseq.evaluation.field.precision import NEAREST, Matrix, Precision, chance, mean_precision, precisions
-from longseq.opening import Source
 from longseq.printed import plain
+from longseq.trained_model import Source
 
 if TYPE_CHECKING:
     from longseq.evaluation.records import Record

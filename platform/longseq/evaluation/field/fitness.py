@@ -13,7 +13,7 @@ from longseq.evaluation.likelihood import causal, effects, pseudo
 from longseq.evaluation.records import Record, batches, record_of
 from longseq.evaluation.variants import Variant, parse
 from longseq.models.performer import PerformerLM
-from longseq.opening import Source
+from longseq.trained_model import Source
 
 
 def fitness(source: Source, model: PerformerLM, entry: Entry, scan: Scan, passes: int) -> tuple[Floats, Result]:

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 
 from longseq.evaluation.field.precision import Matrix, apc
-from longseq.evaluation.predictions import refuse_what_is_not_finite
+from longseq.evaluation.log_probabilities import refuse_what_is_not_finite
 from longseq.evaluation.records import BATCH_TOKENS, Record
 from longseq.models.performer import PerformerLM
 from longseq_data.vocabulary import STANDARD

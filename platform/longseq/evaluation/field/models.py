@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from longseq.errors import LongseqError
-from longseq.opening import Source, find
+from longseq.trained_model import Source, find
 
 
 def proteins(

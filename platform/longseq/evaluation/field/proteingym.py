@@ -22,8 +22,8 @@ from longseq.evaluation.field.measures import MEASURES, Floats, Result
 from longseq.evaluation.field.models import label, proteins
 from longseq.evaluation.field.official import BESIDE, Official, published
 from longseq.evaluation.shards import Job, Work, done, refuse_devices
-from longseq.opening import EMA, Source, find
 from longseq.printed import plain
+from longseq.trained_model import EMA, Source, find
 from longseq_data.files import sha256_of, write_text
 
 if TYPE_CHECKING:

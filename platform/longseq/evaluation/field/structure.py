@@ -13,8 +13,8 @@ import numpy.typing as npt
 from longseq.errors import LongseqError
 from longseq.evaluation.field.chains import STATES, Chain, folds, read_chains
 from longseq.evaluation.field.models import label, proteins
-from longseq.opening import Source
 from longseq.printed import plain
+from longseq.trained_model import Source
 from longseq_data.vocabulary import LETTERS, RESIDUES
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def benchmark_structure(
 
 
 def _vectors(source: Source, chains: Sequence[Chain], layer: int | None) -> Vectors:
-    from longseq.evaluation.embedding import vectors
+    from longseq.evaluation.hidden_vectors import vectors
     from longseq.evaluation.records import record_of
 
     records = [record_of(source, chain.id, chain.sequence, f"chain {chain.id}") for chain in chains]

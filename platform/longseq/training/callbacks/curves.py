@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 from tqdm import tqdm
 
 from longseq.config.schema import Config
-from longseq.labelled import batches_of
+from longseq.label_data import batches_of
 from longseq.runs.run import Run
 from longseq.training.callbacks.gradients import GradientNorm, not_finite
 from longseq.training.callbacks.steps import due, ends_step

@@ -18,7 +18,7 @@ from longseq.evaluation.field.attention import attention_maps, pair_features
 from longseq.evaluation.field.chains import folds, read_chains
 from longseq.evaluation.records import record_of
 from longseq.models.performer import PerformerLM
-from longseq.opening import find
+from longseq.trained_model import find
 from longseq_data.vocabulary import BOS, EOS, LETTERS
 
 WILD = "MKVLAACDEFGHIKLMNPQ"

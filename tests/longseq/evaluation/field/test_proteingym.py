@@ -20,7 +20,7 @@ from longseq.evaluation import shards
 from longseq.evaluation.field import fitness
 from longseq.evaluation.field.measures import above_median, measures
 from longseq.evaluation.work import work_of
-from longseq.opening import find
+from longseq.trained_model import find
 from longseq_data.vocabulary import BOS, EOS, LETTERS, MASK
 
 

@@ -12,7 +12,7 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
-from longseq.evaluation.embedding import Embedded
+from longseq.evaluation.hidden_vectors import Embedded
 
 _ROWS = 256  # of a row group
 _VALUES = 1 << 22  # of a row group, about

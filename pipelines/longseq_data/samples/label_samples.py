@@ -9,12 +9,12 @@ from itertools import count
 
 import numpy as np
 
-from longseq_data.readers.labelled import OF_CLASSES, PER_RESIDUE, Labelled, LabelSpec
+from longseq_data.readers.label_table import OF_CLASSES, PER_RESIDUE, Labelled, LabelSpec
 from longseq_data.vocabulary import IGNORE, Vocabulary
 
 from .order import endless_order, samples_of_rank
+from .rank_share import MakeBatch, Share
 from .rows import Arrays, Integers
-from .sharing import MakeBatch, Share
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from longseq.config.schema import Config
 from longseq.data import begins, split_spec, vocabulary
 from longseq.errors import ConfigError
 from longseq_data.errors import DataError
-from longseq_data.readers.labelled import OF_CLASSES, LabelSpec, Task
-from longseq_data.samples.labelled import LabelledSamples
-from longseq_data.samples.sharing import Batches
+from longseq_data.readers.label_table import OF_CLASSES, LabelSpec, Task
+from longseq_data.samples.label_samples import LabelledSamples
+from longseq_data.samples.rank_share import Batches
 
 
 def batches_of(config: Config, split: str) -> Batches:

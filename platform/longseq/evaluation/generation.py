@@ -16,10 +16,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from longseq.evaluation.predictions import log_probabilities, of_tokens
+from longseq.evaluation.log_probabilities import log_probabilities, of_tokens
 from longseq.models.decoding import Decoder
-from longseq.models.in_tiles import carried
 from longseq.models.performer import DecodingState, PerformerLM
+from longseq.models.tile_by_tile import carried
 from longseq_data.randomness import uniforms
 from longseq_data.vocabulary import Vocabulary
 

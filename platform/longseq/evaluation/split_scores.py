@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longseq.evaluation.in_tiles import hidden_in_tiles
-from longseq.evaluation.predictions import in_pieces, refuse_what_is_not_finite
+from longseq.evaluation.hidden_tiles import hidden_in_tiles
+from longseq.evaluation.log_probabilities import in_pieces, refuse_what_is_not_finite
 from longseq.evaluation.tally import BINS, Tally
 from longseq.models.performer import PerformerLM
 from longseq_data.errors import DataError
 from longseq_data.samples.batches import unpack
-from longseq_data.samples.parcels import pack
-from longseq_data.samples.sharing import Samples, Share
+from longseq_data.samples.rank_share import Samples, Share
+from longseq_data.samples.transport import pack
 from longseq_data.vocabulary import IGNORE, Vocabulary
 
 _HELD = 256  # batches whose counts are held before they are added up

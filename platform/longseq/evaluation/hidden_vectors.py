@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from longseq.evaluation.in_tiles import hidden_in_tiles
+from longseq.evaluation.hidden_tiles import hidden_in_tiles
 from longseq.evaluation.padded import on_device, padded
 from longseq.evaluation.predictions import refuse_what_is_not_finite
 from longseq.evaluation.records import BATCH_TOKENS, Record, batches

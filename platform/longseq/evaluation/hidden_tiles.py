@@ -14,8 +14,8 @@ from torch import Tensor
 
 from longseq.errors import LongseqError
 from longseq.measure.peaks import available
-from longseq.models.in_tiles import carried, ids, layer_by_layer
 from longseq.models.performer import PerformerLM
+from longseq.models.tile_by_tile import carried, ids, layer_by_layer
 
 _AT_ONCE = 7  # of the size (L, E): what a layer in one piece holds at its most: x, q, k, v, results, and copies of two
 

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from longseq.evaluation.embedding import Vectors
+from longseq.evaluation.hidden_vectors import Vectors
 from longseq.evaluation.padded import on_device, padded
 from longseq.evaluation.predictions import refuse_what_is_not_finite
 from longseq.evaluation.records import BATCH_TOKENS, Record, batches
 from longseq.models.tuned import TunedModel
-from longseq.opening import Source
-from longseq_data.readers.labelled import OF_CLASSES
+from longseq.trained_model import Source
+from longseq_data.readers.label_table import OF_CLASSES
 
 
 @torch.inference_mode()

@@ -119,7 +119,7 @@ class Source:
 def learning_of(config: Config) -> Learning:
     """What a model of labels has to say, and what of it learns."""
     from longseq.models.tuned import Learning
-    from longseq_data.readers.labelled import OF_CLASSES, PER_RESIDUE
+    from longseq_data.readers.label_table import OF_CLASSES, PER_RESIDUE
 
     tune = config.finetune
     return Learning(
