@@ -174,7 +174,7 @@ def test_one_member_of_each_cluster_is_drawn_where_that_can_be(folder, resolved,
     assert split_spec(config, "train").members is not None
     assert split_spec(config, "valid").members is None
     for overrides, sentence in (
-        (["data.packing=concat"], "draws whole records, and data.packing=concat joins them"),
+        (["data.packing=concat"], "draws whole records, and data.packing=concat cuts them"),
         (["data.cache=none"], "and data.cache=none"),
         (["data.train=proteins.fasta"], "and data.train has files: prepare them"),
         (["data.clusters=nowhere.tsv"], "no such file"),
