@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from corpora import tables
+from longseq.data import split_spec
 from longseq.errors import LongseqError
 from longseq.evaluation.context import Asked, contexts, read
 from longseq.evaluation.generation import Settings, draw
@@ -17,6 +20,10 @@ from longseq.evaluation.likelihood import causal
 from longseq.evaluation.sample import sample
 from longseq.evaluation.score import score, variant_effects
 from longseq.trained_model import find
+from longseq_data.prepare.config import PrepareConfig
+from longseq_data.prepare.prepare import prepare
+from longseq_data.readers.fasta import read_records
+from longseq_data.samples.rank_share import Share
 from longseq_data.vocabulary import BOS, EOS, LETTERS, PROTEIN
 
 from .test_any_length import build, named, reference
@@ -126,3 +133,41 @@ def test_scores_effects_and_samples_with_a_context_by_the_command_line(trained, 
     assert "name its file" in refused("score", run, "test.fasta", "--context-tokens", 5)
     masked = trained("masked", "model.objective=masked")
     assert "a masked model reads both sides" in refused("score", masked, "test.fasta", "--context", relatives)
+
+
+def test_an_evaluation_of_families_tells_the_loss_by_the_members_before(trained, folder, longseq):
+    draw = random.Random(3)
+    names = [(f"c{c}_0", f"c{c}_{i}") for c in range(30) for i in range(1 + c % 5)]
+    rows = "".join(f">{name}\n{''.join(draw.choices('ACDEFGHIKL', k=draw.randint(3, 20)))}\n" for _, name in names)
+    (folder / "families.fasta").write_text(rows)
+    (folder / "table.tsv").write_text("".join(f"{one}\t{other}\n" for one, other in names))
+    settings = {"split_by": "cluster", "clusters": str(folder / "table.tsv"), "valid_fraction": 0.1, "workers": 1}
+    prepare(PrepareConfig([str(folder / "families.fasta")], str(folder / "corpus"), test_fraction=0.3, **settings))
+    words = ("data.train=corpus", "data.test=[]", "data.packing=family", "data.clusters=table.tsv", "data.cache=cache")
+    run = trained("families", "model.objective=causal", *words)
+    report = json.loads(longseq("evaluate", run, "--split", "test", "--json", "--bootstrap", 0))["splits"]["test"]
+    table = tables(folder / "corpus")["test"]["id"].to_pylist()
+    assert report["targets"] == sum(
+        len(record.sequence) + 1 for record in read_records("families.fasta") if record.identifier in table
+    )
+    model = find(run).load("cpu")
+    loss, targets = np.zeros(12), np.zeros(12, np.int64)
+    for make in split_spec(find(run).config, "test").evaluation(Share(1, 1, 0, 1)):
+        row = make()["tokens"][0].astype(np.int64).tolist()
+        wanted = make()["targets"][0].tolist()
+        with torch.inference_mode():
+            found = model(torch.tensor([row])).double()[0].log_softmax(-1)
+        members = 0
+        for place, target in enumerate(wanted):
+            members += row[place] == EOS
+            place_of = [0, 1, 2, 2, 3][min(members, 4)]
+            loss[place_of] -= float(found[place, target])
+            targets[place_of] += 1
+    assert targets.sum() == report["targets"]
+    before = report["by_members_before"]
+    assert [(row["from"], row["to"]) for row in before] == [(0, 0), (1, 1), (2, 3), (4, 7)]
+    assert [row["targets"] for row in before] == targets[:4].tolist()
+    assert [row["loss"] for row in before] == pytest.approx((loss[:4] / targets[:4]).tolist(), rel=1e-5)
+    printed = longseq("evaluate", run, "--split", "test", "--details")
+    assert f"{'before':>13}{'targets':>12}{'loss':>9}" in printed
+    assert f"{'2–3':>13}{targets[2]:>12,}{loss[2] / targets[2]:>9.4f}" in printed
