@@ -64,15 +64,20 @@ def resolve_sources(config: Config) -> None:
             raise ConfigError(f"finetune.table={config.finetune.table}: {1 + len(others)} files; name one.")
         config.finetune.table = table
     corpora = [path for path in data.files("train") if is_corpus(path)]
-    if data.packing == "bucket" and data.sources("train"):
+    if data.by_length and data.sources("train"):
         raise ConfigError(
-            "data.packing=bucket sorts the sequences of one corpus by their lengths, and several sources are mixed "
-            "sample by sample: take data.packing=crop."
+            f"data.packing={data.packing} sorts the sequences of one corpus by their lengths, and several sources are "
+            "mixed sample by sample: take data.packing=crop."
         )
-    if data.packing == "bucket" and not corpora:
+    if data.by_length and not corpora:
         raise ConfigError(
-            "data.packing=bucket sorts sequences by their lengths, which only a prepared corpus knows beforehand: make "
-            "one with `longseq data prepare`, or take data.packing=crop."
+            f"data.packing={data.packing} sorts sequences by their lengths, which only a prepared corpus knows "
+            "beforehand: make one with `longseq data prepare`, or take data.packing=crop."
+        )
+    if data.packing == "family" and data.clusters is None:
+        raise ConfigError(
+            "data.packing=family joins the members of a cluster, and nothing says which records are one: set "
+            "data.clusters to a table of representative and member, as `mmseqs easy-cluster` writes it."
         )
     if data.clusters is not None:
         _check_clusters(config, corpora)
@@ -230,7 +235,7 @@ def _spec(config: Config, split: str, where: Where, seed: int) -> Samples:
             reset=data.reset,
             crop=data.crop,
             batch_tokens=data.batch_tokens,
-            members=members_of(config, where.corpus) if split == "train" and data.clusters else None,
+            members=_members(config, split, where.corpus),
             reverse_complement=data.reverse_complement,
         )
     return StreamSpec(
@@ -242,9 +247,7 @@ def _spec(config: Config, split: str, where: Where, seed: int) -> Samples:
         split_by=data.split_by,
         reverse_complement=data.reverse_complement,
         length=data.length,
-        packing="crop"
-        if data.packing == "bucket"
-        else data.packing,  # files named next to a corpus are scored, not trained on
+        packing="crop" if data.by_length else data.packing,  # files named next to a corpus are scored, not trained on
         objective=config.model.objective,
         seed=seed,
         shuffle_buffer=data.shuffle_buffer,
@@ -264,11 +267,18 @@ def _ring(config: Config) -> Ring | None:
     return Ring(str(user_path(run.dir).absolute() / run.name)) if config.data.cache == "none" and run.name else None
 
 
-def members_of(config: Config, corpus: str) -> str:
+def _members(config: Config, split: str, corpus: str) -> str | None:
+    """Of a split that takes one record of each cluster, or whole clusters."""
+    data = config.data
+    whole = data.packing == "family"
+    return members_of(config, corpus, split) if data.clusters and (whole or split == "train") else None
+
+
+def members_of(config: Config, corpus: str, split: str = "train") -> str:
     """Which records belong together, by data.clusters: made by the first that asks."""
     folder, table = cache_folder(config.data.cache), str(config.data.clusters)
     try:
-        return member_index(corpus, "train", table, Path(str(folder)))
+        return member_index(corpus, split, table, Path(str(folder)))
     except OSError as error:
         raise ConfigError(f"data.clusters: {explained(error)}.") from None
 
@@ -283,7 +293,9 @@ def _check_clusters(config: Config, corpora: list[str]) -> None:
             "files: prepare them with `longseq data prepare`, or leave it out."
         )
     if data.packing == "concat":
-        raise ConfigError(f"{clusters} draws whole records, and data.packing=concat joins them: take crop or bucket.")
+        raise ConfigError(
+            f"{clusters} draws whole records, and data.packing=concat cuts them: take crop, bucket or family."
+        )
     if data.cache == "none":
         raise ConfigError(
             f"{clusters} keeps which records belong together in data.cache, and data.cache=none: leave it out."

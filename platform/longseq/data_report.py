@@ -49,11 +49,12 @@ def _say_corpus(name: str, path: str, split: str) -> None:
 
 def _say_clusters(config: Config, name: str, path: str) -> None:
     clusters, records = Members(members_of(config, path)).count, len(Corpus.open(path, "train"))
-    print(f"{name}: an epoch is one record of each of {clusters:,} clusters", file=sys.stderr)
+    one = "all records" if config.data.packing == "family" else "one record"
+    print(f"{name}: an epoch is {one} of each of {clusters:,} clusters", file=sys.stderr)
     if clusters == records:
         print(
             f"longseq: warning: {name}: by data.clusters={config.data.clusters} no two of the {records:,} records are "
-            "of one cluster, so every epoch takes them all. Is it the table of this corpus, with its identifiers?",
+            "of one cluster. Is it the table of this corpus, with its identifiers?",
             file=sys.stderr,
         )
 

@@ -174,10 +174,29 @@ def test_one_member_of_each_cluster_is_drawn_where_that_can_be(folder, resolved,
     assert split_spec(config, "train").members is not None
     assert split_spec(config, "valid").members is None
     for overrides, sentence in (
-        (["data.packing=concat"], "draws whole records, and data.packing=concat joins them"),
+        (["data.packing=concat"], "draws whole records, and data.packing=concat cuts them"),
         (["data.cache=none"], "and data.cache=none"),
         (["data.train=proteins.fasta"], "and data.train has files: prepare them"),
         (["data.clusters=nowhere.tsv"], "no such file"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            resolved(*words, *overrides)
+        assert sentence in str(caught.value)
+
+
+def test_whole_clusters_are_trained_and_validated_on_and_need_a_table(folder, resolved, tmp_path):
+    (folder / "clusters.tsv").write_text("a\tb\n")
+    words = ["data.packing=family", f"data.cache={tmp_path}", "data.batch_tokens=1024"]
+    config = resolved("data.clusters=clusters.tsv", *words)
+    train, valid = (split_spec(config, split) for split in ("train", "valid"))
+    assert (train.packing, valid.packing) == ("family", "family")
+    assert None not in (train.members, valid.members)
+    assert train.members != valid.members
+    for overrides, sentence in (
+        ([], "nothing says which records are one: set data.clusters"),
+        (["data.clusters=clusters.tsv", "data.train=proteins.fasta"], "which only a prepared corpus knows beforehand"),
+        (["data.clusters=clusters.tsv", "data.reset=true"], "data.reset=true and data.packing=family"),
+        (["data.clusters=clusters.tsv", "data.crop=first"], "data.crop=first and data.packing=family"),
     ):
         with pytest.raises(ConfigError) as caught:
             resolved(*words, *overrides)

@@ -63,6 +63,10 @@ class Cut(Protocol):
         """The samples of one pass, those with targets, numbered from 0; ``sampled``: in a random order."""
         ...
 
+    def whole(self, samples: Integers) -> Integers:
+        """Tokens of some samples before they are cut, by their numbers in an epoch that is not shuffled."""
+        ...
+
     def spans(self, plan: Plan) -> Iterator[tuple[int, int, int]]:
         """(record, first, last): the ordinary tokens of records that causal samples have as targets."""
         ...
@@ -94,6 +98,9 @@ class Crops:
         where = uniforms(self.seed, "crop", samples) if self.crop == "random" else None
         return self._at(samples, records, self.form.starts(self.corpus.lengths(records), where))
 
+    def whole(self, samples: Integers) -> Integers:
+        return self.corpus.lengths(samples) + self.form.ends
+
     def evaluation(self, sampled: bool) -> Iterator[Plan]:
         number = 0
         total = len(self.corpus)
@@ -107,7 +114,7 @@ class Crops:
                 starts = (np.arange(windows.sum()) - np.repeat(np.cumsum(windows) - windows, windows)) * self.length
                 records = np.repeat(records, windows)
             plan = self._at(np.zeros_like(records), records, starts)
-            plan = _numbered(plan[plan.scored > 0], number)
+            plan = numbered(plan[plan.scored > 0], number)
             number += len(plan)
             yield plan
 
@@ -166,6 +173,9 @@ class Joined:
         starts = (offsets + windows * self.length) % self.stream.total
         return self._at(samples, starts, np.full_like(starts, self.size))
 
+    def whole(self, samples: Integers) -> Integers:
+        return np.full_like(samples, self.size)
+
     def evaluation(self, sampled: bool) -> Iterator[Plan]:
         # A pass begins with EOS, which stands before all other records too; see streaming.evaluation_windows. With
         # reset each document has its BOS.
@@ -179,7 +189,7 @@ class Joined:
                 chosen = permutation(windows, 0, 0)(chosen)
             starts = chosen * self.length
             plan = self._at(np.zeros_like(starts), starts + first, np.minimum(tokens - starts, self.size))
-            plan = _numbered(plan[plan.scored > 0], number)  # a lone EOS at the end has nothing to predict it from
+            plan = numbered(plan[plan.scored > 0], number)  # a lone EOS at the end has nothing to predict it from
             number += len(plan)
             yield plan
 
@@ -246,5 +256,6 @@ def rounds(plans: Iterable[Plan], size: int, most: int | None) -> Iterator[Plan]
         yield Plan.joined(held)
 
 
-def _numbered(plan: Plan, first: int) -> Plan:
+def numbered(plan: Plan, first: int) -> Plan:
+    """With numbers from ``first`` on."""
     return replace(plan, numbers=np.arange(first, first + len(plan)))

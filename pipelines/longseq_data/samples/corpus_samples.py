@@ -17,13 +17,15 @@ from longseq_data.vocabulary import ALPHABETS, Vocabulary
 
 from .buckets import block_samples, cut_block
 from .corpus_cuts import Crops, Cut, Joined, Plan, rounds
+from .families import Families
 from .members import Members
 from .order import permutation
 from .rank_share import MakeBatch, Share, even
 from .rows import Arrays, Finish, Integers
 
 PLANNED = 4096  # samples of a rank, at once: a plan costs a hundred small steps of NumPy
-LOOK = 1 << 16  # records from which the mean length is taken; they are stored in a random order
+PACKINGS = ("concat", "crop", "bucket", "family")
+LOOK = 1 << 16  # samples from which the mean length is taken; they are stored in a random order
 
 
 class _Taker:
@@ -46,19 +48,20 @@ class CorpusSpec:
     split: str  # "train", "valid", "test" or "ood"
     length: int  # tokens that the model sees at once
     packing: str  # "concat": the stream of all records in full windows; "crop": one record a sample;
-    # "bucket": the same, in steps of similar lengths within batch_tokens
+    # "bucket": the same, in steps of similar lengths within batch_tokens; "family": a cluster a sample, in such steps
     objective: str  # "causal" or "masked"
     seed: int
     reset: bool = False  # "concat": documents [BOS] ... [EOS] that do not see each other, with segment numbers
     crop: str = "random"  # where a record longer than the window is cropped, "random" or its "first" tokens
-    batch_tokens: int = 0  # "bucket": of one step over all ranks, padding included
+    batch_tokens: int = 0  # "bucket", "family": of one step over all ranks, padding included
     measured: bool = False  # evaluations know how many bytes and words their targets stand for
-    members: str | None = None  # "crop" and "bucket": a file of prepare.members; an epoch takes one of each cluster
+    members: str | None = None  # a file of prepare.members. "crop", "bucket": an epoch takes one of each cluster;
+    # "family": which records make one
     reverse_complement: bool = False  # of DNA: half of the training samples come as the other strand
 
     def __post_init__(self) -> None:
         for name, choices in (
-            ("packing", ("concat", "crop", "bucket")),
+            ("packing", PACKINGS),
             ("objective", ("causal", "masked")),
             ("crop", ("random", "first")),
         ):
@@ -67,11 +70,20 @@ class CorpusSpec:
         if self.reset and self.packing != "concat":
             raise ValueError("reset is about concatenated documents: packing must be 'concat'")
         if self.members and self.packing == "concat":
-            raise ValueError("members are whole records: packing must be 'crop' or 'bucket'")
+            raise ValueError("members are whole records: packing must be 'crop', 'bucket' or 'family'")
+        if self.packing == "family" and not self.members:
+            raise ValueError("families need members")
+        if self.packing == "family" and self.crop != "random":
+            raise ValueError("families are cut where the window ends: crop must be 'random'")
         if self.length < 2:
             raise ValueError(f"length must be at least 2 tokens, not {self.length}")
-        if self.packing == "bucket" and self.batch_tokens < self.length:
+        if self.by_length and self.batch_tokens < self.length:
             raise ValueError(f"batch_tokens {self.batch_tokens} must be at least one sample of {self.length} tokens")
+
+    @property
+    def by_length(self) -> bool:
+        """Whether steps are of samples of similar lengths."""
+        return self.packing in ("bucket", "family")
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -91,6 +103,9 @@ class CorpusSpec:
         if self.packing == "concat":
             return Joined(self.corpus, self.length, self.objective, self.seed, self.reset)
         members = Members(self.members) if self.members else None
+        if self.packing == "family":
+            assert members is not None
+            return Families(self.corpus, self.length, self.objective, self.seed, members)
         return Crops(self.corpus, self.length, self.objective, self.seed, self.crop, members)
 
     @property
@@ -109,11 +124,11 @@ class CorpusSpec:
         return replace(self, measured=self.vocabulary.name not in ALPHABETS and self.objective == "causal")
 
     def training(self, start: int, share: Share, warn: bool = False) -> Iterator[MakeBatch]:
-        """See sharing.Samples. With packing "bucket" rows vary from step to step; inside a step its rest comes first.
+        """See rank_share.Samples. Rows of ``by_length`` vary from step to step; inside a step its rest comes first.
 
         Raises DataError where there is no whole corpus.
         """
-        if self.packing == "bucket":
+        if self.by_length:
             return self._bucketed(start, share)
         return even(self.taker(start), self._finish, start, share)
 
@@ -156,7 +171,9 @@ class CorpusSpec:
 
     def _bucketed(self, start: int, share: Share) -> Iterator[MakeBatch]:
         finish = self._finish
-        whole = self.corpus.lengths(np.arange(min(LOOK, len(self.corpus)))) + 1 + self.vocabulary.closed
+        # Records, and clusters, are stored in a random order. Of members that are drawn, all records tell the mean.
+        many = self.epoch_samples if self.packing == "family" else len(self.corpus)
+        whole = self.cut.whole(np.arange(min(LOOK, many)))
         extra = self.objective == "causal"  # the token that is only a target
         size = block_samples(float(np.minimum(whole - extra, self.length).mean()), self.batch_tokens)
         for block in count(start // size):

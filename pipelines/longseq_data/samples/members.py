@@ -19,6 +19,16 @@ class Members:
         self.count = int(values[0])
         self._begins, self._records = values[1 : self.count + 2], values[self.count + 2 :]
 
+    def sizes(self, clusters: Integers) -> Integers:
+        """How many records each cluster has, at least 1."""
+        return self._begins[clusters + 1] - self._begins[clusters]
+
+    def of(self, clusters: Integers) -> Integers:
+        """The records of some clusters, one cluster after the other."""
+        sizes = self.sizes(clusters)
+        places = np.arange(sizes.sum()) + np.repeat(self._begins[clusters] - (np.cumsum(sizes) - sizes), sizes)
+        return np.asarray(self._records[places])
+
     def records(self, samples: Integers, seed: int) -> Integers:
         """The record of each sample of the endless order: an epoch has each cluster once."""
         clusters = endless_order(samples, self.count, seed)

@@ -9,7 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
-from longseq.commands.numbers import positive
+from longseq.commands.numbers import natural, positive
 from longseq.errors import LongseqError
 from longseq.trained_model import TARGET_HELP
 
@@ -59,6 +59,23 @@ def add_devices(parser: argparse.ArgumentParser) -> None:
         default=1,
         metavar="N",
         help="processes that share the work, a GPU each where there are any; the results are the same (default 1)",
+    )
+
+
+def add_context(parser: argparse.ArgumentParser) -> None:
+    """Relatives that a causal model reads first."""
+    parser.add_argument(
+        "--context",
+        type=Path,
+        metavar="FILE",
+        help="FASTA or A3M of relatives that a causal model reads before each sequence, in random order",
+    )
+    parser.add_argument(
+        "--context-tokens",
+        type=natural,
+        default=0,
+        metavar="N",
+        help="as many relatives as fit into N tokens; default: data.length of the training",
     )
 
 

@@ -15,7 +15,7 @@ from statistics import median
 from typing import TextIO
 
 from longseq.commands.numbers import natural, positive, real, share
-from longseq.commands.options import add_model, add_overrides, ready
+from longseq.commands.options import add_context, add_model, add_overrides, ready
 from longseq.errors import LongseqError
 from longseq.evaluation.sample import infill, sample
 from longseq.output_files import output
@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_overrides(parser)
     parser.add_argument("--prompt", default="", metavar="TEXT", help="what every sequence begins with")
+    add_context(parser)
     parser.add_argument("--length", type=positive, metavar="N", help="tokens to draw at most; default 512")
     parser.add_argument("--number", type=positive, metavar="N", help="sequences; default 1")
     parser.add_argument("--seed", type=natural, default=0, metavar="N", help="default 0")
@@ -62,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
         return _infill(source, args, how)
     clock: list[float] | None = [] if args.timing else None
     length = args.length or 512
+    how |= {"context": args.context, "context_tokens": args.context_tokens}
     samples = sample(source, prompt=args.prompt, number=args.number or 1, length=length, clock=clock, **how)
     ready()
     with output(args.out) as out:
@@ -88,11 +90,12 @@ def _infill(source: Source, args: argparse.Namespace, how: dict) -> int:
 
 
 def _refuse_what_has_no_effect(args: argparse.Namespace) -> None:
-    other = ("prompt", "length", "number", "timing") if args.infill else ("rounds",)
+    other = ("prompt", "context", "context_tokens", "length", "number", "timing") if args.infill else ("rounds",)
     for name in other:
+        option = name.replace("_", "-")
         if getattr(args, name) not in (None, "", False):
             why = "fills in the records of a file, which it has no effect on" if args.infill else "is missing"
-            raise LongseqError(f"sample: --{name}, and --infill {why}: leave --{name} out.")
+            raise LongseqError(f"sample: --{option}, and --infill {why}: leave --{option} out.")
     if args.timing and args.length == 1:
         raise LongseqError("sample: --timing takes the time between tokens, and --length is 1: take more.")
 

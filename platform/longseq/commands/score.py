@@ -5,7 +5,8 @@ position in turn and so costs L passes over a sequence of L (--passes 20 hides e
 variants (A24G, or several changes A24G:C30D) the file holds the wild type alone, and the effect is the variant's
 log-likelihood less the wild type's; masked models score the changed positions hidden (masked marginals), in one pass
 for all variants of the same positions. Of a deep mutational scan as ProteinGym has them (a CSV with the columns mutant
-and DMS_score) the rank correlation is printed, too, on stderr. Natural logarithms throughout.
+and DMS_score) the rank correlation is printed, too, on stderr. With --context a causal model reads relatives first, as
+one that was trained with data.packing=family did. Natural logarithms throughout.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from longseq.commands.numbers import natural
-from longseq.commands.options import add_devices, add_model, add_overrides, ready
+from longseq.commands.options import add_context, add_devices, add_model, add_overrides, ready
 from longseq.errors import LongseqError
 from longseq.evaluation.score import SequenceScore, VariantEffect, score, variant_effects
 from longseq.output_files import output
@@ -37,6 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--passes", type=natural, default=0, metavar="N", help="of a masked model; default 0: one per position, exact"
     )
+    add_context(parser)
+    parser.add_argument(
+        "--context-orders",
+        type=natural,
+        default=1,
+        metavar="N",
+        help="draw and order the relatives N times; the score is the mean (default: 1)",
+    )
     add_devices(parser)
     parser.add_argument("--json", action="store_true", help="JSON instead of a table with tabs")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: standard output")
@@ -44,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     rows: Iterator[Row]
+    behind = {
+        "context": args.context,
+        "context_tokens": args.context_tokens,
+        "context_orders": args.context_orders,
+    }
     pairs: list[tuple[float, float]] = []  # effect, DMS_score
     if args.variant or args.variants:
         if args.passes:
@@ -51,11 +65,15 @@ def run(args: argparse.Namespace) -> int:
                 "--passes: effects of variants take a pass per set of positions in any case: leave it out."
             )
         found = variant_effects(
-            *(args.target, args.file, args.variant, args.variants, args.overrides), ema=args.ema, devices=args.devices
+            *(args.target, args.file, args.variant, args.variants, args.overrides),
+            ema=args.ema,
+            devices=args.devices,
+            **behind,
         )
         rows = _noted(found, pairs)
     else:
-        rows = score(args.target, args.file, args.overrides, ema=args.ema, passes=args.passes, devices=args.devices)
+        several = {"passes": args.passes, "devices": args.devices}
+        rows = score(args.target, args.file, args.overrides, ema=args.ema, **several, **behind)
     ready()
     with output(args.out, args.file, args.variants) as out:
         out.writelines(_json(rows) if args.json else _table(rows))

@@ -63,10 +63,10 @@ def check(config: Config) -> None:
     sharing = f"{config.processes} processes ({_WHENCE[trainer.nodes > 1]})"
     if trainer.context_parallel > 1:
         sharing = f"{config.replicas} groups of trainer.context_parallel={trainer.context_parallel} processes"
-    if data.packing == "bucket":
+    if data.by_length:
         if config.samples_per_step < ranks:
             raise ConfigError(
-                f"data.batch_tokens={data.batch_tokens} with data.packing=bucket is less than one sequence of "
+                f"data.batch_tokens={data.batch_tokens} with data.packing={data.packing} is less than one sequence of "
                 f"data.length={data.length} for each of {sharing} × {trainer.accumulate} accumulated batches "
                 "(trainer.accumulate): "
                 f"take {ranks * data.length}, or change one of them."
@@ -124,10 +124,10 @@ def _check_documents(config: Config) -> None:
     data = config.data
     if data.reset and data.packing != "concat":
         raise ConfigError(
-            f"data.reset=true and data.packing={data.packing}: a sequence of one record has nothing to begin anew; "
+            f"data.reset=true and data.packing={data.packing}: no document there is to begin anew; "
             "take data.packing=concat, or data.reset=false."
         )
-    if data.crop != "random" and data.packing == "concat":
+    if data.crop != "random" and data.packing in ("concat", "family"):
         raise ConfigError(
             f"data.crop={data.crop} and data.packing={data.packing}: joined records are cut, not cropped; take "
             "data.packing=crop, or leave data.crop out."

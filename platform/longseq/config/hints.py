@@ -106,7 +106,12 @@ _VALUES = {
     },
     "optim.name": {"adamw": "adam torch"},
     "optim.implementation": {"torch": "adamw adam", "cpu": "cpuadam deepspeedcpuadam", "fused": "fusedadam"},
-    "data.packing": {"concat": "packed pack join", "crop": "pad padding none single", "bucket": "sort buckets sorted"},
+    "data.packing": {
+        "concat": "packed pack join",
+        "crop": "pad padding none single",
+        "bucket": "sort buckets sorted",
+        "family": "families msa",
+    },
     "data.format": {"fasta": "fa faa protein proteins", "text": "txt plain", "jsonl": "json", "images": "image"},
     "data.tokenizer": {
         "protein": "aa amino amino_acids residues",

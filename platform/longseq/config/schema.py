@@ -176,8 +176,10 @@ class DataConfig:
     packing: str = key(
         "concat",
         "concat: records joined by EOS and cut at length; crop: one record a sequence, padded or cropped at random; "
-        "bucket: the same, in steps of similar lengths and up to data.batch_tokens tokens, of a prepared corpus",
-        choices=("concat", "crop", "bucket"),
+        "bucket: the same, in steps of similar lengths and up to data.batch_tokens tokens, of a prepared corpus; "
+        "family: the members of a cluster (data.clusters) joined by EOS in random order, one family a sequence, in "
+        "such steps",
+        choices=("concat", "crop", "bucket", "family"),
     )
     reset: bool = key(
         False, "with packing concat: attention and positions begin anew at each document, which gets BOS and EOS"
@@ -211,8 +213,8 @@ class DataConfig:
     )
     clusters: str | None = key(
         None,
-        "of prepared corpora, with packing crop or bucket: a table of representative and member, tab-separated, as "
-        "MMseqs2 and UniRef write it; an epoch takes one member of each cluster, drawn anew",
+        "of prepared corpora: a table of representative and member, tab-separated, as MMseqs2 and UniRef write it; "
+        "with packing crop or bucket an epoch takes one member of each cluster, drawn anew, with family all of them",
     )
     reverse_complement: bool = key(
         False, "of DNA: half of the training sequences, drawn by run.seed, come as the other strand"
@@ -225,6 +227,11 @@ class DataConfig:
     accept_changes: bool = key(
         False, "`longseq resume`: go on although the data are not those the run was started with; once"
     )
+
+    @property
+    def by_length(self) -> bool:
+        """Whether a step has sequences of similar lengths, as many as fit into batch_tokens."""
+        return self.packing in ("bucket", "family")
 
     def files(self, split: str) -> list[str]:
         """All that a split names, of all its sources; or the table of "clusters", where there is one."""
@@ -258,7 +265,7 @@ class Config:
 
     @property
     def batch_sequences(self) -> int:
-        """Sequences of one process in one micro-batch, or slices of them; with data.packing=bucket about the fewest."""
+        """Sequences of one process in one micro-batch, or slices of them; by length about the fewest."""
         trainer, data = self.trainer, self.data
         return data.batch_tokens // data.length // (self.replicas * trainer.accumulate)
 

@@ -62,6 +62,7 @@ def draw(
     number: int,
     settings: Settings,
     clock: list[float] | None = None,
+    context: npt.NDArray[np.integer] | None = None,
 ) -> Iterator[Drawn]:
     """``number`` sequences, a block at a time.
 
@@ -70,9 +71,11 @@ def draw(
         begins: the token before a record.
         prompt: ordinary tokens that every sequence begins with.
         clock: gets the time after each token.
+        context: what comes before the prompt, in place of ``begins``; no part of a log-likelihood.
     """
     device = next(model.parameters()).device
-    hidden, before, state = _read(model, np.array([begins, *prompt]))
+    opening = [begins] if context is None else context.tolist()
+    hidden, before, state = _read(model, np.array([*opening, *prompt]), len(opening))
     never = torch.zeros(vocabulary.size, dtype=torch.bool)
     never[[vocabulary.bos, vocabulary.pad, vocabulary.mask]] = True
     never[vocabulary.eos] = not settings.stop
@@ -85,17 +88,21 @@ def draw(
         yield from _block(decoder, vocabulary, list(prompt), before, last, never, first, rows, settings, clock)
 
 
-def _read(model: PerformerLM, row: npt.NDArray[np.int64]) -> tuple[Tensor, float, DecodingState]:
-    """A prompt of any length: what the head reads last (1, E), its tokens' log-likelihood, and the state behind it."""
+def _read(model: PerformerLM, row: npt.NDArray[np.int64], first: int) -> tuple[Tensor, float, DecodingState]:
+    """A prompt of any length: what the head reads last (1, E), the log-likelihood of its tokens from ``first`` on, and
+    the state behind it."""
     tokens = torch.from_numpy(row)
     if not (model.spec.carries and len(row) > model.spec.tile):
         hidden, state = model.read(tokens[None].to(model.embedding.weight.device))
-        return hidden[:, -1], float(of_tokens(model, hidden[0, :-1], tokens[1:]).double().sum()), state
+        own = of_tokens(model, hidden[0, first - 1 : -1], tokens[first:])
+        return hidden[:, -1], float(own.double().sum()), state
     total = 0.0
     for tile in carried(model, row):
         start, hidden, behind = tile
-        targets = tokens[start + 1 : start + 1 + hidden.shape[1]]
-        total += float(of_tokens(model, hidden[0, : len(targets)], targets).double().sum())
+        skipped = min(max(first - 1 - start, 0), hidden.shape[1])
+        targets = tokens[start + skipped + 1 : start + 1 + hidden.shape[1]]
+        own = of_tokens(model, hidden[0, skipped : skipped + len(targets)], targets)
+        total += float(own.double().sum())
     return hidden[:, -1], total, model.decoding_state(behind, torch.tensor([len(row)], device=hidden.device))
 
 

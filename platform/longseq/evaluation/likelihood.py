@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from longseq.evaluation.context import Read
 from longseq.evaluation.hidden_tiles import hidden_in_tiles
 from longseq.evaluation.log_probabilities import of_tokens
 from longseq.evaluation.padded import on_device, padded
@@ -28,13 +29,26 @@ Share = list[list[int]]  # variants by number, those that share a pass together
 
 
 @torch.inference_mode()
-def causal(model: PerformerLM, vocabulary: Vocabulary, rows: Sequence[Tokens]) -> list[float]:
-    """Σ log p of each row's tokens after the first, its EOS included. Nats."""
+def causal(
+    model: PerformerLM, vocabulary: Vocabulary, rows: Sequence[Tokens], contexts: Sequence[Read] = ()
+) -> list[float]:
+    """Σ log p of each row's tokens after the first, its EOS included. Nats.
+
+    contexts: what comes before, in place of the first token; the mean over these.
+    """
+    if contexts:
+        return np.mean([_behind(context, vocabulary, rows) for context in contexts], 0).tolist()
     if len(rows) == 1 and len(rows[0]) > BATCH_TOKENS:
         return [_in_tiles(model, rows[0])]
     tokens = padded(rows, vocabulary.pad)
     targets = tokens[:, 1:]
     found = of_tokens(model, _hidden(model, tokens[:, :-1], vocabulary), targets).double()
+    return found.masked_fill(targets == vocabulary.pad, 0.0).numpy().sum(1).tolist()
+
+
+def _behind(context: Read, vocabulary: Vocabulary, rows: Sequence[Tokens]) -> list[float]:
+    targets = padded([row[1:] for row in rows], vocabulary.pad)
+    found = of_tokens(context.model, context.hidden(targets), targets).double()
     return found.masked_fill(targets == vocabulary.pad, 0.0).numpy().sum(1).tolist()
 
 
@@ -110,27 +124,34 @@ def effects(
         yield from zip(variants, found.tolist(), strict=True)
 
 
-def shares(wild: Record, variants: Sequence[Variant], is_causal: bool) -> list[Share]:
+def shares(wild: Record, variants: Sequence[Variant], is_causal: bool, repeated: int = 0) -> list[Share]:
     """The variants by number, as they are read by a model at once: several passes, each of variants that share it.
+
+    repeated: tokens that are read with each variant beside its own.
 
     Masked: variants of the same sites do, so that a scan of all 19 mutants of each residue takes L passes, not 19 L.
     """
     alike: dict[object, list[int]] = {}
     for number, variant in enumerate(variants):
         alike.setdefault(number if is_causal else _sites(variant), []).append(number)
-    return list(batches(alike.values(), lambda _: len(wild.row)))
+    return list(batches(alike.values(), lambda _: repeated + len(wild.row)))
 
 
 def share_effects(
-    model: PerformerLM, vocabulary: Vocabulary, wild: Record, variants: Sequence[Variant], is_causal: bool
+    model: PerformerLM,
+    vocabulary: Vocabulary,
+    wild: Record,
+    variants: Sequence[Variant],
+    is_causal: bool,
+    contexts: Sequence[Read] = (),
 ) -> Callable[[Share], list[float]]:
     """A function that gives the effects of a share's variants, one after the other."""
     if not is_causal:
         return partial(_masked_effects, model, vocabulary, wild, variants)
-    (base,) = causal(model, vocabulary, [wild.row])
+    (base,) = causal(model, vocabulary, [wild.row], contexts)
 
     def found(share: Share) -> list[float]:
-        scores = causal(model, vocabulary, [variants[number].applied(wild.row) for (number,) in share])
+        scores = causal(model, vocabulary, [variants[number].applied(wild.row) for (number,) in share], contexts)
         return [score - base for score in scores]
 
     return found

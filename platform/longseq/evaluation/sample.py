@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longseq.errors import LongseqError
+from longseq.evaluation.context import Asked, contexts, path_of
 from longseq.evaluation.records import prompt_tokens
 from longseq.trained_model import Source, find
 from longseq_data.readers.fasta import read_records
-from longseq_data.vocabulary import ALPHABETS, UNKNOWN, Alphabet
+from longseq_data.vocabulary import ALPHABETS, UNKNOWN, Alphabet, Tokens
 
 if TYPE_CHECKING:
     from longseq.evaluation.generation import Settings
@@ -54,6 +55,8 @@ def sample(
     top_p: float = 1.0,
     seed: int = 0,
     clock: list[float] | None = None,
+    context: str | Path | None = None,
+    context_tokens: int = 0,
 ) -> Iterator[Sample]:
     """Sequences drawn from a causal model. Each is a function of the model, these arguments and its number.
 
@@ -67,6 +70,9 @@ def sample(
         top_k: only the k most probable tokens; 0: all.
         top_p: of these, the fewest that together have this probability; 1: all.
         clock: gets the time after each token; then ``length`` tokens are drawn, whatever they are.
+        context: FASTA or an alignment (A3M) of relatives, which come before: sequences of their family are drawn.
+        context_tokens: as many of them, in an order of ``seed``, as fit into these; 0: into the data.length of the
+            training.
 
     Raises:
         LongseqError: at once, for a model that is not causal, a prompt of other letters, and a number out of bounds.
@@ -75,11 +81,14 @@ def sample(
     source = _source(target, overrides, ema)
     source.require("causal", "sample continues with causal models, and infill fills in positions with masked ones.")
     begin = prompt_tokens(prompt, source.vocabulary, "prompt")
+    asked = Asked(path_of(context), context_tokens)
+    asked.check(source)
+    before = contexts(source, asked, seed)[0] if asked.file else None
 
     from longseq.evaluation.generation import Settings
 
     settings = Settings(length, temperature, top_k, top_p, seed, stop=clock is None)
-    return _drawn(source, begin, number, settings, clock)
+    return _drawn(source, begin, number, settings, clock, before)
 
 
 def infill(
@@ -135,12 +144,17 @@ def _source(target: str | Path | Source, overrides: Sequence[str], ema: bool) ->
 
 
 def _drawn(
-    source: Source, prompt: list[int], number: int, settings: Settings, clock: list[float] | None
+    source: Source,
+    prompt: list[int],
+    number: int,
+    settings: Settings,
+    clock: list[float] | None,
+    context: Tokens | None,
 ) -> Iterator[Sample]:
     from longseq.evaluation.generation import draw
     from longseq.evaluation.tokens import plain_text
 
-    for each in draw(source.load(), source.vocabulary, source.begins, prompt, number, settings, clock):
+    for each in draw(source.load(), source.vocabulary, source.begins, prompt, number, settings, clock, context):
         text = plain_text(each.tokens, source.vocabulary)
         yield Sample(each.number, text, len(each.tokens), each.log_likelihood, each.ended)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from longseq.errors import LongseqError
+from longseq.evaluation.context import Asked, path_of
 from longseq.evaluation.records import Record, look, records
 from longseq.evaluation.shards import Job, done, refuse_devices
 from longseq.trained_model import Source, find
@@ -69,6 +70,9 @@ def score(
     ema: bool = False,
     passes: int = 0,
     devices: int = 1,
+    context: str | Path | None = None,
+    context_tokens: int = 0,
+    context_orders: int = 1,
 ) -> Iterator[SequenceScore]:
     """The log-likelihood of each record, in the file's order.
 
@@ -79,6 +83,9 @@ def score(
         ema: with the running mean of the weights.
         passes: of a masked model: hide every passes-th position at once; 0: one pass per position, exact.
         devices: processes that share the work; results are the same to the last bit.
+        context: FASTA or an alignment (A3M) of relatives, which a causal model reads before each record.
+        context_tokens: as many of them as fit into these; 0: into the data.length of the training.
+        context_orders: how many times they are drawn and ordered anew; the score is the mean over these.
 
     Raises:
         LongseqError, DataError: at once, for a model or file that cannot be used; while it is read, for a bad record.
@@ -89,8 +96,11 @@ def score(
     if passes and source.causal:
         raise LongseqError(f"passes={passes}: a causal model takes one pass per sequence in any case: leave it out.")
     refuse_devices(devices)
+    behind = Asked(path_of(context), context_tokens, context_orders)
+    behind.check(source)
     look(source, str(file))
-    job = Job("score", str(source.folder), str(file), tuple(overrides), ema, {"passes": passes})
+    options = {"passes": passes, "context": list(behind)}
+    job = Job("score", str(source.folder), str(file), tuple(overrides), ema, options)
     return _scores(source, job, devices)
 
 
@@ -103,6 +113,9 @@ def variant_effects(
     *,
     ema: bool = False,
     devices: int = 1,
+    context: str | Path | None = None,
+    context_tokens: int = 0,
+    context_orders: int = 1,
 ) -> Iterator[VariantEffect]:
     """The effect of each variant of one wild type, in the order given.
 
@@ -116,14 +129,16 @@ def variant_effects(
     """
     source = find(target, overrides, ema=ema)
     refuse_devices(devices)
+    behind = Asked(path_of(context), context_tokens, context_orders)
+    behind.check(source)
     look(source, str(file))
-    options = {"variants": list(variants), "table": None if table is None else str(table)}
+    options = {"variants": list(variants), "table": path_of(table), "context": list(behind)}
     asked = asked_for(source, str(file), variants, table)
     job = Job("effects", str(source.folder), str(file), tuple(overrides), ema, options)
     return _effects(source, job, asked, devices)
 
 
-class Asked(NamedTuple):
+class Variants(NamedTuple):
     """Variants of a wild type, each with its DMS_score if it came with one."""
 
     wild: Record
@@ -131,7 +146,7 @@ class Asked(NamedTuple):
     measured: list[float | None]
 
 
-def asked_for(source: Source, file: str, variants: Sequence[str], table: str | Path | None) -> Asked:
+def asked_for(source: Source, file: str, variants: Sequence[str], table: str | Path | None) -> Variants:
     """What :func:`variant_effects` was asked for. Raises LongseqError for what does not fit together."""
     from longseq.evaluation.field.assays import SUBSTITUTIONS, is_scan, scan
     from longseq.evaluation.variants import parse, read_variants
@@ -146,7 +161,7 @@ def asked_for(source: Source, file: str, variants: Sequence[str], table: str | P
     (wild,) = found
     if table is None or not is_scan(Path(table)):
         given = read_variants(variants, Path(table) if table else None, wild)
-        return Asked(wild, given, [None] * len(given))
+        return Variants(wild, given, [None] * len(given))
     assay = scan(Path(table))
     if assay.kind != SUBSTITUTIONS:
         raise LongseqError(
@@ -155,7 +170,7 @@ def asked_for(source: Source, file: str, variants: Sequence[str], table: str | P
         )
     given = read_variants(variants, None, wild)
     listed = [parse(text, wild, place) for text, place in zip(assay.mutants, assay.places, strict=True)]
-    return Asked(wild, [*given, *listed], [*[None] * len(given), *assay.measured.tolist()])
+    return Variants(wild, [*given, *listed], [*[None] * len(given), *assay.measured.tolist()])
 
 
 def _scores(source: Source, job: Job, devices: int) -> Iterator[SequenceScore]:
@@ -164,7 +179,7 @@ def _scores(source: Source, job: Job, devices: int) -> Iterator[SequenceScore]:
     yield from (SequenceScore(**row) for row in done(Scores(job, source), devices))
 
 
-def _effects(source: Source, job: Job, asked: Asked, devices: int) -> Iterator[VariantEffect]:
+def _effects(source: Source, job: Job, asked: Variants, devices: int) -> Iterator[VariantEffect]:
     """Those of a causal model as they come; a masked one has variants of the same sites in one pass."""
     from longseq.evaluation.work import Effects
 

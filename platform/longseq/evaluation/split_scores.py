@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longseq.evaluation.hidden_tiles import hidden_in_tiles
 from longseq.evaluation.log_probabilities import in_pieces, refuse_what_is_not_finite
-from longseq.evaluation.tally import BINS, Tally
+from longseq.evaluation.tally import BINS, DEPTHS, Tally
 from longseq.models.performer import PerformerLM
 from longseq_data.errors import DataError
 from longseq_data.samples.batches import unpack
@@ -52,12 +52,15 @@ def score(
     """
     device = next(model.parameters()).device
     vocabulary = spec.vocabulary
-    parts = [Tally.empty(vocabulary.size)]
+    families = getattr(spec, "packing", None) == "family"
+    parts = [Tally.empty(vocabulary.size, DEPTHS * families)]
     plans = spec.measuring().evaluation(Share(batch_sequences, 1, 0, 1), max_samples)
     for number, make in enumerate(plans):
         if number % world != rank:
             continue
         batch = unpack(pack(make()))
+        if families:
+            batch["depths"] = _depths(batch["tokens"], vocabulary)
         real = batch["tokens"] != vocabulary.pad
         # Exact attention needs no L × L mask without any padding.
         padding = None if bool(real.all()) else real.to(device)
@@ -87,6 +90,12 @@ def refuse_nothing(spec: Samples, tally: Tally) -> None:
         )
 
 
+def _depths(tokens: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """Of each target of families (B, L), how many members are whole before it, as a number of a bin."""
+    before = (tokens == vocabulary.eos).cumsum(1)
+    return torch.where(before > 0, before.float().log2().floor().long() + 1, 0).clamp_max(DEPTHS - 1)
+
+
 def _count_in_tiles(
     model: PerformerLM, batch: Mapping[str, Tensor], vocabulary: Vocabulary, first: int, top_k: int
 ) -> Tally:
@@ -94,7 +103,7 @@ def _count_in_tiles(
     parts = []
     for start, hidden in hidden_in_tiles(model, batch["tokens"][0].numpy()):
         tile = slice(start, start + hidden.shape[1])
-        own = {**batch, "tokens": batch["tokens"][:, tile], "targets": batch["targets"][:, tile]}
+        own = {name: value[:, tile] if value.dim() == 2 else value for name, value in batch.items()}
         parts.append(_count(model, hidden, own, vocabulary, first, top_k))
     return Tally.of_one(parts)
 
@@ -129,6 +138,12 @@ def _count(
     def frequency(values: np.ndarray, size: int = vocabulary.size) -> np.ndarray:
         return np.bincount(values, minlength=size).astype(np.int64)
 
+    def of_depth(values: np.ndarray) -> np.ndarray:
+        by_depth = np.zeros((len(mask), DEPTHS if "depths" in batch else 0))
+        if "depths" in batch:
+            np.add.at(by_depth, (rows[mask], batch["depths"].numpy()[mask]), values[mask])
+        return by_depth
+
     measured = "bytes" in batch
     extent = [int(batch["bytes"]), int(batch["words"]), 1] if measured else [0, 0, 0]
     return Tally(
@@ -139,6 +154,8 @@ def _count(
         correct=right.sum(1)[kept],
         near=near.sum(1).cpu().numpy()[kept],
         confidence=by_bin[kept],
+        depth_loss=of_depth(losses)[kept],
+        depth_targets=of_depth(mask).astype(np.int64)[kept],
         bin_targets=frequency(bins[mask], BINS),
         bin_correct=frequency(bins[right], BINS),
         wanted=frequency(wanted[mask]),

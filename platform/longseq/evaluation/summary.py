@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from longseq.evaluation.metrics import Quality, bits_per_unit, word_perplexity
-from longseq.evaluation.tally import BINS, Floats, Tally
+from longseq.evaluation.tally import BINS, DEPTHS, Floats, Tally
 from longseq_data.randomness import generator
 
 Summary = dict[str, object]
@@ -40,6 +40,7 @@ def summary(tally: Tally, tokens: Sequence[str], kind: str, *, top_k: int, boots
         "ece": calibration_error(tally),
         "reliability": reliability(tally),
         "by_length": by_length(tally),
+        **({"by_members_before": by_members_before(tally)} if tally.depth_targets.size else {}),
         "by_token": by_token(tally, tokens),
     }
     if bootstrap:
@@ -115,6 +116,20 @@ def by_length(tally: Tally) -> list[Summary]:
         longest = {"from": 2 ** (exponent - 1) + 1 if exponent > 5 else 1, "to": 2**exponent}
         rows.append({**longest, "sequences": int(here.sum()), "targets": targets, **quality.as_dict()})
     return rows
+
+
+def by_members_before(tally: Tally) -> list[Summary]:
+    """Of families: the quality of members that come first in their row, after 1, 2 to 3, 4 to 7, ... others."""
+    loss, targets = tally.depth_loss.sum(0), tally.depth_targets.sum(0)
+    return [
+        {
+            "from": 2**depth // 2,
+            "to": 2**depth - 1 if depth < DEPTHS - 1 else None,
+            "targets": int(targets[depth]),
+            "loss": float(loss[depth] / targets[depth]),
+        }
+        for depth in np.flatnonzero(targets).tolist()
+    ]
 
 
 def by_token(tally: Tally, tokens: Sequence[str]) -> dict[str, Summary]:

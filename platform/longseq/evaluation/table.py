@@ -57,7 +57,17 @@ def table(reports: Sequence[Report]) -> str:
 def details(reports: Sequence[Report]) -> str:
     """By length, by confidence and by token, for each checkpoint and split."""
     return "\n\n".join(
-        "\n".join([f"{_model(report)}, {name}", *_by_length(values), "", *_reliability(values), "", *_by_token(values)])
+        "\n".join(
+            [
+                f"{_model(report)}, {name}",
+                *_by_length(values),
+                "",
+                *_by_members(values),
+                *_reliability(values),
+                "",
+                *_by_token(values),
+            ]
+        )
         for report in reports
         for name, values in report["splits"].items()
     )
@@ -76,6 +86,16 @@ def _by_length(values: Report) -> list[str]:
             f"{row['accuracy']:>10.1%}"
         )
     return lines
+
+
+def _by_members(values: Report) -> list[str]:
+    if "by_members_before" not in values:
+        return []
+    lines = [f"{'before':>13}{'targets':>12}{'loss':>9}"]
+    for row in values["by_members_before"]:
+        span = f"{row['from']:,} or more" if row["to"] is None else f"{row['from']:,}–{row['to']:,}"
+        lines.append(f"{span if row['to'] != row['from'] else row['to']:>13}{row['targets']:>12,}{row['loss']:>9.4f}")
+    return [*lines, ""]
 
 
 def _reliability(values: Report) -> list[str]:

@@ -14,6 +14,7 @@ from longseq_data.files import aside
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
+DEPTHS = 12  # numbers of members before: 0, 1, 2 to 3, 4 to 7, ..., 1,024 and more
 BINS = 15  # of the confidence, equally wide (Guo et al. 2017, arXiv 1706.04599)
 
 
@@ -32,6 +33,8 @@ class Tally:
     correct: Integers  # (n,) targets that are the most probable token
     near: Integers  # (n,) targets among the k most probable tokens
     confidence: Floats  # (n, BINS) sum of the largest probability, of the targets in each bin
+    depth_loss: Floats  # (n, DEPTHS) of families: the loss by how many members of a row come before a target,
+    depth_targets: Integers  # (n, DEPTHS) and their targets; (n, 0) of other samples
     bin_targets: Integers  # (BINS,)
     bin_correct: Integers  # (BINS,)
     wanted: Integers  # (V,) how often each token was a target,
@@ -40,10 +43,20 @@ class Tally:
     extent: Integers  # (3,) bytes and words that the targets stand for; and whether they were measured
 
     @staticmethod
-    def empty(vocabulary: int) -> Tally:
+    def empty(vocabulary: int, depths: int = 0) -> Tally:
         none, real = np.zeros(0, np.int64), np.zeros(0)
         bins, tokens = np.zeros(BINS, np.int64), np.zeros(vocabulary, np.int64)
-        rows = (none, none, none, real, none, none, np.zeros((0, BINS)))
+        rows = (
+            none,
+            none,
+            none,
+            real,
+            none,
+            none,
+            np.zeros((0, BINS)),
+            np.zeros((0, depths)),
+            np.zeros((0, depths), np.int64),
+        )
         return Tally(*rows, bins, bins, tokens, tokens, tokens, np.zeros(3, np.int64))
 
     @staticmethod
@@ -79,4 +92,4 @@ class Tally:
             return Tally(**{item.name: arrays[item.name] for item in fields(Tally)})
 
 
-_PER_SEQUENCE = ("number", "tokens", "targets", "loss", "correct", "near", "confidence")
+_PER_SEQUENCE = ("number", "tokens", "targets", "loss", "correct", "near", "confidence", "depth_loss", "depth_targets")

@@ -11,12 +11,14 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from longseq.evaluation.context import Asked, Read, contexts, read
 from longseq.evaluation.field.proteingym import Assays
 from longseq.evaluation.hidden_vectors import Embedded, of_batch
 from longseq.evaluation.likelihood import Share, causal, pseudo, share_effects, shares
 from longseq.evaluation.records import Record, batches, records
-from longseq.evaluation.score import Asked, asked_for
-from longseq.evaluation.shards import Job, Work
+from longseq.evaluation.score import Variants, asked_for
+from longseq.evaluation.shards import Group, Job, Row, Work
+from longseq_data.vocabulary import Tokens
 
 if TYPE_CHECKING:
     from longseq.models.performer import PerformerLM
@@ -24,16 +26,34 @@ if TYPE_CHECKING:
 Fields = dict[str, Any]
 
 
-class Scores(Work[list[Record], Fields]):
+class _InContext(Work[Group, Row]):
+    """Options: context, the fields of context.Asked."""
+
+    @cached_property
+    def before(self) -> list[Tokens]:
+        asked = Asked(*self.job.options["context"])
+        return contexts(self.source, asked) if asked.file else []
+
+    @cached_property
+    def contexts(self) -> list[Read]:
+        return read(self.model, self.before)
+
+    @property
+    def repeated(self) -> int:
+        """Tokens of a context that is read again with each sequence: where no state of it can be kept."""
+        return 0 if self.model.spec.carries else max(map(len, self.before), default=0)
+
+
+class Scores(_InContext[list[Record], Fields]):
     """Log-likelihoods of records: the fields of SequenceScore. Option: passes."""
 
     def groups(self) -> Iterator[list[Record]]:
-        return batches(records(self.source, self.job.file), lambda record: len(record.row))
+        return batches(records(self.source, self.job.file), lambda record: self.repeated + len(record.row))
 
     def rows(self, group: list[Record]) -> list[Fields]:
         vocabulary, passes = self.source.vocabulary, self.job.options["passes"]
         if self.source.causal:
-            found = causal(self.model, vocabulary, [record.row for record in group])
+            found = causal(self.model, vocabulary, [record.row for record in group], self.contexts)
         else:
             found = [pseudo(self.model, vocabulary, record.row, passes) for record in group]
         return [
@@ -47,20 +67,21 @@ class Scores(Work[list[Record], Fields]):
         ]
 
 
-class Effects(Work[Share, tuple[int, float]]):
+class Effects(_InContext[Share, tuple[int, float]]):
     """Effects of variants: their numbers among those asked for, and the effects. Options: variants, table."""
 
     @cached_property
-    def asked(self) -> Asked:
+    def asked(self) -> Variants:
         return asked_for(self.source, self.job.file, self.job.options["variants"], self.job.options["table"])
 
     def groups(self) -> Iterator[Share]:
-        return iter(shares(self.asked.wild, self.asked.variants, self.source.causal))
+        return iter(shares(self.asked.wild, self.asked.variants, self.source.causal, self.repeated))
 
     @cached_property
     def _of_share(self) -> Any:
         wild, variants = self.asked.wild, self.asked.variants
-        return share_effects(self.model, self.source.vocabulary, wild, variants, self.source.causal)
+        vocabulary, is_causal = self.source.vocabulary, self.source.causal
+        return share_effects(self.model, vocabulary, wild, variants, is_causal, self.contexts)
 
     def rows(self, group: Share) -> list[tuple[int, float]]:
         return list(zip([number for alike in group for number in alike], self._of_share(group), strict=True))

@@ -265,7 +265,7 @@ def _summary(task: LanguageModelling, config: Config, run: Run, start: int, devi
         learns = f"{config.finetune.task}, {config.finetune.learn} learns ({learnt:,} parameters)"
     data = config.data
     step = f"{data.batch_tokens:,} tokens = {config.samples_per_step} sequences × {data.length}"
-    if data.packing == "bucket":
+    if data.by_length:
         step = f"up to {data.batch_tokens:,} tokens of sequences of similar length, {data.length} at most"
     lines = [
         f"model    {spec.parameter_count:,} parameters: {spec.depth} blocks, {spec.heads} heads, width {spec.dim}, "

@@ -65,7 +65,23 @@ def test_calibration_error_is_the_mean_gap_of_the_bins():
     confidence = np.zeros((2, BINS))
     confidence[:, 2], confidence[:, 9] = [2.0, 2.8], [3.0, 3.5]  # means 0.16 and 0.65
     none = np.zeros(2, np.int64)
-    counts = Tally(none, none, none, np.zeros(2), none, none, confidence, bins, right, bins, bins, bins, none)
+    counts = Tally(
+        none,
+        none,
+        none,
+        np.zeros(2),
+        none,
+        none,
+        confidence,
+        np.zeros((2, 0)),
+        np.zeros((2, 0)),
+        bins,
+        right,
+        bins,
+        bins,
+        bins,
+        none,
+    )
     assert calibration_error(counts) == pytest.approx((30 * abs(0.2 - 0.16) + 10 * abs(0.9 - 0.65)) / 40)
     low, high = reliability(counts)
     assert (low["targets"], high["targets"]) == (30, 10)
@@ -81,7 +97,23 @@ def test_intervals_are_those_of_means_of_sequences_drawn_anew():
     ones = np.ones(n, np.int64)
     zero = np.zeros((n, BINS))
     bins = np.zeros(BINS, np.int64)
-    counts = Tally(np.arange(n), ones, each * ones, each * losses, ones, ones, zero, bins, bins, bins, bins, bins, bins)
+    counts = Tally(
+        np.arange(n),
+        ones,
+        each * ones,
+        each * losses,
+        ones,
+        ones,
+        zero,
+        np.zeros((n, 0)),
+        np.zeros((n, 0)),
+        bins,
+        bins,
+        bins,
+        bins,
+        bins,
+        bins,
+    )
     found = intervals(counts, "top_5_accuracy", 2000, seed=3)
     low, high = found["loss"]
     error = losses.std() / math.sqrt(n)

@@ -108,7 +108,7 @@ def layouts(config: Config, nodes: int, min_nodes: int, devices: int) -> Mapping
                 continue
             ranks, accumulate = used * devices // parts, trainer.accumulate
             while samples / (ranks * accumulate) > most or (
-                config.data.packing != "bucket" and samples % (ranks * accumulate)
+                not config.data.by_length and samples % (ranks * accumulate)
             ):
                 accumulate += 1
                 if ranks * accumulate > samples:
