@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
-import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from longseq.training.callbacks.stopping import StopFlag
 from longseq.training.fit import fit
 
 TINY = ("model.dim=16", "model.depth=3", "model.heads=2", "model.ffn_dim=16", "attention.features=8")
-ALONE = ("trainer.strategy=single", "trainer.max_steps=5", "trainer.valid_every=0", "trainer.probe_every=0")
+ALONE = ("trainer.strategy=single", "trainer.max_steps=5", "trainer.valid_every=0", "trainer.probe_every=0", "trainer.peak_tflops=1")
 
 
 @pytest.fixture
@@ -43,58 +44,73 @@ def weights(run: Run) -> bytes:
     return newest.weights_path.read_bytes()
 
 
-def test_a_trace_has_attentions_operators_in_exactly_the_steps_asked_for(train):
+def outermost(events: list[dict]) -> list[dict]:
+    """Without those inside another one: an operator calls itself for the next dispatch key."""
+    found: list[dict] = []
+    for event in sorted(events, key=lambda event: (event["ts"], -event["dur"])):
+        if not found or event["ts"] >= found[-1]["ts"] + found[-1]["dur"]:
+            found.append(event)
+    return found
+
+
+def test_a_trace_has_attentions_operators_in_exactly_the_steps_asked_for(train, monkeypatch):
     run = train("profiled", "trainer.profile_steps=[2, 3]")
     (path,) = run.profiles_dir.iterdir()
     assert path.name == "steps-2-3.rank-0.pt.trace.json.gz"
-    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
-    steps = {e["name"]: (e["ts"], e["ts"] + e["dur"]) for e in events if e.get("name", "").startswith("ProfilerStep")}
+    events = [event for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"] if "dur" in event]
+    spans = {event["name"]: (event["ts"], event["ts"] + event["dur"]) for event in events}
+    steps = {name: span for name, span in spans.items() if name.startswith("ProfilerStep")}
     assert set(steps) == {"ProfilerStep#2", "ProfilerStep#3"}
-    scans = [event for event in events if event.get("name") == "longseq::scan" and event["cat"] == "cpu_op"]
+    scans = outermost([event for event in events if (event["name"], event["cat"]) == ("longseq::scan", "cpu_op")])
     inside = {name: sum(begin <= scan["ts"] < end for scan in scans) for name, (begin, end) in steps.items()}
     assert inside == dict.fromkeys(steps, 3 * 2)  # layers × batches
     assert len(scans) == 2 * 3 * 2
-    assert any("Input Dims" in scan["args"] for scan in scans)
-    assert weights(run) == weights(train("plain"))
-
-
-def test_other_ranks_are_not_profiled(train):
-    run = train("other", "trainer.profile_steps=[1, 5]", "trainer.nodes=1")
-    assert [path.name for path in run.profiles_dir.iterdir()] == ["steps-1-5.rank-0.pt.trace.json.gz"]
-
-
-def test_a_training_that_ends_in_between_leaves_what_there_is(train):
-    run = train("short", "trainer.profile_steps=[4, 90]")
-    assert [path.name for path in run.profiles_dir.iterdir()] == ["steps-4-5.rank-0.pt.trace.json.gz"]
-
-
-def test_nothing_is_there_where_nothing_was_asked_for(train, monkeypatch):
+    assert scans[0]["args"]["Input Dims"]
     monkeypatch.setattr(profiles, "profile", lambda **_: pytest.fail("the profiler was started"))
-    assert not train("plain").profiles_dir.exists()
-    assert not train("later", "trainer.profile_steps=[6, 7]").profiles_dir.exists()
+    plain = train("plain")
+    assert not plain.profiles_dir.exists()
+    assert weights(run) == weights(plain)
+
+
+def test_other_ranks_and_steps_are_not_profiled(run, config):
+    config.trainer.profile_steps, config.trainer.profile_ranks = [4, 6], [2]
+    callback = profiles.Profile(run, config, SimpleNamespace(paused=nullcontext))
+    task = SimpleNamespace(device=torch.device("cpu"))
+
+    def profiled(rank: int, step: int) -> bool:
+        trainer = SimpleNamespace(global_rank=rank, global_step=step - 1, accumulate_grad_batches=1)
+        callback.on_train_batch_start(trainer, task, None, 0)
+        return callback.profiler is not None
+
+    assert not any(profiled(*place) for place in [(0, 4), (1, 5), (2, 3), (2, 7)])
+    assert profiled(2, 4)
+    callback.step.close()
+    callback.profiler.stop()
+
+
+def test_a_training_that_ends_in_between_leaves_what_there_is_on_a_gpu_with_the_memory(train, monkeypatch):
+    """Without a GPU: what PyTorch is asked for, and when."""
+    asked: list[object] = []
+    memory, began, wrote = torch.cuda.memory, profiles.Profile._begin, profiles.Profile._write
+    monkeypatch.setattr(memory, "_record_memory_history", lambda **given: asked.append(given))
+    monkeypatch.setattr(memory, "_dump_snapshot", lambda path: asked.append(path) or Path(path).write_bytes(b"blocks"))
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(profiles.Profile, "_begin", lambda self, _, step: began(self, gpu, step))
+    monkeypatch.setattr(profiles.Profile, "_write", lambda self, profiler, _, name: wrote(self, profiler, gpu, name))
+    run = train("short", "trainer.profile_steps=[5, 90]")
+    name = "steps-5-5.rank-0"
+    assert {path.name for path in run.profiles_dir.iterdir()} == {f"{name}.pt.trace.json.gz", f"{name}.memory.pickle"}
+    assert (run.profiles_dir / f"{name}.memory.pickle").read_bytes() == b"blocks"
+    aside = str(run.profiles_dir / f".partial-{name}.memory.pickle")
+    assert asked == [{"max_entries": 1_000_000}, aside, {"enabled": None}]
 
 
 def test_what_cannot_be_written_is_said_and_the_training_goes_on(train, monkeypatch, capsys):
     monkeypatch.setattr(Run, "profiles_dir", property(lambda run: run.config_path))
-    run = train("full", "trainer.profile_steps=[2, 2]")
+    run = train("full", "trainer.profile_steps=[1, 1]", "trainer.max_steps=1")
     assert run.finished
-    assert re.search(r"longseq: warning: .*steps-2-2.rank-0: cannot be written \(.*\); the training goes on\.", capsys.readouterr().err)
-
-
-def test_on_a_gpu_the_memory_is_kept_as_well(train, monkeypatch):
-    """Without one: what PyTorch is asked for, and when."""
-    asked: list[object] = []
-    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda *a, **k: asked.append(k))
-    monkeypatch.setattr(
-        torch.cuda.memory, "_dump_snapshot", lambda path: asked.append("dump") or Path(path).write_bytes(b"snapshot")
-    )
-    begin, write = profiles.Profile._begin, profiles.Profile._write
-    cuda = torch.device("cuda", 0)
-    monkeypatch.setattr(profiles.Profile, "_begin", lambda self, device, step: begin(self, cuda, step))
-    monkeypatch.setattr(profiles.Profile, "_write", lambda self, profiler, device, name: write(self, profiler, cuda, name))
-    run = train("cuda", "trainer.profile_steps=[2, 2]")
-    assert asked == [{"max_entries": 1_000_000}, "dump", {"enabled": None}]
-    assert (run.profiles_dir / "steps-2-2.rank-0.memory.pickle").read_bytes() == b"snapshot"
+    said = capsys.readouterr().err
+    assert f"longseq: warning: {run.config_path}/steps-1-1.rank-0: cannot be written (File exists); the training" in said
 
 
 @pytest.mark.parametrize(

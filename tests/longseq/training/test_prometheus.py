@@ -130,8 +130,8 @@ def test_a_training_keeps_it(folder, monkeypatch):
     monkeypatch.setattr(prometheus, "exposition", lambda *given: texts.append(exposition(*given)) or texts[-1])
     tiny = ("model.dim=16", "model.depth=1", "model.heads=2", "model.ffn_dim=16", "attention.features=8")
     alone = ("trainer.strategy=single", "trainer.max_steps=2", "trainer.valid_every=0", "trainer.probe_every=0")
-    asked = f"trainer.prometheus={folder}/textfiles"
-    config = load_config("small.yaml", [f"data.train={folder}/proteins.fasta", *tiny, *alone, asked])
+    asked = "trainer.peak_tflops=1", f"trainer.prometheus={folder}/textfiles"
+    config = load_config("small.yaml", [f"data.train={folder}/proteins.fasta", *tiny, *alone, *asked])
     assert fit(Run.create(config, default_name="one"), config, None, StopFlag())
     assert parsed(texts[0])["longseq_step"][1] <= parsed(texts[0])["longseq_last_step"][1] == 2
     assert list((folder / "textfiles").iterdir()) == []

@@ -64,7 +64,7 @@ class Stragglers(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         self.control = ControlGroup()
-            self.names = self.control.gather(f"{node_name()}: rank {trainer.global_rank} ({task.device})")
+        self.names = self.control.gather(f"{node_name()}: rank {trainer.global_rank} ({task.device})")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
