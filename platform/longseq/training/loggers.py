@@ -113,6 +113,7 @@ class InBackground(Logger):
 
 def _wandb(run: Run, config: Config) -> Logger:
     os.environ.setdefault("WANDB_CONSOLE", "off")  # the output is kept in logs/
+    os.environ.setdefault("WANDB_QUIET", "true")
     known = _read(run, "wandb") or _keep(run, "wandb", secrets.token_hex(4))
     logger = WandbLogger(
         name=run.path.name, project=os.environ.get("WANDB_PROJECT", _PROJECT), id=known, save_dir=_folder(run)
@@ -130,7 +131,7 @@ def _mlflow(run: Run, config: Config) -> Logger:
     logger = MLFlowLogger(
         experiment_name=os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT),
         run_name=run.path.name,
-        tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or f"file:{_folder(run) / 'mlruns'}",
+        tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_folder(run) / 'mlflow.db'}",
         run_id=known,
     )
     if known:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -100,11 +101,11 @@ def test_a_logger_that_fails_is_said_once_and_the_training_goes_on(settings, ins
     assert fit(run, config, None, StopFlag())
     assert set(recorder.curves["train/loss"]) == {1}
     assert set(read_curves(run.tensorboard_dir)["train/loss"]) == {1, 2, 3, 4}
-    sentence = (
+    said = [line for line in capsys.readouterr().err.splitlines() if "wandb" in line]
+    assert said == [
         "longseq: warning: wandb: ConnectionError: the server is away; its curves end here, and the training goes on "
-        "(trainer.loggers).\n"
-    )
-    assert capsys.readouterr().err.count("wandb") == 1 == sentence.count("wandb")
+        "(trainer.loggers)."
+    ]
 
 
 def test_a_logger_that_does_not_answer_holds_nothing_up(settings, installed, monkeypatch, capsys):
@@ -154,7 +155,7 @@ def test_mlflow_has_one_run_of_two_starts(settings, monkeypatch):
     run = stopped_and_resumed(settings("trainer.loggers=[tensorboard, mlflow]"), 2)
     from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(f"file:{run.path}/loggers/mlruns")
+    client = MlflowClient(f"sqlite:///{run.path}/loggers/mlflow.db")
     (experiment,) = client.search_experiments(filter_string="name = 'longseq'")
     (found,) = client.search_runs([experiment.experiment_id])
     assert found.info.run_id == (run.path / "loggers" / "mlflow.id").read_text().strip()
@@ -181,18 +182,29 @@ def test_wandb_has_one_run_of_two_starts_without_a_network(settings, monkeypatch
 
 def history(files: list[Path], name: str) -> dict[int, float]:
     """A curve out of W&B's own files."""
-    import json
-
     from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
 
     points: dict[int, float] = {}
     for path in files:
-        store = DataStore()
-        store.open_for_scan(str(path))
-        while (data := store.scan_data()) is not None:
-            record = Record.FromString(data)
-            row = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for content in records(path.read_bytes()[7:]):
+            items = Record.FromString(content).history.item
+            row = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
             if name in row:
                 points[row["trainer/global_step"]] = row[name]
     return points
+
+
+def records(content: bytes) -> Iterator[bytes]:
+    """Of a log of LevelDB behind its header of 7 bytes: blocks of 32 KiB, and in them pieces of records, each behind a
+    checksum (4 bytes), its length (2) and its kind (1): whole, first, middle, last."""
+    place, begun = 7, b""
+    while place - 7 < len(content):
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768
+            continue
+        length, kind = int.from_bytes(content[place - 3 : place - 1], "little"), content[place - 1]
+        begun += content[place : place + length]
+        place += 7 + length
+        if kind in (1, 4):
+            yield begun
+            begun = b""
