@@ -255,7 +255,9 @@ def test_an_interval_is_a_second_or_more(run, capsys, interval):
     assert f"'{interval}' is not a number of seconds from 1 on" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("text", "columns"), [("abcdefgh", "abcde"), ("你好吗", "你好"), ("e\u0301" * 9, "e\u0301" * 5)])
+@pytest.mark.parametrize(
+    ("text", "columns"), [("abcdefgh", "abcde"), ("你好吗", "你好"), ("e\u0301" * 9, "e\u0301" * 5)]
+)
 def test_a_line_is_as_wide_as_the_terminal_at_the_most(text, columns):
     assert fitted(text, 5) == columns
 

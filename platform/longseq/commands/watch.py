@@ -1,8 +1,8 @@
 """A page that follows a run: step, loss, speed, time left, job, ranks, memory, checkpoints, what the log said last.
 
-It reads what `longseq status` and TensorBoard read, a few files at each look, and folders and SLURM's queue twice a
-minute, so that many may watch a run on a shared file system. It ends when the run does, or with Ctrl-C. Where the output
-is no terminal, the page is printed once.
+It reads what `longseq status` and TensorBoard read, a small file at each look, and folders and SLURM's queue twice a
+minute, so that many may watch a run on a shared file system. It ends when the run does, or with Ctrl-C. Where the
+output is no terminal, the page is printed once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from longseq.commands.jobs import known
 from longseq.commands.logs import log_of
 from longseq.commands.status import ago, ended, head, history, in_short, kept
-from longseq.launch.slurm.state import state_of
+from longseq.launch.slurm.state import State, state_of
 from longseq.runs import starts
 from longseq.runs.curves import LiveCurves
 from longseq.runs.run import Run
@@ -62,6 +62,7 @@ class Viewer:
     def __init__(self, run: Run):
         self.run = run
         self.curves = LiveCurves()
+        self.state: State
         self.log: Path | None = None
         self.messages: list[str] = []
         self._asked = -_THOROUGH_SECONDS

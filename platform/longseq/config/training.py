@@ -103,7 +103,7 @@ class TrainerConfig:
     )
     loggers: list[str] = key(
         ["tensorboard"],
-        "where curves go: tensorboard, to which they go in any case; wandb and mlflow as well, in a thread of their own",
+        "where curves go: tensorboard, where they go in any case; wandb and mlflow, in a thread of their own",
     )
     prometheus: str | None = key(
         None,

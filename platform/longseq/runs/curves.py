@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
 from typing import TYPE_CHECKING
 
 from longseq.runs.event_files import events_from
@@ -87,7 +86,8 @@ class LiveCurves:
                 self._inode, self._read = found.st_ino, 0
             if found.st_size == self._read:
                 return
-            for self._read, event in events_from(self._path, self._read, _LARGEST):
+            for end, event in events_from(self._path, self._read, _LARGEST):
+                self._read = end
                 if event is not None:
                     self._take(event)
         except OSError:  # of a file system that is away for a moment

@@ -52,8 +52,8 @@ def _is_hidden(event: Event | None, first_hidden: int) -> bool:
 
 
 def events_from(path: Path, begin: int, largest: int) -> Iterator[tuple[int, Event | None]]:
-    """Events from a byte on, each with the byte behind it; None in place of one of more than ``largest`` bytes, which is
-    not read. A record that is cut, as the one that is just being written, is left for the next look."""
+    """Events from a byte on, each with the byte behind it; None in place of one of more than ``largest`` bytes, which
+    is not read. A record that is cut, as the one that is just being written, is left for the next look."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         file.seek(begin)

@@ -40,8 +40,8 @@ def check_loggers(config: Config) -> None:
     for name in config.trainer.loggers:
         if name != "tensorboard" and find_spec(name) is None:
             raise ConfigError(
-                f"trainer.loggers={config.trainer.loggers}, but {name} is not installed: pip install 'longseq[{name}]', "
-                "or leave it out."
+                f"trainer.loggers={config.trainer.loggers}, but {name} is not installed: pip install "
+                f"'longseq[{name}]', or leave it out."
             )
 
 
@@ -59,7 +59,7 @@ class InBackground(Logger):
     def __init__(self, name: str, run: Run, config: Config, make: Callable[[Run, Config], Logger]):
         super().__init__()
         self._name, self._run, self._config, self._make = name, run, config, make
-        self._waiting: queue.SimpleQueue[tuple[Mapping[str, float], int | None] | None] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[tuple[dict[str, float], int | None] | None] = queue.SimpleQueue()
         self._status = ""
         self._thread: threading.Thread | None = None
 

@@ -49,7 +49,7 @@ def _escaped(value: str) -> str:
 
 
 class Prometheus(pl.Callback):
-    """The first process of each node keeps ``longseq-RUN-NODE.prom`` in ``trainer.prometheus``, until the training ends.
+    """The first process of each node keeps ``longseq-RUN-NODE.prom`` in ``trainer.prometheus`` until training ends.
 
     A thread writes every ten seconds, whether the training moves or not: what hangs is seen by the seconds since its
     last step.
