@@ -27,7 +27,8 @@ from longseq.training.callbacks.stopping import Settled, StopRequested
 from longseq_data.files import write_text
 from longseq_data.os_errors import said
 
-_LAST_WORDS_SECONDS = 60.0  # for what is on its way to a server when a training ends
+# For what is on its way to a server when a training ends, and where a job must end soon: it is stopped, or failed.
+_LAST_WORDS_SECONDS, _HURRIED_SECONDS = 60.0, 10.0
 _PROJECT = "longseq"  # where the environment names none
 
 
@@ -91,10 +92,11 @@ class InBackground(Logger):
         cause = sys.exc_info()[1]
         stopped = isinstance(cause, StopRequested) and not isinstance(cause, Settled)
         self._status = "stopped" if stopped else "success" if isinstance(cause, Settled) else status
+        seconds = _LAST_WORDS_SECONDS if self._status == "success" else _HURRIED_SECONDS
         self._waiting.put(None)
-        self._thread.join(_LAST_WORDS_SECONDS)
+        self._thread.join(seconds)
         if self._thread.is_alive():
-            self._warn(f"did not answer within {_LAST_WORDS_SECONDS:.0f} s of the training's end")
+            self._warn(f"did not answer within {seconds:g} s of the training's end")
         self._thread = None
 
     def _pass_on(self) -> None:
