@@ -17,6 +17,7 @@ VERBS = {
     "submit": "train on a SLURM cluster: multi-node jobs that come back by themselves",
     "jobs": "the runs that were submitted: job, state, step, loss, speed, starts, time left",
     "status": "one run in detail: its job, its starts, and where they got to",
+    "watch": "a page that follows a run: loss, speed, time left, ranks, memory, checkpoints, last messages",
     "logs": "what a run's job has written; -f follows it",
     "cancel": "cancel the jobs of a run",
     "resume": "go on with a run from its newest whole checkpoint",

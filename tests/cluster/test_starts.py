@@ -114,10 +114,16 @@ def test_a_job_that_comes_back_runs_the_code_that_was_submitted(login: Login, tm
     login.wait_for_step(run, 6, start=2)
     (task,) = [pid for node in cluster.nodes for pid in login.tasks(node)]
     mapped = Path(f"/proc/{task}/environ").read_bytes().split(b"\0")
+    page = login.type("watch", run, "--once")
+    assert re.search(rf"^state     RUNNING\njob       {job} on \w+, [\d:-]+ left\nstep      \d+ of 60", page, re.M), (
+        page
+    )
+    assert re.search(r"^start 1 .*\nstart 2   slurm job .*: to step \d+$", page, re.M), page
     assert f"PYTHONPATH={run}/code/{name}:{tmp_path}".encode() in mapped
     assert cluster.wait_for(job, *ENDED) == "COMPLETED", login.log(run)
     assert starts.numbers(run / "starts") == [1, 2]
     assert login.log(run).count(f"code {name}, as it was submitted") == 2
+    assert "state     FINISHED" in login.type("watch", run)  # no terminal: once
 
 
 def test_a_sick_node_is_left_out(login: Login) -> None:

@@ -41,11 +41,18 @@ def run(args: argparse.Namespace) -> int:
 
 def ask(runs: Iterable[Run]) -> dict[str, Queued] | None:
     """What SLURM says of the jobs of runs; None, with a warning, where it cannot be asked."""
-    try:
-        return queue(job for run in runs for job in jobs_of(run))
-    except SlurmError as error:
+    queued, error = known(runs)
+    if error:
         print(f"longseq: warning: {error} Shown is what the runs' folders say.", file=sys.stderr)
-        return None
+    return queued
+
+
+def known(runs: Iterable[Run]) -> tuple[dict[str, Queued] | None, SlurmError | None]:
+    """What SLURM says of the jobs of runs, or why it cannot be asked."""
+    try:
+        return queue(job for run in runs for job in jobs_of(run)), None
+    except SlurmError as error:
+        return None, error
 
 
 def row(state: State, width: int) -> str:

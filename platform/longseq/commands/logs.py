@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     run = Run.open(args.run_folder)
-    path = _log(run, args.rank)
+    path = log_of(run, args.rank)
     if path is None and not args.follow:
         raise RunError(f"{run.path}: rank {args.rank} has no log: {_why(run, args.rank)}.")
     shown, ended = 0, False
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         shown = _tail_begins(path, args.lines)
     asked = 0.0
     while True:
-        newer = _log(run, args.rank)
+        newer = log_of(run, args.rank)
         if newer != path:  # the chain's next job
             _show(path, shown, final=True)  # its last words
             path, shown = newer, 0
@@ -51,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
         time.sleep(_POLL_SECONDS)
 
 
-def _log(run: Run, rank: int) -> Path | None:
+def log_of(run: Run, rank: int) -> Path | None:
+    """The newest log of a process, if there is one."""
     own = [run.rank_log(rank)] if run.rank_log(rank).exists() else []  # of a run on this machine, or a rank from 1 on
     jobs = [] if rank else run.slurm_dir.glob("job-*.log")
     logs = sorted([*own, *jobs], key=lambda path: path.stat().st_mtime)

@@ -7,7 +7,8 @@ import math
 import time
 
 from longseq.commands.jobs import as_dict, ask
-from longseq.launch.slurm.state import state_of
+from longseq.launch.slurm.queue import ENDED
+from longseq.launch.slurm.state import State, state_of
 from longseq.printed import as_json
 from longseq.runs import code, starts
 from longseq.runs.run import Run
@@ -24,31 +25,57 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(as_json({**as_dict(state), "code": code.kept(run) or None}, indent=1))
         return 0
-    print(f"run       {run.path}")
-    print(f"state     {state.word}{f': {state.why}' if state.why else ''}")
-    if state.job:
-        left = f", {state.left} left" if state.left else ""
-        print(f"job       {state.job}{f' on {state.nodes}' if state.nodes else ''}{left}")
-    at = state.progress
-    if at:
-        loss = f", loss {at.loss:.4f}" if math.isfinite(at.loss) else ""
-        rate = f", {at.tokens_per_second:,.0f} tokens/s" if math.isfinite(at.tokens_per_second) else ""
-        print(f"step      {at.step} of {at.last_step}{loss}{rate}; {_ago(time.time() - at.time)} ago")
+    lines = head(state)
     if code.kept(run):
-        print(f"code      {code.kept(run)}")
-    kept = [str(checkpoint.step) for checkpoint in run.checkpoints()]
-    print(f"kept      {'checkpoints of step ' + ', '.join(kept) if kept else 'no checkpoint yet'}")
-    for number in starts.numbers(run.starts_dir):
-        what = starts.path_of(run.starts_dir, number, "start").read_text(encoding="utf-8").partition("\n")[0]
-        reached, end = starts.read_progress(run.starts_dir, number), starts.read_end(run.starts_dir, number)
-        upto = f"to step {reached.step}" if reached else "no step"
-        print(f"start {number:<3} {what}: {upto}{f', {end}' if end else ''}")
-    if state.word in ("ENDED", "STOPPED", "TIMEOUT", "FAILED", "CANCELLED", "NODE_FAIL"):
+        lines.append(f"code      {code.kept(run)}")
+    print("\n".join([*lines, kept(run), *history(run)]))
+    if ended(state):
         print(f"Go on with:    {run.resume_command}")
     return 0
 
 
-def _ago(seconds: float) -> str:
+def ended(state: State) -> bool:
+    """Whether nothing trains a run or waits to, and its last step was not reached."""
+    return state.word in ("ENDED", "STOPPED", *ENDED)
+
+
+def head(state: State) -> list[str]:
+    """What has the run, and where it is."""
+    lines = [f"run       {state.run.path}", f"state     {state.word}{f': {state.why}' if state.why else ''}"]
+    if state.job:
+        left = f", {state.left} left" if state.left else ""
+        lines.append(f"job       {state.job}{f' on {state.nodes}' if state.nodes else ''}{left}")
+    at = state.progress
+    if at:
+        loss = f", loss {at.loss:.4f}" if math.isfinite(at.loss) else ""
+        rate = f", {at.tokens_per_second:,.0f} tokens/s" if math.isfinite(at.tokens_per_second) else ""
+        lines.append(f"step      {at.step} of {at.last_step}{loss}{rate}; {ago(at.time)}")
+    return lines
+
+
+def kept(run: Run) -> str:
+    """The checkpoints that there are."""
+    steps = [str(checkpoint.step) for checkpoint in run.checkpoints()]
+    return f"kept      {'checkpoints of step ' + ', '.join(steps) if steps else 'no checkpoint yet'}"
+
+
+def history(run: Run, last: int = 0) -> list[str]:
+    """Each start, or the ``last`` ones: what it was, how far it came and how it ended."""
+    lines = []
+    for number in starts.numbers(run.starts_dir)[-last:]:
+        what = starts.path_of(run.starts_dir, number, "start").read_text(encoding="utf-8").partition("\n")[0]
+        reached, end = starts.read_progress(run.starts_dir, number), starts.read_end(run.starts_dir, number)
+        upto = f"to step {reached.step}" if reached else "no step"
+        lines.append(f"start {number:<3} {what}: {upto}{f', {end}' if end else ''}")
+    return lines
+
+
+def ago(when: float) -> str:
+    """How long ago a time of the clock is."""
+    return f"{in_short(time.time() - when)} ago"
+
+
+def in_short(seconds: float) -> str:
     if seconds < 120:
         return f"{max(0, seconds):.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 _WHENCE = ("trainer.devices", "trainer.nodes × trainer.devices")  # on one machine, on several
 
+LOGGERS = ("tensorboard", "wandb", "mlflow")
+
 _OURS = {
     "zero_optimization.stage": "trainer.zero_stage",
     "gradient_clipping": "optim.clip",
@@ -226,6 +228,19 @@ def _check_trainer(config: Config) -> None:
 
 def _check_watching(config: Config) -> None:
     trainer, data = config.trainer, config.data
+    for name in trainer.loggers:
+        if name not in LOGGERS:
+            near = difflib.get_close_matches(name, LOGGERS, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"trainer.loggers={trainer.loggers}: choose from {', '.join(LOGGERS)}.{hint}")
+    steps, ranks = trainer.profile_steps, trainer.profile_ranks
+    if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+        raise ConfigError(f"trainer.profile_steps={steps}: the first and the last step, e.g. [10, 13].")
+    if steps and not (ranks and all(0 <= rank < config.processes for rank in ranks)):
+        raise ConfigError(
+            f"trainer.profile_ranks={ranks}: numbers from 0 to {config.processes - 1}, as there are "
+            f"{config.processes} processes ({_WHENCE[trainer.nodes > 1]})."
+        )
     if trainer.length_warmup_steps and trainer.length_warmup_start > data.length:
         raise ConfigError(
             f"trainer.length_warmup_start={trainer.length_warmup_start} is more than data.length={data.length}: "

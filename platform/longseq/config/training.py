@@ -101,6 +101,21 @@ class TrainerConfig:
     noise_every: int = key(
         0, "steps between measurements of the gradient noise scale, two half gradients more each; 0: never", at_least=0
     )
+    loggers: list[str] = key(
+        ["tensorboard"],
+        "where curves go: tensorboard, where they go in any case; wandb and mlflow, in a thread of their own",
+    )
+    prometheus: str | None = key(
+        None,
+        "a folder that node_exporter's textfile collector reads, e.g. /var/lib/node_exporter: there one process of "
+        "each node keeps a file with step, loss, speed, seconds since the last step and memory",
+    )
+    profile_steps: list[int] = key(
+        [],
+        "the first and the last step of which PyTorch's profiler keeps a trace in profiles/, on GPUs with a snapshot "
+        "of the memory; empty: none",
+    )
+    profile_ranks: list[int] = key([0], "the processes that profile_steps is about")
     peak_tflops: float | None = key(
         None, "of one device, what MFU is a share of; default: that of a matrix product at the start", at_least=1e-6
     )

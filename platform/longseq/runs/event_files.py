@@ -5,6 +5,7 @@ A record is the length of its event in 8 bytes, their checksum in 4, the event, 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,21 +51,45 @@ def _is_hidden(event: Event | None, first_hidden: int) -> bool:
     return event is not None and event.step >= first_hidden
 
 
+def events_from(path: Path, begin: int, largest: int) -> Iterator[tuple[int, Event | None]]:
+    """Events from a byte on, each with the byte behind it; None in place of one of more than ``largest`` bytes, which
+    is not read. A record that is cut, as the one that is just being written, is left for the next look."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        file.seek(begin)
+        while (length := _length(file.read(12))) is not None and begin + length + 16 <= size:
+            begin += length + 16
+            if length > largest:
+                file.seek(begin)
+            yield begin, None if length > largest else _event(file.read(length + 4), length)
+
+
 def _records(path: Path) -> Iterator[tuple[bytes, Event | None]]:
     """Each record as its bytes, with its event. From one that is cut or damaged on, all is one, without an event."""
-    from google.protobuf.message import DecodeError
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
-
     with path.open("rb") as file:
         while head := file.read(12):
-            body, event = b"", None
-            if len(head) == 12 and masked_crc32c(head[:8]) == int.from_bytes(head[8:], "little"):
-                length = int.from_bytes(head[:8], "little")
-                body = file.read(length + 4)
-                if len(body) == length + 4:
-                    try:
-                        event = Event.FromString(body[:-4])
-                    except DecodeError:
-                        event = None
+            length = _length(head)
+            body = file.read(length + 4) if length is not None else b""
+            event = _event(body, length)
             yield (head + body, event) if event is not None else (head + body + file.read(), None)
+
+
+def _length(head: bytes) -> int | None:
+    """Of the event behind the 12 bytes before it; None where they are cut or damaged."""
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+
+    if len(head) == 12 and masked_crc32c(head[:8]) == int.from_bytes(head[8:], "little"):
+        return int.from_bytes(head[:8], "little")
+    return None
+
+
+def _event(body: bytes, length: int | None) -> Event | None:
+    from google.protobuf.message import DecodeError
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    if length is None or len(body) != length + 4:
+        return None
+    try:
+        return Event.FromString(body[:-4])
+    except DecodeError:
+        return None

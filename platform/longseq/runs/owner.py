@@ -11,6 +11,7 @@ import getpass
 import json
 import os
 import platform
+import socket
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,6 +49,11 @@ class Process:
 
     def __str__(self) -> str:
         return f"process {self.pid} of {self.user} on {self.host}"
+
+
+def node_name() -> str:
+    """This machine, as SLURM calls it where it is one of its nodes."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def words_of(process: Process) -> str:

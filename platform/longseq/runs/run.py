@@ -67,6 +67,10 @@ class Run:
         return self.path / "tensorboard"
 
     @property
+    def profiles_dir(self) -> Path:
+        return self.path / "profiles"
+
+    @property
     def logs_dir(self) -> Path:
         return self.path / "logs"
 

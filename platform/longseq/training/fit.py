@@ -37,13 +37,16 @@ from longseq.training.callbacks.length_warmup import LengthWarmup
 from longseq.training.callbacks.loss_scale import LossScale
 from longseq.training.callbacks.memory import Memory
 from longseq.training.callbacks.patience import Patience
+from longseq.training.callbacks.profile import Profile
 from longseq.training.callbacks.progress import Progress
+from longseq.training.callbacks.prometheus import Prometheus
 from longseq.training.callbacks.samples import Samples
 from longseq.training.callbacks.stopping import Settled, StopFlag, StopRequested
 from longseq.training.callbacks.stragglers import Stragglers
 from longseq.training.callbacks.times import Clock, Times
 from longseq.training.callbacks.utilisation import Utilisation
 from longseq.training.environment import start_facts
+from longseq.training.loggers import check_loggers, further_loggers
 from longseq.training.strategy import GivenPlaces, build_strategy
 from longseq.training.task import LanguageModelling
 from longseq.training.tensorboard import RunLogger
@@ -165,19 +168,21 @@ def build_trainer(
         num_sanity_val_steps=0,
         inference_mode=False,  # ZeRO-3 gathers weights during validation
         use_distributed_sampler=False,
-        logger=RunLogger(run, start),
+        logger=[RunLogger(run, start), *further_loggers(run, config)],
         callbacks=[
             gradient_norm,
             BadSteps(run, config, gradient_norm, checkpointing.finish_writing),
             curves,
             Progress(run, config, curves),
             *watching(config, curves),
+            *([Prometheus(run, config, curves)] if settings.prometheus else []),
             *([LengthWarmup(config, start)] if settings.length_warmup_steps else []),
             *([WeightAverage(config, checkpoint)] if settings.ema_decay else []),
             *([Patience(run, config)] if config.finetune.table and config.finetune.patience else []),
             checkpointing,
             *([Stragglers(config, curves, clock, vitals)] if settings.slow_factor else []),
             Times(curves, clock),
+            *([Profile(run, config, curves)] if settings.profile_steps else []),
         ],
         profiler=clock,
         enable_checkpointing=False,
@@ -209,6 +214,7 @@ def check_machine(config: Config) -> None:
         ConfigError: naming the key to change.
     """
     check_devices(config)
+    check_loggers(config)
     settings = config.trainer
     if settings.compile and (reason := missing_compiler("cuda" if on_cuda(config) else "cpu")):
         raise ConfigError(f"trainer.compile=true, but {reason}: install it, or set trainer.compile=false.")

@@ -80,7 +80,8 @@ def writer(trainer: pl.Trainer) -> Any:
 def log_scalars(trainer: pl.Trainer, prefix: str, values: Mapping[str, float], step: int) -> None:
     """One point in each of the curves ``prefix/name``, flushed."""
     assert trainer.logger is not None
-    trainer.logger.log_metrics({f"{prefix}/{name}": value for name, value in values.items()}, step)
+    for logger in trainer.loggers:
+        logger.log_metrics({f"{prefix}/{name}": value for name, value in values.items()}, step)
     flush(trainer)
 
 

@@ -14,7 +14,7 @@ from longseq.errors import LongseqError
 
 # Id, state, reason, time left, nodes, start, user, own id, script.
 _FIELDS = ("%i", "%T", "%r", "%L", "%N", "%S", "%u", "%A", "%o")
-_ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 _CONFIRM_SECONDS = 10.0
 _AT_ONCE = 1000  # ids in one command line
 
@@ -40,7 +40,7 @@ class Queued:
     @property
     def alive(self) -> bool:
         """Whether it waits, runs, or is about to."""
-        return self.state not in _ENDED
+        return self.state not in ENDED
 
     def __str__(self) -> str:
         what = f"job {self.job} ({self.state})"

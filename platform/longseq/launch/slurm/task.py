@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import socket
 import sys
 import time
 import traceback
@@ -26,6 +25,7 @@ from longseq.launch.slurm.place import Limits, Place
 from longseq.runs import starts
 from longseq.runs.checkpoint import Checkpoint, go_back_to, remove_partials
 from longseq.runs.code import changed_packages
+from longseq.runs.owner import node_name
 from longseq.runs.run import Run
 from longseq.training.callbacks.stopping import StopFlag
 from longseq.training.signs import PEER_LOST
@@ -190,8 +190,7 @@ def _redirect(run: Run, rank: int) -> None:
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     os.close(descriptor)
-    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    print(f"longseq: start {run.start}, rank {rank} on {node}", flush=True)
+    print(f"longseq: start {run.start}, rank {rank} on {node_name()}", flush=True)
 
 
 def _environment(place: Place) -> None:

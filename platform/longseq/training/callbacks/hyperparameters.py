@@ -27,6 +27,7 @@ _ASIDE = (
         "trainer.probe_every",
     ),
     *("trainer.sample_tokens", "trainer.histogram_every", "trainer.noise_every", "trainer.peak_tflops"),
+    *("trainer.loggers", "trainer.prometheus", "trainer.profile_steps", "trainer.profile_ranks"),
     *("trainer.time_limit", "trainer.offload_path", "finetune.table", "finetune.feature_seed"),
 )
 # TensorBoard shows five columns until it is told more: these.

@@ -35,9 +35,15 @@ class Memory(pl.Callback):
 
 def memory_used(device: torch.device) -> int:
     """Bytes: allocated on the GPU at the most since this was last asked, or resident in this process."""
+    used = memory_so_far(device)
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        return peak
+    return used
+
+
+def memory_so_far(device: torch.device) -> int:
+    """The same, without beginning anew."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import statistics
 import sys
 from collections.abc import Sequence
@@ -13,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from longseq.config.schema import Config
+from longseq.runs.owner import node_name
 from longseq.training.callbacks.curves import Curves
 from longseq.training.callbacks.steps import ends_step
 from longseq.training.callbacks.times import Clock
@@ -65,8 +64,7 @@ class Stragglers(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         self.control = ControlGroup()
-        node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-        self.names = self.control.gather(f"{node}: rank {trainer.global_rank} ({task.device})")
+        self.names = self.control.gather(f"{node_name()}: rank {trainer.global_rank} ({task.device})")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
