@@ -212,11 +212,12 @@ class FavorAttention(nn.Module):
             return *(self._heads(qkv, *table) if self.conv is None else (qkv,)), *columns
 
         if self.conv is None:
-            *qkv, *gate = pointwise(project, tile, (x, *tables), learned + normed)
+            q, k, v, *gate = pointwise(project, tile, (x, *tables), learned + normed)
         else:
-            mixed, *gate = pointwise(project, tile, (x,), learned)
-            qkv = pointwise(self._heads, tile, (self.conv(mixed, padding, segments, self.context), *tables), normed)
-        return *qkv, *(gate[..., 0] for gate in gate)
+            qkv, *gate = pointwise(project, tile, (x,), learned)
+            mixed = self.conv(qkv, padding, segments, self.context)
+            q, k, v = pointwise(self._heads, tile, (mixed, *tables), normed)
+        return q, k, v, *(column[..., 0] for column in gate)
 
     def merge(self, mixed: Tensor) -> Tensor:
         """The heads' results (B, H, L, D) to (B, L, E), by the output's map."""
