@@ -34,7 +34,7 @@ from longseq.attention.parts import combine
 from longseq.attention.scan import Rows
 from longseq.attention.state import AttentionState, widened
 
-# S (N, m, e + 1) and c (N, 1, 1), unless features = 0; with a window the last w k and v, and log f (N, w, 1) with a gate
+# S (N, m, e + 1) and c (N, 1, 1), unless features = 0; with a window the last w k and v, and with gates their log f
 State = tuple[Tensor, ...]
 
 

@@ -6,8 +6,9 @@ With f_l in (0, 1] of each token and head, the weight of key j for a later query
 
 and that of a key behind the query by e^{G_j − G_i}; a decay γ is log f_l = −γ. Every operation reads G in float64 and
 takes differences from a place nearby, so that they are right in fp32 wherever in a long row. The gradient needs no
-products of its own: a factor on all weights of a query changes nothing but its log-denominator, so with B_j the gradient
-of key j's log-weight, φ(k_j)ᵀdφ(k_j) of features, dG_i = dlse_i − B_i in a causal scan; autograd sums dG to that of log f.
+products of its own: a factor on all weights of a query changes nothing but its log-denominator. So with B_j the
+gradient of key j's log-weight, φ(k_j)ᵀdφ(k_j) of features, dG_i = dlse_i − B_i in a causal scan, and autograd sums dG
+to that of log f.
 """
 
 from __future__ import annotations

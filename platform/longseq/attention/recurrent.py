@@ -8,8 +8,8 @@ ones as the sums of the scan (:mod:`longseq.attention.scan`). With position t, S
     s_j = q_tᵀk_j/√d − γ(t − j),   t − w < j ≤ t        scores of the recent keys
     ñ   = Σ_j e^{s_j} ṽ_j + e^{c + share} Sᵀφ(q_t)      out = ñ[:e] / ñ[e]
 
-every exponential relative to the largest. A forget gate takes the place of −γ: each step its own position's log f. Exact attention is the same step with a window that never ends: there the
-state is a key-value cache, and grows.
+every exponential relative to the largest. A forget gate takes the place of −γ: each step its own position's log f.
+Exact attention is the same step with a window that never ends: there the state is a key-value cache, and grows.
 
 Sums, scores and state are fp32 whatever the inputs' dtype (float64 for float64 inputs), as in
 :func:`longseq.attention.favor_attention`. No gradients flow through any of it.

@@ -76,7 +76,7 @@ class Gradients:
     q: Tensor
     k: Tensor
     v: Tensor
-    decay: Tensor | None = None  # (N, 1, 1) float64, the way of a scan's ``later`` ends behind the last key; or a gate's
+    decay: Tensor | None = None  # (N, 1, 1) float64, a scan's ``later`` ending behind the last key; or the gate's
     initial: Tensor | None = None  # a scan's, with respect to the sums of the initial state, (N, m, e + 1)
 
 

@@ -5,8 +5,8 @@ For a block of queries and the keys within reach of any of them, s_ij = q_iᵀk_
     p_ij = exp(s_ij − lse_i),   lse_i = log Σ_j exp(s_ij),   out_i = Σ_j p_ij v_j
     ds_ij = p_ij (dout_iᵀv_j − dout_iᵀout_i + dlse_i)
 
-With a forget gate G_i − G_j (:mod:`longseq.attention.gates`) is in the place of −γ|i − j|, or −|G_i − G_j| on both sides,
-and dG_i = Σ_j ±ds_ij − Σ_j ±ds_ji with the sign of i − j.
+With a forget gate −|G_i − G_j| is in the place of −γ|i − j| (:mod:`longseq.attention.gates`), and dG_i = Σ_j ±ds_ij −
+Σ_j ±ds_ji with the sign of i − j.
 
 Scores exist for one block at a time and are computed again in the backward pass (Dao et al. 2022, arXiv 2205.14135).
 """

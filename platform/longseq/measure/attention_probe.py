@@ -42,7 +42,8 @@ def probe(model: PerformerLM, batch: dict[str, Tensor]) -> list[LayerProbe]:
     def look(
         attention: FavorAttention, q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, gate: Tensor | None
     ) -> None:
-        error = _error(FavorAttention.mix(attention, q, k, v, None, segments, gate), _exact(attention, q, k, v, segments, gate))
+        own = FavorAttention.mix(attention, q, k, v, None, segments, gate)
+        error = _error(own, _exact(attention, q, k, v, segments, gate))
         shown = slice(0, MAP_LENGTH)
         q, k = q[:, :, shown], k[:, :, shown]
         segments = None if segments is None else segments[:, shown]

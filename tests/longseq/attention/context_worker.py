@@ -142,7 +142,7 @@ def attend(case: dict, context: ContextGroup | None, backend: str) -> list[Tenso
         segments = mine(segments, 1, -1)
     q, k, v, dout, gate = (mine(x, 2).contiguous().requires_grad_() for x in (q, k, v, dout, gate))
     gates = [gate] if case.get("gates") else []
-    options |= {"gate": gate for gate in gates}
+    options["gate"] = gate if gates else None
     hidden = {"key_padding": padding, "segments": segments}
     if case.get("exact"):
         out = exact_attention(q, k, v, **options, **hidden, context=context)
@@ -153,9 +153,9 @@ def attend(case: dict, context: ContextGroup | None, backend: str) -> list[Tenso
     grads = torch.autograd.grad((out * dout.detach()).sum(), [q, k, v, *gates, *learned], allow_unused=True)
     if context is None:
         return [out.detach(), *(x for x in grads if x is not None)]
-    sliced = 3 + len(gates)
-    slices = [context.gather_rows(x) for x in (out.detach(), *grads[:sliced])]
-    shares = [context.gather_rows(x).sum(0) for x in grads[sliced:] if x is not None]
+    of_slices = 3 + len(gates)
+    slices = [context.gather_rows(x) for x in (out.detach(), *grads[:of_slices])]
+    shares = [context.gather_rows(x).sum(0) for x in grads[of_slices:] if x is not None]
     return [torch.cat(list(x), dim=2)[:, :, :length] for x in slices] + shares
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.longseq.attention import cases
 from torch import Tensor
 
 from longseq.attention import FavorAttention, exact_attention, favor_attention
@@ -15,8 +16,6 @@ from longseq.attention.feature_maps import feature_map
 from longseq.attention.recurrent import decode, prefill, prefill_exact
 from longseq.attention.reference import quadratic_attention
 from longseq.attention.scan import Rows
-from tests.longseq.attention import cases
-
 
 LENGTH = 150
 RATES = torch.tensor([0.01, 0.1, 0.5])

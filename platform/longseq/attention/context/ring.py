@@ -13,9 +13,10 @@ and backward, the slices coming by once more,
     p_ij = e^{s_ij − lse_i},   ds_ij = p_ij (dout_iᵀv_j − dout_iᵀout_i)
     dq_i = Σ_j ds_ij k_j/√d,   dk_j = Σ_i ds_ij q_i/√d,   dv_j = Σ_i p_ij dout_i
 
-and with forget gates, whose sums G all ranks know of all positions (:mod:`longseq.attention.gates`), −|G_i − G_j| in the
-place of −γ|i − j| and dG_i = Σ_j ±ds_ij − Σ_j ±ds_ji. What a rank finds for another's keys goes home at once. A rank holds two foreign slices at most, and scores of a
-block of queries by one slice. A step sends n · (d + e) numbers per head forward, and twice as many backward. Causal
+and with forget gates, whose sums G all ranks know of all positions (:mod:`longseq.attention.gates`), −|G_i − G_j| in
+the place of −γ|i − j| and dG_i = Σ_j ±ds_ij − Σ_j ±ds_ji. What a rank finds for another's keys goes home at once. It
+holds two foreign slices at most, and scores of a block of queries by one slice. A step sends n · (d + e) numbers per
+head forward, and twice as many backward. Causal
 queries see no later slice, so rank r computes r + 1 of them: the last rank, with all, sets the time.
 """
 
@@ -194,5 +195,6 @@ class _Ring(torch.autograd.Function):
         if d_gate is not None:
             d_gate += of_keys[..., 0]
             context = slices.context
-            d_gate[..., -1] += context.gather_rows(d_gate.sum(-1))[context.rank + 1 :].sum(0)  # later slices count on it
+            later = context.gather_rows(d_gate.sum(-1))[context.rank + 1 :]  # slices that count on from this one's end
+            d_gate[..., -1] += later.sum(0)
         return dq.mul_(scale).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_decay, d_gate, None
