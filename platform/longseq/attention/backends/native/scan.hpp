@@ -167,8 +167,8 @@ inline void Scan::forward(const Row& in, int64_t n, const States* initial, float
     // the last chunk was counted as a whole one
     const int64_t counted = chunks(shape.length) * CHUNK;
     if (log_scale)
-        *log_scale = 0.69314718f * (*state.c + (in.gate ? in.fade(counted - shape.delay, shape.length - shape.delay)
-                                                        : in.decay * static_cast<float>(counted - shape.length)));
+        *log_scale = 0.69314718f * (in.gate ? *state.c + in.fade(counted - shape.delay, shape.length - shape.delay)
+                                            : *state.c + in.decay * static_cast<float>(counted - shape.length));
 }
 
 // Writes dq, dk, dv, and d_initial unless it is null, and adds to d_decay unless it is null; dlse and later may be null.
