@@ -20,10 +20,12 @@ MODERN = {
 
 @torch.no_grad()
 def mix(model: PerformerLM) -> PerformerLM:
-    """Taps that all count, and shares of the first layer's values between 0 and 1."""
+    """Taps that all count, gates that read their token, and shares of the first layer's values between 0 and 1."""
     for block in model.blocks:
         if block.attention.conv is not None:
             nn.init.normal_(block.attention.conv.weight, std=0.5)
+        if block.attention.gate is not None:
+            nn.init.normal_(block.attention.gate.weight, std=0.5)
         if block.attention.value_mix is not None:
             nn.init.uniform_(block.attention.value_mix)
     return model

@@ -27,11 +27,14 @@ def test_a_performer_is_trained_from_the_export_of_a_zero_3_run(
     assert {name.removeprefix("model.") for name in exported} == whole.keys()
     assert all(torch.equal(exported[f"model.{name}"], tensor) for name, tensor in whole.items())
 
-    other = ("attention.kernel=relu", "attention.learned_decay=true", "trainer.devices=2", "trainer.zero_stage=3")
-    new = fit("transferred", "model.init_from=exported", *other, "optim.lr=0", "trainer.max_steps=2")
+    other = ("attention.kernel=relu", "trainer.devices=2", "trainer.zero_stage=3", "optim.lr=0", "trainer.max_steps=2")
+    more = "attention.layers=[{learned_decay: true}, {forget_gate: true}]"
+    new = fit("transferred", "model.init_from=exported", more, *other)
     trained = load_file(checkpoint(new, 2) / "model.safetensors")
     assert all(torch.equal(trained[name], tensor) for name, tensor in whole.items())  # at a learning rate of 0
-    assert any(name.endswith("log_decay") for name in trained)
+    assert {name.rpartition("attention.")[2] for name in trained.keys() - whole.keys()} == {
+        "log_decay", "gate.weight", "gate.bias",
+    }  # fmt: skip
 
 
 def test_an_experiment_trains_scores_and_transfers(folder: Path) -> None:

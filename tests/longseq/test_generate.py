@@ -23,7 +23,7 @@ PROMPTS = ("MKVLAACDEF", "MKV", "WYXCCA")
 ATTENTION = {
     "window": ("attention.window=4", "attention.learned_share=true", "attention.learned_decay=true"),
     "features alone": ("attention.qk_norm=true",),
-    "exact and window": ("attention.layers=[exact, {window: 4}]",),
+    "exact and window": ("attention.layers=[exact, {window: 4}]", "attention.forget_gate=true"),
     "modern": ("model.block=modern", "attention.window=4"),
 }
 WAYS = {

@@ -58,6 +58,7 @@ def measured(config, vocabulary=29):
         (*SMALL, "attention.kernel=relu", "attention.backend=torch"),
         (*SMALL, "attention.kind=exact", "attention.learned_decay=true"),
         (*SMALL, "attention.layers=[favor, {kind: exact, learned_decay: true}]"),
+        (*SMALL, "attention.layers=[favor, exact]", "attention.forget_gate=true"),
         (*SMALL, "model.dropout=0.1"),
         (*SMALL, "model.norm_kind=rmsnorm"),
         (*SMALL, "model.ffn=swiglu"),

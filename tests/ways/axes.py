@@ -28,7 +28,7 @@ SETTINGS: dict[tuple[str, str], tuple[str, ...]] = {
     ("packing", "bucket"): ("data.packing=bucket",),
     ("objective", "causal"): ("model.objective=causal",),
     ("objective", "masked"): ("model.objective=masked",),
-    ("attention", "layers"): ("attention.layers=[{window: 4}, exact]",),
+    ("attention", "layers"): ("attention.layers=[{window: 4}, exact]", "attention.forget_gate=true"),
     ("attention", "exact"): ("attention.kind=exact",),
     ("attention", "modern"): ("model.block=modern",),
     ("reset", "reset"): ("data.reset=true",),

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longseq.attention import gates
 from longseq.attention.arguments import dtypes, floating, whole
 from longseq.attention.feature_maps import feature_map
 from longseq.attention.options import AttentionOptions
@@ -23,6 +24,7 @@ class Call:
     Attributes:
         seed, layer, draw: what the projections are a function of; ``draw`` may be a tensor while a program is traced.
         far_share, decay: (heads,) or None, as of :func:`longseq.attention.favor_attention`.
+        gate: (batch, heads, length) or None, likewise.
     """
 
     options: AttentionOptions
@@ -33,6 +35,7 @@ class Call:
     oprf_a: float = 0.0
     far_share: Tensor | None = None
     decay: Tensor | None = None
+    gate: Tensor | None = None
 
     @classmethod
     def of(cls, **asked: Any) -> Call:
@@ -50,7 +53,7 @@ class Call:
         cu_seqlens: Tensor | None = None,
     ) -> Tensor | None:
         """Refuse what does not fit together; the documents as segments, however they were given."""
-        far_share, decay = self.far_share, self.decay
+        far_share, decay, gate = self.far_share, self.decay, self.gate
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         if not (q.ndim == k.ndim == v.ndim == 4):
             raise ValueError(f"q, k and v must be (batch, heads, length, dim), got {shapes}")
@@ -58,9 +61,11 @@ class Call:
             raise ValueError(f"batch, heads, key length or head_dim differ: {shapes}")
         if not q.shape[-1]:
             raise ValueError(f"q and k need a head_dim of at least 1: {shapes}")
-        floating(q=q, k=k, v=v, far_share=far_share, decay=decay)
+        floating(q=q, k=k, v=v, far_share=far_share, decay=decay, gate=gate)
         documents = "segments" if segments is not None else "cu_seqlens" if cu_seqlens is not None else ""
-        decays = "" if decay is None else "decay"
+        decays = "decay" if decay is not None else "gate" if gate is not None else ""
+        if decay is not None and gate is not None:
+            raise ValueError("give decay or gate, not both: a decay is a gate of -decay at every position")
         self.options.check(causal=self.causal, documents=documents, decays=decays, oprf_a=self.oprf_a)
         if far_share is not None and not self.options.window:
             raise ValueError("far_share weighs the keys beyond a window: it needs window=1 or more, or to be None")
@@ -75,6 +80,8 @@ class Call:
         for name, value in (("far_share", far_share), ("decay", decay)):
             if value is not None and value.shape != (heads,):
                 raise ValueError(f"{name} must have one number a head, shape {(heads,)}; got {tuple(value.shape)}")
+        if gate is not None and gate.shape != (batch, heads, length):
+            raise ValueError(f"gate must be of shape {(batch, heads, length)}; got {tuple(gate.shape)}")
         if cu_seqlens is not None:
             if segments is not None:
                 raise ValueError("give segments or cu_seqlens, not both")
@@ -99,8 +106,10 @@ class Call:
             )  # fmt: skip
         hidden = None if key_padding is None else ~key_padding.repeat_interleave(heads, dim=0)
         numbers = None if segments is None else document_numbers(segments).repeat_interleave(heads, dim=0)
+        sums = None if self.gate is None else gates.running(self.gate.flatten(0, 1))
         q, k, v = (t.flatten(0, 1).to(operands) for t in (q, k, v))
-        return Rows(q, k, v, per_row(self.decay, batch, dtype), hidden, numbers, phi, options.window)
+        reach = options.window if options.kind == "favor" else k.shape[1]
+        return Rows(q, k, v, per_row(self.decay, batch, dtype), hidden, numbers, phi, reach, sums)
 
 
 def per_row(per_head: Tensor | None, batch: int, dtype: torch.dtype) -> Tensor | None:

@@ -9,7 +9,7 @@ which are disjoint, so :func:`longseq.attention.parts.combine` adds them up. The
 :mod:`longseq.attention.scan`. Behind the tile its keys have entered, S ← e^{c−γT−c'} S + Σ_j e^{b_j−c'} φ(k_j) ṽ_jᵀ.
 Backward it begins with the gradient R of that S. Log-scales carry no gradient: S e^c does not depend on what c is.
 
-A state is seen from the first key of the next tile's scan.
+A state is seen from the first key of the next tile's scan; with forget gates from the last key that is in it.
 
 However long the sequence, a tile's keys are summed up by themselves. ``wide`` also adds these sums to those of earlier
 tiles in float64: a key of millions has no more than the rounding of its tile's fp32 sum.
@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longseq.attention import gates
 from longseq.attention.arguments import dtypes
 from longseq.attention.backends.choice import choose
 from longseq.attention.call import Call, per_row
@@ -33,7 +34,8 @@ from longseq.attention.parts import combine
 from longseq.attention.scan import Rows
 from longseq.attention.state import AttentionState, widened
 
-State = tuple[Tensor, ...]  # S (N, m, e + 1) and c (N, 1, 1), unless features = 0; with a window the last w k and v
+# S (N, m, e + 1) and c (N, 1, 1), unless features = 0; with a window the last w k and v, and with gates their log f
+State = tuple[Tensor, ...]
 
 
 def carried_attention(
@@ -60,14 +62,20 @@ def carried_attention(
             f"kernel {options.kernel!r} has features of both signs and cannot share a denominator with a state"
         )
     with torch.autocast(q.device.type, enabled=False):
-        tile, halo, window = call.rows(q, k, v), 0, options.window
+        tile, halo, window, gate = call.rows(q, k, v), 0, options.window, None
+        if call.gate is not None:
+            gate = call.gate.flatten(0, 1)[..., None]
         share = per_row(call.far_share, batch, dtypes(q, k, v)[1])
         if window and state:
-            halo = state[-1].shape[1]
+            recent = state[2 * bool(tile.phi) :]
+            halo = recent[0].shape[1]
             if halo < window:
                 raise ValueError(f"a tile of {halo} positions is shorter than window={window}: only the last may be")
-            keys, values = torch.cat((state[-2], tile.k), dim=1), torch.cat((state[-1], tile.v), dim=1)
+            keys, values = torch.cat((recent[0], tile.k), dim=1), torch.cat((recent[1], tile.v), dim=1)
             tile = replace(tile, q=F.pad(tile.q, (0, 0, halo, 0)), k=keys, v=values)  # a scan has a query for every key
+            if gate is not None:
+                gate = torch.cat((recent[2], gate), dim=1)
+                tile = replace(tile, gate=gates.running(gate[..., 0]))
         behind: State = ()
         length, again = tile.k.shape[1], False
 
@@ -93,15 +101,18 @@ def carried_attention(
         inputs = (*tile.qkv, *([state[0]] if tile.phi and state else []))
         out = isolated(attend, inputs, None, Sight(lambda: None, True, 0 if tile.phi else window))[:, halo:]
         if window:
-            behind = (*behind, *(x[:, -window:].clone() for x in (tile.k, tile.v)))  # a view would keep all of the tile
+            kept = (tile.k, tile.v) if gate is None else (tile.k, tile.v, gate)
+            behind = (*behind, *(x[:, -window:].clone() for x in kept))  # a view would keep all of the tile
     return lay_out(out, batch, heads, v.dtype), behind
 
 
 def _wide_scan(rows: Rows, before: AttentionState | None, backend: str) -> tuple[Tensor, Tensor, AttentionState]:
     """As :func:`longseq.attention.operations.carried_scan`, with states in float64 and without gradients."""
     entering = max(0, rows.k.shape[1] - rows.delay)
-    behind = choose(backend, rows.phi, rows.qkv).state(rows.at(slice(0, entering))).double()
+    engine = choose(backend, rows.phi, rows.qkv, rows.gate is not None)
+    behind = engine.state(rows.at(slice(0, entering))).double()
     out, lse = scan(rows, backend, None if before is None else before.to(widened(rows.v).dtype))
     if before is not None:
-        behind = behind.merge(before if rows.decay is None else before.faded(-rows.decay.double() * entering))
+        fade = rows.fade(0, entering) if rows.decay is None else -rows.decay.double() * entering
+        behind = behind.merge(before.faded(fade))
     return out, lse, behind

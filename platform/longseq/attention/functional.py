@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longseq.attention import near_and_far
+from longseq.attention import gates, near_and_far
 from longseq.attention.arguments import dtypes
 from longseq.attention.backends import choice as backends
 from longseq.attention.call import Call, document_numbers, per_row
@@ -39,6 +39,7 @@ def favor_attention(
     cu_seqlens: Tensor | None = None,
     far_share: Tensor | None = None,
     decay: Tensor | None = None,
+    gate: Tensor | None = None,
     seed: int = 0,
     layer: int = 0,
     draw: int = 0,
@@ -75,6 +76,9 @@ def favor_attention(
             less. May require a gradient.
         decay: (heads,) γ ≥ 0: every weight is multiplied by exp(−γ·distance), as a bias of −γ·distance on the
             logits would do (ALiBi, Press et al. 2021, arXiv 2108.12409). May require a gradient.
+        gate: (batch, heads, length) log f ≤ 0, in the place of a decay: the weight of key j for query i is multiplied
+            by Π f over the positions j + 1 … i between the two, or i + 1 … j for a later key (Lin et al. 2025, arXiv
+            2503.02130). Counted as −100 and more. May require a gradient.
         seed, layer, draw: the projection matrix is a function of these three numbers.
         projection: "orthogonal" (blocks of orthogonal rows) or "iid".
         oprf_a: the constant A ≤ 0 of kernel "oprf" (see :func:`longseq.attention.oprf.oprf_parameter`).
@@ -93,7 +97,7 @@ def favor_attention(
             other.
     """
     options = AttentionOptions(kernel=kernel, features=features, window=window, projection=projection, backend=backend)
-    call = Call(options, causal, seed, layer, draw, oprf_a, far_share, decay)
+    call = Call(options, causal, seed, layer, draw, oprf_a, far_share, decay, gate)
     return attention(q, k, v, call, key_padding, segments, cu_seqlens, context)
 
 
@@ -111,7 +115,7 @@ def attention(
     documents = segments if isinstance(segments, SlicedDocuments) else None
     given = segments.segments if isinstance(segments, SlicedDocuments) else segments
     segments = call.checked(q, k, v, key_padding, given, cu_seqlens)
-    if call.options.kind == "exact":
+    if call.options.kind == "exact" and (call.gate is None or context is not None):
         return isolated(
             lambda inputs: _exact(inputs, call, key_padding, segments, context),
             (q, k, v),
@@ -122,8 +126,8 @@ def attention(
     with torch.autocast(q.device.type, enabled=False):
         rows = call.rows(q, k, v, key_padding, segments)
         if not (q.shape[:3].numel() and k.shape[2] and v.shape[3]):
-            backends.choose(backend, rows.phi, rows.qkv)
-            return _nothing(q, k, v, call.far_share, call.decay)
+            backends.choose(backend, rows.phi, rows.qkv, rows.gate is not None)
+            return _nothing(q, k, v, call.far_share, call.decay, call.gate)
         if causal and context is None and near_and_far.takes(backend, rows):
             return near_and_far.near_and_far(rows, call.far_share, batch, v.dtype)
         if context is not None and segments is not None and documents is None:
@@ -133,7 +137,7 @@ def attention(
         def attend(inputs: Inputs) -> Tensor:
             q, k, v = inputs
             here = replace(rows, q=q, k=k, v=v)
-            if rows.phi and not (causal or rows.delay) and rows.runs is None and rows.decay is None:
+            if rows.phi and not (causal or rows.delay) and rows.runs is None and rows.fading is None:
                 return bidirectional_attention(here, backend) if context is None else whole(backend, here, context)
             if context is not None:
                 return _by_slices(backend, here, causal, share, context, documents)
@@ -172,7 +176,8 @@ def _by_slices(
     documents: SlicedDocuments | None,
 ) -> Tensor:  # fmt: skip
     """The same for slices: near keys of the neighbours, too, and far ones as states of other ranks."""
-    engine, length = backends.choose(backend, rows.phi, rows.qkv), rows.q.shape[1] * context.size
+    engine = backends.choose(backend, rows.phi, rows.qkv, rows.gate is not None)
+    length = rows.q.shape[1] * context.size
     window = min(rows.delay, length)
     right = 0 if causal else max(1, window)  # a query's own position is the first scan's
     around = neighbourhood(context, rows, documents, window, right)
@@ -201,13 +206,15 @@ def exact_attention(
     key_padding: Tensor | None = None,
     segments: Tensor | SlicedDocuments | None = None,
     decay: Tensor | None = None,
+    gate: Tensor | None = None,
     context: ContextGroup | None = None,
 ) -> Tensor:
     """Softmax attention by ``F.scaled_dot_product_attention``: arguments and result as of :func:`favor_attention`.
 
-    With a ``context`` slices of keys and values go from rank to rank: :mod:`longseq.attention.context.ring`.
+    With a ``gate`` it is a window as long as the row, whose scores exist for one block at a time. With a ``context``
+    slices of keys and values go from rank to rank: :mod:`longseq.attention.context.ring`.
     """
-    call = Call(AttentionOptions(kind="exact"), causal, decay=decay)
+    call = Call(AttentionOptions(kind="exact"), causal, decay=decay, gate=gate)
     return attention(q, k, v, call, key_padding, segments, context=context)
 
 
@@ -249,10 +256,15 @@ def _exact_by_slices(
     runs = _whole_runs(segments, 1, context)
     if runs is not None:
         runs = runs.unflatten(1, (context.size, length)).transpose(0, 1)
-    slices = Slices(context, call.causal, hidden if bool(hidden.any()) else None, runs)
+    own = everyones = None
+    if call.gate is not None:
+        own = gates.running(call.gate.flatten(0, 1))[:, 1:].view(call.gate.shape)
+        everyones = context.gather_rows(own.detach())  # (P, B, H, n)
+        everyones = everyones + F.pad(everyones[:-1, ..., -1:].cumsum(0), (0, 0, 0, 0, 0, 0, 1, 0))
+    slices = Slices(context, call.causal, hidden if bool(hidden.any()) else None, runs, everyones)
     with torch.autocast(q.device.type, enabled=False):
         operands, _ = dtypes(q, k, v)
-        out = ring_attention(q.to(operands), k.to(operands), v.to(operands), slices, call.decay)
+        out = ring_attention(q.to(operands), k.to(operands), v.to(operands), slices, call.decay, own)
     return out.to(v.dtype)
 
 

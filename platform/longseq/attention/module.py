@@ -19,6 +19,7 @@ from longseq.attention.carried import State, carried_attention
 from longseq.attention.context.group import ContextGroup, SlicedDocuments
 from longseq.attention.convolution import ShortConvolution
 from longseq.attention.functional import attention
+from longseq.attention.gates import ForgetGate, log_rates
 from longseq.attention.heads import split_heads
 from longseq.attention.narrow import Linear
 from longseq.attention.operators import is_traced
@@ -55,7 +56,9 @@ class FavorAttention(nn.Module):
             ``F.scaled_dot_product_attention``), ``kernel``, ``features``, ``window``, ``projection``, ``backend`` as of
             :func:`longseq.attention.favor_attention`, ``qk_norm`` (queries and keys of unit length and a learned
             temperature τ a head: qᵀk/√d becomes τ · cosine), ``learned_share`` (a learned factor a head on every weight
-            beyond the window) and ``learned_decay`` (a learned decay a head, e^{−γ·distance} on every weight).
+            beyond the window), ``learned_decay`` (a learned decay a head, e^{−γ·distance} on every weight) and
+            ``forget_gate`` (a factor f = sigmoid(w·x + b) of each token and head on all weights that pass it; at the
+            beginning w = 0, and f are the factors e^{−γ} of the learned decay's beginning).
 
     Raises:
         ValueError: for sizes that do not divide, and options that attention refuses.
@@ -94,9 +97,8 @@ class FavorAttention(nn.Module):
         self.log_temperature = nn.Parameter(torch.full((heads, 1, 1), math.log(2.0))) if options.qk_norm else None
         # Features estimate each far weight without bias but with noise: begin by trusting them little.
         self.log_share = nn.Parameter(torch.full((heads,), -3.0)) if options.learned_share and options.window else None
-        # ALiBi's slopes (Press et al. 2021, arXiv 2108.12409): half-lives from a few positions to hundreds.
-        slopes = -8 * math.log(2) * torch.arange(1, heads + 1) / heads
-        self.log_decay = nn.Parameter(slopes) if options.learned_decay else None
+        self.log_decay = nn.Parameter(log_rates(heads)) if options.learned_decay else None
+        self.gate = ForgetGate(dim, heads) if options.forget_gate else None
         if self._finds_a:
             self.register_buffer("oprf_constant", torch.tensor(_NOT_YET, dtype=torch.int64))
         self._oprf_a: float | None = None
@@ -139,11 +141,12 @@ class FavorAttention(nn.Module):
         if carried is not None:
             return self._carry(x if norm is None else norm(x), rotary, carried, wide, first)
         if not tile or x.shape[1] <= tile:
-            q, k, v = self.project(x if norm is None else norm(x), rotary, padding, segments)
+            x = x if norm is None else norm(x)
+            q, k, v, *gate = *self.project(x, rotary, padding, segments), *self._gates(x)
         else:
-            q, k, v = self._project_tiles(x, rotary, padding, segments, norm, tile)
+            q, k, v, *gate = self._project_tiles(x, rotary, padding, segments, norm, tile)
         v, first = self.with_first(v, first)
-        mixed = self.mix(q, k, v, padding, segments)
+        mixed = self.mix(q, k, v, padding, segments, *gate)
         if not tile or x.shape[1] <= tile:
             out = self.merge(mixed)
         else:
@@ -153,13 +156,13 @@ class FavorAttention(nn.Module):
     def _carry(
         self, x: Tensor, rotary: Tensor | None, carried: State, wide: bool, first: Tensor | None
     ) -> tuple[Any, ...]:
-        qkv, rest = self.qkv(x), carried
+        qkv, rest, gate = self.qkv(x), carried, self._gates(x)
         if self.conv is not None:
             qkv, before = self.conv.following(qkv, carried[-1] if carried else None)
             rest = carried[:-1]
         q, k, v = self._heads(qkv, rotary)
         v, first = self.with_first(v, first)
-        mixed, state = carried_attention(q, k, v, rest, self.call(), wide=wide)
+        mixed, state = carried_attention(q, k, v, rest, self.call(*gate), wide=wide)
         return self._results(self.merge(mixed), state if self.conv is None else (*state, before), first)
 
     @torch.no_grad()
@@ -197,17 +200,24 @@ class FavorAttention(nn.Module):
         tile: int,
     ) -> tuple[Tensor, ...]:
         """:meth:`project` a tile at a time, but for the convolution, which reads neighbours."""
-        learned = [*self.qkv.parameters(), *([] if norm is None else norm.parameters())]
+        parts = [self.qkv, *(part for part in (norm, self.gate) if part is not None)]
+        learned = [parameter for part in parts for parameter in part.parameters()]
         normed = [] if self.log_temperature is None else [self.log_temperature]
         tables = () if rotary is None else (rotary,)
 
         def project(x: Tensor, *table: Tensor) -> tuple[Tensor, ...]:
-            return self._heads(self.qkv(x if norm is None else norm(x)), *table)
+            x = x if norm is None else norm(x)
+            qkv = self.qkv(x)
+            columns = (gate[..., None] for gate in self._gates(x))  # positions are the last axis but one
+            return *(self._heads(qkv, *table) if self.conv is None else (qkv,)), *columns
 
         if self.conv is None:
-            return pointwise(project, tile, (x, *tables), learned + normed)
-        (qkv,) = pointwise(lambda x: (self.qkv(x if norm is None else norm(x)),), tile, (x,), learned)
-        return pointwise(self._heads, tile, (self.conv(qkv, padding, segments, self.context), *tables), normed)
+            q, k, v, *gate = pointwise(project, tile, (x, *tables), learned + normed)
+        else:
+            qkv, *gate = pointwise(project, tile, (x,), learned)
+            mixed = self.conv(qkv, padding, segments, self.context)
+            q, k, v = pointwise(self._heads, tile, (mixed, *tables), normed)
+        return q, k, v, *(column[..., 0] for column in gate)
 
     def merge(self, mixed: Tensor) -> Tensor:
         """The heads' results (B, H, L, D) to (B, L, E), by the output's map."""
@@ -234,7 +244,7 @@ class FavorAttention(nn.Module):
         qkv, before = self._following(self.qkv(x), None, padding)
         q, k, v = self._heads(qkv, rotary)
         v, first = self.with_first(v, first)
-        out, state = read(q, k, v, self.call(), padding)
+        out, state = read(q, k, v, self.call(*self._gates(x)), padding)
         return self._results(self.merge(out), replace(state, before=before), first)
 
     @torch.no_grad()
@@ -245,7 +255,7 @@ class FavorAttention(nn.Module):
         qkv, before = self._following(self.qkv(x), state.before, None)
         q, k, v = self._heads(qkv, rotary)
         v, first = self.with_first(v, first)
-        out, state = decode(q, k, v, state)
+        out, state = decode(q, k, v, state, *self._gates(x))
         return self._results(self.merge(out), replace(state, before=before), first)
 
     def _following(self, qkv: Tensor, before: Tensor | None, padding: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -265,6 +275,10 @@ class FavorAttention(nn.Module):
         qkv = self.qkv(x)
         return self._heads(qkv if self.conv is None else self.conv(qkv, padding, segments, self.context), rotary)
 
+    def _gates(self, x: Tensor) -> tuple[Tensor, ...]:
+        """log f (B, H, L) of x (B, L, E), if there are forget gates."""
+        return () if self.gate is None else (self.gate(x),)
+
     def _heads(self, qkv: Tensor, rotary: Tensor | None = None) -> tuple[Tensor, ...]:
         return split_heads(qkv, self.heads, rotary, self.log_temperature, self.options.backend)
 
@@ -282,19 +296,20 @@ class FavorAttention(nn.Module):
         v: Tensor,
         padding: Tensor | None,
         segments: Tensor | SlicedDocuments | None,
+        gate: Tensor | None = None,
     ) -> Tensor:
-        """Attention proper, (B, H, L, D) each."""
+        """Attention proper, (B, H, L, D) each; with forget gates log f (B, H, L)."""
         options, whole = self.options, k.shape[2] * (self.context.size if self.context else 1)
         if self.log_share is not None and self.training and (options.kind == "exact" or options.window >= whole):
             v = v + 0 * self.log_share.sum()  # nothing is far: a gradient of 0, as DDP waits for every parameter's
         if self._finds_a and self.training and self.oprf_a is None:
             self._calibrate(q, k, padding)
-        return attention(q, k, v, self.call(), padding, segments, context=self.context)
+        return attention(q, k, v, self.call(gate), padding, segments, context=self.context)
 
-    def call(self) -> Call:
-        """What this layer asks of attention at this moment."""
+    def call(self, gate: Tensor | None = None) -> Call:
+        """What this layer asks of attention at this moment, with forget gates of these positions."""
         draw, a = self._draw if is_traced() else self.draw, self.oprf_a or 0.0
-        return Call(self.options, self.causal, self.seed, self.layer, draw, a, self.log_share, self.decay)
+        return Call(self.options, self.causal, self.seed, self.layer, draw, a, self.log_share, self.decay, gate)
 
     @property
     def draw(self) -> int:
@@ -314,7 +329,8 @@ class FavorAttention(nn.Module):
     @property
     def carried_tensors(self) -> int:
         """How many tensors ``carried`` holds behind a tile."""
-        return 2 * self.options.has_features + 2 * (self.options.window > 0) + (self.conv is not None)
+        recent = (2 + self.options.forget_gate) * (self.options.window > 0)
+        return 2 * self.options.has_features + recent + (self.conv is not None)
 
     @property
     def _finds_a(self) -> bool:

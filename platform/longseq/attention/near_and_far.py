@@ -20,7 +20,7 @@ from longseq.attention.scan import Rows
 
 def takes(backend: str, rows: Rows) -> bool:
     """Whether :func:`near_and_far` computes this: both parts by Triton kernels, and no compiler reads along."""
-    if rows.phi is None or not 0 < rows.delay < rows.q.shape[1] or not fuses(rows.q, backend):
+    if rows.phi is None or rows.gate is not None or not 0 < rows.delay < rows.q.shape[1] or not fuses(rows.q, backend):
         return False
     return name_of(choose(backend, rows.phi, rows.qkv)) == "triton"
 

@@ -19,7 +19,8 @@ from longseq.attention.state import AttentionState
 
 Maybe = Tensor | None
 
-# What all operations are given: rows (N, L, ·), a feature map by its parts, or no kind, and a backend by name.
+# What all operations are given: rows (N, L, ·), a feature map by its parts, or no kind, and a backend by name. A decay
+# is (N, 1, 1), or a gate's sums (N, L + 1, 1).
 _ROWS = (
     "Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? hidden, Tensor? runs, "
     "str kind, Tensor? weight, Tensor? shift, float log_constant, str backend"
@@ -38,7 +39,7 @@ def scan(rows: Rows, backend: str = "torch", state: AttentionState | None = None
         key gets zeros and −1e30.
     """
     before = (None, None) if state is None else (state.sums, state.log_scale)
-    learns = _learns(rows.q, rows.k, rows.v, rows.decay, before[0])
+    learns = _learns(*rows.qkv, rows.fading, before[0])
     done = torch.ops.longseq.scan(*_given(rows, backend), rows.delay, False, learns, *before)
     return done[0], done[1]
 
@@ -52,7 +53,7 @@ def carried_scan(
     gradient goes through its sums. No key is hidden, and all are of one document.
     """
     before = (None, None) if state is None else (state.sums, state.log_scale)
-    learns = _learns(rows.q, rows.k, rows.v, rows.decay, before[0])
+    learns = _learns(*rows.qkv, rows.fading, before[0])
     done = torch.ops.longseq.scan(*_given(rows, backend), rows.delay, True, learns, *before)
     out, lse, behind, scale, _ = done
     return out, lse, AttentionState(behind, scale)
@@ -82,14 +83,15 @@ def bidirectional_attention(rows: Rows, backend: str = "torch") -> Tensor:
 
 def _given(rows: Rows, backend: str) -> tuple[Any, ...]:
     phi = _NO_MAP if rows.phi is None else rows.phi.parts()
-    return rows.q, rows.k, rows.v, rows.decay, rows.hidden, rows.runs, *phi, backend
+    return *rows.qkv, rows.fading, rows.hidden, rows.runs, *phi, backend
 
 
 def _taken(args: Sequence[Any]) -> tuple[Backend, Rows, Sequence[Any]]:
     """What :func:`_given` gave, and what came behind it."""
     q, k, v, decay, hidden, runs, kind, weight, shift, log_constant, backend = args[:_COUNT]
     phi = from_parts(kind, weight, shift, log_constant) if kind else None
-    return choose(backend, phi, (q, k, v)), Rows(q, k, v, decay, hidden, runs, phi), args[_COUNT:]
+    rows = Rows(q, k, v, None, hidden, runs, phi).faded_by(decay)
+    return choose(backend, phi, rows.qkv, rows.gate is not None), rows, args[_COUNT:]
 
 
 def _learns(*tensors: Maybe) -> bool:
@@ -161,7 +163,7 @@ class _Operation:
         engine, rows, (*more, saved, grads, wants_decay) = _taken(args)
         found = self.backward(engine, rows, *more, _unpacked(saved), grads, wants_decay)
         nothing = saved[0].new_empty(0)
-        d_decay = nothing if found.decay is None or rows.decay is None else found.decay.to(rows.decay)
+        d_decay = nothing if found.decay is None or rows.fading is None else found.decay.to(rows.fading)
         dq, dk, dv = (x.to(of.dtype) for x, of in zip((found.q, found.k, found.v), rows.qkv, strict=True))
         d_initial = saved[0].new_empty(0) if found.initial is None else found.initial  # no two results are one tensor
         return dq, dk, dv, d_decay, d_initial
@@ -169,8 +171,8 @@ class _Operation:
     def _back_shapes(self, *args: Any) -> tuple[Tensor, ...]:
         _, rows, (*_, wants_decay) = _taken(args)
         dq, dk, dv = (x.new_empty(x.shape) for x in rows.qkv)
-        decays = rows.decay is not None and wants_decay
-        d_decay = rows.decay.new_empty(rows.decay.shape) if decays and rows.decay is not None else _summed(rows.v, 0)
+        fading = rows.fading if wants_decay or rows.gate is not None else None
+        d_decay = _summed(rows.v, 0) if fading is None else torch.empty_like(fading)
         d_state = (len(rows.v), rows.feature_map.features, rows.v.shape[2] + 1) if self.state else (0,)
         return dq, dk, dv, d_decay, _summed(rows.v, *d_state)
 
@@ -219,8 +221,8 @@ def _scan(
     if carries:
         entering, gone = max(0, rows.k.shape[1] - delay), before
         state = engine.state(rows.at(slice(0, entering)))
-        if before is not None and rows.decay is not None:
-            gone = before.faded(-rows.decay * entering)
+        if before is not None:
+            gone = before.faded(rows.fade(0, entering))
         state = state if gone is None else state.merge(gone)
         behind = state.sums * torch.exp(state.log_scale - done.log_scale)
     return done.out, done.lse, behind, done.log_scale, (done.inverse_den, *done.kept) if learns else ()

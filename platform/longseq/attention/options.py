@@ -75,6 +75,9 @@ class AttentionOptions:
     )
     learned_share: bool = option(False, "a learned factor a head on all weights beyond the window")
     learned_decay: bool = option(False, "weights decay with the distance, at a rate that each head learns")
+    forget_gate: bool = option(
+        False, "weights decay at a rate that each head learns to read off the token: forget gates (arXiv 2503.02130)"
+    )
     projection: str = option("orthogonal", "rows of the random projections", choices=PROJECTIONS)
     backend: str = option(
         "auto",
@@ -103,6 +106,16 @@ class AttentionOptions:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; the {name}s are {', '.join(CHOICES[name])}")
         integer(f"{at}window", window)
         integer(f"{at}features", self.features, least=0 if window else 1)
+        if self.forget_gate and self.learned_decay:
+            raise ValueError(
+                f"{at}forget_gate=true and {at}learned_decay=true: a gate begins as the decay does and learns more; "
+                "take one of them"
+            )
+        if self.forget_gate and self.backend == "triton":
+            raise ValueError(
+                f"{at}forget_gate=true and {at}backend=triton: the Triton kernels have no forget gates yet; take auto, "
+                "which computes such layers by PyTorch"
+            )
         if not favor:
             return
         if kernel in PAIRED_KERNELS and self.features % 2:
@@ -114,7 +127,8 @@ class AttentionOptions:
                 f"{at}window={window} and {at}kernel={kernel}: its features have both signs and cannot share a "
                 "denominator with exact weights; take kernel softmax, or window 0"
             )
-        asked = documents or decays or (f"{at}learned_decay=true" if self.learned_decay else "")
+        own = next((name for name in ("learned_decay", "forget_gate") if getattr(self, name)), "")
+        asked = documents or decays or (f"{at}{own}=true" if own else "")
         if self.signed and asked and not causal:
             raise ValueError(
                 f"{asked} and {at}kernel={kernel} with a masked objective (keys on both sides): features of both signs "

@@ -8,8 +8,8 @@ ones as the sums of the scan (:mod:`longseq.attention.scan`). With position t, S
     s_j = q_tᵀk_j/√d − γ(t − j),   t − w < j ≤ t        scores of the recent keys
     ñ   = Σ_j e^{s_j} ṽ_j + e^{c + share} Sᵀφ(q_t)      out = ñ[:e] / ñ[e]
 
-every exponential relative to the largest. Exact attention is the same step with a window that never ends: there the
-state is a key-value cache, and grows.
+every exponential relative to the largest. A forget gate takes the place of −γ: each step its own position's log f.
+Exact attention is the same step with a window that never ends: there the state is a key-value cache, and grows.
 
 Sums, scores and state are fp32 whatever the inputs' dtype (float64 for float64 inputs), as in
 :func:`longseq.attention.favor_attention`. No gradients flow through any of it.
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longseq.attention import gates
 from longseq.attention.arguments import dtypes, floating
 from longseq.attention.backends.choice import choose
 from longseq.attention.call import Call, per_row
@@ -39,8 +40,8 @@ class Recent:
     Attributes:
         k: (N, w, d).
         values: [v, 1], (N, w, e + 1).
-        log_weight: (N, 1, w), what is added to a key's score: −γ · its distance from the last position, and −inf where
-            there is no key, or a hidden one.
+        log_weight: (N, 1, w), what is added to a key's score: −γ · its distance from the last position, or what gates
+            have forgotten since, and −inf where there is no key, or a hidden one.
         rolling: whether the oldest key leaves for every one that comes.
     """
 
@@ -86,6 +87,7 @@ class RecurrentState:
         far: the keys beyond the window. None: none of them is seen.
         recent: the keys inside the window. None: there is no window.
         decay: γ of each row, (N, 1, 1), or None.
+        gated: whether every position has a forget gate in its place.
         shape: (batch, heads, head_dim, value_dim); N = batch · heads.
         dtype: of everything it holds, but for ``before``.
         before: what the module's short convolution needs of the last positions, (batch, width − 1, 3E), or None.
@@ -97,6 +99,7 @@ class RecurrentState:
     shape: tuple[int, int, int, int]
     dtype: torch.dtype
     before: Tensor | None = None
+    gated: bool = False
 
     def select(self, sequences: Tensor) -> RecurrentState:
         """The state of other sequences of the batch, in another order, or one several times.
@@ -114,7 +117,8 @@ class RecurrentState:
             recent = Recent(recent.k[rows], recent.values[rows], recent.log_weight[rows], recent.rolling)
         decay = None if decay is None else decay[rows]
         before = None if self.before is None else self.before[sequences]
-        return RecurrentState(far, recent, decay, (len(sequences), *self.shape[1:]), self.dtype, before)
+        shape = (len(sequences), *self.shape[1:])
+        return replace(self, far=far, recent=recent, decay=decay, shape=shape, before=before)
 
 
 def prefill(
@@ -127,9 +131,9 @@ def prefill(
         key_padding: (batch, length) bool, False hides a key now and later. Hidden positions count as positions: bring
             prompts of several lengths to one by padding in front.
         causal: must be True.
-        options: kernel, features, window (the size of the state grows with it), far_share, decay, seed, layer, draw,
-            projection, oprf_a and backend, as of :func:`longseq.attention.favor_attention`. The state keeps them for
-            :func:`decode`.
+        options: kernel, features, window (the size of the state grows with it), far_share, decay, gate, seed, layer,
+            draw, projection, oprf_a and backend, as of :func:`longseq.attention.favor_attention`. The state keeps them
+            for :func:`decode`, which is given the gates of its own positions.
 
     Returns:
         (batch, heads, length, value_dim) in the dtype of v, and the state.
@@ -148,9 +152,10 @@ def prefill_exact(
     causal: bool = True,
     key_padding: Tensor | None = None,
     decay: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> tuple[Tensor, RecurrentState]:
     """:func:`prefill` for exact attention: the state keeps all keys and values, and grows with every token."""
-    return read(q, k, v, Call.of(kind="exact", causal=causal, decay=decay), key_padding)
+    return read(q, k, v, Call.of(kind="exact", causal=causal, decay=decay, gate=gate), key_padding)
 
 
 @torch.no_grad()
@@ -187,7 +192,9 @@ def following(carried: tuple[Tensor, ...], none: Tensor, call: Call) -> Recurren
     batch, heads, _, head_dim = none.shape
     rows, window, dtype = call.rows(none, none, none), call.options.window, dtypes(none, none, none)[1]
     if window:
-        rows = replace(rows, k=carried[-2].to(dtype), v=carried[-1].to(dtype))
+        k, v, *gate = carried[2 * (rows.phi is not None) :]
+        sums = gates.running(gate[0][..., 0]) if gate else None
+        rows = replace(rows, k=k.to(dtype), v=v.to(dtype), gate=sums)
     state = None if rows.phi is None else AttentionState(carried[0], carried[1]).to(dtype)
     return _behind(rows, state, call, (batch, heads, head_dim, head_dim), dtype, window)
 
@@ -201,22 +208,28 @@ def _behind(
     size: int,
 ) -> RecurrentState:
     """The state after the last of ``rows``: ``size`` of them as they are, and the sums of those before."""
-    far, exact = None, call.options.kind == "exact"
+    far, exact, length = None, call.options.kind == "exact", rows.k.shape[1]
     if state is not None and rows.phi is not None:
         if rows.decay is not None:  # from behind the last key that entered to the last position
             state = state.faded(-rows.decay * (call.options.window - 1))
+        if rows.gate is not None:  # from the last key that entered
+            state = state.faded(rows.fade(max(0, length - size), length))
         far = Far(state, rows.phi, per_row(call.far_share, shape[0], dtype))
     recent = _last(rows, size, rolling=not exact) if exact or size else None
-    return RecurrentState(far, recent, rows.decay, shape, dtype)
+    gated = call.options.forget_gate or call.gate is not None
+    return RecurrentState(far, recent, rows.decay, shape, dtype, gated=gated)
 
 
 @torch.no_grad()
-def decode(q: Tensor, k: Tensor, v: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
+def decode(
+    q: Tensor, k: Tensor, v: Tensor, state: RecurrentState, gate: Tensor | None = None
+) -> tuple[Tensor, RecurrentState]:
     """Attention of the next position, or the next few one after the other.
 
     Args:
         q, k, v: (batch, heads, positions, head_dim or value_dim), batch and heads as of the prompt.
         state: of all positions before. It is not changed.
+        gate: (batch, heads, positions) log f, if the prompt had gates.
 
     Returns:
         (batch, heads, positions, value_dim) in the dtype of v, what :func:`longseq.attention.favor_attention` gives for
@@ -237,27 +250,37 @@ def decode(q: Tensor, k: Tensor, v: Tensor, state: RecurrentState) -> tuple[Tens
             f"the state continues with q and k of shape {(batch, heads, 'positions', head_dim)} and v with {value_dim} "
             f"at the end; got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         )
+    if (gate is not None) != state.gated or (gate is not None and gate.shape != q.shape[:3]):
+        raise ValueError(
+            f"the state {'continues' if state.gated else 'has begun without gates, and continues'} with "
+            f"{f'a gate of shape {tuple(q.shape[:3])}' if state.gated else 'none'}; "
+            f"got {None if gate is None else tuple(gate.shape)}"
+        )
+    fades = None if gate is None else gates.running(gate.flatten(0, 1)).diff(dim=1).to(state.dtype)
     with torch.autocast(q.device.type, enabled=False):
         q_rows, k_rows, v_rows = (t.flatten(0, 1).to(state.dtype) for t in (q, k, v))
         outs = []
         for at in range(q.shape[2]):
             now = slice(at, at + 1)
-            out, state = _step(q_rows[:, now], k_rows[:, now], v_rows[:, now], state)
+            decay = state.decay if fades is None else -fades[:, now]
+            out, state = _step(q_rows[:, now], k_rows[:, now], v_rows[:, now], state, decay)
             outs.append(out)
     if not outs:
         return v, state
     return torch.cat(outs, dim=1).view(v.shape).to(v.dtype), state
 
 
-def _step(q: Tensor, k: Tensor, v: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
-    """One position; q, k (N, 1, d), v (N, 1, e)."""
-    far, recent, decay, values = state.far, state.recent, state.decay, with_ones(v)
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, state: RecurrentState, decay: Tensor | None
+) -> tuple[Tensor, RecurrentState]:
+    """One position; q, k (N, 1, d), v (N, 1, e); decay (N, 1, 1), what it takes from all weights before it."""
+    far, recent, values = state.far, state.recent, with_ones(v)
     if recent is None:
         assert far is not None
         far = far.absorbed(k, values, None, decay)
         total = torch.bmm(far.feature_map.queries(q)[0], far.state.sums)
         out = total[..., :-1] * inverse(total[..., -1:], far.feature_map.positive)
-        return out, RecurrentState(far, None, decay, state.shape, state.dtype)
+        return out, replace(state, far=far)
 
     leaving = int(recent.rolling)
     log_weight = recent.log_weight if decay is None else recent.log_weight - decay
@@ -282,7 +305,7 @@ def _step(q: Tensor, k: Tensor, v: Tensor, state: RecurrentState) -> tuple[Tenso
         total = torch.bmm(fq, far.state.sums).mul_(far_top.sub_(top).exp_())
         total.baddbmm_(scores.sub_(top).exp_(), recent.values)
     out = total[..., :-1] / total[..., -1:]
-    return out, RecurrentState(far, recent, decay, state.shape, state.dtype)
+    return out, replace(state, far=far, recent=recent)
 
 
 def _last(rows: Rows, size: int, rolling: bool) -> Recent:
@@ -291,6 +314,8 @@ def _last(rows: Rows, size: int, rolling: bool) -> Recent:
     log_weight = k.new_zeros(*k.shape[:2], 1)
     if rows.decay is not None:
         log_weight = log_weight - rows.decay * torch.arange(length - 1, -1, -1, device=k.device)[:, None]
+    if rows.gate is not None:
+        log_weight = log_weight + (rows.gate[:, -1:] - rows.gate[:, 1:]).to(k.dtype)
     if rows.hidden is not None:  # whatever stands in padding, NaN even, must not get past this line
         hidden = rows.hidden[..., None]
         k, v, log_weight = (

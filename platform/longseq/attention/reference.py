@@ -39,6 +39,7 @@ def quadratic_attention(
     oprf_a: float = 0.0,
     far_share: Tensor | None = None,
     decay: Tensor | None = None,
+    gate: Tensor | None = None,
     operands: torch.dtype | None = None,
 ) -> Tensor:
     """Σ_j w_ij v_j / Σ_j w_ij over the keys j that query i sees.
@@ -56,6 +57,7 @@ def quadratic_attention(
         oprf_a: A ≤ 0 of "oprf".
         far_share: (heads,), log of a factor on every feature pair.
         decay: (heads,), γ ≥ 0: every weight is multiplied by exp(−γ|i − j|).
+        gate: (batch, heads, L), log f ≤ 0: every weight is multiplied by the f of positions j + 1 … i, or i + 1 … j.
         operands: bf16 or fp16: the ω·d^-1/4 (for "oprf" √(1−4A)·ω·d^-1/4) that q and k are multiplied by are rounded
             to it. None: they are not.
 
@@ -74,6 +76,10 @@ def quadratic_attention(
     if decay is not None:
         log_w = log_w - decay.double()[:, None, None] * distance
 
+    if gate is not None:
+        at = torch.arange(q.shape[-2], device=q.device)
+        low, high = (f(at[:, None], at)[..., None] for f in (torch.minimum, torch.maximum))
+        log_w = log_w + torch.einsum("bhl,ijl->bhij", gate.double(), ((low < at) & (at <= high)).double())
     visible = torch.ones_like(log_w, dtype=torch.bool)
     if causal:
         visible = visible.tril()

@@ -30,9 +30,9 @@ pass through a state,
 
     dγ = Σ_chunks [Σ_j (j − delay) B_j − Σ_i i·dlse_i] − C Σ_{states between chunks} Σ S ⊙ R
 
-(positions counted from the sequence's start would cost a digit for each tenfold of its length). A document boundary
-empties the state: queries of another document than the state's last key do not read it, and it keeps only the last
-document's keys.
+(positions counted from the sequence's start would cost a digit for each tenfold of its length). Forget gates act
+likewise: :mod:`longseq.attention.gates`. A document boundary empties the state: queries of another document than the
+state's last key do not read it, and it keeps only the last document's keys.
 
 Features exist for one group of chunks at a time. The state before each group is kept for the backward pass, those
 between its chunks are built again by addition: rebuilding them by subtraction would drift.
@@ -40,17 +40,17 @@ between its chunks are built again by addition: rebuilding them by subtraction w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from longseq.attention import gates
+from longseq.attention.chunks import Group, add_products, flow, in_a_row, moment, products, put
 from longseq.attention.feature_maps import FeatureMap
 from longseq.attention.state import NOTHING, AttentionState, inverse, widened, with_ones
 
-_LOG2E = math.log2(math.e)
 # Shorter chunks have less of the square that grows with them, longer ones fewer passes over the (m, e) state.
 CHUNK = 64
 # Chunks whose features exist at a time; one state is kept for each group. At m = 256 and e = 64 a state is 67 KB:
@@ -76,7 +76,7 @@ class Gradients:
     q: Tensor
     k: Tensor
     v: Tensor
-    decay: Tensor | None = None  # (N, 1, 1) float64; the way of a scan's ``later`` ends behind the last key
+    decay: Tensor | None = None  # (N, 1, 1) float64, a scan's ``later`` ending behind the last key; or the gate's
     initial: Tensor | None = None  # a scan's, with respect to the sums of the initial state, (N, m, e + 1)
 
 
@@ -86,7 +86,8 @@ def scan_forward(rows: Rows, initial: AttentionState | None, learns: bool) -> Sc
     Args:
         rows: the inputs.
         initial: keys ``delay`` + 1 and more positions before the first query, as seen from ``delay`` positions before
-            it; where there are ``runs``, they are of the first position's document, whose number is 0. None: no keys.
+            it (with a gate, from the last of them); where there are ``runs``, they are of the first position's
+            document, whose number is 0. None: no keys.
         learns: whether a backward pass will follow.
     """
     rows = rows.widened()
@@ -102,22 +103,22 @@ def scan_forward(rows: Rows, initial: AttentionState | None, learns: bool) -> Sc
             kept[0][number], kept[1][number] = sums, log_scale
         group = rows.load(start, stop)
         fq, q_scale = feature_map.queries(group.q)
-        scales = rows.scales(group, log_scale)
+        scales = group.scales(log_scale)
         entering = group.values * scales.entering
         total = torch.empty_like(entering)  # (G, N, C, e + 1)
         for index in range(len(fq)):
             torch.bmm(fq[index], sums, out=total[index])
             sums.mul_(scales.left[index]).baddbmm_(group.fk[index].mT, entering[index])
-        attention = _products(fq, group.fk.mT).mul_(scales.weights)
-        _add_products(total.mul_(scales.carried), attention, group.values)
+        attention = products(fq, group.fk.mT).mul_(scales.weights)
+        add_products(total.mul_(scales.carried), attention, group.values)
         den = total[..., value_dim:]
         inv = inverse(den, feature_map.positive)
         log_den = den.abs().log_().add_(scales.row_scale).add_(q_scale)
         if group.offsets is not None:
             log_den -= group.offsets
-        _put(out, start, stop, total[..., :value_dim] * inv)
-        _put(lse, start, stop, log_den.masked_fill_(inv == 0, NOTHING))
-        _put(inverse_den, start, stop, inv)
+        put(out, start, stop, total[..., :value_dim] * inv)
+        put(lse, start, stop, log_den.masked_fill_(inv == 0, NOTHING))
+        put(inverse_den, start, stop, inv)
         log_scale = scales.after
     if rows.decay is not None:
         log_scale = log_scale + (-q.shape[1] % CHUNK) * rows.decay  # the last chunk was counted as a whole one
@@ -155,12 +156,13 @@ def scan_backward(
         wants_decay: whether the decay's gradient is wanted.
     """
     rows = rows.widened()
-    q, k, v, decay, delay, feature_map = rows.q, rows.k, rows.v, rows.decay, rows.delay, rows.feature_map
+    (q, k, v), decay, delay, feature_map = rows.qkv, rows.decay, rows.delay, rows.feature_map
     dout = torch.zeros_like(out) if dout is None else dout
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     no_keys = slice(max(0, k.shape[1] - delay), None)  # those too late for any query
     dk[:, no_keys], dv[:, no_keys] = 0.0, 0.0
     d_decay = torch.zeros_like(decay, dtype=torch.float64) if decay is not None and wants_decay else None
+    d_gate = None if rows.gate is None else torch.zeros_like(rows.gate)
     sums_kept, scales_kept = kept
     assert sums_kept is not None
     assert scales_kept is not None
@@ -179,64 +181,43 @@ def scan_backward(
         grad *= rows.cut(inverse_den, start, stop)
 
         states[0], log_scale = sums_kept[number], scales_kept[number]
-        scales = rows.scales(group, log_scale)
+        scales = group.scales(log_scale)
         entering, reading = values * scales.entering, grad * scales.carried
         for index in range(1, size):
             torch.mul(states[index - 1], scales.left[index - 1], out=states[index])
             states[index].baddbmm_(fk[index - 1].mT, entering[index - 1])
-        if d_decay is not None and flows_on and stop == length:
+        if (d_decay is not None or d_gate is not None) and flows_on and stop == length:
             behind = states[size - 1] * scales.left[size - 1] + fk[size - 1].mT @ entering[size - 1]
-            d_decay += ((length - 1) // CHUNK * CHUNK - (length - delay)) * _flow(behind, later)
+            if d_decay is not None:
+                d_decay += ((length - 1) // CHUNK * CHUNK - (length - delay)) * flow(behind, later)
+            if d_gate is not None and length > delay:  # the state behind is seen from its last key
+                d_gate[:, length - delay, None] += flow(behind, later)
         laters[size - 1] = later
         for index in reversed(range(size)):
             sums = later if index == 0 else laters[index - 1]
             torch.mul(laters[index], scales.left[index], out=sums).baddbmm_(fq[index].mT, reading[index])
 
-        attention = _products(fq, fk.mT).mul_(scales.weights)
-        d_values = _add_products(_products(fk, laters[:size]).mul_(scales.entering), attention.mT, grad)
-        d_attention = _products(grad, values.mT).mul_(scales.weights)
-        dfq = _add_products(_products(reading, states[:size].mT), d_attention, fk)
-        dfk = _add_products(_products(entering, laters[:size].mT), d_attention.mT, fq)
+        attention = products(fq, fk.mT).mul_(scales.weights)
+        d_values = add_products(products(fk, laters[:size]).mul_(scales.entering), attention.mT, grad)
+        d_attention = products(grad, values.mT).mul_(scales.weights)
+        dfq = add_products(products(reading, states[:size].mT), d_attention, fk)
+        dfk = add_products(products(entering, laters[:size].mT), d_attention.mT, fq)
 
+        if d_gate is not None:
+            of_keys = in_a_row((dfk * fk).sum(-1, keepdim=True))[:, max(delay - start, 0) :]
+            d_gate[:, 1 + max(start - delay, 0) : 1 + max(stop - delay, 0)] -= of_keys
+            d_gate[:, 1 + start : 1 + stop] += 0.0 if dlse is None else dlse[:, start:stop]
         if d_decay is not None:
-            d_decay += _moment((dfk * fk).sum(-1, keepdim=True), -delay)
+            d_decay += moment((dfk * fk).sum(-1, keepdim=True), -delay)
             if dlse is not None:
-                d_decay -= _moment(rows.cut(dlse, start, stop), 0)
+                d_decay -= moment(rows.cut(dlse, start, stop), 0)
             for index in range(size):
                 if start or index:
-                    d_decay -= CHUNK * _flow(states[index], laters[index - 1] if index else later)
-        _put(dq, start, stop, feature_map.queries_vjp(group.q, fq, dfq))
-        _put(dk, start - delay, stop - delay, feature_map.keys_vjp(group.k, fk, dfk))
-        _put(dv, start - delay, stop - delay, d_values[..., :-1])
-    return Gradients(dq, dk, dv, d_decay, later)
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Some chunks of queries and the keys ``delay`` positions before them; G chunks of C positions."""
-
-    q: Tensor  # (G, N, C, d)
-    k: Tensor  # (G, N, C, d), zeros where there is no key or a hidden one
-    fk: Tensor  # (G, N, C, m)
-    scale: Tensor  # b (G, N, C, 1), −inf where k is zeroed; a decay included
-    values: Tensor  # ṽ (G, N, C, e + 1)
-    q_runs: Tensor | None  # (G, N, C, 1)
-    k_runs: Tensor | None
-    runs_before: Tensor | None  # the document of the last key before each chunk: (G, N, 1, 1)
-    offsets: Tensor | None  # what a decay takes from the log of a query's weights, γ(i − start + delay): (N, C, 1)
-    seen: Tensor  # (C, C) bool, j ≤ i
-
-
-@dataclass(frozen=True)
-class _Scales:
-    """Every exponential of log-scales that a group needs; c' is c after the chunk's own keys."""
-
-    row_scale: Tensor  # M (G, N, C, 1)
-    weights: Tensor  # exp(b_j − M_i), 0 where i does not see j: (G, N, C, C)
-    carried: Tensor  # exp(c − M_i), 0 where the state is another document's: (G, N, C, 1)
-    entering: Tensor  # exp(b_j − c'), 0 for keys of a document that has ended: (G, N, C, 1)
-    left: Tensor  # exp(c − c'), 0 where the state's document has ended: (G, N, 1, 1)
-    after: Tensor  # c behind the last chunk, counted from there: (N, 1, 1)
+                    d_decay -= CHUNK * flow(states[index], laters[index - 1] if index else later)
+        put(dq, start, stop, feature_map.queries_vjp(group.q, fq, dfq))
+        put(dk, start - delay, stop - delay, feature_map.keys_vjp(group.k, fk, dfk))
+        put(dv, start - delay, stop - delay, d_values[..., :-1])
+    return Gradients(dq, dk, dv, d_decay if d_gate is None else d_gate, later)
 
 
 @dataclass(frozen=True)
@@ -252,6 +233,7 @@ class Rows:
         runs: (N, L) integers ≥ 0 that never decrease; a query sees keys of its own number only. None: one document.
         phi: the feature map, in the dtype of sums: fp32 or float64. None: a window has none.
         delay: of a scan, how many positions the nearest visible key lies before the query.
+        gate: (N, L + 1, 1) float64, in the place of a decay: see :mod:`longseq.attention.gates`. None: no gate.
     """
 
     q: Tensor
@@ -262,10 +244,21 @@ class Rows:
     runs: Tensor | None = None
     phi: FeatureMap | None = None
     delay: int = 0
+    gate: Tensor | None = None
 
     @property
     def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.q, self.k, self.v
+
+    @property
+    def fading(self) -> Tensor | None:
+        """Decay or gate."""
+        return self.decay if self.gate is None else self.gate
+
+    def faded_by(self, fading: Tensor | None) -> Rows:
+        """With a decay, (N, 1, 1), or a gate."""
+        gated = fading is not None and fading.shape[1] > 1
+        return replace(self, gate=fading) if gated else replace(self, decay=fading)
 
     @property
     def feature_map(self) -> FeatureMap:
@@ -277,13 +270,21 @@ class Rows:
         q, k, v = (x.flip(1) for x in self.qkv)
         hidden = None if self.hidden is None else self.hidden.flip(1)
         runs = None if self.runs is None else self.runs[:, -1:] - self.runs.flip(1)
-        return replace(self, q=q, k=k, v=v, hidden=hidden, runs=runs)
+        gate = None if self.gate is None else gates.turned(self.gate)
+        return replace(self, q=q, k=k, v=v, hidden=hidden, runs=runs, gate=gate)
 
     def at(self, where: slice) -> Rows:
         """Some of the positions."""
         q, k, v = (x[:, where] for x in self.qkv)
         hidden, runs = (None if x is None else x[:, where] for x in (self.hidden, self.runs))
-        return replace(self, q=q, k=k, v=v, hidden=hidden, runs=runs)
+        gate = None if self.gate is None else gates.part(self.gate, where)
+        return replace(self, q=q, k=k, v=v, hidden=hidden, runs=runs, gate=gate)
+
+    def fade(self, start: int, stop: int) -> Tensor | None:
+        """What is added to the log of a weight on the way from before position ``start`` to before ``stop``."""
+        if self.gate is not None:
+            return (self.gate[:, stop, None] - self.gate[:, start, None]).to(widened(self.v[:, :0]).dtype)
+        return None if self.decay is None else -self.decay * (stop - start)
 
     def widened(self) -> Rows:
         """The same with fp32 in the place of bf16 and fp16."""
@@ -305,7 +306,7 @@ class Rows:
         made: Tensor = part.unflatten(1, (-1, size)).transpose(0, 1).contiguous()
         return made
 
-    def load(self, start: int, stop: int) -> _Group:
+    def load(self, start: int, stop: int) -> Group:
         keys = start - self.delay, stop - self.delay
         q, k, v = self.cut(self.q, start, stop), self.cut(self.k, *keys), self.cut(self.v, *keys)
         positions = torch.arange(q.shape[2], device=q.device)[:, None]  # (C, 1)
@@ -318,10 +319,16 @@ class Rows:
             # Whatever stands in padding, NaN even, must not get past this line.
             k, v = k.masked_fill(absent, 0.0), v.masked_fill(absent, 0.0)
         fk, scale = self.feature_map.keys(k)
-        offsets = None
+        offsets = fading = None
         if self.decay is not None:
             scale = torch.addcmul(scale, self.decay, positions.to(scale))
             offsets = self.decay * (positions + self.delay)
+            fading = -CHUNK * self.decay.expand(len(q), *self.decay.shape)
+        if self.gate is not None:
+            sums, ends = self.gate[:, 1:], gates.anchors(self.gate, keys[0], q.shape[2], len(q) + 1)
+            scale = scale + (ends[:-1] - self.cut(sums, *keys)).to(scale)
+            offsets = (ends[:-1] - self.cut(sums, start, stop)).to(scale)
+            fading = ends.diff(dim=0).to(scale)
         if absent is not None:
             scale = scale.masked_fill(absent, -torch.inf)
         q_runs = k_runs = runs_before = None
@@ -331,69 +338,4 @@ class Rows:
             first = runs[:, keys[0] - 1 : keys[0]] if keys[0] > 0 else runs[:, :1]
             runs_before = torch.cat((first[None], k_runs[:-1, :, -1:]))
         seen = positions >= positions.T
-        return _Group(q, k, fk, scale, with_ones(v), q_runs, k_runs, runs_before, offsets, seen)
-
-    def scales(self, group: _Group, before: Tensor) -> _Scales:
-        """Every exponential of log-scales, given the state's log-scale c before the group, from the group's start."""
-        scale = group.scale
-        if group.q_runs is None or group.k_runs is None or group.runs_before is None:
-            so_far = scale.cummax(2).values
-            c, after, behind = self._through(so_far[:, :, -1:], None, before)
-            row_scale = torch.maximum(so_far, c)
-            # exp2 is several times quicker than exp; the infinity that a later key may give is cut off, not multiplied.
-            weights = torch.sub(scale.mT * _LOG2E, row_scale * _LOG2E).exp2_().tril_()
-            return _Scales(
-                row_scale, weights, torch.exp(c - row_scale), torch.exp(scale - after), torch.exp(c - after), behind
-            )
-        visible = scale.mT.masked_fill(~(group.seen & (group.q_runs == group.k_runs.mT)), -torch.inf)
-        reads, last = group.q_runs == group.runs_before, group.k_runs[:, :, -1:]
-        scale = scale.masked_fill(group.k_runs != last, -torch.inf)  # what the state takes in
-        goes_on = group.runs_before == last
-        c, after, behind = self._through(scale.amax(2, keepdim=True), goes_on, before)
-        row_scale = torch.maximum(visible.amax(-1, keepdim=True), torch.where(reads, c, NOTHING))
-        carried = torch.exp(c - row_scale).masked_fill_(~reads, 0.0)
-        left = torch.exp(c - after).masked_fill_(~goes_on, 0.0)
-        return _Scales(row_scale, visible.sub_(row_scale).exp_(), carried, torch.exp(scale - after), left, behind)
-
-    def _through(self, top: Tensor, goes_on: Tensor | None, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The state's log-scale before and after each chunk (G, N, 1, 1), and behind the last, counted from there.
-
-        top: the largest log-scale among each chunk's keys that enter the state; goes_on: whether what the state held
-        stays in it, or None if it always does.
-        """
-        befores, afters = [], []
-        for index, chunk_top in enumerate(top):
-            befores.append(before)
-            held = before if goes_on is None else torch.where(goes_on[index], before, NOTHING)
-            afters.append(torch.maximum(chunk_top, held))
-            before = afters[-1] if self.decay is None else afters[-1] - CHUNK * self.decay
-        return torch.stack(befores), torch.stack(afters), before
-
-
-def _products(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for stacks (G, N, ·, ·) of matrices."""
-    made: Tensor = torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
-    return made
-
-
-def _add_products(to: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """to += a @ b, in place."""
-    to.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
-    return to
-
-
-def _put(target: Tensor, start: int, stop: int, x: Tensor) -> None:
-    """Write chunks x (G, N, C, ·) to positions start…stop of target (N, L, ·), less what lies before the first."""
-    if stop > 0:
-        target[:, max(start, 0) : stop] = x.transpose(0, 1).flatten(1, 2)[:, max(-start, 0) :]
-
-
-def _moment(grad: Tensor, first: int) -> Tensor:
-    """Σ position · gradient of the log-weight (G, N, C, 1), ``first`` at each chunk's start: (N, 1, 1) float64."""
-    positions = torch.arange(first, first + grad.shape[2], device=grad.device, dtype=torch.float64)[:, None]
-    return (grad.double() * positions).sum((0, 2))[..., None]
-
-
-def _flow(sums: Tensor, later: Tensor) -> Tensor:
-    """Σ of the gradients of the log-weights that pass through a state (N, m, e + 1), given R: (N, 1, 1) float64."""
-    return (sums * later).sum((1, 2), keepdim=True, dtype=torch.float64)
+        return Group(q, k, fk, scale, with_ones(v), q_runs, k_runs, runs_before, offsets, fading, seen)

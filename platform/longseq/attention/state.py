@@ -58,9 +58,9 @@ class AttentionState:
         """In float64, which states of many tiles are added up in."""
         return self.to(torch.float64)
 
-    def faded(self, log_factor: Tensor) -> AttentionState:
-        """The same keys, every weight multiplied by exp(``log_factor``), (N, 1, 1)."""
-        return AttentionState(self.sums, self.log_scale + log_factor)
+    def faded(self, log_factor: Tensor | None) -> AttentionState:
+        """The same keys, every weight multiplied by exp(``log_factor``), (N, 1, 1), or by nothing."""
+        return self if log_factor is None else AttentionState(self.sums, self.log_scale + log_factor)
 
 
 def widened(x: Tensor) -> Tensor:

@@ -5,6 +5,9 @@ For a block of queries and the keys within reach of any of them, s_ij = q_iᵀk_
     p_ij = exp(s_ij − lse_i),   lse_i = log Σ_j exp(s_ij),   out_i = Σ_j p_ij v_j
     ds_ij = p_ij (dout_iᵀv_j − dout_iᵀout_i + dlse_i)
 
+With a forget gate −|G_i − G_j| is in the place of −γ|i − j| (:mod:`longseq.attention.gates`), and dG_i = Σ_j ±ds_ij −
+Σ_j ±ds_ji with the sign of i − j.
+
 Scores exist for one block at a time and are computed again in the backward pass (Dao et al. 2022, arXiv 2205.14135).
 """
 
@@ -50,7 +53,7 @@ class _Band:
         return k.masked_fill(mask, 0.0), v.masked_fill(mask, 0.0)
 
     def scores(self, queries: slice, keys: slice, k: Tensor) -> tuple[Tensor, Tensor]:
-        """s (N, Q, K), −inf out of reach, and the distances |i − j| (Q, K)."""
+        """s (N, Q, K), −inf out of reach, and i − j (Q, K)."""
         scale = self.rows.q.shape[-1] ** -0.5
         device = self.rows.q.device
         ahead = torch.arange(queries.start, queries.stop, device=device)[:, None] - torch.arange(
@@ -63,11 +66,15 @@ class _Band:
         scores = torch.bmm(self.rows.q[:, queries] * scale, k.mT)
         if self.rows.decay is not None:
             scores.addcmul_(self.rows.decay, distance.to(scores), value=-1)
+        if self.rows.gate is not None:
+            here = self.rows.gate[:, keys.start, None]  # the numbers are small next to it
+            of_query, of_key = ((self.rows.gate[:, 1:][:, at] - here).to(scores) for at in (queries, keys))
+            scores.sub_((of_query - of_key.mT).abs_())
         if self.rows.runs is not None:
             blind = blind | (self.rows.runs[:, queries, None] != self.rows.runs[:, None, keys])
         if self.rows.hidden is not None:
             blind = blind | self.rows.hidden[:, None, keys]
-        return scores.masked_fill_(blind, -torch.inf), distance
+        return scores.masked_fill_(blind, -torch.inf), ahead
 
 
 def window_forward(rows: Rows, window: int, causal: bool) -> Part:
@@ -103,9 +110,10 @@ def window_backward(
     scale = q.shape[-1] ** -0.5
     dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     d_decay = torch.zeros_like(decay, dtype=torch.float64) if decay is not None and wants_decay else None
+    d_gate = None if rows.gate is None else torch.zeros_like(rows.gate)
     for queries, keys in band.blocks():
         k_near, v_near = band.inputs(keys)
-        scores, distance = band.scores(queries, keys, k_near)
+        scores, ahead = band.scores(queries, keys, k_near)
         weights = scores.sub_(lse[:, queries]).exp_()  # p; a blind query's row is exp(−inf + 1e30) = 0
         dv[:, keys].baddbmm_(weights.mT, dout[:, queries])
         shift = (dout[:, queries] * out[:, queries]).sum(-1, keepdim=True).neg_()
@@ -113,7 +121,11 @@ def window_backward(
             shift += dlse[:, queries]
         d_scores = torch.baddbmm(shift, dout[:, queries], v_near.mT).mul_(weights)
         if d_decay is not None:
-            d_decay -= (d_scores * distance).sum((1, 2), keepdim=True, dtype=torch.float64)
+            d_decay -= (d_scores * ahead.abs()).sum((1, 2), keepdim=True, dtype=torch.float64)
+        if d_gate is not None:
+            signed = d_scores if causal else d_scores * ahead.sign()
+            d_gate[:, 1:][:, queries] += signed.sum(2, keepdim=True)
+            d_gate[:, 1:][:, keys] -= signed.sum(1)[..., None]
         dq[:, queries] = torch.bmm(d_scores, k_near).mul_(scale)
         dk[:, keys].baddbmm_(d_scores.mT, q[:, queries], alpha=scale)
-    return Gradients(dq, dk, dv, d_decay)
+    return Gradients(dq, dk, dv, d_decay if d_gate is None else d_gate)

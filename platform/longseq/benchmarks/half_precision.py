@@ -39,7 +39,7 @@ def mix(layer: FavorAttention, q: Tensor, k: Tensor, v: Tensor, dtype: torch.dty
     """What ``layer.mix`` gives for whole sequences, by operands of ``dtype``.
 
     Args:
-        layer: causal, kernel "softmax", with features and a window.
+        layer: causal, kernel "softmax", with features and a window, without forget gates.
         q, k, v: (B, H, L, D) fp32.
         dtype: torch.float32 rounds nothing.
     """
@@ -51,6 +51,7 @@ def mix(layer: FavorAttention, q: Tensor, k: Tensor, v: Tensor, dtype: torch.dty
     )  # fmt: skip
     assert isinstance(phi, PositiveExponential)
     assert layer.causal
+    assert layer.gate is None
     assert phi.shift is None
     rows = (_Operand.apply(x.flatten(0, 1), dtype, True) for x in (q, k, v))
     behind = -q.shape[2] % window  # zeros behind the last position, which sees none of them

@@ -24,9 +24,12 @@ STEP_CONTENDERS: dict[str, str] = {
     "exact": ATTENTION_CONTENDERS["exact"],
     "opt": "attention returns V: the limit (OPT, arXiv 2009.14794, section 4.1)",
     "plan": "longseq, three layers of FAVOR+ (one of two) and one exact, repeated (only when asked for)",
+    "gate": "longseq, FAVOR+ with forget gates (only when asked for)",
     "compiled": "longseq, FAVOR+ alone, with blocks that torch.compile has compiled (only when asked for)",
 }
-STEP_USUAL = tuple(name for name in STEP_CONTENDERS if name not in ("plan", "compiled"))  # compiling is slow itself
+STEP_USUAL = tuple(
+    name for name in STEP_CONTENDERS if name not in ("plan", "gate", "compiled")
+)  # compiling is slow itself
 
 OURS = ("favor", "window")
 

@@ -30,7 +30,13 @@ class ReturnsV(FavorAttention):
     """OPT: projections, rotary positions and the output's map as ever, and v where attention would be."""
 
     def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, segments: Tensor | SlicedDocuments | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        padding: Tensor | None,
+        segments: Tensor | SlicedDocuments | None,
+        gate: Tensor | None = None,
     ) -> Tensor:
         return v
 
@@ -125,6 +131,7 @@ def _attentions(request: StepRequest, model: PerformerLM, contender: str) -> lis
         model.spec,
         kind="exact" if contender == "exact" else "favor",
         window=request.window if contender == "window" else 0,
+        forget_gate=contender == "gate",
     )
     if contender == "plan":
         spec = replace(spec, layers=(*[spec] * min(3, spec.depth - 1), replace(spec, kind="exact")))
@@ -134,7 +141,7 @@ def _attentions(request: StepRequest, model: PerformerLM, contender: str) -> lis
         if contender == "opt":
             attention: FavorAttention = ReturnsV(spec.dim, spec.heads, causal=spec.causal)
         else:
-            attention = Block(spec, layer).attention
+            attention = Block(spec, layer).attention.to(request.device)
         attention.qkv, attention.out = block.attention.qkv, block.attention.out
         attentions.append(attention)
     return attentions

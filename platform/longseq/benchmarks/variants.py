@@ -33,6 +33,7 @@ _SHARE = {"window": True, "learned_share": True}
 VARIANTS: dict[str, Variant] = {
     "exact": Variant("softmax attention over all keys", {"kind": "exact"}),
     "exact-decay": Variant("exact, a learned decay per head", {"kind": "exact", "learned_decay": True}),
+    "exact-gate": Variant("exact, forget gates", {"kind": "exact", "forget_gate": True}),
     "local": Variant("the exact window alone, no features", {"window": True, "features": 0}),
     "local-decay": Variant(
         "the exact window alone, a learned decay per head", {"window": True, "features": 0, "learned_decay": True}
@@ -41,6 +42,7 @@ VARIANTS: dict[str, Variant] = {
     "softmax-qk": Variant("FAVOR+ softmax, QK normalisation, learned temperature", {"qk_norm": True}),
     "softmax-iid": Variant("FAVOR+ softmax, independent rows", {"projection": "iid"}),
     "softmax-redraw": Variant("FAVOR+ softmax, redrawn every 100 steps", {"redraw_every": 100}),
+    "softmax-gate": Variant("FAVOR+ softmax, forget gates", {"forget_gate": True}),
     "softmax-decay": Variant("FAVOR+ softmax, a learned decay per head", {"learned_decay": True}),
     "softmax-qk-decay": Variant(
         "FAVOR+ softmax, QK normalisation, a learned decay per head", {"qk_norm": True, "learned_decay": True}
@@ -62,6 +64,9 @@ VARIANTS: dict[str, Variant] = {
     ),
     "window-share-decay": Variant(
         "exact window, softmax features, a learned share and decay per head", _SHARE | {"learned_decay": True}
+    ),
+    "window-share-gate": Variant(
+        "exact window, softmax features, a learned share per head, forget gates", _SHARE | {"forget_gate": True}
     ),
     "softmax-exact": Variant("FAVOR+ softmax, and exact attention in the last layer", last_exact=True),
     "window-share-decay-exact": Variant(

@@ -21,8 +21,8 @@ from longseq.models.performer import PerformerLM
 
 MAP_LENGTH = 128  # positions of an attention map: one pixel or more each
 
-# A layer's attention, q, k, v (B, H, L, D) as they arise there, and segments.
-Look = Callable[[FavorAttention, Tensor, Tensor, Tensor, "Tensor | None"], None]
+# A layer's attention, q, k, v (B, H, L, D) as they arise there, and segments and gates.
+Look = Callable[[FavorAttention, Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None"], None]
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,18 @@ def probe(model: PerformerLM, batch: dict[str, Tensor]) -> list[LayerProbe]:
     """Send a batch of one row through the model and look at each layer's attention. Changes nothing."""
     layers: list[LayerProbe] = []
 
-    def look(attention: FavorAttention, q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None) -> None:
-        error = _error(FavorAttention.mix(attention, q, k, v, None, segments), _exact(attention, q, k, v, segments))
+    def look(
+        attention: FavorAttention, q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, gate: Tensor | None
+    ) -> None:
+        own = FavorAttention.mix(attention, q, k, v, None, segments, gate)
+        error = _error(own, _exact(attention, q, k, v, segments, gate))
         shown = slice(0, MAP_LENGTH)
         q, k = q[:, :, shown], k[:, :, shown]
         segments = None if segments is None else segments[:, shown]
+        gate = None if gate is None else gate[:, :, shown]
         one_hot = _one_hot(q, v.dtype)
-        own_map = FavorAttention.mix(attention, q, k, one_hot, None, segments)
-        exact_map = _exact(attention, q, k, one_hot, segments)
+        own_map = FavorAttention.mix(attention, q, k, one_hot, None, segments, gate)
+        exact_map = _exact(attention, q, k, one_hot, segments, gate)
         layers.append(LayerProbe(error, own_map[0].float().cpu(), exact_map[0].cpu()))
 
     look_through(model, batch, look)
@@ -58,8 +62,10 @@ def attention_weights(model: PerformerLM, tokens: Tensor) -> list[Tensor]:
     """Each layer's attention (B, heads, queries, keys) over whole rows of tokens (B, L), in fp32. Changes nothing."""
     layers: list[Tensor] = []
 
-    def look(attention: FavorAttention, q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None) -> None:
-        layers.append(FavorAttention.mix(attention, q, k, _one_hot(q, v.dtype), None, segments).float())
+    def look(
+        attention: FavorAttention, q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, gate: Tensor | None
+    ) -> None:
+        layers.append(FavorAttention.mix(attention, q, k, _one_hot(q, v.dtype), None, segments, gate).float())
 
     look_through(model, {"tokens": tokens}, look)
     return layers
@@ -72,17 +78,19 @@ def errors(
     """The error of each attention by features with other numbers of them: [layer][number][draw]. Changes nothing."""
     layers: list[list[list[float]]] = []
 
-    def look(attention: FavorAttention, q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None) -> None:
+    def look(
+        attention: FavorAttention, q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, gate: Tensor | None
+    ) -> None:
         if not attention.options.has_features:
             return
-        exact = _exact(attention, q, k, v, segments)
+        exact = _exact(attention, q, k, v, segments, gate)
         before = attention.options, attention.draw
         found: list[list[float]] = []
         for m in features:
             found.append([])
             for draw in range(draws):
                 attention.options, attention.draw = replace(before[0], features=m), before[1] + draw
-                found[-1].append(_error(FavorAttention.mix(attention, q, k, v, None, segments), exact))
+                found[-1].append(_error(FavorAttention.mix(attention, q, k, v, None, segments, gate), exact))
         attention.options, attention.draw = before
         layers.append(found)
 
@@ -122,10 +130,11 @@ def _mix(
     v: Tensor,
     padding: Tensor | None,
     segments: Tensor | SlicedDocuments | None,
+    gate: Tensor | None = None,
 ) -> Tensor:
     assert not isinstance(segments, SlicedDocuments)  # whole sequences
-    look(attention, q, k, v, segments)
-    return FavorAttention.mix(attention, q, k, v, padding, segments)
+    look(attention, q, k, v, segments, gate)
+    return FavorAttention.mix(attention, q, k, v, padding, segments, gate)
 
 
 def _one_hot(q: Tensor, dtype: torch.dtype) -> Tensor:
@@ -134,8 +143,10 @@ def _one_hot(q: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.eye(size, device=q.device, dtype=dtype).expand(*q.shape[:2], size, size)
 
 
-def _exact(attention: FavorAttention, q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None) -> Tensor:
-    softmax = partial(exact_attention, causal=attention.causal, decay=attention.decay)
+def _exact(
+    attention: FavorAttention, q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, gate: Tensor | None
+) -> Tensor:
+    softmax = partial(exact_attention, causal=attention.causal, decay=attention.decay, gate=gate)
     return softmax(q.float(), k.float(), v.float(), segments=segments)
 
 

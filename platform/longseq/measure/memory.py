@@ -148,7 +148,7 @@ def gib(size: float) -> str:
 
 def runs_triton(spec: PerformerSpec) -> bool:
     """Whether attention takes the Triton kernels on a GPU."""
-    known = spec.kernel in OWN_KERNELS and spec.head_dim <= TRITON_WIDEST
+    known = spec.kernel in OWN_KERNELS and spec.head_dim <= TRITON_WIDEST and not spec.forget_gate
     return spec.kind == "favor" and (spec.backend == "triton" or (spec.backend == "auto" and known))
 
 
@@ -172,11 +172,14 @@ def block_bytes(spec: PerformerSpec, config: Config, width: int, *, triton: bool
     total = width * (5.0 * dim + hidden) + 2 * 4 * (1 if spec.norm_kind == "rmsnorm" else 2)  # and the norms' numbers
     total += width * 3 * dim if spec.conv else 0
     # q, k and v are slices of one tensor, which lives on as long as one of them is needed as it is; but not where
-    # longseq.attention.backends.triton.heads takes them apart.
-    whole_qkv = (spec.kind == "exact" or config.batch_sequences == 1) and not spec.value_residual
+    # longseq.attention.backends.triton.heads takes them apart. Exact attention with forget gates is a long window.
+    dense = spec.kind == "exact" and (not spec.forget_gate or config.trainer.context_parallel > 1)
+    whole_qkv = (dense or config.batch_sequences == 1) and not spec.value_residual
     if spec.value_residual:
         total += width * dim  # what the first layer's values differ by
-    if spec.kind == "exact":
+    if spec.forget_gate:  # logits, what their logsigmoid keeps, log f, and sums both ways in float64
+        total += (4 * 4 + 8 * (1 if spec.causal else 2)) * heads
+    if dense:
         total += width * ((3 if whole_qkv else 1) + 2 + 1) * dim + 4 * heads
         total += _mask(spec, config)
     else:
@@ -197,10 +200,12 @@ def block_bytes(spec: PerformerSpec, config: Config, width: int, *, triton: bool
 def _favor(spec: PerformerSpec, config: Config, width: int, triton: bool) -> float:
     """Bytes per token: states between the groups of chunks, denominators, each part's output where there are two."""
     state = 4 * spec.heads * spec.features * (spec.head_dim + 1)
-    plain = not (spec.window or spec.learned_decay or _packs(config))
+    plain = not (spec.window or spec.learned_decay or spec.forget_gate or _packs(config))
     numbers = TRITON_NUMBERS if triton else 0
     if not spec.causal and plain:
         return state / config.slice_length + (1 + numbers) * 4 * spec.heads
+    if spec.kind == "exact":
+        return 4.0 * spec.heads
     one = (2 + numbers) * 4.0 * spec.heads
     if not triton:
         one += state / min(SCAN_GROUP, config.slice_length)
@@ -255,12 +260,13 @@ def _tiled(
     ones = [block_bytes(layer, config, width, triton=triton) + _backward(spec, width) for layer, triton in layers]
     if _carries(spec, config):
         state = sum(4 * (spec.heads * x.features * (spec.head_dim + 1) + 2 * x.window * dim) for x in spec.plan)
+        state += sum(4 * spec.heads * x.window for x in spec.plan if x.forget_gate)
         extra = 4 * 4 * dim  # the output of each part, and of both
         again = rows * spec.tile * (sum(ones) + spec.depth * extra) + 2 * 4 * spec.parameter_count
         return rows * -(-length // spec.tile) * state, again, 0
     block = 11.0 * width * dim if width == 4 else width * 11 * dim + 4 * 8 * dim
     mixing = (
-        _favor(layer, config, width, triton) if layer.kind == "favor" else _mask(layer, config)
+        _favor(layer, config, width, triton) if layer.kind == "favor" or layer.forget_gate else _mask(layer, config)
         for layer, triton in layers
     )
     again = rows * (length * (block + max(mixing)) + spec.tile * max(ones))

@@ -17,5 +17,6 @@ def training_flops(spec: PerformerSpec, length: int) -> float:
     linear = spec.depth * (4 * spec.dim**2 + 3 * spec.dim * spec.conv) + spec.vocabulary * spec.dim
     linear += spec.depth * (3 if spec.ffn == "swiglu" else 2) * spec.dim * spec.hidden
     linear += spec.dim**2 if spec.head == "transform" else 0
+    linear += spec.gates * spec.dim * spec.heads
     layers = (flops.attention(options, spec.head_dim, length, causal=spec.causal, chunk=CHUNK) for options in spec.plan)
     return 6 * linear + spec.heads * sum(layer.both.strict for layer in layers)

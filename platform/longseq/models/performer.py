@@ -318,6 +318,8 @@ class PerformerLM(nn.Module):
     def _initialise(self) -> None:
         # GPT-2's scheme: 0.02, and residual branches shrunk so that the sum over the depth keeps its variance.
         for name, parameter in self.named_parameters():
+            if ".attention.gate." in name:  # forget gates begin as rates of decay
+                continue
             if parameter.ndim == 2:
                 shrink = (
                     math.sqrt(2 * self.spec.depth) if name.endswith(("attention.out.weight", "mlp.2.weight")) else 1

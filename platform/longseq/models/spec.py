@@ -152,7 +152,8 @@ class PerformerSpec(AttentionOptions):
     def sums_up(self) -> bool:
         """Whether a bidirectional layer needs nothing of other tiles but the sums of their keys."""
         placeless = all(
-            options.kind == "favor" and not (options.window or options.learned_decay) for options in self.plan
+            options.kind == "favor" and not (options.window or options.learned_decay or options.forget_gate)
+            for options in self.plan
         )
         bare = placeless and not self.conv and not self.mask_scaling
         return bool(self.sequence_tile) and not self.causal and bare
@@ -166,6 +167,11 @@ class PerformerSpec(AttentionOptions):
         """Number of weights in the blocks' linear maps, without biases: Muon's."""
         mlp = (3 if self.ffn == "swiglu" else 2) * self.dim * self.hidden
         return self.depth * (4 * self.dim**2 + mlp)
+
+    @property
+    def gates(self) -> int:
+        """Number of layers with forget gates."""
+        return sum(options.forget_gate for options in self.plan)
 
     @property
     def parameter_count(self) -> int:
@@ -183,4 +189,5 @@ class PerformerSpec(AttentionOptions):
             ends += self.dim**2 + 3 * self.dim + self.vocabulary
         per_head = sum(o.qk_norm + (o.learned_share and o.window > 0) + o.learned_decay for o in self.plan)
         per_head += self.depth - 1 if self.value_residual else 0
+        per_head += (self.dim + 1) * self.gates
         return self.depth * (attention + mlp + 2 * norm) + self.heads * per_head + ends

@@ -13,8 +13,9 @@ from longseq.pinned import Copies
 from longseq_data.files import aside
 from longseq_data.os_errors import explained, of_library
 
-# qk_norm, learned_share, learned_decay; and model.conv, which begins as the identity.
-_LEARNED = ("log_temperature", "log_share", "log_decay", "attention.conv.weight")
+# qk_norm, learned_share, learned_decay, forget_gate; and model.conv, which begins as the identity.
+_GATE = ("attention.gate.weight", "attention.gate.bias")
+_LEARNED = ("log_temperature", "log_share", "log_decay", "attention.conv.weight", *_GATE)
 
 
 def full_state_dict(model: nn.Module, sharded: bool, keep: bool, by: Copies | None = None) -> dict[str, Tensor]:

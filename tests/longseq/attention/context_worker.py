@@ -51,6 +51,17 @@ CASES: dict[str, dict] = {
     "everything": {"length": 1301, "causal": True, "window": 9, "packed": 400, "decays": True, "shares": True},
     "everything, bidirectional": {"length": 301, "window": 9, "packed": 60, "decays": True, "shares": True},
     "everything, padded": {"length": 1301, "causal": True, "window": 9, "padded": True, "decays": True},
+    "gate": {"length": 301, "causal": True, "gates": True},
+    "gate, long": {"length": 1301, "causal": True, "gates": True, "packed": 900},
+    "gate, bidirectional": {"length": 301, "gates": True},
+    "gate, everything": {"length": 301, "causal": True, "window": 9, "packed": 60, "gates": True, "shares": True},
+    "gate, everything, bidirectional": {"length": 301, "window": 9, "packed": 60, "gates": True, "shares": True},
+    "gate, everything, padded": {"length": 301, "causal": True, "window": 9, "padded": True, "gates": True},
+    "gate, a window longer than a slice": {"length": 37, "window": 25, "gates": True},
+    "gate, window alone": {"length": 37, "causal": True, "window": 5, "features": 0, "gates": True},
+    "gate, an empty slice": {"length": 5, "causal": True, "packed": 2, "gates": True},
+    "gate, exact": {"length": 37, "causal": True, "gates": True, "exact": True},
+    "gate, exact, everything": {"length": 301, "padded": True, "packed": 100, "gates": True, "exact": True},
     # Slices of 2, 2, 1 and no tokens, and of 1, 1, 1 and none: what is missing is padding.
     "an empty slice": {"length": 5, "causal": True, "decays": True},
     "an empty slice, bidirectional": {"length": 5},
@@ -113,6 +124,7 @@ def attend(case: dict, context: ContextGroup | None, backend: str) -> list[Tenso
         if case.get(name):
             options[key] = torch.linspace(value, 2 * value, HEADS).requires_grad_()
             learned.append(options[key])
+    gate = F.logsigmoid(2 * torch.randn(BATCH, HEADS, length, generator=rng, dtype=dtype) + 1)
     parts = 1 if context is None else context.size
     rank = 0 if context is None else context.rank
     size = -(-length // parts)
@@ -128,7 +140,9 @@ def attend(case: dict, context: ContextGroup | None, backend: str) -> list[Tenso
             padding = None  # of this rank alone
     if context is not None and segments is not None:
         segments = mine(segments, 1, -1)
-    q, k, v, dout = (mine(x, 2).contiguous().requires_grad_() for x in (q, k, v, dout))
+    q, k, v, dout, gate = (mine(x, 2).contiguous().requires_grad_() for x in (q, k, v, dout, gate))
+    gates = [gate] if case.get("gates") else []
+    options["gate"] = gate if gates else None
     hidden = {"key_padding": padding, "segments": segments}
     if case.get("exact"):
         out = exact_attention(q, k, v, **options, **hidden, context=context)
@@ -136,11 +150,12 @@ def attend(case: dict, context: ContextGroup | None, backend: str) -> list[Tenso
         kernel, features, window = case.get("kernel", "softmax"), case.get("features", FEATURES), case.get("window", 0)
         options |= {"kernel": kernel, "features": features, "window": window, "backend": backend}
         out = favor_attention(q, k, v, **options, **hidden, context=context)
-    grads = torch.autograd.grad((out * dout.detach()).sum(), [q, k, v, *learned], allow_unused=True)
+    grads = torch.autograd.grad((out * dout.detach()).sum(), [q, k, v, *gates, *learned], allow_unused=True)
     if context is None:
         return [out.detach(), *(x for x in grads if x is not None)]
-    slices = [context.gather_rows(x) for x in (out.detach(), *grads[:3])]
-    shares = [context.gather_rows(x).sum(0) for x in grads[3:] if x is not None]
+    of_slices = 3 + len(gates)
+    slices = [context.gather_rows(x) for x in (out.detach(), *grads[:of_slices])]
+    shares = [context.gather_rows(x).sum(0) for x in grads[of_slices:] if x is not None]
     return [torch.cat(list(x), dim=2)[:, :, :length] for x in slices] + shares
 
 
@@ -179,6 +194,11 @@ MODELS: dict[str, dict] = {
     },
     "modern": {"causal": True, "packed": True, "window": 9, **MODERN},
     "modern, in tiles": {"causal": True, "sequence_tile": 20, **MODERN},
+    "gates in tiles, a plan of layers": {
+        "causal": True, "packed": True, "sequence_tile": 20, "layers": (
+            AttentionOptions(features=24, window=9, forget_gate=True), AttentionOptions(kind="exact", forget_gate=True),
+        ),
+    },
     "masked modern": {"causal": False, "packed": True, "activation_checkpointing": True, **MODERN, "conv": 5},
     "a convolution wider than a slice": {"causal": True, "conv": 200},
 }  # fmt: skip

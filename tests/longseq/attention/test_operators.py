@@ -156,7 +156,7 @@ def losses(net: nn.Module, of: PerformerLM) -> list[Tensor]:
         {"causal": True, "window": 5, "learned_share": True, "learned_decay": True},
         {"causal": True, "position": "learned", "max_positions": LENGTH},
         {"causal": True, **MODERN},
-        {"causal": False, "conv": 3, "ffn": "relu2"},
+        {"causal": False, "conv": 3, "ffn": "relu2", "forget_gate": True},
     ],
     ids=str,
 )

@@ -33,9 +33,14 @@ LENGTH = 4500  # more than a batch of short records
 ROW = np.array([BOS, *np.random.default_rng(1).integers(0, 20, LENGTH), EOS], dtype=np.uint8)
 WIDE = ROW.astype(np.int64)  # to index by
 
-carried = [{}, {"kernel": "relu"}, {"window": 9, "learned_share": True, "learned_decay": True, **MODERN}]
+carried = [
+    {},
+    {"kernel": "relu"},
+    {"forget_gate": True, "window": 9},
+    {"window": 9, "learned_share": True, "learned_decay": True, **MODERN},
+]
 summed = [{"causal": False}, {"causal": False, "kernel": "relu", "value_residual": True, "qk_norm": True}]
-in_one_piece = [{"kind": "exact"}, {"causal": False, "window": 9}]
+in_one_piece = [{"kind": "exact"}, {"causal": False, "window": 9}, {"causal": False, "forget_gate": True}]
 
 
 def build(**options: object) -> PerformerLM:

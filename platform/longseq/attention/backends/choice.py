@@ -57,6 +57,8 @@ class Backend:
         if rows.runs is not None:
             other = rows.runs != rows.runs[:, -1:]
             out = other if out is None else out | other
+        if rows.gate is not None:
+            weight = (rows.gate[:, -1:] - rows.gate[:, 1:]).to(widened(v[:, :0]).dtype)
         if rows.decay is not None:
             weight = -rows.decay * torch.arange(k.shape[1], 0, -1, device=k.device).to(rows.decay)[:, None]
         if out is not None:
@@ -111,8 +113,8 @@ class Triton(Backend):
         super().__init__(triton_scan, triton_window)
 
 
-def choose(backend: str, feature_map: FeatureMap | None, rows: Sequence[Tensor]) -> Backend:
-    """The backend of that name, or for "auto" the fastest that can do this.
+def choose(backend: str, feature_map: FeatureMap | None, rows: Sequence[Tensor], gated: bool = False) -> Backend:
+    """The backend of that name, or for "auto" the fastest that can do this; ``gated``: with forget gates.
 
     Raises:
         ValueError: for an unknown backend, or one of our own kernels' for what they cannot do.
@@ -124,7 +126,8 @@ def choose(backend: str, feature_map: FeatureMap | None, rows: Sequence[Tensor])
         backend = {"cuda": "triton", "cpu": "native"}.get(rows[0].device.type, "torch")
     if backend == "torch":
         return _made(Torch)
-    reason = (_not_in_triton if backend == "triton" else _not_native)(feature_map, rows)
+    reason = "they have no forget gates yet" if gated and backend == "triton" else None
+    reason = reason or (_not_in_triton if backend == "triton" else _not_native)(feature_map, rows)
     if reason is None:
         return _made(Triton if backend == "triton" else Native)
     if asked == "auto":

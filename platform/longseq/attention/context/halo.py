@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from longseq.attention import gates
 from longseq.attention.context.group import ContextGroup, SlicedDocuments
 from longseq.attention.first_order import Saved, first_order
 from longseq.attention.parts import Part
@@ -25,11 +26,13 @@ class Neighbourhood:
         rows: (N, left + n + right, ·): zeros for queries of other slices, and for keys beyond the sequence. Documents
             that none of the slice's queries belongs to may share a number.
         left, right: how many stand before the slice and behind it.
+        beyond: with forget gates, log f of the position behind the last, (N, 1, 1).
     """
 
     rows: Rows
     left: int
     right: int
+    beyond: Tensor | None = None
 
     def own(self, part: Part) -> Part:
         """What belongs to the slice."""
@@ -48,7 +51,11 @@ def neighbourhood(
     """
     if not left and not right:
         return Neighbourhood(rows, 0, 0)
-    k, v, runs = rows.k, rows.v, rows.runs
+    k, v, runs, gate, beyond = rows.k, rows.v, rows.runs, rows.gate, None
+    if gate is not None:
+        logs = gate.diff(dim=1)
+        logs, _, _ = _Halo.apply(logs, logs[..., :0], torch.ones_like(logs), context, left, right + 1)
+        gate, beyond = gates.running(logs[:, :-1, 0]), logs[:, -1:]
     real = k.new_ones(*k.shape[:2], 1) if rows.hidden is None else (~rows.hidden[..., None]).to(k)
     k, v, real = _Halo.apply(k, v, real, context, left, right)
     if runs is not None:
@@ -59,7 +66,8 @@ def neighbourhood(
         behind = torch.arange(1, right + 1, device=k.device) <= after
         runs = 1 + torch.cat((ahead.long() - 1, runs, runs[:, -1:] + (~behind).long()), dim=1)
     q = F.pad(rows.q, (0, 0, left, right))
-    return Neighbourhood(replace(rows, q=q, k=k, v=v, hidden=real[..., 0] == 0, runs=runs), left, right)
+    rows = replace(rows, q=q, k=k, v=v, hidden=real[..., 0] == 0, runs=runs, gate=gate)
+    return Neighbourhood(rows, left, right, beyond)
 
 
 class _Halo(torch.autograd.Function):

@@ -28,7 +28,8 @@ c. A message is thus B · H · (m · (e + 1) + 1) numbers, forward and backward,
 - An exact window of w: keys enter the state w positions late, so the slice of keys that a rank sums up lies w before
   its queries. The w keys and values before the slice come from the left neighbour (from several, where w is longer than
   a slice): :mod:`longseq.attention.context.halo`.
-- A decay multiplies a state by e^{−γ·distance} on the way: it is taken from the log-scale, slice by slice.
+- A decay multiplies a state by e^{−γ·distance} on the way: it is taken from the log-scale, slice by slice. Of forget
+  gates each rank tells the sum over its slice. (These compute no positions early.)
 - Packed documents: P_r are keys of the document that the slice begins in, so M_j counts in it only if that document
   reaches back as far as the end of slice j. :class:`SlicedDocuments` knows.
 - Keys on both sides: without positions to tell them apart one sum of all M_r, read by all queries; else one scan in
@@ -45,6 +46,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longseq.attention import gates
 from longseq.attention.context.group import ContextGroup, SlicedDocuments
 from longseq.attention.context.halo import Neighbourhood
 from longseq.attention.feature_maps import FeatureMap
@@ -84,9 +86,13 @@ def relay(
         assert documents is not None
         reach = documents.after.flip(0) if reverse else documents.before
         reach = reach.repeat_interleave(len(rows.q) // reach.shape[1], dim=1)
+    gate = rows.gate
     rows = rows.reversed() if reverse else rows
-    chain = _Chain(context, reverse, length, delay, reach)
-    learned = *rows.qkv, rows.decay
+    if gate is not None and reverse:
+        rows = replace(rows, gate=gates.turned(gate, near.beyond if near.beyond is not None else 0.0))
+    through = None if rows.gate is None else context.gather_rows(rows.gate[:, length, None].detach())
+    chain = _Chain(context, reverse, length, delay, reach, through)
+    learned = *rows.qkv, rows.fading
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned)
     out, lse = _Relay.apply(*learned, rows.hidden, rows.runs, rows.phi, engine, chain, learns)
     return (out.flip(1), lse.flip(1)) if reverse else (out, lse)
@@ -101,6 +107,7 @@ class _Chain:
     length: int  # of a slice
     delay: int
     reach: Tensor | None  # (P, N) how far back the document goes that each slice begins in, in the order of the scan
+    through: Tensor | None = None  # with gates, what each rank's keys take from a log-scale, (P, N, 1, 1) float64
 
     @property
     def place(self) -> int:
@@ -130,7 +137,10 @@ class _Chain:
         """The state of slice ``of``, faded from the end of slice ``source`` to the beginning of slice ``to``; nothing
         of it where a document ends between the two."""
         state, between = states[self._turned(of)], (to - source - 1) * self.length
-        if decay is not None:
+        if self.through is not None:
+            ranks = [self._turned(at) for at in range(source + 1, to)]
+            state = state.faded(self.through[ranks].sum(0).to(state.log_scale))
+        elif decay is not None:
             state = state.faded(-decay * between)
         if self.reach is None:
             return state
@@ -148,7 +158,8 @@ class _Relay(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, hidden: Tensor | None, runs: Tensor | None,
         feature_map: FeatureMap, engine: Backend, chain: _Chain, learns: bool,
     ) -> Part:  # fmt: skip
-        work = _Work(Rows(q, k, v, decay, hidden, runs, feature_map, chain.delay), engine, chain)
+        rows = Rows(q, k, v, None, hidden, runs, feature_map, chain.delay).faded_by(decay)
+        work = _Work(rows, engine, chain)
         early = work.early
         first, second = work.sum_up(0, early), work.sum_up(early, chain.length)
         own = second
@@ -185,7 +196,8 @@ class _Relay(torch.autograd.Function):
             parts.append(Scanned(out, lse, inverse_den, left[4 : 4 + kept], log_scale))
             left = left[4 + kept :]
         chain = ctx.chain
-        work = _Work(Rows(q, k, v, decay, hidden, runs, ctx.feature_map, chain.delay), ctx.engine, chain)
+        rows = Rows(q, k, v, None, hidden, runs, ctx.feature_map, chain.delay).faded_by(decay)
+        work = _Work(rows, ctx.engine, chain)
         early, delay, rest = work.early, chain.delay, parts[-1]
         out, lse = _together(parts, delay)
         dout = torch.zeros_like(out) if dout is None else dout
@@ -207,7 +219,7 @@ class _Relay(torch.autograd.Function):
         if early:
             behind = _only(of_inner, work.same(early - 1, early))
             sums.add(work.rows(0, early), parts[0], 0, None, _at(behind, parts[0].log_scale))
-        if sums.decay is not None:
+        if sums.decay is not None and rows.gate is None:
             # A scan counts from its first key to its queries, and from its keys to behind the last one. What came
             # before the slice skips the early positions on its way to the rest, and reaches other ranks by itself.
             entered = before
@@ -231,8 +243,8 @@ class _Gradients:
         for total in (self.q, self.k, self.v):
             total[:, : self.shared] = 0
         self.decay: Tensor | None = None
-        if rows.decay is not None and wants_decay:
-            self.decay = torch.zeros_like(rows.decay, dtype=torch.float64)
+        if rows.fading is not None and wants_decay:
+            self.decay = torch.zeros_like(rows.fading, dtype=torch.float64)
 
     def add(self, rows: Rows, part: Scanned, start: int, grads: Part | None, later: Tensor | None) -> Tensor:
         """Go back through the scan of the rows from ``start`` on.
@@ -270,7 +282,7 @@ class _Work:
     def early(self) -> int:
         """How many positions are computed while states travel; parts of signed features do not combine."""
         length = self.chain.length
-        if length < 4 * CHUNK or not self.all.feature_map.positive:
+        if length < 4 * CHUNK or not self.all.feature_map.positive or self.all.gate is not None:
             return 0
         return max(1, length // _EARLY // CHUNK) * CHUNK
 
@@ -298,12 +310,14 @@ class _Work:
         if rows.decay is not None:
             distances = torch.arange(delay, delay + dout.shape[1], device=dout.device)[:, None]
             log_weight = torch.addcmul(log_weight, rows.decay, distances.to(log_weight), value=-1)
+        if rows.gate is not None:
+            log_weight = rows.gate[:, 1 + delay :].to(log_weight)
         log_weight = log_weight.masked_fill(blind[..., None], -torch.inf)
         q = rows.q[:, delay:]
         return self.engine.sum_up(q, dout, last, log_weight - lse.masked_fill(blind[..., None], 0.0), rows.feature_map)
 
     def initial(self, state: AttentionState) -> AttentionState:
-        """A state as a scan begins with it: seen from ``delay`` positions before the first key."""
+        """A state as a scan begins with it: seen from ``delay`` positions before the first key, or from its last."""
         return self.faded(state, -self.chain.delay)
 
     def faded(self, state: AttentionState, distance: int) -> AttentionState:

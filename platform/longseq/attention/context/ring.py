@@ -13,8 +13,10 @@ and backward, the slices coming by once more,
     p_ij = e^{s_ij − lse_i},   ds_ij = p_ij (dout_iᵀv_j − dout_iᵀout_i)
     dq_i = Σ_j ds_ij k_j/√d,   dk_j = Σ_i ds_ij q_i/√d,   dv_j = Σ_i p_ij dout_i
 
-where what a rank finds for another's keys goes home at once. A rank holds two foreign slices at most, and scores of a
-block of queries by one slice. A step sends n · (d + e) numbers per head forward, and twice as many backward. Causal
+and with forget gates, whose sums G all ranks know of all positions (:mod:`longseq.attention.gates`), −|G_i − G_j| in
+the place of −γ|i − j| and dG_i = Σ_j ±ds_ij − Σ_j ±ds_ji. What a rank finds for another's keys goes home at once. It
+holds two foreign slices at most, and scores of a block of queries by one slice. A step sends n · (d + e) numbers per
+head forward, and twice as many backward. Causal
 queries see no later slice, so rank r computes r + 1 of them: the last rank, with all, sets the time.
 """
 
@@ -45,12 +47,14 @@ class Slices:
         causal: queries do not see later keys.
         hidden: (P, B, n) bool, True where a key is padding, or None.
         runs: (P, B, n) the numbers of documents, which do not see each other, or None.
+        gates: (P, B, H, n) float64, G counted from the sequence's beginning, or None.
     """
 
     context: ContextGroup
     causal: bool
     hidden: Tensor | None
     runs: Tensor | None
+    gates: Tensor | None = None
 
     def places(self, step: int) -> tuple[int, int]:
         """Who gets this rank's slice at a step, and whose slice comes; beyond the group: nobody."""
@@ -91,6 +95,10 @@ class Slices:
         scores = q[:, :, queries] @ k.mT
         if decay is not None:
             scores = scores - decay[:, None, None] * ahead.abs()
+        if self.gates is not None:
+            here = self.gates[rank][..., queries.start, None]  # the numbers are small next to it
+            of_query, of_key = (self.gates[rank][..., queries] - here).to(q), (self.gates[of] - here).to(q)
+            scores = scores - (of_query[..., None] - of_key[..., None, :]).abs_()
         blind = (ahead < 0)[None] if self.causal and of == rank else None
         if self.runs is not None:
             others = self.runs[rank][:, queries, None] != self.runs[of][:, None]
@@ -101,23 +109,28 @@ class Slices:
         return scores if blind is None else scores.masked_fill_(blind[:, None], -torch.inf), ahead
 
 
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, slices: Slices, decay: Tensor | None = None) -> Tensor:
+def ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, slices: Slices, decay: Tensor | None = None, gate: Tensor | None = None
+) -> Tensor:
     """Exact attention of this rank's queries over the keys of all ranks; all ranks of the group call it.
 
     Args:
         q, k, v: (B, H, n, d or e) of this rank's slice.
         decay: (H,) γ, or None; its gradient is this rank's part of a sum over the ranks.
+        gate: (B, H, n) G counted from this slice's beginning, if there are gates.
 
     Returns:
         (B, H, n, e) in the dtype of v; zeros for a query that sees no key.
     """
-    made: Tensor = _Ring.apply(q, k, v, decay, slices)
+    made: Tensor = _Ring.apply(q, k, v, decay, gate, slices)
     return made
 
 
 class _Ring(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, slices: Slices) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, gate: Tensor | None, slices: Slices
+    ) -> Tensor:
         scaled, rates = widened(q) * q.shape[-1] ** -0.5, None if decay is None else decay.to(widened(q).dtype)
         top = scaled.new_full((*q.shape[:3], 1), NOTHING)
         den, total = torch.zeros_like(top), scaled.new_zeros(*v.shape)
@@ -147,7 +160,9 @@ class _Ring(torch.autograd.Function):
         shift = (dout * out).sum(-1, keepdim=True)
         dq = torch.zeros_like(scaled)
         d_decay = None if decay is None else torch.zeros_like(decay, dtype=torch.float64)
-        own = scaled.new_zeros(*k.shape[:3], k.shape[3] + v.shape[3])
+        d_gate = None if slices.gates is None else torch.zeros_like(slices.gates[0])
+        widths = k.shape[3], v.shape[3], int(slices.gates is not None)
+        own = scaled.new_zeros(*k.shape[:3], sum(widths))
         coming: Received | None = None
 
         def arrive() -> None:
@@ -163,14 +178,23 @@ class _Ring(torch.autograd.Function):
                 weights = scores.sub_(lse[:, :, at]).exp_()  # a query that sees nothing: exp(−inf + 1e30) = 0
                 d_scores = (dout[:, :, at] @ keys[1].mT).sub_(shift[:, :, at]).mul_(weights)
                 dq[:, :, at] += d_scores @ keys[0]
-                found[..., : k.shape[3]] += d_scores.mT @ scaled[:, :, at]
-                found[..., k.shape[3] :] += weights.mT @ dout[:, :, at]
+                found[..., : widths[0]] += d_scores.mT @ scaled[:, :, at]
+                found[..., widths[0] : sum(widths[:2])] += weights.mT @ dout[:, :, at]
                 if d_decay is not None:
                     d_decay -= (d_scores * ahead.abs()).sum((0, 2, 3), dtype=torch.float64)
+                if d_gate is not None:
+                    signed = d_scores * ahead.sign()
+                    d_gate[:, :, at] += signed.sum(3)
+                    found[..., -1] -= signed.sum(2)
             arrive()
             if step:  # home: backwards along the way that the keys came
                 coming = exchange(slices.context, [(of, found)], [slices.places(step)[0]])
         arrive()
-        dk, dv = own.split((k.shape[3], v.shape[3]), dim=-1)
+        dk, dv, of_keys = own.split(widths, dim=-1)
         d_decay = None if d_decay is None else d_decay.to(decay.dtype)
-        return dq.mul_(scale).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_decay, None
+        if d_gate is not None:
+            d_gate += of_keys[..., 0]
+            context = slices.context
+            later = context.gather_rows(d_gate.sum(-1))[context.rank + 1 :]  # slices that count on from this one's end
+            d_gate[..., -1] += later.sum(0)
+        return dq.mul_(scale).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_decay, d_gate, None

@@ -77,7 +77,7 @@ class _Inputs(ctypes.Structure):
     """``Inputs`` of kernels.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "hidden", "runs", "decay")),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "hidden", "runs", "decay", "gate")),
         ("count", ctypes.c_int64),
         *((name, ctypes.c_int64) for name in ("q_step", "k_step", "v_step")),
     )
@@ -98,9 +98,10 @@ class _Call:
         hidden = None if rows.hidden is None else rows.hidden.to(torch.uint8).contiguous()
         runs = None if rows.runs is None else rows.runs.to(torch.int32).contiguous()
         decay = None if rows.decay is None else rows.decay.detach().to(torch.float32).contiguous()
-        self.alive = of_map, hidden, runs, decay
+        gate = None if rows.gate is None else rows.gate.detach().contiguous()
+        self.alive = of_map, hidden, runs, decay, gate
         self.shape = _Shape(rows.k.shape[1], rows.q.shape[1], rows.delay, rows.v.shape[-1])
-        pointers = (_address(x) for x in (self.q, self.k, self.v, hidden, runs, decay))
+        pointers = (_address(x) for x in (self.q, self.k, self.v, hidden, runs, decay, gate))
         self.inputs = _Inputs(*pointers, len(rows.q), *(x.stride(0) for x in (self.q, self.k, self.v)))
 
     def run(self, name: str, *more: Tensor | ctypes.Structure | None) -> None:
@@ -205,11 +206,17 @@ def scan_backward(
     dlse = None if dlse is None else dlse.contiguous()
     later = None if later is None else later.contiguous()
     dq, dk, dv = (x.new_empty(x.shape) for x in (call.q, call.k, call.v))
-    d_decay = torch.zeros_like(rows.decay, dtype=torch.float64) if rows.decay is not None and wants_decay else None
+    d_decay = _no_gradient(rows, wants_decay)
     d_initial = v.new_empty(len(v), rows.feature_map.features, v.shape[-1] + 1)
     states = None if later is None else _states(later, None), _states(d_initial, None)
     call.run("longseq_scan_backward", *states, out, inverse_den, *kept, dout, dlse, dq, dk, dv, d_decay)
     return Gradients(dq, dk, dv, d_decay, d_initial)
+
+
+def _no_gradient(rows: Rows, wanted: bool) -> Tensor | None:
+    """Zeros for the decay's gradient or the gate's, which the kernels always add to."""
+    fading = rows.fading if wanted or rows.gate is not None else None
+    return None if fading is None else torch.zeros_like(fading, dtype=torch.float64)
 
 
 def sum_up(
@@ -282,6 +289,6 @@ def window_backward(
     dout = torch.zeros_like(out) if dout is None else dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     dq, dk, dv = call.q.new_empty(rows.q.shape), call.k.new_zeros(rows.k.shape), call.v.new_zeros(rows.v.shape)
-    d_decay = torch.zeros_like(rows.decay, dtype=torch.float64) if rows.decay is not None and wants_decay else None
+    d_decay = _no_gradient(rows, wants_decay)
     call.run("longseq_window_backward", _Band(window, causal), out, lse, dout, dlse, dq, dk, dv, d_decay)
     return Gradients(dq, dk, dv, d_decay)

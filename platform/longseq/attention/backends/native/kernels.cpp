@@ -11,6 +11,7 @@ struct Inputs {
     const uint8_t* hidden;
     const int32_t* runs;
     const float* decay;              // (N,) gamma, natural units
+    const double* gate;              // (N, L + 1) in its place, natural units
     int64_t count;                   // N
     int64_t q_step, k_step, v_step;  // floats from a row of N to the next: they may be slices
 
@@ -21,7 +22,14 @@ struct Inputs {
                 v + n * v_step,
                 hidden ? hidden + at : nullptr,
                 runs ? runs + at : nullptr,
-                decay ? decay[n] * 1.44269504f : 0.0f};
+                decay ? decay[n] * 1.44269504f : 0.0f,
+                gate ? gate + n * (shape.length + 1) : nullptr,
+                shape.length};
+    }
+
+    // Where the gradient of row n's decay or gate begins; null where there is none.
+    double* fading(double* all, int64_t n, const Shape& shape) const {
+        return all ? all + n * (gate ? shape.length + 1 : 1) : nullptr;
     }
 };
 
@@ -66,7 +74,7 @@ EXPORTED void longseq_scan_backward(const FeatureMap* map, const Shape* shape, c
     each_row<Scan>(map, shape, in, threads, [&](Scan& scan, int64_t n) {
         const int64_t at = n * shape->length, x = at * map->head_dim, v = at * shape->value_dim;
         scan.backward(in->row(n, *shape, *map), n, later, d_initial, out + v, inverse_den + at, kept + n * size,
-                      dout + v, dlse ? dlse + at : nullptr, dq + x, dk + x, dv + v, d_decay ? d_decay + n : nullptr);
+                      dout + v, dlse ? dlse + at : nullptr, dq + x, dk + x, dv + v, in->fading(d_decay, n, *shape));
     });
 }
 
@@ -121,7 +129,7 @@ EXPORTED void longseq_window_backward(const FeatureMap* map, const Shape* shape,
     const auto work = [&](Window& window, int64_t n) {
         const int64_t at = n * shape->length, x = at * map->head_dim, v = at * shape->value_dim;
         window.backward(in->row(n, *shape, *map), out + v, lse + at, dout + v, dlse ? dlse + at : nullptr, dq + x,
-                        dk + x, dv + v, d_decay ? d_decay + n : nullptr);
+                        dk + x, dv + v, in->fading(d_decay, n, *shape));
     };
     each_row<Window>(map, shape, in, threads, work, *band);
 }

@@ -17,6 +17,7 @@ struct Chunk {
     float *carried, *entering;   // exp(c - M), exp(b - c'), (CHUNK,)
     float *weights;              // exp(b_j - M_i), 0 where i does not see j: (CHUNK, CHUNK)
     float left, after;           // exp(c - c'), c'
+    int64_t keys;                // the first one's position
 };
 
 class Scan : Kernel {
@@ -38,7 +39,9 @@ class Scan : Kernel {
     void scale_runs(const Row& in, int64_t start, Chunk& chunk, float before);
     void attend(const Chunk& chunk);
     void absorb_keys(const Chunk& chunk, State from, State to);
-    float next(const Row& in, const Chunk& chunk) const { return chunk.after - CHUNK * in.decay; }
+    float next(const Row& in, const Chunk& chunk) const {
+        return in.gate ? chunk.after + in.fade(chunk.keys, chunk.keys + CHUNK) : chunk.after - CHUNK * in.decay;
+    }
 };
 
 inline Chunk Scan::new_chunk() {
@@ -57,7 +60,9 @@ inline Chunk Scan::new_chunk() {
 inline void Scan::enter(const Row& in, int64_t start, Chunk& chunk, float before) {
     take_queries(in, start, chunk.qt, chunk.fq, chunk.q_scale);
     take_keys(in, start - shape.delay, chunk.kt, chunk.fk, chunk.k_scale, chunk.values);
-    for (int j = 0; j < CHUNK; ++j) chunk.k_scale[j] += in.decay * j;
+    chunk.keys = start - shape.delay;
+    for (int j = 0; in.gate && j < CHUNK; ++j) chunk.k_scale[j] -= in.fade(chunk.keys, chunk.keys + j + 1);
+    for (int j = 0; !in.gate && j < CHUNK; ++j) chunk.k_scale[j] += in.decay * j;
     in.runs ? scale_runs(in, start, chunk, before) : scale(chunk, before);
 }
 
@@ -151,7 +156,8 @@ inline void Scan::forward(const Row& in, int64_t n, const States* initial, float
             if (at >= shape.length) continue;
             inverse_den[at] = inverses[i];
             const float log_den = std::log2(den[i]) + chunk.row_scale[i] + chunk.q_scale[i];
-            lse[at] = inverses[i] == 0 ? NOTHING : 0.69314718f * (log_den - in.decay * (i + shape.delay));
+            const float seen = in.gate ? log_den + in.fade(chunk.keys, at + 1) : log_den - in.decay * (i + shape.delay);
+            lse[at] = inverses[i] == 0 ? NOTHING : 0.69314718f * seen;
         }
         scale_rows(rows, inverses, row, rows);
         put(rows, shape.length, start, e, out);
@@ -159,12 +165,14 @@ inline void Scan::forward(const Row& in, int64_t n, const States* initial, float
         *state.c = next(in, chunk);
     }
     // the last chunk was counted as a whole one
+    const int64_t counted = chunks(shape.length) * CHUNK;
     if (log_scale)
-        *log_scale = 0.69314718f * (*state.c + in.decay * static_cast<float>(chunks(shape.length) * CHUNK - shape.length));
+        *log_scale = 0.69314718f * (in.gate ? *state.c + in.fade(counted - shape.delay, shape.length - shape.delay)
+                                            : *state.c + in.decay * static_cast<float>(counted - shape.length));
 }
 
 // Writes dq, dk, dv, and d_initial unless it is null, and adds to d_decay unless it is null; dlse and later may be null.
-// The decay's gradient is counted from every chunk's start, see scan.py.
+// The decay's gradient is counted from every chunk's start, see scan.py. With a gate it is that one's, (L + 1,).
 inline void Scan::backward(const Row& in, int64_t row_number, const States* later_, const States* d_initial,
                            const float* out, const float* inverse_den, const float* kept, const float* dout,
                            const float* dlse, float* dq, float* dk, float* dv, double* d_decay) {
@@ -232,7 +240,11 @@ inline void Scan::backward(const Row& in, int64_t row_number, const States* late
                 product(m, i + VL, VL, {chunk.fq + i, CHUNK, 1}, d_scores + i * CHUNK, CHUNK, d_phi, CHUNK, true);
             map.vjp(chunk.kt, chunk.fk, d_phi, weight, rows, x_row, of_scale);
             put(rows, keys_end, keys, d, dk);
-            for (int j = 0; d_decay && j < CHUNK; ++j) {
+            for (int j = 0; in.gate && j < CHUNK; ++j) {
+                if (keys + j >= 0 && keys + j < keys_end) d_decay[keys + j + 1] -= of_scale[j];
+                if (dlse && start + j < shape.length) d_decay[start + j + 1] += dlse[start + j];
+            }
+            for (int j = 0; d_decay && !in.gate && j < CHUNK; ++j) {
                 if (keys + j >= 0 && keys + j < keys_end) *d_decay += of_scale[j] * static_cast<double>(j - shape.delay);
                 if (dlse && start + j < shape.length) *d_decay -= dlse[start + j] * static_cast<double>(j);
             }
@@ -251,10 +263,12 @@ inline void Scan::backward(const Row& in, int64_t row_number, const States* late
                 for (int j = 0; j < CHUNK; ++j)
                     if (keys + j >= keys_end) chunk.entering[j] = 0;
                 absorb_keys(chunk, states[n], end);
-                *d_decay += flow(end, later) * static_cast<double>(start - (shape.length - shape.delay));
+                const double through = flow(end, later);
+                if (!in.gate) *d_decay += through * static_cast<double>(start - (shape.length - shape.delay));
+                else if (keys_end) d_decay[keys_end] += through;  // the state behind is seen from its last key
             }
             absorb(chunk.left, chunk.fq, reading, reading_den, later, later);
-            if (d_decay && start) *d_decay -= flow(states[n], later) * CHUNK;
+            if (d_decay && !in.gate && start) *d_decay -= flow(states[n], later) * CHUNK;
         }
     }
     if (d_initial) export_to(*d_initial, row_number, later);

@@ -20,6 +20,14 @@ struct Row {
     const uint8_t* hidden;   // (L,) 1: padding
     const int32_t* runs;     // (L,) numbers of documents
     float decay;             // gamma a position in units of log 2; 0: none
+    const double* gate;      // (L + 1,) in the place of a decay: log-gates summed up to before each position
+    int64_t length;          // L
+
+    // What the gate adds to the log of a weight from before position `from` to before `to`, in units of log 2.
+    float fade(int64_t from, int64_t to) const {
+        const auto sum = [&](int64_t at) { return gate[at < 0 ? 0 : at < length ? at : length]; };
+        return static_cast<float>((sum(to) - sum(from)) * 1.4426950408889634);
+    }
 };
 
 // Sums over keys: s (m, e padded), z (m,), log-scale c.

@@ -29,6 +29,7 @@ class Window : Kernel {
     int64_t keys_end(int64_t start) const;
     void enter(const Row& in, int64_t keys);
     void score(const Row& in, int64_t start, int64_t keys);
+    void forgotten(const float* d_scores, int64_t start, int64_t keys, double* d_gate) const;
 };
 
 inline void Window::start_again() {
@@ -62,16 +63,19 @@ inline void Window::enter(const Row& in, int64_t keys) {
     transpose(keys_, x_row, d, kt);
 }
 
-// scores (CHUNK, CHUNK) = log2(e) (q . k / sqrt(d)) - decay |i - j|, -infinity where i does not see j.
+// scores (CHUNK, CHUNK) = log2(e) (q . k / sqrt(d)) - decay |i - j|, or what a gate takes between the two; -infinity
+// where i does not see j.
 inline void Window::score(const Row& in, int64_t start, int64_t keys) {
     product(CHUNK, CHUNK, d, {queries, x_row, 1}, kt, CHUNK, scores, CHUNK, false);
     const int64_t length = shape.length;
     Vec bias[CHUNK_VECS];   // -infinity: no such key
+    Vec gates[CHUNK_VECS];  // what a gate takes from the chunk's start
     IntVec runs[CHUNK_VECS];
     for (int j = 0; j < CHUNK; ++j) {
         const int64_t at = keys + j;
         const bool absent = at >= length || (in.hidden && in.hidden[at]);
         bias[j / VL][j % VL] = absent ? -INF : 0.0f;
+        gates[j / VL][j % VL] = in.gate ? in.fade(keys, at + 1) : 0.0f;
         runs[j / VL][j % VL] = in.runs && at < length ? in.runs[at] : 0;
     }
     IntVec lane;
@@ -82,15 +86,37 @@ inline void Window::score(const Row& in, int64_t start, int64_t keys) {
         const int32_t ahead = static_cast<int32_t>(start + i - keys);
         const int32_t reach = band_.window < INT32_MAX ? static_cast<int32_t>(band_.window) : INT32_MAX;
         const int32_t run = in.runs ? in.runs[start + i < length ? start + i : length - 1] : 0;
+        const float gate = in.gate ? in.fade(keys, start + i + 1) : 0.0f;
         for (int j = 0; j < CHUNK_VECS; ++j) {
             const IntVec distance = ahead - (lane + j * VL), apart = distance < 0 ? -distance : distance;
             IntVec sees = (apart < reach) & (runs[j] == run);
             if (band_.causal) sees &= distance >= 0;
             float* at = scores + i * CHUNK + j * VL;
-            const Vec s = load(at) * unit + bias[j] - __builtin_convertvector(apart, Vec) * in.decay;
+            const Vec score = load(at) * unit + bias[j];
+            const Vec s = in.gate ? score - maximum(gate - gates[j], gates[j] - gate)
+                                  : score - __builtin_convertvector(apart, Vec) * in.decay;
             store(at, sees ? s : splat(-INF));
         }
     }
+}
+
+// Adds the gradients of scores (CHUNK, CHUNK) to that of the gate's sums: of a later query more, of its key less.
+inline void Window::forgotten(const float* d_scores, int64_t start, int64_t keys, double* d_gate) const {
+    IntVec lane;
+    for (int j = 0; j < VL; ++j) lane[j] = j;
+    Vec of_keys[CHUNK_VECS]{};
+    for (int i = 0; i < CHUNK && start + i < shape.length; ++i) {
+        const int32_t ahead = static_cast<int32_t>(start + i - keys);
+        Vec total{};
+        for (int j = 0; j < CHUNK_VECS; ++j) {
+            const Vec grad = load(d_scores + i * CHUNK + j * VL);
+            const Vec later = ahead - (lane + j * VL) < 0 ? -grad : grad;
+            total += later;
+            of_keys[j] += later;
+        }
+        d_gate[start + i + 1] += sum(total);
+    }
+    for (int j = 0; j < CHUNK && keys + j < shape.length; ++j) d_gate[keys + j + 1] -= of_keys[j / VL][j % VL];
 }
 
 // Writes out (L, e) and lse (L,).
@@ -131,7 +157,7 @@ inline void Window::forward(const Row& in, float* out, float* lse) {
     }
 }
 
-// Writes dq; adds to dk and dv, and to d_decay unless it is null. dlse may be null.
+// Writes dq; adds to dk and dv, and to d_decay unless it is null: with a gate its gradient, (L + 1,). dlse may be null.
 inline void Window::backward(const Row& in, const float* out, const float* lse, const float* dout, const float* dlse,
                              float* dq, float* dk, float* dv, double* d_decay) {
     start_again();
@@ -167,7 +193,8 @@ inline void Window::backward(const Row& in, const float* out, const float* lse, 
             product(CHUNK, x_row, CHUNK, {d_scores, 1, CHUNK}, queries, x_row, rows, x_row, false);
             add_to(rows, scale_, shape.length, keys, d, dk);
             product(CHUNK, x_row, CHUNK, {d_scores, CHUNK, 1}, keys_, x_row, total, x_row, true);
-            for (int i = 0; d_decay && i < CHUNK; ++i)
+            if (in.gate) forgotten(d_scores, start, keys, d_decay);
+            for (int i = 0; d_decay && !in.gate && i < CHUNK; ++i)
                 for (int j = 0; j < CHUNK; ++j)
                     *d_decay -= d_scores[i * CHUNK + j] * std::fabs(static_cast<double>(start + i - keys - j));
         }
