@@ -20,6 +20,8 @@ YAML_ERRORS = (
     *(ValueError, TypeError, AttributeError, RecursionError),
 )
 
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times as fast; PyYAML may come without it
+
 # From the names on the way to a value ("data", "train") to the type of the key, as written_values.typed takes it; ""
 # for a mapping of further names.
 Kinds = Callable[[tuple[str, ...]], str]
@@ -33,7 +35,7 @@ def read_yaml(path: Path, kinds: Kinds) -> tuple[dict[str, Any], dict[str, int]]
     """
     try:
         text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text)
+        node = yaml.compose(text, _LOADER)
         plain = OmegaConf.to_container(OmegaConf.create(text)) if node is not None else {}
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; `longseq configs` lists those that come with longseq.") from None
