@@ -45,7 +45,7 @@ def measure(request: AttentionRequest, results: Results, progress: Progress) -> 
     """Fill ``results``."""
 
     def contenders(direction: str) -> dict[str, Callable[[Inputs], Mapping[str, Task]]]:
-        causal, found = direction == CAUSAL, {}
+        causal, found = direction == CAUSAL, dict[str, Callable[[Inputs], Mapping[str, Task]]]()
         for name in request.contenders:
             attention = _build(name, request, causal)
             if isinstance(attention, Absent):

@@ -27,7 +27,7 @@ class Sizes(Protocol):
 
 def spec_of(sizes: Sizes, vocabulary: int, seed: int, **options: Any) -> PerformerSpec:
     """A causal model; options: of attention, and others of the spec."""
-    size = {"dim": sizes.dim, "depth": sizes.depth, "heads": sizes.heads, "ffn_dim": 4 * sizes.dim}
+    size: dict[str, Any] = {"dim": sizes.dim, "depth": sizes.depth, "heads": sizes.heads, "ffn_dim": 4 * sizes.dim}
     return PerformerSpec(vocabulary=vocabulary, causal=True, seed=seed, **size, **options)
 
 
