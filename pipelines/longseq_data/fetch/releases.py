@@ -69,10 +69,7 @@ DATASETS = {
         "knowledgebase/complete",
         "uniprot_trembl",
         ("fasta", "dat", "xml"),
-        (
-            ("uniprot_trembl-only{release}.tar.gz", ("dat", "xml")),
-            ("knowledgebase{release}.tar.gz", ("dat", "xml")),
-        ),
+        (("uniprot_trembl-only{release}.tar.gz", ("dat", "xml")), ("knowledgebase{release}.tar.gz", ("dat", "xml"))),
     ),
 }
 

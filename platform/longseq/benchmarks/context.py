@@ -12,14 +12,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import IO, TYPE_CHECKING
 
-from longseq.benchmarks.context_model import (
-    NODE,
-    Cluster,
-    Link,
-    predict,
-    state_bytes,
-    step_flops,
-)
+from longseq.benchmarks.context_model import NODE, Cluster, Link, predict, state_bytes, step_flops
 from longseq.benchmarks.request import ContextSizes
 from longseq.errors import LongseqError
 from longseq.launch.local import environment_of, free_port

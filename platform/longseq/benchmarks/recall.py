@@ -16,6 +16,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -105,13 +106,16 @@ def _train(request: RecallRequest, variant: str, seed: int, tell: Callable[[str]
     trained = 0
     for distance in request.distances:
         started = time.monotonic()
-        steps = _learn(
-            request, model, distance, trained, rng, lambda text, at=distance: tell(f"{variant} at {at}: {text}")
-        )
+        name = f"{variant} at {distance}"
+        steps = _learn(request, model, distance, trained, rng, partial(_tell, tell, name))
         trained += steps
         accuracy = _accuracy(model, request, distance, rng)
-        tell(f"{variant} at {distance}: {100 * accuracy:.1f} % after {steps} steps")
+        tell(f"{name}: {100 * accuracy:.1f} % after {steps} steps")
         yield Recall(variant, seed, distance, accuracy, steps, time.monotonic() - started)
+
+
+def _tell(tell: Tell, name: str, text: str) -> None:
+    tell(f"{name}: {text}")
 
 
 def _learn(

@@ -15,10 +15,7 @@ from longseq.errors import ConfigError
 from longseq_data.os_errors import explained
 
 # What the parsers raise for text that they cannot read; the last four by way of tags (!!int x) and nesting.
-YAML_ERRORS = (
-    *(yaml.YAMLError, OmegaConfBaseException),
-    *(ValueError, TypeError, AttributeError, RecursionError),
-)
+YAML_ERRORS = (*(yaml.YAMLError, OmegaConfBaseException), *(ValueError, TypeError, AttributeError, RecursionError))
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times as fast; PyYAML may come without it
 
