@@ -24,7 +24,6 @@ from longseq_data.prepare import reduce_stage
 from longseq_data.prepare.config import PrepareConfig
 from longseq_data.prepare.prepare import prepare
 from longseq_data.prepare.verify import verify
-from longseq_data.samples.corpus_stream import CorpusStream
 from longseq_data.splits import split_of
 from longseq_data.vocabulary import EOS, PAD, PROTEIN
 
@@ -106,35 +105,33 @@ def test_gathered_rows_are_those_of_the_plain_array(corpus, plain, dtype, seed, 
 @settings(max_examples=150, deadline=None)
 @given(seed=st.integers(0, 10**6), rows=st.integers(1, 6), length=st.integers(1, 30_000))
 def test_windows_of_the_stream_have_eos_between_records(corpus, plain, seed, rows, length):
-    stream = CorpusStream(corpus, reset=False)
-    assert stream.total == plain[1].size
-    starts = np.random.default_rng(seed).integers(0, stream.total - length, rows, endpoint=True)
-    tokens, numbers = np.empty((rows, length), np.uint8), np.full((rows, length), -1, np.int32)
-    stream.fill(starts, tokens, numbers)
+    assert corpus.stream_tokens == plain[1].size
+    starts = np.random.default_rng(seed).integers(0, corpus.stream_tokens - length, rows, endpoint=True)
+    numbers = np.full((rows, length), -1, np.int64)
+    tokens = corpus.stream_window(starts, length, records=numbers)
+    assert tokens.dtype == np.uint8
     for i, start in enumerate(starts):
         assert np.array_equal(tokens[i], plain[1][start : start + length])
-        assert np.array_equal(numbers[i], plain[2][start : start + length] - plain[2][start])
+        assert np.array_equal(numbers[i], plain[2][start : start + length])
 
 
 @pytest.mark.parametrize("length", [1, 3])
 def test_every_place_of_the_stream_is_right(corpus, plain, length):
     """Every border between records, batches and files is met."""
-    stream = CorpusStream(corpus, reset=False)
-    starts = np.arange(stream.total - length + 1)
-    tokens, numbers = np.empty((starts.size, length), np.int16), np.empty((starts.size, length), np.int32)
-    stream.fill(starts, tokens, numbers)
+    starts = np.arange(corpus.stream_tokens - length + 1)
+    numbers = np.empty((starts.size, length), np.int64)
+    tokens = corpus.stream_window(starts, length, np.empty((starts.size, length), np.int16), numbers)
     windows = np.lib.stride_tricks.sliding_window_view
     assert np.array_equal(tokens, windows(plain[1], length))
-    assert np.array_equal(numbers, windows(plain[2], length) - windows(plain[2], length)[:, :1])
+    assert np.array_equal(numbers, windows(plain[2], length))
 
 
 def test_record_i_begins_at_its_offset_plus_i(corpus):
     records = np.arange(0, len(corpus), 37)
-    row = np.empty((len(records), 1), np.uint8)
-    CorpusStream(corpus, reset=False).fill(corpus.offsets[records + 1] + records, row)
-    assert (row == EOS).all()
-    CorpusStream(corpus, reset=False).fill(corpus.offsets[records] + records, row)
-    assert row[:, 0].tolist() == [int(corpus.record(i).tokens[0]) for i in records]
+    ends = corpus.offsets[records + 1] + records
+    assert (corpus.stream_window(ends, 1) == EOS).all()
+    firsts = corpus.stream_window(corpus.offsets[records] + records, 1)[:, 0]
+    assert firsts.tolist() == [int(corpus.record(i).tokens[0]) for i in records]
 
 
 def test_nothing_is_copied_but_what_is_asked_for(folder, corpus):
@@ -168,8 +165,12 @@ def test_what_lies_outside_is_refused(corpus):
         corpus.read(-1, 3)
     with pytest.raises(ValueError, match="not all in a corpus"):
         corpus.gather([0, corpus.tokens], [1, 1])
+    with pytest.raises(ValueError, match="not all in a corpus"):
+        corpus.stream_window([corpus.stream_tokens - 2], 3)
     with pytest.raises(ValueError, match="do not fit"):
         corpus.gather([0], [5], np.empty((1, 4), np.uint8))
+    with pytest.raises(ValueError, match="is no place for"):
+        corpus.stream_window([0], 5, np.empty((1, 4), np.uint8))
     assert corpus.gather([], []).shape == (0, 0)
     assert corpus.gather([corpus.tokens], [0]).shape == (1, 0)
     assert corpus.read(corpus.tokens, corpus.tokens).size == 0

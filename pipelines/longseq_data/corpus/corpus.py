@@ -1,11 +1,13 @@
 """A prepared corpus, opened for training: tokens are read from memory-mapped files, and copied once, into the batch.
 
-A split is flat: the tokens of all records, one after another; record i is [offsets[i], offsets[i + 1]).
+Two views of a split. Flat: the tokens of all records, one after another; record i is [offsets[i], offsets[i + 1]).
+Stream: the same with EOS after each record, so that record i begins at offsets[i] + i; it is what concatenation cuts
+windows from.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import pairwise
@@ -79,7 +81,10 @@ class Corpus:
                 f"{path / split} has changed since it was prepared: {OFFSETS} does not fit its Arrow files; prepare it "
                 f"again."
             )
-        self._token_borders: list[int] = self._first_tokens.tolist()  # for loops over a few rows, faster than the array
+        # for loops over a few windows, in which lists and a memoryview are several times as fast as arrays
+        self._token_borders: list[int] = self._first_tokens.tolist()
+        self._place_borders: list[int] = (self._first_tokens + self._first_rows).tolist()  # in the stream
+        self._ends = memoryview(self.offsets)[1:]  # type: ignore[arg-type]
         self._counted = lru_cache(maxsize=64)(self._document)
 
     @classmethod
@@ -96,6 +101,11 @@ class Corpus:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    @property
+    def stream_tokens(self) -> int:
+        """Tokens of the stream: those of the records, and an EOS for each."""
+        return self.tokens + len(self)
+
     def lengths(self, records: npt.ArrayLike) -> Integers:
         """Tokens of each record, of the shape of ``records``."""
         chosen = np.asarray(records, dtype=np.int64)
@@ -110,25 +120,22 @@ class Corpus:
         """Record ``index``, counted from 0. Raises IndexError beyond the last."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        batch, row = self._row(index)
-        return CorpusRecord(batch["id"][row].as_py(), self._tokens(index), batch["taxid"][row].as_py())
-
-    def _row(self, index: int) -> tuple[pa.RecordBatch, int]:
-        """Where a record lies: its batch, and its number there."""
         number = int(np.searchsorted(self._first_rows, index, "right")) - 1
-        return self._batches[number], index - int(self._first_rows[number])
-
-    def _tokens(self, index: int) -> npt.NDArray[np.unsignedinteger]:
-        return self.read(int(self.offsets[index]), int(self.offsets[index + 1]))
+        row = index - int(self._first_rows[number])
+        start = int(self.offsets[index] - self._first_tokens[number])
+        stop = int(self.offsets[index + 1] - self._first_tokens[number])
+        batch = self._batches[number]
+        return CorpusRecord(batch["id"][row].as_py(), self._values[number][start:stop], batch["taxid"][row].as_py())
 
     def measure(self, record: int, start: int, stop: int) -> Extent:
         """What the tokens [start, stop) of a record stand for."""
         return self._counted(record).measure(start, stop)
 
     def _document(self, record: int) -> BlockDocument:
-        batch, row = self._row(record)
+        number = int(np.searchsorted(self._first_rows, record, "right")) - 1
+        batch, row = self._batches[number], record - int(self._first_rows[number])
         text = batch["text"][row].as_py() if "text" in batch.schema.names else None
-        return BlockDocument(b"", "", self._tokens(record), 0, self.vocabulary, text)
+        return BlockDocument(b"", "", self.record(record).tokens, 0, self.vocabulary, text)
 
     def rows(self, start: int, stop: int) -> Iterator[CorpusRecord]:
         """Records [start, stop) in their order, faster than one by one."""
@@ -181,6 +188,66 @@ class Corpus:
                 start = int(self._first_tokens[number]) + begin
                 row[: end - begin] = self.read(start, start + end - begin)
         return out
+
+    def stream_window(
+        self,
+        starts: npt.ArrayLike,
+        length: int,
+        out: npt.NDArray | None = None,
+        records: npt.NDArray[np.int64] | None = None,
+    ) -> npt.NDArray:
+        """Row i: tokens [starts[i], starts[i] + length) of the stream, in which each record is followed by EOS.
+
+        starts: (B,) integers. out: as in ``gather``, (B, length). records: (B, length) int64, filled with the number of
+        the record that each position belongs to; its EOS belongs to it. Returns ``out``. Raises ValueError for a window
+        that is not inside the stream.
+        """
+        first = np.asarray(starts, np.int64)
+        if out is None:
+            out = np.empty((first.size, length), self.vocabulary.dtype)
+        for array in (out, out if records is None else records):
+            if array.shape != (first.size, length):
+                raise ValueError(f"an array of shape {array.shape} is no place for {first.size} windows of {length}")
+        _check_range(first, length, self.stream_tokens)
+        for i, start in enumerate(first.tolist()):
+            for number, begin, end in _pieces(self._place_borders, start, start + length):
+                place = self._place_borders[number] + begin - start
+                here = np.s_[i, place : place + end - begin]
+                self._fill(number, begin, end, out[here], None if records is None else records[here])
+        return out
+
+    def _eos(self, record: int) -> int:
+        """The place in the stream of a record's EOS."""
+        return self._ends[record] + record
+
+    def _fill(self, number: int, begin: int, end: int, row: npt.NDArray, records: Integers | None) -> None:
+        """Stream places [begin, end), counted within batch ``number``, into ``row``."""
+        first_row, last_row = int(self._first_rows[number]), int(self._first_rows[number + 1])
+        base = self._place_borders[number] + begin
+        # the first records whose EOS stands at begin or later, and at end or later
+        low = bisect_left(range(last_row), base, first_row, key=self._eos)
+        high = bisect_left(range(last_row), base + end - begin, low, min(last_row, low + end - begin), key=self._eos)
+        marks = self.offsets[low + 1 : high + 1] + (np.arange(low, high) - base)
+        skipped = low - first_row  # EOS before this place
+        values = self._values[number][begin - skipped : end - skipped - marks.size]
+        if marks.size == 0:
+            row[:] = values
+        elif marks.size * 64 < row.size:  # few and long pieces
+            place = taken = 0
+            for mark in marks.tolist():
+                row[place:mark] = values[taken : taken + mark - place]
+                taken += mark - place
+                place = mark + 1
+            row[place:] = values[taken:]
+            row[marks] = self.vocabulary.eos
+        else:
+            inside = np.ones(row.size, dtype=bool)
+            inside[marks] = False
+            row[inside] = values
+            row[marks] = self.vocabulary.eos
+        if records is not None:
+            borders = np.concatenate([[0], marks + 1, [row.size]])
+            records[:] = np.repeat(np.arange(low, high + 1), np.diff(np.minimum(borders, row.size)))
 
 
 def _pieces(borders: list[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:

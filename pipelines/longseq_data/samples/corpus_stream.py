@@ -7,7 +7,6 @@ documents that do not see each other need it. Everything is computed from the co
 from __future__ import annotations
 
 from bisect import bisect_right
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +57,11 @@ class CorpusStream:
     def fill(self, starts: Integers, out: npt.NDArray, segments: npt.NDArray | None = None) -> None:
         """Row i of ``out``, (B, size): the places from starts[i] on. ``segments``: numbers of documents, from 0."""
         size = out.shape[1]
+        if not self.bos and segments is None:
+            inside = np.flatnonzero(starts + size <= self.total)
+            if inside.size == len(out):
+                self.corpus.stream_window(starts, size, out)
+                return
         for i, start in enumerate(starts.tolist()):
             done = document = 0
             while done < size:  # once, but for a window across the end
@@ -76,24 +80,15 @@ class CorpusStream:
         last = self._record(start + size - 1, first, min(len(self.corpus), first + size))
         offsets = self.corpus.offsets[first : last + 2]
         begins = offsets + (np.arange(first, last + 2) * self.marks - start)
-        marks = [(begins[1:] - 1, self.corpus.vocabulary.eos), (begins[:-1], self.corpus.vocabulary.bos)][: self.marks]
-        marks = [(places[(places >= 0) & (places < size)], token) for places, token in marks]
+        inside = np.ones(size, dtype=bool)
+        marks = [(begins[1:] - 1, self.corpus.vocabulary.eos), (begins[:-1], self.corpus.vocabulary.bos)]
+        for places, token in marks[: self.marks]:
+            here = places[(places >= 0) & (places < size)]
+            row[here] = token
+            inside[here] = False
+        residues = int(np.count_nonzero(inside))
         flat = min(int(offsets[0]) + max(0, -int(begins[0]) - self.bos), int(offsets[1]))
-        values = self.corpus.read(flat, flat + size - sum(places.size for places, _ in marks))
-        if 64 * (last - first) < size:  # few and long pieces
-            taken = 0
-            for begin, end in pairwise(begins.tolist()):
-                place, stop = max(begin + self.bos, 0), min(end - 1, size)
-                if stop > place:
-                    row[place:stop] = values[taken : taken + stop - place]
-                    taken += stop - place
-        else:
-            inside = np.ones(size, dtype=bool)
-            for places, _ in marks:
-                inside[places] = False
-            row[inside] = values
-        for places, token in marks:
-            row[places] = token
+        row[inside] = self.corpus.read(flat, flat + residues)
         return np.repeat(np.arange(first, last + 1), np.diff(np.clip(begins, 0, size)))
 
     def _record(self, place: int, low: int, high: int) -> int:
