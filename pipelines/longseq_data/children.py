@@ -11,6 +11,8 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -46,6 +48,20 @@ def stacks_on_request() -> None:
     with suppress(KeyError, OSError):  # nobody asks, or what the parent had there is gone
         descriptor = os.open(os.environ[STACKS], os.O_WRONLY | os.O_APPEND)
         faulthandler.register(signal.SIGQUIT, file=descriptor, all_threads=True)
+
+
+def end_with_parent(tidy: Callable[[], object] = bool) -> threading.Thread:
+    """Have this process end when its standard input does, as its parent's death closes it; ``tidy`` is done before."""
+
+    def wait() -> None:
+        while sys.stdin.buffer.read(1 << 16):
+            pass
+        tidy()
+        os._exit(0)
+
+    watcher = threading.Thread(target=wait, daemon=True)
+    watcher.start()
+    return watcher
 
 
 def send(process: subprocess.Popen[bytes], data: bytes) -> None:

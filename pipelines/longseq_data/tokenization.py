@@ -123,9 +123,7 @@ def extents(text: str, path: str) -> tuple[Counts, Counts]:
 
 _ASCII_SPACE = np.array([chr(byte).isspace() and byte < 128 for byte in range(256)])
 # The white space of str.split() beyond ASCII, as UTF-8.
-_WIDE_SPACE = re.compile(
-    rb"\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80",
-)
+_WIDE_SPACE = re.compile(rb"\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80")
 
 
 def words_before(text: bytes) -> npt.NDArray[np.int64]:

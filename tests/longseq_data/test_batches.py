@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -158,7 +159,8 @@ def test_ranks_without_samples_get_filler_rows(make_spec):
 def test_only_the_first_worker_of_the_first_rank_warns_of_unknown_letters(make_spec, write, caplog, monkeypatch):
     spec = make_spec(sources=(write("a.fasta", ">a\nAJ\n"),), split=None)
     for rank, worker, warnings in [(0, (0, 1), 1), (0, (0, 2), 1), (0, (1, 2), 0), (1, (0, 1), 0)]:
-        monkeypatch.setattr("longseq_data.samples.batches._this_worker", lambda worker=worker: worker)
+        info = SimpleNamespace(id=worker[0], num_workers=worker[1])
+        monkeypatch.setattr("longseq_data.samples.batches.get_worker_info", lambda info=info: info)
         caplog.clear()
         batches = TrainingBatches(spec, batch_sequences=1, accumulate=1, rank=rank, world=2)
         list(islice(batches, 3))

@@ -261,5 +261,5 @@ def test_nucleotides_are_told_from_proteins(write, sequences: list[str], suspect
     source = write("a.fasta", "".join(f">r{i}\n{letters}\n" for i, letters in enumerate(sequences)))
     report = survey(Reading(), [source], strict=False)
     assert (report.warning is not None) == suspect
-    counts = count([source], show=0)
-    assert any("probably nucleotides" in line for line in raw_lines([source], counts)) == suspect
+    counts = count(Reading(), [source], show=0)
+    assert any("probably nucleotides" in line for line in raw_lines(Reading(), counts)) == suspect

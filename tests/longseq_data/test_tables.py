@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from longseq_data.errors import DataError
+from longseq_data.ingest.parse import parsed
 from longseq_data.readers.formats import Leaf
 from longseq_data.readers.reading import Reading
 from longseq_data.readers.tables import read_hub, read_parquet
@@ -129,7 +130,7 @@ def test_parquet_by_url(parquet, http_address):
 def test_tables_without_text_are_refused(columns, sentence, parquet):
     source = parquet("a.parquet", **columns)
     with pytest.raises(DataError, match=sentence) as caught:
-        list(Reading("parquet", "bytes").documents(Leaf(source, "parquet"), strict=False))
+        list(parsed(Reading("parquet", "bytes"), Leaf(source, "parquet"), strict=False))
     assert str(caught.value).startswith(source)
 
 

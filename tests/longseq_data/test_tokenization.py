@@ -134,7 +134,7 @@ def test_special_tokens_at_a_tokenizers_end_are_taken_over(special, first, expec
 def test_every_byte_and_word_counts_once_even_where_a_tokenizer_drops_text(word_level):
     text = "  A b\u00a0日本 ...\n c  "
     path = word_level()
-    tokens = tokenise(Text("t", "t", 1, text.encode()), path, strict=False).tokens
+    tokens = tokenise(Text("t", "t", 1, text.encode()), path, strict=False)
     document = BlockDocument(b"t", "t", tokens, tokens.nbytes, tokenizer_vocabulary(path), text.encode())
     assert document.tokens.tolist() == [0, 1, 4, 4, 2] or document.length == 5
     parts = [document.measure(i, i + 1) for i in range(document.length)]
@@ -184,7 +184,7 @@ def test_measures_do_not_change_the_samples(trained, write):
 
 def test_bytes_that_are_no_utf8_are_replaced_or_refused_with_their_line(trained):
     text = Text("a", "a.txt", 5, b"one\ntwo \xff three\n")
-    assert load_tokenizer(trained).decode(tokenise(text, trained, False).tokens.tolist()) == "one\ntwo \ufffd three\n"
+    assert load_tokenizer(trained).decode(tokenise(text, trained, False).tolist()) == "one\ntwo \ufffd three\n"
     with pytest.raises(
         DataError, match=r"a\.txt, line 6: byte 0xff is not UTF-8; convert the file, or set data.strict=f"
     ):

@@ -73,7 +73,7 @@ class Corpus:
         self.offsets: Integers = _mapped_offsets(path / split / OFFSETS, info.records, info.tokens)
         self._batches = [batch for file in arrow for batch in _batches(path / file.name, file)]
         rows = [batch.num_rows for batch in self._batches]
-        self._values: list[npt.NDArray] = [_values(batch) for batch in self._batches]
+        self._values: list[npt.NDArray] = [batch.column("tokens").values.to_numpy() for batch in self._batches]
         self._first_rows = np.concatenate([[0], np.cumsum(rows)]).astype(np.int64)  # of each batch, and the end
         self._first_tokens = self.offsets[self._first_rows]  # the same in the flat view
         if not np.array_equal(np.diff(self._first_tokens), [values.size for values in self._values]):
@@ -307,7 +307,3 @@ def _batches(path: Path, file: DataFile) -> list[pa.RecordBatch]:
     if sum(batch.num_rows for batch in batches) != file.rows:
         raise DataError(f"{path} has changed since it was prepared; restore it, or prepare the corpus again.")
     return batches
-
-
-def _values(batch: pa.RecordBatch) -> npt.NDArray:
-    return batch.column("tokens").values.to_numpy(zero_copy_only=True)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 from xml.etree import ElementTree
@@ -28,6 +30,8 @@ PREVIOUS = ("previous_releases", "previous_major_releases")  # the folder's name
 RELEASE = re.compile(r"[0-9]{4}_[0-9]{2}")
 
 METALINK = "RELEASE.metalink"
+Read = Callable[[str], tuple[str, dict[str, Promise]]]  # what the metalink of a folder says
+
 ALGORITHMS = {"sha512": 128, "sha256": 64, "sha1": 40, "md5": 32}  # hexadecimal digits; the strongest first
 
 
@@ -65,10 +69,7 @@ DATASETS = {
         "knowledgebase/complete",
         "uniprot_trembl",
         ("fasta", "dat", "xml"),
-        (
-            ("uniprot_trembl-only{release}.tar.gz", ("dat", "xml")),
-            ("knowledgebase{release}.tar.gz", ("dat", "xml")),
-        ),
+        (("uniprot_trembl-only{release}.tar.gz", ("dat", "xml")), ("knowledgebase{release}.tar.gz", ("dat", "xml"))),
     ),
 }
 
@@ -122,14 +123,17 @@ def fetch(
     Raises DataError: see ``download``; and for a name, release, format or mirror that does not exist, and for a release
     whose metalink does not say size and checksum.
     """
-    data_set, base = _data_set(name), _base(mirror)
+    if name not in DATASETS:
+        raise DataError(f"'{name}' is no data set of UniProt; give {_listed(tuple(DATASETS))}.")
+    data_set, base = DATASETS[name], _base(mirror)
     if file_format is not None and file_format not in data_set.formats:
         raise DataError(f"{name} has no format '{file_format}'; it has {_listed(data_set.formats)}.")
     if release != "current" and not RELEASE.fullmatch(release):
         raise DataError(f"release '{release}': no such name; give 'current' or a version such as 2024_01.")
+    read = partial(_metalink, patience, notice)
     failed = None  # what was asked for when the server had something else
     for _ in range(4):  # a new release may come out while the file is on its way
-        source = _find(data_set, base, release, file_format, patience, notice)
+        source = _find(data_set, base, release, file_format, read)
         path = folder / source.name
         try:
             transferred = download(
@@ -145,7 +149,9 @@ def fetch(
                 notice(f"{error}; reading the release's metalink again.")
             failed = source
             continue
-        fetched = Fetched(path, source.url, *_promised(source.promise), transferred, source.unpack)
+        said = source.promise
+        sizes = said.size, said.algorithm, said.checksum
+        fetched = Fetched(path, source.url, said.release, *sizes, transferred, source.unpack)
         _note_origin(fetched)
         return fetched
     raise DataError(f"{base}: its files keep changing; run the same command again later, or with another mirror.")
@@ -183,41 +189,33 @@ def parse_metalink(document: bytes, url: str) -> tuple[str, dict[str, Promise]]:
     return release, promises
 
 
-def _find(
-    data_set: DataSet,
-    base: str,
-    release: str,
-    file_format: str | None,
-    patience: Patience | None,
-    notice: Notice | None,
-) -> _Source:
+def _find(data_set: DataSet, base: str, release: str, file_format: str | None, read: Read) -> _Source:
     """The file that is meant, and what its release promises. DataError where there is none."""
     folder = f"{base}/current_release/{data_set.folder}"
     current = None
     try:
-        current, promises = _metalink(folder, patience, notice)
+        current, promises = read(folder)
     except MissingError:
         if release == "current":
             raise
     if current is not None and release in ("current", current):
         file = f"{data_set.stem}.{file_format or data_set.formats[0]}.gz"
-        return _Source(f"{folder}/{file}", _promise(promises, file, folder))
-    return _find_archive(data_set, base, release, current, file_format, patience, notice)
+        if file not in promises:
+            raise DataError(
+                f"{folder}/{METALINK} has no size and checksum of {file}, so it could not be checked; name another "
+                "mirror."
+            )
+        return _Source(f"{folder}/{file}", promises[file])
+    return _find_archive(data_set, base, release, current, file_format, read)
 
 
 def _find_archive(
-    data_set: DataSet,
-    base: str,
-    release: str,
-    current: str | None,
-    file_format: str | None,
-    patience: Patience | None,
-    notice: Notice | None,
+    data_set: DataSet, base: str, release: str, current: str | None, file_format: str | None, read: Read
 ) -> _Source:
     for previous in PREVIOUS:
         folder = f"{base}/{previous}/release-{release}/{data_set.folder.partition('/')[0]}"
         try:
-            said, promises = _metalink(folder, patience, notice)
+            said, promises = read(folder)
             break
         except MissingError:
             continue
@@ -249,27 +247,9 @@ def _find_archive(
     )
 
 
-def _metalink(folder: str, patience: Patience | None, notice: Notice | None) -> tuple[str, dict[str, Promise]]:
+def _metalink(patience: Patience | None, notice: Notice | None, folder: str) -> tuple[str, dict[str, Promise]]:
     url = f"{folder}/{METALINK}"
     return parse_metalink(read_document(url, patience=patience, notice=notice), url)
-
-
-def _promise(promises: dict[str, Promise], file: str, folder: str) -> Promise:
-    if file not in promises:
-        raise DataError(
-            f"{folder}/{METALINK} has no size and checksum of {file}, so it could not be checked; name another mirror."
-        )
-    return promises[file]
-
-
-def _promised(promise: Promise) -> tuple[str, int, str, str]:
-    return promise.release, promise.size, promise.algorithm, promise.checksum
-
-
-def _data_set(name: str) -> DataSet:
-    if name not in DATASETS:
-        raise DataError(f"'{name}' is no data set of UniProt; give {_listed(tuple(DATASETS))}.")
-    return DATASETS[name]
 
 
 def _base(mirror: str) -> str:

@@ -9,6 +9,7 @@ from longseq_data.readers.documents import DocumentEncoder, Text
 from longseq_data.readers.fasta import Encoder, Record
 from longseq_data.readers.fasta_blocks import Piece, Protein, parse_piece, read_pieces
 from longseq_data.readers.formats import Leaf
+from longseq_data.readers.images import ImageDocument
 from longseq_data.readers.reading import Raw, Reading, nothing_in
 from longseq_data.readers.sources import Watch
 
@@ -91,15 +92,14 @@ def parse_lot(
     some = Records(names, [], [], [] if written else None)
     try:
         for raw in lot:
-            document = reading.document(raw, leaf, strict)
-            if not document.length:
+            tokens = reading.tokens_of(raw, leaf, encoder, strict)
+            if not len(tokens):
                 continue
-            tokens = encoder.encode(document).astype(dtype, copy=False).tobytes()
-            names.append(document.identifier.encode("utf-8", "surrogateescape"))
-            some.tokens.append(tokens)
-            some.held.append(document.held)
-            if some.texts is not None:
-                some.texts.append(document.text)  # type: ignore[attr-defined]
+            names.append(raw.identifier.encode("utf-8", "surrogateescape"))
+            some.tokens.append(tokens.astype(dtype, copy=False).tobytes())
+            some.held.append(raw.held if isinstance(raw, ImageDocument) else tokens.nbytes if written else len(tokens))
+            if isinstance(raw, Text) and some.texts is not None:
+                some.texts.append(raw.data)
     except Exception:
         yield some
         raise

@@ -13,7 +13,6 @@ import pickle
 import secrets
 import shutil
 import sys
-import threading
 import time
 import traceback
 from collections import deque
@@ -23,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
+from longseq_data.children import end_with_parent
 from longseq_data.errors import DataError
 from longseq_data.os_errors import explained, lock
 from longseq_data.readers.reading import Reading
@@ -51,7 +51,7 @@ class Job:
 def work() -> None:
     """What the process does."""
     job: Job = pickle.load(sys.stdin.buffer)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     job.lock.write_bytes(b"")
     try:
         ingest(job, ahead=_give_way)
@@ -70,12 +70,6 @@ def work() -> None:
 def _give_way() -> None:
     with suppress(OSError):
         os.nice(5)
-
-
-def _end_with_parent() -> None:
-    while sys.stdin.buffer.read(1 << 16):
-        pass
-    os._exit(0)
 
 
 def ingest(job: Job, ahead: Callable[[], object] = bool) -> None:

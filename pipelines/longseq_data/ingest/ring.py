@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from longseq_data.children import start
+from longseq_data.children import end_with_parent, start
 from longseq_data.files import own_folder
 from longseq_data.os_errors import explained, lock, said
 from longseq_data.readers.formats import Leaf
@@ -167,8 +167,16 @@ def work() -> None:
     job: Job = pickle.load(sys.stdin.buffer)
     place = job.folder / secrets.token_hex(8)
     ends = threading.Event()
-    watcher = threading.Thread(target=_end_with_parent, args=(place, ends), daemon=True)
-    watcher.start()
+
+    def tidy() -> None:
+        ends.set()
+        shutil.rmtree(place, ignore_errors=True)
+        with suppress(OSError):  # another process has a folder there
+            (place.parent / "lock").unlink()
+            place.parent.rmdir()
+            place.parents[1].rmdir()
+
+    watcher = end_with_parent(tidy)
     try:
         _sweep(job.folder)
         (place / "asked").mkdir(parents=True)
@@ -183,18 +191,6 @@ def work() -> None:
         if ends.is_set():  # what it has removed is the reason: it is not done yet
             watcher.join(TEND)
         os._exit(0)
-
-
-def _end_with_parent(place: Path, ends: threading.Event) -> None:
-    while sys.stdin.buffer.read(1 << 16):
-        pass
-    ends.set()
-    shutil.rmtree(place, ignore_errors=True)
-    with suppress(OSError):  # another process has a folder there
-        (place.parent / "lock").unlink()
-        place.parent.rmdir()
-        place.parents[1].rmdir()
-    os._exit(0)
 
 
 def _sweep(own: Path) -> None:

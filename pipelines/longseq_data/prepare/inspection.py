@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -21,109 +20,98 @@ from longseq_data.corpus.manifest import (
     read_manifest,
 )
 from longseq_data.errors import in_line
+from longseq_data.ingest.block import stored_dtype
 from longseq_data.ingest.parse import parse_lot, read_lots
 from longseq_data.ingest.survey import UNITS
-from longseq_data.readers.documents import Document, DocumentEncoder
 from longseq_data.readers.fasta import NUCLEOTIDES_SENTENCE, PEPTIDE, Encoder
-from longseq_data.readers.proteins import read_proteins
-from longseq_data.readers.reading import FASTA, Reading
+from longseq_data.readers.images import values_of
+from longseq_data.readers.reading import Reading, nothing_in
 from longseq_data.readers.uniprot import parse_header
-from longseq_data.vocabulary import ALPHABETS, PROTEIN, PROTEINS, Tokens, Vocabulary
+from longseq_data.vocabulary import ALPHABETS, PROTEINS, Tokens, Vocabulary
 
 from .map_stage import NUCLEOTIDE_IDS
 
 SHOWN = 60  # tokens of a record
 
+Progress = Callable[[int], object]  # bytes
+
 
 @dataclass
 class RawCounts:
-    """What sequence files hold."""
+    """What files hold as their tokens."""
 
+    files: int
     records: int = 0
     tokens: int = 0
     unknown: Counter[str] = field(default_factory=Counter)  # letters outside the alphabet
-    proteins: bool = False  # whether any record has a letter that nucleotides do not have
+    warnings: list[str] = field(default_factory=list)  # what they probably are instead
     lengths: Lengths = field(default_factory=Lengths)
-    first: list[tuple[bytes, bytes, bytes]] = field(default_factory=list)  # (id, tokens, header) of some
+    first: list[str] = field(default_factory=list)  # lines of some
 
 
-def count(sources: Sequence[str], show: int, progress: Callable[[int], object] | None = None) -> RawCounts:
-    """Read sequence files once. ``show``: how many of the first records to keep. ``progress``: gets the bytes read.
+def count(read: Reading, sources: Sequence[str], show: int, progress: Progress | None = None) -> RawCounts:
+    """Read files once. ``show``: how many of the first records to keep. ``progress``: gets the bytes read.
 
-    Raises DataError as preparing them would.
+    Raises DataError as training on them would, but for pictures that are not shown: those are not decoded.
     """
-    counts, encoder = RawCounts(), FASTA.encoder(strict=False)
-    assert isinstance(encoder, Encoder)
-    watch = None if progress is None else lambda piece: progress(len(piece))
+    leaves, encoder = read.leaves(sources), read.encoder(strict=False)
+    counts, watch = RawCounts(len(leaves)), None if progress is None else lambda piece: progress(len(piece))
     by_length: Counter[int] = Counter()
-    shortest, longest = 1 << 62, 0
-    for leaf in FASTA.leaves(sources):
-        for lot in read_lots(FASTA, leaf, strict=False, watch=watch):
-            for records in parse_lot(FASTA, leaf, lot, encoder, strict=False):
-                lengths = np.array(records.held, dtype=np.int64)
+    shortest, longest, proteins = 1 << 62, 0, read.tokens != "protein"
+    for leaf in leaves:
+        before = counts.records
+        for lot in read_lots(read, leaf, strict=False, watch=watch):
+            some, pictures = lot, []
+            if isinstance(lot, list) and read.tokens == "pixels":
+                pictures = [values_of(read.image_size)] * len(lot)
+                some = lot[: show - len(counts.first)]
+            for records in parse_lot(read, leaf, some, encoder, strict=False):
+                size = stored_dtype(read.vocabulary).itemsize
+                sizes = pictures or [len(row) // size for row in records.tokens]
+                if not sizes:
+                    continue
+                lengths = np.array(sizes, dtype=np.int64)
                 counts.records += lengths.size
                 counts.tokens += int(lengths.sum())
-                counts.proteins = counts.proteins or any(row.translate(None, NUCLEOTIDE_IDS) for row in records.tokens)
+                proteins = proteins or any(row.translate(None, NUCLEOTIDE_IDS) for row in records.tokens)
                 by_length.update(count_lengths(lengths))
-                shortest, longest = min([shortest, *records.held]), max([longest, *records.held])
-                some = zip(records.identifiers, records.tokens, records.headers or (), strict=False)
-                counts.first += itertools.islice(some, show - len(counts.first))
-    counts.unknown = encoder.unknown
+                shortest, longest = min([shortest, *sizes]), max([longest, *sizes])
+                headers = records.headers or [b""] * len(records.tokens)
+                shown = zip(records.identifiers, records.tokens, headers, strict=True)
+                counts.first += (_raw_line(read, *each) for each in islice(shown, show - len(counts.first)))
+        if counts.records == before and leaf.format != "fasta":
+            raise nothing_in(leaf)
+    counts.unknown = encoder.unknown if isinstance(encoder, Encoder) else Counter()
     counts.lengths = describe_lengths(dict(by_length), shortest, longest)
+    suspect = NUCLEOTIDES_SENTENCE if counts.tokens >= PEPTIDE and not proteins else None
+    counts.warnings = [each for each in (suspect, read.mistaken(leaves)) if each]
     return counts
 
 
-def raw_lines(sources: Sequence[str], counts: RawCounts) -> Iterator[str]:
-    yield f"{len(sources)} file{'s' * (len(sources) > 1)}: {counts.records:,} records, {counts.tokens:,} residues"
-    if counts.tokens >= PEPTIDE and not counts.proteins:
-        yield f"  warning    {NUCLEOTIDES_SENTENCE}"
-    yield from _unknown_lines(dict(counts.unknown))
-    yield from length_lines(counts.lengths, counts.tokens, counts.records)
-    for name, tokens, line in counts.first:
-        header = parse_header(line.decode())
-        members = f"{header.members:,} member{'s' * (header.members != 1)}" if header.members is not None else ""
-        known = ", ".join(filter(None, (header.taxon, members)))
-        taxon = f"TaxID {'unknown' if header.taxid is None else header.taxid}{f' ({known})' if known else ''}"
-        yield _line(name.decode(), taxon, np.frombuffer(tokens, np.uint8), PROTEIN)
-
-
-def document_lines(read: Reading, sources: Sequence[str], show: int) -> Iterator[str]:
-    """What texts, tables and pictures hold as their tokens, read once, with the first ``show`` documents.
-
-    Raises DataError as training on them would.
-    """
-    encoder = read.encoder(strict=False)
-    by_length: Counter[int] = Counter()
-    first: list[str] = []
-    leaves = read.leaves(sources)
-    for leaf in leaves:
-        documents = read_proteins(leaf.source) if leaf.format == "fasta" else read.documents(leaf, strict=False)
-        with closing(documents):
-            for document in documents:
-                by_length[document.length] += 1
-                if len(first) < show:
-                    first.append(_document_line(document, encoder))
-    records, tokens = by_length.total(), sum(length * number for length, number in by_length.items())
+def raw_lines(read: Reading, counts: RawCounts) -> Iterator[str]:
+    """The counts as text."""
     unit = {"bytes": "bytes of text", **UNITS}.get(read.tokens, "tokens")
-    yield f"{len(leaves)} file{'s' * (len(leaves) > 1)}: {records:,} records, {tokens:,} {unit}"
-    if mistaken := read.mistaken(leaves):
-        yield f"  warning    {mistaken}"
-    if isinstance(encoder, Encoder):
-        yield from _unknown_lines(dict(encoder.unknown), encoder.alphabet.other)
-    yield from length_lines(describe_lengths(dict(by_length), min(by_length), max(by_length)), tokens, records)
-    yield from first
+    yield f"{counts.files} file{'s' * (counts.files > 1)}: {counts.records:,} records, {counts.tokens:,} {unit}"
+    yield from (f"  warning    {warning}" for warning in counts.warnings)
+    yield from _unknown_lines(dict(counts.unknown), ALPHABETS.get(read.tokens, PROTEINS).other)
+    yield from length_lines(counts.lengths, counts.tokens, counts.records)
+    yield from counts.first
 
 
-def _document_line(document: Document, encoder: DocumentEncoder) -> str:
-    """A document's name, length and beginning."""
-    start = encoder.encode(document, 0, min(document.length, 4 * SHOWN))
-    return _line(document.identifier, "", start, encoder.vocabulary, document.length)
+def _raw_line(read: Reading, identifier: bytes, tokens: bytes, header: bytes) -> str:
+    taxon = ""
+    if header and read.tokens == "protein":
+        found = parse_header(header.decode())
+        members = f"{found.members:,} member{'s' * (found.members != 1)}" if found.members is not None else ""
+        known = ", ".join(filter(None, (found.taxon, members)))
+        taxon = f"TaxID {'unknown' if found.taxid is None else found.taxid}{f' ({known})' if known else ''}"
+    row = np.frombuffer(tokens, stored_dtype(read.vocabulary))
+    return _line(identifier.decode("utf-8", "surrogateescape"), taxon, row, read.vocabulary)
 
 
-def _line(identifier: str, taxon: str, tokens: Tokens, vocabulary: Vocabulary, length: int | None = None) -> str:
-    """A record's name, taxon, length and beginning. tokens: at least that."""
-    start, size = tokens[: 4 * SHOWN], len(tokens) if length is None else length
-    name = vocabulary.name
+def _line(identifier: str, taxon: str, tokens: Tokens, vocabulary: Vocabulary) -> str:
+    """A record's name, taxon, length and beginning."""
+    start, name = tokens[: 4 * SHOWN], vocabulary.name
     if name in ALPHABETS:
         shown = ALPHABETS[name].decode(start.tolist())
     elif name == "pixels":
@@ -136,7 +124,9 @@ def _line(identifier: str, taxon: str, tokens: Tokens, vocabulary: Vocabulary, l
         shown = load_tokenizer(name).decode(start.tolist())
     shown = in_line(shown)
     more = "…" if len(shown) > SHOWN else ""
-    return "  ".join(("", in_line(identifier), *([taxon] if taxon else []), f"{size:,}", f"{shown[:SHOWN]}{more}"))
+    return "  ".join(
+        ("", in_line(identifier), *([taxon] if taxon else []), f"{len(tokens):,}", f"{shown[:SHOWN]}{more}")
+    )
 
 
 def corpus_lines(folder: Path, show: int) -> Iterator[str]:

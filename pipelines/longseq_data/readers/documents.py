@@ -9,7 +9,7 @@ import numpy as np
 
 from longseq_data.errors import DataError
 from longseq_data.tokenization import load_tokenizer, tokenizer_vocabulary
-from longseq_data.vocabulary import BYTES, Tokens, Vocabulary
+from longseq_data.vocabulary import Tokens, Vocabulary
 
 
 class Document(Protocol):
@@ -82,60 +82,11 @@ class Text:
     data: bytes  # UTF-8, or what should be
 
 
-@dataclass(slots=True)
-class ByteDocument:
-    """A text whose bytes are its tokens."""
-
-    identifier: str
-    source: str
-    line: int
-    data: bytes
-
-    closed = True
-
-    @property
-    def length(self) -> int:
-        return len(self.data)
-
-    @property
-    def held(self) -> int:
-        return len(self.data)
-
-    def encode(self, start: int, stop: int | None) -> Tokens:
-        return np.frombuffer(self.data[start:stop], dtype=np.uint8).astype(BYTES.dtype)
-
-
-@dataclass(slots=True)
-class TokenDocument:
-    """A text as a tokenizer's ids."""
-
-    identifier: str
-    source: str
-    line: int
-    tokens: Tokens
-    text: bytes  # UTF-8, or what should be
-
-    closed = True
-
-    @property
-    def length(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def held(self) -> int:
-        return self.tokens.nbytes
-
-    def encode(self, start: int, stop: int | None) -> Tokens:
-        return self.tokens[start:stop]
-
-
-def tokenise(text: Text, path: str, strict: bool) -> TokenDocument:
+def tokenise(text: Text, path: str, strict: bool) -> Tokens:
     """A text as ids."""
-    vocabulary, written = tokenizer_vocabulary(path), decoded(text, strict)
     # "fast" leaves out where in the text each token stands, which takes half of the time
-    (encoding,) = load_tokenizer(path).encode_batch_fast([written], add_special_tokens=False)
-    tokens = np.array(encoding.ids, dtype=vocabulary.dtype)
-    return TokenDocument(text.identifier, text.source, text.line, tokens, text.data)
+    (encoding,) = load_tokenizer(path).encode_batch_fast([decoded(text, strict)], add_special_tokens=False)
+    return np.array(encoding.ids, dtype=tokenizer_vocabulary(path).dtype)
 
 
 def decoded(text: Text, strict: bool) -> str:

@@ -87,11 +87,6 @@ def read_records(source: str) -> Generator[Record, None, None]:
         yield from parse_records(handle, source)
 
 
-def nucleotides(letters: bytes) -> bool:
-    """Whether a sequence has no letter but those of nucleotides. Gaps and X say nothing."""
-    return not letters.translate(None, NUCLEOTIDES + b"-.*Xx")
-
-
 def parse_records(handle: Iterable[str], source: str, first_line: int = 1) -> Iterator[Record]:
     """The records of some lines of ``source``, the first of which has the number ``first_line``; raises as above."""
     from Bio.SeqIO.FastaIO import SimpleFastaParser

@@ -6,7 +6,6 @@ import io
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 
@@ -21,7 +20,7 @@ CHANNELS = 3
 
 @dataclass(slots=True)
 class ImageDocument:
-    """A picture that is decoded when its tokens are asked for: size · size · 3 of them. No EOS: all end alike."""
+    """A picture that is decoded when its tokens are asked for: size · size · 3 of them."""
 
     identifier: str
     source: str
@@ -29,19 +28,12 @@ class ImageDocument:
     size: int
     content: bytes | str  # an encoded picture, or the path of its file
 
-    closed: ClassVar[bool] = False
-
-    @property
-    def length(self) -> int:
-        return values_of(self.size)
-
     @property
     def held(self) -> int:
         return len(self.content)
 
-    def encode(self, start: int, stop: int | None) -> Tokens:
-        place = f"{self.source}, row {self.line}" if self.line else self.source
-        return pixels(self.content, self.size, place)[start:stop]
+    def tokens(self) -> Tokens:
+        return pixels(self.content, self.size, f"{self.source}, row {self.line}" if self.line else self.source)
 
 
 def values_of(size: int) -> int:

@@ -237,9 +237,10 @@ def _read(spec: LabelSpec, stamp: int) -> Labelled:
         found = tokens_of(sequence, spec.tokens, f"{place}, {spec.sequence}")
         label = parse(cell, place, spec.label)
         if spec.task in PER_RESIDUE and len(label) != len(found):
+            unit = ALPHABETS[spec.tokens].unit if spec.tokens in ALPHABETS else "tokens"
             raise DataError(
-                f"{place}: {spec.label} has {len(label):,} labels, but {spec.sequence} {len(found):,} "
-                f"{_unit(spec.tokens)}; give one label for each."
+                f"{place}: {spec.label} has {len(label):,} labels, but {spec.sequence} {len(found):,} {unit}; give one "
+                "label for each."
             )
         ids.append(found)
         texts.append(label)
@@ -317,18 +318,6 @@ def _all_numbers(parts: Sequence[str]) -> bool:
     return all(_is_number(part) for part in parts if part)
 
 
-def _unit(tokens: str) -> str:
-    return ALPHABETS[tokens].unit if tokens in ALPHABETS else "tokens"
-
-
-def _whole_class(cell: str, place: str, column: str) -> list[str | None]:
-    return [cell]
-
-
-def _whole_number(cell: str, place: str, column: str) -> list[float]:
-    return [_number(cell, place, column)]
-
-
 def _residue_classes(cell: str, place: str, column: str) -> list[str | None]:
     if not cell.startswith("["):
         return list(cell)
@@ -343,8 +332,8 @@ def _residue_numbers(cell: str, place: str, column: str) -> list[float]:
 
 
 _PARSERS: dict[str, Callable[[str, str, str], list]] = {
-    "classification": _whole_class,
-    "regression": _whole_number,
+    "classification": lambda cell, place, column: [cell],
+    "regression": lambda cell, place, column: [_number(cell, place, column)],
     "residue-classes": _residue_classes,
     "residue-numbers": _residue_numbers,
 }

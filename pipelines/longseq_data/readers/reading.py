@@ -9,11 +9,13 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
+
 from longseq_data.errors import DataError
 from longseq_data.files import sha256_of
-from longseq_data.vocabulary import ALPHABETS, BUILT_IN, Vocabulary
+from longseq_data.vocabulary import ALPHABETS, BUILT_IN, Tokens, Vocabulary
 
-from .documents import ByteDocument, Document, DocumentEncoder, Text, tokenise
+from .documents import DocumentEncoder, Text, tokenise
 from .fasta import Encoder, Record
 from .formats import Leaf, format_of, leaves
 from .images import ImageDocument, read_images
@@ -102,28 +104,22 @@ class Reading:
         """Whether the tokens are a tokenizer's: what they stand for shows in the text alone."""
         return self.tokens not in TOKENS
 
-    def documents(self, leaf: Leaf, *, strict: bool, watch: Watch | None = None) -> Generator[Document, None, None]:
-        """Stream the documents of one leaf that is no FASTA.
-
-        strict: refuse text that is not UTF-8. watch: see sources.open_binary.
-
-        Raises DataError, one sentence with file and line or row, for what cannot be read, and where there is nothing.
-        """
-        documents = (self.document(item, leaf, strict) for item in self.raw(leaf, strict, watch))
-        yield from documents if self.tokens == "pixels" else _filled(leaf, documents)
-
     def raw(self, leaf: Leaf, strict: bool, watch: Watch | None = None) -> Iterator[Raw]:
-        """What the documents of one leaf that is no FASTA are made of."""
+        """The texts, or pictures, of one leaf that is no FASTA.
+
+        strict: refuse text that is not UTF-8. watch: see sources.open_binary. Raises DataError, one sentence with file
+        and line or row, for what cannot be read.
+        """
         return self._images(leaf) if self.tokens == "pixels" else self.texts(leaf, strict, watch)
 
-    def document(self, raw: Raw, leaf: Leaf, strict: bool) -> Document:
-        """A text, or picture, as its tokens."""
+    def tokens_of(self, raw: Raw, leaf: Leaf, encoder: DocumentEncoder, strict: bool) -> Tokens:
+        """A text, or picture, as its ordinary tokens; raises as ``raw``."""
         if isinstance(raw, ImageDocument):
-            return raw
+            return raw.tokens()
         if self.tokens == "bytes":
-            return ByteDocument(raw.identifier, raw.source, raw.line, raw.data)
+            return np.frombuffer(raw.data, dtype=np.uint8)
         if self.has_residues:
-            return _protein(raw, "rows" if leaf.format in ("parquet", "hub") else "lines")
+            return encoder.encode(_protein(raw, "rows" if leaf.format in ("parquet", "hub") else "lines"))
         return tokenise(raw, self.tokens, strict)
 
     def texts(self, leaf: Leaf, strict: bool, watch: Watch | None = None) -> Iterator[Text]:
@@ -181,17 +177,6 @@ def disagreement(format: str, tokens: str) -> str | None:
         return None
     names = ", ".join("a tokenizer's file" if name == "file" else name for name in able)
     return f"data.format={format} cannot be read as data.tokenizer={tokens}; choose from {names}."
-
-
-def _filled(leaf: Leaf, documents: Iterable[Document]) -> Generator[Document, None, None]:
-    """Those with something in them. Raises DataError where there is none."""
-    empty = True
-    for document in documents:
-        if document.length:
-            empty = False
-            yield document
-    if empty:
-        raise nothing_in(leaf)
 
 
 def nothing_in(leaf: Leaf) -> DataError:

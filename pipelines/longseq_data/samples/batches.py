@@ -20,7 +20,21 @@ from .transport import Parcel, pack
 Batch = dict[str, Tensor]
 
 
-class TrainingBatches(IterableDataset[Batch]):
+class _Planned(IterableDataset[Batch]):
+    """Batches that a plan says; spec and share are its own."""
+
+    plan: Training | Evaluation
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(unpack, map(pack, self.arrays()))
+
+    def arrays(self) -> Iterator[Arrays]:
+        """The batches of this worker as NumPy arrays."""
+        info = get_worker_info()
+        return self.plan.arrays(*((info.id, info.num_workers) if info else (0, 1)))
+
+
+class TrainingBatches(_Planned):
     """Endless micro-batches of one rank, from the step that begins with sample number ``start`` on.
 
     A step takes the next G = world · accumulate · batch_sequences samples of the global order (with packing "bucket" as
@@ -40,23 +54,10 @@ class TrainingBatches(IterableDataset[Batch]):
     def __init__(
         self, spec: Batches, *, batch_sequences: int, accumulate: int, rank: int, world: int, start: int = 0
     ) -> None:
-        self.spec = spec
-        self.share = Share(batch_sequences, accumulate, rank, world)
-        self.start = start
-
-    def __iter__(self) -> Iterator[Batch]:
-        return map(unpack, map(pack, self.arrays()))
-
-    def arrays(self) -> Iterator[Arrays]:
-        """The batches of this worker as NumPy arrays."""
-        return self.plan.arrays(*_this_worker())
-
-    @property
-    def plan(self) -> Training:
-        return Training(self.spec, self.share, self.start)
+        self.plan = Training(spec, Share(batch_sequences, accumulate, rank, world), start)
 
 
-class EvaluationBatches(IterableDataset[Batch]):
+class EvaluationBatches(_Planned):
     """One pass over the evaluation samples (see streaming.evaluation_windows): each in exactly one batch of one rank
     and worker.
 
@@ -68,20 +69,7 @@ class EvaluationBatches(IterableDataset[Batch]):
     def __init__(
         self, spec: Batches, *, batch_sequences: int, rank: int, world: int, max_samples: int | None = None
     ) -> None:
-        self.spec = spec
-        self.share = Share(batch_sequences, 1, rank, world)
-        self.max_samples = max_samples
-
-    def __iter__(self) -> Iterator[Batch]:
-        return map(unpack, map(pack, self.arrays()))
-
-    def arrays(self) -> Iterator[Arrays]:
-        """The batches of this worker as NumPy arrays."""
-        return self.plan.arrays(*_this_worker())
-
-    @property
-    def plan(self) -> Evaluation:
-        return Evaluation(self.spec, self.share, self.max_samples)
+        self.plan = Evaluation(spec, Share(batch_sequences, 1, rank, world), max_samples)
 
 
 class Loader:
@@ -140,8 +128,3 @@ def unpack(parcel: Parcel, pin_memory: bool = False) -> dict[str, Tensor]:
         wide = [base.long() for base in bases]
         batch.update({name: view.of(wide) for name, view in parcel.views.items()})
     return batch
-
-
-def _this_worker() -> tuple[int, int]:
-    info = get_worker_info()
-    return (info.id, info.num_workers) if info else (0, 1)

@@ -21,7 +21,7 @@ from .families import Families
 from .members import Members
 from .order import permutation
 from .rank_share import MakeBatch, Share, even
-from .rows import Arrays, Finish, Integers
+from .rows import Arrays, Finish, Integers, check_choices
 
 PLANNED = 4096  # samples of a rank, at once: a plan costs a hundred small steps of NumPy
 PACKINGS = ("concat", "crop", "bucket", "family")
@@ -60,13 +60,7 @@ class CorpusSpec:
     reverse_complement: bool = False  # of DNA: half of the training samples come as the other strand
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("packing", PACKINGS),
-            ("objective", ("causal", "masked")),
-            ("crop", ("random", "first")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        check_choices(self, packing=PACKINGS, objective=("causal", "masked"), crop=("random", "first"))
         if self.reset and self.packing != "concat":
             raise ValueError("reset is about concatenated documents: packing must be 'concat'")
         if self.members and self.packing == "concat":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol, TypeVar
 
@@ -18,6 +18,13 @@ Integers = npt.NDArray[np.int64]
 Arrays = dict[str, npt.NDArray]  # a batch in types as small as the tokens allow; torch wants int64
 P = TypeVar("P", bound="Planned")
 Rows = tuple[npt.NDArray[np.integer], "npt.NDArray[np.int32] | None"]
+
+
+def check_choices(spec: object, **choices: Sequence[object]) -> None:
+    """Raise ValueError for a field with another value than the choices that it has."""
+    for name, known in choices.items():
+        if getattr(spec, name) not in known:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, not {getattr(spec, name)!r}")
 
 
 class Chosen(Protocol):

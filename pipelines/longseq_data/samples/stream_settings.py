@@ -11,6 +11,8 @@ from longseq_data.readers.reading import FASTA, Reading
 from longseq_data.splits import SplitRule
 from longseq_data.vocabulary import Vocabulary
 
+from .rows import check_choices
+
 
 @dataclass(frozen=True)
 class StreamSettings:
@@ -40,18 +42,12 @@ class StreamSettings:
     tell: Tell | None = field(default=None, compare=False)  # gets what is worth a warning
 
     def __post_init__(self) -> None:
-        if self.later_epochs not in ("buffer", "permutation"):
-            raise ValueError(f"later_epochs must be 'buffer' or 'permutation', not {self.later_epochs!r}")
-        if self.crop not in ("random", "first"):
-            raise ValueError(f"crop must be 'random' or 'first', not {self.crop!r}")
+        check_choices(
+            self, later_epochs=("buffer", "permutation"), crop=("random", "first"), packing=("crop", "concat")
+        )
+        check_choices(self, objective=("causal", "masked"), split=("train", "valid", "test", None))
         if self.reset and self.packing != "concat":
             raise ValueError("reset is about concatenated documents: packing must be 'concat'")
-        if self.packing not in ("crop", "concat"):
-            raise ValueError(f"packing must be 'crop' or 'concat', not {self.packing!r}")
-        if self.objective not in ("causal", "masked"):
-            raise ValueError(f"objective must be 'causal' or 'masked', not {self.objective!r}")
-        if self.split not in ("train", "valid", "test", None):
-            raise ValueError(f"split must be 'train', 'valid', 'test' or None, not {self.split!r}")
         if self.length < 2:
             raise ValueError(f"length must be at least 2 tokens, not {self.length}")
         if self.shuffle_buffer < 1:

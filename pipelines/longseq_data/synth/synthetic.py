@@ -248,11 +248,7 @@ def synthesize(spec: SyntheticSpec) -> Iterator[tuple[str, str]]:
 
 
 def write_fasta(
-    spec: SyntheticSpec,
-    path: Path,
-    *,
-    overwrite: bool = False,
-    progress: Callable[[int], None] | None = None,
+    spec: SyntheticSpec, path: Path, *, overwrite: bool = False, progress: Callable[[int], None] | None = None
 ) -> SyntheticReport:
     """Write the corpus as FASTA, and say how much there is. See :func:`write_records`."""
     records, residues = write_records(synthesize(spec), path, overwrite=overwrite, progress=progress)

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from longseq.attention import AttentionOptions, favor_attention, projection_matrix
 from longseq.attention.scan import CHUNK
-from longseq.benchmarks.ladder import Ladder, Progress, Task
+from longseq.benchmarks.ladder import Progress, Task, climb
 from longseq.benchmarks.request import ATTENTION_CONTENDERS, CAUSAL, AttentionRequest
 from longseq.benchmarks.results import Note, Results
 from longseq.measure import flops
-from longseq.measure.timing import Gemm
 
 FORWARD, TRAINING = "forward", "forward + backward"
 
@@ -43,28 +42,19 @@ class Inputs:
 
 
 def measure(request: AttentionRequest, results: Results, progress: Progress) -> None:
-    """Fill ``results``; what is in it when this is interrupted is whole."""
-    device, dtype = torch.device(request.device), getattr(torch, request.dtype)
-    gemm = Gemm(request.gemm_size, dtype, device, results.gemm_rates)
-    for direction in request.directions:
-        causal, contenders = direction == CAUSAL, {}
+    """Fill ``results``."""
+
+    def contenders(direction: str) -> dict[str, Callable[[Inputs], Mapping[str, Task]]]:
+        causal, found = direction == CAUSAL, dict[str, Callable[[Inputs], Mapping[str, Task]]]()
         for name in request.contenders:
             attention = _build(name, request, causal)
             if isinstance(attention, Absent):
                 results.notes.append(Note(name, str(attention), direction))
             else:
-                contenders[name] = partial(_tasks, request, causal, name, attention)
-        Ladder(
-            direction=direction,
-            make_inputs=partial(make_inputs, request),
-            contenders=contenders,
-            rounds=request.rounds,
-            seconds=request.seconds,
-            device=device,
-            gemm=gemm,
-            results=results,
-            progress=progress,
-        ).climb(request.lengths)
+                found[name] = partial(_tasks, request, causal, name, attention)
+        return found
+
+    climb(request, partial(make_inputs, request), contenders, results, progress)
 
 
 def empty_results(request: AttentionRequest) -> Results:

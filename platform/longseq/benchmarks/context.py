@@ -12,14 +12,8 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import IO, TYPE_CHECKING
 
-from longseq.benchmarks.context_model import (
-    NODE,
-    Cluster,
-    Link,
-    predict,
-    state_bytes,
-    step_flops,
-)
+from longseq.benchmarks.context_model import NODE, Cluster, Link, predict, state_bytes, step_flops
+from longseq.benchmarks.request import ContextSizes
 from longseq.errors import LongseqError
 from longseq.launch.local import environment_of, free_port
 from longseq.models.presets import PRESETS
@@ -37,24 +31,10 @@ _ASSUMPTIONS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContextRequest:
-    """Every length with every number of processes is a cell; and what is extrapolated."""
+class ContextRequest(ContextSizes):
+    """What is measured, and the GPUs that it is extrapolated to."""
 
-    lengths: tuple[int, ...]
-    processes: tuple[int, ...] = (1, 2)
-    preset: str = "small"
-    vocabulary: int = 256
-    features: int = 256
-    window: int = 0
-    batch: int = 1
-    tile: int = 4096
-    dtype: str = "float32"  # of weights and activations
-    threads: int = 1  # of each process
-    rounds: int = 1
-    warmups: int = 0
     gpu: Cluster
-    gpu_length: int = 2**20
-    gpu_slice: int = 2**17
 
     @property
     def spec(self) -> PerformerSpec:

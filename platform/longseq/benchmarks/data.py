@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from statistics import median
 
+from longseq.benchmarks.request import DataSizes
 from longseq_data.cores import cores
 from longseq_data.corpus.corpus import Corpus
 from longseq_data.ingest.cache import entry_of, group_lock
@@ -60,15 +61,12 @@ GOALS: tuple[tuple[str, str, str | float, float], ...] = (
 )
 
 
-@dataclass(frozen=True)
-class DataRequest:
+@dataclass(frozen=True, kw_only=True)
+class DataRequest(DataSizes):
     """What is measured: ``files``, or about ``megabytes`` of synthetic FASTA; ``folder`` holds what is made."""
 
     folder: Path
     files: tuple[str, ...] = ()
-    megabytes: int = 320
-    rounds: int = 3
-    seconds: float = 2.0  # of reading from a corpus, at least: it has no end
     contenders: tuple[str, ...] = tuple(CONTENDERS)
 
 

@@ -9,6 +9,7 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
+from longseq.benchmarks.request import Request
 from longseq.benchmarks.results import Measurement, Note, Results
 from longseq.measure import peaks as memory
 from longseq.measure.flops import Flops
@@ -171,6 +172,22 @@ class Ladder(Generic[Inputs]):
         if most > MEMORY_SHARE * free:
             return f"predicted {most / 2**30:,.1f} GiB of memory, and {free / 2**30:,.1f} GiB are free"
         return None
+
+
+def climb(
+    request: Request,
+    make_inputs: Callable[[int], Inputs],
+    contenders: Callable[[str], Mapping[str, Callable[[Inputs], Mapping[str, Task]]]],
+    results: Results,
+    progress: Progress,
+) -> None:
+    """Measure a request. contenders: those of a direction. What is in ``results`` when it is interrupted is whole."""
+    device = torch.device(request.device)
+    gemm = Gemm(request.gemm_size, getattr(torch, request.dtype), device, results.gemm_rates)
+    how = {"rounds": request.rounds, "seconds": request.seconds, "device": device, "gemm": gemm}
+    for direction in request.directions:
+        to = {"contenders": contenders(direction), "results": results, "progress": progress}
+        Ladder(direction=direction, make_inputs=make_inputs, **how, **to).climb(request.lengths)  # type: ignore[arg-type]
 
 
 def predict(points: Sequence[tuple[int, float]], length: int) -> float:

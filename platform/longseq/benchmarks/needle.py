@@ -21,60 +21,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from longseq.benchmarks import small_models
+from longseq.benchmarks.request import NeedleRequest
 from longseq.errors import LongseqError
 from longseq.models.head import IGNORE
 from longseq.models.performer import PerformerLM
-from longseq.models.spec import PerformerSpec
 from longseq_data.os_errors import explained
 from longseq_data.synth.synthetic import SyntheticSpec, synthesize
 
 _BYTES = 256
 _MOST_ROWS, _WARMUP = 64, 20
 _SLOWER = 3  # the learning rate at longer lengths, where a step is a single sequence
-
-
-@dataclass(frozen=True, kw_only=True)
-class NeedleRequest:
-    """The task, the lengths it is learned at, and the model."""
-
-    length: int = 131_072
-    gap: int = 102_400  # from the last value to the first question, at least
-    short: int = 4_096
-    keys: int = 4
-    values: int = 16
-    steps: int = 400  # at most, at each length
-    enough: float = 0.97  # the running accuracy at which a length is learned, after ``least`` steps
-    least: int = 60  # what is learned with a margin carries over to the next length
-    step_tokens: int = 16_384  # of a step at the shorter lengths, in 64 sequences at most
-    tested: int = 32  # sequences, of held-out text
-    dim: int = 64
-    depth: int = 2
-    heads: int = 2
-    features: int = 64
-    kernel: str = "softmax"
-    rotary_base: float = 1e9
-    tile: int = 8_192
-    lr: float = 3e-3
-    seed: int = 0
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """From a few dozen tokens on four times as long each to ``short``, and from there on twice as long."""
-        lengths = [self.short]
-        while lengths[0] >= 256:
-            lengths.insert(0, lengths[0] // 4)
-        while lengths[-1] * 2 < self.length:
-            lengths.append(lengths[-1] * 2)
-        return (*lengths, self.length)
-
-    @property
-    def vocabulary(self) -> int:
-        """Bytes of text, values with their keys, keys."""
-        return _BYTES + self.keys * self.values + self.keys
-
-    def gap_at(self, length: int) -> int:
-        """The same share of a shorter sequence."""
-        return self.gap * length // self.length
 
 
 @dataclass(frozen=True)
@@ -153,21 +110,10 @@ def measure(
         )
     train, test = text[:-held_out], text[-held_out:]
     torch.manual_seed(request.seed)
-    model = PerformerLM(
-        PerformerSpec(
-            vocabulary=request.vocabulary,
-            dim=request.dim,
-            depth=request.depth,
-            heads=request.heads,
-            ffn_dim=4 * request.dim,
-            causal=True,
-            kernel=request.kernel,
-            rotary_base=request.rotary_base,
-            features=request.features,
-            seed=request.seed,
-            sequence_tile=request.tile,
-        )
-    )
+    vocabulary = _BYTES + request.keys * request.values + request.keys  # bytes of text, values with their keys, keys
+    options = {"kernel": request.kernel, "features": request.features, "rotary_base": request.rotary_base}
+    spec = small_models.spec_of(request, vocabulary, request.seed, **options, sequence_tile=request.tile)
+    model = PerformerLM(spec)
     began, steps, short, found = time.monotonic(), 0, None, []
     for length in request.lengths:
         if short is None and length > request.short:
@@ -220,22 +166,24 @@ def _learn(
     """Train on sequences of ``length``, of which the model sees the last ``context``; steps, running accuracy."""
     rng = torch.Generator().manual_seed(request.seed + length)
     optimizer = torch.optim.AdamW(model.parameters(), lr=request.lr, weight_decay=0.0)
-    rows, right, step = min(_MOST_ROWS, max(1, request.step_tokens // length)), 0.0, 0
-    for step in range(1, steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = request.lr * min(1.0, step / _WARMUP) / (1 if length <= request.short else _SLOWER)
+    rows, right = min(_MOST_ROWS, max(1, request.step_tokens // length)), 0.0
+
+    def loss_of(_: int) -> Tensor:
+        nonlocal right
         ids, targets = sequences(request, text, length, rows, rng)
         loss, correct = model(ids[:, -context:], targets=targets[:, -context:])
-        optimizer.zero_grad()
-        (loss / (rows * request.keys)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
         right = 0.9 * right + 0.1 * correct.item() / (rows * request.keys)
+        return loss / (rows * request.keys)
+
+    def enough(step: int, _: Tensor) -> bool:
         if step % 10 == 0:
             tell(f"{length:,} tokens, {context:,} of them seen: step {step}, accuracy {right:.1%}")
-        if stop and step >= request.least and right > request.enough:
-            break
-    return step, right
+        return stop and step >= request.least and right > request.enough
+
+    def rate(step: int) -> float:
+        return request.lr * min(1.0, step / _WARMUP) / (1 if length <= request.short else _SLOWER)
+
+    return small_models.train(model, optimizer, steps, rate, loss_of, enough), right
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longseq.benchmarks.request import OverheadRequest
 from longseq.benchmarks.training_process import configuration, one_process
 from longseq.config.schema import Config
 from longseq.data import split_spec, vocabulary
@@ -37,36 +38,6 @@ from longseq_data.samples.batches import Loader, TrainingBatches
 from longseq_data.vocabulary import IGNORE
 
 STEP_GOAL, STALL_GOAL = 1.15, 1.5
-
-
-@dataclass(frozen=True)
-class OverheadRequest:
-    """What is measured.
-
-    Attributes:
-        steps: of one turn.
-        rounds: turns of each that are counted, with and without a checkpoint as often.
-        overrides: of configuration keys, e.g. ``trainer.zero_stage=1``.
-    """
-
-    preset: str = "small"
-    length: int = 512
-    batch: int = 2
-    steps: int = 10
-    rounds: int = 5
-    overrides: tuple[str, ...] = ()
-
-    def config(self, folder: Path) -> Config:
-        """The run's configuration."""
-        ours = (
-            *(f"model.preset={self.preset}", f"data.length={self.length}"),
-            *(f"data.batch_tokens={self.length * self.batch}", "trainer.zero_stage=1", "trainer.valid_every=0"),
-            *(f"trainer.checkpoint_every={2 * self.steps}", "trainer.keep_checkpoints=1"),
-            f"trainer.log_every={min(10, self.steps)}",
-            # One step more than is counted: the last one saves a checkpoint too.
-            f"trainer.max_steps={(2 * self.rounds + 1) * self.steps + self.steps // 2 + 1}",
-        )
-        return configuration(folder, (*ours, *self.overrides))
 
 
 @dataclass
@@ -106,11 +77,23 @@ class OverheadResults:
         return [stall / copy for stall, copy in zip(self.stalls, self.copies, strict=True)]
 
 
+def _config(request: OverheadRequest, folder: Path) -> Config:
+    ours = (
+        *(f"model.preset={request.preset}", f"data.length={request.length}"),
+        *(f"data.batch_tokens={request.length * request.batch}", "trainer.zero_stage=1", "trainer.valid_every=0"),
+        *(f"trainer.checkpoint_every={2 * request.steps}", "trainer.keep_checkpoints=1"),
+        f"trainer.log_every={min(10, request.steps)}",
+        # One step more than is counted: the last one saves a checkpoint too.
+        f"trainer.max_steps={(2 * request.rounds + 1) * request.steps + request.steps // 2 + 1}",
+    )
+    return configuration(folder, (*ours, *request.overrides))
+
+
 def measure(request: OverheadRequest, say: Callable[[str], None]) -> OverheadResults:
     """Train both in turns."""
     results = OverheadResults()
     with one_process() as folder:
-        config = request.config(folder)
+        config = _config(request, folder)
         run = Run.create(config, default_name="overhead")
         trainer = build_trainer(run, config, StopFlag(), None)
         trainer.callbacks.append(_Turns(request, run, config, results, say))  # type: ignore[attr-defined]

@@ -23,10 +23,7 @@ _COLOURS = {
 }
 
 
-_MEMORY = {
-    "attention": "MiB beyond inputs, outputs and gradients",
-    "step": "MiB beyond weights and optimiser state",
-}
+_MEMORY = {"attention": "MiB beyond inputs, outputs and gradients", "step": "MiB beyond weights and optimiser state"}
 
 
 def figure(request: Request, results: Results, title: str) -> Figure:

@@ -22,28 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longseq.attention import FavorAttention
-from longseq.benchmarks import half_precision
+from longseq.benchmarks import half_precision, small_models
+from longseq.benchmarks.request import QualityRequest
 from longseq.benchmarks.variants import VARIANTS
 from longseq.errors import LongseqError
 from longseq.models.performer import PerformerLM
 from longseq.models.spec import PerformerSpec
 from longseq_data.files import write_text
 from longseq_data.os_errors import explained
-
-
-@dataclass(frozen=True, kw_only=True)
-class QualityRequest:
-    """What is trained. Batches are ``batch`` random crops of ``length`` characters; sizes are the model's."""
-
-    length: int = 512
-    batch: int = 8
-    steps: int = 1000
-    window: int = 64
-    features: int = 128
-    dim: int = 128
-    depth: int = 4
-    heads: int = 4
-    lr: float = 2e-3
 
 
 @dataclass(frozen=True)
@@ -147,16 +133,8 @@ def table(request: QualityRequest, found: Iterable[Trial]) -> str:
 
 def spec_of(request: QualityRequest, variant: str, vocabulary: int, seed: int) -> PerformerSpec:
     """The model of one variant."""
-    return PerformerSpec(
-        vocabulary=vocabulary,
-        dim=request.dim,
-        depth=request.depth,
-        heads=request.heads,
-        ffn_dim=4 * request.dim,
-        causal=True,
-        seed=seed,
-        **VARIANTS[variant].fields(request.window, request.features, request.depth),
-    )
+    fields = VARIANTS[variant].fields(request.window, request.features, request.depth)
+    return small_models.spec_of(request, vocabulary, seed, **fields)
 
 
 def _train(request: QualityRequest, text: Text, variant: str, seed: int, tell: Callable[[str], None]) -> Trial:
@@ -172,20 +150,23 @@ def _train(request: QualityRequest, text: Text, variant: str, seed: int, tell: C
     crops = torch.Generator().manual_seed(seed)  # the same crops for every variant
     started = time.monotonic()
     last: list[float] = []
-    for step in range(request.steps):
-        model.set_step(step)
-        for group in optimizer.param_groups:
-            group["lr"] = request.lr * _schedule(step, request.steps)
+
+    def loss_of(step: int) -> Tensor:
+        model.set_step(step - 1)
         starts = torch.randint(len(text.train) - request.length, (request.batch,), generator=crops)
         ids = torch.stack([text.train[start : start + request.length + 1] for start in starts])
-        loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        last = [*last[-49:], loss.item()]
-        if step % 50 == 49:
-            tell(f"{variant}, seed {seed}: step {step + 1} of {request.steps}, loss {fmean(last):.3f}")
+        return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+
+    def note(step: int, loss: Tensor) -> bool:
+        last[:] = [*last[-49:], loss.item()]
+        if step % 50 == 0:
+            tell(f"{variant}, seed {seed}: step {step} of {request.steps}, loss {fmean(last):.3f}")
+        return False
+
+    def rate(step: int) -> float:
+        return request.lr * _schedule(step - 1, request.steps)
+
+    small_models.train(model, optimizer, request.steps, rate, loss_of, note)
     seconds = time.monotonic() - started
     return Trial(variant, seed, _held_out_loss(model.eval(), text.valid, request), fmean(last), seconds)
 

@@ -16,43 +16,23 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longseq.benchmarks import small_models
+from longseq.benchmarks.request import RecallRequest
 from longseq.benchmarks.variants import VARIANTS
 from longseq.models.performer import PerformerLM
-from longseq.models.spec import PerformerSpec
 from longseq_data.files import write_text
+
+Tell = Callable[[str], None]
 
 _FILLER = 0
 _IGNORED = -100
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecallRequest:
-    """The task and the model.
-
-    At most ``steps`` at the first distance and ``more_steps`` at each further one; ``enough`` is the accuracy at which
-    a distance is learned.
-    """
-
-    distances: tuple[int, ...] = (64, 256, 1024, 2048)  # each at least ``pairs``
-    pairs: int = 8
-    keys: int = 16
-    values: int = 16
-    batch: int = 32
-    steps: int = 2500
-    more_steps: int = 300
-    enough: float = 0.99
-    window: int = 32
-    features: int = 128
-    dim: int = 64
-    depth: int = 2
-    heads: int = 2
-    lr: float = 3e-3
 
 
 @dataclass(frozen=True)
@@ -119,45 +99,46 @@ def table(request: RecallRequest, found: Iterable[Recall]) -> str:
 
 def _train(request: RecallRequest, variant: str, seed: int, tell: Callable[[str], None]) -> Iterable[Recall]:
     torch.manual_seed(seed)
+    fields = VARIANTS[variant].fields(request.window, request.features, request.depth)
     vocabulary = 1 + request.keys + request.keys * request.values
-    spec = PerformerSpec(
-        vocabulary=vocabulary,
-        dim=request.dim,
-        depth=request.depth,
-        heads=request.heads,
-        ffn_dim=4 * request.dim,
-        causal=True,
-        seed=seed,
-        **VARIANTS[variant].fields(request.window, request.features, request.depth),
-    )
-    model = PerformerLM(spec)
+    model = PerformerLM(small_models.spec_of(request, vocabulary, seed, **fields))
     rng = torch.Generator().manual_seed(seed)
     trained = 0
     for distance in request.distances:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=request.lr, weight_decay=0.0)
-        started, right, step = time.monotonic(), 0.0, 0
-        steps = request.steps if distance == request.distances[0] else request.more_steps
-        for step in range(1, steps + 1):
-            for group in optimizer.param_groups:
-                group["lr"] = request.lr * min(1.0, step / 50)
-            model.set_step(trained)
-            trained += 1
-            ids, targets = sequences(request, distance, request.batch, rng)
-            logits = model(ids)[:, -request.pairs :]
-            targets = targets[:, -request.pairs :]
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            right = 0.9 * right + 0.1 * (logits.argmax(-1) == targets).float().mean().item()
-            if step % 50 == 0:
-                tell(f"{variant} at {distance}: step {step} of {steps}, accuracy {100 * right:.1f} %")
-            if right > request.enough:
-                break
+        started = time.monotonic()
+        name = f"{variant} at {distance}"
+        steps = _learn(request, model, distance, trained, rng, partial(_tell, tell, name))
+        trained += steps
         accuracy = _accuracy(model, request, distance, rng)
-        tell(f"{variant} at {distance}: {100 * accuracy:.1f} % after {step} steps")
-        yield Recall(variant, seed, distance, accuracy, step, time.monotonic() - started)
+        tell(f"{name}: {100 * accuracy:.1f} % after {steps} steps")
+        yield Recall(variant, seed, distance, accuracy, steps, time.monotonic() - started)
+
+
+def _tell(tell: Tell, name: str, text: str) -> None:
+    tell(f"{name}: {text}")
+
+
+def _learn(
+    request: RecallRequest, model: PerformerLM, distance: int, trained: int, rng: torch.Generator, tell: Tell
+) -> int:
+    """Train at one distance, after so many steps at others; how many steps it took."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=request.lr, weight_decay=0.0)
+    steps, right = request.more_steps if trained else request.steps, 0.0
+
+    def loss_of(step: int) -> Tensor:
+        nonlocal right
+        model.set_step(trained + step - 1)
+        ids, targets = sequences(request, distance, request.batch, rng)
+        logits, targets = model(ids)[:, -request.pairs :], targets[:, -request.pairs :]
+        right = 0.9 * right + 0.1 * (logits.argmax(-1) == targets).float().mean().item()
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def enough(step: int, _: Tensor) -> bool:
+        if step % 50 == 0:
+            tell(f"step {step} of {steps}, accuracy {100 * right:.1f} %")
+        return right > request.enough
+
+    return small_models.train(model, optimizer, steps, lambda step: request.lr * min(1.0, step / 50), loss_of, enough)
 
 
 @torch.no_grad()

@@ -14,14 +14,7 @@ import torch
 
 from longseq import __version__
 from longseq.benchmarks.request import OURS, Request
-from longseq.benchmarks.results import (
-    Measurement,
-    Results,
-    crossover,
-    memory_slope,
-    ratios,
-    time_a_token,
-)
+from longseq.benchmarks.results import Measurement, Results, crossover, memory_slope, ratios, time_a_token
 
 _PACKAGES = ("torch", "triton", "performer-pytorch", "pytorch-fast-transformers", "flash-linear-attention")
 

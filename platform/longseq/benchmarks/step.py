@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longseq.attention import FavorAttention, SlicedDocuments
-from longseq.benchmarks.ladder import Ladder, Progress, Task
+from longseq.benchmarks.ladder import Progress, Task, climb
 from longseq.benchmarks.request import CAUSAL, STEP_CONTENDERS, StepRequest
 from longseq.benchmarks.results import Note, Results
-from longseq.measure.timing import Gemm
 from longseq.models.compiling import compile_blocks, uncompiled
 from longseq.models.layers import Block
 from longseq.models.performer import PerformerLM
@@ -64,28 +63,16 @@ class Trainer:
 
 
 def measure(request: StepRequest, results: Results, progress: Progress) -> None:
-    """Fill ``results``; what is in it when this is interrupted is whole."""
-    device = torch.device(request.device)
-    gemm = Gemm(request.gemm_size, getattr(torch, request.dtype), device, results.gemm_rates)
-    for direction in request.directions:
+    """Fill ``results``."""
+
+    def contenders(direction: str) -> dict[str, Callable[[tuple[Tensor, Tensor]], Mapping[str, Task]]]:
         trainer = make_trainer(request, direction == CAUSAL)
-        contenders = {}
-        for name in request.contenders:
-            if name == "window" and request.window < 1:
-                results.notes.append(Note(name, "asked for with --window 0: there is no window", direction))
-            else:
-                contenders[name] = partial(_tasks, trainer, name)
-        Ladder(
-            direction=direction,
-            make_inputs=partial(make_inputs, request),
-            contenders=contenders,
-            rounds=request.rounds,
-            seconds=request.seconds,
-            device=device,
-            gemm=gemm,
-            results=results,
-            progress=progress,
-        ).climb(request.lengths)
+        absent = "window" in request.contenders and request.window < 1
+        if absent:
+            results.notes.append(Note("window", "asked for with --window 0: there is no window", direction))
+        return {name: partial(_tasks, trainer, name) for name in request.contenders if name != "window" or not absent}
+
+    climb(request, partial(make_inputs, request), contenders, results, progress)
 
 
 def empty_results(request: StepRequest) -> Results:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
+from longseq.benchmarks.request import MemoryRequest
 from longseq.benchmarks.training_process import configuration, one_process
 from longseq.data import vocabulary
 from longseq.devices import on_cuda
@@ -17,26 +18,6 @@ from longseq.training.rehearsal import RESULTS, rehearse
 
 GOAL = 0.2  # how far the estimate may be off, as a share of what was measured
 SINGLE = "single"  # besides the ZeRO stages
-
-
-@dataclass(frozen=True)
-class MemoryRequest:
-    """Every combination of these is a cell; zero_stages are "0" to "3" or "single" for no DeepSpeed."""
-
-    presets: tuple[str, ...]
-    lengths: tuple[int, ...]
-    attention: tuple[str, ...] = ("favor", "exact")
-    objectives: tuple[str, ...] = ("causal", "masked")
-    checkpointing: tuple[bool, ...] = (False, True)
-    zero_stages: tuple[str, ...] = ("2",)
-    batch: int = 1
-    overrides: tuple[str, ...] = ()
-
-    def cells(self) -> Iterator[Cell]:
-        for values in itertools.product(
-            self.presets, self.lengths, self.attention, self.objectives, self.checkpointing, self.zero_stages
-        ):
-            yield Cell(*values)
 
 
 @dataclass(frozen=True)
@@ -76,10 +57,16 @@ class CellResult:
         return abs(self.ratio - 1) <= GOAL
 
 
+def _cells(request: MemoryRequest) -> Iterator[Cell]:
+    again = [name == "yes" for name in request.checkpointing]
+    of_model = request.presets, request.lengths, request.attention, request.objectives
+    return itertools.starmap(Cell, itertools.product(*of_model, again, request.zero_stages))
+
+
 def measure(request: MemoryRequest, found: Callable[[CellResult], None]) -> None:
     """Measure every cell, and hand each over as soon as it is known."""
     with one_process() as folder:
-        for number, cell in enumerate(request.cells()):
+        for number, cell in enumerate(_cells(request)):
             name = f"run.name=cell-{number}"
             config = configuration(folder, (*cell.overrides(request.batch), name, *request.overrides))
             run = Run.create(config, default_name="cell")

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from longseq.commands.numbers import natural
-from longseq.commands.options import add_devices, add_model, add_overrides, ready
+from longseq.commands.options import add_devices, add_model, add_overrides, given, ready
 from longseq.evaluation.embed import embed_to_file
 from longseq.trained_model import find
 
@@ -34,13 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     source = find(args.target, args.overrides, ema=args.ema)
-    written = embed_to_file(
-        *(source, args.file, args.out, args.overrides),
-        ema=args.ema,
-        layer=args.layer,
-        per_residue=args.per_residue,
-        devices=args.devices,
-        begin=ready,
-    )
+    how = given(args, "ema layer per_residue devices")
+    written = embed_to_file(source, args.file, args.out, args.overrides, begin=ready, **how)
     print(f"longseq: {written:,} sequences × {source.spec.dim} written to {args.out}", file=sys.stderr)
     return 0

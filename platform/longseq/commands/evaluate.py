@@ -13,7 +13,7 @@ import sys
 import time
 
 from longseq.commands.numbers import natural, positive
-from longseq.commands.options import models_and_keys
+from longseq.commands.options import given, models_and_keys
 from longseq.data import SPLITS
 from longseq.errors import ConfigError
 from longseq.evaluation.evaluate import Evaluation, Settings, evaluations, refuse_unkept
@@ -64,13 +64,8 @@ def run(args: argparse.Namespace) -> int:
         splits=tuple(args.split) if args.split else None,
         files=tuple(args.data or ()),
         overrides=tuple(word for word in overrides if not word.startswith(_DEVICES)),
-        all_checkpoints=args.all_checkpoints,
-        ema=args.ema,
-        sequences=args.sequences,
-        top_k=args.top_k,
-        bootstrap=args.bootstrap,
-        seed=args.seed,
         devices=_devices(args, overrides),
+        **given(args, "all_checkpoints ema sequences top_k bootstrap seed"),
     )
     progress, found = _Progress(), []
     try:

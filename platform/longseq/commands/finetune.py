@@ -11,6 +11,7 @@ import argparse
 
 from longseq.commands.key_help import help_on_keys
 from longseq.commands.numbers import natural, positive
+from longseq.commands.options import given
 from longseq.config.finetune import LEARN
 from longseq.printed import as_json
 from longseq.trained_model import TARGET_HELP
@@ -48,20 +49,8 @@ def run(args: argparse.Namespace) -> int:
     from longseq.evaluation.finetune import finetune
     from longseq.evaluation.label_measures import table
 
-    found = finetune(
-        args.target,
-        args.table,
-        args.overrides,
-        sequence=args.sequence,
-        label=args.label,
-        task=args.task,
-        learn=args.learn,
-        split_column=args.split_column,
-        cluster_column=args.cluster_column,
-        batch=args.batch,
-        seeds=args.seeds,
-        bootstrap=args.bootstrap,
-    )
+    names = "sequence label task learn split_column cluster_column batch seeds bootstrap"
+    found = finetune(args.target, args.table, args.overrides, **given(args, names))
     reports = [evaluation.as_dict() for evaluation in found.evaluations]
     if args.json:
         print(as_json(reports, indent=2))

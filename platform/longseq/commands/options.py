@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 from longseq.commands.numbers import natural, positive
 from longseq.errors import LongseqError
@@ -82,6 +83,16 @@ def add_context(parser: argparse.ArgumentParser) -> None:
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """key=value on top of the model's configuration; the last of the positional arguments."""
     parser.add_argument("overrides", nargs="*", metavar="key=value", default=[], help="e.g. trainer.accelerator=cpu")
+
+
+def given(args: argparse.Namespace, names: str) -> dict[str, Any]:
+    """Options by their names, for a function that calls its arguments so."""
+    return {name: getattr(args, name) for name in names.split()}
+
+
+def told(*what: str) -> None:
+    """What is being done, on stderr."""
+    print(f"longseq: {', '.join(what)}", file=sys.stderr, flush=True)
 
 
 def ready() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from longseq.commands.key_help import help_on_flat_keys
 from longseq.commands.numbers import positive
-from longseq.commands.options import TAKE_OVER_HELP
+from longseq.commands.options import TAKE_OVER_HELP, given
 from longseq.errors import ConfigError
 from longseq.launch.slurm.site import Site
 from longseq.launch.submission import Submission, submit
@@ -70,24 +70,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    done = submit(
-        *(args.target, args.overrides),
-        nodes=args.nodes,
-        devices=args.devices,
-        min_nodes=args.min_nodes,
-        site=args.site,
-        time=args.time,
-        dependency=args.dependency,
-        array=_members(args.array or []),
-        at_once=args.at_once,
-        chain=args.chain,
-        job=args.job,
-        current_code=args.current_code,
-        take_over=args.take_over,
-        dry_run=args.dry_run,
-        test_only=args.test_only,
-        command=shlex.join(["longseq", *sys.argv[1:]]),
-    )
+    names = "nodes devices min_nodes site time dependency at_once chain job current_code take_over dry_run test_only"
+    command = shlex.join(["longseq", *sys.argv[1:]])
+    members = _members(args.array or [])
+    done = submit(args.target, args.overrides, array=members, command=command, **given(args, names))
     if args.dry_run:
         print(done.script, end="")
     elif args.test_only:

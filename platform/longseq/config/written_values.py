@@ -106,7 +106,7 @@ def _scalar(node: yaml.ScalarNode, kind: str, plain: Any) -> Any:
         if text.lower() not in _SWITCH and text.lstrip("+-")[:1].isdigit():  # OmegaConf would call any number true
             raise WrittenError(f"{text} is not true or false")
         return _SWITCH.get(text.lower(), text)
-    if node.style is None and kind != "bool":
+    if not node.style and kind != "bool":
         if _OCTAL.fullmatch(text):
             raise WrittenError(f"{text} is octal to YAML: write it without the leading zero")
         if _SEXAGESIMAL.fullmatch(text):
@@ -221,9 +221,9 @@ def _quoted(text: str) -> str:
 
 
 def _is_null(node: yaml.ScalarNode) -> bool:
-    return node.style is None and node.value in _NULL
+    return not node.style and node.value in _NULL
 
 
 def _is_missing(node: yaml.ScalarNode) -> bool:
     """Nothing behind the colon: for a list this is no text, where null and ~ are names of files."""
-    return node.style is None and node.value == ""
+    return not node.style and node.value == ""

@@ -15,10 +15,9 @@ from longseq.errors import ConfigError
 from longseq_data.os_errors import explained
 
 # What the parsers raise for text that they cannot read; the last four by way of tags (!!int x) and nesting.
-YAML_ERRORS = (
-    *(yaml.YAMLError, OmegaConfBaseException),
-    *(ValueError, TypeError, AttributeError, RecursionError),
-)
+YAML_ERRORS = (*(yaml.YAMLError, OmegaConfBaseException), *(ValueError, TypeError, AttributeError, RecursionError))
+
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times as fast; PyYAML may come without it
 
 # From the names on the way to a value ("data", "train") to the type of the key, as written_values.typed takes it; ""
 # for a mapping of further names.
@@ -33,7 +32,7 @@ def read_yaml(path: Path, kinds: Kinds) -> tuple[dict[str, Any], dict[str, int]]
     """
     try:
         text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text)
+        node = yaml.compose(text, _LOADER)
         plain = OmegaConf.to_container(OmegaConf.create(text)) if node is not None else {}
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; `longseq configs` lists those that come with longseq.") from None

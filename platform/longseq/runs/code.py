@@ -79,11 +79,7 @@ def _copy(target: Path) -> None:
         for package in _packages():
             # With their times: what Python has compiled stays valid, and no rank compiles it again.
             shutil.copytree(package, aside / package.name)
-        facts = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "git_commit": git_commit(),
-            "packages": installed(),
-        }
+        facts = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "git_commit": git_commit(), "packages": installed()}
         (aside / _FACTS).write_text(json.dumps(facts, indent=1) + "\n")
         aside.chmod(0o777 & ~_umask())
         aside.rename(target)

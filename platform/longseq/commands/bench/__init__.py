@@ -8,21 +8,11 @@ model. Ctrl-C keeps what was measured until then, but for overhead, features, ne
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from longseq.commands.bench import context, data, features, gpu, learning, lengths, training
 from longseq.errors import LongseqError
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """One benchmark: what it does, its options, and what runs it."""
-
-    about: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -35,16 +25,12 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     benchmarks = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
-    for name, benchmark in BENCHMARKS.items():
-        child = benchmarks.add_parser(
-            name,
-            help=benchmark.about,
-            description=f"{benchmark.about[0].upper()}{benchmark.about[1:]}.",
-            formatter_class=_Formatter,
-        )
-        benchmark.add_arguments(child)
+    for name, (about, module) in BENCHMARKS.items():
+        title = f"{about[0].upper()}{about[1:]}."
+        child = benchmarks.add_parser(name, help=about, description=title, formatter_class=_Formatter)
+        getattr(module, f"{name}_arguments")(child)
         child.add_argument("--out", type=Path, default=Path("bench", name), metavar="DIR", help="folder of the results")
-        child.set_defaults(act=benchmark.run)
+        child.set_defaults(act=getattr(module, f"run_{name}"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,45 +40,17 @@ def run(args: argparse.Namespace) -> int:
         raise LongseqError(f"{error}.") from None
 
 
-# Another benchmark is a row here, its arguments and its function.
-BENCHMARKS: dict[str, Benchmark] = {
-    "attention": Benchmark(
-        "time and memory of an attention call against the length", lengths.attention_arguments, lengths.run_attention
-    ),
-    "step": Benchmark(
-        "time and memory of a training step against the length", lengths.step_arguments, lengths.run_step
-    ),
-    "quality": Benchmark(
-        "held-out loss of a small model with each kind of attention", learning.quality_arguments, learning.run_quality
-    ),
-    "recall": Benchmark(
-        "associative recall at distances beyond the window", learning.recall_arguments, learning.run_recall
-    ),
-    "needle": Benchmark(
-        "what only a long context can know: values asked for 100,000 tokens later",
-        context.needle_arguments,
-        context.run_needle,
-    ),
-    "context": Benchmark(
-        "a sequence in slices on several processes: time, memory, bytes sent, and a model for GPUs",
-        context.context_arguments,
-        context.run_context,
-    ),
-    "data": Benchmark(
-        "how fast data come: streamed and prepared, next to decompression alone", data.data_arguments, data.run_data
-    ),
-    "memory": Benchmark(
-        "the memory estimate next to what two steps take", training.memory_arguments, training.run_memory
-    ),
-    "overhead": Benchmark(
-        "a training step and a checkpoint next to a bare loop", training.overhead_arguments, training.run_overhead
-    ),
-    "features": Benchmark(
-        "error of the random features, next to their closed forms", features.features_arguments, features.run_features
-    ),
-    "gpu": Benchmark(
-        "a GPU in minutes: every kernel, training and bar, each part in a process of its own",
-        gpu.gpu_arguments,
-        gpu.run_gpu,
-    ),
+# What each measures, and the module with its NAME_arguments(parser) and run_NAME(args).
+BENCHMARKS: dict[str, tuple[str, ModuleType]] = {
+    "attention": ("time and memory of an attention call against the length", lengths),
+    "step": ("time and memory of a training step against the length", lengths),
+    "quality": ("held-out loss of a small model with each kind of attention", learning),
+    "recall": ("associative recall at distances beyond the window", learning),
+    "needle": ("what only a long context can know: values asked for 100,000 tokens later", context),
+    "context": ("a sequence in slices on several processes: time, memory, bytes sent, and a model for GPUs", context),
+    "data": ("how fast data come: streamed and prepared, next to decompression alone", data),
+    "memory": ("the memory estimate next to what two steps take", training),
+    "overhead": ("a training step and a checkpoint next to a bare loop", training),
+    "features": ("error of the random features, next to their closed forms", features),
+    "gpu": ("a GPU in minutes: every kernel, training and bar, each part in a process of its own", gpu),
 }

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from longseq.benchmarks.gpu.parts import CPU_PATIENCE, PARTS
 from longseq.commands.bench import arguments
 from longseq.commands.bench.output import EXIT_INTERRUPTED, check_folder
+from longseq.commands.numbers import above_zero, positive
 from longseq.errors import EXIT_ERROR, LongseqError
 
 if TYPE_CHECKING:
@@ -29,14 +30,12 @@ def gpu_arguments(parser: argparse.ArgumentParser) -> None:
     default = "all of them on a GPU; on a CPU those that prove something"
     listed = "; ".join(f"{name}: {words}" for name, words in about.items())
     parser.add_argument("--parts", type=arguments.names(about), metavar="NAME,…", help=f"{listed} (default: {default})")
-    parser.add_argument(
-        "--minutes", type=arguments.above_zero, default=9.0, metavar="M", help="for everything together"
-    )
+    parser.add_argument("--minutes", type=above_zero, default=9.0, metavar="M", help="for everything together")
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU where there is one"
     )
     jobs = max(1, (os.cpu_count() or 1) // 3)
-    parser.add_argument("--jobs", type=arguments.positive, default=jobs, metavar="N", help="parts that run at a time")
+    parser.add_argument("--jobs", type=positive, default=jobs, metavar="N", help="parts that run at a time")
 
 
 def run_gpu(args: argparse.Namespace) -> int:

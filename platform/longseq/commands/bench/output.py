@@ -24,43 +24,35 @@ def check_folder(folder: Path) -> None:
         raise LongseqError(f"--out {folder}: {there} is not a folder that can be written to.")
 
 
-def keep(folder: Path, name: str, numbers: Mapping[str, object], draw: Callable[[], Figure]) -> None:
-    """Write NAME.json and NAME.png, and say so; without matplotlib, say what is missing."""
+def keep(folder: Path, name: str, numbers: Mapping[str, object], draw: Callable[[], Figure] | None = None) -> None:
+    """Write NAME.json, and NAME.png where there is a picture, and say so; without matplotlib, say what is missing."""
     folder.mkdir(parents=True, exist_ok=True)
-    numbers_path, picture_path = folder / f"{name}.json", folder / f"{name}.png"
-    numbers_path.write_text(json.dumps(numbers, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    try:
-        draw().savefig(picture_path, dpi=130)
-    except ImportError:
-        print(f"kept in {numbers_path}")
-        print(
-            "longseq: warning: no picture, since matplotlib is not installed: pip install 'longseq[bench]'.",
-            file=sys.stderr,
-        )
-    else:
-        print(f"kept in {numbers_path} and {picture_path}")
-
-
-def keep_numbers(folder: Path, name: str, numbers: Mapping[str, object]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
+    path, picture = folder / f"{name}.json", folder / f"{name}.png"
     path.write_text(json.dumps(numbers, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"\nkept in {path}")
+    try:
+        if draw is not None:
+            draw().savefig(picture, dpi=130)
+    except ImportError:
+        draw = None
+        words = "no picture, since matplotlib is not installed: pip install 'longseq[bench]'"
+        print(f"longseq: warning: {words}.", file=sys.stderr)
+    print(f"\nkept in {path}{f' and {picture}' if draw else ''}")
 
 
 class Progress:
     """What is being done, on a terminal in one line that changes; what was found, a line each. Both on stderr."""
 
-    def __init__(self) -> None:
+    def __enter__(self) -> Progress:
         from tqdm import tqdm
 
         self._bar = tqdm(bar_format="{desc}  {elapsed}", disable=not sys.stderr.isatty(), leave=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
 
     def now(self, text: str) -> None:
         self._bar.set_description_str(text)
 
     def line(self, text: str) -> None:
         self._bar.write(text, file=sys.stderr)
-
-    def close(self) -> None:
-        self._bar.close()

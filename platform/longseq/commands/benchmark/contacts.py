@@ -11,13 +11,12 @@ each residue.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longseq.commands.numbers import natural, positive
-from longseq.commands.options import add_models, models_and_keys, ready
+from longseq.commands.options import add_models, given, models_and_keys, ready, told
 from longseq.printed import as_json
 
 if TYPE_CHECKING:
@@ -41,16 +40,8 @@ def run(args: argparse.Namespace) -> int:
 
     targets, overrides = models_and_keys(args)
     ready()
-    found = benchmark_contacts(
-        args.file,
-        targets,
-        overrides,
-        methods=args.method or METHODS,
-        train=args.train,
-        seed=args.seed,
-        ema=args.ema,
-        progress=lambda *what: print(f"longseq: {', '.join(what)}", file=sys.stderr, flush=True),
-    )
+    how = given(args, "train seed ema") | {"methods": args.method or METHODS, "progress": told}
+    found = benchmark_contacts(args.file, targets, overrides, **how)
     print(as_json(found.as_dict(), indent=2) if args.json else "\n".join(_table(found)))
     return 0
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longseq.commands.numbers import natural
-from longseq.commands.options import add_devices, add_models, models_and_keys, ready
+from longseq.commands.options import add_devices, add_models, given, models_and_keys, ready
 from longseq.printed import as_json
 
 if TYPE_CHECKING:
@@ -67,20 +67,8 @@ def run(args: argparse.Namespace) -> int:
     def progress(model: str, assay: str, kind: str, before: bool) -> None:
         print(f"longseq: {model}: {assay}, {kind}{': done before' if before else ''}", file=sys.stderr, flush=True)
 
-    found = benchmark_proteingym(
-        args.folder,
-        targets,
-        overrides,
-        assays=args.assay,
-        reference=args.reference,
-        official=args.official,
-        beside=args.beside,
-        ema=args.ema,
-        passes=args.passes,
-        out=args.out,
-        devices=args.devices,
-        progress=progress,
-    )
+    how = given(args, "reference official beside ema passes out devices")
+    found = benchmark_proteingym(args.folder, targets, overrides, assays=args.assay, progress=progress, **how)
     if found.absent:
         named = ", ".join(found.absent[:3]) + (", ..." if len(found.absent) > 3 else "")
         print(f"longseq: note: {len(found.absent)} assays of the reference are not here: {named}", file=sys.stderr)

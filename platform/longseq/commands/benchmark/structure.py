@@ -8,13 +8,12 @@ on the letters alone, and the commonest state.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longseq.commands.numbers import natural, positive
-from longseq.commands.options import add_models, models_and_keys, ready
+from longseq.commands.options import add_models, given, models_and_keys, ready, told
 from longseq.printed import as_json
 
 if TYPE_CHECKING:
@@ -39,16 +38,8 @@ def run(args: argparse.Namespace) -> int:
 
     targets, overrides = models_and_keys(args)
     ready()
-    found = benchmark_structure(
-        args.file,
-        targets,
-        overrides,
-        layer=args.layer,
-        train=args.train,
-        seed=args.seed,
-        ema=args.ema,
-        progress=lambda name: print(f"longseq: {name}", file=sys.stderr, flush=True),
-    )
+    how = given(args, "layer train seed ema")
+    found = benchmark_structure(args.file, targets, overrides, progress=told, **how)
     print(as_json(found.as_dict(), indent=2) if args.json else "\n".join(_table(found)))
     return 0
 

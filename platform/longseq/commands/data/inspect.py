@@ -40,10 +40,6 @@ def run(args: argparse.Namespace) -> int:
         return 0
     sources = expand_sources(args.what, "auto")
     read = Reading("auto", agree(sources, "auto", args.tokenizer), args.column)
-    if read.tokens != "protein" or any(leaf.format != "fasta" for leaf in read.leaves(sources)):
-        for line in inspection.document_lines(read, sources, show):
-            print(line)
-        return 0
     sizes = [Path(source).stat().st_size for source in sources if Path(source).is_file()]
     total = sum(sizes) if len(sizes) == len(sources) else None
     done = 0
@@ -54,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
             done += size
             bar("bytes", done, total)
 
-        counts = inspection.count(sources, show, progress)
-    for line in inspection.raw_lines(sources, counts):
+        counts = inspection.count(read, sources, show, progress)
+    for line in inspection.raw_lines(read, counts):
         print(line)
     return 0
