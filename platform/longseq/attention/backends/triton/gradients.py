@@ -19,10 +19,12 @@ from longseq.attention.backends.triton.chunk import (
     exponents,
     features,
     key_logs,
+    late,
     load_inputs,
     load_state,
     load_tile,
     operand,
+    put_normaliser,
     put_state,
     run_at,
     scaled_gradients,
@@ -88,7 +90,8 @@ def add_up_queries(
         state = product(tl.trans(reading), phi, state)
         if DECAY:
             c = c - rate * C
-    put_state(sums + (n * tl.num_programs(0) + part) * m * (e + 1), f, state, one, m, e, F, E)
+    put_state(sums + (n * tl.num_programs(0) + part) * m * (e + 1), f, state, m, e, F, E)
+    put_normaliser(sums + (n * tl.num_programs(0) + part) * m * (e + 1), f, one, m, e, F)
 
 
 @triton.jit(do_not_specialize=ANY_LENGTH)
@@ -213,9 +216,11 @@ def queries_vjp(
             if HALF and (FLOW or not LOCAL):
                 rest = operand(state - read_state.to(tl.float32), HALF)
             if LOCAL:  # noqa: SIM102 (it is known when this is compiled)
+                turned = tl.trans(again(enters, block, length, HALF))
                 if chunk + 1 < stop:
-                    behind = product(tl.trans(again(enters, block, length, HALF)), key_features, state * left)
-                    put_state(sums, f, behind, one * left + one_more, m, e, F, E)
+                    tl.debug_barrier()  # before others have read the normaliser
+                    put_normaliser(sums, f, one * left + one_more, m, e, F)
+                    put_state(sums, f, product(turned, key_features, state * left), m, e, F, E)
             d_phi = product(again(reading, block, length, HALF), read_state)
             if HALF and (FLOW or not LOCAL):
                 d_phi = product(reading, rest, d_phi)
@@ -334,21 +339,23 @@ def keys_vjp(
             if HALF and (SPLIT or FLOW or not LOCAL):
                 rest = operand(state - read_state.to(tl.float32), HALF)
             if LOCAL:  # noqa: SIM102 (it is known when this is compiled)
+                turned = tl.trans(again(reading, block, length, HALF))
                 if back + 1 < stop - start:
-                    before_ = product(tl.trans(again(reading, block, length, HALF)), queries, state * left)
-                    put_state(sums, f, before_, one * left + one_more, m, e, F, E)
-            d_phi = product(again(values, block, length, HALF), read_state)
-            if HALF and (SPLIT or FLOW or not LOCAL):
-                d_phi = product(values, rest, d_phi)
-            d_phi = (d_phi + one[None, :]) * entering[:, None]
-            if LOCAL:
-                d_phi = product(tl.trans(again(d_weights, block, length, HALF)), queries, d_phi)
+                    tl.debug_barrier()  # before others have read the normaliser
+                    put_normaliser(sums, f, one * left + one_more, m, e, F)
+                    put_state(sums, f, product(turned, queries, state * left), m, e, F, E)
             key_u = exponents(keys, k + from_ * d, rows, keep, weight, shift, block, length, m, d, SHIFTED, HALF, F, D)
             phi = features(key_u, key_gauge, f, m, EXPONENTIAL, F)
             key_features = operand(phi, HALF)
             d_value = product(key_features, tl.trans(read_state), d_value)
             if LOCAL:
                 attention = product(key_features, tl.trans(queries), attention)
+            d_phi = product(again(values, block, length, HALF), read_state)
+            if HALF and (SPLIT or FLOW or not LOCAL):
+                d_phi = product(values, rest, d_phi)
+            d_phi = (d_phi + one[None, :]) * entering[:, None]
+            if LOCAL:
+                d_phi = product(tl.trans(again(d_weights, block, length, HALF)), queries, d_phi)
             d_log = d_phi * phi
             if FLOW:
                 # Of the features that the other side sees: the sum of a pair's terms is the same from either.
@@ -359,12 +366,16 @@ def keys_vjp(
                 d_log = tl.where(phi > EPSILON, d_phi, 0.0)
             w = load_tile(weight, f, f < m, d, D)
             gradient = product(operand(d_log, HALF), operand(w, HALF), gradient)
+        first = late(first, back, length, C)
+        from_ = at + first - delay
+        here = at + first + rows
+        real = rows < length - first
+        b = key_logs(key_scale + at, first, rows, delay, length)
+        keep = b != -INFINITY
         if EXPONENTIAL:
             gradient -= (norm * row_sum)[:, None] * load_tile(k + from_ * d, rows, keep, d, D).to(tl.float32)
         d_value *= entering[:, None]
         if LOCAL:
-            # Found and loaded again: they would be in registers all through the loop.
-            b = key_logs(key_scale + at, first, rows, delay, length)
             scale = tl.load(row_scale + here, mask=real, other=INFINITY)
             inverse = tl.load(inverse_den + here, mask=real, other=0.0)
             weights = visible_weights(b, scale, runs + at, first, rows, delay, length, RUNS)

@@ -23,10 +23,12 @@ from longseq.attention.backends.triton.chunk import (
     features,
     key_logs,
     largest,
+    late,
     load_inputs,
     load_state,
     load_tile,
     operand,
+    put_normaliser,
     put_state,
     row_scales,
     seen_by,
@@ -115,7 +117,8 @@ def add_up(
         state = product(tl.trans(value), operand(phi, HALF), state * left)
         if DECAY:
             c = c - rate * C
-    put_state(sums + (n * tl.num_programs(0) + part) * m * (e + 1), f, state, one, m, e, F, E)
+    put_state(sums + (n * tl.num_programs(0) + part) * m * (e + 1), f, state, m, e, F, E)
+    put_normaliser(sums + (n * tl.num_programs(0) + part) * m * (e + 1), f, one, m, e, F)
     if tl.program_id(2) == 0:
         tl.store(scales + n * tl.num_programs(0) + part, c)
 
@@ -221,9 +224,11 @@ def attend(
             state, one = load_state(sums, f, m, e, F, E)
             read_state = operand(state, HALF)
             if LOCAL:  # noqa: SIM102 (it is known when this is compiled)
+                turned = tl.trans(again(enters, block, length, HALF))
                 if chunk + 1 < stop:
-                    behind = product(tl.trans(again(enters, block, length, HALF)), key_features, state * left)
-                    put_state(sums, f, behind, one * left + one_more, m, e, F, E)
+                    tl.debug_barrier()  # before others have read the normaliser
+                    put_normaliser(sums, f, one * left + one_more, m, e, F)
+                    put_state(sums, f, product(turned, key_features, state * left), m, e, F, E)
             u = exponents(
                 tile, q + (at + first) * d, rows, real, weight, shift, block, length, m, d, SHIFTED, HALF, F, D
             )
@@ -235,9 +240,12 @@ def attend(
                 num = product(queries, tl.trans(operand(state - read_state.to(tl.float32), HALF)), num)
             if LOCAL:
                 attention = product(queries, tl.trans(key_features), attention)
+        first = late(first, chunk, length, C)
+        real = rows < length - first
         if LOCAL:
-            # Loaded again: it would be in registers all through the loop.
+            from_ = at + first - delay
             b = key_logs(key_scale + at, first, rows, delay, length)
+            keep = b != -INFINITY
             reads = state_reads(runs + at, first, rows, delay, length, RUNS)
             scale = row_scales(b, tl.where(reads, c, NOTHING), runs + at, first, rows, delay, length, RUNS)
             tl.store(row_scale + at + first + rows, scale, mask=real)
