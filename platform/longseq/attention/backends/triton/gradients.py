@@ -241,6 +241,9 @@ def queries_vjp(
                 d_log = tl.where(phi > EPSILON, d_phi, 0.0)
             w = load_tile(weight, f, f < m, d, D)
             gradient = product(operand(d_log, HALF), operand(w, HALF), gradient)
+        if not FLOW:
+            first = late(first, chunk, length, C)
+            real = rows < length - first
         if EXPONENTIAL:
             gradient -= (norm * row_sum)[:, None] * load_tile(q + (at + first) * d, rows, real, d, D).to(tl.float32)
         put_rows(dq + (at + first) * d, rows, real, d, gradient, D)
