@@ -45,8 +45,10 @@ def again(x, block, length, HALF: tl.constexpr):
 
 @triton.jit
 def late(first, varies, length, C: tl.constexpr):
-    """``first`` behind the loop over features, for what is found and loaded again there: a compiler that knew it for the
-    same would hold all addresses and masks in registers through that loop. ``varies`` with the chunk."""
+    """``first`` once more, for what is found and loaded again behind the loop over features; it ``varies`` by chunk.
+
+    A compiler that knew it for the same would hold all addresses and masks in registers through that loop.
+    """
     return first + C * varies * (length >> 31)
 
 

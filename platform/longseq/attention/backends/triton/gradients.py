@@ -215,7 +215,7 @@ def queries_vjp(
             read_state = operand(state, HALF)
             if HALF and (FLOW or not LOCAL):
                 rest = operand(state - read_state.to(tl.float32), HALF)
-            if LOCAL:  # noqa: SIM102 (it is known when this is compiled)
+            if LOCAL:
                 turned = tl.trans(again(enters, block, length, HALF))
                 if chunk + 1 < stop:
                     tl.debug_barrier()  # before others have read the normaliser
@@ -341,7 +341,7 @@ def keys_vjp(
             read_state = operand(state, HALF)
             if HALF and (SPLIT or FLOW or not LOCAL):
                 rest = operand(state - read_state.to(tl.float32), HALF)
-            if LOCAL:  # noqa: SIM102 (it is known when this is compiled)
+            if LOCAL:
                 turned = tl.trans(again(reading, block, length, HALF))
                 if back + 1 < stop - start:
                     tl.debug_barrier()  # before others have read the normaliser

@@ -223,7 +223,7 @@ def attend(
                 one_more = tl.sum(key_phi * entering[:, None], 0)
             state, one = load_state(sums, f, m, e, F, E)
             read_state = operand(state, HALF)
-            if LOCAL:  # noqa: SIM102 (it is known when this is compiled)
+            if LOCAL:
                 turned = tl.trans(again(enters, block, length, HALF))
                 if chunk + 1 < stop:
                     tl.debug_barrier()  # before others have read the normaliser

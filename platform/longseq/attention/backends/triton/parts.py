@@ -52,7 +52,8 @@ def combine_rows(
 @triton.jit(do_not_specialize=("length", "batch_step", "head_step", "row_step"))
 def combine_rows_vjp(
     near, near_lse, far, far_lse, share, grad, d_near, d_near_lse, d_far, d_far_lse, d_share,
-    length, heads, width: tl.constexpr, batch_step, head_step, row_step, SHARE: tl.constexpr, T: tl.constexpr, E: tl.constexpr,
+    length, heads, width: tl.constexpr, batch_step, head_step, row_step,
+    SHARE: tl.constexpr, T: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """The gradients of both parts, and the program's part in that of the share, (N, programs)."""
     n = tl.program_id(1).to(tl.int64)
@@ -87,7 +88,7 @@ def combine(near: Part, far: Part, share: Tensor | None, batch: int, dtype: torc
     out = near[0].new_empty(batch, length, heads, width, dtype=dtype)
     with on(out.device):
         combine_rows[triton.cdiv(length, POSITIONS), number](
-            *near, *far, pointer(share, out), out, length, heads, width: tl.constexpr, SHARE=share is not None, T=POSITIONS,
+            *near, *far, pointer(share, out), out, length, heads, width, SHARE=share is not None, T=POSITIONS,
             E=padded(width),
         )  # fmt: skip
     return out.transpose(1, 2)

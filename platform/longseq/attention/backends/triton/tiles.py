@@ -52,5 +52,6 @@ def tiles(there: Chip, features: int, head_dim: int, value_dim: int, *, half: bo
         return Tiles(sums, STATES, options(block, 8), options(block, 8), keys(block, 8))
     block = 64 if wgmma else 16 if wide and there.shared_memory < 110_000 else 32
     sums = options(64 if wide else 128, 4 if wgmma else 8)
-    # dk and dv of wide rows together overflow the registers of 4 warps; 8 multiply by 32 columns at a time.
-    return Tiles(sums, STATES, options(block, warps), options(block, warps), keys(block, 8 if wide else warps))
+    # Of wide rows, dq on sm_100 and dk with dv overflow the registers of 4 warps; 8 multiply by 32 columns at a time.
+    queries = 8 if wide and there.capability[0] == 10 else warps
+    return Tiles(sums, STATES, options(block, warps), options(block, queries), keys(block, 8 if wide else warps))
