@@ -52,9 +52,7 @@ def add_up_queries(
     f = block + tl.arange(0, F)
     rows = tl.arange(0, C)
     at = n * length
-    rate = 0.0
-    if DECAY:
-        rate = tl.load(decay + n)
+    rate = tl.load(decay + n) if DECAY else 0.0
     if LOCAL:
         c = tl.load(begins + n * (tl.num_programs(0) + 1) + part)
     state = tl.zeros((E, F), tl.float32)
@@ -98,7 +96,8 @@ def add_up_queries(
 def run_back(
     sums, begins, later, d_initial, states, final, flows, runs, decay,
     length, delay, steps, segments, chunks, m: tl.constexpr, e: tl.constexpr,
-    LATER: tl.constexpr, FLOW: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr, C: tl.constexpr, B: tl.constexpr,
+    LATER: tl.constexpr, FLOW: tl.constexpr, STATES: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr,
+    C: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Replace R's shares by R behind each segment; what is left before the first is the initial state's gradient.
 
@@ -107,10 +106,8 @@ def run_back(
     n = tl.program_id(1).to(tl.int64)
     x = tl.program_id(0) * B + tl.arange(0, B)
     inside = x < m * (e + 1)
-    there = n * m * (e + 1) + transposed(x, m, e)
-    rate = 0.0
-    if DECAY:
-        rate = tl.load(decay + n)
+    there = n * m * (e + 1) + (transposed(x, m, e) if STATES else x)
+    rate = tl.load(decay + n) if DECAY else 0.0
     state = tl.zeros((B,), tl.float32)
     flow = tl.full((), 0.0, tl.float64)
     if LATER:
@@ -158,9 +155,7 @@ def queries_vjp(
     rows = tl.arange(0, C)
     at = n * length
     chunks = tl.cdiv(length, C)
-    rate = 0.0
-    if DECAY:
-        rate = tl.load(decay + n)
+    rate = tl.load(decay + n) if DECAY else 0.0
     if LOCAL:
         sums += (n * tl.num_programs(0) + part) * m * (e + 1)
     else:

@@ -127,17 +127,18 @@ def add_up(
 def run_through(
     sums, scales, begins, initial, initial_scale, final, final_scale, runs, decay,
     length, delay, steps, segments, chunks, m: tl.constexpr, e: tl.constexpr,
-    INITIAL: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr, C: tl.constexpr, B: tl.constexpr,
+    INITIAL: tl.constexpr, STATES: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr,
+    C: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Replace the sums of each segment by the state before it.
 
     begins: c before each segment, and behind the last: (N, segments + 1). initial, final: the states at both ends,
-    (N, m, e + 1), the final one seen from behind the last position.
+    (N, m, e + 1) with STATES, else as the sums; the final one seen from behind the last position.
     """
     n = tl.program_id(1).to(tl.int64)
     x = tl.program_id(0) * B + tl.arange(0, B)
     inside = x < m * (e + 1)
-    there = n * m * (e + 1) + transposed(x, m, e)
+    there = n * m * (e + 1) + (transposed(x, m, e) if STATES else x)
     rate = 0.0
     if DECAY:
         rate = tl.load(decay + n)
