@@ -65,7 +65,7 @@ def test_every_launch_fits_its_chip(rows):
 
 def test_16_bit_operands_are_multiplied_by_wgmma_at_least_64_wide(rows):
     for row in _half(rows):
-        narrow = " d128 " in row.case and not row.case.startswith("window")  # features in blocks of 64, by 8 warps
+        narrow = " d128 " in row.case and row.kernel == "keys_vjp"  # dk and dv together need 8 warps
         if row.arch == 90 and not narrow:
             for name in row.matrix:
                 shape = re.fullmatch(r"HGMMA\.64x(\d+)x16\.F32\.BF16", name)
@@ -95,7 +95,8 @@ def test_another_length_compiles_nothing_again(rows):
 
 def test_large_kernels_have_four_programs_a_multiprocessor(rows):
     for row in _half(rows):
-        if row.arch == 90 and " d64 " in row.case and row.matrix:  # the others add states up
+        # Others add states up. Wide states of 512 features are in memory for 7 of 8 sequences, and then for the last.
+        if row.arch == 90 and row.matrix and " d128 bfloat16 m512 " not in row.case:
             assert row.programs >= 4 * MULTIPROCESSORS, row
 
 

@@ -27,7 +27,7 @@ def _vector(x, width, E: tl.constexpr):
 
 @triton.jit(do_not_specialize=("number",))
 def norm_rows(
-    x, y, weight, bias, total, out, means, scales, number, width, eps,
+    x, y, weight, bias, total, out, means, scales, number, width: tl.constexpr, eps,
     ADDS: tl.constexpr, R: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """R rows: the sum, its norm, and the mean and r of each."""
@@ -48,7 +48,7 @@ def norm_rows(
 
 @triton.jit(do_not_specialize=("number",))
 def norm_rows_vjp(
-    d_total, d_out, total, means, scales, weight, dx, dy, parts, number, width,
+    d_total, d_out, total, means, scales, weight, dx, dy, parts, number, width: tl.constexpr,
     SUMS: tl.constexpr, SPLIT: tl.constexpr, R: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """ds of every so many rows, as dx and, with SPLIT, as dy of another dtype; this program's part of dw and db."""

@@ -44,6 +44,15 @@ def again(x, block, length, HALF: tl.constexpr):
 
 
 @triton.jit
+def late(first, varies, length, C: tl.constexpr):
+    """``first`` once more, for what is found and loaded again behind the loop over features; it ``varies`` by chunk.
+
+    A compiler that knew it for the same would hold all addresses and masks in registers through that loop.
+    """
+    return first + C * varies * (length >> 31)
+
+
+@triton.jit
 def load_tile(base, rows, keep, width: tl.constexpr, WIDTH: tl.constexpr):
     """Whole rows of a matrix; zeros where not to keep, and not even read there."""
     columns = tl.arange(0, WIDTH)
@@ -202,15 +211,23 @@ def load_state(sums, f, m: tl.constexpr, e: tl.constexpr, F: tl.constexpr, E: tl
 
 
 @triton.jit
-def put_state(sums, f, state, one, m: tl.constexpr, e: tl.constexpr, F: tl.constexpr, E: tl.constexpr):
+def put_state(sums, f, state, m: tl.constexpr, e: tl.constexpr, F: tl.constexpr, E: tl.constexpr):
     rows = tl.arange(0, E)
     at = sums + rows[:, None] * m + f[None, :]
     if e == E and m % F == 0:
         tl.store(at, state)
-        tl.store(sums + e * m + f, one)
     else:
         tl.store(at, state, mask=(rows < e)[:, None] & (f < m)[None, :])
-        tl.store(sums + e * m + f, one, mask=f < m)
+
+
+@triton.jit
+def put_normaliser(sums, f, one, m: tl.constexpr, e: tl.constexpr, F: tl.constexpr):
+    """By itself: where it comes first, its many copies are out of the registers when the state is multiplied."""
+    at = sums + e * m + f
+    if m % F == 0:
+        tl.store(at, one)
+    else:
+        tl.store(at, one, mask=f < m)
 
 
 @triton.jit

@@ -19,10 +19,12 @@ from longseq.attention.backends.triton.chunk import (
     exponents,
     features,
     key_logs,
+    late,
     load_inputs,
     load_state,
     load_tile,
     operand,
+    put_normaliser,
     put_state,
     run_at,
     scaled_gradients,
@@ -50,9 +52,7 @@ def add_up_queries(
     f = block + tl.arange(0, F)
     rows = tl.arange(0, C)
     at = n * length
-    rate = 0.0
-    if DECAY:
-        rate = tl.load(decay + n)
+    rate = tl.load(decay + n) if DECAY else 0.0
     if LOCAL:
         c = tl.load(begins + n * (tl.num_programs(0) + 1) + part)
     state = tl.zeros((E, F), tl.float32)
@@ -88,14 +88,16 @@ def add_up_queries(
         state = product(tl.trans(reading), phi, state)
         if DECAY:
             c = c - rate * C
-    put_state(sums + (n * tl.num_programs(0) + part) * m * (e + 1), f, state, one, m, e, F, E)
+    put_state(sums + (n * tl.num_programs(0) + part) * m * (e + 1), f, state, m, e, F, E)
+    put_normaliser(sums + (n * tl.num_programs(0) + part) * m * (e + 1), f, one, m, e, F)
 
 
 @triton.jit(do_not_specialize=ANY_LENGTH)
 def run_back(
     sums, begins, later, d_initial, states, final, flows, runs, decay,
     length, delay, steps, segments, chunks, m: tl.constexpr, e: tl.constexpr,
-    LATER: tl.constexpr, FLOW: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr, C: tl.constexpr, B: tl.constexpr,
+    LATER: tl.constexpr, FLOW: tl.constexpr, STATES: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr,
+    C: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Replace R's shares by R behind each segment; what is left before the first is the initial state's gradient.
 
@@ -104,10 +106,8 @@ def run_back(
     n = tl.program_id(1).to(tl.int64)
     x = tl.program_id(0) * B + tl.arange(0, B)
     inside = x < m * (e + 1)
-    there = n * m * (e + 1) + transposed(x, m, e)
-    rate = 0.0
-    if DECAY:
-        rate = tl.load(decay + n)
+    there = n * m * (e + 1) + (transposed(x, m, e) if STATES else x)
+    rate = tl.load(decay + n) if DECAY else 0.0
     state = tl.zeros((B,), tl.float32)
     flow = tl.full((), 0.0, tl.float64)
     if LATER:
@@ -155,9 +155,7 @@ def queries_vjp(
     rows = tl.arange(0, C)
     at = n * length
     chunks = tl.cdiv(length, C)
-    rate = 0.0
-    if DECAY:
-        rate = tl.load(decay + n)
+    rate = tl.load(decay + n) if DECAY else 0.0
     if LOCAL:
         sums += (n * tl.num_programs(0) + part) * m * (e + 1)
     else:
@@ -212,10 +210,12 @@ def queries_vjp(
             read_state = operand(state, HALF)
             if HALF and (FLOW or not LOCAL):
                 rest = operand(state - read_state.to(tl.float32), HALF)
-            if LOCAL:  # noqa: SIM102 (it is known when this is compiled)
+            if LOCAL:
+                turned = tl.trans(again(enters, block, length, HALF))
                 if chunk + 1 < stop:
-                    behind = product(tl.trans(again(enters, block, length, HALF)), key_features, state * left)
-                    put_state(sums, f, behind, one * left + one_more, m, e, F, E)
+                    tl.debug_barrier()  # before others have read the normaliser
+                    put_normaliser(sums, f, one * left + one_more, m, e, F)
+                    put_state(sums, f, product(turned, key_features, state * left), m, e, F, E)
             d_phi = product(again(reading, block, length, HALF), read_state)
             if HALF and (FLOW or not LOCAL):
                 d_phi = product(reading, rest, d_phi)
@@ -236,6 +236,9 @@ def queries_vjp(
                 d_log = tl.where(phi > EPSILON, d_phi, 0.0)
             w = load_tile(weight, f, f < m, d, D)
             gradient = product(operand(d_log, HALF), operand(w, HALF), gradient)
+        if not FLOW:
+            first = late(first, chunk, length, C)
+            real = rows < length - first
         if EXPONENTIAL:
             gradient -= (norm * row_sum)[:, None] * load_tile(q + (at + first) * d, rows, real, d, D).to(tl.float32)
         put_rows(dq + (at + first) * d, rows, real, d, gradient, D)
@@ -333,22 +336,24 @@ def keys_vjp(
             read_state = operand(state, HALF)
             if HALF and (SPLIT or FLOW or not LOCAL):
                 rest = operand(state - read_state.to(tl.float32), HALF)
-            if LOCAL:  # noqa: SIM102 (it is known when this is compiled)
-                if back + 1 < stop - start:
-                    before_ = product(tl.trans(again(reading, block, length, HALF)), queries, state * left)
-                    put_state(sums, f, before_, one * left + one_more, m, e, F, E)
-            d_phi = product(again(values, block, length, HALF), read_state)
-            if HALF and (SPLIT or FLOW or not LOCAL):
-                d_phi = product(values, rest, d_phi)
-            d_phi = (d_phi + one[None, :]) * entering[:, None]
             if LOCAL:
-                d_phi = product(tl.trans(again(d_weights, block, length, HALF)), queries, d_phi)
+                turned = tl.trans(again(reading, block, length, HALF))
+                if back + 1 < stop - start:
+                    tl.debug_barrier()  # before others have read the normaliser
+                    put_normaliser(sums, f, one * left + one_more, m, e, F)
+                    put_state(sums, f, product(turned, queries, state * left), m, e, F, E)
             key_u = exponents(keys, k + from_ * d, rows, keep, weight, shift, block, length, m, d, SHIFTED, HALF, F, D)
             phi = features(key_u, key_gauge, f, m, EXPONENTIAL, F)
             key_features = operand(phi, HALF)
             d_value = product(key_features, tl.trans(read_state), d_value)
             if LOCAL:
                 attention = product(key_features, tl.trans(queries), attention)
+            d_phi = product(again(values, block, length, HALF), read_state)
+            if HALF and (SPLIT or FLOW or not LOCAL):
+                d_phi = product(values, rest, d_phi)
+            d_phi = (d_phi + one[None, :]) * entering[:, None]
+            if LOCAL:
+                d_phi = product(tl.trans(again(d_weights, block, length, HALF)), queries, d_phi)
             d_log = d_phi * phi
             if FLOW:
                 # Of the features that the other side sees: the sum of a pair's terms is the same from either.
@@ -359,12 +364,16 @@ def keys_vjp(
                 d_log = tl.where(phi > EPSILON, d_phi, 0.0)
             w = load_tile(weight, f, f < m, d, D)
             gradient = product(operand(d_log, HALF), operand(w, HALF), gradient)
+        first = late(first, back, length, C)
+        from_ = at + first - delay
+        here = at + first + rows
+        real = rows < length - first
+        b = key_logs(key_scale + at, first, rows, delay, length)
+        keep = b != -INFINITY
         if EXPONENTIAL:
             gradient -= (norm * row_sum)[:, None] * load_tile(k + from_ * d, rows, keep, d, D).to(tl.float32)
         d_value *= entering[:, None]
         if LOCAL:
-            # Found and loaded again: they would be in registers all through the loop.
-            b = key_logs(key_scale + at, first, rows, delay, length)
             scale = tl.load(row_scale + here, mask=real, other=INFINITY)
             inverse = tl.load(inverse_den + here, mask=real, other=0.0)
             weights = visible_weights(b, scale, runs + at, first, rows, delay, length, RUNS)

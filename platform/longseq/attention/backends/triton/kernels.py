@@ -23,10 +23,12 @@ from longseq.attention.backends.triton.chunk import (
     features,
     key_logs,
     largest,
+    late,
     load_inputs,
     load_state,
     load_tile,
     operand,
+    put_normaliser,
     put_state,
     row_scales,
     seen_by,
@@ -115,7 +117,8 @@ def add_up(
         state = product(tl.trans(value), operand(phi, HALF), state * left)
         if DECAY:
             c = c - rate * C
-    put_state(sums + (n * tl.num_programs(0) + part) * m * (e + 1), f, state, one, m, e, F, E)
+    put_state(sums + (n * tl.num_programs(0) + part) * m * (e + 1), f, state, m, e, F, E)
+    put_normaliser(sums + (n * tl.num_programs(0) + part) * m * (e + 1), f, one, m, e, F)
     if tl.program_id(2) == 0:
         tl.store(scales + n * tl.num_programs(0) + part, c)
 
@@ -124,17 +127,18 @@ def add_up(
 def run_through(
     sums, scales, begins, initial, initial_scale, final, final_scale, runs, decay,
     length, delay, steps, segments, chunks, m: tl.constexpr, e: tl.constexpr,
-    INITIAL: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr, C: tl.constexpr, B: tl.constexpr,
+    INITIAL: tl.constexpr, STATES: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr,
+    C: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Replace the sums of each segment by the state before it.
 
     begins: c before each segment, and behind the last: (N, segments + 1). initial, final: the states at both ends,
-    (N, m, e + 1), the final one seen from behind the last position.
+    (N, m, e + 1) with STATES, else as the sums; the final one seen from behind the last position.
     """
     n = tl.program_id(1).to(tl.int64)
     x = tl.program_id(0) * B + tl.arange(0, B)
     inside = x < m * (e + 1)
-    there = n * m * (e + 1) + transposed(x, m, e)
+    there = n * m * (e + 1) + (transposed(x, m, e) if STATES else x)
     rate = 0.0
     if DECAY:
         rate = tl.load(decay + n)
@@ -220,10 +224,12 @@ def attend(
                 one_more = tl.sum(key_phi * entering[:, None], 0)
             state, one = load_state(sums, f, m, e, F, E)
             read_state = operand(state, HALF)
-            if LOCAL:  # noqa: SIM102 (it is known when this is compiled)
+            if LOCAL:
+                turned = tl.trans(again(enters, block, length, HALF))
                 if chunk + 1 < stop:
-                    behind = product(tl.trans(again(enters, block, length, HALF)), key_features, state * left)
-                    put_state(sums, f, behind, one * left + one_more, m, e, F, E)
+                    tl.debug_barrier()  # before others have read the normaliser
+                    put_normaliser(sums, f, one * left + one_more, m, e, F)
+                    put_state(sums, f, product(turned, key_features, state * left), m, e, F, E)
             u = exponents(
                 tile, q + (at + first) * d, rows, real, weight, shift, block, length, m, d, SHIFTED, HALF, F, D
             )
@@ -235,9 +241,12 @@ def attend(
                 num = product(queries, tl.trans(operand(state - read_state.to(tl.float32), HALF)), num)
             if LOCAL:
                 attention = product(queries, tl.trans(key_features), attention)
+        first = late(first, chunk, length, C)
+        real = rows < length - first
         if LOCAL:
-            # Loaded again: it would be in registers all through the loop.
+            from_ = at + first - delay
             b = key_logs(key_scale + at, first, rows, delay, length)
+            keep = b != -INFINITY
             reads = state_reads(runs + at, first, rows, delay, length, RUNS)
             scale = row_scales(b, tl.where(reads, c, NOTHING), runs + at, first, rows, delay, length, RUNS)
             tl.store(row_scale + at + first + rows, scale, mask=real)

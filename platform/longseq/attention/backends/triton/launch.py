@@ -71,7 +71,7 @@ class Needs:
 _WINDOW = {64: Needs(36_864, 512), 128: Needs(98_312, 512)}
 # Of features, whose tiles follow from the chip: by the shared memory that it has at least, and if rows are 16 bits.
 _FEATURES = {
-    (200_000, True): {64: Needs(73_872, 512), 128: Needs(147_456, 512)},
+    (200_000, True): {64: Needs(81_920, 512), 128: Needs(147_456, 512)},
     (160_000, True): {64: Needs(73_872, 0), 128: Needs(118_784, 0)},
     (0, True): {64: Needs(73_872, 0), 128: Needs(90_112, 0)},
     (160_000, False): {64: Needs(81_920, 0), 128: Needs(131_072, 0)},

@@ -32,7 +32,7 @@ def _shares(near_lse, far_lse, share, at, real, head, SHARE: tl.constexpr):
 
 @triton.jit(do_not_specialize=("length",))
 def combine_rows(
-    near, near_lse, far, far_lse, share, out, length, heads, width, SHARE: tl.constexpr, T: tl.constexpr,
+    near, near_lse, far, far_lse, share, out, length, heads, width: tl.constexpr, SHARE: tl.constexpr, T: tl.constexpr,
     E: tl.constexpr,
 ):  # fmt: skip
     """(N, L, e) twice to (B, L, H, e)."""
@@ -52,7 +52,8 @@ def combine_rows(
 @triton.jit(do_not_specialize=("length", "batch_step", "head_step", "row_step"))
 def combine_rows_vjp(
     near, near_lse, far, far_lse, share, grad, d_near, d_near_lse, d_far, d_far_lse, d_share,
-    length, heads, width, batch_step, head_step, row_step, SHARE: tl.constexpr, T: tl.constexpr, E: tl.constexpr,
+    length, heads, width: tl.constexpr, batch_step, head_step, row_step,
+    SHARE: tl.constexpr, T: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """The gradients of both parts, and the program's part in that of the share, (N, programs)."""
     n = tl.program_id(1).to(tl.int64)

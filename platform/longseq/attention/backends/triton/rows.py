@@ -16,12 +16,15 @@ SLICE = tl.constexpr(32)
 
 
 @triton.jit
-def load_rows(base, rows, keep, width, first, COLUMNS: tl.constexpr):
+def load_rows(base, rows, keep, width: tl.constexpr, first: tl.constexpr, COLUMNS: tl.constexpr):
     """Columns ``first``… of rows of a matrix ``width`` wide; zeros where not to keep, and not even read there."""
     columns = first + tl.arange(0, COLUMNS)
-    return tl.load(
-        base + rows[:, None] * width + columns[None, :], mask=keep[:, None] & (columns < width)[None, :], other=0.0
-    )
+    at = base + rows[:, None] * width + columns[None, :]
+    if first + COLUMNS <= width:
+        tile = tl.load(at, mask=keep[:, None], other=0.0)
+    else:
+        tile = tl.load(at, mask=keep[:, None] & (columns < width)[None, :], other=0.0)
+    return tile
 
 
 # Where kernels are interpreted, bf16 needs help: tl.dot multiplies its bits as integers, and casts to it cut them off.
@@ -39,10 +42,14 @@ def rounded(x, TYPE: tl.constexpr):
 
 
 @triton.jit
-def put_rows(base, rows, keep, width, values, COLUMNS: tl.constexpr):
+def put_rows(base, rows, keep, width: tl.constexpr, values, COLUMNS: tl.constexpr):
     columns = tl.arange(0, COLUMNS)
+    at = base + rows[:, None] * width + columns[None, :]
     values = rounded(values, base.dtype.element_ty)
-    tl.store(base + rows[:, None] * width + columns[None, :], values, mask=keep[:, None] & (columns < width)[None, :])
+    if width == COLUMNS:
+        tl.store(at, values, mask=keep[:, None])
+    else:
+        tl.store(at, values, mask=keep[:, None] & (columns < width)[None, :])
 
 
 @triton.constexpr_function
@@ -65,7 +72,7 @@ def product(a, b, total=None):
 
 
 @triton.jit
-def sliced_product(a, a_rows, a_keep, b, b_rows, b_keep, width, WIDTH: tl.constexpr):
+def sliced_product(a, a_rows, a_keep, b, b_rows, b_keep, width: tl.constexpr, WIDTH: tl.constexpr):
     """Products of fp32 rows of two matrices, (len(a_rows), len(b_rows)), a slice of their columns at a time."""
     STEP: tl.constexpr = WIDTH if WIDTH < SLICE else SLICE
     total = tl.zeros((a_rows.shape[0], b_rows.shape[0]), tl.float32)

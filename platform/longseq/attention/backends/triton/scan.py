@@ -88,9 +88,13 @@ class _Launch:
         step = max(1, STATE_BYTES // (states * self.segments * self.features * (self.value_dim + 1) * 4))
         return (slice(first, first + step) for first in range(0, rows, step))
 
+    def shape(self, states: bool) -> tuple[int, int]:
+        """Of a state, or of sums."""
+        return (self.features, self.value_dim + 1) if states else (self.value_dim + 1, self.features)
+
     def empty_sums(self, like: Tensor, rows: int) -> Tensor:
         """Σ [v, 1] φ(x)ᵀ of every segment, or the state before or behind it."""
-        return _floats(like, rows, self.segments, self.value_dim + 1, self.features)
+        return _floats(like, rows, self.segments, *self.shape(states=False))
 
     def add_up(self, of: _Keys, gauge: Tensor, log_scale: Tensor, *, gauged: bool = False) -> tuple[Tensor, Tensor]:
         """The sums of each segment, and their log-scales (N, segments)."""
@@ -106,25 +110,28 @@ class _Launch:
         return sums, scales
 
     def run_through(
-        self, sums: Tensor, scales: Tensor, of: _Keys, initial: AttentionState | None = None
+        self, sums: Tensor, scales: Tensor, of: _Keys, initial: AttentionState | None = None, *, states: bool = True
     ) -> tuple[Tensor, AttentionState]:
-        """Turn sums into the states before each segment. c before each and behind the last; the state behind all."""
+        """Turn sums into the states before each segment. c before each and behind the last; the state behind all.
+
+        states: the last is a state (N, m, e + 1), else it lies as the sums do, (N, e + 1, m).
+        """
         rows = len(scales)
         begins = _floats(scales, rows, self.segments + 1)
-        final = _floats(scales, rows, self.features, self.value_dim + 1), _floats(scales, rows, 1, 1)
+        final = _floats(scales, rows, *self.shape(states)), _floats(scales, rows, 1, 1)
         first = (scales, scales) if initial is None else (initial.sums, initial.log_scale)
         kernels.run_through[self.state_blocks, rows](
             sums, scales, begins, *first, *final, pointer(of.runs, scales),
             pointer(of.decay, scales), self.length, of.delay, self.steps, self.segments, self.chunks,
-            self.features, self.value_dim, INITIAL=initial is not None, RUNS=of.runs is not None,
+            self.features, self.value_dim, INITIAL=initial is not None, STATES=states, RUNS=of.runs is not None,
             DECAY=of.decay is not None, C=CHUNK, **self.tiles.states,
         )  # fmt: skip
         return begins, AttentionState(*final)
 
-    def total(self, of: _Keys, gauge: Tensor, log_scale: Tensor) -> AttentionState:
-        """The state of all keys."""
+    def total(self, of: _Keys, gauge: Tensor, log_scale: Tensor, *, states: bool = True) -> AttentionState:
+        """The state of all keys, laid out as by :meth:`run_through`."""
         sums, scales = self.add_up(of, gauge, log_scale)
-        return self.run_through(sums, scales, of)[1]
+        return self.run_through(sums, scales, of, states=states)[1]
 
 
 def scan_forward(rows: Rows, initial: AttentionState | None, learns: bool, *, handed_on: bool = True) -> Scanned:
@@ -221,8 +228,8 @@ def scan_backward(
             gradients.run_back[programs, len(scales)](
                 d_sums, begins, u if later is None else later[n], d_initial[n], sums, final.sums, flows[n], numbers,
                 rates, length, part.delay, launch.steps, launch.segments, launch.chunks, launch.features,
-                launch.value_dim, LATER=later is not None, FLOW=wants_decay, RUNS=part.runs is not None,
-                DECAY=part.decay is not None, C=CHUNK, **launch.tiles.states,
+                launch.value_dim, LATER=later is not None, FLOW=wants_decay, STATES=True,
+                RUNS=part.runs is not None, DECAY=part.decay is not None, C=CHUNK, **launch.tiles.states,
             )  # fmt: skip
             shared = (
                 q[n], part.x, part.values, dout[n], out[n], d_lse, q_gauge[n], k_gauge[n], key_scale[n], row_scale[n],
@@ -265,10 +272,11 @@ def bidirectional_forward(rows: Rows, total: Total | None) -> tuple[Tensor, tupl
     out = _floats(q, *q.shape[:2], value_dim)
     with on(q.device):
         of = _Keys(k, v, _bytes(rows.hidden))
-        state = _Launch(feature_map, k, k.shape[1], value_dim).total(of, k_gauge, key_scale)
+        states = total is not None
+        state = _Launch(feature_map, k, k.shape[1], value_dim).total(of, k_gauge, key_scale, states=states)
         if total is not None:
             state = total(state)()
-        sums = state.sums.mT.contiguous()
+        sums = state.sums.mT.contiguous() if states else state.sums
         log_scale = state.log_scale.contiguous()
         launch = _Launch(feature_map, q, q.shape[1], value_dim)
         kernels.attend[launch.chunks, len(q)](
@@ -297,7 +305,8 @@ def bidirectional_backward(
     dq, dk, dv, u = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(q_gauge)
     launch = _Launch(rows.feature_map, q, q.shape[1], v.shape[-1])
     kinds = {"LOCAL": False, "DLSE": False, "RUNS": False, **launch.kinds}
-    d_total = _floats(q, len(q), launch.features, launch.value_dim + 1)
+    states = total is not None
+    d_total = _floats(q, len(q), *launch.shape(states))
     with on(q.device):
         d_sums = launch.empty_sums(q, len(q))
         gradients.add_up_queries[launch.segments, len(q), launch.blocks](
@@ -308,11 +317,11 @@ def bidirectional_backward(
         gradients.run_back[launch.state_blocks, len(q)](
             d_sums, same, u, d_total, u, u, u, u, u, q.shape[1], 0, launch.steps,
             launch.segments, launch.chunks, launch.features, launch.value_dim, LATER=False, FLOW=False,
-            RUNS=False, DECAY=False, C=CHUNK, **launch.tiles.states,
+            STATES=states, RUNS=False, DECAY=False, C=CHUNK, **launch.tiles.states,
         )  # fmt: skip
         if total is not None:
             d_total = total(AttentionState(d_total, u.new_zeros(len(u), 1, 1)))().sums
-        d_state = d_total.mT.contiguous()
+        d_state = d_total.mT.contiguous() if states else d_total
         shared = (q, k, v, dout, out, u, q_gauge, k_gauge, key_scale, u, inverse_den, u)
         gradients.queries_vjp[launch.chunks, len(q)](
             *shared, u, u, u, *launch.map, sums, dq, u, q.shape[1], 0, 1, 0, launch.head_dim**-0.5, FLOW=False,

@@ -34,7 +34,7 @@ def tiles(there: Chip, features: int, head_dim: int, value_dim: int, *, half: bo
     # The chips with the most shared memory multiply 64 rows by 64 and more columns at a time from there; 4 warps share
     # 64 rows. The others multiply from registers: less at a time, by more warps.
     wgmma = there.capability[0] in (9, 10)
-    warps = 4 if wgmma and not wide else 8
+    warps = 4 if wgmma else 8
 
     def options(block: int, num_warps: int) -> dict[str, Any]:
         return {"F": max(16, min(block, most)), "num_warps": num_warps, "num_stages": 1}
@@ -52,4 +52,6 @@ def tiles(there: Chip, features: int, head_dim: int, value_dim: int, *, half: bo
         return Tiles(sums, STATES, options(block, 8), options(block, 8), keys(block, 8))
     block = 64 if wgmma else 16 if wide and there.shared_memory < 110_000 else 32
     sums = options(64 if wide else 128, 4 if wgmma else 8)
-    return Tiles(sums, STATES, options(block, warps), options(block, warps), keys(block, warps))
+    # Of wide rows, dq on sm_100 and dk with dv overflow the registers of 4 warps; 8 multiply by 32 columns at a time.
+    queries = 8 if wide and there.capability[0] == 10 else warps
+    return Tiles(sums, STATES, options(block, warps), options(block, queries), keys(block, 8 if wide else warps))

@@ -76,7 +76,7 @@ def _reach(
 
 @triton.jit(do_not_specialize=_VARY)
 def attend_near(
-    q, k, v, hidden, runs, decay, out, lse, length, window, before, d, e, zero, scale,
+    q, k, v, hidden, runs, decay, out, lse, length, window, before, d: tl.constexpr, e: tl.constexpr, zero, scale,
     CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr,
     B: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
@@ -123,7 +123,7 @@ def attend_near(
 @triton.jit(do_not_specialize=_VARY)
 def queries_vjp_near(
     q, k, v, hidden, runs, decay, out, lse, dout, dlse, half_dout, shared, dq, d_decay,
-    length, window, before, d, e, zero, scale,
+    length, window, before, d: tl.constexpr, e: tl.constexpr, zero, scale,
     CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr, DLSE: tl.constexpr,
     ONTO: tl.constexpr, B: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
@@ -190,7 +190,8 @@ def queries_vjp_near(
 
 @triton.jit(do_not_specialize=_VARY)
 def keys_vjp_near(
-    q, k, v, hidden, runs, decay, lse, dout, shared, dk, dv, length, window, before, d, e, zero, scale,
+    q, k, v, hidden, runs, decay, lse, dout, shared, dk, dv,
+    length, window, before, d: tl.constexpr, e: tl.constexpr, zero, scale,
     CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr,
     ONTO: tl.constexpr, B: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
@@ -295,7 +296,7 @@ def window_backward(
     launch.kinds["ONTO"] = onto is not None
     shared = torch.empty_like(lse)
     half_dout = dout if q.dtype == dout.dtype else torch.empty_like(dout, dtype=q.dtype)
-    tiles, keys_tiles = _tiles(q, v, backward=True), _tiles(q, v, backward=True, keys=True)
+    tiles, keys_tiles = _tiles(q, v), _tiles(q, v, keys=True)
     blocks = triton.cdiv(q.shape[1], tiles["B"])
     d_decay = lse.new_empty(len(q), blocks)
     given = (q, k, v, *launch.optional)
@@ -310,7 +311,7 @@ def window_backward(
     return Gradients(dq, dk, dv, d_decay.sum(1, dtype=torch.float64)[:, None, None] if wants_decay else None)
 
 
-def _tiles(q: Tensor, v: Tensor, *, backward: bool = False, keys: bool = False) -> dict[str, int]:
+def _tiles(q: Tensor, v: Tensor, *, keys: bool = False) -> dict[str, int]:
     """Rows of a program (B) and of the other side (STEP), as the registers and the shared memory of the chip allow."""
     wgmma = chip(q.device).capability[0] in (9, 10)  # a product is 64 rows of four warps, and no narrower than 64
     wide = padded(max(q.shape[2], v.shape[2])) > 64
@@ -318,8 +319,6 @@ def _tiles(q: Tensor, v: Tensor, *, backward: bool = False, keys: bool = False) 
         # Of 16 warps, products on sm_100 go without tensor memory, where the parts of fp32 numbers do not fit.
         warps = 16 if chip(q.device).capability[0] == 10 else 4
         block, step = 64, STEP_FP32 // 2 if keys and not wgmma else STEP_FP32
-    elif wgmma:
-        block, step, warps = (128, 64, 8) if wide and backward else (64, 64, 4)
     else:
-        block, step, warps = (64, 64, 8) if wide else (64, 32, 4)
+        block, step, warps = 64, *((64, 4) if wgmma else (64, 8) if wide else (32, 4))
     return {"B": block, "STEP": step, "num_warps": warps, "num_stages": 1}
