@@ -4,6 +4,7 @@
     model.safetensors     the weights, fp32 or bf16, their names behind "model."
     tokenizer.json, tokenizer_config.json, special_tokens_map.json
     generation_config.json   of a causal model
+    *_longseq.py          the model code: see longseq.interop.travelling
     README.md             the model card
 
 It is written under another name and renamed when it is whole.
@@ -29,6 +30,7 @@ from longseq_data.vocabulary import Vocabulary
 MODEL_TYPE = "longseq"
 FORMAT = 1
 ARCHITECTURES = {"causal": "LongseqForCausalLM", "masked": "LongseqForMaskedLM"}
+SECTIONS = ("run", "model", "attention", "data")
 TOKENIZER = "tokenizer.json"
 # Keys that say how a machine computes, or where a run began: no property of the model.
 _NOT_ITS_OWN = ("preset", "init_from", "backend", "sequence_tile")
@@ -83,7 +85,7 @@ def read(folder: Path) -> Exported:
             raise RunError(
                 f"{path}: format {ours['format']}, this version of longseq reads {FORMAT}: export the model again."
             )
-        sections = {name: dict(ours[name]) for name in ("run", "model", "attention", "data")}
+        sections = {name: dict(ours[name]) for name in SECTIONS}
         exported = Exported(folder.resolve(), sections, int(ours["step"]))
         _ = sections["data"]["tokenizer"]
     except (KeyError, TypeError, ValueError):
