@@ -3,8 +3,8 @@
 After `import longseq.huggingface`, transformers opens it with AutoTokenizer and AutoModelForCausalLM or
 AutoModelForMaskedLM, AutoModel, AutoModelForSequenceClassification or AutoModelForTokenClassification; where longseq is
 not installed, with trust_remote_code=True, as the model code is in the folder, in plain PyTorch. `longseq evaluate`,
-`sample`, `embed` and `fit CONFIG model.init_from=OUT` take it as well. The checkpoint may be of any ZeRO stage, precision
-and number of devices. OUT must not exist: it is written aside, and renamed when it is whole.
+`sample`, `embed` and `fit CONFIG model.init_from=OUT` take it as well. The checkpoint may be of any ZeRO stage,
+precision and number of devices. OUT must not exist: it is written aside, and renamed when it is whole.
 """
 
 from __future__ import annotations

@@ -79,6 +79,12 @@ def read(folder: Path) -> Exported:
         how = " `longseq import` reads ESM-2 and BERT-like ones." if found else " `longseq export` makes them."
         raise RunError(f"{folder}: {what}.{how}")
     content = json.loads(path.read_text(encoding="utf-8"))
+    kind = (content.get("architectures") or [""])[0]
+    if kind.startswith("Longseq") and kind not in ARCHITECTURES.values():
+        raise RunError(
+            f"{folder}: a {kind}, saved by transformers, and no language model; give the folder that it began with, or "
+            f"save it as one of {', '.join(ARCHITECTURES.values())}."
+        )
     try:
         ours = content["longseq"]
         if ours["format"] != FORMAT:

@@ -40,8 +40,8 @@ model = {auto}.from_pretrained(folder)
 `longseq fit CONFIG model.init_from=FOLDER`.
 """
 
-_CODE = """Where longseq is not installed, leave out its import and pass `trust_remote_code=True`: the model code is in this
-folder, in plain PyTorch.
+_CODE = """Where longseq is not installed, leave out its import and pass `trust_remote_code=True`: the model code is
+in this folder, in plain PyTorch.
 
 """
 
