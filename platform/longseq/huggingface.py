@@ -41,7 +41,7 @@ try:
     from longseq.interop import modeling_longseq as code
 except ImportError as error:
     raise ImportError(
-        f"longseq.huggingface needs another transformers ({error}): pip install 'longseq[huggingface]' brings one."
+        f"longseq.huggingface needs transformers ({error}): pip install 'longseq[huggingface]' brings one that fits."
     ) from error
 
 LongseqConfig = code.LongseqConfig

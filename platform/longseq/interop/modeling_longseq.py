@@ -33,7 +33,7 @@ from .performer_longseq import Performer
 _STATE_NAMES = ("cache", "past_key_values")  # since 5.24, and before
 _STATE = next((field.name for field in fields(CausalLMOutputWithPast) if field.name in _STATE_NAMES), "")
 if not _STATE or int(transformers.__version__.partition(".")[0]) < 5:
-    raise ImportError(f"cannot work with transformers {transformers.__version__}")
+    raise ImportError(f"the code of the model cannot work with transformers {transformers.__version__}")
 
 IGNORE = -100  # a label that is not scored
 
@@ -258,13 +258,13 @@ class LongseqForCausalLM(LongseqPreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool | None = True, cache: Any = None,
-        past_key_values: Any = None, logits_to_keep: int = 0, **unused: Any,
+        past_key_values: Any = None, **others: Any,
     ) -> dict[str, Any]:  # fmt: skip
+        wanted = {name: others[name] for name in ("output_hidden_states", "logits_to_keep") if name in others}
         state = past_key_values if cache is None else cache
         if state is not None:
-            return {"input_ids": input_ids[:, -1:], _STATE: state, "use_cache": True}
-        given = _padded_in_front(input_ids, attention_mask)
-        return {**given, "use_cache": use_cache, "logits_to_keep": logits_to_keep}
+            return {"input_ids": input_ids[:, -1:], _STATE: state, "use_cache": True, **wanted}
+        return {**_padded_in_front(input_ids, attention_mask), "use_cache": use_cache, **wanted}
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
