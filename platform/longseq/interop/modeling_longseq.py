@@ -27,6 +27,7 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 
+from .favor_longseq import FeatureMap  # noqa: F401 - transformers 5.0 copies the files that this one imports, no others
 from .performer_longseq import Performer
 
 # generate() hands the state on, and reorders it for beams, under the name that the library's own outputs have for it.
