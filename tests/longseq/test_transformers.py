@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 
 import pytest
 import torch
@@ -282,3 +283,49 @@ def test_every_pipeline_gives_what_the_model_gives(exported, objective):
                 **given, max_new_tokens=6, do_sample=False
             )
             assert written["generated_text"] == text + tokenizer.decode(out[0, 8:], skip_special_tokens=True)
+
+
+TASK = """
+task: words
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: text
+doc_to_choice: choices
+doc_to_target: label
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+def test_lm_eval_scores_a_text_model_by_its_own_likelihoods(trained, folder):
+    huggingface = pytest.importorskip("lm_eval.models.huggingface", reason="lm_eval is not installed")
+    lm_eval, tasks = importlib.import_module("lm_eval"), importlib.import_module("lm_eval.tasks")
+    (folder / "book.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 60)
+    run = trained("data.train=book.txt", "data.packing=crop", "attention.window=4")
+    assert main(["export", str(run.path), "out"]) == 0
+    scored = huggingface.HFLM(pretrained="out", tokenizer="out", device="cpu", batch_size=2, max_length=64)
+    rows = [("the quick brown", [" fox", " cat"]), ("jumps over the", [" lazy", " dogs", " cow"])]
+    ours, likelihoods = find(run.path).load("cpu"), []
+    for context, choices in rows:
+        likelihoods.append([])
+        for choice in choices:
+            tokens = torch.tensor([[256, *(context + choice).encode()]])
+            with torch.no_grad():
+                log_p = ours(tokens)[0].log_softmax(-1)[:-1].gather(1, tokens[0, 1:, None])
+            likelihoods[-1].append(float(log_p[-len(choice) :].sum()))
+    instance = importlib.import_module("lm_eval.api.instance").Instance
+    asked = [instance("loglikelihood", {}, (context, c), 0) for context, choices in rows for c in choices]
+    found = [value for value, _ in scored.loglikelihood(asked, disable_tqdm=True)]
+    assert found == pytest.approx([value for of_row in likelihoods for value in of_row], abs=1e-3)
+    best = [max(range(len(of_row)), key=of_row.__getitem__) for of_row in likelihoods]
+    lines = [
+        {"text": context, "choices": [c.strip() for c in choices], "label": at if row == 0 else (at + 1) % 3}
+        for row, ((context, choices), at) in enumerate(zip(rows, best, strict=True))
+    ]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / "words.yaml").write_text(TASK.format(file=folder / "rows.jsonl"))
+    manager = tasks.TaskManager(include_path=str(folder / "tasks"))
+    results = lm_eval.simple_evaluate(model=scored, tasks=["words"], task_manager=manager, bootstrap_iters=0)
+    assert results["results"]["words"]["acc,none"] == 0.5  # one label is the likeliest choice, the other is not

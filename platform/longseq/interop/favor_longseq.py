@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ CHUNK = 128  # queries whose weights exist at a time
 EPSILON = 1e-3  # of the kernels f(u) + ε
 NOTHING = -1e30  # the log-scale of no key at all: finite, so that differences are 0 and not NaN
 SIGNED = ("trigonometric", "gelu", "cos", "tanh", "identity")  # kernels whose denominators may vanish
-FUNCTIONS = {
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu, "relu_direct": F.relu, "sigmoid": torch.sigmoid, "abs": torch.abs, "gelu": F.gelu, "cos": torch.cos,
     "tanh": torch.tanh, "identity": lambda u: u, "elu": lambda u: F.elu(u) + 1,
 }  # fmt: skip

@@ -261,7 +261,9 @@ class LongseqForCausalLM(LongseqPreTrainedModel, GenerationMixin):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool | None = True, cache: Any = None,
         past_key_values: Any = None, **others: Any,
     ) -> dict[str, Any]:  # fmt: skip
-        wanted = {name: others[name] for name in ("output_hidden_states", "logits_to_keep") if name in others}
+        wanted: dict[str, Any] = {
+            name: others[name] for name in ("output_hidden_states", "logits_to_keep") if name in others
+        }
         state = past_key_values if cache is None else cache
         if state is not None:
             return {"input_ids": input_ids[:, -1:], _STATE: state, "use_cache": True, **wanted}

@@ -9,13 +9,14 @@ Axes: B batch, L length, H heads, D head_dim, E = H · D the width, m features. 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .favor_longseq import FeatureMap, bidirectional, distance, near, projections, scan, together
 
@@ -97,7 +98,8 @@ class Performer(nn.Module):
         self.norm = _norm(s) if s.norm == "pre" else nn.Identity()
         linear = s.head != "transform"
         self.head = nn.Linear(s.dim, config.vocab_size, bias=False) if linear else TransformHead(s, config.vocab_size)
-        self.gradient_checkpointing = False  # transformers sets it, and the function next to it
+        self.gradient_checkpointing = False  # transformers sets it, and the function
+        self._gradient_checkpointing_func: Callable[..., Any] = checkpoint
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 shrink = math.sqrt(2 * len(s.layers)) if name.endswith(("attention.out.weight", "mlp.2.weight")) else 1
@@ -237,6 +239,8 @@ class TransformHead(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention: FAVOR+, with exact weights in a window if there is one, or exact in all."""
 
+    oprf_constant: Tensor
+
     def __init__(self, s: Sizes, number: int):
         super().__init__()
         self.sizes, self.number, self.options = s, number, s.layers[number]
@@ -309,14 +313,15 @@ class Attention(nn.Module):
         sums: tuple[Tensor, ...] = ()
         if phi is not None:
             share = 0.0 if self.log_share is None else self.log_share[:, None, None]
-            far = (t[:, :, :length] for t in (k, v))
-            out, lse, *sums = scan(phi, q, *far, there[:, :length], self.decay, window, past[3:5])
+            far = slice(0, length)
+            out, lse, *behind = scan(phi, q, k[:, :, far], v[:, :, far], there[:, far], self.decay, window, past[3:5])
+            sums = tuple(behind)
             parts.append((out, lse + share))
             if not causal:  # keys behind the query; its own position is the first scan's where there is no window
                 delay = max(1, window)
-                later = [F.pad(t[:, :, window:].flip(2), (0, 0, delay, 0))[:, :, :length] for t in (k, v)]
-                shown = F.pad(there[:, window:].flip(1), (delay, 0))[:, :length]
-                out, lse, *_ = scan(phi, q.flip(2), *later, shown, self.decay, delay)
+                k_back, v_back = (F.pad(t[:, :, window:].flip(2), (0, 0, delay, 0))[:, :, far] for t in (k, v))
+                there_back = F.pad(there[:, window:].flip(1), (delay, 0))[:, far]
+                out, lse, *_ = scan(phi, q.flip(2), k_back, v_back, there_back, self.decay, delay)
                 parts.append((out.flip(2), lse.flip(2) + share))
         return together(parts), (*(t[:, :, length:] for t in (k, v)), there[:, length:], *sums)
 
