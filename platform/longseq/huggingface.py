@@ -7,199 +7,101 @@
     model = AutoModelForCausalLM.from_pretrained("exported/")
     ids = model.generate(**tokenizer("MKV", return_tensors="pt"), max_new_tokens=100, do_sample=True)
 
-The folders are those of ``longseq export`` and ``longseq import``. Generation keeps a state of fixed size in the place
-of a key-value cache (layers of exact attention have a cache). Prompts may be padded in front or behind.
+The folders are those of ``longseq export`` and ``longseq import``. AutoModel gives hidden states and their mean,
+AutoModelForSequenceClassification and AutoModelForTokenClassification put a new head on them. Generation keeps a state
+of fixed size in the place of a key-value cache (layers of exact attention have a cache). Prompts may be padded in front
+or behind.
+
+The classes are those of the code that travels with a folder (longseq.interop.modeling_longseq), with longseq's own
+network, and so its kernels, in the place of the plain one.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from longseq.config.loading import config_of
 from longseq.errors import LongseqError
-from longseq.interop.exported import ARCHITECTURES, MODEL_TYPE
-from longseq.models.head import TransformHead
-from longseq.models.performer import DecodingState, PerformerLM
-from longseq_data.vocabulary import IGNORE
+from longseq.interop.exported import SECTIONS
+from longseq.interop.travelling import copy_code
+from longseq.models.performer import PerformerLM
 
 try:
-    import transformers
     from transformers import (
         AutoConfig,
+        AutoModel,
         AutoModelForCausalLM,
         AutoModelForMaskedLM,
-        GenerationMixin,
-        PretrainedConfig,
-        PreTrainedModel,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
     )
-    from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
+
+    from longseq.interop import modeling_longseq as code
 except ImportError as error:
     raise ImportError(
-        f"longseq.huggingface needs transformers ({error}): pip install 'longseq[huggingface]'."
+        f"longseq.huggingface needs transformers ({error}): pip install 'longseq[huggingface]' brings one that fits."
     ) from error
 
-# generate() hands the state on, and reorders it for beams, under the name that the library's own outputs have for it.
-_STATE_NAMES = ("cache", "past_key_values")  # since 5.24, and before
-_STATE = next((field.name for field in fields(CausalLMOutputWithPast) if field.name in _STATE_NAMES), "")
-if not _STATE or int(transformers.__version__.partition(".")[0]) < 5:
-    raise ImportError(
-        f"longseq.huggingface cannot work with transformers {transformers.__version__}: "
-        "pip install 'longseq[huggingface]' brings a release that it was tried with."
-    )
+LongseqConfig = code.LongseqConfig
 
 
-class LongseqConfig(PretrainedConfig):
-    """Sizes under Hugging Face's names, and under ``longseq`` the sections of the configuration and the step."""
+class _Own(code.LongseqPreTrainedModel):
+    """With longseq's own network."""
 
-    model_type = MODEL_TYPE
+    refusal = LongseqError
 
-    def __init__(self, longseq: dict[str, Any] | None = None, **names: Any):
-        super().__init__(**names)
-        self.longseq = longseq or {}
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
-            setattr(self, name, names.get(name, 0))
-        self.mask_token_id = names.get("mask_token_id")
-
-
-class LongseqPreTrainedModel(PreTrainedModel):
-    """What the causal and the masked model share."""
-
-    config_class = LongseqConfig
-    base_model_prefix = "model"
-    objective: str  # that the class is for
-    _no_split_modules = ["Block"]  # noqa: RUF012 - as transformers has it
-
-    def __init__(self, config: LongseqConfig):
-        super().__init__(config)
-        sections = {name: value for name, value in config.longseq.items() if isinstance(value, dict)}
-        ours = config_of(sections, "config.json")
-        if ours.model.objective != self.objective:  # its logits would be those of other positions
-            auto = ARCHITECTURES[ours.model.objective].replace("Longseq", "AutoModel")
-            raise LongseqError(
-                f"{config.name_or_path or 'config.json'}: a {ours.model.objective} model "
-                f"(model.objective={ours.model.objective}), and not a {self.objective} one: open it with {auto}."
-            )
-        self.model = PerformerLM(ours.performer_spec(config.vocab_size))
+    def network(self, config: code.LongseqConfig) -> PerformerLM:
+        sections = {name: config.longseq[name] for name in SECTIONS if name in config.longseq}
+        network = PerformerLM(config_of(sections, "config.json").performer_spec(config.vocab_size))
+        if config.mask_token_id is not None:  # the last id, until the embedding is resized
+            network.mask_token = config.mask_token_id
         # The projections of the last step that was trained, as longseq itself takes them.
-        self.model.set_step(max(0, int(config.longseq.get("step", 0)) - 1))
-        self.post_init()
+        network.set_step(max(0, int(config.longseq.get("step", 0)) - 1))
+        return network
 
-    def _init_weights(self, module: torch.nn.Module) -> None:
-        """PerformerLM has initialised itself."""
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """What transformers sets: the network's own way to compute layers again."""
+        return self.model.spec.activation_checkpointing
 
-    def get_input_embeddings(self) -> torch.nn.Module:
-        return self.model.embedding
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self.model.spec = replace(self.model.spec, activation_checkpointing=value)
 
-    def set_input_embeddings(self, value: torch.nn.Module) -> None:
-        assert isinstance(value, torch.nn.Embedding)
-        self.model.embedding = value
-
-    def get_output_embeddings(self) -> torch.nn.Module:
-        head = self.model.head
-        return head.logits if isinstance(head, TransformHead) else head
-
-
-class LongseqForMaskedLM(LongseqPreTrainedModel):
-    """Logits of each position's own token."""
-
-    objective = "masked"
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        **unused: Any,
-    ) -> MaskedLMOutput:
-        logits = self.model(input_ids, _real(attention_mask))
-        return MaskedLMOutput(loss=_loss(logits, labels), logits=logits)
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **options: Any) -> None:
+        super().save_pretrained(save_directory, *args, **options)
+        if getattr(self.config, "auto_map", None):
+            copy_code(Path(save_directory))
 
 
-class LongseqForCausalLM(LongseqPreTrainedModel, GenerationMixin):
-    """Logits of each position's next token; ``generate`` decodes at constant time and memory per token."""
-
-    objective = "causal"
-    _is_stateful = True  # the state cannot go back, as assisted generation would have it
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        cache: DecodingState | None = None,
-        past_key_values: DecodingState | None = None,
-        **unused: Any,
-    ) -> CausalLMOutputWithPast:
-        """Logits (B, L, vocabulary), the mean loss if labels are given, and the decoding state if it is asked for.
-
-        Args:
-            cache, past_key_values: a decoding state, which ``input_ids`` goes on from; transformers 5.24 and newer call
-                it cache.
-        """
-        state = past_key_values if cache is None else cache
-        if state is not None:
-            following = []
-            for tokens in input_ids.unbind(1):
-                logits, state = self.model.decode(tokens, state)
-                following.append(logits)
-            return CausalLMOutputWithPast(logits=torch.stack(following, dim=1), **{_STATE: state})
-        if use_cache and labels is None and not self.training:
-            logits, state = self.model.prefill(input_ids, _real(attention_mask))
-            return CausalLMOutputWithPast(logits=logits, **{_STATE: state})
-        logits = self.model(input_ids, _real(attention_mask))
-        shifted = None if labels is None else F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-        return CausalLMOutputWithPast(loss=_loss(logits, shifted), logits=logits)
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        use_cache: bool | None = True,
-        cache: DecodingState | None = None,
-        past_key_values: DecodingState | None = None,
-        **unused: Any,
-    ) -> dict[str, Any]:
-        state = past_key_values if cache is None else cache
-        if state is not None:
-            return {"input_ids": input_ids[:, -1:], _STATE: state, "use_cache": True}
-        return {**_padded_in_front(input_ids, attention_mask), "use_cache": use_cache}
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # the state is made by the first forward pass
-
-    def _reorder_cache(self, cache: DecodingState, beams: Tensor) -> DecodingState:
-        return cache.select(beams)
+class LongseqModel(_Own, code.LongseqModel):
+    __doc__ = code.LongseqModel.__doc__
 
 
-def _padded_in_front(input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Tensor | None]:
-    """The same prompts (B, L), what is padded moved in front: the last position is the one to go on from."""
-    real = _real(attention_mask)
-    if real is None:
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
-    order = real.to(torch.uint8).argsort(dim=1, stable=True)  # False first
-    return {"input_ids": input_ids.gather(1, order), "attention_mask": real.gather(1, order)}
+class LongseqForSequenceClassification(_Own, code.LongseqForSequenceClassification):
+    __doc__ = code.LongseqForSequenceClassification.__doc__
 
 
-def _real(attention_mask: Tensor | None) -> Tensor | None:
-    """None where nothing is padded: attention needs no mask then."""
-    if attention_mask is None or bool(attention_mask.all()):
-        return None
-    return attention_mask.bool()
+class LongseqForTokenClassification(_Own, code.LongseqForTokenClassification):
+    __doc__ = code.LongseqForTokenClassification.__doc__
 
 
-def _loss(logits: Tensor, labels: Tensor | None) -> Tensor | None:
-    if labels is None:
-        return None
-    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
+class LongseqForMaskedLM(_Own, code.LongseqForMaskedLM):
+    __doc__ = code.LongseqForMaskedLM.__doc__
 
 
-AutoConfig.register(MODEL_TYPE, LongseqConfig, exist_ok=True)
-AutoModelForCausalLM.register(LongseqConfig, LongseqForCausalLM, exist_ok=True)
-AutoModelForMaskedLM.register(LongseqConfig, LongseqForMaskedLM, exist_ok=True)
+class LongseqForCausalLM(_Own, code.LongseqForCausalLM):
+    __doc__ = code.LongseqForCausalLM.__doc__
+
+
+AutoConfig.register(LongseqConfig.model_type, LongseqConfig, exist_ok=True)
+for auto, model in {
+    AutoModel: LongseqModel,
+    AutoModelForCausalLM: LongseqForCausalLM,
+    AutoModelForMaskedLM: LongseqForMaskedLM,
+    AutoModelForSequenceClassification: LongseqForSequenceClassification,
+    AutoModelForTokenClassification: LongseqForTokenClassification,
+}.items():
+    auto.register(LongseqConfig, model, exist_ok=True)

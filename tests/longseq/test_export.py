@@ -210,23 +210,31 @@ def test_what_cannot_be_exported_or_opened_is_said_in_one_sentence(trained, fold
 STUB = """
 from dataclasses import dataclass
 __version__, __path__ = {version!r}, []
-AutoConfig = AutoModelForCausalLM = AutoModelForMaskedLM = GenerationMixin = PretrainedConfig = PreTrainedModel = object
+AutoConfig = AutoModel = AutoModelForCausalLM = AutoModelForMaskedLM = GenerationMixin = object
+AutoModelForSequenceClassification = AutoModelForTokenClassification = PretrainedConfig = PreTrainedModel = object
 import sys, types
 @dataclass
 class CausalLMOutputWithPast:
     {state}: object = None
 outputs = sys.modules["transformers.modeling_outputs"] = types.ModuleType("transformers.modeling_outputs")
 outputs.CausalLMOutputWithPast, outputs.MaskedLMOutput = CausalLMOutputWithPast, object
+outputs.BaseModelOutputWithPooling = outputs.SequenceClassifierOutput = outputs.TokenClassifierOutput = object
 """
 
 
 @pytest.mark.parametrize(
     ("module", "sentence"),
     [
-        (STUB.format(version="4.57.6", state="past_key_values"), "cannot work with transformers 4.57.6: pip install"),
-        (STUB.format(version="5.99.0", state="state"), "cannot work with transformers 5.99.0: pip install"),
-        ("__version__ = '4.0.0'", "needs transformers (cannot import name 'AutoConfig'"),
-        ("raise ImportError('no torch')", "needs transformers (no torch): pip install"),
+        (
+            STUB.format(version="4.57.6", state="past_key_values"),
+            "the code of the model cannot work with transformers 4",
+        ),
+        (
+            STUB.format(version="5.99.0", state="state"),
+            "the code of the model cannot work with transformers 5.99.0): pip",
+        ),
+        ("__version__ = '4.0.0'", "cannot import name 'AutoConfig'"),
+        ("raise ImportError('no torch')", "no torch): pip install"),
     ],
 )
 def test_a_transformers_that_cannot_work_is_refused_at_import(tmp_path, module, sentence):
@@ -234,5 +242,5 @@ def test_a_transformers_that_cannot_work_is_refused_at_import(tmp_path, module, 
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import longseq.huggingface"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ended.returncode == 1
-    assert ended.stderr.splitlines()[-1].startswith(f"ImportError: longseq.huggingface {sentence}")
+    assert ended.stderr.splitlines()[-1].startswith(f"ImportError: longseq.huggingface needs transformers ({sentence}")
     assert "'longseq[huggingface]'" in ended.stderr.splitlines()[-1]

@@ -4,6 +4,7 @@
     model.safetensors     the weights, fp32 or bf16, their names behind "model."
     tokenizer.json, tokenizer_config.json, special_tokens_map.json
     generation_config.json   of a causal model
+    *_longseq.py          the model code: see longseq.interop.travelling
     README.md             the model card
 
 It is written under another name and renamed when it is whole.
@@ -29,6 +30,7 @@ from longseq_data.vocabulary import Vocabulary
 MODEL_TYPE = "longseq"
 FORMAT = 1
 ARCHITECTURES = {"causal": "LongseqForCausalLM", "masked": "LongseqForMaskedLM"}
+SECTIONS = ("run", "model", "attention", "data")
 TOKENIZER = "tokenizer.json"
 # Keys that say how a machine computes, or where a run began: no property of the model.
 _NOT_ITS_OWN = ("preset", "init_from", "backend", "sequence_tile")
@@ -77,13 +79,19 @@ def read(folder: Path) -> Exported:
         how = " `longseq import` reads ESM-2 and BERT-like ones." if found else " `longseq export` makes them."
         raise RunError(f"{folder}: {what}.{how}")
     content = json.loads(path.read_text(encoding="utf-8"))
+    kind = (content.get("architectures") or [""])[0]
+    if kind.startswith("Longseq") and kind not in ARCHITECTURES.values():
+        raise RunError(
+            f"{folder}: a {kind}, saved by transformers, and no language model; give the folder that it began with, or "
+            f"save it as one of {', '.join(ARCHITECTURES.values())}."
+        )
     try:
         ours = content["longseq"]
         if ours["format"] != FORMAT:
             raise RunError(
                 f"{path}: format {ours['format']}, this version of longseq reads {FORMAT}: export the model again."
             )
-        sections = {name: dict(ours[name]) for name in ("run", "model", "attention", "data")}
+        sections = {name: dict(ours[name]) for name in SECTIONS}
         exported = Exported(folder.resolve(), sections, int(ours["step"]))
         _ = sections["data"]["tokenizer"]
     except (KeyError, TypeError, ValueError):

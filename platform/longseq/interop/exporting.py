@@ -12,7 +12,7 @@ from torch import Tensor
 from longseq import __version__
 from longseq.config.schema import Config
 from longseq.errors import LongseqError
-from longseq.interop import exported
+from longseq.interop import exported, travelling
 from longseq.interop.model_card import model_card
 from longseq.interop.tokenizer_files import write_tokenizer
 from longseq.models.spec import EXPORTED
@@ -28,6 +28,7 @@ def export(
     *,
     ema: bool = False,
     dtype: str = "float32",
+    code: bool = True,
 ) -> Path:
     """Make the folder ``out`` of a trained model.
 
@@ -36,19 +37,24 @@ def export(
         overrides: ``section.key=value`` on top of the run's configuration.
         ema: the running mean of the weights instead of the last ones.
         dtype: of the weights, "float32" or "bfloat16".
+        code: put the model code next to the weights, by which transformers opens the folder without longseq.
 
     Returns:
         the folder.
 
     Raises:
-        LongseqError: if ``out`` exists, or the weights are not those of the configured architecture.
+        LongseqError: if ``out`` exists, the weights are not those of the configured architecture, or the code does not
+            compute what the model does.
     """
     out = Path(out)
     refuse_existing(out)
     source = find(target, overrides, ema=ema)
+    if code:
+        travelling.performer(source.spec, source.step)  # what can be refused is, before the weights are read
     state = source.load(device="cpu").state_dict()
-    card = model_card(source)
-    write_folder(out, state, source.config, source.vocabulary, source.step, card, first=source.begins, dtype=dtype)
+    card = model_card(source, code=code)
+    of, first = (source.config, source.vocabulary, source.step), source.begins
+    write_folder(out, state, *of, card, first=first, dtype=dtype, code=code)
     return out
 
 
@@ -68,6 +74,7 @@ def write_folder(
     *,
     first: int,
     dtype: str = "float32",
+    code: bool = True,
 ) -> None:
     """An exported folder of these weights.
 
@@ -80,6 +87,10 @@ def write_folder(
     causal = config.model.objective == "causal"
     with exported.writing(out) as folder:
         description = {**exported.description(config, vocabulary, step), "dtype": dtype}
+        if code:
+            performer = travelling.performer(config.performer_spec(vocabulary.size), step)
+            description |= {"auto_map": travelling.auto_map(config.model.objective), "performer": performer}
+            travelling.copy_code(folder)
         _json(folder / "config.json", {**description, "longseq_version": __version__})
         if causal:
             _json(

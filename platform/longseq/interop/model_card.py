@@ -36,13 +36,18 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 model = {auto}.from_pretrained(folder)
 ```
 
-In longseq itself: `longseq evaluate FOLDER --data FILES`, `sample`, `embed`, or
+{code}In longseq itself: `longseq evaluate FOLDER --data FILES`, `sample`, `embed`, or
 `longseq fit CONFIG model.init_from=FOLDER`.
 """
 
+_CODE = """Where longseq is not installed, leave out its import and pass `trust_remote_code=True`: the model code is
+in this folder, in plain PyTorch.
 
-def model_card(source: Source) -> str:
-    """Markdown with Hugging Face's header."""
+"""
+
+
+def model_card(source: Source, *, code: bool) -> str:
+    """Markdown with Hugging Face's header; ``code``: whether the model code is in the folder."""
     config, spec = source.config, source.spec
     attention = spec.in_words(_attention)
     tokens = Path(source.vocabulary.name).name
@@ -59,7 +64,7 @@ def model_card(source: Source) -> str:
             "\n## Evaluation\n\n| split | sequences | loss | perplexity | accuracy |\n|---|---|---|---|---|\n" + rows
         )
     auto = exported.ARCHITECTURES[config.model.objective].replace("Longseq", "AutoModel")
-    return "".join([*parts, _USE.format(auto=auto)])
+    return "".join([*parts, _USE.format(auto=auto, code=_CODE if code else "")])
 
 
 def _attention(spec: PerformerSpec) -> str:

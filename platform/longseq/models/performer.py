@@ -47,6 +47,7 @@ class PerformerLM(nn.Module):
     def __init__(self, spec: PerformerSpec):
         super().__init__()
         self.spec = spec
+        self.mask_token = spec.vocabulary - 1  # what spec.mask_scaling scales by
         self.embedding = nn.Embedding(spec.vocabulary, spec.dim)
         self.positions = nn.Embedding(spec.max_positions, spec.dim) if spec.position == "learned" else None
         self.embedding_norm = (
@@ -96,12 +97,14 @@ class PerformerLM(nn.Module):
         segments: Tensor | None = None,
         *,
         layer: int | None = None,
+        states: list[Tensor] | None = None,
     ) -> Tensor:
         """What the head reads of each position, (B, L, E); see :meth:`forward`.
 
         For those who want something else than the loss, but not the logits of all positions at once.
 
         layer: 0: the embedding alone, k: what block k gives; None: what the head reads.
+        states: gets what enters each block, and last what is returned.
         """
         if layer == 0:
             return self.embedding(tokens)
@@ -119,6 +122,7 @@ class PerformerLM(nn.Module):
         offload = Offload()
         first: list[Tensor] = []  # with spec.value_residual the first layer's values
         for block in islice(self.blocks, layer):
+            _note(states, x)
             if recompute and self.training:
                 # Reentrant: ZeRO-3 gathers weights in module hooks, and the other kind checks saved shapes against
                 # weights that are partitioned again by then.
@@ -127,7 +131,7 @@ class PerformerLM(nn.Module):
             else:
                 found = block(x, padding, documents, rotary, *first)
             x, *first = found if self.spec.value_residual else (found,)
-        return self.norm(x) if layer is None else x
+        return _note(states, self.norm(x) if layer is None else x)
 
     @torch.no_grad()
     def prefill(
@@ -149,13 +153,16 @@ class PerformerLM(nn.Module):
         return self.head(x[:, -1:] if last_only else x), state
 
     @torch.no_grad()
-    def read(self, tokens: Tensor, padding: Tensor | None = None) -> tuple[Tensor, DecodingState]:
+    def read(
+        self, tokens: Tensor, padding: Tensor | None = None, *, states: list[Tensor] | None = None
+    ) -> tuple[Tensor, DecodingState]:
         """As :meth:`prefill`, without the head.
 
         Args:
             tokens: (B, L) token ids; L may be 0.
             padding: (B, L) bool, True where a token is real. Pad in front: what is padded behind stays between the
                 prompt and its continuation, and counts as distance.
+            states: as of :meth:`hidden`.
 
         Returns:
             What the head reads, (B, L, E); and the state. Only in layers of kind "exact" does its size depend on L.
@@ -167,18 +174,21 @@ class PerformerLM(nn.Module):
         first: list[Tensor] = []
         for block in self.blocks:
             assert isinstance(block, Block)
+            _note(states, x)
             x, state, *first = block.prefill(x, padding, rotary, *first)
             layers.append(state)
         following = tokens.new_full((len(tokens),), tokens.shape[1])
         if padding is not None:
             following = following - _leading(padding)
-        return self.norm(x), DecodingState(tuple(layers), following)
+        return _note(states, self.norm(x)), DecodingState(tuple(layers), following)
 
     @torch.no_grad()
-    def decode(self, token: Tensor, state: DecodingState) -> tuple[Tensor, DecodingState]:
+    def decode(
+        self, token: Tensor, state: DecodingState, *, states: list[Tensor] | None = None
+    ) -> tuple[Tensor, DecodingState]:
         """One token more: token (B,) to the logits of its successor (B, vocabulary), and the state after it.
 
-        The given state stays as it was: several continuations may start from it.
+        The given state stays as it was: several continuations may start from it. ``states`` as of :meth:`hidden`.
         """
         x = self._embed(token[:, None], state.positions[:, None], None)  # (B, 1, E)
         rotary = self._rotary(state.positions[:, None])
@@ -186,9 +196,10 @@ class PerformerLM(nn.Module):
         first: list[Tensor] = []
         for block, before in zip(self.blocks, state.layers, strict=True):
             assert isinstance(block, Block)
+            _note(states, x)
             x, after, *first = block.decode(x, before, rotary, *first)
             layers.append(after)
-        return self.head(self.norm(x[:, 0])), DecodingState(tuple(layers), state.positions + 1)
+        return self.head(_note(states, self.norm(x))[:, 0]), DecodingState(tuple(layers), state.positions + 1)
 
     def check_position(self, position: int) -> None:
         """Raise a LongseqError if the model has not learned this position."""
@@ -294,7 +305,7 @@ class PerformerLM(nn.Module):
         """What enters the first block, (B, L, E), of tokens (B, L) at positions (L,) or (B, L)."""
         x = self.embedding(tokens)
         if self.spec.mask_scaling:
-            x = _scaled(x, tokens == self.spec.vocabulary - 1, padding)
+            x = _scaled(x, tokens == self.mask_token, padding)
         if self.positions is not None:
             if padding is not None:  # it may reach beyond the last position, where slices are padded to equal lengths
                 positions = positions.where(padding, 0)
@@ -327,6 +338,13 @@ class PerformerLM(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / shrink)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+
+
+def _note(states: list[Tensor] | None, x: Tensor) -> Tensor:
+    """x, which is kept if somebody wants hidden states."""
+    if states is not None:
+        states.append(x)
+    return x
 
 
 def _positions(tokens: Tensor, padding: Tensor | None, segments: Tensor | None) -> Tensor:

@@ -1,0 +1,203 @@
+"""FAVOR+ attention in plain PyTorch (Choromanski et al. 2020, arXiv 2009.14794): feature maps and sums over keys.
+
+A query weighs a key by φ(q)ᵀφ(k), an estimate of exp(qᵀk/√D), so that sums over keys are formed once and not for each
+query. A row of features is kept as bounded numbers and a log-scale, φ(x) = features · exp(log_scale). The random
+projections are a function of (seed, layer, draw), and are part of no file.
+
+Parts over disjoint keys give their result and the log of their denominator, by which they are put together. The largest
+exponent that is taken out of sums is a constant to autograd: it cancels.
+
+Axes: B batch, L length, H heads, D head_dim, m features. Masks: True where a position is real.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 128  # queries whose weights exist at a time
+EPSILON = 1e-3  # of the kernels f(u) + ε
+NOTHING = -1e30  # the log-scale of no key at all: finite, so that differences are 0 and not NaN
+SIGNED = ("trigonometric", "gelu", "cos", "tanh", "identity")  # kernels whose denominators may vanish
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu, "relu_direct": F.relu, "sigmoid": torch.sigmoid, "abs": torch.abs, "gelu": F.gelu, "cos": torch.cos,
+    "tanh": torch.tanh, "identity": lambda u: u, "elu": lambda u: F.elu(u) + 1,
+}  # fmt: skip
+
+
+class FeatureMap:
+    """φ(x) = features · exp(log_scale) of rows x (..., D), whose product estimates exp(qᵀk/√D) for the first kernels.
+
+    With u = ωᵀx·D^-1/4 it is exp(u − ‖x‖²/(2√D)) for softmax, smreg (rows of length √D), hyperbolic (of u and −u) and
+    oprf (arXiv 2205.15317); [cos u, sin u] · exp(+‖x‖²/(2√D)) for trigonometric; and f(u) + ε for the others.
+
+    Args:
+        rows: ω of :func:`projections`; None for relu_direct.
+        features: m.
+        like: a query: its device, and the dtype whose precision the rows have.
+        a: oprf's constant A ≤ 0.
+    """
+
+    def __init__(self, kernel: str, rows: Tensor | None, features: int, like: Tensor, a: float = 0.0):
+        self.kernel, d = kernel, like.shape[-1]
+        wide = torch.promote_types(like.dtype, torch.float32)
+        half = like.dtype in (torch.float16, torch.bfloat16)
+        exact = torch.float64 if half else wide  # rounded once, not twice
+        omega = torch.eye(d, dtype=exact, device="cpu") if rows is None else rows.to(exact)
+        stretch = 1 - 4 * a
+        weight = omega * d**-0.25 * stretch**0.5
+        weight = (weight.to(like.dtype) if half else weight).to(like.device, wide)
+        pair = {"hyperbolic": -weight, "trigonometric": weight}.get(kernel)
+        self.weight = weight if pair is None else torch.cat((weight, pair))
+        self.shift = (omega.square().sum(-1) * a).to(like.device, wide) if a else 0.0
+        count = 1 if rows is None else features / 2 if kernel == "trigonometric" else features
+        self.log_constant = d / 4 * math.log(stretch) - 0.5 * math.log(count)
+
+    @property
+    def positive(self) -> bool:
+        return self.kernel not in SIGNED
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (..., m) and log-scale (..., 1)."""
+        u = x @ self.weight.T + self.shift
+        half = x.square().sum(-1, keepdim=True) * (0.5 * x.shape[-1] ** -0.5)
+        if self.kernel == "trigonometric":
+            cos, sin = u.chunk(2, dim=-1)
+            return torch.cat((cos.cos(), sin.sin()), dim=-1), half + self.log_constant
+        if self.kernel in FUNCTIONS:
+            return FUNCTIONS[self.kernel](u) + EPSILON, torch.full_like(half, self.log_constant)
+        top = u.amax(-1, keepdim=True).detach()  # cancels
+        powers = (u - top).clamp(min=-40.0).exp()
+        if self.kernel == "exp":
+            over = top - math.log(EPSILON)
+            features = powers * over.sigmoid() + (-over).sigmoid()
+            return features, F.softplus(over) + math.log(EPSILON) + self.log_constant
+        return powers, top - half + self.log_constant
+
+
+@functools.lru_cache(maxsize=512)
+def projections(rows: int, d: int, seed: int, layer: int, draw: int, orthogonal: bool, of_one_length: bool) -> Tensor:
+    """ω (rows, d) float64: rows N(0, I), in blocks of d orthogonal ones; or of length √d."""
+    digest = hashlib.blake2b(repr(("projection", seed, layer, draw)).encode(), digest_size=8).digest()
+    rng = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng, device="cpu", dtype=torch.float64)
+
+    if orthogonal:
+        blocks = [normal(d, d) for _ in range(-(-rows // d))]
+        lengths = normal(rows, d).norm(dim=1, keepdim=True)
+        q = torch.stack(blocks).numpy()
+        for _ in range(2):  # Gram-Schmidt, the second time for the rounding of the first
+            for at in range(d):
+                column, later = q[:, :, at : at + 1], q[:, :, at + 1 :]
+                column /= np.sqrt((column * column).sum(1, keepdims=True))
+                later -= column * (column * later).sum(1, keepdims=True)
+        omega = torch.from_numpy(q).flatten(0, 1)[:rows] * lengths
+    else:
+        omega = normal(rows, d)
+    return omega * (d**0.5 / omega.norm(dim=1, keepdim=True)) if of_one_length else omega
+
+
+def scan(
+    phi: FeatureMap, q: Tensor, k: Tensor, v: Tensor, there: Tensor, decay: Tensor | float = 0.0, delay: int = 0,
+    before: Sequence[Tensor] = (),
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Attention by features of query i to keys 0…i, which lie ``delay`` positions further back than their index says.
+
+    Args:
+        q, k, v: (B, H, L, D) in fp32.
+        there: (B, L), True where a key is real.
+        decay: γ of each head, (H, 1, 1): every weight is multiplied by exp(−γ · distance).
+        before: Σ φ(k) [v, 1]ᵀ over earlier keys, and its log-scale.
+
+    Returns:
+        The result (B, H, L, D), the log of its denominator (B, H, L, 1), and ``before`` of the next positions.
+    """
+    values, outs = _with_ones(v), []
+    if before:
+        sums, scale = before
+    else:
+        sums = v.new_zeros(*v.shape[:2], len(phi.weight), v.shape[-1] + 1)
+        scale = v.new_full((*v.shape[:2], 1, 1), NOTHING)
+    for start in range(0, q.shape[2], CHUNK):
+        at = slice(start, start + CHUNK)
+        (fq, q_scale), (fk, k_scale), value = phi(q[:, :, at]), phi(k[:, :, at]), values[:, :, at]
+        t = torch.arange(fq.shape[2], device=q.device)[:, None]
+        weight = (
+            k_scale.masked_fill(~there[:, None, at, None], -torch.inf) + decay * t
+        )  # as seen from the chunk's start
+        top = torch.maximum(weight.cummax(2).values, scale).detach()  # depends on no later key
+        inside = (weight.mT - top).masked_fill(t < t.T, -torch.inf).exp()
+        total = (fq @ fk.mT * inside) @ value + fq @ sums * torch.exp(scale - top)
+        out, log_den = _divided(total, phi.positive)
+        outs.append((out, torch.where(log_den == NOTHING, NOTHING, log_den + top + q_scale - decay * (t + delay))))
+        last = top[:, :, -1:]
+        sums = sums * torch.exp(scale - last) + fk.mT @ (value * torch.exp(weight - last))
+        scale = last - decay * len(t)
+    out, lse = (torch.cat(x, dim=2) for x in zip(*outs, strict=True))
+    return out, lse, sums, scale
+
+
+def bidirectional(phi: FeatureMap, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
+    """Attention by features of every query to every key: one pass over the keys, one over the queries."""
+    fk, scale = phi(k)
+    if real is not None:
+        scale = scale.masked_fill(~real[:, None, :, None], -torch.inf)
+    top = scale.amax(2, keepdim=True).clamp(min=NOTHING).detach()
+    return _divided(phi(q)[0] @ (fk.mT @ (_with_ones(v) * torch.exp(scale - top))), phi.positive)[0]
+
+
+def near(
+    q: Tensor, k: Tensor, v: Tensor, there: Tensor, window: int, causal: bool, decay: Tensor | float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Exact attention to keys less than ``window`` positions away; the result and the log of its denominator.
+
+    k, v and there have ``window`` positions before the first query's.
+    """
+    outs = []
+    for start in range(0, q.shape[2], CHUNK):
+        stop = min(start + CHUNK, q.shape[2])
+        at = slice(start, stop + window + (0 if causal else window))
+        ahead = distance(q[:, :, start:stop], k[:, :, at], window)
+        seen = (ahead < window) & (ahead > (-1 if causal else -window)) & there[:, None, None, at]
+        scores = q[:, :, start:stop] @ k[:, :, at].mT * q.shape[-1] ** -0.5 - decay * ahead.abs()
+        scores = scores.masked_fill(~seen, -torch.inf)
+        top = scores.amax(-1, keepdim=True).clamp(min=NOTHING).detach()
+        out, log_den = _divided((scores - top).exp() @ _with_ones(v[:, :, at]), True)
+        outs.append((out, (log_den + top).clamp(min=NOTHING)))
+    out, lse = (torch.cat(x, dim=2) for x in zip(*outs, strict=True))
+    return out, lse
+
+
+def together(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """One numerator and one denominator over the keys of all parts."""
+    total = torch.stack([lse for _, lse in parts]).logsumexp(0)
+    return torch.stack([out * torch.exp(lse - total) for out, lse in parts]).sum(0)
+
+
+def _divided(total: Tensor, positive: bool) -> tuple[Tensor, Tensor]:
+    """[Σ w v, Σ w] to their quotient and log |Σ w|; zeros and NOTHING where the sum is none, or cancels to rounding."""
+    den = total[..., -1:]
+    blind = den.abs() < (torch.finfo(den.dtype).tiny ** 0.75 if positive else 1e-6)
+    safe = den.masked_fill(blind, 1.0)
+    return (total[..., :-1] / safe).masked_fill(blind, 0.0), safe.abs().log().masked_fill(blind, NOTHING)
+
+
+def distance(q: Tensor, k: Tensor, before: int | None = None) -> Tensor:
+    """How far each key lies before each query, (L, L of keys); ``before`` keys precede the first query, or both end
+    together."""
+    before = k.shape[2] - q.shape[2] if before is None else before
+    queries = torch.arange(q.shape[2], device=q.device) + before
+    return queries[:, None] - torch.arange(k.shape[2], device=q.device)
+
+
+def _with_ones(v: Tensor) -> Tensor:
+    return torch.cat((v, v.new_ones(*v.shape[:-1], 1)), dim=-1)
