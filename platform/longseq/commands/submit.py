@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from longseq.commands.key_help import help_on_flat_keys
-from longseq.commands.numbers import positive
+from longseq.commands.numbers import natural, positive
 from longseq.commands.options import TAKE_OVER_HELP
 from longseq.config.loading import load_config, save_config
 from longseq.config.schema import Config
@@ -61,6 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--min-nodes", type=positive, metavar="N", help="also start with fewer nodes, when no more are there"
     )
+    parser.add_argument(
+        "--spares",
+        type=natural,
+        default=0,
+        metavar="K",
+        help="ask for K more nodes, where there are any: idle until one takes the place of a lost or unfit node",
+    )
     parser.add_argument("--site", metavar="FILE", help="the cluster's profile; default: $LONGSEQ_SITE")
     parser.add_argument("--time", metavar="T", help="limit of one start, e.g. 24h; default: the site's")
     parser.add_argument("--dependency", metavar="D", help="as sbatch has it, e.g. afterok:1234")
@@ -96,6 +103,8 @@ def run(args: argparse.Namespace) -> int:
         site.check()
     if args.job == "train":
         return _training(args, site)
+    if args.spares:
+        raise ConfigError(f"--spares={args.spares}: only a training has spares; leave it out with --job={args.job}.")
     job = _evaluation(args, site) if args.job == "evaluate" else _preparation(args, site)
     return _submit(args, [job])
 
@@ -128,6 +137,7 @@ def _training(args: argparse.Namespace, site: Site) -> int:
         devices=devices,
         gpus=described.trainer.accelerator != "cpu" and bool(args.devices or site.gpus_per_node),
         min_nodes=args.min_nodes,
+        spares=args.spares,
         dependency=args.dependency,
         comes_back=not args.chain,
         at_once=args.at_once,
@@ -142,8 +152,8 @@ def _training(args: argparse.Namespace, site: Site) -> int:
         _check(config, site, request)
         fit_parts(config)
         fix_order(config)
-    least = request.min_nodes or nodes
-    if any(layouts(config, nodes, least, devices) != layouts(configs[0], nodes, least, devices) for config in configs):
+    shared = [layouts(config, nodes, request.least, devices) for config in configs]
+    if any(layout != shared[0] for layout in shared):
         raise ConfigError("--array: jobs of one array share a step in the same way; submit these runs one by one.")
     first = Run.new(configs[0], default_name=args.target.stem)
     for number, config in enumerate(configs if args.array else ()):
