@@ -35,7 +35,8 @@ class Job:
         self.run, self.tools = folder / "a run", folder / "tools"
         self.run.mkdir()
         self.tools.mkdir()
-        self.log, self.output, self.dead = folder / "requeued", folder / "job.log", folder / "dead"
+        self.log, self.output = folder / "requeued", folder / "job.log"
+        self.dead, self.unready = folder / "dead", folder / "unready"  # nodes, the second for as often as they are there
         self.restart, self.nodes = 0, nodes + spares
         config = Config()
         config.data.length, config.data.batch_tokens = 64, 64 * nodes
@@ -77,7 +78,13 @@ case " $* " in
     . "{self.tools}/now" ;;
 *" bash "*) exec /bin/sleep 20 ;; # that watches over the node of the script
 *) list=" $(tr , " " <<<"${{*#*--nodelist=}}") "
-    for node in $(cat "{self.dead}" 2>/dev/null); do [[ $list != *" $node "* ]] || exit 1; done ;;
+    for node in $(cat "{self.dead}" 2>/dev/null); do [[ $list != *" $node "* ]] || exit 1; done
+    exec 9>>"{self.tools}/lock"; flock 9
+    for node in $(sort -u "{self.unready}" 2>/dev/null); do
+        [[ $list == *" $node "* ]] || continue
+        sed -i "0,/^$node\$/{{//d}}" "{self.unready}"
+        echo "srun: error: Unable to create step for job 7: Memory required by task is not available" >&2; exit 1
+    done ;;
 esac''',
         )
         before = self.log.read_text() if self.log.exists() else ""
@@ -166,6 +173,39 @@ def test_a_crash_is_followed_by_a_start_in_the_same_job(job):
         "slurm job 7, restart 0,"
     ] * 2
     assert ["--overlap" in arguments for arguments in job.arguments] == [False, True]
+    assert not any("--nodelist" in arguments for arguments in job.arguments)
+
+
+REFUSED = "echo 'srun: error: Unable to create step for job 7: Requested nodes are busy' >&2; exit 1"
+
+
+def test_a_start_inside_the_job_asks_again_where_slurm_makes_no_step_yet(job):
+    """For some seconds after a start of its controller, which srun itself would ask again after two minutes."""
+    ended = job.start(AT_STEP.format(3), REFUSED, REFUSED)
+    assert (ended.code, ended.requeued, job.starts) == (75, True, [1, 2])
+    assert starts.read_end(job.run / "starts", 2) == "saved"
+    assert ["--overlap --immediate=10 " in arguments for arguments in job.arguments] == [False, True, True, True]
+    assert [arguments.split(" --start ")[1][:5] for arguments in job.arguments] == ["00001", *["00002"] * 3]
+
+
+def test_a_start_inside_the_job_that_slurm_does_not_begin_in_a_minute_is_left_to_the_queue(job):
+    clock = f'echo >>"{job.tools}/minutes"; echo $((1800000000 + 25 * $(wc -l <"{job.tools}/minutes")))'
+    job._tool("date", f'if [ "$1" = +%s ]; then {clock}; else exec /bin/date "$@"; fi')
+    ended = job.start(AT_STEP.format(3), REFUSED, REFUSED, REFUSED, "exit 99")
+    assert (ended.code, ended.requeued, job.starts) == (75, True, [1, 2])
+    why = "Unable to create step for job 7: Requested nodes are busy"
+    assert f"start 00002 has not begun, since SLURM starts nothing here ({why})" in ended.said
+    assert starts.read_end(job.run / "starts", 2) == f"lost SLURM starts nothing in this job: {why}"
+    assert len(job.arguments) == 4
+    assert not (job.run / "starts/00002.crash").exists()  # no fault of the training's
+
+
+def test_a_node_on_which_no_step_can_be_made_yet_is_not_left_out(tmp_path):
+    job = Job(tmp_path, spares=1)
+    job.unready.write_text("n1\nn2\nn2\n")  # for one question and two
+    ended = job.start(AT_STEP.format(3))
+    assert (ended.code, job.starts) == (75, [1, 2])
+    assert job.unready.read_text() == ""
     assert not any("--nodelist" in arguments for arguments in job.arguments)
 
 
