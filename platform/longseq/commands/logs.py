@@ -109,7 +109,7 @@ def _tail_begins(path: Path, lines: int) -> int:
 def _is_over(run: Run, *, trained: bool) -> bool:
     """Whether no job of this run runs or waits, and no training here; not where SLURM does not answer.
 
-    trained: to its end: the script of a job that has not ended says a last word, and a chain's jobs that wait do not count.
+    trained: to its end. The script of a job that still runs says a last word; a chain's jobs that wait do not count.
     """
     try:
         live = live_jobs(run, queue(jobs_of(run))) if jobs_of(run) else []

@@ -36,7 +36,7 @@ class Job:
         self.run.mkdir()
         self.tools.mkdir()
         self.log, self.output = folder / "requeued", folder / "job.log"
-        self.dead, self.unready = folder / "dead", folder / "unready"  # nodes, the second for as often as they are there
+        self.dead, self.unready = folder / "dead", folder / "unready"  # nodes; these as often as written
         self.restart, self.nodes = 0, nodes + spares
         config = Config()
         config.data.length, config.data.batch_tokens = 64, 64 * nodes
@@ -82,7 +82,7 @@ case " $* " in
     exec 9>>"{self.tools}/lock"; flock 9
     for node in $(sort -u "{self.unready}" 2>/dev/null); do
         [[ $list == *" $node "* ]] || continue
-        sed -i "0,/^$node\$/{{//d}}" "{self.unready}"
+        sed -i "0,/^$node$/{{//d}}" "{self.unready}"
         echo "srun: error: Unable to create step for job 7: Memory required by task is not available" >&2; exit 1
     done ;;
 esac''',

@@ -35,8 +35,8 @@ from longseq_data.cores import cores
 
 _FINISHED = "finished"
 _MOST_LETTERS = 400  # of an error that is shown next to a job
-# For SLURM to say which process has died, before others say that they lost it, and before they end: it takes the first
-# that ends for the cause, and ends the others with a signal. The job script waits no longer than that for a start to end.
+# For SLURM to say which process has died, before the others say that they lost it, and before they end: srun takes the
+# first that ends for the cause, and ends the others with a signal.
 _CAUSE_SECONDS, _LAST_SECONDS = 2.0, 10.0
 
 
