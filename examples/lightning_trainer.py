@@ -1,6 +1,7 @@
 """longseq's model and data in a Lightning Trainer of your own.
 
     python examples/lightning_trainer.py proteins.fasta.gz
+    torchrun --nproc-per-node=2 examples/lightning_trainer.py proteins.fasta.gz     # one training in 2 processes
 
 `longseq fit` adds processes, checkpoints that resume to the last bit, curves and more. Here is what is left without it:
 a LightningModule, a LightningDataModule, and whatever callbacks, loggers and strategies you have.
@@ -8,6 +9,7 @@ a LightningModule, a LightningDataModule, and whatever callbacks, loggers and st
 
 import argparse
 import math
+import os
 
 import lightning.pytorch as pl
 import torch
@@ -27,11 +29,13 @@ class Losses(pl.Callback):
 
     def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx) -> None:
         self.losses.append(self._mean(task.train_sums, task))
-        print(f"step {trainer.global_step}  loss {self.losses[-1]:.4f}", flush=True)
+        if trainer.is_global_zero:
+            print(f"step {trainer.global_step}  loss {self.losses[-1]:.4f}", flush=True)
 
     def on_validation_end(self, trainer, task) -> None:
         self.valid.append(self._mean(task.valid_sums, task))
-        print(f"validation: loss {self.valid[-1]:.4f}  perplexity {math.exp(self.valid[-1]):.2f}", flush=True)
+        if trainer.is_global_zero:
+            print(f"validation: loss {self.valid[-1]:.4f}  perplexity {math.exp(self.valid[-1]):.2f}", flush=True)
 
     @staticmethod
     def _mean(sums, task) -> float:
@@ -40,14 +44,20 @@ class Losses(pl.Callback):
 
 
 def train(file: str, steps: int) -> Losses:
-    # The sections and keys of the YAML files; what is left out has its default.
+    # As torchrun says it; Lightning reads the ranks, and where they meet, by itself.
+    nodes, each = (int(os.environ.get(name, 1)) for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    strategy = "ddp" if nodes * each > 1 else "single"
+    # The sections and keys of the YAML files; what is left out has its default. A step is 2,048 tokens in all.
     config = config_of(
         {
             "model": {"preset": "tiny"},
             "attention": {"kernel": "relu", "features": 64},
             "data": {"train": [file], "length": 128, "batch_tokens": 2048, "valid_samples": 16},
             "optim": {"lr": 3e-3, "warmup_steps": 5},
-            "trainer": {"max_steps": steps, "strategy": "single", "accelerator": "cpu"},
+            "trainer": {
+                **{"max_steps": steps, "strategy": strategy, "accelerator": "cpu"},
+                **{"nodes": nodes, "devices": each},
+            },
         },
         "examples/lightning_trainer.py",
     )
@@ -64,7 +74,9 @@ def train(file: str, steps: int) -> Losses:
     losses = Losses()
     trainer = pl.Trainer(
         accelerator="cpu",
-        devices=1,
+        num_nodes=nodes,
+        devices=each,
+        strategy="ddp" if strategy == "ddp" else "auto",
         max_steps=steps,
         max_epochs=-1,  # the data have no end
         val_check_interval=max(1, steps // 2),

@@ -49,10 +49,10 @@ EXIT_CODES = {
     1: "an error, in one sentence on stderr",
     2: "a wrong command line",
     3: "`longseq data leaks` found relatives of test or valid in train",
-    69: "a node of a job is not fit to train on; nothing was trained (EX_UNAVAILABLE of sysexits.h)",
+    69: "a node of a job is not fit to train on, and there are no others (EX_UNAVAILABLE of sysexits.h)",
     70: "a job has stopped for good: it crashed twice after the same step, or was started too often (EX_SOFTWARE)",
     75: "saved, go on with `longseq resume`: Ctrl-C, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, or trainer.time_limit; in a "
-    "job also crashed, and comes back (EX_TEMPFAIL)",
+    "job also crashed, and comes back by the queue (EX_TEMPFAIL)",
     77: "a newer start has the run: this one has written nothing since, and has ended (EX_NOPERM)",
     130: "stopped at once: by a second Ctrl-C of a training, whose steps since the last checkpoint are lost; by the "
     "first of any other verb",

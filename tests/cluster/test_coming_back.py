@@ -32,6 +32,17 @@ def whole(run: Path, uninterrupted: Path, within: float = 0.0) -> None:
         assert largest_difference(curve(run, tag), curve(uninterrupted, tag)) <= within
     assert checkpoints(run) == checkpoints(uninterrupted)
     assert not list((run / "checkpoints").glob(".*partial"))
+    if not within:
+        weights = [each / "checkpoints/last/model.safetensors" for each in (run, uninterrupted)]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def back_inside_the_job(login: Login, job: str, run: Path, why: str) -> None:
+    """SLURM has seen one job that was never in its queue again, whose first start ended so."""
+    assert login.cluster.wait_for(job, *ENDED) == "COMPLETED", login.log(run)
+    assert "Restarts=0" in login.cluster.run("scontrol", "show", "job", job)
+    assert starts.numbers(run / "starts") == [1, 2]
+    assert (starts.read_end(run / "starts", 1) or "").startswith(why)
 
 
 def test_a_run_comes_back_from_signal_requeue_a_killed_rank_and_a_new_controller(
@@ -56,10 +67,48 @@ def test_a_run_comes_back_from_signal_requeue_a_killed_rank_and_a_new_controller
     assert cluster.wait_for(job, *ENDED) == "COMPLETED", login.log(run)
     whole(run, uninterrupted)
     log = login.log(run)
-    assert "restart 3, on node" in log
+    assert "restart 2, on node" in log
+    assert "restart 3" not in log  # the killed rank came back without the queue
     ends = [starts.read_end(run / "starts", number) for number in (1, 3, 4)]
     assert ends == ["saved", "lost node2: task 1: Killed", "finished"]
     assert (run / "starts/00003.crash").exists()
+
+
+def test_a_spare_takes_the_place_of_a_node_whose_power_fails(login: Login, uninterrupted: Path) -> None:
+    cluster = login.cluster
+    job, run = login.submit("spare", "--nodes=2", "--spares=1", *LONG)
+    login.wait_for_step(run, 12)
+    cluster.kill_node("node2")
+    try:
+        back_inside_the_job(login, job, run, "lost node2: SLURM ")
+    finally:
+        cluster.start_node("node2")
+    assert "without node2 in this job from now on" in login.log(run)
+    assert "2 processes on node1, node3" in login.log(run)
+    whole(run, uninterrupted)
+    cluster.wait_until_idle()
+
+
+def test_a_spare_takes_the_place_of_an_unfit_node(login: Login, uninterrupted: Path) -> None:
+    """The one of the job's script, so that rank 0 is on another: its temporary folder has no room."""
+    cluster = login.cluster
+    if not cluster.netns:
+        pytest.skip("nodes share their files without namespaces")
+    small = cluster.folder / "small"
+    small.mkdir()
+    cluster.tell("node1", f"mount -t tmpfs -o size=1m tmpfs {small} && touch {cluster.folder}/is-small")
+    _until((cluster.folder / "is-small").exists, 20, "a small file system", "")
+    site = (login.folder / "site.yaml").read_text().replace("'1'}", f"'1', TMPDIR: {small}}}")
+    (login.folder / "small.yaml").write_text(site)
+    job, run = login.submit("one-unfit", "--nodes=2", "--spares=1", "--site=small.yaml", *LONG)
+    try:
+        back_inside_the_job(
+            login, job, run, f"preflight node1: only 1.0 MiB free in {small} (preflight_disk_gib=0.01)."
+        )
+    finally:
+        cluster.tell("node1", f"umount {small}")
+    assert "2 processes on node2, node3" in login.log(run)
+    whole(run, uninterrupted)
 
 
 def test_the_power_of_a_node_fails_and_the_others_go_on(login: Login, uninterrupted: Path) -> None:

@@ -6,7 +6,9 @@ import contextlib
 import importlib.util
 import json
 import math
+import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -118,6 +120,18 @@ def test_the_lightning_trainer_learns_and_validates(fasta):
     assert len(found.valid) == 2
     assert sum(found.losses[-3:]) < sum(found.losses[:3]) - 0.5
     assert abs(found.valid[-1] - found.losses[-1]) < 0.5
+
+
+def test_two_processes_of_torchrun_train_as_one_does(fasta):
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    program = str(EXAMPLES / "lightning_trainer.py")
+    done = subprocess.run([*launcher, program, fasta, "--steps=6"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one = load("lightning_trainer").train(fasta, steps=6)
+    steps = [float(loss) for loss in re.findall(r"^step \d+  loss (\S+)$", done.stdout, re.MULTILINE)]
+    valid = [float(loss) for loss in re.findall(r"^validation: loss (\S+) ", done.stdout, re.MULTILINE)]
+    assert steps == pytest.approx(one.losses, abs=2e-4)  # it prints four digits
+    assert valid == pytest.approx(one.valid, abs=2e-4)
 
 
 def test_the_data_go_on_where_they_were(fasta):

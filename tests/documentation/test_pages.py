@@ -110,6 +110,8 @@ def messages_of_the_code() -> list[str]:
                 texts.append("".join(str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 texts.append(node.value)
+    for path in (ROOT / "slurm").glob("*.j2"):
+        texts += [re.sub(r"\$\{.*?\}|\{\{.*?\}\}|\$\w+", "…", line).replace("\\`", "`") for line in path.open()]
     return texts
 
 

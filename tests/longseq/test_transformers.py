@@ -17,7 +17,7 @@ from longseq.errors import RunError
 from longseq.launch.before import check_origin
 from longseq.models.layers import Block
 from longseq.models.performer import PerformerLM
-from longseq.opening import find
+from longseq.trained_model import find
 from longseq.training.fit import begin_with
 
 transformers = pytest.importorskip("transformers")

@@ -13,7 +13,7 @@ import torch
 from longseq.cli import main
 from longseq.interop.exporting import export
 from longseq.interop.travelling import FILES
-from longseq.opening import find
+from longseq.trained_model import find
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.interfaces

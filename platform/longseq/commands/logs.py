@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import math
 import os
 import sys
 import time
@@ -19,6 +20,8 @@ from longseq.runs.run import Run
 _POLL_SECONDS = 0.5
 _BLOCK = 1 << 16
 _ASK_SECONDS = 5.0  # between questions to SLURM, which has other things to do
+_ASK_AT_THE_END_SECONDS = 1.0
+_LAST_WORDS_SECONDS = 30.0  # for a job's script, after the training has ended
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     shown, ended = 0, False
     if path is not None and args.lines is not None:
         shown = _tail_begins(path, args.lines)
-    asked = 0.0
+    asked, over = 0.0, math.inf  # since when the run's folder says that no training follows
     while True:
         newer = log_of(run, args.rank)
         if newer != path:  # the chain's next job
@@ -45,9 +48,12 @@ def run(args: argparse.Namespace) -> int:
         shown = _show(path, shown, final=ended or not args.follow)
         if ended or not args.follow:
             return 0
-        if time.monotonic() - asked > _ASK_SECONDS:
-            ended, asked = _is_over(run), time.monotonic()
-        ended = ended or (run.path / "FINISHED").exists() or stopped(run) is not None
+        now = time.monotonic()
+        if over == math.inf and ((run.path / "FINISHED").exists() or stopped(run) is not None):
+            over, asked = now, 0.0
+        if now - asked > (_ASK_SECONDS if over == math.inf else _ASK_AT_THE_END_SECONDS):
+            ended, asked = _is_over(run, trained=over < math.inf), now
+        ended = ended or now - over > _LAST_WORDS_SECONDS
         time.sleep(_POLL_SECONDS)
 
 
@@ -101,9 +107,15 @@ def _tail_begins(path: Path, lines: int) -> int:
     return 0
 
 
-def _is_over(run: Run) -> bool:
-    """Whether no job of this run runs or waits, and no training here; not where SLURM does not answer."""
+def _is_over(run: Run, *, trained: bool) -> bool:
+    """Whether no job of this run runs or waits, and no training here; not where SLURM does not answer.
+
+    trained: to its end. The script of a job that still runs says a last word; a chain's jobs that wait do not count.
+    """
     try:
-        return not run.is_trained_here() and not (jobs_of(run) and live_jobs(run, queue(jobs_of(run))))
+        live = live_jobs(run, queue(jobs_of(run))) if jobs_of(run) else []
     except SlurmError:
-        return False
+        return trained
+    if trained:
+        return not any(job.state in ("RUNNING", "COMPLETING") for job in live)
+    return not live and not run.is_trained_here()

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from longseq.commands.key_help import help_on_flat_keys
-from longseq.commands.numbers import positive
+from longseq.commands.numbers import natural, positive
 from longseq.commands.options import TAKE_OVER_HELP, given
 from longseq.errors import ConfigError
 from longseq.launch.slurm.site import Site
@@ -40,6 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--min-nodes", type=positive, metavar="N", help="also start with fewer nodes, when no more are there"
+    )
+    parser.add_argument(
+        "--spares",
+        type=natural,
+        default=0,
+        metavar="K",
+        help="ask for K more nodes, where there are any: idle until one takes the place of a lost or unfit node",
     )
     parser.add_argument("--site", metavar="FILE", help="the cluster's profile; default: $LONGSEQ_SITE")
     parser.add_argument("--time", metavar="T", help="limit of one start, e.g. 24h; default: the site's")
@@ -70,10 +77,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    names = "nodes devices min_nodes site time dependency at_once chain job current_code take_over dry_run test_only"
+    names = "nodes devices min_nodes spares site time dependency at_once chain job current_code take_over"
+    options = given(args, f"{names} dry_run test_only")
     command = shlex.join(["longseq", *sys.argv[1:]])
     members = _members(args.array or [])
-    done = submit(args.target, args.overrides, array=members, command=command, **given(args, names))
+    done = submit(
+        args.target, args.overrides, array=members, command=command, **given(args, f"{names} dry_run test_only")
+    )
     if args.dry_run:
         print(done.script, end="")
     elif args.test_only:

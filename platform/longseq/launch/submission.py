@@ -79,6 +79,7 @@ def submit(
     nodes: int | None = None,
     devices: int | None = None,
     min_nodes: int | None = None,
+    spares: int = 0,
     site: str | None = None,
     time: str | None = None,
     dependency: str | None = None,
@@ -100,6 +101,7 @@ def submit(
         nodes: machines; default: trainer.nodes.
         devices: processes of a node, one a GPU where there are any; default: the site's, else trainer.devices.
         min_nodes: also start with as few, when no more are there.
+        spares: ask for so many nodes more, where there are any: idle until one takes the place of a lost or unfit one.
         site: the cluster's profile, a file or the name of one that ships; default: $LONGSEQ_SITE.
         time: limit of one start, ``24h``; default: the site's.
         dependency: as sbatch has it, ``afterok:1234``.
@@ -122,6 +124,8 @@ def submit(
         profile = replace(profile, time=time)
         profile.check()
     how = _How(chain, current_code, take_over, dry_run, test_only, command)
+    if job != "train" and spares:
+        raise ConfigError(f"--spares={spares}: only a training has spares; leave it out with --job={job}.")
     if job == "evaluate":
         return _send(_evaluation(path, overrides, profile, how), how)
     if job == "prepare":
@@ -144,6 +148,7 @@ def submit(
         devices=per_node,
         gpus=described.trainer.accelerator != "cpu" and bool(devices or profile.gpus_per_node),
         min_nodes=min_nodes,
+        spares=spares,
         dependency=dependency,
         comes_back=not chain,
         at_once=at_once,
@@ -163,9 +168,8 @@ def _begin(
         _check(config, site, request)
         fit_parts(config)
         fix_order(config)
-    nodes, devices = request.nodes, request.devices
-    least = request.min_nodes or nodes
-    if any(layouts(config, nodes, least, devices) != layouts(configs[0], nodes, least, devices) for config in configs):
+    shared = [layouts(config, request.nodes, request.least, request.devices) for config in configs]
+    if any(layout != shared[0] for layout in shared):
         raise ConfigError("--array: jobs of one array share a step in the same way; submit these runs one by one.")
     first = Run.new(configs[0], default_name=path.stem)
     for number, config in enumerate(configs if sweep else ()):

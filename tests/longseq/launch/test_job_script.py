@@ -22,44 +22,101 @@ class Ended:
     requeued: bool
 
 
-class Job:
-    """A script, a run's folder, and what its next starts are to do: shell commands, with $run and $start."""
+SAVE = 'echo saved >"$start.end"'
 
-    def __init__(self, folder: Path, **site: object):
+
+class Job:
+    """A script, a run's folder, and what its next starts are to do: shell commands, with $run and $start.
+
+    A job goes on by itself: its script is run until it ends, and a start that nothing was said of saves.
+    """
+
+    def __init__(self, folder: Path, *, nodes: int = 2, min_nodes: int | None = None, spares: int = 0, **site: object):
         self.run, self.tools = folder / "a run", folder / "tools"
         self.run.mkdir()
         self.tools.mkdir()
-        self.log = folder / "requeued"
-        self.restart = 0
+        self.log, self.output = folder / "requeued", folder / "job.log"
+        self.dead, self.unready = folder / "dead", folder / "unready"  # nodes; these as often as written
+        self.restart, self.nodes = 0, nodes + spares
         config = Config()
-        config.data.length, config.data.batch_tokens = 64, 128
-        request = Request(2, 1, gpus=False, min_nodes=1, comes_back=bool(site.pop("comes_back", True)))
+        config.data.length, config.data.batch_tokens = 64, 64 * nodes
+        comes_back = bool(site.pop("comes_back", True))
+        request = Request(nodes, 1, gpus=False, min_nodes=min_nodes, spares=spares, comes_back=comes_back)
         self.script = train_script(self.run, config, Site(pause_seconds=0, **site), request)  # type: ignore[arg-type]
-        self._tool("scontrol", f'echo "$*" >>"{self.log}"')
-        self._tool("squeue", "echo ${STATE:-RUNNING}")
+        self._tool("squeue", 'case "$*" in *%T*) echo ${STATE:-RUNNING} ;; esac')
+        self._tool("sleep", 'if [ "$1" -ge 10 ]; then echo "slept $1"; fi; exec /bin/sleep 0.05')
+        self.partition()
 
-    def start(self, does: str, nodes: int = 2, log: Path | None = None, **environment: str) -> Ended:
-        self._tool("srun", f'run="{self.run}"; starts="$run/starts"; start=$(ls "$starts" | grep start | tail -1)\n'
-                           f'start=$starts/${{start%.start}}; echo "$*" >"{self.tools}/arguments"\n{does}')  # fmt: skip
-        before = self.log.read_text() if self.log.exists() else ""
-        slurm = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(self.restart), "SLURM_JOB_NODELIST": "n[1-2]"}
-        slurm["SLURM_JOB_NUM_NODES"] = str(nodes)
-        slurm["SLURM_JOB_PARTITION"] = "main"
-        script = self.script if log is None else f"exec >>'{log}' 2>&1\n{self.script}"
-        done = subprocess.run(
-            ["bash", "-c", script],
-            env={**os.environ, "PATH": f"{self.tools}:/usr/bin:/bin", **slurm, **environment},
-            capture_output=True,
-            text=True,
-            timeout=120,
+    def partition(self, *names: str) -> None:
+        """What it is made of; no node is left out yet."""
+        self._tool(
+            "sinfo",
+            f"case \"$*\" in *%o*) echo address-of-${{3#--nodes=}} ;; *) printf '%s\\n' {' '.join(names)} ;; esac",
         )
+        self._tool(
+            "scontrol",
+            f'''case $1,$2 in
+show,hostnames) if [[ $3 = *[* ]]; then seq -f n%g {self.nodes}; else tr , "\\n" <<<"$3"; fi ;;
+show,job) echo "JobId=7 ReqNodeList=(null) ExcNodeList=(null) NumNodes=2" ;;
+*) echo "$*" >>"{self.log}" ;;
+esac''',
+        )
+
+    def start(self, *does: str, **environment: str) -> Ended:
+        """Run the script; what it has said so far is in job.log, where it reads it."""
+        for number, what in enumerate(does):
+            (self.tools / f"does-{number}").write_text(what)
+        self._tool(
+            "srun",
+            f'''run="{self.run}"; starts="$run/starts"; start=$(ls "$starts" | grep start | tail -1)
+start=$starts/${{start%.start}}
+case " $* " in
+*" longseq.launch.slurm.task "*)
+    echo "$*" >>"{self.tools}/arguments"
+    next=$(ls "{self.tools}"/does-* 2>/dev/null | head -1)
+    if [ -n "$next" ]; then mv "$next" "{self.tools}/now"; else echo '{SAVE}' >"{self.tools}/now"; fi
+    . "{self.tools}/now" ;;
+*" bash "*) exec /bin/sleep 20 ;; # that watches over the node of the script
+*) list=" $(tr , " " <<<"${{*#*--nodelist=}}") "
+    for node in $(cat "{self.dead}" 2>/dev/null); do [[ $list != *" $node "* ]] || exit 1; done
+    exec 9>>"{self.tools}/lock"; flock 9
+    for node in $(sort -u "{self.unready}" 2>/dev/null); do
+        [[ $list == *" $node "* ]] || continue
+        sed -i "0,/^$node$/{{//d}}" "{self.unready}"
+        echo "srun: error: Unable to create step for job 7: Memory required by task is not available" >&2; exit 1
+    done ;;
+esac''',
+        )
+        before = self.log.read_text() if self.log.exists() else ""
+        said = len(self.said)
+        slurm = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(self.restart), "SLURM_JOB_PARTITION": "main"}
+        slurm |= {"SLURM_JOB_NODELIST": f"n[1-{self.nodes}]", "SLURM_JOB_NUM_NODES": str(self.nodes)}
+        with self.output.open("ab") as output:
+            done = subprocess.run(
+                ["bash", "-c", self.script],
+                env={**os.environ, "PATH": f"{self.tools}:/usr/bin:/bin", **slurm, **environment},
+                stdout=output,
+                stderr=output,
+                timeout=120,
+            )
+        for left in self.tools.glob("does-*"):
+            left.unlink()
         self.restart += 1
         after = self.log.read_text() if self.log.exists() else ""
-        return Ended(done.returncode, done.stdout + done.stderr, after != before)
+        return Ended(done.returncode, self.said[said:], "requeue 7" in after[len(before) :])
 
     @property
-    def arguments(self) -> str:
-        return (self.tools / "arguments").read_text()
+    def said(self) -> str:
+        return self.output.read_text() if self.output.exists() else ""
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of each start."""
+        return (self.tools / "arguments").read_text().splitlines()
+
+    @property
+    def starts(self) -> list[int]:
+        return starts.numbers(self.run / "starts")
 
     def _tool(self, name: str, body: str) -> None:
         (self.tools / name).write_text(f"#!/bin/bash\n{body}\n")
@@ -77,15 +134,16 @@ def test_what_is_finished_stays_finished(job):
     ended = job.start("touch WAS_STARTED")
     assert (ended.code, ended.requeued) == (0, False)
     assert "finished already" in ended.said
-    assert starts.numbers(job.run / "starts") == [1]
+    assert job.starts == [1]
 
 
 def test_what_was_saved_comes_back_as_the_same_run(job):
     for number in (1, 2, 3):
-        ended = job.start('echo saved >"$start.end"; echo "5 20 2.5 100 0" >"$start.step"')
+        ended = job.start(SAVE)
         assert (ended.code, ended.requeued) == (75, True)
         assert f"restart {number - 1}" in ended.said
-        assert f"--start {number:05d} " in job.arguments
+        assert f"--start {number:05d} " in job.arguments[-1]
+    assert job.starts == [1, 2, 3]  # what was saved was asked to leave
     assert not (job.run / "STOPPED").exists()
 
 
@@ -98,19 +156,102 @@ def test_a_refusal_stops_with_its_sentence(job):
     assert "the disk; rm -rf ~ 'is' full" in again.said
 
 
+AT_STEP = 'echo "{} 20 2.5 100 0" >"$start.step"; exit 137'
+UNFIT = 'echo "preflight n2: only 1 MiB free." >"$start.end"; exit 69'
+KILLED = """echo 'srun: error: n2: task 1: Killed' >&2
+echo 'srun: launch/slurm: _step_signal: Terminating StepId=7.0' >&2
+echo 'srun: error: n1: task 0: Killed' >&2
+echo "{} 20 2.5 100 0" >"$start.step"; exit 137"""
+
+
+def test_a_crash_is_followed_by_a_start_in_the_same_job(job):
+    ended = job.start(AT_STEP.format(7))
+    assert (ended.code, ended.requeued) == (75, True)  # by the second start, which saved
+    assert job.starts == [1, 2]
+    assert "goes on in this job, without the queue" in ended.said
+    assert [Path(job.run / f"starts/0000{n}.start").read_text().split(" on ")[0] for n in (1, 2)] == [
+        "slurm job 7, restart 0,"
+    ] * 2
+    assert ["--overlap" in arguments for arguments in job.arguments] == [False, True]
+    assert not any("--nodelist" in arguments for arguments in job.arguments)
+
+
+REFUSED = "echo 'srun: error: Unable to create step for job 7: Requested nodes are busy' >&2; exit 1"
+
+
+def test_a_start_inside_the_job_asks_again_where_slurm_makes_no_step_yet(job):
+    """For some seconds after a start of its controller, which srun itself would ask again after two minutes."""
+    ended = job.start(AT_STEP.format(3), REFUSED, REFUSED)
+    assert (ended.code, ended.requeued, job.starts) == (75, True, [1, 2])
+    assert starts.read_end(job.run / "starts", 2) == "saved"
+    assert ["--overlap --immediate=10 " in arguments for arguments in job.arguments] == [False, True, True, True]
+    assert [arguments.split(" --start ")[1][:5] for arguments in job.arguments] == ["00001", *["00002"] * 3]
+
+
+def test_a_start_inside_the_job_that_slurm_does_not_begin_in_a_minute_is_left_to_the_queue(job):
+    clock = f'echo >>"{job.tools}/minutes"; echo $((1800000000 + 25 * $(wc -l <"{job.tools}/minutes")))'
+    job._tool("date", f'if [ "$1" = +%s ]; then {clock}; else exec /bin/date "$@"; fi')
+    ended = job.start(AT_STEP.format(3), REFUSED, REFUSED, REFUSED, "exit 99")
+    assert (ended.code, ended.requeued, job.starts) == (75, True, [1, 2])
+    why = "Unable to create step for job 7: Requested nodes are busy"
+    assert f"start 00002 has not begun, since SLURM starts nothing here ({why})" in ended.said
+    assert starts.read_end(job.run / "starts", 2) == f"lost SLURM starts nothing in this job: {why}"
+    assert len(job.arguments) == 4
+    assert not (job.run / "starts/00002.crash").exists()  # no fault of the training's
+
+
+def test_a_node_on_which_no_step_can_be_made_yet_is_not_left_out(tmp_path):
+    job = Job(tmp_path, spares=1)
+    job.unready.write_text("n1\nn2\nn2\n")  # for one question and two
+    ended = job.start(AT_STEP.format(3))
+    assert (ended.code, job.starts) == (75, [1, 2])
+    assert job.unready.read_text() == ""
+    assert not any("--nodelist" in arguments for arguments in job.arguments)
+
+
 def test_an_unfit_node_is_named_and_the_job_ends(job):
-    ended = job.start('echo "preflight node2: only 1 MiB free." >"$start.end"; exit 69')
+    ended = job.start(UNFIT)
     assert (ended.code, ended.requeued) == (69, False)
-    assert "node2: only 1 MiB free." in ended.said
+    assert "n2: only 1 MiB free." in ended.said
     assert not (job.run / "STOPPED").exists()  # the chain's next job may get other nodes
 
 
+def test_an_unfit_node_is_left_out_by_the_queue_where_the_job_has_no_other(job):
+    job.partition("n1", "n2", "n3")
+    ended = job.start(UNFIT)
+    assert (ended.code, ended.requeued) == (75, True)
+    assert job.log.read_text().splitlines() == ["requeue 7", "update JobId=7 ExcNodeList=n2"]
+    assert "without n2 from now on" in ended.said
+    assert job.starts == [1]
+
+
+def test_a_spare_takes_the_place_of_an_unfit_node(tmp_path):
+    job = Job(tmp_path, spares=1)
+    ended = job.start(UNFIT)
+    assert ended.code == 75
+    assert "spare: n3" in ended.said
+    assert "without n2 in this job from now on" in ended.said
+    assert "--nodes=2 --ntasks=2 --ntasks-per-node=1 --nodelist=n1,n3 --overlap " in job.arguments[1]
+    assert "--address" not in job.arguments[1]
+    assert (job.run / "starts/00002.start").read_text().startswith("slurm job 7, restart 0, on n1,n3, from ")
+
+
+def test_rank_0_is_found_where_the_node_of_the_script_is_left_out(tmp_path):
+    job = Job(tmp_path, spares=1)
+    job.start(UNFIT.replace("n2", "n1"))
+    assert "--nodelist=n2,n3 " in job.arguments[1]
+    assert " --address address-of-n2 " in job.arguments[1]
+
+
+def test_where_all_nodes_are_unfit_none_is_to_blame(tmp_path):
+    job = Job(tmp_path, spares=2)
+    ended = job.start('echo "preflight n1, n2: unfit. n1: no room. n2: no room." >"$start.end"; exit 69')
+    assert (ended.code, job.starts) == (69, [1])
+
+
 def test_a_crash_comes_back_and_a_second_one_after_the_same_step_does_not(job):
-    at_step = 'echo "{} 20 2.5 100 0" >"$start.step"; exit 137'
-    assert job.start(at_step.format(7)).requeued
-    assert job.start(at_step.format(9)).requeued
-    ended = job.start(at_step.format(9))
-    assert (ended.code, ended.requeued) == (70, False)
+    ended = job.start(AT_STEP.format(7), AT_STEP.format(9), AT_STEP.format(9))
+    assert (ended.code, ended.requeued, job.starts) == (70, False, [1, 2, 3])
     assert "crashed twice after step 9" in (job.run / "STOPPED").read_text()
 
 
@@ -131,24 +272,23 @@ def test_a_crash_names_the_collectives_that_ranks_have_left(job, said):
 
 
 def test_a_start_that_never_began_between_two_crashes_excuses_neither(job):
-    crash = 'echo "9 20 2.5 100 0" >"$start.step"; exit 137'
-    assert job.start(crash).requeued
-    assert job.start("exit 1").requeued
-    ended = job.start(crash)
+    ended = job.start(AT_STEP.format(9), "exit 1", AT_STEP.format(9))
     assert (ended.code, ended.requeued) == (70, False)
     assert "crashed twice after step 9" in ended.said
 
 
 def test_a_save_between_two_crashes_after_the_same_step_makes_them_no_pair(job):
-    crash = 'echo "9 20 2.5 100 0" >"$start.step"; exit 137'
-    assert job.start(crash).requeued
-    assert job.start('echo saved >"$start.end"').requeued
-    assert job.start(crash).requeued
+    assert job.start(AT_STEP.format(9), SAVE).requeued
+    assert job.start(AT_STEP.format(9), SAVE).requeued
+    assert job.starts == [1, 2, 3, 4]
 
 
-def test_starts_that_never_begin_are_tried_five_times(job):
-    for _ in range(4):
-        assert job.start("exit 1").requeued
+def test_starts_that_never_begin_are_tried_five_times_on_other_nodes_too(job):
+    """One more in the job, in case the cause was passing; then the queue, whose nodes may do what these do not."""
+    assert job.start("exit 1", "exit 1").requeued
+    assert job.starts == [1, 2]
+    assert job.start("exit 1").requeued
+    assert job.start("exit 1").requeued
     ended = job.start("exit 1")
     assert (ended.code, ended.requeued) == (70, False)
     assert "Five starts in a row" in ended.said
@@ -156,13 +296,12 @@ def test_starts_that_never_begin_are_tried_five_times(job):
 
 def test_a_job_comes_back_max_restarts_times(tmp_path):
     job = Job(tmp_path, max_restarts=2)
-    save = 'echo saved >"$start.end"'
-    assert [job.start(save).requeued for _ in range(3)] == [True, True, True]
-    ended = job.start(save)
+    assert [job.start(SAVE).requeued for _ in range(3)] == [True, True, True]
+    ended = job.start(SAVE)
     assert (ended.code, ended.requeued) == (70, False)
     assert "has come back 2 times" in ended.said
     (job.run / "STOPPED").unlink()
-    assert job.start(save, SLURM_JOB_ID="8").requeued  # another job begins to count
+    assert job.start(SAVE, SLURM_JOB_ID="8").code == 75  # another job begins to count
 
 
 def test_a_return_with_a_new_checkpoint_does_not_count(tmp_path):
@@ -170,105 +309,198 @@ def test_a_return_with_a_new_checkpoint_does_not_count(tmp_path):
     job = Job(tmp_path, max_restarts=1)
     checkpoints = job.run / "checkpoints"
     for step in range(1, 6):
-        save = f'mkdir -p "{checkpoints}/step-{step:08d}.ckpt"; echo saved >"$start.end"'
+        save = f'mkdir -p "{checkpoints}/step-{step:08d}.ckpt"; {SAVE}'
         assert job.start(save).requeued
-    assert job.start('echo "6 9 2.5 100 0" >"$start.step"; exit 137').requeued
-    assert job.start('echo "7 9 2.5 100 0" >"$start.step"; exit 137').requeued
-    ended = job.start("touch WAS_STARTED")
+    ended = job.start(AT_STEP.format(6), AT_STEP.format(7), AT_STEP.format(8))
     assert ended.code == 70
     assert "has come back 1 times, the site profile's max_restarts, without a new checkpoint (step 5)" in ended.said
 
 
 def test_processes_that_did_not_meet_are_tried_again(job):
     ended = job.start('echo "lost n2: no sign of rank 1 after 20 s." >"$start.end"; exit 69')
-    assert (ended.code, ended.requeued) == (75, True)
+    assert (ended.code, job.starts) == (75, [1, 2])
     assert (job.run / "starts/00001.crash").read_text() == "never n2\n"
     assert not (job.run / "STOPPED").exists()
 
 
-def sinfo(job: Job, *nodes: str) -> None:
-    """A partition of these nodes, of which none is left out yet."""
-    job._tool("sinfo", f"printf '%s\\n' {' '.join(nodes)}")
-    (job.tools / "scontrol").write_text(f"""#!/bin/bash
-case $1,$2 in
-show,hostnames) tr , '\\n' <<<"$3" ;;
-show,job) echo "JobId=7 ReqNodeList=(null) ExcNodeList=(null) NumNodes=2" ;;
-*) echo "$*" >>"{job.log}" ;;
-esac
-""")
-
-
-KILLED = """echo 'srun: error: n2: task 1: Killed' >&2
-echo 'srun: launch/slurm: _step_signal: Terminating StepId=7.0' >&2
-echo 'srun: error: n1: task 0: Killed' >&2
-echo "{} 20 2.5 100 0" >"$start.step"; exit 137"""
-
-
-def test_a_node_that_is_to_blame_twice_in_a_row_is_left_out(job, tmp_path):
-    sinfo(job, "n1", "n2", "n3")
-    log = tmp_path / "job.log"
-    assert job.start(KILLED.format(0), log=log).requeued
+def test_a_node_that_is_to_blame_twice_in_a_row_is_left_out(job):
+    job.partition("n1", "n2", "n3")
+    ended = job.start(KILLED.format(0), KILLED.format(0))
+    assert ended.requeued
+    assert job.starts == [1, 2]
     assert (job.run / "starts/00001.end").read_text() == "lost n2: task 1: Killed\n"
-    assert "ExcNodeList" not in job.log.read_text()
-    assert job.start(KILLED.format(0), log=log).requeued
     assert "update JobId=7 ExcNodeList=n2" in job.log.read_text()
     # On another node it is the training's own fault.
-    assert job.start(KILLED.replace("n2", "n3").format(0), log=log).code == 70
+    assert job.start(KILLED.replace("n2", "n3").format(0)).code == 70
     assert "has crashed 3 times after step 0" in (job.run / "STOPPED").read_text()
     assert "The last time: n3: task 1: Killed" in (job.run / "STOPPED").read_text()
 
 
-def test_where_no_node_is_left_the_one_to_blame_is_named(job, tmp_path):
-    sinfo(job, "n1", "n2")
-    job.start(KILLED.format(4), log=tmp_path / "job.log")
-    assert job.start(KILLED.format(4), log=tmp_path / "job.log").code == 70
-    assert "ExcNodeList" not in job.log.read_text()
+def test_a_spare_takes_the_place_of_a_node_whose_ranks_die_before_their_first_step(tmp_path):
+    """At once; after a first step only of one that is to blame twice."""
+    job = Job(tmp_path, spares=2)
+    (job.run / "checkpoints/step-00000040.ckpt").mkdir(parents=True)
+    killed_again = KILLED.replace("n2", "n3")
+    ended = job.start(KILLED.format(40), killed_again.format(41), killed_again.format(42))
+    assert (ended.code, job.starts) == (75, [1, 2, 3, 4])
+    chosen = [(a.split("--nodelist=")[1].split()[0] if "--nodelist" in a else "") for a in job.arguments]
+    assert chosen == ["", "n1,n3", "n1,n3", "n1,n4"]
+    assert "update JobId=7 ExcNodeList" not in job.log.read_text()  # nothing else is there, as far as SLURM knows
+
+
+def test_what_dies_before_its_first_step_on_every_node_is_the_trainings_own_fault(tmp_path):
+    job = Job(tmp_path, spares=4)
+    ended = job.start(*[KILLED.replace("n2", node).format(0) for node in ("n2", "n3", "n4", "n5", "n6")])
+    assert (ended.code, job.starts) == (70, [1, 2, 3, 4, 5])
+    assert "has crashed 5 times after step 0" in (job.run / "STOPPED").read_text()
+
+
+NODE_LOST = """echo 'srun: error: Node failure on n2' >&2
+echo 'srun: error: n1: task 0: Killed' >&2
+echo 'srun: launch/slurm: _step_signal: Terminating StepId=7.0' >&2
+echo "9 20 2.5 100 0" >"$start.step"; exit 137"""
+
+
+def test_a_spare_takes_the_place_of_a_node_that_slurm_has_lost(tmp_path):
+    job = Job(tmp_path, spares=1)
+    ended = job.start(NODE_LOST)
+    assert (ended.code, job.starts) == (75, [1, 2])
+    assert "--nodelist=n1,n3 " in job.arguments[1]
+    assert (job.run / "starts/00001.end").read_text() == "lost n2: SLURM has lost it.\n"
+    assert not (job.run / "starts/00001.crash").exists()  # it says nothing of the step
+
+
+def test_a_node_on_which_nothing_starts_any_more_is_left_out(tmp_path):
+    """SLURM notices after minutes; and its srun would wait for the tasks there."""
+    job = Job(tmp_path, spares=1)
+    job.dead.write_text("n2")
+    ended = job.start('echo "crashed rank 0 on n1 lost its peer." >"$start.end"; exec /bin/sleep 25')
+    assert (ended.code, job.starts) == (75, [1, 2])
+    assert "--nodelist=n1,n3 " in job.arguments[1]
+    words = "lost n2: SLURM can start nothing there any more. rank 0 on n1 lost its peer.\n"
+    assert (job.run / "starts/00001.end").read_text() == words
+
+
+def test_without_spares_a_job_goes_on_with_fewer_nodes_or_through_the_queue(tmp_path):
+    (tmp_path / "fewer").mkdir()
+    job = Job(tmp_path / "fewer", min_nodes=1)
+    ended = job.start(NODE_LOST)
+    assert (ended.code, job.starts) == (75, [1, 2])
+    assert "--nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist=n1 " in job.arguments[1]
+    assert "trainer.nodes=1 trainer.devices=1 trainer.accumulate=2" in job.arguments[1]
+    (tmp_path / "all").mkdir()
+    job = Job(tmp_path / "all")
+    ended = job.start(NODE_LOST)
+    assert (ended.requeued, job.starts) == (True, [1])
+
+
+def test_where_no_node_is_left_the_one_to_blame_is_named(job):
+    job.partition("n1", "n2")
+    assert job.start(KILLED.format(4), KILLED.format(4)).code == 70
+    assert not job.log.exists()
     stopped = (job.run / "STOPPED").read_text()
     assert "crashed twice after step 4" in stopped
     assert "Twice because of n2: have it looked at, and leave it out (exclude in the site's profile)." in stopped
 
 
 def test_a_reason_that_names_all_nodes_blames_none(job):
-    lost = 'echo "lost n1, n2: they met, but a collective did not end." >"$start.end"; exit 69'
-    assert job.start(lost).requeued
+    job.start('echo "lost n1, n2: they met, but a collective did not end." >"$start.end"; exit 69')
+    assert job.starts == [1, 2]
     assert (job.run / "starts/00001.crash").read_text() == "never \n"
 
 
 def test_tasks_get_the_environment_of_the_script(job):
     """`sbatch --export=NONE` has srun give its tasks nothing of it."""
-    job.start("exit 1", SLURM_EXPORT_ENV="NONE")
-    assert " --export=ALL " in job.arguments
+    job.start(SAVE, SLURM_EXPORT_ENV="NONE")
+    assert " --export=ALL " in job.arguments[0]
 
 
 def test_a_job_of_a_chain_leaves_the_rest_to_the_next(tmp_path):
     job = Job(tmp_path, comes_back=False)
-    ended = job.start('echo saved >"$start.end"')
-    assert (ended.code, ended.requeued) == (75, False)
+    ended = job.start(AT_STEP.format(3), SAVE)
+    assert (ended.code, ended.requeued, job.starts) == (75, False, [1, 2])
     assert "the chain's next job" in ended.said
 
 
 @pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "NODE_FAIL", "PREEMPTED"])
 def test_a_job_that_slurm_is_ending_is_left_to_it(job, state):
     ended = job.start('echo "9 20 2.5 100 0" >"$start.step"; exit 143', STATE=state)
-    assert (ended.code, ended.requeued) == (75, False)
+    assert (ended.code, ended.requeued, job.starts) == (75, False, [1])
     assert not list((job.run / "starts").glob("*.crash"))  # no fault of the training's
 
 
-def test_a_job_that_is_cancelled_while_it_waits_to_come_back_does_not(tmp_path):
-    job = Job(tmp_path)
-    (job.tools / "squeue").write_text(f"""#!/bin/bash
-if [ -e "{job.tools}/asked" ]; then echo CANCELLED; else touch "{job.tools}/asked"; echo RUNNING; fi
-""")
-    ended = job.start('echo saved >"$start.end"')
+def test_a_job_that_is_cancelled_while_it_waits_to_come_back_does_not(job):
+    job._tool(
+        "squeue",
+        f"""case "$*" in *%e*) exit ;; esac
+if [ -e "{job.tools}/asked" ]; then echo CANCELLED; else touch "{job.tools}/asked"; echo RUNNING; fi""",
+    )
+    ended = job.start(SAVE)
     assert (ended.code, ended.requeued) == (75, False)
 
 
-def test_sigterm_with_time_to_save_is_a_signal_like_the_other(job):
-    """As preemption with a time of grace sends it: a job that just ended would not come back."""
-    waits = """trap 'echo saved >"$start.end"; exit 0' USR1; kill -TERM $PPID; for _ in {1..900}; do sleep 0.05; done"""
-    ended = job.start(waits)
+def unanswered(job: Job, times: int, until: str = "2099-01-01T00:00:00") -> None:
+    """SLURM's controller is away for so many questions once the training has ended."""
+    job._tool(
+        "squeue",
+        f"""case "$*" in *%e*) echo {until}; exit ;; esac
+echo >>"{job.tools}/asked"
+if [ "$(wc -l <"{job.tools}/asked")" -le {times} ]; then
+    echo "slurm_load_jobs error: Unable to contact slurm controller (connect failure)" >&2; exit 1
+fi
+echo RUNNING""",
+    )
+
+
+@pytest.mark.parametrize("does", [SAVE, AT_STEP.format(3)])
+def test_a_controller_that_is_away_is_waited_for(job, does):
+    unanswered(job, 12)
+    ended = job.start(does)
     assert (ended.code, ended.requeued) == (75, True)
-    assert "TERM: the training is asked to save" in ended.said
+    sentence = "SLURM does not answer (slurm_load_jobs error: Unable to contact slurm controller (connect failure)): "
+    assert ended.said.count(f"{sentence}it is asked again until it does, or until the job's time limit") == 1
+    assert ended.said.count("slept 15") == 12
+    assert "SLURM answers again" in ended.said
+
+
+def test_a_controller_that_is_away_is_not_waited_for_beyond_the_time_limit(job):
+    unanswered(job, 50, until="2020-01-01T00:00:00")
+    ended = job.start(SAVE)
+    assert (ended.code, ended.requeued) == (75, False)
+    assert "SLURM has not answered until the job's time limit: go on with `longseq submit`" in ended.said
+
+
+def test_a_job_that_slurm_has_forgotten_says_so(job):
+    job._tool("squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    ended = job.start(SAVE)
+    assert (ended.code, ended.requeued) == (75, False)
+    assert "SLURM does not know this job any more: go on with `longseq submit`" in ended.said
+
+
+def test_a_refused_return_is_tried_ten_times(job):
+    job._tool("scontrol", "echo 'Requested operation is presently disabled for job 7' >&2; exit 1")
+    ended = job.start(SAVE)
+    assert (ended.code, ended.said.count("presently disabled")) == (75, 10)
+    assert "cannot come back, SLURM says why above: go on with `longseq submit`" in ended.said
+
+
+ASKED = (
+    """trap 'echo saved >"$start.end"; exit 0' USR1; kill -{} $PPID; for _ in {{1..900}}; do /bin/sleep 0.05; done"""
+)
+
+
+@pytest.mark.parametrize("signal", ["TERM", "USR1"])
+def test_a_signal_reaches_the_training_and_what_it_says_then_counts(job, signal):
+    """SIGTERM is preemption's, with a time of grace: a job that just ended would not come back."""
+    ended = job.start(ASKED.format(signal))
+    assert (ended.code, ended.requeued) == (75, True)
+    assert f"{signal}: the training is asked to save" in ended.said
+
+
+def test_what_crashes_once_it_was_asked_to_leave_comes_back_by_the_queue(job):
+    crash = ASKED.format("USR1").replace('echo saved >"$start.end"; exit 0', AT_STEP.format(3))
+    ended = job.start(crash)
+    assert (ended.code, ended.requeued, job.starts) == (75, True, [1])
 
 
 def test_a_start_that_was_overtaken_touches_nothing(job):
@@ -280,17 +512,13 @@ def test_a_start_that_was_overtaken_touches_nothing(job):
     assert not (job.run / "STOPPED").exists()
 
 
-def test_a_signal_reaches_the_training_and_what_it_says_then_counts(job):
-    waits = """trap 'echo saved >"$start.end"; exit 0' USR1; kill -USR1 $PPID; for _ in {1..900}; do sleep 0.05; done"""
-    ended = job.start(waits)
-    assert (ended.code, ended.requeued) == (75, True)
-    assert "USR1: the training is asked to save" in ended.said
-
-
-def test_nodes_and_batches_are_those_of_the_nodes_that_came(job):
-    job.start("exit 1", nodes=2)
-    assert "--nodes=2 --ntasks=2 " in job.arguments
-    assert "trainer.nodes=2 trainer.devices=1 trainer.accumulate=1" in job.arguments
-    job.start("exit 1", nodes=1)
-    assert "--nodes=1 --ntasks=1 " in job.arguments
-    assert "trainer.nodes=1 trainer.devices=1 trainer.accumulate=2" in job.arguments
+def test_nodes_and_batches_are_those_of_the_nodes_that_came(tmp_path):
+    job = Job(tmp_path, min_nodes=1)
+    job.start(SAVE)
+    assert "--nodes=2 --ntasks=2 " in job.arguments[0]
+    assert "trainer.nodes=2 trainer.devices=1 trainer.accumulate=1" in job.arguments[0]
+    job.nodes = 1
+    job.partition()
+    job.start(SAVE)
+    assert "--nodes=1 --ntasks=1 " in job.arguments[1]
+    assert "trainer.nodes=1 trainer.devices=1 trainer.accumulate=2" in job.arguments[1]

@@ -12,6 +12,7 @@ import pytest
 
 from longseq.cli import main
 from longseq.config.loading import load_config
+from longseq.launch.slurm.state import record_job
 from longseq.runs.run import Run
 
 LETTERS = {"é": 2, "→": 3, "𝛚": 4}
@@ -54,3 +55,23 @@ def test_a_letter_that_is_half_written_is_waited_for(run):
     rest, _ = follower.communicate(timeout=120)
     assert rest == "→\n".encode()
     assert follower.returncode == 0
+
+
+def test_the_last_words_of_a_jobs_script_are_waited_for(run, capsys, monkeypatch, tmp_path):
+    """The training has written FINISHED; the script says so later, here when it is asked for the second time."""
+    log, asked = run.slurm_dir / "job-7.log", tmp_path / "asked"
+    log.write_text("step 4/4\n")
+    record_job(run, "7", "submit")
+    (run.path / "FINISHED").write_text("4\n")
+    squeue = tmp_path / "squeue"
+    squeue.write_text(
+        f"""#!/bin/bash
+echo >>"{asked}"
+if [ "$(wc -l <"{asked}")" = 1 ]; then state=RUNNING; else state=COMPLETED; echo "finished: it" >>"{log}"; fi
+echo "7|$state|None|1:00|n1|now|me|7|"
+"""
+    )
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert main(["logs", "-f", str(run.path)]) == 0
+    assert capsys.readouterr().out == "step 4/4\nfinished: it\n"

@@ -60,7 +60,7 @@ def a_config(samples: int = 32, **trainer: object) -> Config:
 def scripts(site: Site = CLUSTER) -> dict[str, str]:
     """One of each template."""
     config, one = a_config(), Request(1, 1, gpus=False)
-    many = Request(4, 8, gpus=True, min_nodes=2, dependency="afterok:12", code="3f2a9c01b7d4")
+    many = Request(4, 8, gpus=True, min_nodes=2, spares=1, dependency="afterok:12", code="3f2a9c01b7d4")
     pyxis = replace(site, container="pyxis", container_image="/i/longseq.sqsh", container_mounts=["/data", "/a:/b"])
     apptainer = replace(site, container="apptainer", container_image="/i/longseq.sif", container_mounts=["/data"])
     sweep = [RUN.with_name(f"sweep-{number}") for number in range(3)]
@@ -201,6 +201,28 @@ def test_fewer_nodes_do_the_same_step_in_more_batches():
     assert found == {4: Layout(4, 1), 3: Layout(2, 2), 2: Layout(2, 2), 1: Layout(1, 4)}
     for layout in found.values():
         assert layout.nodes * 4 * layout.accumulate * 2 == 32
+
+
+def head(request: Request, site: Site) -> list[str]:
+    words = ("nodes", "ntasks", "cpus", "no-kill")
+    lines = (line.removeprefix("#SBATCH --") for line in train_script(RUN, a_config(), site, request).splitlines())
+    return [line for line in lines if line.startswith(words)]
+
+
+def test_spares_are_asked_for_where_there_are_any():
+    four = Site(cpus_per_task=4)
+    assert head(Request(2, 2, False), four) == ["nodes=2", "ntasks-per-node=2", "cpus-per-task=4"]
+    asked = head(Request(2, 2, False, spares=1), four)
+    assert asked == ["nodes=2-3", "ntasks-per-node=2", "cpus-per-task=4", "no-kill"]
+
+
+def test_a_range_of_nodes_is_not_cut_by_a_count_of_tasks():
+    """SLURM gives no more nodes than --ntasks-per-node times the fewest."""
+    asked = head(Request(2, 2, False, min_nodes=1, spares=1), Site(cpus_per_task=4))
+    assert asked == ["nodes=1-3", "cpus-per-task=8", "no-kill"]
+    request = Request(2, 1, False, spares=1)
+    assert head(request, Site()) == ["nodes=2-3", "cpus-per-task=1", "no-kill"]
+    assert " --cpus-per-task=1 " in train_script(RUN, a_config(), Site(), request)
 
 
 def test_fewer_nodes_keep_groups_whole():

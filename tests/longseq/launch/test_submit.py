@@ -170,6 +170,7 @@ def test_a_job_that_squeue_does_not_know_is_not_believed(place, monkeypatch):
     [
         (["small.yaml", "--nodes=3"], "4 sequences, which 3 processes (trainer.nodes × trainer.devices)"),
         (["small.yaml", "--nodes=2", "--min-nodes=3"], "--min-nodes=3 is more than --nodes=2"),
+        (["small.yaml", "--job=prepare", "--spares=1"], "--spares=1: only a training has spares; leave it out with"),
         (["small.yaml", "data.train=none.fasta"], "none.fasta"),
         (["small.yaml", "run.name=a;rm -rf ~"], "a run is named with letters"),
         (["small.yaml", "run.name=a\nb"], "a run is named with letters"),

@@ -44,8 +44,11 @@ class Place:
     port: int  # that rank 0 tries first
 
     @staticmethod
-    def of_slurm(environment: Mapping[str, str]) -> Place:
-        """From what srun tells its tasks. The port is a function of job and restart: those that linger have another."""
+    def of_slurm(environment: Mapping[str, str], address: str = "") -> Place:
+        """From what srun tells its tasks. The port is a function of job and restart: those that linger have another.
+
+        address: of rank 0's node, where the batch script is on another one.
+        """
         job, restart = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_RESTART_COUNT", 0))
         nodes = tuple(host_names(environment["SLURM_STEP_NODELIST"]))
         return Place(
@@ -53,8 +56,8 @@ class Place:
             local_rank=int(environment["SLURM_LOCALID"]),
             world=int(environment.get("SLURM_STEP_NUM_TASKS") or environment["SLURM_NTASKS"]),
             nodes=nodes,
-            # Of the batch script's node, which is that of rank 0; by number, where names do not resolve.
-            address=environment.get("SLURM_LAUNCH_NODE_IPADDR") or nodes[0],
+            # Of the batch script's node, which is mostly that of rank 0; by number, where names do not resolve.
+            address=address or environment.get("SLURM_LAUNCH_NODE_IPADDR") or nodes[0],
             port=_FIRST_PORT + (job * 101 + restart * 7) % _PORTS,
         )
 

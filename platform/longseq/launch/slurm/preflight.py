@@ -196,19 +196,22 @@ def _verdict(store: TCPStore, place: Place, limits: Limits) -> tuple[str, str]:
             "(preflight_seconds)."
         )
     hellos = {rank: json.loads(store.get(f"hello/{rank}")) for rank in range(place.world)}
-    problems = {f"{place.node_of(rank)}: {hello[1]}": None for rank, hello in hellos.items() if hello[1]}
+    problems = {(place.node_of(rank), hello[1]): None for rank, hello in hellos.items() if hello[1]}
     holders: dict[tuple[str, str], list[int]] = {}
     for rank, (_, _, _, gpu) in hellos.items():
         if gpu:
             holders.setdefault((place.node_of(rank), gpu), []).append(rank)
     for (node, gpu), ranks in holders.items():
         if len(ranks) > 1:
-            problems[
-                f"{node}: rank {', '.join(map(str, ranks))} have the same GPU ({gpu}): let each task see all GPUs "
+            words = (
+                f"rank {', '.join(map(str, ranks))} have the same GPU ({gpu}): let each task see all GPUs "
                 "of its node (srun: [--gpu-bind=none] in the site's profile), or exactly one of its own "
                 "(--gpus-per-task=1)."
-            ] = None
-    return "unfit", " ".join(problems)
+            )
+            problems[node, words] = None
+    nodes = ", ".join(dict.fromkeys(node for node, _ in problems))
+    first = f"{nodes}: unfit. " if "," in nodes else ""  # the job's script goes by what the sentence begins with
+    return "unfit", first + " ".join(f"{node}: {problem}" for node, problem in problems)
 
 
 def _check_clocks(place: Place, limits: Limits) -> float:

@@ -41,10 +41,26 @@ class Request:
     devices: int  # tasks of a node
     gpus: bool  # a GPU for every task
     min_nodes: int | None = None  # goes on with fewer nodes when no more come back
+    spares: int = 0  # more nodes, where there are any, that take the place of those that are lost
     dependency: str | None = None
     comes_back: bool = True  # by itself; a chain has its next job instead
     at_once: int | None = None  # of an array
     code: str = ""  # the snapshot in the run's folder that it runs, see runs.code; without one what is installed
+
+    @property
+    def least(self) -> int:
+        """Nodes without which it does not start."""
+        return self.nodes if self.min_nodes is None else self.min_nodes
+
+    @property
+    def most(self) -> int:
+        return self.nodes + self.spares
+
+    @property
+    def wide(self) -> bool:
+        """SLURM gives no more nodes than tasks, which it counts for the fewest nodes: where those would be too few, a
+        node is one task to it, with the cores of all of its processes."""
+        return self.least * self.devices < self.most
 
 
 @dataclass(frozen=True)
@@ -133,14 +149,14 @@ def _directives(site: Site, request: Request, name: str, log: Path, *, waits: bo
     """The head of a script. ``waits``: for a signal ahead of its end, to save and come back."""
     if "%" in str(log.parent).replace("-%a", ""):
         raise ConfigError(f"{log.parent}: sbatch would replace the %: set run.dir to a path without one.")
-    fewer = request.min_nodes is not None and request.min_nodes != request.nodes
+    outlives = request.least != request.most
     lines = [
         directive("job-name", name),
-        directive("nodes", f"{request.min_nodes}-{request.nodes}" if fewer else request.nodes),
-        directive("ntasks-per-node", request.devices),
+        directive("nodes", f"{request.least}-{request.most}" if outlives else request.nodes),
+        *([] if request.wide else [directive("ntasks-per-node", request.devices)]),
     ]
     wanted: dict[str, object] = {
-        "cpus-per-task": site.cpus_per_task,
+        "cpus-per-task": request.devices * (site.cpus_per_task or 1) if request.wide else site.cpus_per_task,
         "mem": site.memory,
         "partition": site.partition,
         "account": site.account,
@@ -161,6 +177,7 @@ def _directives(site: Site, request: Request, name: str, log: Path, *, waits: bo
     lines += [directive("output", log), directive("open-mode", "append")]
     comes_back = site.requeue and request.comes_back
     lines += [directive("requeue" if comes_back else "no-requeue")]
+    lines += [directive("no-kill")] if waits and outlives else []  # by the loss of a node
     lines += [directive("signal", f"B:USR1@{site.signal_seconds}")] if waits else []
     for argument in site.sbatch:
         option, equals, value = argument.removeprefix("--").partition("=")
@@ -173,16 +190,21 @@ def _directives(site: Site, request: Request, name: str, log: Path, *, waits: bo
 def _training(config: Config, site: Site, request: Request, runs: Sequence[Path]) -> dict[str, object]:
     if request.code and any(":" in str(run) for run in runs):
         raise ConfigError(f"{runs[0]}: the path of a run's code cannot hold a ':': choose another run.dir.")
-    least = request.nodes if request.min_nodes is None else request.min_nodes
+    requeue = site.requeue and request.comes_back
     limits = {"seconds": site.preflight_seconds, "disk-gib": site.preflight_disk_gib}
     limits |= {"clock-seconds": site.preflight_clock_seconds, "gb-a-second": site.preflight_gb_a_second}
     limits |= {} if site.hang_seconds is None else {"hang-seconds": site.hang_seconds}
     return {
-        "layouts": list(layouts(config, request.nodes, least, request.devices).items()),
+        "layouts": list(layouts(config, request.nodes, request.least, request.devices).items()),
+        "nodes": request.nodes,
+        "least": request.least,
+        "outlives": request.least != request.most,
+        "ends_it": Shell("scontrol requeue" if requeue else "scancel"),
+        "ends_it_words": Shell("it comes back by the queue" if requeue else "the next job of the chain goes on"),
         "devices": request.devices,
         "max_restarts": site.max_restarts,
         "pause_seconds": site.pause_seconds,
-        "requeue": site.requeue and request.comes_back,
+        "requeue": requeue,
         "code": request.code if site.container == "none" else "",  # an image does not change
         "peer_lost": PEER_LOST,
         # A GPU that was asked for and cannot be seen is no reason to train on a CPU.
@@ -205,7 +227,8 @@ def _environment(site: Site) -> dict[str, object]:
 def _command(site: Site, request: Request, runs: Sequence[Path]) -> dict[str, object]:
     """Arguments of srun, and what stands before ``-m module``: an interpreter, here or in a container."""
     # srun does not take over --cpus-per-task of the job.
-    srun = ["--input=none", *([f"--cpus-per-task={site.cpus_per_task}"] if site.cpus_per_task else []), *site.srun]
+    cpus = site.cpus_per_task or (1 if request.wide else None)
+    srun = ["--input=none", *([f"--cpus-per-task={cpus}"] if cpus else []), *site.srun]
     mounts = list(dict.fromkeys([*site.container_mounts, *(str(run.parent) for run in runs)]))
     command = [sys.executable]
     if site.container == "pyxis":

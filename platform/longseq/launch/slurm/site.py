@@ -46,9 +46,9 @@ class Site:
     scratch: str | None = key(None, "fast local folder of every node, for temporary files")
     signal_seconds: int = key(180, "how long before the time limit a run saves and comes back", at_least=10)
     requeue: bool = key(True, "the job comes back by itself after time limits, preemption, crashes and lost nodes")
-    max_restarts: int = key(100, "how often a job comes back at most without a new checkpoint", at_least=0)
+    max_restarts: int = key(100, "how often a job starts again at most without a new checkpoint", at_least=0)
     pause_seconds: int = key(
-        30, "longer each time, before a job comes back that failed before its first step", at_least=0
+        30, "longer each time, before the next start of a job that failed before its first step", at_least=0
     )
     preflight_seconds: int = key(300, "how long all processes of a start may take to meet", at_least=1)
     preflight_disk_gib: float = key(1.0, "free space that a node's temporary folder must have", at_least=0)

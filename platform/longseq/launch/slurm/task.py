@@ -35,7 +35,9 @@ from longseq_data.cores import cores
 
 _FINISHED = "finished"
 _MOST_LETTERS = 400  # of an error that is shown next to a job
-_CAUSE_SECONDS = 2.0  # for SLURM to say which process has died, before the others end that only lost it
+# For SLURM to say which process has died, before the others say that they lost it, and before they end: srun takes the
+# first that ends for the cause, and ends the others with a signal.
+_CAUSE_SECONDS, _LAST_SECONDS = 2.0, 10.0
 
 
 def main() -> int:
@@ -44,10 +46,11 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("run", type=Path)
     parser.add_argument("--start", type=int, required=True)
+    parser.add_argument("--address", default="", help="of rank 0's node, where that is not the job script's")
     parser.add_argument("overrides", nargs="*")
     Limits.add_arguments(parser)
     args = parser.parse_intermixed_args()
-    place = Place.of_slurm(dict(os.environ))
+    place = Place.of_slurm(dict(os.environ), args.address)
     run = Run(args.run, args.start)
     _redirect(run, place.rank)
     _environment(place)
@@ -78,9 +81,11 @@ def main() -> int:
     if code == EXIT_CRASHED and "CUDA error" in str(sentence):
         verdicts[code] = f"lost {place.node}: rank {place.rank}: {sentence}"
     if code == PEER_LOST:
-        time.sleep(_CAUSE_SECONDS)
+        _wait_for_signal(stop, _CAUSE_SECONDS)
     if code in verdicts:
         starts.note_end(run.starts_dir, run.start, verdicts[code])
+    if code in (PEER_LOST, EXIT_CRASHED) and place.world > 1:  # a library's error may be a lost peer, too
+        _wait_for_signal(stop, _LAST_SECONDS if code == PEER_LOST else _CAUSE_SECONDS)
     if place.rank == 0 and code in (0, EXIT_GO_ON):
         starts.note_end(run.starts_dir, run.start, "saved" if code else _FINISHED)
     return 0 if code == EXIT_GO_ON else code
@@ -212,6 +217,13 @@ def _environment(place: Place) -> None:
         # DeepSpeed builds some of its operators with ninja, which pip puts next to the interpreter.
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath))),
     }
+
+
+def _wait_for_signal(stop: StopFlag, seconds: float) -> None:
+    """Until srun ends this process, which has found another one's end, or so many seconds have passed."""
+    deadline = time.monotonic() + seconds
+    while not stop.requested and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _say(sentence: str, kind: str = "error") -> None:

@@ -85,6 +85,8 @@ def _environment() -> Environment:
         loader=FileSystemLoader(folder()),
         undefined=StrictUndefined,
         finalize=finalize,
+        comment_start_string="<#",  # "{#" is the shell's: ${#list[@]}
+        comment_end_string="#>",
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
