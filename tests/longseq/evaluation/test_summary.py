@@ -29,7 +29,9 @@ def tally(number: list[int], seed: int = 0, vocabulary: int = 5) -> Tally:
     bins = np.zeros(BINS, np.int64)
     bins[3] = bins[7] = len(number)
     tokens = np.full(vocabulary, len(number), np.int64)
-    return Tally(*ints[:3], loss, *ints[3:], confidence, bins, bins, tokens, tokens, tokens, np.zeros(3, np.int64))
+    by_depth = np.stack([loss / 3, 2 * loss / 3], 1)
+    rest = (bins, bins, tokens, tokens, tokens, np.zeros(3, np.int64))
+    return Tally(*ints[:3], loss, *ints[3:], confidence, by_depth, (9 * by_depth).astype(np.int64), *rest)
 
 
 def test_counts_put_together_are_the_same_to_the_last_bit_however_they_were_shared_out():
