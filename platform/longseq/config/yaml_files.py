@@ -32,7 +32,7 @@ def read_yaml(path: Path, kinds: Kinds) -> tuple[dict[str, Any], dict[str, int]]
     """
     try:
         text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, _LOADER)
+        node = _nodes(text)
         plain = OmegaConf.to_container(OmegaConf.create(text)) if node is not None else {}
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; `longseq configs` lists those that come with longseq.") from None
@@ -48,6 +48,13 @@ def read_yaml(path: Path, kinds: Kinds) -> tuple[dict[str, Any], dict[str, int]]
     if not isinstance(plain, dict):
         raise ConfigError(f"{path}: a configuration is a mapping of sections, this is a {type(plain).__name__}.")
     return _values(path, node, plain, kinds, ()), dict(_lines(node))
+
+
+def _nodes(text: str) -> yaml.Node | None:
+    try:
+        return yaml.compose(text, _LOADER)
+    except yaml.YAMLError:
+        return yaml.compose(text)  # Python's says where the mistake is, libyaml's where it cannot go on
 
 
 def _values(path: Path, node: yaml.Node | None, plain: Any, kinds: Kinds, names: tuple[str, ...]) -> Any:
