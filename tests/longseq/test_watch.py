@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pty
@@ -196,6 +197,30 @@ def test_looking_changes_nothing(viewer, running):
         viewer.look()
     assert viewer.page()[1:3] == other.page()[1:3]
     assert {path: path.stat().st_mtime_ns for path in running.path.rglob("*")} == before
+
+
+def test_a_file_system_that_is_away_is_said_and_waited_for(viewer, running, monkeypatch):
+    before = viewer.page()
+    starts.note_progress(running.starts_dir, 1, replace(STEP, step=60))
+    read = starts.read_progress
+
+    def stale(*_: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(starts, "read_progress", stale)
+    for ago in (0, watch._THOROUGH_SECONDS):  # a quick look, and a thorough one
+        viewer._asked -= ago
+        viewer.look()
+        first, *rest = viewer.page()
+        assert re.fullmatch(r"warning   Stale file handle; all this is as of \d+ s ago", first)
+        assert rest[:2] == before[:2]
+        assert rest[2].startswith("step      40 of 100, ")  # as before
+    monkeypatch.setattr(starts, "read_progress", read)
+    viewer.look()
+    assert viewer.page()[2].startswith("step      60 of 100, ")
+    monkeypatch.setattr(starts, "read_progress", stale)
+    with pytest.raises(OSError, match="Stale"):
+        Viewer(running).look()
 
 
 def test_slurm_is_asked_once_and_not_at_every_look(running, tmp_path, monkeypatch, noted):

@@ -21,10 +21,12 @@ from pathlib import Path
 from longseq.commands.jobs import known
 from longseq.commands.logs import log_of
 from longseq.commands.status import ago, ended, head, history, in_short, kept
+from longseq.errors import RunError
 from longseq.launch.slurm.state import State, state_of
 from longseq.runs import starts
 from longseq.runs.curves import LiveCurves
 from longseq.runs.run import Run
+from longseq_data.os_errors import said
 
 _THOROUGH_SECONDS = 30.0  # between looks that list folders and ask SLURM
 _TAIL = 1 << 14  # bytes of the log in which the last messages are looked for
@@ -67,17 +69,28 @@ class Viewer:
         self.messages: list[str] = []
         self._asked = -_THOROUGH_SECONDS
         self._size = -1  # of the log, as far as it was read
+        self.trouble, self.looked = "", 0.0
 
     def look(self) -> None:
-        """Read what is new."""
-        if time.monotonic() - self._asked >= _THOROUGH_SECONDS or self._ends() != self.ends:
-            self._asked = time.monotonic()
-            self._look_thoroughly()
-        else:
-            self.curves.look()
-            progress = starts.read_progress(self.run.starts_dir, self.start) or self.state.progress
-            self.state = dataclasses.replace(self.state, progress=progress)
-        self._read_messages()
+        """Read what is new. What cannot be read is a line of the page, but at the first look.
+
+        Raises:
+            OSError, RunError: at the first one.
+        """
+        try:
+            if time.monotonic() - self._asked >= _THOROUGH_SECONDS or self._ends() != self.ends:
+                self._look_thoroughly()
+                self._asked = time.monotonic()
+            else:
+                self.curves.look()
+                progress = starts.read_progress(self.run.starts_dir, self.start) or self.state.progress
+                self.state = dataclasses.replace(self.state, progress=progress)
+            self._read_messages()
+            self.trouble, self.looked = "", time.time()
+        except (OSError, RunError) as error:  # of a file system that is away for a moment
+            if not self.looked:
+                raise
+            self.trouble = f"warning   {said(error)}; all this is as of {ago(self.looked)}"
 
     @property
     def over(self) -> bool:
@@ -86,7 +99,13 @@ class Viewer:
 
     def page(self) -> list[str]:
         """What is known, a line each, the most important ones first."""
-        lines = [*head(self.state), *self._time_left(), *self._losses(), *self._machines()]
+        lines = [
+            *filter(None, [self.trouble]),
+            *head(self.state),
+            *self._time_left(),
+            *self._losses(),
+            *self._machines(),
+        ]
         lines += [f"{self.kept}; the newest {ago(self.newest)}" if self.newest else self.kept, *self.history]
         if ended(self.state):
             lines.append(f"Go on with:    {self.run.resume_command}")
@@ -122,12 +141,12 @@ class Viewer:
 
     def _losses(self) -> list[str]:
         points = {split: self.curves.newest(f"{split}/loss") for split in ("train", "valid")}
-        said = [f"{split} {point.value:.4f} at step {point.step}" for split, point in points.items() if point]
+        words = [f"{split} {point.value:.4f} at step {point.step}" for split, point in points.items() if point]
         valid = self.curves.points.get("valid/loss", {}).values()
         if len(valid) > 1:
             best = min(valid, key=lambda point: point.value)
-            said.append(f"best valid {best.value:.4f} at step {best.step}")
-        return [f"loss      {', '.join(said)}"] if said else []
+            words.append(f"best valid {best.value:.4f} at step {best.step}")
+        return [f"loss      {', '.join(words)}"] if words else []
 
     def _machines(self) -> list[str]:
         trainer = self.config.trainer
@@ -142,18 +161,15 @@ class Viewer:
         return lines
 
     def _read_messages(self) -> None:
-        try:
-            if self.log is None or self.log.stat().st_size == self._size:
-                return
-            with self.log.open("rb") as file:
-                self._size = file.seek(0, 2)
-                file.seek(max(0, self._size - _TAIL))
-                text = file.read().decode("utf-8", errors="replace")
-        except OSError:  # of a file system that is away for a moment
+        if self.log is None or self.log.stat().st_size == self._size:
             return
+        with self.log.open("rb") as file:
+            self._size = file.seek(0, 2)
+            file.seek(max(0, self._size - _TAIL))
+            text = file.read().decode("utf-8", errors="replace")
         lines = text.split("\n")[1 if self._size > _TAIL else 0 :]  # the first one is cut
-        said = [line.rpartition("\r")[2].rstrip() for line in lines]
-        self.messages = [line for line in said if line and not _PROGRESS.match(line)][-_MESSAGES:]
+        shown = [line.rpartition("\r")[2].rstrip() for line in lines]
+        self.messages = [line for line in shown if line and not _PROGRESS.match(line)][-_MESSAGES:]
 
 
 def _draw(lines: list[str]) -> None:
