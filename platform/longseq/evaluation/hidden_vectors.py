@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 
 from longseq.evaluation.hidden_tiles import hidden_in_tiles
-from longseq.evaluation.padded import on_device, padded
 from longseq.evaluation.log_probabilities import refuse_what_is_not_finite
+from longseq.evaluation.padded import on_device, padded
 from longseq.evaluation.records import BATCH_TOKENS, Record, batches
 from longseq.models.performer import PerformerLM
 from longseq_data.vocabulary import Vocabulary

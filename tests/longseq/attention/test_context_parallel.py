@@ -47,7 +47,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
         for rank in range(WORLD)
     ]
     try:
-        errors = [worker.communicate(timeout=300)[1] for worker in workers]
+        errors = [worker.communicate(timeout=900)[1] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
