@@ -364,12 +364,13 @@ def keys_vjp(
                 d_log = tl.where(phi > EPSILON, d_phi, 0.0)
             w = load_tile(weight, f, f < m, d, D)
             gradient = product(operand(d_log, HALF), operand(w, HALF), gradient)
-        first = late(first, back, length, C)
-        from_ = at + first - delay
-        here = at + first + rows
-        real = rows < length - first
-        b = key_logs(key_scale + at, first, rows, delay, length)
-        keep = b != -INFINITY
+        if LOCAL:
+            first = late(first, back, length, C)
+            from_ = at + first - delay
+            here = at + first + rows
+            real = rows < length - first
+            b = key_logs(key_scale + at, first, rows, delay, length)
+            keep = b != -INFINITY
         if EXPONENTIAL:
             gradient -= (norm * row_sum)[:, None] * load_tile(k + from_ * d, rows, keep, d, D).to(tl.float32)
         d_value *= entering[:, None]
