@@ -74,12 +74,13 @@ def test_16_bit_operands_are_multiplied_by_wgmma_at_least_64_wide(rows):
 
 
 def test_nothing_is_spilled_at_head_dim_64_and_little_at_128(rows):
-    """By the window's kernels; what those of features spill is in ceilings.json."""
+    """What kernels of features spill elsewhere, and with everything given, is in ceilings.json."""
     for row in _half(rows):
-        if row.arch in (80, 90) and row.case.startswith("window"):
-            plain = "hidden" not in row.case
-            limit = 0 if " d64 " in row.case else 64 if plain else 128
-            assert row.spilled <= limit, row
+        narrow, plain = " d64 " in row.case, "hidden" not in row.case
+        if row.case.startswith("window") and row.arch in (80, 90):
+            assert row.spilled <= (0 if narrow else 64 if plain else 128), row
+        elif row.arch == 90 and plain and " m256 " in row.case:
+            assert row.spilled <= (0 if narrow else 72), row
 
 
 def test_the_scan_issues_no_more_instructions_than_a_quarter_of_the_peak_allows(rows):

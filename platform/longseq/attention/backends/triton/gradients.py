@@ -62,6 +62,10 @@ def add_up_queries(
         first = chunk * C
         real = rows < length - first
         here = at + first + rows
+        gauge = tl.load(q_gauge + here, mask=real, other=0.0)
+        tile = load_inputs(q + (at + first) * d, rows, real, d, HALF, D)
+        u_ = exponents(tile, q + (at + first) * d, rows, real, weight, shift, block, length, m, d, SHIFTED, HALF, F, D)
+        phi = operand(features(u_, gauge, f, m, EXPONENTIAL, F), HALF)
         # Rounded as for the products dout_iᵀv_j, from which dout_iᵀout_i is taken: most of both may cancel.
         grad = operand(load_tile(dout + (at + first) * e, rows, real, e, E), HALF)
         inverse = tl.load(inverse_den + here, mask=real, other=0.0)
@@ -80,10 +84,6 @@ def add_up_queries(
         reading, last = scaled_gradients(
             grad, inverse * carried, out + (at + first) * e, dlse + at + first, rows, real, e, DLSE, HALF, E
         )
-        gauge = tl.load(q_gauge + here, mask=real, other=0.0)
-        tile = load_inputs(q + (at + first) * d, rows, real, d, HALF, D)
-        u_ = exponents(tile, q + (at + first) * d, rows, real, weight, shift, block, length, m, d, SHIFTED, HALF, F, D)
-        phi = operand(features(u_, gauge, f, m, EXPONENTIAL, F), HALF)
         one += tl.sum(phi.to(tl.float32) * last[:, None], 0)
         state = product(tl.trans(reading), phi, state)
         if DECAY:
@@ -364,12 +364,13 @@ def keys_vjp(
                 d_log = tl.where(phi > EPSILON, d_phi, 0.0)
             w = load_tile(weight, f, f < m, d, D)
             gradient = product(operand(d_log, HALF), operand(w, HALF), gradient)
-        first = late(first, back, length, C)
-        from_ = at + first - delay
-        here = at + first + rows
-        real = rows < length - first
-        b = key_logs(key_scale + at, first, rows, delay, length)
-        keep = b != -INFINITY
+        if LOCAL:
+            first = late(first, back, length, C)
+            from_ = at + first - delay
+            here = at + first + rows
+            real = rows < length - first
+            b = key_logs(key_scale + at, first, rows, delay, length)
+            keep = b != -INFINITY
         if EXPONENTIAL:
             gradient -= (norm * row_sum)[:, None] * load_tile(k + from_ * d, rows, keep, d, D).to(tl.float32)
         d_value *= entering[:, None]

@@ -241,12 +241,15 @@ def attend(
                 num = product(queries, tl.trans(operand(state - read_state.to(tl.float32), HALF)), num)
             if LOCAL:
                 attention = product(queries, tl.trans(key_features), attention)
-        first = late(first, chunk, length, C)
-        real = rows < length - first
-        if LOCAL:
+        if LOCAL and (D > 64 or E > 64):
+            first = late(first, chunk, length, C)
+            real = rows < length - first
             from_ = at + first - delay
+        if LOCAL:
+            # Loaded again: it would be in registers all through the loop.
             b = key_logs(key_scale + at, first, rows, delay, length)
-            keep = b != -INFINITY
+            if D > 64 or E > 64:
+                keep = b != -INFINITY
             reads = state_reads(runs + at, first, rows, delay, length, RUNS)
             scale = row_scales(b, tl.where(reads, c, NOTHING), runs + at, first, rows, delay, length, RUNS)
             tl.store(row_scale + at + first + rows, scale, mask=real)
