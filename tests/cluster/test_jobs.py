@@ -24,7 +24,7 @@ def test_two_nodes_of_two_tasks_train_as_one_process_does(login: Login, here: Ca
     assert login.cluster.wait_for(job, *ENDED) == "COMPLETED", login.log(run)
     assert (run / "FINISHED").read_text() == "20\n"
 
-    followed, _ = follower.communicate(timeout=20)  # it ends by itself
+    followed, _ = follower.communicate(timeout=60)  # it ends by itself
     assert follower.returncode == 0
     for text in ("start 00001 of", "preflight 4 processes on node1, node2; gloo", "step 20/20", "finished: "):
         assert text in followed
