@@ -64,7 +64,7 @@ class Login:
         assert said.startswith("job "), said
         return job, self.folder / "runs" / name
 
-    def wait_for_step(self, run: Path, step: int, *, start: int = 1, timeout: float = 120) -> Progress:
+    def wait_for_step(self, run: Path, step: int, *, start: int = 1, timeout: float = 300) -> Progress:
         """Until a start from ``start`` on has made ``step`` steps."""
         deadline = time.monotonic() + timeout
         while True:

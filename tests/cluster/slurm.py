@@ -92,7 +92,7 @@ class Cluster:
     def state(self, job: str) -> str:
         return self.run("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
 
-    def wait_for(self, job: str, *states: str, timeout: float = 120) -> str:
+    def wait_for(self, job: str, *states: str, timeout: float = 300) -> str:
         """Until a job is in one of some states."""
         deadline = time.monotonic() + timeout
         while (state := self.state(job)) not in states:
