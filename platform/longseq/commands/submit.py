@@ -81,9 +81,7 @@ def run(args: argparse.Namespace) -> int:
     options = given(args, f"{names} dry_run test_only")
     command = shlex.join(["longseq", *sys.argv[1:]])
     members = _members(args.array or [])
-    done = submit(
-        args.target, args.overrides, array=members, command=command, **given(args, f"{names} dry_run test_only")
-    )
+    done = submit(args.target, args.overrides, array=members, command=command, **options)
     if args.dry_run:
         print(done.script, end="")
     elif args.test_only:
