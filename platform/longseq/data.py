@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from longseq.clusters import members_of_split, resolve_clusters
 from longseq.config.checks import check_pixels
 from longseq.config.schema import Config, DataConfig
 from longseq.config.sources import parsed
@@ -19,9 +20,7 @@ from longseq_data.errors import DataError
 from longseq_data.files import user_path
 from longseq_data.ingest.cache import default_folder
 from longseq_data.ingest.ring import Ring
-from longseq_data.os_errors import explained
 from longseq_data.prepare.identity import identity_of
-from longseq_data.prepare.members import member_index
 from longseq_data.randomness import words
 from longseq_data.readers.reading import TABLES, TOKENS, Reading, agree
 from longseq_data.readers.sources import expand_sources
@@ -74,14 +73,7 @@ def resolve_sources(config: Config) -> None:
             f"data.packing={data.packing} sorts sequences by their lengths, which only a prepared corpus knows "
             "beforehand: make one with `longseq data prepare`, or take data.packing=crop."
         )
-    if data.packing == "family" and data.clusters is None:
-        raise ConfigError(
-            "data.packing=family joins the members of a cluster, and nothing says which records are one: set "
-            "data.clusters to a table of representative and member, as `mmseqs easy-cluster` writes it."
-        )
-    if data.clusters is not None:
-        _check_clusters(config, corpora)
-        data.clusters = str(user_path(data.clusters).absolute())
+    resolve_clusters(data, corpora)
     for corpus in corpora:
         _check_corpus(config, corpus, read_manifest(Path(corpus)))
     tokens = vocabulary(config)
@@ -235,7 +227,7 @@ def _spec(config: Config, split: str, where: Where, seed: int) -> Samples:
             reset=data.reset,
             crop=data.crop,
             batch_tokens=data.batch_tokens,
-            members=_members(config, split, where.corpus),
+            members=members_of_split(config, split, where.corpus, cache_folder(data.cache)),
             reverse_complement=data.reverse_complement,
         )
     return StreamSpec(
@@ -265,43 +257,6 @@ def _ring(config: Config) -> Ring | None:
     """What a run's processes share without a cache; None: there is one, or no run."""
     run = config.run
     return Ring(str(user_path(run.dir).absolute() / run.name)) if config.data.cache == "none" and run.name else None
-
-
-def _members(config: Config, split: str, corpus: str) -> str | None:
-    """Of a split that takes one record of each cluster, or whole clusters."""
-    data = config.data
-    whole = data.packing == "family"
-    return members_of(config, corpus, split) if data.clusters and (whole or split == "train") else None
-
-
-def members_of(config: Config, corpus: str, split: str = "train") -> str:
-    """Which records belong together, by data.clusters: made by the first that asks."""
-    folder, table = cache_folder(config.data.cache), str(config.data.clusters)
-    try:
-        return member_index(corpus, split, table, Path(str(folder)))
-    except OSError as error:
-        raise ConfigError(f"data.clusters: {explained(error)}.") from None
-
-
-def _check_clusters(config: Config, corpora: list[str]) -> None:
-    """Refuse data.clusters where no epoch could take one record of each."""
-    data = config.data
-    clusters = f"data.clusters={data.clusters}"
-    if len(corpora) < len(data.files("train")):
-        raise ConfigError(
-            f"{clusters} draws members from prepared corpora, which know all records beforehand, and data.train has "
-            "files: prepare them with `longseq data prepare`, or leave it out."
-        )
-    if data.packing == "concat":
-        raise ConfigError(
-            f"{clusters} draws whole records, and data.packing=concat cuts them: take crop, bucket or family."
-        )
-    if data.cache == "none":
-        raise ConfigError(
-            f"{clusters} keeps which records belong together in data.cache, and data.cache=none: leave it out."
-        )
-    if not user_path(str(data.clusters)).is_file():
-        raise ConfigError(f"{clusters}: no such file; correct the name.")
 
 
 def begin_reading(config: Config) -> None:

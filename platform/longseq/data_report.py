@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from longseq.clusters import members_of
 from longseq.config.schema import Config
-from longseq.data import SPLITS, Where, cache_folder, members_of, read_while_training, reading, sources_of
+from longseq.data import SPLITS, Where, cache_folder, read_while_training, reading, sources_of
 from longseq.label_data import check_table
 from longseq_data.corpus.corpus import Corpus
 from longseq_data.corpus.manifest import read_manifest
@@ -48,7 +49,10 @@ def _say_corpus(name: str, path: str, split: str) -> None:
 
 
 def _say_clusters(config: Config, name: str, path: str) -> None:
-    clusters, records = Members(members_of(config, path)).count, len(Corpus.open(path, "train"))
+    clusters, records = (
+        Members(members_of(config, path, "train", cache_folder(config.data.cache))).count,
+        len(Corpus.open(path, "train")),
+    )
     one = "all records" if config.data.packing == "family" else "one record"
     print(f"{name}: an epoch is {one} of each of {clusters:,} clusters", file=sys.stderr)
     if clusters == records:

@@ -18,7 +18,6 @@ from longseq_data.vocabulary import ALPHABETS, UNKNOWN, Tokens
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from longseq.attention.carried import State
     from longseq.models.performer import PerformerLM
 
 _GAPS = str.maketrans("", "", "-.")  # of alignments (A2M, A3M): what is left is the relative itself
@@ -98,7 +97,7 @@ class Read:
         from longseq.models.tile_by_tile import carried
 
         self.model, self.row = model, row
-        self.state: State | None = None
+        self.state: tuple[Tensor, ...] | None = None
         if model.spec.carries:
             for _, x, self.state in carried(model, row):
                 self.last = x[:, -1:]

@@ -107,16 +107,16 @@ def projections(rows: int, d: int, seed: int, layer: int, draw: int, orthogonal:
 
 
 def scan(
-    phi: FeatureMap, q: Tensor, k: Tensor, v: Tensor, there: Tensor, decay: Tensor | float = 0.0, delay: int = 0,
+    phi: FeatureMap, q: Tensor, k: Tensor, v: Tensor, there: Tensor, of_queries: Tensor, of_keys: Tensor,
     before: Sequence[Tensor] = (),
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Attention by features of query i to keys 0…i, which lie ``delay`` positions further back than their index says.
+    """Attention by features of query i to keys 0…i.
 
     Args:
         q, k, v: (B, H, L, D) in fp32.
         there: (B, L), True where a key is real.
-        decay: γ of each head, (H, 1, 1): every weight is multiplied by exp(−γ · distance).
-        before: Σ φ(k) [v, 1]ᵀ over earlier keys, and its log-scale.
+        of_queries, of_keys: G (B, H, L) float64: every weight is multiplied by exp(G of the query − G of the key).
+        before: Σ φ(k) [v, 1]ᵀ over earlier keys, and its log-scale as seen from G = 0.
 
     Returns:
         The result (B, H, L, D), the log of its denominator (B, H, L, 1), and ``before`` of the next positions.
@@ -127,21 +127,25 @@ def scan(
     else:
         sums = v.new_zeros(*v.shape[:2], len(phi.weight), v.shape[-1] + 1)
         scale = v.new_full((*v.shape[:2], 1, 1), NOTHING)
+    seen_from = torch.zeros_like(of_keys[..., :1, None])
     for start in range(0, q.shape[2], CHUNK):
         at = slice(start, start + CHUNK)
         (fq, q_scale), (fk, k_scale), value = phi(q[:, :, at]), phi(k[:, :, at]), values[:, :, at]
         t = torch.arange(fq.shape[2], device=q.device)[:, None]
-        weight = (
-            k_scale.masked_fill(~there[:, None, at, None], -torch.inf) + decay * t
-        )  # as seen from the chunk's start
+        anchor = of_keys[..., start : start + 1, None]  # differences from it, so that fp32 is enough
+        scale, seen_from = scale + (anchor - seen_from).to(v.dtype), anchor
+        forgotten = (anchor - of_keys[:, :, at, None]).to(v.dtype)
+        weight = k_scale.masked_fill(~there[:, None, at, None], -torch.inf) + forgotten
         top = torch.maximum(weight.cummax(2).values, scale).detach()  # depends on no later key
         inside = (weight.mT - top).masked_fill(t < t.T, -torch.inf).exp()
         total = (fq @ fk.mT * inside) @ value + fq @ sums * torch.exp(scale - top)
         out, log_den = _divided(total, phi.positive)
-        outs.append((out, torch.where(log_den == NOTHING, NOTHING, log_den + top + q_scale - decay * (t + delay))))
+        of_query = (of_queries[:, :, at, None] - anchor).to(v.dtype)
+        outs.append((out, torch.where(log_den == NOTHING, NOTHING, log_den + top + q_scale + of_query)))
         last = top[:, :, -1:]
         sums = sums * torch.exp(scale - last) + fk.mT @ (value * torch.exp(weight - last))
-        scale = last - decay * len(t)
+        scale = last
+    scale = scale + (of_queries[..., -1:, None] - seen_from).to(v.dtype)
     out, lse = (torch.cat(x, dim=2) for x in zip(*outs, strict=True))
     return out, lse, sums, scale
 
@@ -156,11 +160,11 @@ def bidirectional(phi: FeatureMap, q: Tensor, k: Tensor, v: Tensor, real: Tensor
 
 
 def near(
-    q: Tensor, k: Tensor, v: Tensor, there: Tensor, window: int, causal: bool, decay: Tensor | float = 0.0
+    q: Tensor, k: Tensor, v: Tensor, there: Tensor, window: int, causal: bool, forgotten: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Exact attention to keys less than ``window`` positions away; the result and the log of its denominator.
 
-    k, v and there have ``window`` positions before the first query's.
+    k, v, there and G of them, ``forgotten`` (B, H, window + L), have ``window`` positions before the first query's.
     """
     outs = []
     for start in range(0, q.shape[2], CHUNK):
@@ -168,7 +172,8 @@ def near(
         at = slice(start, stop + window + (0 if causal else window))
         ahead = distance(q[:, :, start:stop], k[:, :, at], window)
         seen = (ahead < window) & (ahead > (-1 if causal else -window)) & there[:, None, None, at]
-        scores = q[:, :, start:stop] @ k[:, :, at].mT * q.shape[-1] ** -0.5 - decay * ahead.abs()
+        scores = q[:, :, start:stop] @ k[:, :, at].mT * q.shape[-1] ** -0.5
+        scores = scores - between(forgotten[:, :, start + window : stop + window], forgotten[:, :, at]).to(q.dtype)
         scores = scores.masked_fill(~seen, -torch.inf)
         top = scores.amax(-1, keepdim=True).clamp(min=NOTHING).detach()
         out, log_den = _divided((scores - top).exp() @ _with_ones(v[:, :, at]), True)
@@ -197,6 +202,32 @@ def distance(q: Tensor, k: Tensor, before: int | None = None) -> Tensor:
     before = k.shape[2] - q.shape[2] if before is None else before
     queries = torch.arange(q.shape[2], device=q.device) + before
     return queries[:, None] - torch.arange(k.shape[2], device=q.device)
+
+
+def between(of_queries: Tensor, of_keys: Tensor) -> Tensor:
+    """|G − G| of queries and keys, (B, H, L, L of keys): how much of a key's weight is forgotten on the way."""
+    return (of_queries[..., None] - of_keys[:, :, None]).abs()
+
+
+def behind(
+    k: Tensor, v: Tensor, real: Tensor | None, forgotten: Tensor, past: Sequence[Tensor] | None
+) -> tuple[Tensor, ...]:
+    """Keys and values behind those that were kept, zeros where they are hidden; which are real, (B, ·); and their G,
+    which is 0 where the new positions begin."""
+    if real is None:
+        real = torch.ones(len(k), k.shape[2], dtype=torch.bool, device=k.device)
+    else:
+        k, v = (t.masked_fill(~real[:, None, :, None], 0.0) for t in (k, v))
+    if past is None:
+        return k, v, real, forgotten
+    k, v, forgotten = (torch.cat(both, dim=2) for both in zip((*past[:2], past[3]), (k, v, forgotten), strict=True))
+    return k, v, torch.cat((past[2], real), dim=1), forgotten
+
+
+def rotated(x: Tensor, table: Tensor) -> Tensor:
+    """Rotary positions (arXiv 2104.09864), halves split, in fp32."""
+    (cos, sin), (a, b) = table, x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
 
 def _with_ones(v: Tensor) -> Tensor:

@@ -18,9 +18,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .favor_longseq import FeatureMap, bidirectional, distance, near, projections, scan, together
+from .favor_longseq import (
+    FeatureMap,
+    behind,
+    between,
+    bidirectional,
+    distance,
+    near,
+    projections,
+    rotated,
+    scan,
+    together,
+)
 
-Past = tuple[Tensor, ...]  # of a layer: k, v, real of the last keys; sums and log-scale of those before; conv's inputs
+# Of a layer: k, v, real and G of the last keys; sums and log-scale of those before; conv's inputs.
+Past = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -34,6 +46,7 @@ class Layer:
     qk_norm: bool
     learned_share: bool
     learned_decay: bool
+    forget_gate: bool
     projection: str  # orthogonal, or iid
 
 
@@ -101,6 +114,8 @@ class Performer(nn.Module):
         self.gradient_checkpointing = False  # transformers sets it, and the function
         self._gradient_checkpointing_func: Callable[..., Any] = checkpoint
         for name, parameter in self.named_parameters():
+            if ".attention.gate." in name:
+                continue  # begins as a decay
             if parameter.ndim == 2:
                 shrink = math.sqrt(2 * len(s.layers)) if name.endswith(("attention.out.weight", "mlp.2.weight")) else 1
                 nn.init.normal_(parameter, std=0.02 / shrink)
@@ -124,9 +139,7 @@ class Performer(nn.Module):
         return hidden, State(layers, positions.expand(tokens.shape)[:, -1] + 1)
 
     @torch.no_grad()
-    def decode(
-        self, token: Tensor, state: State, *, states: list[Tensor] | None = None
-    ) -> tuple[Tensor, State]:  # fmt: skip
+    def decode(self, token: Tensor, state: State, *, states: list[Tensor] | None = None) -> tuple[Tensor, State]:
         """The next token (B,) to the logits of its successor (B, vocabulary), and the state behind it."""
         hidden, layers = self._through(token[:, None], state.positions[:, None], None, state.layers, states)
         return self.head(hidden[:, 0]), State(layers, state.positions + 1)
@@ -144,7 +157,7 @@ class Performer(nn.Module):
     ) -> tuple[Tensor, tuple[Past, ...]]:  # fmt: skip
         """What the head reads; and what each layer keeps, unless ``before`` is None."""
         x, rotary = self._embed(tokens, positions, real), self._rotary(positions)
-        behind, first = [], None
+        kept, first = [], None
         for number, block in enumerate(self.blocks):
             if states is not None:
                 states.append(x)
@@ -154,11 +167,11 @@ class Performer(nn.Module):
             else:
                 x, first, past = block(x, real, rotary, first, past)
             if before is not None:
-                behind.append(past)
+                kept.append(past)
         x = self.norm(x)
         if states is not None:
             states.append(x)
-        return x, tuple(behind)
+        return x, tuple(kept)
 
     def _embed(self, tokens: Tensor, positions: Tensor, real: Tensor | None) -> Tensor:
         x = self.embedding(tokens)
@@ -177,10 +190,8 @@ class Performer(nn.Module):
         if self.positions is not None:
             return None
         half = self.sizes.dim // self.sizes.heads // 2
-        frequencies = self.sizes.rotary_base ** (
-            -torch.arange(half, device=positions.device, dtype=torch.float64) / half
-        )
-        angles = positions[..., None].double() * frequencies
+        places = torch.arange(half, device=positions.device, dtype=torch.float64)
+        angles = positions[..., None].double() * self.sizes.rotary_base ** (-places / half)
         table = torch.stack((angles.cos(), angles.sin())).float()
         return table if positions.ndim == 1 else table.unsqueeze(2)
 
@@ -253,6 +264,10 @@ class Attention(nn.Module):
         self.log_share = nn.Parameter(torch.full((heads,), -3.0)) if o.learned_share and o.window else None
         slopes = -8 * math.log(2) * torch.arange(1, heads + 1) / heads
         self.log_decay = nn.Parameter(slopes) if o.learned_decay else None
+        self.gate = nn.Linear(s.dim, heads) if o.forget_gate else None
+        if self.gate is not None:
+            nn.init.zeros_(self.gate.weight)
+            self.gate.bias.data = -slopes.exp().expm1().log()
         if o.kernel == "oprf" and o.kind == "favor":  # its constant A in units of 1e-9; 1: not found yet, counts as 0
             self.register_buffer("oprf_constant", torch.tensor(1, dtype=torch.int64))
         self._maps: dict[tuple[Any, ...], FeatureMap] = {}
@@ -269,35 +284,50 @@ class Attention(nn.Module):
             scale = torch.exp(0.5 * self.log_temperature) * q.shape[-1] ** 0.25
             q, k = (F.normalize(t.float(), dim=-1).to(t.dtype) * scale for t in (q, k))
         if rotary is not None:
-            q, k = _rotated(q, rotary), _rotated(k, rotary)
+            q, k = rotated(q, rotary), rotated(k, rotary)
         if self.sizes.value_residual:
             first = v if first is None else first
         if self.value_mix is not None:
             v = v + self.value_mix.to(v.dtype) * (first - v)
         with torch.autocast(x.device.type, enabled=False):
             attend = self._exact if self.options.kind == "exact" else self._favor
-            mixed, keys = attend(q.to(v.dtype), k.to(v.dtype), v, real, past)
+            mixed, keys = attend(q.to(v.dtype), k.to(v.dtype), v, real, self._forgotten(x), past)
         return self.out(mixed.to(v.dtype).transpose(1, 2).flatten(2)), first, (*keys, *inputs)
 
     @property
-    def decay(self) -> Tensor | float:
-        """γ of each head, (H, 1, 1)."""
-        return 0.0 if self.log_decay is None else self.log_decay.float().exp()[:, None, None]
+    def forgets(self) -> bool:
+        return self.gate is not None or self.log_decay is not None
 
-    def _exact(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, past: Past | None) -> tuple[Tensor, Past]:
+    def _forgotten(self, x: Tensor) -> Tensor:
+        """G (B, H, L) float64, Σ log f of the positions up to each: e^{G − G'} of what was there is left. A decay γ is
+        log f = −γ, and a gate log f = logsigmoid(w·x + b) (arXiv 2503.02130)."""
+        if self.gate is not None:
+            log_gates = F.logsigmoid(F.linear(x, self.gate.weight).float() + self.gate.bias.float()).mT
+        else:
+            rates = 0.0 if self.log_decay is None else self.log_decay.float().exp()
+            log_gates = x.new_zeros(x.shape[0], x.shape[1], self.sizes.heads, dtype=torch.float32).sub(rates).mT
+        return log_gates.nan_to_num(nan=0.0).clamp(-100.0, 0.0).double().cumsum(2)
+
+    def _exact(
+        self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, forgotten: Tensor, past: Past | None
+    ) -> tuple[Tensor, Past]:
         """Softmax attention. All keys and values are kept."""
-        causal, plain = self.sizes.causal, past is None and real is None and self.log_decay is None
-        k, v, there = _behind(k, v, real, past)
+        causal, plain = self.sizes.causal, past is None and real is None and not self.forgets
+        of_queries = forgotten
+        k, v, there, forgotten = behind(k, v, real, forgotten, past)
+        kept = k, v, there, forgotten - forgotten[..., -1:]
         if plain:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=causal), (k, v, there)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal), kept
         ahead = distance(q, k)
         seen = there[:, None, None, :] & ((ahead >= 0) | (not causal))  # (B, 1, L, L of keys)
         blind = ~seen.any(-1, keepdim=True)  # such a row would be NaN
-        bias = (-self.decay * ahead.abs()).to(q.dtype)
+        bias = -between(of_queries, forgotten).to(q.dtype)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.masked_fill(~(seen | blind), -torch.inf))
-        return out.masked_fill(blind, 0.0), (k, v, there)
+        return out.masked_fill(blind, 0.0), kept
 
-    def _favor(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, past: Past | None) -> tuple[Tensor, Past]:
+    def _favor(
+        self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, forgotten: Tensor, past: Past | None
+    ) -> tuple[Tensor, Past]:
         """FAVOR+. The keys of the window are kept, the sums of those before, and the sums' log-scale."""
         window, causal, length = self.options.window, self.sizes.causal, q.shape[2]
         phi = self._feature_map(q) if self.options.features else None
@@ -305,25 +335,30 @@ class Attention(nn.Module):
         q, k, v = q.to(wide), k.to(wide), v.to(wide)
         if past is None:  # empty places of the window
             none = k.new_zeros(*k.shape[:2], window, k.shape[3])
-            past = none, none, torch.zeros(len(k), window, dtype=torch.bool, device=k.device)
-        k, v, there = _behind(k, v, real, past)  # (B, H, window + L, D)
-        if phi is not None and not (causal or window or self.log_decay is not None):
+            past = none, none, torch.zeros(len(k), window, dtype=torch.bool, device=k.device), none[..., 0].double()
+        of_queries = forgotten
+        k, v, there, forgotten = behind(k, v, real, forgotten, past)  # (B, H, window + L, D)
+        if phi is not None and not (causal or window or self.forgets):
             return bidirectional(phi, q, k, v, there), ()
-        parts = [near(q, k, v, there, window, causal, self.decay)] if window else []
+        parts = [near(q, k, v, there, window, causal, forgotten)] if window else []
         sums: tuple[Tensor, ...] = ()
         if phi is not None:
             share = 0.0 if self.log_share is None else self.log_share[:, None, None]
             far = slice(0, length)
-            out, lse, *behind = scan(phi, q, k[:, :, far], v[:, :, far], there[:, far], self.decay, window, past[3:5])
-            sums = tuple(behind)
+            keys = k[:, :, far], v[:, :, far], there[:, far]
+            out, lse, *kept = scan(phi, q, *keys, of_queries, forgotten[..., far], past[4:6])
+            sums = tuple(kept)
             parts.append((out, lse + share))
             if not causal:  # keys behind the query; its own position is the first scan's where there is no window
                 delay = max(1, window)
                 k_back, v_back = (F.pad(t[:, :, window:].flip(2), (0, 0, delay, 0))[:, :, far] for t in (k, v))
                 there_back = F.pad(there[:, window:].flip(1), (delay, 0))[:, far]
-                out, lse, *_ = scan(phi, q.flip(2), k_back, v_back, there_back, self.decay, delay)
+                back = -of_queries.flip(2)
+                of_keys = torch.cat((back[..., :1].expand(*back.shape[:2], delay), back), dim=2)[..., far]
+                out, lse, *_ = scan(phi, q.flip(2), k_back, v_back, there_back, back, of_keys)
                 parts.append((out.flip(2), lse.flip(2) + share))
-        return together(parts), (*(t[:, :, length:] for t in (k, v)), there[:, length:], *sums)
+        left = (forgotten - forgotten[..., -1:])[..., length:]
+        return together(parts), (*(t[:, :, length:] for t in (k, v)), there[:, length:], left, *sums)
 
     def _feature_map(self, like: Tensor) -> FeatureMap:
         if (like.device, like.dtype) not in self._maps:
@@ -357,23 +392,6 @@ class Convolution(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         made = F.conv1d(x.mT.to(wide), self.weight.to(wide), groups=x.shape[2]).mT.to(x.dtype)
         return (made, x[:, length:]) if self.causal else (made,)
-
-
-def _behind(k: Tensor, v: Tensor, real: Tensor | None, past: Past | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values behind those that were kept, zeros where they are hidden, and which are real: (B, ·)."""
-    if real is None:
-        real = torch.ones(len(k), k.shape[2], dtype=torch.bool, device=k.device)
-    else:
-        k, v = (t.masked_fill(~real[:, None, :, None], 0.0) for t in (k, v))
-    if past is None:
-        return k, v, real
-    return torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2), torch.cat((past[2], real), dim=1)
-
-
-def _rotated(x: Tensor, table: Tensor) -> Tensor:
-    """Rotary positions (arXiv 2104.09864), halves split, in fp32."""
-    (cos, sin), (a, b) = table, x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
 
 def _norm(s: Sizes) -> nn.Module:

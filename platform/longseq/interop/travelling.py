@@ -27,7 +27,7 @@ _LANGUAGE = {
 
 # What the code computes: the fields of its Layer and of its Sizes, but for those that ``performer`` derives.
 _LAYER = (
-    "kind", "kernel", "features", "window", "qk_norm", "learned_share", "learned_decay", "projection",
+    "kind", "kernel", "features", "window", "qk_norm", "learned_share", "learned_decay", "forget_gate", "projection",
 )  # fmt: skip
 _SIZES = (
     "dim", "heads", "causal", "dropout", "position", "max_positions", "rotary_base", "norm", "norm_kind", "norm_eps",

@@ -37,6 +37,12 @@ NETWORKS = {
         "value_residual": True, "window": 6,
     },
     "modern masked": {"causal": False, "conv": 4, "value_residual": True, "ffn": "relu2"},
+    "gates": {"causal": True, "forget_gate": True},
+    "gates, window": {"causal": True, "forget_gate": True, "window": 5, "learned_share": True},
+    "gates, masked": {"causal": False, "forget_gate": True},
+    "gates, masked window": {"causal": False, "forget_gate": True, "window": 5, "features": 0},
+    "gates, exact": {"causal": True, "kind": "exact", "forget_gate": True},
+    "gates, masked exact": {"causal": False, "kind": "exact", "forget_gate": True},
     "plan": {
         "causal": True,
         "conv": 3,
