@@ -34,8 +34,8 @@ def check_data(config: Config, begun: bool = False) -> None:
             name = f"data.{split}" + (f" ({where.name})" if where.name else "")
             if where.corpus:
                 _say_corpus(name, where.corpus, split)
-                if split == "train" and config.data.clusters:
-                    _say_clusters(config, name, where.corpus)
+                if config.data.clusters and (split == "train" or config.data.packing == "family"):
+                    _say_clusters(config, name, where.corpus, split)
             elif where.own and where.paths:
                 _check_files(config, name, where, split, begun and split in read_while_training(config))
 
@@ -48,12 +48,10 @@ def _say_corpus(name: str, path: str, split: str) -> None:
         print(f"longseq: warning: {name}: {NUCLEOTIDES_SENTENCE}", file=sys.stderr)
 
 
-def _say_clusters(config: Config, name: str, path: str) -> None:
-    clusters, records = (
-        Members(members_of(config, path, "train", cache_folder(config.data.cache))).count,
-        len(Corpus.open(path, "train")),
-    )
-    one = "all records" if config.data.packing == "family" else "one record"
+def _say_clusters(config: Config, name: str, path: str, split: str) -> None:
+    index = members_of(config, path, split, cache_folder(config.data.cache))
+    clusters, records = Members(index).count, len(Corpus.open(path, split))
+    one = f"up to {config.data.length:,} tokens" if config.data.packing == "family" else "one record"
     print(f"{name}: an epoch is {one} of each of {clusters:,} clusters", file=sys.stderr)
     if clusters == records:
         print(

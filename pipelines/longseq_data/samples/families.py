@@ -38,6 +38,7 @@ class Families:
         self.causal = objective == "causal"
         self.size = length + self.causal
         self.epoch = members.count
+        self._held: tuple[tuple[int, int], tuple[Integers, Integers]] | None = None
 
     def plan(self, samples: Integers) -> Plan:
         clusters = endless_order(samples, self.epoch, self.seed)
@@ -46,16 +47,17 @@ class Families:
     def evaluation(self, sampled: bool) -> Iterator[Plan]:
         objective = "causal" if self.causal else "masked"
         cut = Families(self.corpus, self.length, objective, 0, self.members, fixed=True)
-        number = 0
-        for first in range(0, self.epoch, CHUNK):
-            clusters = np.arange(first, min(first + CHUNK, self.epoch))
-            if sampled:
-                clusters = permutation(self.epoch, 0, 0)(clusters)
-            whole = self.whole(clusters)
-            windows = -(-(whole - self.causal) // self.length)
-            starts = (np.arange(windows.sum()) - np.repeat(np.cumsum(windows) - windows, windows)) * self.length
-            clusters, whole = np.repeat(clusters, windows), np.repeat(whole, windows)
-            plan = cut._at(np.zeros_like(clusters), clusters, starts, whole)
+        every = np.arange(self.epoch)
+        windows = np.concatenate([self._windows(some) for some in np.split(every, range(CHUNK, self.epoch, CHUNK))])
+        ends, number = np.cumsum(windows), 0
+        total, at_once = int(ends[-1]), 64 if sampled else CHUNK  # which members are in a window takes a sort
+        for first in range(0, total, at_once):
+            chosen = np.arange(first, min(first + at_once, total))
+            if sampled:  # windows, or one large family could be all of them
+                chosen = permutation(total, 0, 0)(chosen)
+            clusters = np.searchsorted(ends, chosen, "right")
+            starts = (chosen - ends[clusters] + windows[clusters]) * self.length
+            plan = cut._at(np.zeros_like(clusters), clusters, starts, self.whole(clusters))
             plan = numbered(plan[plan.scored > 0], number)
             number += len(plan)
             yield plan
@@ -91,6 +93,10 @@ class Families:
         lengths = self.corpus.lengths(self.members.of(clusters)) + 1
         return 1 + np.add.reduceat(lengths, borders) if len(clusters) else sizes
 
+    def _windows(self, clusters: Integers) -> Integers:
+        """How many windows whole families are cut into."""
+        return -(-(self.whole(clusters) - self.causal) // self.length)
+
     def _at(self, numbers: Integers, clusters: Integers, starts: Integers, whole: Integers) -> Plan:
         sizes = np.minimum(whole - starts, self.size)
         plan = Plan(self, numbers, clusters, starts, sizes, sizes - 1)
@@ -104,13 +110,21 @@ class Families:
         return replace(plan, scored=masked_counts(sizes - marks))
 
     def _row(self, plan: Plan, sample: int) -> tuple[Integers, Integers]:
-        """The members of a sample's family in their order; where each begins in the row, and where its end is."""
+        """The members of a sample's family in their order; where each begins in the row, and where its end is.
+
+        The last one is held: windows of a large family follow each other.
+        """
         cluster = plan.records[sample : sample + 1]
-        records = self.members.of(cluster)
         epoch = 0 if self.fixed else int(plan.numbers[sample]) // self.epoch
+        key = (int(cluster[0]), epoch)
+        if self._held is not None and self._held[0] == key:
+            return self._held[1]
+        records = self.members.of(cluster)
         state = stream_words(words(self.seed, "family", np.array([epoch])), cluster)
         records = records[np.argsort(stream_words(state, np.arange(len(records))), kind="stable")]
-        return records, np.cumsum(np.concatenate([[1], self.corpus.lengths(records) + 1]))
+        row = records, np.cumsum(np.concatenate([[1], self.corpus.lengths(records) + 1]))
+        self._held = key, row
+        return row
 
     def _within(
         self, records: Integers, begins: Integers, start: int, stop: int

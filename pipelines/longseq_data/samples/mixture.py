@@ -52,7 +52,7 @@ class MixtureSpec:
         return None
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """See sharing.Samples."""
+        """See rank_share.Samples."""
         sizes = [part.epoch_samples for part in self.parts]
         counted = zip(self.names, self.draw.counts(samples), sizes, strict=True)
         return {name: count / size for name, count, size in counted if size}
@@ -65,7 +65,7 @@ class MixtureSpec:
         return replace(self, parts=tuple(part.measuring() for part in self.parts))
 
     def training(self, start: int, share: Share, warn: bool = False) -> Iterator[MakeBatch]:
-        """See sharing.Samples."""
+        """See rank_share.Samples."""
         finish = Finish(self.objective, self.seed, self.vocabulary, self.reset)
         return even(self.taker(start, warn), finish, start, share)
 

@@ -38,7 +38,7 @@ class StreamSpec(StreamSettings):
         return road(self, leaves_of(self, 0)).keeps_all
 
     def begin(self) -> None:
-        """See sharing.Samples."""
+        """See rank_share.Samples."""
         road(self, leaves_of(self, 0)).begin()
 
     def scored(self, window: Window) -> int:
@@ -49,7 +49,7 @@ class StreamSpec(StreamSettings):
 
     @property
     def epoch_samples(self) -> float | None:
-        """See sharing.Samples: how many there are shows when all files have been read."""
+        """See rank_share.Samples: how many there are shows when all files have been read."""
         return self._size.samples
 
     @cached_property
@@ -68,7 +68,7 @@ class StreamSpec(StreamSettings):
         return target_counts(self, max_targets)
 
     def training(self, start: int, share: Share, warn: bool = False) -> Iterator[MakeBatch]:
-        """See sharing.Samples. Raises DataError for bad data, and for a split without records."""
+        """See rank_share.Samples. Raises DataError for bad data, and for a split without records."""
         return even(self.taker(start, warn), self._finish, start, share)
 
     def taker(self, start: int, warn: bool = False) -> Taker:
@@ -76,7 +76,7 @@ class StreamSpec(StreamSettings):
         return (Joined if self.packing == "concat" else Crops)(spec, start)
 
     def evaluation(self, share: Share, max_samples: int | None = None) -> Iterator[MakeBatch]:
-        """See sharing.Samples."""
+        """See rank_share.Samples."""
         finish, encoder, overlap = self._finish, self.encoder, self.overlap
         windows = enumerate(evaluation_windows(self, max_samples))
         while step := list(islice(windows, share.step_samples)):

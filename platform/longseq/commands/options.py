@@ -76,7 +76,7 @@ def add_context(parser: argparse.ArgumentParser) -> None:
         type=natural,
         default=0,
         metavar="N",
-        help="as many relatives as fit into N tokens; default: data.length of the training",
+        help="as many relatives as fit into N tokens; default: three quarters of data.length",
     )
 
 

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     how |= {"context": args.context, "context_tokens": args.context_tokens}
     samples = sample(source, prompt=args.prompt, number=args.number or 1, length=length, clock=clock, **how)
     ready()
-    with output(args.out) as out:
+    with output(args.out, args.context) as out:
         for each in samples:
             facts = f"seed={args.seed} run={source.name} step={source.step} tokens={each.tokens}"
             facts += f" log_likelihood={each.log_likelihood:.4f} ended={'eos' if each.ended else 'length'}"

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         several = {"passes": args.passes, "devices": args.devices}
         rows = score(args.target, args.file, args.overrides, ema=args.ema, **several, **behind)
     ready()
-    with output(args.out, args.file, args.variants) as out:
+    with output(args.out, args.file, args.variants, args.context) as out:
         out.writelines(_json(rows) if args.json else _table(rows))
     if pairs:
         import numpy as np

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,15 +12,20 @@ from longseq.errors import LongseqError
 from longseq.evaluation.records import records
 from longseq.trained_model import Source
 from longseq_data.randomness import generator
-from longseq_data.readers.fasta import read_records
+from longseq_data.readers.fasta import Record, parse_records
+from longseq_data.readers.sources import open_text
 from longseq_data.vocabulary import ALPHABETS, UNKNOWN, Tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from longseq.models.performer import PerformerLM
+    from longseq.models.spec import PerformerSpec
 
 _GAPS = str.maketrans("", "", "-.")  # of alignments (A2M, A3M): what is left is the relative itself
+
+
+_NO_SEQUENCES = ("ss_pred", "ss_conf", "ss_dssp")  # what HH-suite puts into an A3M as records
 
 
 class Asked(NamedTuple):
@@ -44,20 +49,23 @@ class Asked(NamedTuple):
 
 
 def contexts(source: Source, asked: Asked, seed: int = 0) -> list[Tokens]:
-    """The rows that sequences are read after: BOS relative EOS relative EOS ..., one for each order.
+    """The rows that sequences are read after: BOS relative EOS relative EOS ..., one for each order; or none.
 
     Args:
         asked: with a file, FASTA or an alignment of relatives (A3M), whose gaps are left out; ``tokens``: as many
-            relatives as fit into these, drawn anew for each order; 0: into the ``data.length`` of the training.
+            relatives as fit into these, drawn anew for each order; 0: into three quarters of the training's
+            ``data.length``, so that what follows lies within it, too.
         seed: what orders are drawn from.
 
     Raises:
         LongseqError, DataError: for a file that cannot be read, and relatives that are all longer than the context.
     """
-    relatives = list(_relatives(source, str(asked.file)))
+    if asked.file is None:
+        return []
+    relatives = list(_relatives(source, asked.file))
     if not relatives:
         raise LongseqError(f"{asked.file}: no relative has a residue; give some.")
-    room = asked.tokens or source.config.data.length
+    room = asked.tokens or source.config.data.length * 3 // 4
     found = []
     for order in range(asked.orders):
         pieces = [np.array([source.begins], dtype=source.vocabulary.dtype)]
@@ -82,7 +90,9 @@ def _relatives(source: Source, file: str) -> Iterator[Tokens]:
     if alphabet is None:
         yield from (record.row[1:] for record in records(source, file))
         return
-    for record in read_records(file):
+    for record in _alignment(file):
+        if record.identifier in _NO_SEQUENCES:
+            continue
         letters = record.sequence.translate(_GAPS)
         if letters:
             ids = np.frombuffer(letters.encode("ascii", "replace").translate(alphabet.table), dtype=np.uint8)
@@ -90,34 +100,68 @@ def _relatives(source: Source, file: str) -> Iterator[Tokens]:
             yield np.append(known, source.vocabulary.eos).astype(source.vocabulary.dtype)
 
 
+def _alignment(file: str) -> Iterator[Record]:
+    """The records of FASTA or A3M, whose first lines may begin with '#' (ColabFold, HH-suite)."""
+    begun = False
+
+    def lines(handle: Iterable[str]) -> Iterator[str]:
+        nonlocal begun
+        for line in handle:
+            begun = begun or line.startswith(">")
+            yield "\n" if line.startswith("#") and not begun else line
+
+    with open_text(file) as handle:
+        yield from parse_records(lines(handle), file)
+
+
+def again(spec: PerformerSpec, length: int) -> bool:
+    """Whether a context of so many tokens is read again with each sequence, as no state can stand for it."""
+    sums = all(options.kind == "favor" and not options.signed for options in spec.plan)
+    return not sums or length < _window(spec)
+
+
+def _window(spec: PerformerSpec) -> int:
+    return max(options.window for options in spec.plan)
+
+
 class Read:
     """A context that a model has read: rows are scored as if it came before them."""
 
     def __init__(self, model: PerformerLM, row: Tokens) -> None:
-        from longseq.models.tile_by_tile import carried
+        from longseq.attention.tiles import tiles
+        from longseq.models.tile_by_tile import ids
 
         self.model, self.row = model, row
         self.state: tuple[Tensor, ...] | None = None
-        if model.spec.carries:
-            for _, x, self.state in carried(model, row):
-                self.last = x[:, -1:]
+        spec = model.spec
+        if spec.carries and not again(spec, len(row)):
+            cuts = tiles(len(row), spec.tile)
+            if len(cuts) > 1 and cuts[-1][1] - cuts[-1][0] < _window(spec):  # only the last of all may be so short
+                cuts[-2:] = [(cuts[-2][0], cuts[-1][1])]
+            state: tuple[Tensor, ...] = ()
+            for start, stop in cuts:
+                x, state = model.carry(ids(model, row[start:stop]), start, state, wide=True)
+            self.last, self.state = x[:, -1:], state
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """What the head reads where each of (B, L) tokens is predicted, (B, L, E). Padding may follow."""
+    def hidden(self, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """What the head reads where each of (B, L) tokens is predicted: places from where on, (B, T, E). Padding may
+        follow."""
         import torch
 
         device = self.model.embedding.weight.device
         tokens = tokens.to(device)
         if self.state is None:
             before = torch.from_numpy(self.row.astype(np.int64)).to(device).expand(len(tokens), -1)
-            return self.model.hidden(torch.cat([before, tokens[:, :-1]], 1))[:, -tokens.shape[1] :]
-        pieces = [self.last.expand(len(tokens), -1, -1)]
+            yield 0, self.model.hidden(torch.cat([before, tokens[:, :-1]], 1))[:, -tokens.shape[1] :]
+            return
+        yield 0, self.last.expand(len(tokens), -1, -1)
         state = tuple(part.repeat(len(tokens), *[1] * (part.dim() - 1)) for part in self.state)
-        for start in range(0, tokens.shape[1] - 1, self.model.spec.tile):
-            tile = tokens[:, start : min(start + self.model.spec.tile, tokens.shape[1] - 1)]
-            x, state = self.model.carry(tile, len(self.row) + start, state, wide=True)
-            pieces.append(x)
-        return torch.cat(pieces, 1)
+        length, tile = tokens.shape[1] - 1, self.model.spec.tile
+        for start in range(0, length, tile):
+            x, state = self.model.carry(
+                tokens[:, start : min(start + tile, length)], len(self.row) + start, state, wide=True
+            )
+            yield start + 1, x
 
 
 def read(model: PerformerLM, rows: Sequence[Tokens]) -> list[Read]:

@@ -48,8 +48,12 @@ def causal(
 
 def _behind(context: Read, vocabulary: Vocabulary, rows: Sequence[Tokens]) -> list[float]:
     targets = padded([row[1:] for row in rows], vocabulary.pad)
-    found = of_tokens(context.model, context.hidden(targets), targets).double()
-    return found.masked_fill(targets == vocabulary.pad, 0.0).numpy().sum(1).tolist()
+    total = np.zeros(len(rows))
+    for start, hidden in context.hidden(targets):
+        own = targets[:, start : start + hidden.shape[1]]
+        found = of_tokens(context.model, hidden, own).double()
+        total += found.masked_fill(own == vocabulary.pad, 0.0).numpy().sum(1)
+    return total.tolist()
 
 
 def _in_tiles(model: PerformerLM, row: Tokens) -> float:
@@ -124,17 +128,17 @@ def effects(
         yield from zip(variants, found.tolist(), strict=True)
 
 
-def shares(wild: Record, variants: Sequence[Variant], is_causal: bool, repeated: int = 0) -> list[Share]:
+def shares(wild: Record, variants: Sequence[Variant], is_causal: bool, cost: int = 0) -> list[Share]:
     """The variants by number, as they are read by a model at once: several passes, each of variants that share it.
 
-    repeated: tokens that are read with each variant beside its own.
+    cost: of a variant, in tokens; 0: those of the wild type.
 
     Masked: variants of the same sites do, so that a scan of all 19 mutants of each residue takes L passes, not 19 L.
     """
     alike: dict[object, list[int]] = {}
     for number, variant in enumerate(variants):
         alike.setdefault(number if is_causal else _sites(variant), []).append(number)
-    return list(batches(alike.values(), lambda _: repeated + len(wild.row)))
+    return list(batches(alike.values(), lambda _: cost or len(wild.row)))
 
 
 def share_effects(

@@ -71,8 +71,8 @@ def sample(
         top_p: of these, the fewest that together have this probability; 1: all.
         clock: gets the time after each token; then ``length`` tokens are drawn, whatever they are.
         context: FASTA or an alignment (A3M) of relatives, which come before: sequences of their family are drawn.
-        context_tokens: as many of them, in an order of ``seed``, as fit into these; 0: into the data.length of the
-            training.
+        context_tokens: as many of them, in an order of ``seed``, as fit into these; 0: into three
+            quarters of data.length.
 
     Raises:
         LongseqError: at once, for a model that is not causal, a prompt of other letters, and a number out of bounds.
@@ -83,7 +83,7 @@ def sample(
     begin = prompt_tokens(prompt, source.vocabulary, "prompt")
     asked = Asked(path_of(context), context_tokens)
     asked.check(source)
-    before = contexts(source, asked, seed)[0] if asked.file else None
+    before = next(iter(contexts(source, asked, seed)), None)
 
     from longseq.evaluation.generation import Settings
 

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from longseq.errors import LongseqError
-from longseq.evaluation.context import Asked, path_of
+from longseq.evaluation.context import Asked, contexts, path_of
 from longseq.evaluation.records import Record, look, records
 from longseq.evaluation.shards import Job, done, refuse_devices
 from longseq.trained_model import Source, find
 
 if TYPE_CHECKING:
     from longseq.evaluation.variants import Variant
+    from longseq_data.vocabulary import Tokens
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def score(
         passes: of a masked model: hide every passes-th position at once; 0: one pass per position, exact.
         devices: processes that share the work; results are the same to the last bit.
         context: FASTA or an alignment (A3M) of relatives, which a causal model reads before each record.
-        context_tokens: as many of them as fit into these; 0: into the data.length of the training.
+        context_tokens: as many of them as fit into these; 0: into three quarters of data.length.
         context_orders: how many times they are drawn and ordered anew; the score is the mean over these.
 
     Raises:
@@ -101,7 +102,7 @@ def score(
     look(source, str(file))
     options = {"passes": passes, "context": list(behind)}
     job = Job("score", str(source.folder), str(file), tuple(overrides), ema, options)
-    return _scores(source, job, devices)
+    return _scores(source, job, devices, contexts(source, behind))
 
 
 def variant_effects(
@@ -135,7 +136,7 @@ def variant_effects(
     options = {"variants": list(variants), "table": path_of(table), "context": list(behind)}
     asked = asked_for(source, str(file), variants, table)
     job = Job("effects", str(source.folder), str(file), tuple(overrides), ema, options)
-    return _effects(source, job, asked, devices)
+    return _effects(source, job, asked, devices, contexts(source, behind))
 
 
 class Variants(NamedTuple):
@@ -173,18 +174,20 @@ def asked_for(source: Source, file: str, variants: Sequence[str], table: str | P
     return Variants(wild, [*given, *listed], [*[None] * len(given), *assay.measured.tolist()])
 
 
-def _scores(source: Source, job: Job, devices: int) -> Iterator[SequenceScore]:
+def _scores(source: Source, job: Job, devices: int, before: list[Tokens]) -> Iterator[SequenceScore]:
     from longseq.evaluation.work import Scores
 
-    yield from (SequenceScore(**row) for row in done(Scores(job, source), devices))
+    work = Scores(job, source)
+    work.before = before
+    yield from (SequenceScore(**row) for row in done(work, devices))
 
 
-def _effects(source: Source, job: Job, asked: Variants, devices: int) -> Iterator[VariantEffect]:
+def _effects(source: Source, job: Job, asked: Variants, devices: int, before: list[Tokens]) -> Iterator[VariantEffect]:
     """Those of a causal model as they come; a masked one has variants of the same sites in one pass."""
     from longseq.evaluation.work import Effects
 
     work = Effects(job, source)
-    work.asked = asked
+    work.asked, work.before = asked, before
     found: dict[int, float] = {}
     following = 0
     for number, effect in done(work, devices):

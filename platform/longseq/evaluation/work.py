@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from longseq.evaluation.context import Asked, Read, contexts, read
+from longseq.evaluation.context import Asked, Read, again, contexts, read
 from longseq.evaluation.field.proteingym import Assays
 from longseq.evaluation.hidden_vectors import Embedded, of_batch
 from longseq.evaluation.likelihood import Share, causal, pseudo, share_effects, shares
@@ -25,30 +25,33 @@ if TYPE_CHECKING:
 
 Fields = dict[str, Any]
 
+_STATE = 64  # tokens that a state is counted for: megabytes, however short a row is
+
 
 class _InContext(Work[Group, Row]):
     """Options: context, the fields of context.Asked."""
 
     @cached_property
     def before(self) -> list[Tokens]:
-        asked = Asked(*self.job.options["context"])
-        return contexts(self.source, asked) if asked.file else []
+        return contexts(self.source, Asked(*self.job.options["context"]))
 
     @cached_property
     def contexts(self) -> list[Read]:
         return read(self.model, self.before)
 
-    @property
-    def repeated(self) -> int:
-        """Tokens of a context that is read again with each sequence: where no state of it can be kept."""
-        return 0 if self.model.spec.carries else max(map(len, self.before), default=0)
+    def cost(self, length: int) -> int:
+        """What a row of so many tokens counts for in a batch: behind a context it has a state, or the context, too."""
+        if not self.before:
+            return length
+        spec = self.source.config.performer_spec(self.source.vocabulary.size)
+        return max(length, _STATE) + max(len(row) if again(spec, len(row)) else 0 for row in self.before)
 
 
 class Scores(_InContext[list[Record], Fields]):
     """Log-likelihoods of records: the fields of SequenceScore. Option: passes."""
 
     def groups(self) -> Iterator[list[Record]]:
-        return batches(records(self.source, self.job.file), lambda record: self.repeated + len(record.row))
+        return batches(records(self.source, self.job.file), lambda record: self.cost(len(record.row)))
 
     def rows(self, group: list[Record]) -> list[Fields]:
         vocabulary, passes = self.source.vocabulary, self.job.options["passes"]
@@ -75,7 +78,9 @@ class Effects(_InContext[Share, tuple[int, float]]):
         return asked_for(self.source, self.job.file, self.job.options["variants"], self.job.options["table"])
 
     def groups(self) -> Iterator[Share]:
-        return iter(shares(self.asked.wild, self.asked.variants, self.source.causal, self.repeated))
+        return iter(
+            shares(self.asked.wild, self.asked.variants, self.source.causal, self.cost(len(self.asked.wild.row)))
+        )
 
     @cached_property
     def _of_share(self) -> Any:

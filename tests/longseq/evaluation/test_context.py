@@ -46,7 +46,15 @@ def plain(context: list[int], sequence: str, **options) -> float:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"sequence_tile": 4}, {"sequence_tile": 4, "window": 3, "learned_share": True, "conv": 3}, {"kind": "exact"}],
+    [
+        {},
+        {"sequence_tile": 4},
+        {"sequence_tile": 4, "window": 3, "learned_share": True, "conv": 3},
+        {"kind": "exact"},
+        {"window": 40},
+        {"sequence_tile": 6, "window": 5},
+        {"sequence_tile": 8, "window": 2, "forget_gate": True},
+    ],
     ids=named,
 )
 def test_a_context_read_once_scores_as_one_pass_over_everything(options):
@@ -75,7 +83,7 @@ def _end(context: np.ndarray, tokens: np.ndarray, options: dict) -> float:
 def relatives(folder: Path) -> Path:
     path = folder / "relatives.a3m"
     rows = [RELATIVES[0], RELATIVES[1].lower(), "-".join(RELATIVES[2]), f"..{RELATIVES[3]}--"]
-    path.write_text("".join(f">r{number}\n{row}\n" for number, row in enumerate(rows)))
+    path.write_text("#6\t1\n>ss_pred\nCCHHH\n" + "".join(f">r{number}\n{row}\n" for number, row in enumerate(rows)))
     return path
 
 
@@ -130,6 +138,9 @@ def test_scores_effects_and_samples_with_a_context_by_the_command_line(trained, 
     assert ours != bare
     printed = longseq("sample", run, "--number", 3, "--length", 20, "--seed", 4, "--context", relatives)
     assert [part.split("\n", 1)[1].replace("\n", "") for part in printed.split(">")[1:]] == ours
+    before = relatives.read_bytes()
+    assert "the file that is read" in refused("score", run, "test.fasta", "--context", relatives, "--out", relatives)
+    assert relatives.read_bytes() == before
     assert "name its file" in refused("score", run, "test.fasta", "--context-tokens", 5)
     masked = trained("masked", "model.objective=masked")
     assert "a masked model reads both sides" in refused("score", masked, "test.fasta", "--context", relatives)

@@ -123,10 +123,10 @@ def test_what_cannot_be_written_is_said_and_the_training_goes_on(train, monkeypa
         (["trainer.profile_steps=[0, 3]"], r"trainer\.profile_steps=\[0, 3\]: the first and the last step"),
         (["trainer.profile_steps=[5, 3]"], r"trainer\.profile_steps=\[5, 3\]: the first and the last step"),
         (
-            ["trainer.profile_steps=[1, 3]", "trainer.profile_ranks=[0, 1]"],
-            r"trainer\.profile_ranks=\[0, 1\]: numbers from 0 to 0, as there are 1 processes \(trainer\.devices\)",
+            ["trainer.profile_steps=[1, 3]", "trainer.profile_ranks=[0, -1]"],
+            r"trainer\.profile_ranks=\[0, -1\]: numbers of processes, from 0 on",
         ),
-        (["trainer.profile_steps=[1, 3]", "trainer.profile_ranks=[]"], r"trainer\.profile_ranks=\[\]: numbers from 0"),
+        (["trainer.profile_steps=[1, 3]", "trainer.profile_ranks=[]"], r"trainer\.profile_ranks=\[\]: numbers of proc"),
     ],
 )
 def test_steps_and_ranks_that_there_are_not_are_refused(folder, overrides, sentence):
