@@ -67,7 +67,7 @@ class _Band:
         if self.rows.decay is not None:
             scores.addcmul_(self.rows.decay, distance.to(scores), value=-1)
         if self.rows.gate is not None:
-            here = self.rows.gate[:, keys.start, None]  # the numbers are small next to it
+            here = self.rows.gate[:, queries.start, None]  # numbers are small next to it, where a weight is not
             of_query, of_key = ((self.rows.gate[:, 1:][:, at] - here).to(scores) for at in (queries, keys))
             scores.sub_((of_query - of_key.mT).abs_())
         if self.rows.runs is not None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from longseq.commands.jobs import known
 from longseq.commands.logs import log_of
 from longseq.commands.status import ago, ended, head, history, in_short, kept
-from longseq.errors import RunError
+from longseq.errors import LongseqError
 from longseq.launch.slurm.state import State, state_of
 from longseq.runs import starts
 from longseq.runs.curves import LiveCurves
@@ -75,7 +75,7 @@ class Viewer:
         """Read what is new. What cannot be read is a line of the page, but at the first look.
 
         Raises:
-            OSError, RunError: at the first one.
+            OSError, LongseqError: at the first one.
         """
         try:
             if time.monotonic() - self._asked >= _THOROUGH_SECONDS or self._ends() != self.ends:
@@ -87,7 +87,7 @@ class Viewer:
                 self.state = dataclasses.replace(self.state, progress=progress)
             self._read_messages()
             self.trouble, self.looked = "", time.time()
-        except (OSError, RunError) as error:  # of a file system that is away for a moment
+        except (OSError, LongseqError) as error:  # of a file system that is away for a moment
             if not self.looked:
                 raise
             self.trouble = f"warning   {said(error)}; all this is as of {ago(self.looked)}"

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 CHUNK = 128  # queries whose weights exist at a time
 EPSILON = 1e-3  # of the kernels f(u) + ε
@@ -30,6 +30,20 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu, "relu_direct": F.relu, "sigmoid": torch.sigmoid, "abs": torch.abs, "gelu": F.gelu, "cos": torch.cos,
     "tanh": torch.tanh, "identity": lambda u: u, "elu": lambda u: F.elu(u) + 1,
 }  # fmt: skip
+
+
+class Gate(nn.Module):
+    """log f (B, H, L) = logsigmoid(w·x + b) of x (B, L, E): a forget gate of each head (arXiv 2503.02130).
+
+    No ``nn.Linear``, so that adapters and quantisers leave it alone. It begins as a decay of these rates.
+    """
+
+    def __init__(self, dim: int, rates: Tensor):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.zeros(len(rates), dim)), nn.Parameter(-rates.expm1().log())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.logsigmoid(F.linear(x.to(self.weight.dtype), self.weight).float() + self.bias.float()).mT
 
 
 class FeatureMap:
@@ -160,7 +174,7 @@ def bidirectional(phi: FeatureMap, q: Tensor, k: Tensor, v: Tensor, real: Tensor
 
 
 def near(
-    q: Tensor, k: Tensor, v: Tensor, there: Tensor, window: int, causal: bool, forgotten: Tensor
+    q: Tensor, k: Tensor, v: Tensor, there: Tensor, window: int, causal: bool, forgotten: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Exact attention to keys less than ``window`` positions away; the result and the log of its denominator.
 
@@ -173,7 +187,9 @@ def near(
         ahead = distance(q[:, :, start:stop], k[:, :, at], window)
         seen = (ahead < window) & (ahead > (-1 if causal else -window)) & there[:, None, None, at]
         scores = q[:, :, start:stop] @ k[:, :, at].mT * q.shape[-1] ** -0.5
-        scores = scores - between(forgotten[:, :, start + window : stop + window], forgotten[:, :, at]).to(q.dtype)
+        if forgotten is not None:
+            here = forgotten[:, :, start + window : stop + window]
+            scores = scores - between(here, forgotten[:, :, at]).to(q.dtype)
         scores = scores.masked_fill(~seen, -torch.inf)
         top = scores.amax(-1, keepdim=True).clamp(min=NOTHING).detach()
         out, log_den = _divided((scores - top).exp() @ _with_ones(v[:, :, at]), True)

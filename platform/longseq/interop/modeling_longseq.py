@@ -107,7 +107,7 @@ class LongseqPreTrainedModel(PreTrainedModel):
         inside = ~torch.isin(input_ids, input_ids.new_tensor(ends))
         if attention_mask is not None:
             inside = inside & attention_mask.bool()
-        weight = inside[..., None].float()
+        weight = inside[..., None].to(hidden.device).float()
         return ((hidden.float() * weight).sum(1) / weight.sum(1).clamp(min=1)).to(hidden.dtype)
 
 
@@ -154,7 +154,7 @@ class _Labelled(LongseqPreTrainedModel):
         hidden = self.model.hidden(input_ids, _real(attention_mask), states=states)
         logits = self.classifier(hidden if self.residues else self.pooled(hidden, input_ids, attention_mask))
         output = TokenClassifierOutput if self.residues else SequenceClassifierOutput
-        loss = None if labels is None else self.loss(logits.float(), labels)
+        loss = None if labels is None else self.loss(logits.float(), labels.to(logits.device))
         return _as(return_dict, output(loss=loss, logits=logits, hidden_states=_tuple(states)))
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -297,7 +297,8 @@ def _loss(logits: Tensor, labels: Tensor | None, items: Tensor | int | None) -> 
     if labels is None:
         return None
     reduction = "mean" if items is None else "sum"
-    loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction=reduction)
+    wanted = labels.to(logits.device).flatten()
+    loss = F.cross_entropy(logits.float().flatten(0, 1), wanted, ignore_index=IGNORE, reduction=reduction)
     return loss if items is None else loss / items
 
 

@@ -18,18 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .favor_longseq import (
-    FeatureMap,
-    behind,
-    between,
-    bidirectional,
-    distance,
-    near,
-    projections,
-    rotated,
-    scan,
-    together,
-)
+from . import favor_longseq as favor
+from .favor_longseq import FeatureMap, Gate, behind, between, near, rotated, together
 
 # Of a layer: k, v, real and G of the last keys; sums and log-scale of those before; conv's inputs.
 Past = tuple[Tensor, ...]
@@ -46,8 +36,8 @@ class Layer:
     qk_norm: bool
     learned_share: bool
     learned_decay: bool
-    forget_gate: bool
     projection: str  # orthogonal, or iid
+    forget_gate: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,8 +82,8 @@ class State:
 
     def select(self, sequences: Tensor) -> State:
         """The state of other sequences of the batch, or of one several times."""
-        layers = tuple(tuple(x[sequences] for x in layer) for layer in self.layers)
-        return State(layers, self.positions[sequences])
+        layers = tuple(tuple(x[sequences.to(x.device)] for x in layer) for layer in self.layers)
+        return State(layers, self.positions[sequences.to(self.positions.device)])
 
 
 class Performer(nn.Module):
@@ -264,10 +254,7 @@ class Attention(nn.Module):
         self.log_share = nn.Parameter(torch.full((heads,), -3.0)) if o.learned_share and o.window else None
         slopes = -8 * math.log(2) * torch.arange(1, heads + 1) / heads
         self.log_decay = nn.Parameter(slopes) if o.learned_decay else None
-        self.gate = nn.Linear(s.dim, heads) if o.forget_gate else None
-        if self.gate is not None:
-            nn.init.zeros_(self.gate.weight)
-            self.gate.bias.data = -slopes.exp().expm1().log()
+        self.gate = Gate(s.dim, slopes.exp()) if o.forget_gate else None
         if o.kernel == "oprf" and o.kind == "favor":  # its constant A in units of 1e-9; 1: not found yet, counts as 0
             self.register_buffer("oprf_constant", torch.tensor(1, dtype=torch.int64))
         self._maps: dict[tuple[Any, ...], FeatureMap] = {}
@@ -300,12 +287,14 @@ class Attention(nn.Module):
 
     def _forgotten(self, x: Tensor) -> Tensor:
         """G (B, H, L) float64, Σ log f of the positions up to each: e^{G − G'} of what was there is left. A decay γ is
-        log f = −γ, and a gate log f = logsigmoid(w·x + b) (arXiv 2503.02130)."""
+        log f = −γ. Zeros where nothing is forgotten."""
+        log_gates = x.new_zeros(x.shape[0], self.sizes.heads, x.shape[1], dtype=torch.float32)
         if self.gate is not None:
-            log_gates = F.logsigmoid(F.linear(x, self.gate.weight).float() + self.gate.bias.float()).mT
+            log_gates = self.gate(x)
+        elif self.log_decay is None:
+            return log_gates
         else:
-            rates = 0.0 if self.log_decay is None else self.log_decay.float().exp()
-            log_gates = x.new_zeros(x.shape[0], x.shape[1], self.sizes.heads, dtype=torch.float32).sub(rates).mT
+            log_gates = log_gates - self.log_decay.float().exp()[:, None]
         return log_gates.nan_to_num(nan=0.0).clamp(-100.0, 0.0).double().cumsum(2)
 
     def _exact(
@@ -318,12 +307,19 @@ class Attention(nn.Module):
         kept = k, v, there, forgotten - forgotten[..., -1:]
         if plain:
             return F.scaled_dot_product_attention(q, k, v, is_causal=causal), kept
-        ahead = distance(q, k)
+        ahead = favor.distance(q, k)
         seen = there[:, None, None, :] & ((ahead >= 0) | (not causal))  # (B, 1, L, L of keys)
         blind = ~seen.any(-1, keepdim=True)  # such a row would be NaN
-        bias = -between(of_queries, forgotten).to(q.dtype)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.masked_fill(~(seen | blind), -torch.inf))
-        return out.masked_fill(blind, 0.0), kept
+        mask = seen | blind
+        if not self.forgets:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).masked_fill(blind, 0.0), kept
+        outs = []
+        for start in range(0, q.shape[2], favor.CHUNK):  # each head has a bias of its own
+            at = slice(start, start + favor.CHUNK)
+            bias = -between(of_queries[:, :, at], forgotten).to(q.dtype)
+            bias = bias.masked_fill(~mask[:, :, at], -torch.inf)
+            outs.append(F.scaled_dot_product_attention(q[:, :, at], k, v, attn_mask=bias))
+        return torch.cat(outs, dim=2).masked_fill(blind, 0.0), kept
 
     def _favor(
         self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, forgotten: Tensor, past: Past | None
@@ -335,18 +331,18 @@ class Attention(nn.Module):
         q, k, v = q.to(wide), k.to(wide), v.to(wide)
         if past is None:  # empty places of the window
             none = k.new_zeros(*k.shape[:2], window, k.shape[3])
-            past = none, none, torch.zeros(len(k), window, dtype=torch.bool, device=k.device), none[..., 0].double()
+            past = none, none, none[:, 0, :, 0].bool(), none[..., 0].to(forgotten)
         of_queries = forgotten
         k, v, there, forgotten = behind(k, v, real, forgotten, past)  # (B, H, window + L, D)
         if phi is not None and not (causal or window or self.forgets):
-            return bidirectional(phi, q, k, v, there), ()
-        parts = [near(q, k, v, there, window, causal, forgotten)] if window else []
+            return favor.bidirectional(phi, q, k, v, there), ()
+        parts = [near(q, k, v, there, window, causal, forgotten if self.forgets else None)] if window else []
         sums: tuple[Tensor, ...] = ()
         if phi is not None:
             share = 0.0 if self.log_share is None else self.log_share[:, None, None]
             far = slice(0, length)
             keys = k[:, :, far], v[:, :, far], there[:, far]
-            out, lse, *kept = scan(phi, q, *keys, of_queries, forgotten[..., far], past[4:6])
+            out, lse, *kept = favor.scan(phi, q, *keys, of_queries, forgotten[..., far], past[4:6])
             sums = tuple(kept)
             parts.append((out, lse + share))
             if not causal:  # keys behind the query; its own position is the first scan's where there is no window
@@ -355,7 +351,7 @@ class Attention(nn.Module):
                 there_back = F.pad(there[:, window:].flip(1), (delay, 0))[:, far]
                 back = -of_queries.flip(2)
                 of_keys = torch.cat((back[..., :1].expand(*back.shape[:2], delay), back), dim=2)[..., far]
-                out, lse, *_ = scan(phi, q.flip(2), k_back, v_back, there_back, back, of_keys)
+                out, lse, *_ = favor.scan(phi, q.flip(2), k_back, v_back, there_back, back, of_keys)
                 parts.append((out.flip(2), lse.flip(2) + share))
         left = (forgotten - forgotten[..., -1:])[..., length:]
         return together(parts), (*(t[:, :, length:] for t in (k, v)), there[:, length:], left, *sums)
@@ -365,11 +361,12 @@ class Attention(nn.Module):
             o, s, rows = self.options, self.sizes, None
             if o.kernel != "relu_direct":
                 number = o.features // 2 if o.kernel in ("hyperbolic", "trigonometric") else o.features
-                drawn = s.seed, self.number, s.draw
-                rows = projections(number, like.shape[-1], *drawn, o.projection == "orthogonal", o.kernel == "smreg")
+                how = s.seed, self.number, s.draw, o.projection == "orthogonal", o.kernel == "smreg"
+                rows = favor.projections(number, like.shape[-1], *how)
             stored = int(self.oprf_constant) if o.kernel == "oprf" else 1
             a = 0.0 if stored == 1 else stored * 1e-9
-            self._maps[like.device, like.dtype] = FeatureMap(o.kernel, rows, o.features, like, a)
+            with torch.inference_mode(False):  # a training may follow
+                self._maps[like.device, like.dtype] = FeatureMap(o.kernel, rows, o.features, like, a)
         return self._maps[like.device, like.dtype]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -260,6 +261,13 @@ def _check(config: Config, site: Site, request: Request) -> None:
             "gpus_per_node in the site's profile), or trainer.accelerator=cpu. Where nodes have GPUs that nobody asks "
             "for, trainer.accelerator=cuda."
         )
+    for there, layout in layouts(config, request.nodes, request.least, request.devices).items():
+        fewer = copy.deepcopy(config)
+        fewer.trainer.nodes, fewer.trainer.accumulate = layout.nodes, layout.accumulate
+        try:
+            fewer.check()
+        except ConfigError as error:
+            raise ConfigError(f"with {there} of {request.nodes} nodes: {error}") from None
     resolve_sources(config)
     check_origin(config)
     if site.gpu_memory_gib and request.gpus:

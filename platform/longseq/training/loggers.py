@@ -29,6 +29,7 @@ from longseq_data.os_errors import said
 
 # For what is on its way to a server when a training ends, and where a job must end soon: it is stopped, or failed.
 _LAST_WORDS_SECONDS, _HURRIED_SECONDS = 60.0, 10.0
+_MOST_WAITING = 100_000  # points, for a server that stands still
 _PROJECT = "longseq"  # where the environment names none
 
 
@@ -78,7 +79,8 @@ class InBackground(Logger):
         if self._thread is None:
             self._thread = threading.Thread(target=self._pass_on, name=self._name, daemon=True)
             self._thread.start()
-        self._waiting.put((dict(metrics), step))
+        if self._thread.is_alive() and self._waiting.qsize() < _MOST_WAITING:
+            self._waiting.put((dict(metrics), step))
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:

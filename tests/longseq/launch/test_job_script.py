@@ -522,3 +522,36 @@ def test_nodes_and_batches_are_those_of_the_nodes_that_came(tmp_path):
     job.start(SAVE)
     assert "--nodes=1 --ntasks=1 " in job.arguments[1]
     assert "trainer.nodes=1 trainer.devices=1 trainer.accumulate=2" in job.arguments[1]
+
+
+def test_a_member_of_an_array_speaks_for_itself_alone(job):
+    """SLURM takes the number of an array for all of its members."""
+    job._tool("squeue", f'echo "$*" >>"{job.tools}/asked"; case "$*" in *%T*) echo RUNNING ;; esac')
+    job.start(SAVE, SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="2")
+    assert "requeue 7_2\n" in job.log.read_text()
+    asked = (job.tools / "asked").read_text().splitlines()
+    assert asked
+    assert all("--jobs=7_2 " in f"{line} " for line in asked)
+
+
+def test_a_signal_between_two_starts_is_a_wish_to_come_back(job):
+    """It reaches the script while SLURM is asked whether the job goes on, and nothing trains."""
+    job._tool(
+        "squeue",
+        f'''case "$*" in *%T*) echo RUNNING; [ ! -e "{job.tools}/now" ] || echo x >>"{job.tools}/asked" ;; esac
+[ "$(cat "{job.tools}/asked" 2>/dev/null | wc -l)" = 2 ] || exit 0
+script=$PPID # or a subshell of it
+if cmp -s /proc/$script/cmdline "/proc/$(ps -o ppid= -p $script | tr -d " ")/cmdline"; then
+    script=$(ps -o ppid= -p $script)
+fi
+kill -USR1 $script''',
+    )
+    ended = job.start(AT_STEP.format(7))
+    assert (ended.code, ended.requeued, job.starts) == (75, True, [1])
+
+
+def test_nobody_is_blamed_for_a_signal_that_the_script_has_sent(job):
+    told = "echo 'srun: error: n2: task 1: User defined signal 1' >&2; exit 138"
+    ended = job.start(told)
+    assert "lost n2" not in ended.said
+    assert "srun's exit code is 138" in ended.said

@@ -92,11 +92,15 @@ class Profile(pl.Callback):
             return folder / f".partial-{name}{ending}", folder / f"{name}{ending}"
 
         partial, path = whole(".pt.trace.json.gz")
-        profiler.export_chrome_trace(str(partial))
-        partial.replace(path)
-        print(f"longseq: profile: {path}", file=sys.stderr, flush=True)
-        if device.type == "cuda":
-            partial, path = whole(".memory.pickle")
-            torch.cuda.memory._dump_snapshot(str(partial))
-            torch.cuda.memory._record_memory_history(enabled=None)
+        try:
+            profiler.export_chrome_trace(str(partial))
             partial.replace(path)
+            print(f"longseq: profile: {path}", file=sys.stderr, flush=True)
+            if device.type == "cuda":
+                partial, path = whole(".memory.pickle")
+                torch.cuda.memory._dump_snapshot(str(partial))
+                partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+            if device.type == "cuda":
+                torch.cuda.memory._record_memory_history(enabled=None)
