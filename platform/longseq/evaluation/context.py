@@ -117,31 +117,21 @@ def _alignment(file: str) -> Iterator[Record]:
 def again(spec: PerformerSpec, length: int) -> bool:
     """Whether a context of so many tokens is read again with each sequence, as no state can stand for it."""
     sums = all(options.kind == "favor" and not options.signed for options in spec.plan)
-    return not sums or length < _window(spec)
-
-
-def _window(spec: PerformerSpec) -> int:
-    return max(options.window for options in spec.plan)
+    return not sums or length < max(options.window for options in spec.plan)
 
 
 class Read:
     """A context that a model has read: rows are scored as if it came before them."""
 
     def __init__(self, model: PerformerLM, row: Tokens) -> None:
-        from longseq.attention.tiles import tiles
-        from longseq.models.tile_by_tile import ids
+        from longseq.models.tile_by_tile import carried
 
         self.model, self.row = model, row
         self.state: tuple[Tensor, ...] | None = None
         spec = model.spec
         if spec.carries and not again(spec, len(row)):
-            cuts = tiles(len(row), spec.tile)
-            if len(cuts) > 1 and cuts[-1][1] - cuts[-1][0] < _window(spec):  # only the last of all may be so short
-                cuts[-2:] = [(cuts[-2][0], cuts[-1][1])]
-            state: tuple[Tensor, ...] = ()
-            for start, stop in cuts:
-                x, state = model.carry(ids(model, row[start:stop]), start, state, wide=True)
-            self.last, self.state = x[:, -1:], state
+            for _, x, self.state in carried(model, row, more=True):
+                self.last = x[:, -1:]
 
     def hidden(self, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
         """What the head reads where each of (B, L) tokens is predicted: places from where on, (B, T, E). Padding may

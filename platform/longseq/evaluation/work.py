@@ -29,11 +29,11 @@ _STATE = 64  # tokens that a state is counted for: megabytes, however short a ro
 
 
 class _InContext(Work[Group, Row]):
-    """Options: context, the fields of context.Asked."""
+    """Option: context, the fields of context.Asked."""
 
     @cached_property
     def before(self) -> list[Tokens]:
-        return contexts(self.source, Asked(*self.job.options["context"]))
+        return contexts(self.source, Asked(*self.job.options.get("context", ())))
 
     @cached_property
     def contexts(self) -> list[Read]:

@@ -27,7 +27,7 @@ from longseq.models.performer import PerformerLM
 
 
 def carried(
-    model: PerformerLM, row: npt.NDArray[np.integer], *, layer: int | None = None
+    model: PerformerLM, row: npt.NDArray[np.integer], *, layer: int | None = None, more: bool = False
 ) -> Iterator[tuple[int, Tensor, State]]:
     """Where each tile begins, what the head reads of it, (1, T, E), and the state behind it.
 
@@ -35,9 +35,13 @@ def carried(
         model: in evaluation mode; it ``spec.carries``.
         row: (L,) token ids, no padding among them.
         layer: k: what block k gives, from 1 on; None: what the head reads.
+        more: whether other tokens follow; then the last tile is no shorter than a window, if the row is not.
     """
     state: State = ()
-    for start, stop in tiles(len(row), model.spec.tile):
+    cuts, window = tiles(len(row), model.spec.tile), max(options.window for options in model.spec.plan)
+    if more and len(cuts) > 1 and cuts[-1][1] - cuts[-1][0] < window:
+        cuts[-2:] = [(cuts[-2][0], cuts[-1][1])]
+    for start, stop in cuts:
         x, state = model.carry(ids(model, row[start:stop]), start, state, wide=True, layer=layer)
         yield start, x, state
 

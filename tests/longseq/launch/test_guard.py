@@ -103,7 +103,7 @@ def test_a_node_that_stands_still_as_a_whole_is_named_by_the_other(tmp_path, job
     for pid in (job.ranks[frozen].pid, job.guards[frozen]):
         os.kill(pid, signal.SIGSTOP)
     assert re.match(rf"lost node{frozen + 1}: rank {frozen} \(cpu\) has not answered for \d+ s", job.said())
-    assert job.ranks[1 - frozen].wait(60) == -signal.SIGKILL
+    assert job.ranks[1 - frozen].wait(60) in (-signal.SIGKILL, -signal.SIGSEGV)  # see below
     assert "in trains" in job.run.stacks_of(1 - frozen).read_text()
     assert job.ranks[frozen].poll() is None
 
@@ -117,7 +117,8 @@ def test_a_rank_that_is_stopped_is_named_and_all_leave_their_stacks(tmp_path, jo
         rf"lost node{stopped + 1}: rank {stopped} \(cpu\) has not answered for \d+ s: stopped by a signal", said
     )
     assert f"What each rank was doing: {job.run.stacks_of('*')}" in said
-    assert [rank.wait(60) for rank in job.ranks] == [-signal.SIGKILL] * 2
+    # A debugger that took too long and was killed while it held a process costs that process a SIGSEGV.
+    assert {rank.wait(60) for rank in job.ranks} <= {-signal.SIGKILL, -signal.SIGSEGV}
     for rank in range(2):
         assert "in trains" in job.run.stacks_of(rank).read_text()
 
@@ -126,7 +127,7 @@ def test_a_rank_that_is_stopped_before_it_has_met_the_others_is_named_by_its_own
     jobs.append(job := Job(tmp_path, meet=False))
     os.kill(job.ranks[1].pid, signal.SIGSTOP)
     assert job.said().startswith("lost node2: rank 1 (cpu) has not answered for ")
-    assert job.ranks[1].wait(60) == -signal.SIGKILL
+    assert job.ranks[1].wait(60) in (-signal.SIGKILL, -signal.SIGSEGV)
     assert job.ranks[0].poll() is None
 
 
