@@ -138,8 +138,8 @@ def test_a_sick_node_is_left_out(login: Login) -> None:
     login.wait_for_step(run, 0, start=2)
     login.kill_task(sick)
     login.wait_for_step(run, 0, start=3)
-    assert not login.tasks(sick)
     assert [starts.read_end(run / "starts", number) for number in (1, 2)] == [f"lost {sick}: task 1: Killed"] * 2
+    assert not login.tasks(sick), login.log(run)
     assert f"without {sick} from now on" in login.log(run)
     assert cluster.wait_for(job, *ENDED) == "COMPLETED", login.log(run)
     assert f"ExcNodeList={sick}" in cluster.run("scontrol", "show", "job", job)
