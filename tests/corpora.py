@@ -142,3 +142,17 @@ def made(files: list[str], place: Path, **changes: object) -> dict[str, dict[str
 def data_files(folder: Path) -> dict[str, bytes]:
     """Every file but the manifest, which names the sources."""
     return {name: content for name, content in contents(folder).items() if name != "manifest.json"}
+
+
+def clustered(folder: Path, sizes: list[int], alone: int, longest: int, seed: int) -> Path:
+    """folder/corpus of a.fasta, in which cluster c of table.tsv has ``sizes[c]`` records, and some are not listed."""
+    draw = random.Random(seed)
+    names = [(f"c{c}_0", f"c{c}_{i}") for c, size in enumerate(sizes) for i in range(size)]
+    rows = [member for _, member in names] + [f"alone{i}" for i in range(alone)]
+    draw.shuffle(rows)
+    text = "".join(f">{name} a\n{''.join(draw.choices('ACDEFGHIKL', k=draw.randint(5, longest)))}\n" for name in rows)
+    (folder / "a.fasta").write_text(text)
+    (folder / "table.tsv").write_text("".join(f"{one}\t{other}\n" for one, other in names))
+    settings = {"valid_fraction": 0.0, "test_fraction": 0.0, "workers": 1}
+    prepare(PrepareConfig([str(folder / "a.fasta")], str(folder / "corpus"), **settings))
+    return folder

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from corpora import tables
+from corpora import clustered, tables
 from longseq_data.prepare.config import PrepareConfig
 from longseq_data.prepare.members import member_index
 from longseq_data.prepare.prepare import prepare
@@ -26,16 +26,7 @@ LENGTH = 96
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    folder, draw = tmp_path_factory.mktemp("families"), random.Random(2)
-    names = [(f"c{c}_0", f"c{c}_{i}") for c, size in enumerate(SIZES) for i in range(size)]
-    rows = [member for _, member in names] + [f"alone{i}" for i in range(ALONE)]
-    draw.shuffle(rows)
-    text = "".join(f">{name} a\n{''.join(draw.choices('ACDEFGHIKL', k=draw.randint(5, 25)))}\n" for name in rows)
-    (folder / "a.fasta").write_text(text)
-    (folder / "table.tsv").write_text("".join(f"{one}\t{other}\n" for one, other in names))
-    settings = {"valid_fraction": 0.0, "test_fraction": 0.0, "workers": 1}
-    prepare(PrepareConfig([str(folder / "a.fasta")], str(folder / "corpus"), **settings))
-    return folder
+    return clustered(tmp_path_factory.mktemp("families"), SIZES, ALONE, longest=25, seed=2)
 
 
 def spec_of(place: Path, objective: str = "causal", seed: int = 3, length: int = LENGTH) -> CorpusSpec:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -11,11 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from corpora import tables
+from corpora import clustered, tables
 from longseq_data.errors import DataError
-from longseq_data.prepare.config import PrepareConfig
 from longseq_data.prepare.members import member_index
-from longseq_data.prepare.prepare import prepare
 from longseq_data.samples.corpus_samples import CorpusSpec
 from longseq_data.samples.rank_share import Share
 
@@ -25,16 +22,7 @@ ALONE = 5
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    folder, draw = tmp_path_factory.mktemp("members"), random.Random(1)
-    names = [(f"c{c}_0", f"c{c}_{i}") for c, size in enumerate(SIZES) for i in range(size)]
-    rows = [member for _, member in names] + [f"alone{i}" for i in range(ALONE)]
-    draw.shuffle(rows)
-    text = "".join(f">{name} a\n{''.join(draw.choices('ACDEFGHIKL', k=draw.randint(5, 60)))}\n" for name in rows)
-    (folder / "a.fasta").write_text(text)
-    (folder / "table.tsv").write_text("".join(f"{one}\t{other}\n" for one, other in names))
-    settings = {"valid_fraction": 0.0, "test_fraction": 0.0, "workers": 1}
-    prepare(PrepareConfig([str(folder / "a.fasta")], str(folder / "corpus"), **settings))
-    return folder
+    return clustered(tmp_path_factory.mktemp("members"), SIZES, ALONE, longest=60, seed=1)
 
 
 def spec_of(place: Path, packing: str = "crop", seed: int = 3) -> CorpusSpec:

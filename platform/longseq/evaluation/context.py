@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from longseq.models.spec import PerformerSpec
 
 _GAPS = str.maketrans("", "", "-.")  # of alignments (A2M, A3M): what is left is the relative itself
-
-
 _NO_SEQUENCES = ("ss_pred", "ss_conf", "ss_dssp")  # what HH-suite puts into an A3M as records
 
 
