@@ -122,6 +122,8 @@ def test_an_unknown_key_in_a_base_is_shown_in_the_base(refusal):
         ("model.features", "attention.features"),  # in the wrong section
         ("trainer.lr", "optim.lr"),
         ("devices", "trainer.devices"),  # without its section
+        ("run.root", "run.dir"),  # a word of other keys' meanings too: root mean square
+        ("trainer.default_root_dir", "run.dir"),
     ],
 )
 def test_an_unknown_key_is_refused_with_its_place_and_the_nearest_key_and_its_meaning(refusal, wrong, right):

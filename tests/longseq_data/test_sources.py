@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import ClassVar
 
@@ -167,6 +168,31 @@ def test_sources_that_are_not_there(pattern: str, message: str, tmp_path: Path, 
 def test_an_address_that_the_server_does_not_know(http_address):
     with pytest.raises(DataError, match=r"/none\.fasta: not found; correct the address\.$"):
         list(read_records(f"{http_address}/none.fasta"))
+
+
+@pytest.mark.parametrize("code", [401, 403])
+def test_a_server_that_wants_other_credentials(http_address, monkeypatch, code):
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "do_GET", lambda self: self.send_error(code))
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "do_HEAD", lambda self: self.send_error(code))
+    with pytest.raises(DataError, match=rf"/a\.fasta: cannot be read \(.*{code}.*\); check your credentials for it\.$"):
+        list(read_records(f"{http_address}/a.fasta"))
+
+
+def test_a_bucket_whose_plugin_finds_no_credentials(bucket, monkeypatch):
+    class NoCredentialsError(Exception):  # botocore's, which is no OSError
+        pass
+
+    def refuse(*_: object, **__: object) -> None:
+        raise NoCredentialsError("Unable to locate credentials")
+
+    for name in ("info", "glob", "_open"):
+        monkeypatch.setattr(Bucket, name, refuse)
+    for source in ("bucket://a/b.fasta", "bucket://a/*.fasta"):
+        with pytest.raises(DataError) as caught:
+            [list(read_records(each)) for each in expand_sources([source])]
+        assert str(caught.value).endswith(
+            "(NoCredentialsError: Unable to locate credentials); check your credentials for it."
+        )
 
 
 def test_a_server_that_does_not_answer():

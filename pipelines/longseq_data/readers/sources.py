@@ -298,9 +298,10 @@ def reading_error(source: str, line: int | None, error: BaseException) -> DataEr
     if isinstance(error, (gzip.BadGzipFile, zlib.error)):
         return DataError(f"{where}: the gzip data is damaged ({one_line(error)}); download or copy it again.")
     if isinstance(error, FileNotFoundError):
-        # fsspec says "not found" of a server that does not answer, too; only the cause tells
-        if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
-            return reading_error(source, line, error.__cause__)
+        # fsspec says "not found" of a server that does not answer, or refuses, too; only the cause tells
+        cause = error.__cause__
+        if cause and (_denied(cause) or (isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError))):
+            return reading_error(source, line, cause)
         return DataError(f"{where}: not found; correct the address.")
     if isinstance(error, OSError) and error.errno and (LOCAL_URL.match(source) or not URL.match(source)):
         return DataError(f"{explained(error, where, 'cannot be read')}.")
@@ -313,4 +314,11 @@ def reading_error(source: str, line: int | None, error: BaseException) -> DataEr
         return DataError(
             f"{where}: unknown kind of URL ({one_line(error)}); use a path, https:// or another of fsspec's."
         )
-    return DataError(f"{where}: cannot be read ({one_line(error)}); check the address and the connection.")
+    what = "your credentials for it" if _denied(error) else "the address and the connection"
+    return DataError(f"{where}: cannot be read ({one_line(error)}); check {what}.")
+
+
+def _denied(error: BaseException) -> bool:
+    """Whether a server wants to know who asks, or knows and refuses; plugins have classes of their own for it."""
+    status = getattr(error, "status", getattr(error, "code", None))
+    return isinstance(error, PermissionError) or "credential" in str(error).lower() or status in (401, 403)

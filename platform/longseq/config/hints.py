@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 # Keys as other libraries call them. Dashes and capitals do not count.
@@ -71,7 +72,8 @@ _KEYS = {
     "attention.redraw_every": "feature_redraw_interval redraw redraw_interval",
     "run.branch": "fork branch",
     "run.name": "name run_name experiment exp_name job_name",
-    "run.dir": "output output_dir out out_dir outdir save_dir logdir log_dir dir work_dir",
+    "run.dir": "output output_dir out out_dir outdir save_dir logdir log_dir dir work_dir root root_dir "
+    "default_root_dir",
     "run.seed": "seed random_seed",
 }
 _OTHERS = {word: key for key, words in _KEYS.items() for word in words.split()}
@@ -144,7 +146,8 @@ def near_key(name: str, known: Mapping[str, str]) -> str | None:
     if other in known:
         return other
     words = last.replace("_", " ")
-    by_meaning = [key for key, meaning in known.items() if len(words) > 3 and words in meaning]
+    by_meaning = [key for key in known if len(words) > 3 and re.search(rf"\b{re.escape(words)}\b", known[key])]
+    by_meaning.sort(key=lambda key: key.partition(".")[0] != name.partition(".")[0])
     near = [key for key in ranked if alike[key] > 0.8] or by_meaning or [key for key in ranked if alike[key] > 0.6]
     return near[0] if near else None
 
