@@ -48,7 +48,7 @@ def test_a_misleading_address_a_taken_port_and_no_environment_do_not_keep_a_run_
     cluster = login.cluster
     job = int(cluster.run("sbatch", "--parsable", "--hold", "--wrap=true"))
     cluster.run("scancel", job)
-    port = 20_000 + (job + 1) * 101 % 12_000
+    port = 20_000 + ((job + 1) * 101 + 7) % 12_000  # of its first start
     taken = login.folder / "taken.py"
     taken.write_text(
         "import pathlib, socket, sys, time\n"
