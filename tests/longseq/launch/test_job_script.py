@@ -520,6 +520,13 @@ def test_what_crashes_once_it_was_asked_to_leave_comes_back_by_the_queue(job):
     assert (ended.code, ended.requeued, job.starts) == (75, True, [1])
 
 
+def test_what_could_not_be_noted_on_a_full_disk_is_read_from_the_log(job):
+    sentence = "/runs/a: No space left on device; make room, or choose another disk."
+    ended = job.start(f'echo "longseq: error: {sentence}" >&2; : >"$start.end"; exit 76')
+    assert f"crashed after step never: {sentence}" in ended.said
+    assert starts.read_end(job.run / "starts", 1) == f"crashed {sentence}"
+
+
 def test_a_start_that_was_overtaken_touches_nothing(job):
     overtake = 'touch "$run/starts/00002.start"; exit 143'
     ended = job.start(overtake)
