@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.profilers import PassThroughProfiler
 from safetensors.torch import load_file
 
+from longseq.config.schema import Config
 from longseq.runs.checkpoint import partial_path, remove_partials
 from longseq.runs.run import Run
+from longseq.training.callbacks import checkpointing
+from longseq.training.callbacks.gradients import GradientNorm
+from longseq.training.callbacks.stopping import StopFlag
+from longseq.training.collectives import ControlGroup
 from longseq.training.writer import Writer
 from positions import position
 
@@ -46,6 +54,27 @@ def test_a_checkpoint_has_its_name_when_the_last_rank_has_written(run):
     files = sorted(path.relative_to(newest.path).as_posix() for path in newest.path.rglob("*") if path.is_file())
     assert files == ["manifest.json", "model.safetensors", "training/loops.pt", "training/rank-00001.safetensors"]
     assert published == [1]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.5])
+def test_a_long_wait_for_the_file_system_is_said(run, monkeypatch, capfd, seconds):
+    monkeypatch.setattr(checkpointing, "_LONG_SECONDS", 0.5)
+    saving = checkpointing.Checkpointing(run, Config(), StopFlag(), GradientNorm(Config()), PassThroughProfiler())
+    saving.control, saving.writer = ControlGroup(), Writer(run, 0, 1, lambda: None)
+    begin(run, 5)
+    saving.writer.start({"model.safetensors": b"weights"}, position(5), lambda: time.sleep(seconds))
+    saving.finish_writing()
+    assert [kept.position.step for kept in run.checkpoints()] == [5]
+    said = capfd.readouterr().err.splitlines()
+    if not seconds:
+        assert said == []
+        return
+    warning, waited = said
+    assert warning == (
+        f"longseq: warning: {run.checkpoints_dir}: the checkpoint of step 5 is being written for 0.5 s, and the "
+        "training waits: is the file system there?"
+    )
+    assert re.fullmatch(r"longseq: the training has waited \d+ s for the file system\.", waited)
 
 
 def test_what_one_rank_cannot_write_is_never_published(run):

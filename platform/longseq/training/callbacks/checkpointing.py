@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import shutil
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import lightning.pytorch as pl
 from lightning.pytorch.profilers import Profiler
@@ -26,6 +30,7 @@ from longseq.training.task import LanguageModelling
 from longseq.training.writer import Writer
 
 _LAST_WORDS_SECONDS = 10.0  # for a checkpoint in the making, when training ends by an error
+_LONG_SECONDS = 30.0  # that the training waits for one, before it is said
 
 
 class Checkpointing(StepBoundary):
@@ -110,15 +115,35 @@ class Checkpointing(StepBoundary):
         writer = self.writer
         assert writer is not None
         step = writer.step
-        with self.profiler.profile("write"):
-            writer.finish_part()
-        if self.control.any(writer.failed)[0]:
-            writer.give_up()
-        writer.finish()
+        with self._said_if_long(step):
+            with self.profiler.profile("write"):
+                writer.finish_part()
+            if self.control.any(writer.failed)[0]:
+                writer.give_up()
+            writer.finish()
         for reason in self.control.gather(writer.reason):
             if reason is not None:
                 self.run.check_start()  # the reason, perhaps
                 raise self._unwritten(step, reason)
+
+    @contextmanager
+    def _said_if_long(self, step: int | None) -> Iterator[None]:
+        """Nothing ends by a file system that stands still for a while, and nothing is lost: it is said."""
+        began = time.monotonic()
+        text = f"{self.run.checkpoints_dir}: the checkpoint of step {step} is being written"
+        waits = f"longseq: warning: {text} for {_LONG_SECONDS:g} s, and the training waits: is the file system there?"
+        # The log may lie on the same one: only this thread waits for it.
+        timer = threading.Timer(_LONG_SECONDS, print, (waits,), {"file": sys.stderr, "flush": True})
+        timer.daemon = True
+        if self.writer is not None and self.writer.rank == 0:
+            timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+        seconds = time.monotonic() - began
+        if timer.ident and seconds > _LONG_SECONDS:
+            print(f"longseq: the training has waited {seconds:.0f} s for the file system.", file=sys.stderr, flush=True)
 
     def _prune(self) -> None:
         settings = self.config.trainer
