@@ -58,6 +58,7 @@ class Story:
 
     def __init__(self, login: Login, disk: Disk, job: str, run: Path, draw: random.Random):
         self.login, self.disk, self.job, self.run, self.draw = login, disk, job, run, draw
+        self.blamed = ""
         self.does: dict[str, Callable[[str, int, int], float]] = {
             "stopped": self._stopped,
             "killed": self._killed,
@@ -79,9 +80,12 @@ class Story:
         ranks = {self._rank(pid): (node, pid) for node in cluster.nodes for pid in self.login.tasks(node)}
         assert sorted(ranks) == [0, 1], ranks
         script = cluster.run("squeue", "--noheader", f"--jobs={self.job}", "--format=%B").strip()
-        # The loss of the script's own node goes through the queue: test_coming_back has it.
-        chosen = [rank for rank, (node, _) in ranks.items() if kind != "lost node" or node != script]
-        rank = self.draw.choice(chosen)
+        # The loss of the script's own node goes through the queue, test_coming_back has it; and a node that is to blame
+        # twice in a row is left out, test_starts has that.
+        spared = {"lost node": script, "stopped": self.blamed, "killed": self.blamed}.get(kind)
+        rank = self.draw.choice([rank for rank, (node, _) in ranks.items() if node != spared])
+        if kind in ("stopped", "killed", "lost node"):
+            self.blamed = ranks[rank][0]
         began = time.monotonic()
         noticed = self.does[kind](*ranks[rank], rank) - began
         goes_on = kind in ("slow", "storage")

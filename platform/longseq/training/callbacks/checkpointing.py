@@ -17,7 +17,7 @@ from lightning.pytorch.profilers import Profiler
 from torch.optim import Optimizer
 
 from longseq.config.schema import Config
-from longseq.errors import LongseqError
+from longseq.errors import LongseqError, PassingError
 from longseq.runs import checkpoint
 from longseq.runs.checkpoint import TrainingPosition
 from longseq.runs.run import Run
@@ -28,6 +28,7 @@ from longseq.training.collectives import ControlGroup
 from longseq.training.snapshots import Snapshots
 from longseq.training.task import LanguageModelling
 from longseq.training.writer import Writer
+from longseq_data.os_errors import may_pass
 
 _LAST_WORDS_SECONDS = 10.0  # for a checkpoint in the making, when training ends by an error
 _LONG_SECONDS = 30.0  # that the training waits for one, before it is said
@@ -124,7 +125,8 @@ class Checkpointing(StepBoundary):
         for reason in self.control.gather(writer.reason):
             if reason is not None:
                 self.run.check_start()  # the reason, perhaps
-                raise self._unwritten(step, reason)
+                lasting = self.control.any(writer.failed and not may_pass(writer.error))[0]
+                raise (LongseqError if lasting else PassingError)(self._unwritten(step, reason))
 
     @contextmanager
     def _said_if_long(self, step: int | None) -> Iterator[None]:
@@ -151,10 +153,10 @@ class Checkpointing(StepBoundary):
             self.run.checkpoints_dir, settings.keep_checkpoints, best=settings.keep_best, every=settings.keep_every
         )
 
-    def _unwritten(self, step: int | None, reason: str) -> LongseqError:
+    def _unwritten(self, step: int | None, reason: str) -> str:
         newest = self.run.last_good()
         kept = f"that of step {newest.position.step} is complete" if newest else "there is none before it"
-        return LongseqError(
+        return (
             f"{self.run.checkpoints_dir}: the checkpoint of step {step} could not be written: {reason}. Of the "
             f"checkpoints, {kept}. Then go on with `{self.run.resume_command}`."
         )
