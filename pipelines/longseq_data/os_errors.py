@@ -16,6 +16,10 @@ Notice = Callable[[str], object]  # gets a sentence about something that was dea
 _log = logging.getLogger(__name__)
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Of a server, a disk or a network between, which may be back: to try again later is worth it.
+PASSING = frozenset(
+    {errno.ESTALE, errno.EIO, errno.EREMOTEIO, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENOTCONN, errno.ESHUTDOWN}
+)
 # What flock says of a file system without locks, Lustre without the mount option "flock" for instance.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
@@ -92,6 +96,11 @@ def of_library(error: Exception, path: Path | str) -> OSError | None:
 def is_full(error: OSError) -> bool:
     """Whether room is what was missing: on the disk, in the quota, or in the file."""
     return error.errno in FULL
+
+
+def may_pass(error: BaseException | None) -> bool:
+    """Whether the same may work a while later, with nobody doing anything about it."""
+    return isinstance(error, OSError) and error.errno in PASSING
 
 
 def lock(file: IO[str] | IO[bytes], path: Path, notice: Notice = _log.warning, *, wait: bool = False) -> None:

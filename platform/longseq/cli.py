@@ -56,6 +56,10 @@ def _process(argv: Sequence[str]) -> int:
         from longseq.interruption import Interruption
 
         interruption = Interruption()
+        if "LONGSEQ_START" in os.environ:  # a job's
+            from longseq.launch.slurm.fence import stand
+
+            stand()
         for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is no reason to fail
             if stream is not None:
                 stream.reconfigure(errors="replace")  # type: ignore[union-attr]

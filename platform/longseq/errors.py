@@ -23,6 +23,12 @@ class RunError(LongseqError):
     """A run folder or a checkpoint that cannot be used as asked."""
 
 
+class PassingError(LongseqError):
+    """A file system that has failed in a way that may pass: a job starts again, as after a crash."""
+
+    exit_code = 70
+
+
 class SupersededError(LongseqError):
     """A newer start has the run."""
 
@@ -59,6 +65,6 @@ EXIT_CODES = {
 }
 EXIT_ERROR = 1
 EXIT_UNFIT = 69
-EXIT_CRASHED = 70
+EXIT_CRASHED = PassingError.exit_code
 EXIT_GO_ON = 75
 EXIT_SUPERSEDED = SupersededError.exit_code

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from longseq.errors import LongseqError, place_of_errors
+from longseq.runs import starts
 from longseq_data.files import aside, resolved
 
 _DEVICES = (Path("/dev"), Path("/dev/fd"))
@@ -37,6 +38,7 @@ def output_file(path: Path) -> Iterator[Path]:
         LongseqError: where the folder is missing, or the name is that of a folder, a pipe or a device; before anything
             is computed for the file.
         OSError: where the folder cannot be written to, or the disk is full; nothing is left then.
+        SupersededError: in a job that has started anew elsewhere meanwhile; nothing is left then.
     """
     check_output(path)
     if path.is_symlink():
@@ -47,6 +49,7 @@ def output_file(path: Path) -> Iterator[Path]:
         except OSError as error:
             raise OSError(error.errno, f"cannot be written ({error.strerror})", str(path)) from None
         yield partial
+        starts.check_own()
 
 
 def check_output(path: Path, *read: str | Path | None) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 import longseq
 import longseq_data
+from command_line import alive
 from longseq.config.durations import duration_seconds
 from longseq.runs import starts
 
@@ -48,7 +49,7 @@ def test_a_misleading_address_a_taken_port_and_no_environment_do_not_keep_a_run_
     cluster = login.cluster
     job = int(cluster.run("sbatch", "--parsable", "--hold", "--wrap=true"))
     cluster.run("scancel", job)
-    port = 20_000 + (job + 1) * 101 % 12_000
+    port = 20_000 + ((job + 1) * 101 + 7) % 12_000  # of its first start
     taken = login.folder / "taken.py"
     taken.write_text(
         "import pathlib, socket, sys, time\n"
@@ -124,6 +125,59 @@ def test_a_job_that_comes_back_runs_the_code_that_was_submitted(login: Login, tm
     assert starts.numbers(run / "starts") == [1, 2]
     assert login.log(run).count(f"code {name}, as it was submitted") == 2
     assert "state     FINISHED" in login.type("watch", run)  # no terminal: once
+
+
+def test_an_evaluation_runs_the_submitted_code_and_an_old_start_of_it_keeps_nothing(
+    login: Login, tmp_path: Path
+) -> None:
+    """The checkout is edited before it starts; then its node is lost, it starts anew, and its old process wakes up."""
+    cluster = login.cluster
+    for package in (longseq, longseq_data):
+        source = Path(str(package.__file__)).parent
+        shutil.copytree(source, tmp_path / source.name, ignore=shutil.ignore_patterns("__pycache__"))
+    job, run = login.submit("scored", "trainer.max_steps=1", "trainer.valid_every=0")
+    assert cluster.wait_for(job, *ENDED) == "COMPLETED", login.log(run)
+    site = (login.folder / "site.yaml").read_text().replace("'1'}", f"'1', PYTHONPATH: '{tmp_path}'}}")
+    (login.folder / "later.yaml").write_text(site + "sbatch: ['--begin=now+1hour']\n")
+    words = ("submit", run, "--job=evaluate", "--site=later.yaml", "data.test=proteins.fasta")
+    job = login.type(*words).split()[1]
+    (tmp_path / "longseq/evaluation/evaluate.py").write_text("this is no Python")
+    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    first = run / f"slurm/evaluate-{job}.starts/00001.start"
+    _until(lambda: [node for node in cluster.nodes if _verbs(cluster.processes(node))], "the evaluation", 120)
+    node = next(node for node in cluster.nodes if _verbs(cluster.processes(node)))
+    old = _verbs(cluster.processes(node))
+    assert f"LONGSEQ_START={first}".encode() in Path(f"/proc/{old[0]}/environ").read_bytes().split(b"\0")
+    cluster.kill_slurmd(node)
+    for pid in old:
+        os.kill(pid, signal.SIGSTOP)
+    cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
+    try:
+        assert cluster.wait_for(job, *ENDED) == "COMPLETED"
+        (kept,) = (run / "evaluations").glob("*.json")
+        before = kept.read_bytes()
+        for pid in old:
+            os.kill(pid, signal.SIGCONT)
+        _until(lambda: not any(map(alive, old)), "the end of the old process", 60)
+    finally:
+        cluster.start_node(node)
+        cluster.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
+    assert [path.read_bytes() for path in (run / "evaluations").glob("*.json")] == [before]
+    assert starts.numbers(first.parent) == [1, 2]
+    log = (run / f"slurm/evaluate-{job}.log").read_text()
+    assert log.count(", as it was submitted") == 2
+    assert "perplexity" in log
+    cluster.wait_until_idle()
+
+
+def _verbs(pids: list[int]) -> list[int]:
+    """Those that evaluate: srun's words are the same."""
+    found = []
+    for pid in pids:
+        with suppress(OSError):
+            if Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[1:4] == [b"-m", b"longseq.cli", b"evaluate"]:
+                found.append(pid)
+    return found
 
 
 def test_a_sick_node_is_left_out(login: Login) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from longseq.runs import starts
 from longseq.runs.curves import read_curves
 from longseq_data.files import write_text
 from longseq_data.os_errors import lock
@@ -18,7 +19,9 @@ _ASIDE = ".partial-"
 
 
 def keep_json(report: object, path: Path) -> None:
-    """Write a file whole or not at all. Raises OSError where that cannot be done."""
+    """Write a file whole or not at all. Raises OSError where that cannot be done, SupersededError where the job has
+    started anew elsewhere."""
+    starts.check_own()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(report, indent=2) + "\n")
 
@@ -75,6 +78,7 @@ def _put_events(folder: Path, steps: Mapping[int, list], replaced: list[Path], s
         for at, values in steps.items():
             writer.add_event(Event(step=at, summary=Summary(value=values), wall_time=now))
         writer.close()
+        starts.check_own()
         for file in Path(partial).iterdir():
             file.replace(folder / file.name)
     for file in replaced:

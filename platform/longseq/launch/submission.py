@@ -56,6 +56,7 @@ class _Work:
     runs: tuple[Run, ...] = ()
     array: bool = False
     memory: str = ""
+    codes: Path | None = None  # where the code of a job that trains nothing is kept
 
 
 @dataclass(frozen=True)
@@ -293,7 +294,8 @@ def _check_request(request: Request, site: Site) -> None:
 def _evaluation(path: Path, overrides: Sequence[str], site: Site, how: _How) -> _Work:
     run = Run.open(path)
     config = run.config(tuple(overrides))
-    request = Request(1, 1, gpus=config.trainer.accelerator != "cpu" and bool(site.gpus_per_node))
+    gpus = config.trainer.accelerator != "cpu" and bool(site.gpus_per_node)
+    request = Request(1, 1, gpus, code=_code(site, None, current=True))
     if config.trainer.accelerator == "auto" and not request.gpus:
         print(
             "longseq: warning: trainer.accelerator=auto, but the job asks for no GPU (gpus_per_node of the site's "
@@ -302,7 +304,8 @@ def _evaluation(path: Path, overrides: Sequence[str], site: Site, how: _How) -> 
         )
     if not how.looks:
         run.slurm_dir.mkdir(exist_ok=True)
-    return _Work(evaluate_script(run.path, list(overrides), site, request), run.slurm_dir / "evaluate")
+    script = evaluate_script(run.path, list(overrides), site, request)
+    return _Work(script, run.slurm_dir / "evaluate", codes=run.path / "code" if request.code else None)
 
 
 def _preparation(path: Path, overrides: Sequence[str], site: Site, nodes: int) -> _Work:
@@ -313,8 +316,9 @@ def _preparation(path: Path, overrides: Sequence[str], site: Site, nodes: int) -
     config = located(path).absolute()
     here = Path.cwd() / f"prepare-{config.stem}"
     # The job's working folder is this one, so relative paths mean the same there.
-    log = here.with_name(f"{here.name}-%j.log")
-    return _Work(prepare_script(config, list(overrides), log, site, Request(nodes, 1, gpus=False)), here)
+    request = Request(nodes, 1, gpus=False, code=_code(site, None, current=True))
+    script = prepare_script(config, list(overrides), here, site, request)
+    return _Work(script, here, codes=here.with_name(f"{here.name}.code") if request.code else None)
 
 
 def _send(work: _Work, how: _How) -> Submission:
@@ -324,6 +328,8 @@ def _send(work: _Work, how: _How) -> Submission:
     if how.looks:
         return shown if how.dry_run else replace(shown, expected=queue.test_only(work.script))
     ids: list[str] = []
+    if work.codes:
+        code.keep_in(work.codes)
     for _ in range(how.chain if work.runs and how.chain else 1):
         path.write_text(work.script, encoding="utf-8")
         after = (f"--dependency=afterany:{ids[-1]}",) if ids else ()

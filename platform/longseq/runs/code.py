@@ -4,7 +4,8 @@
     code/3f2a9c01b7d4/snapshot.json           when and of which commit they were copied, and what was installed then
     code/used                                 which one the run goes on with
 
-A job that comes back days later runs what was submitted, whatever the checkout holds by then.
+A job that comes back days later runs what was submitted, whatever the checkout holds by then. Jobs of other verbs keep
+theirs next to the run's, or in a folder of their own (see longseq.launch.submission), and ``used`` is a training's.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -63,13 +64,28 @@ def keep(run: Run) -> None:
     Raises:
         RunError: if it cannot be written.
     """
-    target = folder_of(run, current())
+    keep_in(_folder(run))
+    with _as_sentence(_folder(run)):
+        write_text(_folder(run) / "used", f"{current()}\n")
+
+
+def keep_in(folder: Path) -> None:
+    """Keep the code of this process as one of the snapshots in a folder, for a job that is no training.
+
+    Raises:
+        RunError: if it cannot be written.
+    """
+    with _as_sentence(folder):
+        if not (folder / current()).is_dir():
+            _copy(folder / current())
+
+
+@contextmanager
+def _as_sentence(folder: Path) -> Iterator[None]:
     try:
-        if not target.is_dir():
-            _copy(target)
-        write_text(target.parent / "used", f"{current()}\n")
+        yield
     except (OSError, shutil.Error) as error:
-        raise RunError(f"{target}: the code of the run cannot be kept: {error}.") from None
+        raise RunError(f"{folder}: the code of the run cannot be kept: {error}.") from None
 
 
 def _copy(target: Path) -> None:

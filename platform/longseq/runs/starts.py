@@ -9,6 +9,9 @@
     starts/00003.silent  which rank does not answer, in a job, as long as one does not
     starts/00003.crash   after which step it crashed, in a job, "never" before the first, and the nodes to blame
 
+Jobs of other verbs number theirs in a folder of their own, ``slurm/evaluate-JOB.starts``, and tell their processes
+which one is theirs by the variable OWN.
+
 A lost node's processes can live on during the job's next start, and a slow network file system lets a lock of theirs
 be forgotten. They look for a newer number before each file that they write. Besides, one process of each node looks
 every ten seconds and ends where there is one: the others of its node follow, as it leaves its place to the next. For
@@ -33,6 +36,7 @@ from longseq.errors import EXIT_SUPERSEDED, SupersededError
 
 _START = re.compile(r"(\d{5,})\.start")
 POLL_SECONDS = 10.0
+OWN = "LONGSEQ_START"  # path of the start's file that a job's processes belong to; a training's are told by arguments
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,8 @@ def check(folder: Path, number: int) -> None:
     newest = max(numbers(folder), default=number)
     if newest > number:
         raise SupersededError(
-            f"{folder.parent}: start {newest} has this run now, so start {number} writes nothing more to it and ends."
+            f"{folder.parent if folder.name == 'starts' else folder}: start {newest} has this run now, so start "
+            f"{number} writes nothing more to it and ends."
         )
 
 
@@ -112,6 +117,28 @@ def watch(folder: Path, number: int, say: Callable[[str], object]) -> None:
                 continue
 
     threading.Thread(target=look, name="watch-starts", daemon=True).start()
+
+
+def check_own() -> None:
+    """:func:`check` for the start of the job that this process belongs to, if it belongs to one, before it writes.
+
+    Raises:
+        SupersededError: if it is not the newest any more.
+    """
+    if own := _own():
+        check(*own)
+
+
+def watch_own(say: Callable[[str], object]) -> None:
+    """:func:`watch` for the start of the job that this process belongs to, if it belongs to one."""
+    if own := _own():
+        watch(*own, say)
+
+
+def _own() -> tuple[Path, int] | None:
+    path = Path(os.environ.get(OWN, ""))
+    match = _START.fullmatch(path.name)
+    return (path.parent, int(match[1])) if match else None
 
 
 def _take_place(address: bytes) -> socket.socket:

@@ -17,13 +17,13 @@ from functools import partial
 from pathlib import Path
 
 from longseq.allocator import keep_freed_memory
-from longseq.errors import EXIT_ERROR, EXIT_GO_ON, EXIT_SUPERSEDED, USER_ERRORS, SupersededError
+from longseq.errors import EXIT_CRASHED, EXIT_ERROR, EXIT_GO_ON, EXIT_SUPERSEDED, USER_ERRORS, SupersededError
 from longseq.runs import starts
 from longseq.runs.run import Run
 from longseq.training.kept_output import keep_output
 from longseq.training.signs import PEER_LOST, report_path
 from longseq.training.vitals import Vitals, stacks_on_request
-from longseq_data.os_errors import explained
+from longseq_data.os_errors import explained, may_pass
 
 
 def main() -> int:
@@ -67,7 +67,8 @@ def outcome(work: Callable[[], int], run: Run) -> tuple[int, str | None]:
     except USER_ERRORS as error:
         return getattr(error, "exit_code", EXIT_ERROR), str(error)
     except OSError as error:  # a full disk, mostly: say so without a traceback
-        return EXIT_ERROR, f"{explained(error, error.filename or run.path)}. Then go on with `{run.resume_command}`."
+        code = EXIT_CRASHED if may_pass(error) else EXIT_ERROR
+        return code, f"{explained(error, error.filename or run.path)}. Then go on with `{run.resume_command}`."
     except RuntimeError as error:
         if _peer_lost(error):
             try:

@@ -57,6 +57,7 @@ class Job:
             "scontrol",
             f'''case $1,$2 in
 show,hostnames) if [[ $3 = *[* ]]; then seq -f n%g {self.nodes}; else tr , "\\n" <<<"$3"; fi ;;
+show,reservation) cat "{self.tools}/reservations" 2>/dev/null ;;
 show,job) echo "JobId=7 ReqNodeList=(null) ExcNodeList=(null) NumNodes=2" ;;
 *) echo "$*" >>"{self.log}" ;;
 esac''',
@@ -223,6 +224,22 @@ def test_an_unfit_node_is_left_out_by_the_queue_where_the_job_has_no_other(job):
     assert job.log.read_text().splitlines() == ["requeue 7", "update JobId=7 ExcNodeList=n2"]
     assert "without n2 from now on" in ended.said
     assert job.starts == [1]
+
+
+@pytest.mark.parametrize(
+    ("inside", "nodes", "requeued"),
+    [(False, "n3", False), (False, "m9", True), (True, "n1,n2", False), (True, "n1,n2,n3", True)],
+)
+def test_nodes_that_are_reserved_for_others_are_no_others(job, inside, nodes, requeued):
+    """Two of three are wanted, and n2 is unfit; a job in a reservation has no nodes but those."""
+    job.partition("n1", "n2", "n3")
+    (job.tools / "reservations").write_text(
+        f"ReservationName=r Nodes={nodes} NodeCnt=1 State=ACTIVE Watts=n/a\n"
+        "ReservationName=later Nodes=n1,n2,n3 NodeCnt=1 State=INACTIVE Watts=n/a\n"
+    )
+    given = {"SLURM_JOB_RESERVATION": "r"} if inside else {}
+    ended = job.start(UNFIT, **given)
+    assert ended.requeued == requeued
 
 
 def test_a_spare_takes_the_place_of_an_unfit_node(tmp_path):
@@ -501,6 +518,13 @@ def test_what_crashes_once_it_was_asked_to_leave_comes_back_by_the_queue(job):
     crash = ASKED.format("USR1").replace('echo saved >"$start.end"; exit 0', AT_STEP.format(3))
     ended = job.start(crash)
     assert (ended.code, ended.requeued, job.starts) == (75, True, [1])
+
+
+def test_what_could_not_be_noted_on_a_full_disk_is_read_from_the_log(job):
+    sentence = "/runs/a: No space left on device; make room, or choose another disk."
+    ended = job.start(f'echo "longseq: error: {sentence}" >&2; : >"$start.end"; exit 76')
+    assert f"crashed after step never: {sentence}" in ended.said
+    assert starts.read_end(job.run / "starts", 1) == f"crashed {sentence}"
 
 
 def test_a_start_that_was_overtaken_touches_nothing(job):

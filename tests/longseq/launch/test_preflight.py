@@ -53,8 +53,8 @@ def test_a_task_finds_its_place():
     assert (place.rank, place.local_rank, place.world) == (3, 1, 4)
     assert [place.node_of(rank) for rank in range(4)] == ["node1", "node1", "node2", "node2"]
     assert 20_000 <= place.port < 32_000
-    again = Place.of_slurm({**TASK, "SLURM_RESTART_COUNT": "1"})
-    assert again.port != place.port  # what is left of the start before still has its own
+    ports = {Place.of_slurm(TASK, start=start).port for start in range(1, 200)}
+    assert len(ports) == 199  # what is left of a start before still has its own, without a restart of the job, too
     assert Place.of_slurm({**TASK, "SLURM_LAUNCH_NODE_IPADDR": ""}).address == "node1"
 
 
@@ -254,6 +254,23 @@ def test_a_clock_that_is_off_and_a_slow_network_are_named_with_their_node():
     assert ": an all-reduce runs at " in slow
     assert "(preflight_gb_a_second=1e+06). Each with node1 alone: node" in slow
     assert fit == "fit"
+
+
+@pytest.mark.parametrize(
+    ("clocks", "words"),
+    [
+        ({"a": 0, "b": 29}, ""),
+        ({"a": 0, "b": 40}, "a, b: their clocks differ, and it cannot be told which are right: a +0 s, b +40 s"),
+        ({"a": 40, "b": 0, "c": 5}, "a: its clock is +35 s away from c's"),
+        ({"a": 0, "b": 70, "c": 71, "d": 72, "e": 140}, "a, e: their clocks are -71 s, +69 s away from c's"),
+        (
+            {"a": 0, "b": 0, "c": 90, "d": 90},
+            "a, b, c, d: their clocks differ, and it cannot be told which are right: a +0 s, b +0 s, c +90 s, d +90 s",
+        ),
+    ],
+)
+def test_nodes_are_blamed_for_their_clock_where_most_others_agree(clocks, words):
+    assert preflight.odd_clocks(clocks, 30.0) == words
 
 
 def free_ports(count: int) -> list[str]:

@@ -59,7 +59,7 @@ def a_config(samples: int = 32, **trainer: object) -> Config:
 
 def scripts(site: Site = CLUSTER) -> dict[str, str]:
     """One of each template."""
-    config, one = a_config(), Request(1, 1, gpus=False)
+    config, one = a_config(), Request(1, 1, gpus=False, code="3f2a9c01b7d4")
     many = Request(4, 8, gpus=True, min_nodes=2, spares=1, dependency="afterok:12", code="3f2a9c01b7d4")
     pyxis = replace(site, container="pyxis", container_image="/i/longseq.sqsh", container_mounts=["/data", "/a:/b"])
     apptainer = replace(site, container="apptainer", container_image="/i/longseq.sif", container_mounts=["/data"])
@@ -69,8 +69,8 @@ def scripts(site: Site = CLUSTER) -> dict[str, str]:
         "sweep": sweep_script("sweep", sweep, a_config(64), pyxis, Request(1, 8, gpus=True, at_once=2)),
         "chain": train_script(RUN, config, replace(site, gpu_request="gres"), Request(2, 2, True, comes_back=False)),
         "evaluate": evaluate_script(RUN, ["data.ood=[a.fasta, 'b c']"], apptainer, Request(1, 1, gpus=True)),
-        "prepare": prepare_script(Path("/w/uniref50.yaml"), ["workers=32"], Path("/w/p-%j.log"), site, one),
-        "prepare-nodes": prepare_script(Path("/w/web.yaml"), [], Path("/w/p-%j.log"), site, replace(one, nodes=4)),
+        "prepare": prepare_script(Path("/w/uniref50.yaml"), ["workers=32"], Path("/w/p"), site, one),
+        "prepare-nodes": prepare_script(Path("/w/web.yaml"), [], Path("/w/p"), site, replace(one, nodes=4)),
     }
 
 
@@ -138,7 +138,7 @@ def test_two_hundred_hostile_values_are_refused_or_harmless(tmp_path):
     for name in ("srun", "scontrol", "squeue", "module", "sleep", "mkdir"):
         (tools / name).write_text("#!/bin/sh\n")
         (tools / name).chmod(0o755)
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run/slurm/evaluate-1.starts").mkdir(parents=True)
     (tmp_path / "run/FINISHED").touch()  # what comes after it is the same in all
     values = hostile_values(200)
     assert len(values) == 200

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.profilers import PassThroughProfiler
 from safetensors.torch import load_file
 
+from longseq.config.schema import Config
+from longseq.errors import EXIT_CRASHED, EXIT_ERROR
 from longseq.runs.checkpoint import partial_path, remove_partials
 from longseq.runs.run import Run
+from longseq.training.callbacks import checkpointing
+from longseq.training.callbacks.gradients import GradientNorm
+from longseq.training.callbacks.stopping import StopFlag
+from longseq.training.collectives import ControlGroup
+from longseq.training.worker import outcome
 from longseq.training.writer import Writer
 from positions import position
 
@@ -48,6 +60,62 @@ def test_a_checkpoint_has_its_name_when_the_last_rank_has_written(run):
     assert published == [1]
 
 
+@pytest.fixture
+def saving(run: Run) -> checkpointing.Checkpointing:
+    """The callback of a training with one process, about to write the checkpoint of step 5."""
+    found = checkpointing.Checkpointing(run, Config(), StopFlag(), GradientNorm(Config()), PassThroughProfiler())
+    found.control, found.writer = ControlGroup(), Writer(run, 0, 1, lambda: None)
+    begin(run, 5)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("number", "words", "code"),
+    [
+        (errno.EROFS, "Read-only file system; this file system is mounted read-only; choose a folder", EXIT_ERROR),
+        (errno.ENOSPC, "No space left on device; make room, or choose another disk", EXIT_ERROR),
+        (errno.ESTALE, "Stale file handle; the server of this network file system has replaced", EXIT_CRASHED),
+        (errno.EIO, "Input/output error; the disk or its server fails", EXIT_CRASHED),
+    ],
+)
+@pytest.mark.parametrize("where", ["write", "publish"])
+def test_a_file_system_that_fails_leaves_the_last_checkpoint_and_a_sentence(
+    run, saving, publish, monkeypatch, number, words, code, where
+):
+    """What may pass crashes: a job then starts again, from that checkpoint."""
+    publish(3)
+
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(f"longseq.training.writer.{where}", fail)
+    saving.writer.start({"model.safetensors": b"weights"}, position(5))
+    ended, sentence = outcome(saving.finish_writing, run)
+    assert ended == code
+    assert sentence.startswith(f"{run.checkpoints_dir}: the checkpoint of step 5 could not be written: {words}")
+    assert "that of step 3 is complete. Then go on with `longseq resume " in sentence
+    assert [kept.position.step for kept in run.checkpoints()] == [3]
+    assert outcome(fail, run)[0] == code
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.5])
+def test_a_long_wait_for_the_file_system_is_said(run, saving, monkeypatch, capfd, seconds):
+    monkeypatch.setattr(checkpointing, "_LONG_SECONDS", 0.5)
+    saving.writer.start({"model.safetensors": b"weights"}, position(5), lambda: time.sleep(seconds))
+    saving.finish_writing()
+    assert [kept.position.step for kept in run.checkpoints()] == [5]
+    said = capfd.readouterr().err.splitlines()
+    if not seconds:
+        assert said == []
+        return
+    warning, waited = said
+    assert warning == (
+        f"longseq: warning: {run.checkpoints_dir}: the checkpoint of step 5 is being written for 0.5 s, and the "
+        "training waits: is the file system there?"
+    )
+    assert re.fullmatch(r"longseq: the training has waited \d+ s for the file system\.", waited)
+
+
 def test_what_one_rank_cannot_write_is_never_published(run):
     zero, one = writers(run, 2)
     begin(run, 5)
@@ -77,6 +145,7 @@ KILLED = """
 import sys, torch
 from longseq.runs.checkpoint import partial_path
 from longseq.runs.run import Run
+from longseq.training.worker import outcome
 from longseq.training.writer import Writer
 from positions import position
 run = Run.open(sys.argv[1])

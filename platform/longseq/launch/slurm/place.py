@@ -44,12 +44,13 @@ class Place:
     port: int  # that rank 0 tries first
 
     @staticmethod
-    def of_slurm(environment: Mapping[str, str], address: str = "") -> Place:
-        """From what srun tells its tasks. The port is a function of job and restart: those that linger have another.
+    def of_slurm(environment: Mapping[str, str], address: str = "", start: int = 0) -> Place:
+        """From what srun tells its tasks. The port is a function of job and start: those that linger have another.
 
-        address: of rank 0's node, where the batch script is on another one.
+        address: of rank 0's node, where the batch script is on another one. start: the run's, of which a job can have
+        several.
         """
-        job, restart = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_RESTART_COUNT", 0))
+        job = int(environment["SLURM_JOB_ID"])
         nodes = tuple(host_names(environment["SLURM_STEP_NODELIST"]))
         return Place(
             rank=int(environment["SLURM_PROCID"]),
@@ -58,7 +59,7 @@ class Place:
             nodes=nodes,
             # Of the batch script's node, which is mostly that of rank 0; by number, where names do not resolve.
             address=address or environment.get("SLURM_LAUNCH_NODE_IPADDR") or nodes[0],
-            port=_FIRST_PORT + (job * 101 + restart * 7) % _PORTS,
+            port=_FIRST_PORT + (job * 101 + start * 7) % _PORTS,
         )
 
     @property

@@ -8,7 +8,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -219,15 +219,29 @@ def _check_clocks(place: Place, limits: Limits) -> float:
     dist.barrier()
     times: list[float] = [0.0] * place.world
     dist.all_gather_object(times, time.time())
-    # The median's node, a whole one: of two nodes nobody can say which is right, so both are named.
-    usual = sorted(range(place.world), key=times.__getitem__)[place.world // 2]
-    for rank, now in enumerate(times):
-        if abs(now - times[usual]) > limits.clock_seconds:
-            raise UnfitError(
-                f"{place.node_of(rank)}: its clock is {now - times[usual]:+.0f} s away from {place.node_of(usual)}'s "
-                f"(preflight_clock_seconds={limits.clock_seconds:g})."
-            )
+    odd = odd_clocks({place.node_of(rank): now for rank, now in enumerate(times)}, limits.clock_seconds)
+    if odd:
+        raise UnfitError(f"{odd} (preflight_clock_seconds={limits.clock_seconds:g}).")
     return max(times) - min(times)
+
+
+def odd_clocks(clocks: Mapping[str, float], limit: float) -> str:
+    """Which nodes have another time than most: words that begin with them, or with all where no time is that of most.
+
+    clocks: seconds, of each node. Empty where they agree within ``limit``.
+    """
+    usual = sorted(clocks, key=clocks.__getitem__)[len(clocks) // 2]
+    away = {node: now - clocks[usual] for node, now in clocks.items() if abs(now - clocks[usual]) > limit}
+    if not away:
+        return ""
+    if 2 * len(away) >= len(clocks):
+        first = min(clocks.values())
+        times = ", ".join(f"{node} +{now - first:.0f} s" for node, now in clocks.items())
+        return f"{', '.join(clocks)}: their clocks differ, and it cannot be told which are right: {times}"
+    (node, seconds), *others = away.items()
+    if not others:
+        return f"{node}: its clock is {seconds:+.0f} s away from {usual}'s"
+    return f"{', '.join(away)}: their clocks are {', '.join(f'{s:+.0f} s' for s in away.values())} away from {usual}'s"
 
 
 def _slowest(place: Place, device: torch.device, rate: float, limits: Limits) -> str:

@@ -95,16 +95,36 @@ def evaluate_script(run: Path, arguments: Sequence[str], site: Site, request: Re
     """The script of `longseq evaluate`, on one node with one task."""
     head = _directives(site, request, f"{run.name}-evaluate", run / "slurm" / "evaluate-%j.log", waits=False)
     values = {"run": run, "arguments": _words(arguments), "directives": head}
+    values |= _fence(run / "slurm" / "evaluate", run / "code", site, request)
     return fill("evaluate.sbatch.j2", values | _environment(site) | _command(site, request, (run,)))
 
 
-def prepare_script(config: Path, arguments: Sequence[str], log: Path, site: Site, request: Request) -> str:
-    """The script of `longseq data prepare`, one task per node."""
-    head = _directives(site, request, f"prepare-{config.stem}", log, waits=False)
+def prepare_script(config: Path, arguments: Sequence[str], place: Path, site: Site, request: Request) -> str:
+    """The script of `longseq data prepare`, one task per node. ``place``: of its log and its code, as far as all have
+    the same name."""
+    head = _directives(site, request, f"prepare-{config.stem}", place.with_name(f"{place.name}-%j.log"), waits=False)
     if request.nodes > 1:
         head.append(directive("no-kill"))
     values = {"config": config, "arguments": _words(arguments), "directives": head, "nodes": request.nodes}
+    values |= _fence(place, place.with_name(f"{place.name}.code"), site, request)
     return fill("prepare.sbatch.j2", values | _environment(site) | _command(site, request, ()))
+
+
+def _fence(place: Path, codes: Path, site: Site, request: Request) -> dict[str, object]:
+    """For _verb.j2, in the script of any job that is no training: its starts are numbered, and only the newest writes.
+
+    place: of log and starts, without the job's number, next to each other. codes: the folder of its snapshot.
+    """
+    code = _code(request, site, codes)
+    return {"place": place, "name": place.name, "codes": codes, "code": code}
+
+
+def _code(request: Request, site: Site, codes: Path) -> str:
+    if site.container != "none":  # an image does not change
+        return ""
+    if request.code and ":" in str(codes):
+        raise ConfigError(f"{codes}: the path of a job's code cannot hold a ':': choose another folder.")
+    return request.code
 
 
 def layouts(config: Config, nodes: int, min_nodes: int, devices: int) -> Mapping[int, Layout]:
@@ -188,8 +208,6 @@ def _directives(site: Site, request: Request, name: str, log: Path, *, waits: bo
 
 
 def _training(config: Config, site: Site, request: Request, runs: Sequence[Path]) -> dict[str, object]:
-    if request.code and any(":" in str(run) for run in runs):
-        raise ConfigError(f"{runs[0]}: the path of a run's code cannot hold a ':': choose another run.dir.")
     requeue = site.requeue and request.comes_back
     limits = {"seconds": site.preflight_seconds, "disk-gib": site.preflight_disk_gib}
     limits |= {"clock-seconds": site.preflight_clock_seconds, "gb-a-second": site.preflight_gb_a_second}
@@ -205,7 +223,8 @@ def _training(config: Config, site: Site, request: Request, runs: Sequence[Path]
         "max_restarts": site.max_restarts,
         "pause_seconds": site.pause_seconds,
         "requeue": requeue,
-        "code": request.code if site.container == "none" else "",  # an image does not change
+        "code": _code(request, site, runs[0] / "code"),
+        "codes": Shell("$run/code"),
         "peer_lost": PEER_LOST,
         # A GPU that was asked for and cannot be seen is no reason to train on a CPU.
         "accelerator": Shell(" trainer.accelerator=cuda" if request.gpus else ""),

@@ -50,7 +50,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*")
     Limits.add_arguments(parser)
     args = parser.parse_intermixed_args()
-    place = Place.of_slurm(dict(os.environ), args.address)
+    place = Place.of_slurm(os.environ, args.address, args.start)
     run = Run(args.run, args.start)
     _redirect(run, place.rank)
     _environment(place)

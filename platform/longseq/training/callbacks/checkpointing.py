@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import shutil
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import lightning.pytorch as pl
 from lightning.pytorch.profilers import Profiler
 from torch.optim import Optimizer
 
 from longseq.config.schema import Config
-from longseq.errors import LongseqError
+from longseq.errors import LongseqError, PassingError
 from longseq.runs import checkpoint
 from longseq.runs.checkpoint import TrainingPosition
 from longseq.runs.run import Run
@@ -24,8 +28,10 @@ from longseq.training.collectives import ControlGroup
 from longseq.training.snapshots import Snapshots
 from longseq.training.task import LanguageModelling
 from longseq.training.writer import Writer
+from longseq_data.os_errors import may_pass
 
 _LAST_WORDS_SECONDS = 10.0  # for a checkpoint in the making, when training ends by an error
+_LONG_SECONDS = 30.0  # that the training waits for one, before it is said
 
 
 class Checkpointing(StepBoundary):
@@ -110,15 +116,36 @@ class Checkpointing(StepBoundary):
         writer = self.writer
         assert writer is not None
         step = writer.step
-        with self.profiler.profile("write"):
-            writer.finish_part()
-        if self.control.any(writer.failed)[0]:
-            writer.give_up()
-        writer.finish()
+        with self._said_if_long(step):
+            with self.profiler.profile("write"):
+                writer.finish_part()
+            if self.control.any(writer.failed)[0]:
+                writer.give_up()
+            writer.finish()
         for reason in self.control.gather(writer.reason):
             if reason is not None:
                 self.run.check_start()  # the reason, perhaps
-                raise self._unwritten(step, reason)
+                lasting = self.control.any(writer.failed and not may_pass(writer.error))[0]
+                raise (LongseqError if lasting else PassingError)(self._unwritten(step, reason))
+
+    @contextmanager
+    def _said_if_long(self, step: int | None) -> Iterator[None]:
+        """Nothing ends by a file system that stands still for a while, and nothing is lost: it is said."""
+        began = time.monotonic()
+        text = f"{self.run.checkpoints_dir}: the checkpoint of step {step} is being written"
+        waits = f"longseq: warning: {text} for {_LONG_SECONDS:g} s, and the training waits: is the file system there?"
+        # The log may lie on the same one: only this thread waits for it.
+        timer = threading.Timer(_LONG_SECONDS, print, (waits,), {"file": sys.stderr, "flush": True})
+        timer.daemon = True
+        if self.writer is not None and self.writer.rank == 0:
+            timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+        seconds = time.monotonic() - began
+        if timer.ident and seconds > _LONG_SECONDS:
+            print(f"longseq: the training has waited {seconds:.0f} s for the file system.", file=sys.stderr, flush=True)
 
     def _prune(self) -> None:
         settings = self.config.trainer
@@ -126,10 +153,10 @@ class Checkpointing(StepBoundary):
             self.run.checkpoints_dir, settings.keep_checkpoints, best=settings.keep_best, every=settings.keep_every
         )
 
-    def _unwritten(self, step: int | None, reason: str) -> LongseqError:
+    def _unwritten(self, step: int | None, reason: str) -> str:
         newest = self.run.last_good()
         kept = f"that of step {newest.position.step} is complete" if newest else "there is none before it"
-        return LongseqError(
+        return (
             f"{self.run.checkpoints_dir}: the checkpoint of step {step} could not be written: {reason}. Of the "
             f"checkpoints, {kept}. Then go on with `{self.run.resume_command}`."
         )
