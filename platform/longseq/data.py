@@ -54,6 +54,9 @@ def resolve_sources(config: Config) -> None:
         data.cache = str(user_path(data.cache).absolute())
     if config.model.init_from:
         config.model.init_from = str(user_path(config.model.init_from).absolute())
+    for entry in config.trainer.benchmarks:
+        for name in {"path", "wild_type"} & entry.keys():
+            entry[name] = str(user_path(entry[name]).absolute())
     if config.finetune.table:
         try:
             table, *others = expand_sources([config.finetune.table])

@@ -120,6 +120,8 @@ def _check_finetune(config: Config) -> None:
     for name in ("probe_every", "noise_every", "length_warmup_steps", "ema_decay"):
         if getattr(trainer, name):
             raise ConfigError(f"trainer.{name}={getattr(trainer, name)} is about tokens, not labels; set it to 0.")
+    if trainer.benchmarks:
+        raise ConfigError("trainer.benchmarks are those of a model of tokens, not of labels; set them to [].")
 
 
 def _check_documents(config: Config) -> None:
