@@ -35,7 +35,7 @@ class Benchmark:
         0, "at most so many mutants of each scan, or chains, spread evenly over the file; 0: all", at_least=0
     )
     wild_type: str = key("", "of variants: a FASTA file of the wild type alone")
-    assays: list[str] = key([], "of proteingym: DMS_id of those wanted; empty: all")  # noqa: RUF009
+    assays: list[str] = key([], "of proteingym: DMS_id of those wanted; empty: all")
     method: str = key(ATTENTION, "of contacts: attention, or jacobian, 20 passes for each residue", choices=METHODS)
     train: int = key(20, "of contacts and structure: chains to learn from", at_least=1)
 
