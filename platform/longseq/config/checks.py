@@ -131,6 +131,11 @@ def _check_documents(config: Config) -> None:
             f"data.reset=true and data.packing={data.packing}: no document there is to begin anew; "
             "take data.packing=concat, or data.reset=false."
         )
+    if data.reverse and config.model.objective != "causal":
+        raise ConfigError(
+            f"data.reverse={data.reverse} and model.objective={config.model.objective}: a masked model reads both "
+            "sides in any case; leave it out."
+        )
     if data.crop != "random" and data.packing in ("concat", "family"):
         raise ConfigError(
             f"data.crop={data.crop} and data.packing={data.packing}: joined records are cut, not cropped; take "

@@ -22,7 +22,7 @@ from longseq.evaluation.field.assays import Entry, Scan, collection, scan
 from longseq.evaluation.field.averages import averages
 from longseq.evaluation.field.chains import Chain, folds, read_chains, spread
 from longseq.evaluation.field.measures import spearman
-from longseq.evaluation.records import record_of
+from longseq.evaluation.records import both_directions, record_of
 from longseq.evaluation.score import Variants, asked_for
 from longseq.evaluation.shards import Job
 from longseq.trained_model import Source
@@ -110,7 +110,8 @@ class _Assays(Watched):
     def part(self, source: Source, number: int, said: Said) -> Any:
         from longseq.evaluation.field.fitness import fitness
 
-        return fitness(source, source.load(), self.entries[number], self.scans[number], 0)[1].measures["Spearman"]
+        how = self.entries[number], self.scans[number], 0, both_directions(source, None)
+        return fitness(source, source.load(), *how)[1].measures["Spearman"]
 
     def points(self, found: Sequence[Any]) -> dict[str, float]:
         kinds = sorted({each.kind for each in self.scans}, reverse=True)
@@ -140,7 +141,7 @@ class _Scan(Watched):
     def _work(self, source: Source) -> Effects:
         from longseq.evaluation.work import Effects
 
-        work = Effects(Job("effects", "", self.own.wild_type), source)
+        work = Effects(Job("effects", "", self.own.wild_type, options={"both": both_directions(source, None)}), source)
         work.asked = self.asked
         return work
 
