@@ -139,8 +139,8 @@ def variant_effects(
     behind.check(source)
     look(source, str(file))
     both = both_directions(source, direction, context)
-    options = {"variants": list(variants), "table": path_of(table), "context": list(behind)}
-    options |= {"both": True} if both else {}
+    named = {"variants": list(variants), "table": path_of(table), "context": list(behind)}
+    options = {**named, **({"both": True} if both else {})}
     asked = asked_for(source, str(file), variants, table)
     job = Job("effects", str(source.folder), str(file), tuple(overrides), ema, options)
     return _effects(source, job, asked, devices, contexts(source, behind))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,10 +171,6 @@ class _Chains(Watched):
     def longest(self) -> int:
         return max(len(chain.sequence) for chain in self.chains)
 
-    @cached_property
-    def how(self) -> dict[str, int]:
-        return {"train": self.own.train, "records": self.own.records}
-
     def points(self, found: Sequence[Any]) -> dict[str, float]:
         (points,) = found
         return points
@@ -187,7 +182,10 @@ class _Contacts(_Chains):
     def part(self, source: Source, number: int, said: Said) -> Any:
         from longseq.evaluation.field.contacts import benchmark_contacts
 
-        result = benchmark_contacts(self.own.path, source, methods=[self.own.method], progress=said, **self.how)
+        own = self.own
+        result = benchmark_contacts(
+            own.path, source, methods=[own.method], train=own.train, records=own.records, progress=said
+        )
         (model,) = result.models
         return {
             f"{name}_{share.replace('/', '')}": value
@@ -202,7 +200,8 @@ class _Structure(_Chains):
     def part(self, source: Source, number: int, said: Said) -> Any:
         from longseq.evaluation.field.structure import benchmark_structure
 
-        (model,) = benchmark_structure(self.own.path, source, progress=said, **self.how).models
+        own = self.own
+        (model,) = benchmark_structure(own.path, source, train=own.train, records=own.records, progress=said).models
         return {"accuracy": model.probe.accuracy}
 
 

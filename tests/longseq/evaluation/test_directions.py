@@ -107,5 +107,5 @@ def test_an_exported_model_knows_its_directions_and_a_masked_one_has_none(traine
     ours, theirs = ([each.log_likelihood for each in api.score(each, "few.fasta")] for each in (run, folder / "out"))
     assert ours == theirs
     masked = trained("masked", "model.objective=masked")
-    with pytest.raises(LongseqError, match="a masked model .*leave direction out"):
+    with pytest.raises(LongseqError, match=r"a masked model .*leave direction out"):
         api.variant_effects(masked, "wild.fasta", MUTANTS, direction="both")

@@ -96,14 +96,14 @@ def benchmark_contacts(
     for source in sources:
         name = label(source, sources)
         model = source.load()
-        records = [record_of(source, chain.id, chain.sequence, f"chain {chain.id}") for chain in chains]
+        read = [record_of(source, chain.id, chain.sequence, f"chain {chain.id}") for chain in chains]
         found: dict[str, list[Precision]] = {}
         for method in methods:
             say = partial(progress, name, method)
             if method == ATTENTION:
-                scores = _by_attention(model, records, chains, ways, source.causal, say)
+                scores = _by_attention(model, read, chains, ways, source.causal, say)
             else:
-                scores = _by_jacobian(model, records, source.causal, say)
+                scores = _by_jacobian(model, read, source.causal, say)
             found[method] = [precisions(each, chain.contact_map()) for each, chain in zip(scores, chains, strict=True)]
         by_chain = {
             method: {chain.id: each for chain, each in zip(chains, of, strict=True)} for method, of in found.items()
