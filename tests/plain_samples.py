@@ -18,7 +18,7 @@ from longseq_data.samples.permuting import documents_of
 from longseq_data.samples.rows import Arrays
 from longseq_data.samples.shuffling import endless, shuffled
 from longseq_data.samples.streaming import StreamSpec, evaluation_windows
-from longseq_data.vocabulary import IGNORE, PROTEIN, Tokens, Vocabulary, reverse_complement
+from longseq_data.vocabulary import BOS, EOS, IGNORE, PROTEIN, Tokens, Vocabulary, reverse_complement
 
 
 class Sample(NamedTuple):
@@ -36,6 +36,9 @@ def sample_of(spec: StreamSpec, window: Window, index: int, encoder: DocumentEnc
     if training and spec.reverse_complement and float(uniforms(spec.seed, "strand", index)) < 0.5:
         tokens = reverse_complement(tokens)
     segments = window.segments() if spec.reset else None
+    if training and spec.reverse and float(uniforms(spec.seed, "reverse", index)) < spec.reverse:
+        tokens = from_last_to_first(spec, tokens)
+        segments = None if segments is None else segments[-1] - segments[::-1]
     extent = window.measure(encoder, spec.overlap) if spec.measured else None
     if spec.objective == "masked":
         return Sample(*mask_tokens(tokens, spec.seed, index, spec.vocabulary), segments, extent)
@@ -44,6 +47,13 @@ def sample_of(spec: StreamSpec, window: Window, index: int, encoder: DocumentEnc
         targets[segments[1:] != segments[:-1]] = IGNORE  # no document tells how the next one begins
         segments = segments[:-1]
     return Sample(tokens[:-1], targets, segments, extent)
+
+
+def from_last_to_first(spec: StreamSpec, tokens: Tokens) -> Tokens:
+    """Token by token: what stands before a record stands behind it now, as that what stands there."""
+    before = EOS if spec.packing == "concat" and not spec.reset else BOS
+    swapped = {BOS: EOS, EOS: before}
+    return np.array([swapped.get(token, token) for token in reversed(tokens.tolist())], dtype=tokens.dtype)
 
 
 def training_samples(spec: StreamSpec, start: int = 0) -> Iterator[Sample]:

@@ -107,6 +107,22 @@ def decode(tokens: Iterable[int]) -> str:
     return PROTEINS.decode(tokens)
 
 
+def backwards(vocabulary: Vocabulary, marks: str, tokens: Tokens) -> Tokens:
+    """A sample (n,) as it would be if its records had been read from their last token to their first.
+
+    marks: "joined": records are joined by EOS, with a lone BOS at the most before the first; "documents": each is
+    BOS ... EOS; "ends": BOS and EOS stand at the ends of the sample, where these are in it.
+    """
+    out = tokens[::-1].copy()
+    begins, ends = out == vocabulary.bos, out == vocabulary.eos
+    if marks == "ends":
+        begins[:-1] = ends[1:] = False
+    out[begins] = vocabulary.eos
+    if marks != "joined":
+        out[ends] = vocabulary.bos
+    return out
+
+
 COMPLEMENT = np.array([3, 2, 1, 0, 4], dtype=np.uint8)  # of bases
 
 

@@ -54,6 +54,9 @@ def resolve_sources(config: Config) -> None:
         data.cache = str(user_path(data.cache).absolute())
     if config.model.init_from:
         config.model.init_from = str(user_path(config.model.init_from).absolute())
+    for entry in config.trainer.benchmarks:
+        for name in {"path", "wild_type"} & entry.keys():
+            entry[name] = str(user_path(entry[name]).absolute())
     if config.finetune.table:
         try:
             table, *others = expand_sources([config.finetune.table])
@@ -83,6 +86,10 @@ def resolve_sources(config: Config) -> None:
         raise ConfigError(
             f"data.reverse_complement=true turns the strands of DNA, and data.train is read as {tokens.name}: set "
             "data.tokenizer=dna, or leave it out."
+        )
+    if data.reverse and tokens.name != "protein":
+        raise ConfigError(
+            f"data.reverse={data.reverse} is about proteins, and data.train is read as {tokens.name}: leave it out."
         )
     if config.model.mask_scaling and tokens.mask != tokens.size - 1:
         raise ConfigError(
@@ -229,6 +236,7 @@ def _spec(config: Config, split: str, where: Where, seed: int) -> Samples:
             batch_tokens=data.batch_tokens,
             members=members_of_split(config, split, where.corpus, cache_folder(data.cache)),
             reverse_complement=data.reverse_complement,
+            reverse=data.reverse,
         )
     return StreamSpec(
         sources=tuple(where.paths),
@@ -238,6 +246,7 @@ def _spec(config: Config, split: str, where: Where, seed: int) -> Samples:
         test_fraction=0.0 if data.test else data.test_fraction,
         split_by=data.split_by,
         reverse_complement=data.reverse_complement,
+        reverse=data.reverse,
         length=data.length,
         packing="crop" if data.by_length else data.packing,  # files named next to a corpus are scored, not trained on
         objective=config.model.objective,

@@ -72,8 +72,16 @@ class _Own(code.LongseqPreTrainedModel):
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **options: Any) -> None:
         super().save_pretrained(save_directory, *args, **options)
+        self._copy_code(save_directory)
+
+    def _upload_modified_files(self, working_dir: str | Path, *args: Any, **options: Any) -> Any:
+        # With push_to_hub=True save_pretrained uploads before it returns.
+        self._copy_code(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **options)
+
+    def _copy_code(self, folder: str | Path) -> None:
         if getattr(self.config, "auto_map", None):
-            copy_code(Path(save_directory))
+            copy_code(Path(folder))
 
 
 class LongseqModel(_Own, code.LongseqModel):

@@ -51,6 +51,13 @@ class Source:
         whole = replace(self.config, trainer=replace(self.config.trainer, context_parallel=1))
         return whole.performer_spec(self.vocabulary.size)
 
+    def reading_spec(self, device: str) -> PerformerSpec:
+        """The same, read in tiles where the configuration says nothing else."""
+        tile = self.config.model.sequence_tile
+        if tile is None:
+            tile = TILE_ON_GPU if device.startswith("cuda") else TILE
+        return replace(self.spec, sequence_tile=tile)
+
     @property
     def name(self) -> str:
         """What people call the model: the run's name, or the folder's."""
@@ -106,10 +113,7 @@ class Source:
         if not tuned:
             self.refuse_labels()
         device = device or reading_device(self.config.trainer.accelerator)
-        tile = self.config.model.sequence_tile
-        if tile is None:
-            tile = TILE_ON_GPU if device.startswith("cuda") else TILE
-        spec = replace(self.spec, sequence_tile=tile)
+        spec = self.reading_spec(device)
         model = TunedModel(spec, learning_of(self.config)) if self.tuned else PerformerLM(spec)
         load_weights(model, self.weights)
         model.set_step(max(0, self.step - 1))

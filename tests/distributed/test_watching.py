@@ -6,13 +6,16 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from command_line import Command, checkpoint, curve, longseq
+from longseq import variant_effects
 from longseq.config.loading import load_config
+from longseq.evaluation.field.measures import spearman
 from longseq.training.task import LanguageModelling
 
 pytestmark = pytest.mark.distributed
@@ -22,7 +25,9 @@ WATCHED = (
     *("trainer.devices=2", "trainer.probe_every=8", "trainer.sample_tokens=20", "trainer.histogram_every=8"),
     *("trainer.ema_decay=0.7", "trainer.length_warmup_steps=6", "trainer.length_warmup_start=16"),
     *("attention.qk_norm=true", "attention.learned_decay=true", "trainer.checkpoint_every=4"),
+    "trainer.benchmarks=[{kind: variants, path: scan.csv, wild_type: wild.fasta, every: 8}]",
 )
+WILD = "MKVLAACDEFGHIKLMNPQRSTVWY"
 NOISE = "trainer.noise_every=4"
 
 
@@ -38,8 +43,12 @@ def texts(run: Path) -> dict[int, str]:
 
 
 @pytest.fixture(scope="module")
-def whole(fit: Callable[..., Path]) -> Path:
+def whole(folder: Path, fit: Callable[..., Path]) -> Path:
     """20 steps of two processes under ZeRO-2, never stopped."""
+    mutants = [f"{letter}{at}{new}" for at, letter in enumerate(WILD, 1) for new in "AW" if new != letter]
+    rows = [f"{mutant},{at * 7 % 11}" for at, mutant in enumerate(mutants)]
+    (folder / "scan.csv").write_text("\n".join(["mutant,DMS_score", *rows]))
+    (folder / "wild.fasta").write_text(f">w\n{WILD}\n")
     return fit("watched", *WATCHED, NOISE, "trainer.keep_checkpoints=9")
 
 
@@ -55,7 +64,8 @@ def test_every_curve_is_there(whole: Path) -> None:
     scalars = set(stream(whole).Tags()["scalars"])
     noise = {f"gradient_noise/{name}" for name in ("noise", "signal", "noise_scale_tokens")}
     errors = {"attention_error/layer00", "attention_error/layer01"}
-    assert QUALITY | RATES | MACHINE | TIMES | RANKS | noise | errors == scalars
+    measured = {"benchmark/scan/spearman", "time/benchmark_seconds"}
+    assert QUALITY | RATES | MACHINE | TIMES | RANKS | noise | errors | measured == scalars
     for tag in MACHINE | TIMES | errors:
         assert all(value > 0 for value in curve(whole, tag).values()), tag
     loss, bits = curve(whole, "valid/loss"), curve(whole, "valid/bits")
@@ -101,6 +111,15 @@ def test_gradient_histograms_add_up_to_the_gradient_norm(whole: Path) -> None:
         assert math.sqrt(squares) == pytest.approx(curve(whole, "train/gradient_norm")[step], rel=1e-4)
 
 
+def test_a_benchmark_shared_by_ranks_is_that_of_the_checkpoint(folder: Path, whole: Path) -> None:
+    points = curve(whole, "benchmark/scan/spearman")
+    assert list(points) == [8, 16]
+    for step, value in points.items():
+        given = list(variant_effects(checkpoint(whole, step), folder / "wild.fasta", table=folder / "scan.csv"))
+        effects, measured = np.array([(row.effect, row.measured) for row in given]).T
+        assert value == pytest.approx(spearman(measured, effects), abs=1e-6), step
+
+
 def test_the_running_mean_is_that_of_the_weights_of_every_step(folder: Path, fit: Callable[..., Path]) -> None:
     """Every step's weights are kept here, so the mean can be computed from its definition."""
     every = ("trainer.checkpoint_every=1", "trainer.keep_checkpoints=9", "trainer.max_steps=6", "trainer.ema_decay=0.3")
@@ -132,7 +151,8 @@ def test_the_running_mean_can_be_evaluated(folder: Path, whole: Path, one_proces
 def test_shards_and_accumulation_show_the_same(whole: Path, fit: Callable[..., Path]) -> None:
     other = fit("watched-zero-3", *WATCHED, "trainer.zero_stage=3", "trainer.accumulate=2")
     assert texts(other) == texts(whole)
-    for tag in ("train/loss", "valid/loss", "attention_error/layer00", "attention_error/layer01"):
+    benchmark = "benchmark/scan/spearman"
+    for tag in ("train/loss", "valid/loss", "attention_error/layer00", "attention_error/layer01", benchmark):
         assert curve(other, tag) == pytest.approx(curve(whole, tag), abs=1e-4), tag
     mine, theirs = stream(whole), stream(other)
     assert mine.Tags()["histograms"] == theirs.Tags()["histograms"]

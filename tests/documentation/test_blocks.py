@@ -87,8 +87,9 @@ def the_output_has_the_shape_of_the_values(found: dict) -> None:
     assert found["out"].isfinite().all()
 
 
-# Of a corpus, of fp16, of several processes, of labels; and gradient_noise/, which a key asks for.
+# Of a corpus, fp16, several processes, labels, trainer.benchmarks; and gradient_noise/, which a key asks for.
 RARE = {"train/epoch", "train/loss_scale", "time/slowest_rank", "time/slowest_ratio", "train/rmse", "valid/rmse"}
+RARE |= {"time/benchmark_seconds"}
 
 
 def the_page_of_curves_has_those_of_the_run(found: dict) -> None:

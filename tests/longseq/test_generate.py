@@ -141,3 +141,15 @@ def test_the_pipelines_fill_masks_and_continue_text_as_the_model_itself_does(tra
     with torch.no_grad():
         p = ours(tokens)[0, tokens[0].tolist().index(28)].softmax(-1)
     assert (best["token"], best["score"]) == (int(p.argmax()), pytest.approx(p.max().item(), abs=1e-5))
+
+
+@pytest.mark.parametrize("way", ["greedy", "beams"])
+def test_generation_goes_on_from_a_state_that_is_given(exported, way):
+    _, theirs, tokenizer = exported
+    ids = tokenizer(["MKVLAACDEF", "WYXCCAMKVL"], return_tensors="pt")["input_ids"]
+    whole = theirs.generate(ids, max_new_tokens=9, **WAYS[way])
+    for known in (4, ids.shape[1] - 1):
+        before = theirs(ids[:, :known], use_cache=True)
+        name = "cache" if "cache" in before else "past_key_values"
+        again = theirs.generate(ids, max_new_tokens=9, **{name: before[name]}, **WAYS[way])
+        assert again.tolist() == whole.tolist(), known

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from longseq.cli import main
 from longseq.config.loading import load_config
 from longseq.data import vocabulary
 from longseq.errors import RunError
+from longseq.interop.travelling import FILES
 from longseq.launch.before import check_origin
 from longseq.models.layers import Block
 from longseq.models.performer import PerformerLM
@@ -283,6 +285,24 @@ def test_every_pipeline_gives_what_the_model_gives(exported, objective):
                 **given, max_new_tokens=6, do_sample=False
             )
             assert written["generated_text"] == text + tokenizer.decode(out[0, 8:], skip_special_tokens=True)
+
+
+def test_what_is_pushed_to_the_hub_has_the_model_code(trained, folder, monkeypatch):
+    from huggingface_hub import HfApi
+    from transformers import modeling_utils
+
+    sent = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: SimpleNamespace(repo_id="me/out"))
+    monkeypatch.setattr(HfApi, "create_commit", lambda _, **given: sent.append(given["operations"]))
+    card = SimpleNamespace(save=lambda _: None)
+    monkeypatch.setattr(modeling_utils, "create_and_tag_model_card", lambda *_, **__: card)
+    run = trained()
+    assert main(["export", str(run.path), "out"]) == 0
+    transformers.AutoModelForCausalLM.from_pretrained("out").save_pretrained(
+        "again", push_to_hub=True, repo_id="me/out"
+    )
+    (operations,) = sent
+    assert {"config.json", "model.safetensors", *FILES} <= {each.path_in_repo for each in operations}
 
 
 TASK = """

@@ -21,7 +21,7 @@ from .corpus_stream import CorpusStream
 from .masking import masked_counts
 from .members import Members
 from .order import endless_order, permutation
-from .rows import Crop, Integers, Planned, Rows, mark_ends, residues_of, turned
+from .rows import Crop, Integers, Planned, Rows, Turn, mark_ends, residues_of
 
 CHUNK = 1024  # records, or windows, planned at once in an evaluation
 
@@ -37,7 +37,7 @@ class Plan(Planned):
     starts: Integers  # first token: of a record's row [BOS] residues [EOS], or of the stream
     sizes: Integers  # tokens, with the one beyond the last position that a causal sample needs as a target
     scored: Integers  # targets
-    strands: int | None = None  # the seed that says which samples come as the other strand; None: none does
+    turn: Turn | None = None  # which samples come the other way round; None: none does
 
     @staticmethod
     def joined(plans: Iterable[Plan]) -> Plan:
@@ -46,8 +46,8 @@ class Plan(Planned):
         return replace(parts[0], **joined)  # type: ignore[arg-type]
 
     def rows(self) -> Rows:
-        rows, segments = self.cut.rows(self)
-        return rows if self.strands is None else turned(rows, self.strands, self.numbers), segments
+        found = self.cut.rows(self)
+        return self.turn.of(found, self.numbers) if self.turn else found
 
 
 class Cut(Protocol):

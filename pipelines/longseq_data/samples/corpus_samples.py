@@ -21,7 +21,7 @@ from .families import Families
 from .members import Members
 from .order import permutation
 from .rank_share import MakeBatch, Share, even
-from .rows import Arrays, Finish, Integers, check_choices
+from .rows import Arrays, Finish, Integers, check_choices, turn_of
 
 PLANNED = 4096  # samples of a rank, at once: a plan costs a hundred small steps of NumPy
 PACKINGS = ("concat", "crop", "bucket", "family")
@@ -58,6 +58,7 @@ class CorpusSpec:
     members: str | None = None  # a file of prepare.members. "crop", "bucket": an epoch takes one of each cluster;
     # "family": which records make one
     reverse_complement: bool = False  # of DNA: half of the training samples come as the other strand
+    reverse: float = 0.0  # the share of the training samples whose records are read from their last token on
 
     def __post_init__(self) -> None:
         check_choices(self, packing=PACKINGS, objective=("causal", "masked"), crop=("random", "first"))
@@ -132,7 +133,7 @@ class CorpusSpec:
     def planned(self, numbers: Integers) -> Plan:
         """Training samples by their numbers."""
         plan = self.cut.plan(numbers)
-        return replace(plan, strands=self.seed) if self.reverse_complement else plan
+        return replace(plan, turn=turn_of(self))
 
     @property
     def _finish(self) -> Finish:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol, TypeVar
+from functools import partial
+from typing import ClassVar, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from longseq_data.randomness import uniforms
-from longseq_data.vocabulary import IGNORE, Vocabulary, reverse_complement
+from longseq_data.vocabulary import IGNORE, Vocabulary, backwards, reverse_complement
 
 from .masking import mask_rows, masked_counts
 
@@ -49,6 +50,23 @@ class Taken(Chosen, Protocol):
     def scored(self) -> Integers: ...
 
     def __getitem__(self, which: slice | Integers) -> Taken: ...
+
+
+class Turning(Protocol):
+    """What of a spec says which samples are turned."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def packing(self) -> str: ...
+    @property
+    def reset(self) -> bool: ...
+    @property
+    def reverse(self) -> float: ...
+    @property
+    def reverse_complement(self) -> bool: ...
+    @property
+    def vocabulary(self) -> Vocabulary: ...
 
 
 class Planned:
@@ -153,9 +171,32 @@ def mark_ends(rows: npt.NDArray, starts: Integers, sizes: Integers, lengths: Int
     rows[ended, sizes[ended] - 1] = vocabulary.eos
 
 
-def turned(rows: npt.NDArray, seed: int, numbers: Integers) -> npt.NDArray:
-    """The other strand of half of the samples, those of DNA, as seed and number say; what is behind an end stays."""
-    for row in np.flatnonzero(uniforms(seed, "strand", numbers) < 0.5).tolist():
-        real = rows[row] >= 0
-        rows[row, real] = reverse_complement(rows[row, real])
-    return rows
+class Turn(NamedTuple):
+    """Which training samples come the other way round, a function of seed and number, and what they are then."""
+
+    seed: int
+    what: str
+    share: float
+    way: Callable[[npt.NDArray], npt.NDArray]  # of the tokens of a sample
+    moves: bool = False  # whether its documents come in the other order
+
+    def of(self, found: Rows, numbers: Integers) -> Rows:
+        """Rows, some of which are turned in place; what is behind an end stays."""
+        rows, segments = found
+        for row in np.flatnonzero(uniforms(self.seed, self.what, numbers) < self.share).tolist():
+            real = rows[row] >= 0
+            rows[row, real] = self.way(rows[row, real])
+            if self.moves and segments is not None:
+                own = segments[row, real]
+                segments[row, real] = own[-1] - own[::-1]
+        return rows, segments
+
+
+def turn_of(spec: Turning) -> Turn | None:
+    """How some of a spec's training samples are turned; None: none is."""
+    if spec.reverse_complement:
+        return Turn(spec.seed, "strand", 0.5, reverse_complement)
+    if spec.reverse:
+        marks = "documents" if spec.reset else "joined" if spec.packing == "concat" else "ends"
+        return Turn(spec.seed, "reverse", spec.reverse, partial(backwards, spec.vocabulary, marks), moves=True)
+    return None

@@ -18,7 +18,7 @@ from longseq_data.vocabulary import IGNORE
 
 from .chunks import Chunk
 from .masking import masked_counts
-from .rows import Crop, Integers, Planned, Rows, Taken, mark_ends, residues_of, turned
+from .rows import Crop, Integers, Planned, Rows, Taken, mark_ends, residues_of, turn_of
 from .shuffling import endless, shuffled
 from .stream_settings import StreamSettings
 
@@ -75,7 +75,8 @@ class _Cropped(Planned):
             rows = np.frombuffer(text, np.int8).reshape(len(self), width).astype(vocabulary.target_dtype)
         else:
             rows = self._wide(first, last, begun, width)
-        return turned(rows, self.spec.seed, self.numbers) if self.spec.reverse_complement else rows, None
+        turn = turn_of(self.spec)
+        return turn.of((rows, None), self.numbers) if turn else (rows, None)
 
     def _wide(self, first: Integers, last: Integers, begun: npt.NDArray[np.bool_], width: int) -> npt.NDArray:
         vocabulary, stored = self.spec.vocabulary, stored_dtype(self.spec.vocabulary)
@@ -171,10 +172,10 @@ class _Windows(Planned):
 
     def rows(self) -> Rows:
         rows = self.windows[self.places]
-        if self.spec.reverse_complement:
-            turned(rows, self.spec.seed, self.numbers)
         segments = None if self.documents is None else self.documents[self.places]
-        return rows, None if segments is None else segments - segments[:, :1]
+        found = rows, None if segments is None else segments - segments[:, :1]
+        turn = turn_of(self.spec)
+        return turn.of(found, self.numbers) if turn else found
 
 
 def _windows(ids: npt.NDArray, size: int, step: int) -> npt.NDArray:

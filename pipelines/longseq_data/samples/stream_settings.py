@@ -33,6 +33,7 @@ class StreamSettings:
     crop: str = "random"  # "crop": where a record longer than the window is cropped, "random" or its "first" tokens
     split_by: str = "id"  # or "sequence", of records that have residues: see splits.SplitRule
     reverse_complement: bool = False  # of DNA: half of the training samples come as the other strand
+    reverse: float = 0.0  # the share of the training samples whose records are read from their last token on
     measured: bool = False  # samples know how many bytes and words their targets stand for; slower, for evaluation
     later_epochs: str = "buffer"  # the order after the first: through the buffer as well, or a "permutation" of all
     # records, which needs a cache

@@ -22,7 +22,7 @@ from longseq.data_report import check_data
 from longseq.devices import on_cuda
 from longseq.errors import EXIT_ERROR, USER_ERRORS
 from longseq.launch import local
-from longseq.launch.before import check_disk, check_origin
+from longseq.launch.before import check_benchmarks, check_disk, check_origin
 from longseq.measure.memory import MemoryEstimate, estimate, gib
 from longseq.runs.run import Run
 from longseq.text_parts import fit_parts
@@ -100,6 +100,7 @@ def _data(config: Config) -> tuple[Config, str]:
     fit_parts(config)
     check_data(config)
     check_origin(config)
+    check_benchmarks(config)
     files = {split: len(config.data.files(split)) for split in SPLITS}
     return config, "the beginning of every file was read: " + ", ".join(f"{n} {s}" for s, n in files.items() if n)
 

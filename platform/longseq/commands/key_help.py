@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from longseq.config.loading import described_keys
-from longseq.config.written_values import LAYERS, SOURCES
+from longseq.config.written_values import BENCHMARKS, LAYERS, SOURCES
 
 
 def help_on_keys() -> str:
@@ -33,6 +33,7 @@ def help_on_flat_keys(schema: type) -> str:
 def _entry(name: str, kind: str, default: object, about: Mapping[str, Any]) -> list[str]:
     choices = f" [{' | '.join(about['choices'])}]" if about["choices"] else ""
     lists = {SOURCES: "list[str | {path, weight, name}]", LAYERS: "list[str | {kind, window, features, ...}]"}
+    lists[BENCHMARKS] = "list[{kind, path, every, ...}]"
     kind = kind.removesuffix(" | None")
     kind = lists.get(kind, kind)
     head = f"  {name}: {kind} = {'null' if default is None else default}"

@@ -63,6 +63,16 @@ def add_devices(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_direction(parser: argparse.ArgumentParser) -> None:
+    """Which way a causal model reads proteins."""
+    parser.add_argument(
+        "--direction",
+        choices=("forward", "both"),
+        help="of causal models: the mean log-likelihood of both directions, or forward alone; default: as it was "
+        "trained (data.reverse)",
+    )
+
+
 def add_context(parser: argparse.ArgumentParser) -> None:
     """Relatives that a causal model reads first."""
     parser.add_argument(

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from longseq.commands.numbers import natural
-from longseq.commands.options import add_context, add_devices, add_model, add_overrides, ready
+from longseq.commands.options import add_context, add_devices, add_direction, add_model, add_overrides, ready
 from longseq.errors import LongseqError
 from longseq.evaluation.score import SequenceScore, VariantEffect, score, variant_effects
 from longseq.output_files import output
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--passes", type=natural, default=0, metavar="N", help="of a masked model; default 0: one per position, exact"
     )
+    add_direction(parser)
     add_context(parser)
     parser.add_argument(
         "--context-orders",
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     rows: Iterator[Row]
     behind = {
+        "direction": args.direction,
         "context": args.context,
         "context_tokens": args.context_tokens,
         "context_orders": args.context_orders,

@@ -120,6 +120,8 @@ def _check_finetune(config: Config) -> None:
     for name in ("probe_every", "noise_every", "length_warmup_steps", "ema_decay"):
         if getattr(trainer, name):
             raise ConfigError(f"trainer.{name}={getattr(trainer, name)} is about tokens, not labels; set it to 0.")
+    if trainer.benchmarks:
+        raise ConfigError("trainer.benchmarks are those of a model of tokens, not of labels; set them to [].")
 
 
 def _check_documents(config: Config) -> None:
@@ -128,6 +130,11 @@ def _check_documents(config: Config) -> None:
         raise ConfigError(
             f"data.reset=true and data.packing={data.packing}: no document there is to begin anew; "
             "take data.packing=concat, or data.reset=false."
+        )
+    if data.reverse and config.model.objective != "causal":
+        raise ConfigError(
+            f"data.reverse={data.reverse} and model.objective={config.model.objective}: a masked model reads both "
+            "sides in any case; leave it out."
         )
     if data.crop != "random" and data.packing in ("concat", "family"):
         raise ConfigError(

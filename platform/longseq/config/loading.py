@@ -15,13 +15,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from longseq.config.benchmarks import listed, refuse_missing
 from longseq.config.hints import near_choice, near_key, nearest
 from longseq.config.plan import OF_A_LAYER, planned
 from longseq.config.plan import named as named_of_layer
 from longseq.config.schema import Config
 from longseq.config.shipped import located
 from longseq.config.sources import changed, named
-from longseq.config.written_values import LAYERS, SOURCES, WrittenError, argument_value
+from longseq.config.written_values import BENCHMARKS, LAYERS, MAPPINGS, SOURCES, WrittenError, argument_value
 from longseq.config.yaml_files import YAML_ERRORS, first_line, read_yaml, yaml_problem
 from longseq.errors import USER_ERRORS, ConfigError
 from longseq_data.files import resolved, write_text
@@ -59,6 +60,8 @@ def read_config(path: Path | str, overrides: Sequence[str] = (), *, resolved: bo
     if resolved:
         _as_of_before(files)
     layers = [*files, *map(_override_layer, overrides)]
+    for layer in layers[len(files) if resolved else 0 :]:  # a run is read where its files are not, too
+        layer.refuse_missing()
     origin = next((name for layer in reversed(layers) if (name := layer.init_from())), None)
     if origin and not resolved:
         from longseq.interop.exported import inherited  # which opens runs, whose configurations are loaded here
@@ -150,11 +153,18 @@ class _Layer:
         self._refuse_unknown_keys()
         for section, name, about in described_keys():
             kind = about["type"].removesuffix(" | None")
-            if kind in (SOURCES, LAYERS) and name in (self.values.get(section) or {}):
+            if kind in MAPPINGS and name in (self.values.get(section) or {}):
                 full, value = f"{section}.{name}", self.values[section][name]
-                if kind == LAYERS:
-                    value = planned(value, full, self._place, _check_value)
-                self.values[section][name] = value if kind == LAYERS else named(value, full, self._place)
+                if kind == SOURCES:
+                    value = named(value, full, self._place)
+                else:
+                    look = planned if kind == LAYERS else listed
+                    value = look(value, full, self._place, _check_value)
+                self.values[section][name] = value
+
+    def refuse_missing(self) -> None:
+        """Refuse benchmarks whose files are not there."""
+        refuse_missing((self.values.get("trainer") or {}).get("benchmarks", []), "trainer.benchmarks", self._place)
 
     def onto(self, config: DictConfig) -> DictConfig:
         try:
@@ -301,7 +311,9 @@ def _at(place: str, name: str, value: Any) -> str:
 
 def _check_value(name: str, value: Any, about: Mapping[str, Any], place: str) -> None:
     """Refuse a value of another type than its key's, or beyond its limits."""
-    if type(value).__name__ != about["type"].removesuffix(" | None"):
+    kind, _, inner = about["type"].removesuffix(" | None").rstrip("]").partition("[")
+    parts = [type(part).__name__ for part in value] if inner and isinstance(value, list) else []
+    if type(value).__name__ != kind or any(part != inner for part in parts):
         raise ConfigError(f"{place}: {name}={shown(value)} is not {type_name(about['type'])}: {about['meaning']}.")
     check_limits(name, value, about, place)
 
@@ -318,7 +330,7 @@ def check_limits(name: str, value: Any, limits: Mapping[str, Any], place: str) -
         near = near_choice(name, str(value), limits["choices"])
         hint = f" Did you mean {near}?" if near else ""
         raise ConfigError(f"{_at(place, name, value)}: choose from {', '.join(limits['choices'])}.{hint}")
-    nested = list if limits.get("type", "").removesuffix(" | None") in (SOURCES, LAYERS) else (list, dict)
+    nested = list if limits.get("type", "").removesuffix(" | None") in MAPPINGS else (list, dict)
     if isinstance(value, list) and any(isinstance(part, nested) for part in value):
         raise ConfigError(f"{_at(place, name, value)}: a list in a list; write [a, b]: {limits['meaning']}.")
     if any(isinstance(n, float) and not math.isfinite(n) for n in (value if isinstance(value, list) else [value])):
@@ -341,7 +353,7 @@ def check_text(name: str, value: Any, meaning: str, place: str) -> None:
             config.yaml would not hold as text.
     """
     texts = value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]
-    texts = [text for part in texts for text in (part.get("path", ()) if isinstance(part, dict) else [part])]
+    texts = [text for part in texts for text in (_texts_of(part) if isinstance(part, dict) else [part])]
     for text in texts:
         if not isinstance(text, str):
             continue
@@ -352,6 +364,12 @@ def check_text(name: str, value: Any, meaning: str, place: str) -> None:
             raise ConfigError(f"{place}: {name}={text!a}: holds {what}, which no configuration can hold; rename it.")
         if "${" in text:
             raise ConfigError(f"{place}: {name}={text}: '${{' is a reference, and this came out of one; rename it.")
+
+
+def _texts_of(entry: Mapping[str, Any]) -> list[Any]:
+    """Those of a source, or of another entry that is a mapping."""
+    path = entry.get("path", [])
+    return [*(path if isinstance(path, list) else [path]), *(value for name, value in entry.items() if name != "path")]
 
 
 def type_of(section: str, name: str) -> str:
@@ -369,6 +387,7 @@ def type_name(annotation: str) -> str:
         "dict[str, str]": "names with a text each",
         SOURCES: "a list of text, or of {path, weight, name}",
         LAYERS: "a list of kinds, or of {kind, window, features, ...}",
+        BENCHMARKS: "a list of {kind, path, every, ...}",
     }
     return (names | lists).get(annotation.removesuffix(" | None"), annotation)
 

@@ -219,6 +219,14 @@ class DataConfig:
     reverse_complement: bool = key(
         False, "of DNA: half of the training sequences, drawn by run.seed, come as the other strand"
     )
+    reverse: float = key(
+        0.0,
+        "of proteins, causal models: the share of the training sequences, drawn by run.seed, that come from their last "
+        "residue to their first, without a mark; `longseq score` and `benchmark proteingym` then take the mean "
+        "log-likelihood of both directions",
+        at_least=0,
+        below=1,
+    )
     strict: bool = key(
         False, "refuse letters outside the alphabet instead of reading them as X, and bytes that are not UTF-8"
     )

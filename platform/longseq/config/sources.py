@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from longseq.errors import ConfigError
@@ -30,9 +30,7 @@ def named(value: Any, key: str, place: Callable[[str], str]) -> Any:
     if not isinstance(value, list) or not any(isinstance(entry, dict) for entry in value):
         return value
     sources = [_source(entry, f"{key}[{number}]", place) for number, entry in enumerate(value)]
-    name, times = Counter(source["name"] for source in sources).most_common(1)[0]
-    if times > 1:
-        raise ConfigError(f"{place(key)}: {key}: {times} sources are called {name}: give each a name of its own.")
+    refuse_repeated_names(sources, key, place, "sources")
     return sources
 
 
@@ -71,16 +69,29 @@ def _source(entry: Any, key: str, place: Callable[[str], str]) -> Source:
             f"{place(f'{key}.weight')}: {key}.weight={weight} must be a number above 0: how many samples come from "
             "this source, compared with the others."
         )
-    name = entry.get("name", _name_of(paths[0]))
-    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
-        raise ConfigError(
-            f"{place(f'{key}.name')}: {key}.name={name}: letters, digits, dots, dashes and underscores alone: it names "
-            "curves."
-        )
+    name = entry.get("name", name_of(paths[0]))
+    refuse_unusable_name(name, f"{key}.name", place)
     return {"name": name, "path": paths, "weight": float(weight)}
 
 
-def _name_of(path: str) -> str:
+def refuse_repeated_names(
+    entries: Sequence[Mapping[str, Any]], key: str, place: Callable[[str], str], what: str
+) -> None:
+    """Raise ConfigError where two of a key's entries have one name."""
+    for name, times in Counter(entry["name"] for entry in entries).most_common(1):
+        if times > 1:
+            raise ConfigError(f"{place(key)}: {key}: {times} {what} are called {name}: give each a name of its own.")
+
+
+def refuse_unusable_name(name: Any, key: str, place: Callable[[str], str]) -> None:
+    """Raise ConfigError for a name that curves cannot have."""
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+        raise ConfigError(
+            f"{place(key)}: {key}={name}: letters, digits, dots, dashes and underscores alone: it names curves."
+        )
+
+
+def name_of(path: str) -> str:
     """That of its file without endings."""
     last = re.split(r"[:@#?]", path.removeprefix("hub:").rstrip("/").rpartition("/")[2])[0]
     return re.sub(r"[^\w-]+", "_", last.split(".")[0] or last) or "source"

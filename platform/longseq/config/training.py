@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from longseq.attention.options import option as key
+
+Benchmarks = list[Any]  # each a mapping, a config.benchmarks.Benchmark
 
 SCHEDULES = ("cosine", "wsd", "inverse_sqrt", "constant")
 
@@ -97,6 +100,12 @@ class TrainerConfig:
         at_least=0,
     )
     sample_tokens: int = key(64, "tokens of each sequence sampled at a probe; 0: none", at_least=0)
+    benchmarks: Benchmarks = key(
+        [],
+        "what proteins are measured by at steps of the training, as curves benchmark/NAME/...: "
+        "[{kind: proteingym, path: FOLDER, every: 1000}, {kind: variants, path: scan.csv, wild_type: wild.fasta}, "
+        "{kind: contacts, path: chains.jsonl, records: 40}, {kind: structure, path: chains.jsonl}]",
+    )
     histogram_every: int = key(0, "steps between histograms of all weights and gradients; 0: never", at_least=0)
     noise_every: int = key(
         0, "steps between measurements of the gradient noise scale, two half gradients more each; 0: never", at_least=0

@@ -6,20 +6,26 @@ YAML reads NO as false, 012 as ten, 1:30 as ninety and 2024-01-01 as a day. A ke
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
 
+from longseq.config.benchmarks import OF_ONE
 from longseq.config.plan import OF_A_LAYER
 
-SOURCES, LAYERS = "Sources", "Layers"  # the types of lists that hold mappings: see config.schema
+# The types of lists that hold mappings: see config.schema and config.training.
+SOURCES, LAYERS, BENCHMARKS = "Sources", "Layers", "Benchmarks"
+MAPPINGS = (SOURCES, LAYERS, BENCHMARKS)
 _MAPPING = re.compile(r"[\[\s]*\{\s*[\w.'\"-]+:\s")  # and not the name of a file: {a}
 _NULL = ("null", "Null", "NULL", "~", "")
 _OCTAL = re.compile(r"[-+]?0[0-9_]+")
 _SEXAGESIMAL = re.compile(r"[-+]?[0-9][0-9_]*(:[0-9.]+)+")
 _SWITCH = dict.fromkeys(("true", "yes", "on", "y", "1"), True) | dict.fromkeys(("false", "no", "off", "n", "0"), False)
 _QUOTES = ("'", '"')
+
+Known = Mapping[str, Mapping[str, Any]]  # keys of a mapping, each with its type
 
 
 class WrittenError(ValueError):
@@ -38,8 +44,8 @@ def typed(node: yaml.Node | None, kind: str, plain: Any) -> Any:
     kind = kind.removesuffix(" | None")
     if kind == SOURCES:
         return _sources(node, plain)
-    if kind == LAYERS:
-        return _layers(node, plain)
+    if kind in (LAYERS, BENCHMARKS):
+        return _mappings(node, plain, OF_A_LAYER if kind == LAYERS else OF_ONE)
     if kind.startswith("list["):
         inner = kind[len("list[") : -1]
         if isinstance(node, yaml.SequenceNode) and isinstance(plain, list):
@@ -66,16 +72,16 @@ def _sources(node: yaml.Node | None, plain: Any) -> Any:
     return typed(node, "list[str]", plain)
 
 
-def _layers(node: yaml.Node | None, plain: Any) -> Any:
-    """Names of kinds, or mappings of attention's options; one may stand without brackets."""
+def _mappings(node: yaml.Node | None, plain: Any, known: Known) -> Any:
+    """Names, or mappings of what is ``known``; one may stand without brackets."""
     if isinstance(node, yaml.SequenceNode) and isinstance(plain, list):
-        return [_layer(child, value) for child, value in zip(node.value, plain, strict=True)]
-    return plain if plain is None or node is None else [_layer(node, plain)]
+        return [_mapping(child, value, known) for child, value in zip(node.value, plain, strict=True)]
+    return plain if plain is None or node is None else [_mapping(node, plain, known)]
 
 
-def _layer(node: yaml.Node, plain: Any) -> Any:
+def _mapping(node: yaml.Node, plain: Any, known: Known) -> Any:
     if isinstance(node, yaml.MappingNode) and isinstance(plain, dict):
-        kinds = {name: about["type"] for name, about in OF_A_LAYER.items()}
+        kinds = {name: about["type"] for name, about in known.items()}
         return {
             name.value: typed(value, kinds.get(name.value, "str"), plain.get(name.value)) for name, value in pairs(node)
         }

@@ -30,12 +30,20 @@ Share = list[list[int]]  # variants by number, those that share a pass together
 
 @torch.inference_mode()
 def causal(
-    model: PerformerLM, vocabulary: Vocabulary, rows: Sequence[Tokens], contexts: Sequence[Read] = ()
+    model: PerformerLM,
+    vocabulary: Vocabulary,
+    rows: Sequence[Tokens],
+    contexts: Sequence[Read] = (),
+    both: bool = False,
 ) -> list[float]:
     """Σ log p of each row's tokens after the first, its EOS included. Nats.
 
-    contexts: what comes before, in place of the first token; the mean over these.
+    contexts: what comes before, in place of the first token; the mean over these. both: the mean with the same of the
+    rows whose tokens between the first and EOS come from the last to the first.
     """
+    if both:
+        directions = rows, [np.concatenate([row[:1], row[-2:0:-1], row[-1:]]) for row in rows]
+        return np.mean([causal(model, vocabulary, each, contexts) for each in directions], 0).tolist()
     if contexts:
         return np.mean([_behind(context, vocabulary, rows) for context in contexts], 0).tolist()
     if len(rows) == 1 and len(rows[0]) > BATCH_TOKENS:
@@ -110,7 +118,12 @@ def _of_places(model: PerformerLM, row: Tokens, places: Places) -> Iterator[tupl
 
 
 def effects(
-    model: PerformerLM, vocabulary: Vocabulary, wild: Record, variants: Sequence[Variant], is_causal: bool
+    model: PerformerLM,
+    vocabulary: Vocabulary,
+    wild: Record,
+    variants: Sequence[Variant],
+    is_causal: bool,
+    both: bool = False,
 ) -> Iterator[tuple[Variant, float]]:
     """Log-likelihood of each variant less that of the wild type: below 0 the model finds it less likely. Nats.
 
@@ -118,7 +131,7 @@ def effects(
     2021); one pass for each set of sites.
     """
     found = np.empty(len(variants))
-    of_share = share_effects(model, vocabulary, wild, variants, is_causal)
+    of_share = share_effects(model, vocabulary, wild, variants, is_causal, both=both)
     for share in shares(wild, variants, is_causal):
         numbers = [number for alike in share for number in alike]
         found[numbers] = of_share(share)
@@ -148,14 +161,16 @@ def share_effects(
     variants: Sequence[Variant],
     is_causal: bool,
     contexts: Sequence[Read] = (),
+    both: bool = False,
 ) -> Callable[[Share], list[float]]:
     """A function that gives the effects of a share's variants, one after the other."""
     if not is_causal:
         return partial(_masked_effects, model, vocabulary, wild, variants)
-    (base,) = causal(model, vocabulary, [wild.row], contexts)
+    (base,) = causal(model, vocabulary, [wild.row], contexts, both)
 
     def found(share: Share) -> list[float]:
-        scores = causal(model, vocabulary, [variants[number].applied(wild.row) for (number,) in share], contexts)
+        rows = [variants[number].applied(wild.row) for (number,) in share]
+        scores = causal(model, vocabulary, rows, contexts, both)
         return [score - base for score in scores]
 
     return found

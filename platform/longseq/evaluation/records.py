@@ -19,6 +19,7 @@ from longseq_data.samples.streaming import StreamSpec
 from longseq_data.tokenization import ids_of
 from longseq_data.vocabulary import Tokens, Vocabulary
 
+DIRECTIONS = ("forward", "both")
 BATCH_TOKENS = 4096  # read by a model at once, padding included; a longer record is read alone
 
 Item = TypeVar("Item")
@@ -35,6 +36,30 @@ class Record(NamedTuple):
     @property
     def ordinary(self) -> Tokens:
         return self.row[1:-1]
+
+
+def both_directions(source: Source, direction: str | None, context: object = None) -> bool:
+    """Whether log-likelihoods are the mean of those of a record and of its residues from the last to the first.
+
+    Args:
+        direction: forward or both; None: both of a causal model that was trained on both (data.reverse), but for what
+            is read behind a context.
+
+    Raises:
+        LongseqError: for anything else, a masked model that is asked for both, and both behind a context.
+    """
+    if direction not in (None, *DIRECTIONS):
+        raise LongseqError(f"direction={direction}: take {' or '.join(DIRECTIONS)}.")
+    if direction is None:
+        return source.causal and source.config.data.reverse > 0 and context is None
+    if direction == "forward":
+        return False
+    source.require("causal", "it reads both sides in any case: leave direction out.")
+    if context is not None:
+        raise LongseqError("direction=both: what is read behind a context is read forward; leave one of them out.")
+    if source.vocabulary.name != "protein":
+        raise LongseqError(f"{source.folder}: a model of {source.vocabulary.name}; directions are about proteins.")
+    return True
 
 
 def records(source: Source, file: str) -> Iterator[Record]:

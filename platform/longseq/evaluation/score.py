@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from longseq.errors import LongseqError
 from longseq.evaluation.context import Asked, contexts, path_of
-from longseq.evaluation.records import Record, look, records
+from longseq.evaluation.records import Record, both_directions, look, records
 from longseq.evaluation.shards import Job, done, refuse_devices
 from longseq.trained_model import Source, find
 
@@ -71,6 +71,7 @@ def score(
     ema: bool = False,
     passes: int = 0,
     devices: int = 1,
+    direction: str | None = None,
     context: str | Path | None = None,
     context_tokens: int = 0,
     context_orders: int = 1,
@@ -84,6 +85,8 @@ def score(
         ema: with the running mean of the weights.
         passes: of a masked model: hide every passes-th position at once; 0: one pass per position, exact.
         devices: processes that share the work; results are the same to the last bit.
+        direction: forward or both, the mean of a causal model's log-likelihoods of a protein and of its residues from
+            the last to the first; None: both where it was trained so (data.reverse), but forward behind a context.
         context: FASTA or an alignment (A3M) of relatives, which a causal model reads before each record.
         context_tokens: as many of them as fit into these; 0: into three quarters of data.length.
         context_orders: how many times they are drawn and ordered anew; the score is the mean over these.
@@ -100,7 +103,8 @@ def score(
     behind = Asked(path_of(context), context_tokens, context_orders)
     behind.check(source)
     look(source, str(file))
-    options = {"passes": passes, "context": list(behind)}
+    both = both_directions(source, direction, context)
+    options = {"passes": passes, "context": list(behind), **({"both": True} if both else {})}
     job = Job("score", str(source.folder), str(file), tuple(overrides), ema, options)
     return _scores(source, job, devices, contexts(source, behind))
 
@@ -114,6 +118,7 @@ def variant_effects(
     *,
     ema: bool = False,
     devices: int = 1,
+    direction: str | None = None,
     context: str | Path | None = None,
     context_tokens: int = 0,
     context_orders: int = 1,
@@ -133,7 +138,9 @@ def variant_effects(
     behind = Asked(path_of(context), context_tokens, context_orders)
     behind.check(source)
     look(source, str(file))
-    options = {"variants": list(variants), "table": path_of(table), "context": list(behind)}
+    both = both_directions(source, direction, context)
+    named = {"variants": list(variants), "table": path_of(table), "context": list(behind)}
+    options = {**named, **({"both": True} if both else {})}
     asked = asked_for(source, str(file), variants, table)
     job = Job("effects", str(source.folder), str(file), tuple(overrides), ema, options)
     return _effects(source, job, asked, devices, contexts(source, behind))

@@ -29,7 +29,11 @@ _STATE = 64  # tokens that a state is counted for: megabytes, however short a ro
 
 
 class _InContext(Work[Group, Row]):
-    """Option: context, the fields of context.Asked."""
+    """Options: context, the fields of context.Asked; both, whether both directions are read."""
+
+    @property
+    def both(self) -> bool:
+        return bool(self.job.options.get("both"))
 
     @cached_property
     def before(self) -> list[Tokens]:
@@ -56,7 +60,7 @@ class Scores(_InContext[list[Record], Fields]):
     def rows(self, group: list[Record]) -> list[Fields]:
         vocabulary, passes = self.source.vocabulary, self.job.options["passes"]
         if self.source.causal:
-            found = causal(self.model, vocabulary, [record.row for record in group], self.contexts)
+            found = causal(self.model, vocabulary, [record.row for record in group], self.contexts, self.both)
         else:
             found = [pseudo(self.model, vocabulary, record.row, passes) for record in group]
         return [
@@ -86,7 +90,7 @@ class Effects(_InContext[Share, tuple[int, float]]):
     def _of_share(self) -> Any:
         wild, variants = self.asked.wild, self.asked.variants
         vocabulary, is_causal = self.source.vocabulary, self.source.causal
-        return share_effects(self.model, vocabulary, wild, variants, is_causal, self.contexts)
+        return share_effects(self.model, vocabulary, wild, variants, is_causal, self.contexts, self.both)
 
     def rows(self, group: Share) -> list[tuple[int, float]]:
         return list(zip([number for alike in group for number in alike], self._of_share(group), strict=True))

@@ -34,7 +34,7 @@ SECTIONS = ("run", "model", "attention", "data")
 TOKENIZER = "tokenizer.json"
 # Keys that say how a machine computes, or where a run began: no property of the model.
 _NOT_ITS_OWN = ("preset", "init_from", "backend", "sequence_tile")
-_DATA = ("tokenizer", "length", "packing", "reset", "crop", "image_size")
+_DATA = ("tokenizer", "length", "packing", "reset", "crop", "image_size", "reverse")
 
 
 @dataclass(frozen=True)

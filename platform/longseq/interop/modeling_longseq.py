@@ -259,15 +259,29 @@ class LongseqForCausalLM(LongseqPreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool | None = True, cache: Any = None,
-        past_key_values: Any = None, **others: Any,
+        past_key_values: Any = None, given: Any = None, **others: Any,
     ) -> dict[str, Any]:  # fmt: skip
         wanted: dict[str, Any] = {
             name: others[name] for name in ("output_hidden_states", "logits_to_keep") if name in others
         }
-        state = past_key_values if cache is None else cache
+        state = next((each for each in (cache, past_key_values, given) if each is not None), None)
         if state is not None:
-            return {"input_ids": input_ids[:, -1:], _STATE: state, "use_cache": True, **wanted}
+            if len(state.positions) < len(input_ids):  # a state that was given, of prompts that generate() repeats
+                rows = torch.arange(len(state.positions), device=state.positions.device)
+                state = state.select(rows.repeat_interleave(len(input_ids) // len(rows)))
+            real = input_ids.shape[1] if attention_mask is None else int(attention_mask[0].sum())
+            following = real - int(state.positions[0])  # 1, but where a state was given
+            return {"input_ids": input_ids[:, -following:], _STATE: state, "use_cache": True, **wanted}
         return {**_padded_in_front(input_ids, attention_mask), "use_cache": use_cache, **wanted}
+
+    def _prepare_cache_for_generation(
+        self, config: Any, model_kwargs: dict[str, Any], *others: Any, **more: Any
+    ) -> Any:
+        given = [model_kwargs.pop(name) for name in _STATE_NAMES if model_kwargs.get(name) is not None]
+        if not given:
+            return super()._prepare_cache_for_generation(config, model_kwargs, *others, **more)
+        model_kwargs["given"] = given[0]  # transformers would ask it what it asks its own caches
+        return None
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

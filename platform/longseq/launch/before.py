@@ -58,6 +58,18 @@ def _attention(config: Config) -> str:
     )
 
 
+def check_benchmarks(config: Config) -> None:
+    """Read what trainer.benchmarks names.
+
+    Raises:
+        ConfigError: naming the key, and of a file its line.
+    """
+    if config.trainer.benchmarks:  # which take their time to import
+        from longseq.training.benchmarks import watched
+
+        watched(config)
+
+
 def check_disk(config: Config, folder: Path) -> None:
     """Refuse to start where the checkpoints of a run in ``folder`` would not fit.
 

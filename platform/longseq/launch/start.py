@@ -16,7 +16,7 @@ from longseq.data import begin_reading, fix_order, identities, resolve_sources
 from longseq.data_report import check_data
 from longseq.errors import EXIT_GO_ON, LongseqError, RunError
 from longseq.launch import local
-from longseq.launch.before import check_disk, check_origin, say_schedule
+from longseq.launch.before import check_benchmarks, check_disk, check_origin, say_schedule
 from longseq.launch.slurm.place import refuse_several_tasks
 from longseq.launch.slurm.state import check_free
 from longseq.runs import starts
@@ -70,6 +70,7 @@ def begin(settings: Config, name: str) -> Training:
     check_data(settings, begun=True)
     origin = check_origin(settings)
     check_deepspeed(settings)
+    check_benchmarks(settings)
     check_disk(settings, resolved(user_path(settings.run.dir)))
     run = Run.create(settings, default_name=name)
     with run.locked():
@@ -137,6 +138,7 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), *, take_over: bool
         check_data(config, begun=True)
         origin = None if checkpoint else check_origin(config)
         check_deepspeed(config)
+        check_benchmarks(config)
         check_disk(config, run.path)
         save_config(config, run.config_path)
         run.record_data(data)
@@ -180,6 +182,7 @@ def _branch(run: Run, before: Config, config: Config, chosen: Checkpoint | None)
     check_data(config, begun=True)
     check_deepspeed(config)
     config.run.name, config.run.dir = name, str(run.path.parent)
+    check_benchmarks(config)
     check_disk(config, run.path.parent)
     branch = Run.create(config, default_name=str(name))
     try:

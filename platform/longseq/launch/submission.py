@@ -14,7 +14,7 @@ from longseq.config.schema import Config
 from longseq.config.shipped import located
 from longseq.data import fix_order, identities, resolve_sources, vocabulary
 from longseq.errors import ConfigError, LongseqError, RunError
-from longseq.launch.before import check_disk, check_origin, say_schedule
+from longseq.launch.before import check_benchmarks, check_disk, check_origin, say_schedule
 from longseq.launch.slurm import queue
 from longseq.launch.slurm.mounts import check_mounts
 from longseq.launch.slurm.queue import SlurmError
@@ -271,6 +271,7 @@ def _check(config: Config, site: Site, request: Request) -> None:
             raise ConfigError(f"with {there} of {request.nodes} nodes: {error}") from None
     resolve_sources(config)
     check_origin(config)
+    check_benchmarks(config)
     if site.gpu_memory_gib and request.gpus:
         needed = estimate(config, vocabulary(config).size)
         if needed.peak > site.gpu_memory_gib * 2**30:

@@ -13,11 +13,13 @@ P is the number of weights, n the number of ranks, w the bytes of a weight in tr
     activations   what the backward pass needs of every block (or with activation checkpointing of one block, and every
                   block's input), and what it holds at its most besides; with tiles of the sequence see :func:`_tiled`
     in the step   the fp32 gradients of this rank's part
+    behind it     4 P, with trainer.benchmarks: the copy of all weights that is measured
     in the CPU's  what is offloaded: the optimiser, weights, and what recomputations start from; and the
                   copies that a checkpoint is written from: 12 P of fp32 weights and moments (ZeRO 1-3 divide by n),
                   and rank 0's w P. Pinned memory rounds each tensor up to a power of two: up to twice as much
 
-The peak is that of three moments: the beginning of the backward pass, its end, and the optimiser's step.
+The peak is that of three moments: the beginning of the backward pass, its end, and the optimiser's step or what is
+behind it.
 """
 
 from __future__ import annotations
@@ -118,7 +120,8 @@ def estimate(config: Config, vocabulary: int, *, on_cuda: bool = True) -> Memory
     always = weights + optimizer + mean
     # What ZeRO-3 has for good, the others have from the backward pass to the step.
     early, late, left = (gradients, gradients, gradients) if stage == 3 else (bucket, gradients, part_gradients)
-    moments = always + gathered + early + first, always + gathered + late + last, always + left + step
+    copy = 4 * count if trainer.benchmarks else 0
+    moments = always + gathered + early + first, always + gathered + late + last, always + left + max(step, copy)
     return MemoryEstimate(
         weights=round(weights + gathered),
         gradients=round(gradients),

@@ -25,6 +25,7 @@ from longseq.runs.run import Run
 from longseq.trained_model import find
 from longseq.training.callbacks.attention_probe import AttentionProbe
 from longseq.training.callbacks.bad_steps import BadSteps
+from longseq.training.callbacks.benchmarks import Benchmarks
 from longseq.training.callbacks.checkpointing import Checkpointing
 from longseq.training.callbacks.curves import Curves
 from longseq.training.callbacks.ema import WeightAverage
@@ -179,6 +180,7 @@ def build_trainer(
             *([LengthWarmup(config, start)] if settings.length_warmup_steps else []),
             *([WeightAverage(config, checkpoint)] if settings.ema_decay else []),
             *([Patience(run, config)] if config.finetune.table and config.finetune.patience else []),
+            *([Benchmarks(config, curves, clock)] if settings.benchmarks else []),
             checkpointing,
             *([Stragglers(config, curves, clock, vitals)] if settings.slow_factor else []),
             Times(curves, clock),

@@ -17,26 +17,25 @@ from typing import TYPE_CHECKING
 
 from longseq.commands.numbers import natural, positive
 from longseq.commands.options import add_models, given, models_and_keys, ready, told
+from longseq.config.benchmarks import METHODS
 from longseq.printed import as_json
 
 if TYPE_CHECKING:
     from longseq.evaluation.field.contacts import ContactBenchmark
     from longseq.evaluation.field.precision import Precision
 
-_METHODS = ("attention", "jacobian")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", type=Path, help="chains, a JSON object on each line")
     add_models(parser)
-    parser.add_argument("--method", action="append", choices=_METHODS, help="may be repeated; default: both")
+    parser.add_argument("--method", action="append", choices=METHODS, help="may be repeated; default: both")
     parser.add_argument("--train", type=positive, default=20, metavar="N", help="chains to learn from; default 20")
     parser.add_argument("--seed", type=natural, default=0, metavar="N", help="of who learns from whom; default 0")
     parser.add_argument("--json", action="store_true", help="JSON, with every chain, instead of a table")
 
 
 def run(args: argparse.Namespace) -> int:
-    from longseq.evaluation.field.contacts import METHODS, benchmark_contacts
+    from longseq.evaluation.field.contacts import benchmark_contacts
 
     targets, overrides = models_and_keys(args)
     ready()

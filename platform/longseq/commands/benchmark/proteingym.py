@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longseq.commands.numbers import natural
-from longseq.commands.options import add_devices, add_models, given, models_and_keys, ready
+from longseq.commands.options import add_devices, add_direction, add_models, given, models_and_keys, ready
 from longseq.printed import as_json
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="masked models on indels; default 0: one per position, exact",
     )
+    add_direction(parser)
     add_devices(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="where assays are kept; default: in the run")
     parser.add_argument("--details", action="store_true", help="also a table of all assays")
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     def progress(model: str, assay: str, kind: str, before: bool) -> None:
         print(f"longseq: {model}: {assay}, {kind}{': done before' if before else ''}", file=sys.stderr, flush=True)
 
-    how = given(args, "reference official beside ema passes out devices")
+    how = given(args, "reference official beside ema passes direction out devices")
     found = benchmark_proteingym(args.folder, targets, overrides, assays=args.assay, progress=progress, **how)
     if found.absent:
         named = ", ".join(found.absent[:3]) + (", ..." if len(found.absent) > 3 else "")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from longseq_data.randomness import generator
 
 STATES = "HE-"  # helix, strand, anything else: DSSP's eight states in three
 
+Item = TypeVar("Item")
 Contacts = npt.NDArray[np.bool_]
 
 
@@ -66,6 +68,12 @@ def read_chains(path: Path, needed: str) -> list[Chain]:
     if not chains:
         raise LongseqError(f"{path}: no chain in it; give a file with a JSON object on each line.")
     return chains
+
+
+def spread(items: Sequence[Item], most: int) -> list[Item]:
+    """At most so many of them, at equal distances and in their order; 0: all."""
+    count = min(most or len(items), len(items))
+    return [items[number * len(items) // count] for number in range(count)]
 
 
 def folds(number: int, train: int, seed: int) -> list[tuple[list[int], list[int]]]:

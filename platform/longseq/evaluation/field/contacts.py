@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from longseq.config.benchmarks import ATTENTION, METHODS
 from longseq.errors import LongseqError
-from longseq.evaluation.field.chains import Chain, folds, read_chains
+from longseq.evaluation.field.chains import Chain, folds, read_chains, spread
 from longseq.evaluation.field.models import label, proteins
 from longseq.evaluation.field.precision import NEAREST, Matrix, Precision, chance, mean_precision, precisions
 from longseq.printed import plain
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, str, str], None]  # model, method, chain
 
-ATTENTION, JACOBIAN = "attention", "jacobian"
-METHODS = (ATTENTION, JACOBIAN)
 C = 0.15  # of ESM's regression (Rao et al. 2021)
 
 
@@ -60,6 +59,7 @@ def benchmark_contacts(
     methods: Sequence[str] = METHODS,
     train: int = 20,
     seed: int = 0,
+    records: int = 0,
     ema: bool = False,
     progress: Progress = lambda *_: None,
 ) -> ContactBenchmark:
@@ -77,6 +77,7 @@ def benchmark_contacts(
         overrides: ``section.key=value`` on top of each run's configuration.
         train: chains that a regression learns from.
         seed: of the order in which chains are learned from and tested.
+        records: at most so many chains, spread evenly over the file; 0: all.
         ema: with the running mean of the weights.
         progress: called with the model's name, the method and the chain's id before each.
 
@@ -89,20 +90,20 @@ def benchmark_contacts(
     from longseq.evaluation.records import record_of
 
     sources = proteins(targets, overrides, ema)
-    chains = read_chains(Path(file), "contacts")
+    chains = spread(read_chains(Path(file), "contacts"), records)
     ways = folds(len(chains), train, seed) if ATTENTION in methods else []
     models = []
     for source in sources:
         name = label(source, sources)
         model = source.load()
-        records = [record_of(source, chain.id, chain.sequence, f"chain {chain.id}") for chain in chains]
+        read = [record_of(source, chain.id, chain.sequence, f"chain {chain.id}") for chain in chains]
         found: dict[str, list[Precision]] = {}
         for method in methods:
             say = partial(progress, name, method)
             if method == ATTENTION:
-                scores = _by_attention(model, records, chains, ways, source.causal, say)
+                scores = _by_attention(model, read, chains, ways, source.causal, say)
             else:
-                scores = _by_jacobian(model, records, source.causal, say)
+                scores = _by_jacobian(model, read, source.causal, say)
             found[method] = [precisions(each, chain.contact_map()) for each, chain in zip(scores, chains, strict=True)]
         by_chain = {
             method: {chain.id: each for chain, each in zip(chains, of, strict=True)} for method, of in found.items()

@@ -16,11 +16,14 @@ from longseq.models.performer import PerformerLM
 from longseq.trained_model import Source
 
 
-def fitness(source: Source, model: PerformerLM, entry: Entry, scan: Scan, passes: int) -> tuple[Floats, Result]:
+def fitness(
+    source: Source, model: PerformerLM, entry: Entry, scan: Scan, passes: int, both: bool = False
+) -> tuple[Floats, Result]:
     """Score every mutant, larger being likelier than the wild type, and measure how well that predicts DMS_score.
 
     Substitutions: masked marginals, or the difference of log-likelihoods of a causal model. Indels: the difference of
-    (pseudo-)log-likelihoods of whole sequences. Proteins are read whole, however long.
+    (pseudo-)log-likelihoods of whole sequences. Proteins are read whole, however long. both: of a causal model the mean
+    over both directions.
 
     Raises:
         LongseqError: for a mutant that does not fit the target; naming file and line.
@@ -28,15 +31,15 @@ def fitness(source: Source, model: PerformerLM, entry: Entry, scan: Scan, passes
     wild = record_of(source, entry.assay.id, entry.target, f"{entry.assay.id}, target_seq")
     if scan.kind == SUBSTITUTIONS:
         variants = [parse(text, wild, place) for text, place in zip(scan.mutants, scan.places, strict=True)]
-        found = effects(model, source.vocabulary, wild, variants, source.causal)
+        found = effects(model, source.vocabulary, wild, variants, source.causal, both)
         scores = np.array([effect for _, effect in found])
     else:
         variants = []
-        scores = _of_sequences(source, model, wild, scan, passes)
+        scores = _of_sequences(source, model, wild, scan, passes, both)
     return scores, _result(scan, variants, scores)
 
 
-def _of_sequences(source: Source, model: PerformerLM, wild: Record, scan: Scan, passes: int) -> Floats:
+def _of_sequences(source: Source, model: PerformerLM, wild: Record, scan: Scan, passes: int, both: bool) -> Floats:
     mutants = [
         record_of(source, place, text.upper(), place) for text, place in zip(scan.mutants, scan.places, strict=True)
     ]
@@ -44,7 +47,7 @@ def _of_sequences(source: Source, model: PerformerLM, wild: Record, scan: Scan, 
     for group in batches([wild, *mutants], lambda record: len(record.row)):
         rows = [record.row for record in group]
         if source.causal:
-            found += causal(model, source.vocabulary, rows)
+            found += causal(model, source.vocabulary, rows, both=both)
         else:
             found += [pseudo(model, source.vocabulary, row, passes) for row in rows]
     return np.array(found[1:]) - found[0]

@@ -21,6 +21,7 @@ from longseq.evaluation.field.averages import Assay, Averages, averages
 from longseq.evaluation.field.measures import MEASURES, Floats, Result
 from longseq.evaluation.field.models import label, proteins
 from longseq.evaluation.field.official import BESIDE, Official, published
+from longseq.evaluation.records import both_directions
 from longseq.evaluation.shards import Job, Work, done, refuse_devices
 from longseq.printed import plain
 from longseq.trained_model import EMA, Source, find
@@ -130,6 +131,7 @@ def benchmark_proteingym(
     beside: Sequence[str] | None = None,
     ema: bool = False,
     passes: int = 0,
+    direction: str | None = None,
     out: str | Path | None = None,
     devices: int = 1,
     progress: Progress = lambda *_: None,
@@ -149,6 +151,7 @@ def benchmark_proteingym(
         beside: published models to compare with; None: a few, as far as the published results have them.
         ema: with the running mean of the weights.
         passes: of masked models on indels: hide every passes-th position at once; 0: one pass per position, exact.
+        direction: forward or both, of causal models; None: both of those that were trained so (data.reverse).
         out: where assays are kept, a folder for each model; default: each run's evaluations/proteingym.
         devices: processes that share the assays; results are the same to the last bit.
         progress: called with the model's name, the assay and its kind before each, or with several devices behind each,
@@ -161,6 +164,8 @@ def benchmark_proteingym(
     if passes < 0:
         raise LongseqError(f"passes={passes}: take 0 or more.")
     refuse_devices(devices)
+    for source in sources:
+        both_directions(source, direction)
     assays = list(assays)
     found = collection(Path(folder), Path(reference) if reference else None, assays)
     tables = published([*map(Path, official), Path(folder)])
@@ -179,6 +184,7 @@ def benchmark_proteingym(
             )
     if devices > 1:
         options = {"targets": [str(source.folder) for source in sources], "assays": list(assays), "passes": passes}
+        options["direction"] = direction
         options |= {"reference": reference and str(reference), "out": out and str(out)}
         job = Job("proteingym", str(sources[0].folder), str(folder), tuple(overrides), ema, options)
         for told in done(Assays(job), devices):
@@ -186,7 +192,7 @@ def benchmark_proteingym(
         progress = _said
     models = []
     for source in sources:
-        scorer = Scorer(source, label(source, sources), overrides, passes, out)
+        scorer = Scorer(source, label(source, sources), overrides, passes, out, direction)
         results = [scorer.result(entry, progress) for entry in found.entries]
         models.append(ModelResult(scorer.name, source.step, source.config.model.objective, results))
     return ProteinGym(
@@ -204,8 +210,17 @@ def _said(*_: object) -> None:
 class Scorer:
     """One model, which scores assays as :func:`benchmark_proteingym` is asked to and keeps what it has done."""
 
-    def __init__(self, source: Source, name: str, overrides: Sequence[str], passes: int, out: str | Path | None):
+    def __init__(
+        self,
+        source: Source,
+        name: str,
+        overrides: Sequence[str],
+        passes: int,
+        out: str | Path | None,
+        direction: str | None = None,
+    ):
         self.source, self.name, self.overrides, self.passes = source, name, overrides, passes
+        self.both = both_directions(source, direction)
         self.place = _place(source, out)
 
     @cached_property
@@ -220,7 +235,7 @@ class Scorer:
         """Of one assay, which is scored if that was not done before."""
         mutants = scan(entry.file, entry.cutoff)
         given = [_FORMAT, self.weights, *self.overrides, self.passes]
-        given += [sha256_of(entry.file), entry.target, str(entry.cutoff)]
+        given += [sha256_of(entry.file), entry.target, str(entry.cutoff), *(["both"] if self.both else [])]
         key = hashlib.sha256(json.dumps(given).encode()).hexdigest()
         kept = self.place / mutants.kind / f"{entry.assay.id}.json"
         result = _read(kept, key)
@@ -228,7 +243,7 @@ class Scorer:
         if result is None:
             from longseq.evaluation.field.fitness import fitness
 
-            scores, result = fitness(self.source, self.model, entry, mutants, self.passes)
+            scores, result = fitness(self.source, self.model, entry, mutants, self.passes, self.both)
             _keep(kept, key, mutants, scores, result)
         return AssayResult(
             entry.assay,
@@ -244,7 +259,7 @@ class Scorer:
 class Assays(Work[tuple[int, int], list[Any]]):
     """Assays of each model, for processes that share them; a row is what ``progress`` is told of one.
 
-    Options: targets, reference, assays, passes, out.
+    Options: targets, reference, assays, passes, direction, out.
     """
 
     grows = False
@@ -254,7 +269,8 @@ class Assays(Work[tuple[int, int], list[Any]]):
         sources = [find(target, job.overrides, ema=job.ema, sums=False) for target in options["targets"]]
         self.source = sources[0]
         self.scorers = [
-            Scorer(each, label(each, sources), job.overrides, options["passes"], options["out"]) for each in sources
+            Scorer(each, label(each, sources), job.overrides, options["passes"], options["out"], options["direction"])
+            for each in sources
         ]
         reference = options["reference"] and Path(options["reference"])
         self.entries = collection(Path(job.file), reference, options["assays"]).entries

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from longseq.errors import LongseqError
-from longseq.evaluation.field.chains import STATES, Chain, folds, read_chains
+from longseq.evaluation.field.chains import STATES, Chain, folds, read_chains, spread
 from longseq.evaluation.field.models import label, proteins
 from longseq.printed import plain
 from longseq.trained_model import Source
@@ -64,6 +64,7 @@ def benchmark_structure(
     layer: int | None = None,
     train: int = 20,
     seed: int = 0,
+    records: int = 0,
     ema: bool = False,
     progress: Progress = lambda _: None,
 ) -> StructureBenchmark:
@@ -79,6 +80,7 @@ def benchmark_structure(
         layer: 0: the embedding, k: after block k; None: after the final norm, which is what the head reads.
         train: chains that a probe learns from.
         seed: of the order in which chains are learned from and tested.
+        records: at most so many chains, spread evenly over the file; 0: all.
         ema: with the running mean of the weights.
         progress: called with each model's name.
 
@@ -91,7 +93,7 @@ def benchmark_structure(
             raise LongseqError(
                 f"layer={layer}: {source.name} has {source.spec.depth} blocks; take 0 to {source.spec.depth}."
             )
-    chains = read_chains(Path(file), "secondary_structure")
+    chains = spread(read_chains(Path(file), "secondary_structure"), records)
     ways = folds(len(chains), train, seed)
     states = [np.array([STATES.index(state) for state in chain.states or ""]) for chain in chains]
     models = []

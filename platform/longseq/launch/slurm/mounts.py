@@ -23,13 +23,14 @@ def check_mounts(site: Site, config: Config, run: Path) -> None:
         host, _, inside = mount.partition(":")
         if inside.partition(":")[0] in ("", host):  # under another name it does not help: paths are those of the host
             seen.append(Path(host))
-    named = {split: config.data.files(split) for split in SPLITS}
-    named["clusters"] = [config.data.clusters] if config.data.clusters else []
+    named = {f"data.{split}": config.data.files(split) for split in (*SPLITS, "clusters")}
+    benchmarks = config.trainer.benchmarks
+    named["trainer.benchmarks"] = [each[name] for each in benchmarks for name in ("path", "wild_type") if name in each]
     for key, sources in named.items():
         for source in sources:
             path = Path(source)
             if path.is_absolute() and not any(path.is_relative_to(folder) for folder in seen):
                 raise ConfigError(
-                    f"data.{key}: {source} is not in the container: add {path.parent} to container_mounts of the "
+                    f"{key}: {source} is not in the container: add {path.parent} to container_mounts of the "
                     "site's profile."
                 )

@@ -23,7 +23,7 @@ class Clock(Profiler):
     def __init__(self, vitals: Vitals | None = None) -> None:
         super().__init__()
         self.vitals = vitals or Vitals()
-        self.seconds = dict.fromkeys(("data", "step", "checkpoint", "forward", "write"), 0.0)
+        self.seconds = dict.fromkeys(("data", "step", "checkpoint", "forward", "write", "benchmark"), 0.0)
         self.saved = False
         self._concerns: dict[str, str | None] = {}
         self._began: dict[str, float] = {}
@@ -79,7 +79,7 @@ def _concern(action: str) -> str | None:
         return "data"
     if action == "run_training_batch":
         return "step"
-    if action in ("forward", "write"):  # as our own code says it
+    if action in ("forward", "write", "benchmark"):  # as our own code says it
         return action
     # The callback with all that it does around the file: copies, checksums, waiting for other ranks.
     return "checkpoint" if action.startswith("[Callback]Checkpointing.") else None
@@ -92,7 +92,8 @@ def _now() -> torch.cuda.Event:
 
 
 class Times(pl.Callback):
-    """Milliseconds per step that rank 0 waited for data and that it trained, and the seconds that checkpoints took.
+    """Milliseconds per step that rank 0 waited for data and that it trained, and the seconds that checkpoints and
+    benchmarks took.
 
     With every point of the curves. It belongs behind the checkpoints among the callbacks, and reads ``clock``, which is
     the trainer's profiler.
@@ -130,5 +131,7 @@ class Times(pl.Callback):
             points = {f"{name}_ms": seconds[name] / (step - self.since) * 1e3 for name in ("data", "step")}
         if saved:
             points["checkpoint_seconds"] = seconds["checkpoint"]
+        if seconds["benchmark"]:
+            points["benchmark_seconds"] = seconds["benchmark"]
         self.since = step
         log_scalars(trainer, "time", points, step)

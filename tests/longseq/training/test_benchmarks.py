@@ -1,0 +1,191 @@
+"""trainer.benchmarks: the curves are what the commands say of the checkpoints, and the training is as without them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import longseq as api
+from command_line import curve
+from longseq.config.loading import load_config, save_config
+from longseq.config.schema import Config
+from longseq.data import identities, resolve_sources
+from longseq.errors import ConfigError, LongseqError
+from longseq.evaluation.field.chains import spread
+from longseq.evaluation.field.measures import spearman
+from longseq.launch.before import check_benchmarks
+from longseq.runs.run import Run
+from longseq.training.benchmarks import live, shared, watched
+from longseq.training.callbacks.stopping import StopFlag
+from longseq.training.fit import fit
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WILD = "MKVLAACDEFGHIKLMNPQRSTVWY"
+LETTERS = "ACDEFGHIKLMNPQRSTVWY"
+TINY = (
+    *("model.dim=32", "model.depth=2", "model.heads=2", "model.ffn_dim=48", "model.dropout=0.1"),
+    *("attention.features=16", "attention.redraw_every=3", "optim.lr=0.02", "optim.warmup_steps=1"),
+    *("trainer.strategy=single", "trainer.max_steps=6", "trainer.checkpoint_every=2", "trainer.valid_every=4"),
+    *("trainer.probe_every=0", "trainer.peak_tflops=1", "trainer.log_every=1", "trainer.keep_checkpoints=9"),
+)
+LISTED = """  benchmarks:
+  - {kind: variants, path: scan.csv, wild_type: wild.fasta, every: 2}
+  - {kind: proteingym, path: gym, every: 4, assays: [ONE], name: gym}
+  - {kind: contacts, path: chains.jsonl, every: 4, train: 3, records: 5, method: jacobian}
+  - {kind: structure, path: chains.jsonl, every: 3, train: 3, name: states}
+"""
+
+
+@pytest.fixture
+def here(folder) -> Path:
+    """What the benchmarks read."""
+    rng = np.random.default_rng(3)
+    rows = ["mutant,DMS_score"]
+    for at, letter in enumerate(WILD, 1):
+        rows += [f"{letter}{at}{new},{rng.normal():.4f}" for new in rng.choice(list(LETTERS), 2) if new != letter]
+    (folder / "scan.csv").write_text("\n".join(rows) + "\n")
+    (folder / "wild.fasta").write_text(f">w\n{WILD}\n")
+    (folder / "gym").mkdir()
+    (folder / "gym/one.csv").write_text("\n".join(rows) + "\n")
+    reference = ["DMS_id,DMS_filename,target_seq,UniProt_ID,coarse_selection_type"]
+    reference += [f"{name},{name.lower()}.csv,{WILD},P,Activity" for name in ("ONE", "TWO")]
+    (folder / "gym/DMS_substitutions.csv").write_text("\n".join(reference) + "\n")
+    with (folder / "chains.jsonl").open("w") as file:
+        for number in range(7):
+            letters = "".join(rng.choice(list(LETTERS), size=20 + number))
+            pairs = [(i, j) for i in range(20) for j in range(i + 6, 20) if rng.random() < 0.2]
+            states = "".join(rng.choice(list("HE-"), size=20 + number))
+            row = {"id": f"c{number}", "sequence": letters, "contacts": pairs, "secondary_structure": states}
+            file.write(json.dumps(row) + "\n")
+    return folder
+
+
+def config_of(here: Path, listed: str, *overrides: str) -> Config:
+    (here / "b.yaml").write_text("extends: small.yaml\n" + (f"trainer:\n{listed}" if listed else ""))
+    config = load_config("b.yaml", [f"data.train={here}/proteins.fasta", *TINY, *overrides])
+    resolve_sources(config)
+    return config
+
+
+def trained(here: Path, name: str, *overrides: str, listed: str = LISTED) -> Run:
+    config = config_of(here, listed, f"run.name={name}", *overrides)
+    run = Run.create(config, default_name="unused")
+    run.record_data(identities(config))
+    assert fit(run, config, None, StopFlag())
+    return run
+
+
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+def test_curves_are_those_of_the_checkpoints_and_change_no_weight(here, objective):
+    given = f"model.objective={objective}"
+    run, plain = trained(here, "with", given), trained(here, "without", given, listed="")
+    for one, other in zip(run.checkpoints(), plain.checkpoints(), strict=True):
+        for name in ("model.safetensors", "training/rank-00000.safetensors"):
+            assert (one.path / name).read_bytes() == (other.path / name).read_bytes(), (one.step, name)
+    at = {each.step: each.path for each in run.checkpoints()}
+    by_step = curve(run.path, "benchmark/scan/spearman")
+    assert list(by_step) == [2, 4, 6]
+    for step, value in by_step.items():
+        rows = list(api.variant_effects(at[step], "wild.fasta", table="scan.csv"))
+        effects, measured = np.array([(row.effect, row.measured) for row in rows]).T
+        assert value == pytest.approx(spearman(measured, effects), abs=1e-7)
+    assert len({round(value, 6) for value in by_step.values()}) == 3
+    found = api.benchmark_proteingym("gym", at[4], assays=["ONE"], out=here / "kept")
+    expected = found.models[0].averages("substitutions").average
+    assert curve(run.path, "benchmark/gym/spearman") == pytest.approx({4: expected}, abs=1e-7)
+    (model,) = api.benchmark_contacts("chains.jsonl", at[4], methods=["jacobian"], train=3, records=5).models
+    assert len(model.chains["jacobian"]) == 5
+    for name, share in (("short", "L"), ("all", "L/5")):
+        points = curve(run.path, f"benchmark/chains/{name}_{share.replace('/', '')}")
+        assert points == pytest.approx({4: model.precision["jacobian"][name][share]}, abs=1e-7)
+    (model,) = api.benchmark_structure("chains.jsonl", at[6], train=3).models
+    assert curve(run.path, "benchmark/states/accuracy")[6] == pytest.approx(model.probe.accuracy, abs=1e-7)
+    assert sorted(curve(run.path, "time/benchmark_seconds")) == [2, 3, 5, 6]  # step 4's follow a validation
+
+
+def test_a_model_that_predicts_no_numbers_has_no_point_and_trains_on(here, capfd, monkeypatch):
+    from longseq.evaluation import work
+
+    def refused(*_):
+        raise LongseqError("no number.")
+
+    monkeypatch.setattr(work.Effects, "rows", refused)
+    run = trained(here, "one", listed=LISTED.replace("every: 3", "every: 2"))
+    assert list(curve(run.path, "benchmark/states/accuracy")) == [2, 4, 6]
+    with pytest.raises(KeyError):
+        curve(run.path, "benchmark/scan/spearman")
+    assert "benchmark scan has no point at step 2: no number. The training goes on." in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("entry", "refusal"),
+    [
+        ("{kind: variants, path: none.csv, wild_type: wild.fasta}", r"path=none\.csv: no such file"),
+        ("{kind: proteingym, path: wild.fasta}", r"path=wild\.fasta: no such folder"),
+        ("{kind: contact, path: chains.jsonl}", "choose from proteingym, variants, contacts, structure"),
+        ("{kind: contacts, path: chains.jsonl, every: 0}", r"every=0 must be at least 1"),
+        ("{kind: contacts, path: chains.jsonl, every: often}", "is not a whole number"),
+        ("{kind: contacts, path: chains.jsonl, evry: 3}", "Did you mean every"),
+        ("{kind: contacts, path: chains.jsonl, assays: [ONE]}", "assays is of proteingym, and kind is contacts"),
+        ("{kind: variants, path: scan.csv}", "has no wild_type"),
+        ("{kind: structure}", "has no path"),
+        ("{kind: structure, path: chains.jsonl, name: a/b}", "it names curves"),
+        ("chains.jsonl", "not a benchmark"),
+    ],
+)
+def test_what_no_benchmark_can_be_is_refused_with_its_line(here, entry, refusal):
+    listed = f"  max_steps: 6\n  benchmarks:\n  - {entry}\n"
+    with pytest.raises(ConfigError, match=refusal) as refused:
+        config_of(here, listed)
+    assert str(refused.value).startswith("b.yaml:5: trainer.benchmarks[0]") or "b.yaml:5: unknown" in str(refused.value)
+
+
+def test_files_are_read_before_the_training_begins(here):
+    chains = (here / "chains.jsonl").read_text().splitlines()
+    (here / "chains.jsonl").write_text("\n".join([*chains[:2], "{}"]))
+    with pytest.raises(ConfigError, match=r"benchmarks\[0\]: .*/chains\.jsonl, line 3: no JSON object"):
+        check_benchmarks(config_of(here, "  benchmarks: [{kind: contacts, path: chains.jsonl, train: 1}]\n"))
+    (here / "scan.csv").write_text("mutant,DMS_score\nA1V,3\n")
+    with pytest.raises(ConfigError, match=r"scan\.csv, line 2: A1V does not fit"):
+        check_benchmarks(config_of(here, LISTED))
+    text = ("data.tokenizer=bytes", "data.format=lines")
+    with pytest.raises(ConfigError, match=r"benchmarks\[0\]: about proteins, and the data are read as bytes"):
+        check_benchmarks(config_of(here, LISTED, *text))
+    positions = ("model.position=learned", "model.max_positions=26")
+    with pytest.raises(ConfigError, match="27 tokens with its ends, and the model has positions for 26"):
+        check_benchmarks(config_of(here, "  benchmarks: [{kind: proteingym, path: gym, assays: [ONE]}]\n", *positions))
+
+
+def test_a_run_opens_where_its_benchmarks_are_not(here):
+    config = config_of(here, LISTED)
+    save_config(config, here / "config.yaml")
+    (here / "scan.csv").unlink()
+    assert load_config("config.yaml", resolved=True).trainer.benchmarks == config.trainer.benchmarks
+    assert config.trainer.benchmarks[0]["path"] == str(here / "scan.csv")
+    with pytest.raises(ConfigError, match=r"config\.yaml:\d+: trainer\.benchmarks\[0\]\.path"):
+        load_config("config.yaml")
+
+
+def test_every_part_has_one_rank_and_records_are_spread():
+    for world in (1, 2, 3, 7):
+        dealt = [each for rank in range(world) for each in shared([3, 1, 4], rank, world)]
+        assert sorted(dealt) == [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0), (2, 1), (2, 2), (2, 3)]
+    assert list(shared([3, 1, 4], 1, 3)) == [(0, 1), (2, 0), (2, 3)]
+    assert spread(list("abcdefg"), 3) == ["a", "c", "e"]
+    assert spread(list("abc"), 0) == spread(list("abc"), 9) == ["a", "b", "c"]
+
+
+def test_records_limit_each_scan(here):
+    config = config_of(
+        here, LISTED.replace("every: 2}", "every: 2, records: 10}").replace("assays: [ONE], ", "records: 7, ")
+    )
+    (here / "gym/two.csv").write_text("mutated_sequence,DMS_score\n" + "".join(f"{WILD[i:]},{i}\n" for i in range(9)))
+    first, gym, *_ = watched(config)
+    assert len(first.asked.variants) == 10
+    assert [len(each.mutants) for each in gym.scans] == [7, 7]
+    assert gym.parts(live(config, 0)) == 2
+    assert gym.points([0.5, 0.25]) == {"spearman": 0.5, "spearman_indels": 0.25}
