@@ -6,7 +6,7 @@ The protein alphabet is written out: the 29 tokens of Choromanski et al. (arXiv 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +55,22 @@ class Vocabulary:
     def target_dtype(self) -> np.dtype[np.signedinteger]:
         """A signed type that holds every id and IGNORE."""
         return np.dtype(np.int16 if self.size <= 1 << 15 else np.int32)
+
+
+@dataclass(frozen=True)
+class InfillVocabulary(Vocabulary):
+    """A vocabulary whose three last ids say where the parts of a document that is laid out for infilling begin."""
+
+    prefix: int
+    suffix: int
+    middle: int
+
+    @staticmethod
+    def of(tokens: Vocabulary) -> InfillVocabulary:
+        """The same ids, and the three behind them."""
+        names = {each.name: getattr(tokens, each.name) for each in fields(Vocabulary)}
+        size = tokens.size
+        return InfillVocabulary(**{**names, "size": size + 3}, prefix=size, suffix=size + 1, middle=size + 2)
 
 
 PROTEIN = Vocabulary("protein", VOCABULARY_SIZE, BOS, EOS, PAD, MASK, ordinary=RESIDUES, replacements=STANDARD)
