@@ -25,6 +25,8 @@ VOCABULARY_SIZE = RESIDUES + 4  # 29
 UNKNOWN = 255  # what TABLE gives for a character outside the alphabet: no token, map it or refuse it
 IGNORE = -100  # a target that is not scored; the default ignore_index of torch's cross entropy
 
+INFILL_MARKS = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")  # what tokenizers of code models call them
+
 TOKENS = (*LETTERS, "<bos>", "<eos>", "<pad>", "<mask>")
 
 
@@ -47,6 +49,11 @@ class Vocabulary:
         return np.dtype(np.uint8 if self.size <= 1 << 8 else np.uint16 if self.size <= 1 << 16 else np.uint32)
 
     @property
+    def unwritten(self) -> tuple[int, ...]:
+        """Special tokens that no document has, and no model writes."""
+        return self.bos, self.pad, self.mask
+
+    @property
     def closed(self) -> bool:
         """Whether documents end with EOS; pictures all end alike."""
         return self.name != "pixels"
@@ -64,6 +71,10 @@ class InfillVocabulary(Vocabulary):
     prefix: int
     suffix: int
     middle: int
+
+    @property
+    def unwritten(self) -> tuple[int, ...]:
+        return *super().unwritten, self.prefix, self.suffix, self.middle
 
     @staticmethod
     def of(tokens: Vocabulary) -> InfillVocabulary:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from corpora import clustered
+from laid_out import documents, plainly
 from longseq_data.prepare.members import member_index
-from longseq_data.randomness import stream_words, words
 from longseq_data.samples.corpus_samples import CorpusSpec
 from longseq_data.samples.draw import Draw
 from longseq_data.samples.infilling import Infilling, Pieces, original
@@ -57,35 +57,6 @@ def make(place: Path) -> Callable[..., Samples]:
     return make
 
 
-def documents(row: list[int]) -> list[list[int]]:
-    """A row of tokens without padding, cut behind each EOS and before each BOS."""
-    found: list[list[int]] = [[]]
-    for token in row:
-        if found[-1] and (token == BOS or found[-1][-1] == EOS):
-            found.append([])
-        found[-1].append(token)
-    return found
-
-
-def plainly(row: list[int], number: int, rate: float, seed: int, size: int) -> list[int]:
-    """The row laid out, document by document."""
-    state = words(seed, "infill", np.array([number]))
-    out: list[int] = []
-    for index, document in enumerate(documents(row)):
-        draws = [int(stream_words(state, 3 * index + which)[0] >> np.uint64(11)) / 2**53 for which in range(3)]
-        head = document[: document[0] == BOS]
-        body = [token for token in document if token < RESIDUES]
-        tail = document[len(head) + len(body) :]
-        room = size - len(out) - len(head) - 3
-        if draws[0] >= rate or not body or room < 1:
-            out += document[: size - len(out)]
-            continue
-        body, tail = body[:room], tail[: max(0, room - len(body))]
-        a, b = sorted(int(draw * (len(body) + 1)) for draw in draws[1:])
-        out += [*head, TOKENS.prefix, *body[:a], TOKENS.suffix, *body[b:], TOKENS.middle, *body[a:b], *tail]
-    return out
-
-
 @pytest.mark.parametrize("rate", [0.6, 1.0])
 @pytest.mark.parametrize("way", WAYS)
 def test_rows_are_those_of_a_plain_loop_and_put_back_they_are_the_documents(make, way, rate):
@@ -97,7 +68,7 @@ def test_rows_are_those_of_a_plain_loop_and_put_back_they_are_the_documents(make
     laid = 0
     for number, (before, after) in enumerate(zip(plain, out, strict=True)):
         before, after = before[before >= 0].tolist(), after[after >= 0]
-        assert after.tolist() == plainly(before, number, rate, spec.seed, LENGTH + 1)
+        assert after.tolist() == plainly(before, number, rate, spec.seed, LENGTH + 1, TOKENS)
         marks = int((after >= TOKENS.prefix).sum())
         back = original(after, TOKENS).tolist()
         assert back == before[: len(back)]

@@ -12,14 +12,14 @@ tokens as the marks take.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from longseq_data.randomness import stream_words, words
-from longseq_data.vocabulary import IGNORE, InfillVocabulary, Vocabulary
+from longseq_data.vocabulary import IGNORE, InfillVocabulary, Tokens, Vocabulary
 
 Integers = npt.NDArray[np.int64]
 Segments = npt.NDArray[np.int32]
@@ -126,7 +126,7 @@ class Infilling:
         draws = 3 * pieces.before(np.ones_like(sizes))
 
         def uniform(which: int) -> npt.NDArray[np.float64]:
-            return (stream_words(states, draws + which) >> np.uint64(11)) * 2.0**-53
+            return (stream_words(states, draws + which) >> np.uint64(11)) * np.float64(2.0**-53)
 
         chosen = (uniform(0) < self.rate) & (pieces.plain > 0)
         # One that would be left without any token is not laid out.
@@ -185,6 +185,14 @@ class Infilling:
             into[middle + b - a :] = tokens.eos
             middles[row, begin + middle : end] = True
         return out, of, middles
+
+
+def laid_out(
+    before: Sequence[int], prefix: Sequence[int], suffix: Sequence[int], vocabulary: InfillVocabulary
+) -> Tokens:
+    """What a model goes on from with a middle, behind the tokens ``before`` a document."""
+    marked = [*before, vocabulary.prefix, *prefix, vocabulary.suffix, *suffix, vocabulary.middle]
+    return np.array(marked, dtype=vocabulary.dtype)
 
 
 def original(row: npt.NDArray[np.integer], vocabulary: InfillVocabulary) -> npt.NDArray[np.integer]:

@@ -91,6 +91,7 @@ _VALUES = {
     },
     "model.objective": {
         "causal": "clm autoregressive ar gpt lm next next_token unidirectional uni decoder causal_lm",
+        "fim": "infill infilling fill_in_the_middle psm",
         "masked": "mlm bert bidirectional bid mask encoder masked_lm",
     },
     "attention.kind": {

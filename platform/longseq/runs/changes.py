@@ -34,7 +34,7 @@ FIXED = (
     *(f"model.{name}" for name in BLOCK_KEYS),
     "optim.name",
     *("attention.qk_norm", "data.train", "data.valid", "data.test", "data.valid_fraction", "data.test_fraction"),
-    *("data.split_by", "data.reverse_complement", "data.length", "data.packing", "data.batch_tokens"),
+    *("data.split_by", "data.reverse_complement", "data.fim_rate", "data.length", "data.packing", "data.batch_tokens"),
     *("data.shuffle_buffer", "data.later_epochs", "data.clusters"),
     *(f"finetune.{item.name}" for item in fields(FinetuneConfig) if item.name not in ("table", "patience")),
     *("data.format", "data.tokenizer", "data.column", "data.part_bytes", "data.image_size", "data.reset", "data.crop"),
