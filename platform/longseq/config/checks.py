@@ -119,6 +119,8 @@ def _check_finetune(config: Config) -> None:
         )
     if config.optim.name == "muon" and learn != "all":
         raise ConfigError(f"optim.name=muon steps whole matrices, which finetune.learn={learn} freezes: take adamw.")
+    if config.optim.base_dim:
+        raise ConfigError(f"optim.base_dim={config.optim.base_dim} is about new language models: leave it out.")
     for name in ("probe_every", "noise_every", "length_warmup_steps", "ema_decay"):
         if getattr(trainer, name):
             raise ConfigError(f"trainer.{name}={getattr(trainer, name)} is about tokens, not labels; set it to 0.")

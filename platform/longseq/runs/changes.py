@@ -32,7 +32,7 @@ FIXED = (
     ),
     *("model.attention_bias", "model.head", "model.mask_scaling"),
     *(f"model.{name}" for name in BLOCK_KEYS),
-    "optim.name",
+    *("optim.name", "optim.base_dim"),
     *("attention.qk_norm", "data.train", "data.valid", "data.test", "data.valid_fraction", "data.test_fraction"),
     *("data.split_by", "data.reverse_complement", "data.fim_rate", "data.length", "data.packing", "data.batch_tokens"),
     *("data.shuffle_buffer", "data.later_epochs", "data.clusters"),
