@@ -6,7 +6,7 @@ The protein alphabet is written out: the 29 tokens of Choromanski et al. (arXiv 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,8 @@ VOCABULARY_SIZE = RESIDUES + 4  # 29
 
 UNKNOWN = 255  # what TABLE gives for a character outside the alphabet: no token, map it or refuse it
 IGNORE = -100  # a target that is not scored; the default ignore_index of torch's cross entropy
+
+INFILL_MARKS = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")  # what tokenizers of code models call them
 
 TOKENS = (*LETTERS, "<bos>", "<eos>", "<pad>", "<mask>")
 
@@ -47,6 +49,11 @@ class Vocabulary:
         return np.dtype(np.uint8 if self.size <= 1 << 8 else np.uint16 if self.size <= 1 << 16 else np.uint32)
 
     @property
+    def unwritten(self) -> tuple[int, ...]:
+        """Special tokens that no document has, and no model writes."""
+        return self.bos, self.pad, self.mask
+
+    @property
     def closed(self) -> bool:
         """Whether documents end with EOS; pictures all end alike."""
         return self.name != "pixels"
@@ -55,6 +62,26 @@ class Vocabulary:
     def target_dtype(self) -> np.dtype[np.signedinteger]:
         """A signed type that holds every id and IGNORE."""
         return np.dtype(np.int16 if self.size <= 1 << 15 else np.int32)
+
+
+@dataclass(frozen=True)
+class InfillVocabulary(Vocabulary):
+    """A vocabulary whose three last ids say where the parts of a document that is laid out for infilling begin."""
+
+    prefix: int
+    suffix: int
+    middle: int
+
+    @property
+    def unwritten(self) -> tuple[int, ...]:
+        return *super().unwritten, self.prefix, self.suffix, self.middle
+
+    @staticmethod
+    def of(tokens: Vocabulary) -> InfillVocabulary:
+        """The same ids, and the three behind them."""
+        names = {each.name: getattr(tokens, each.name) for each in fields(Vocabulary)}
+        size = tokens.size
+        return InfillVocabulary(**{**names, "size": size + 3}, prefix=size, suffix=size + 1, middle=size + 2)
 
 
 PROTEIN = Vocabulary("protein", VOCABULARY_SIZE, BOS, EOS, PAD, MASK, ordinary=RESIDUES, replacements=STANDARD)

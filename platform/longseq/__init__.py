@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from longseq.evaluation.predict import Prediction, predict
     from longseq.evaluation.sample import infill, sample
     from longseq.evaluation.score import score, variant_effects
+    from longseq.experiments.ladder import Ladder, ladder
     from longseq.interop.exporting import export
     from longseq.launch.start import Training, fit, resume
     from longseq.launch.submission import Submission, submit
@@ -55,6 +56,8 @@ _PUBLIC = {
     "benchmark_proteingym": "longseq.evaluation.field.proteingym",
     "benchmark_contacts": "longseq.evaluation.field.contacts",
     "benchmark_structure": "longseq.evaluation.field.structure",
+    "ladder": "longseq.experiments.ladder",
+    "Ladder": "longseq.experiments.ladder",
     "export": "longseq.interop.exporting",
     "find": "longseq.trained_model",
     "prepare": "longseq.preparation",
@@ -65,6 +68,7 @@ __all__ = [
     "Evaluation",
     "EvaluationSettings",
     "Finetuning",
+    "Ladder",
     "Prediction",
     "Prepared",
     "Submission",
@@ -80,6 +84,7 @@ __all__ = [
     "finetune",
     "fit",
     "infill",
+    "ladder",
     "predict",
     "prepare",
     "resume",

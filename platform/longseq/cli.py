@@ -34,6 +34,7 @@ VERBS = {
     "import": "the weights of a Hugging Face Transformer (ESM-2, BERT-like), to go on with as a Performer",
     "data": "make and look at data",
     "experiment": "a table of runs next to the paper's numbers: configs/experiments/*.yaml",
+    "ladder": "small models of a configuration's family that predict its loss, and its learning rate",
     "completion": "let a shell complete verbs, options, keys and files",
     "bench": "measure this machine, side by side with the exact Transformer and other libraries",
 }

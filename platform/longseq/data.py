@@ -29,7 +29,7 @@ from longseq_data.samples.draw import Draw
 from longseq_data.samples.mixture import MixtureSpec
 from longseq_data.samples.rank_share import Samples
 from longseq_data.samples.streaming import StreamSpec
-from longseq_data.vocabulary import Vocabulary
+from longseq_data.vocabulary import InfillVocabulary, Vocabulary
 
 SPLITS = ("train", "valid", "test", "ood")
 
@@ -136,7 +136,7 @@ def vocabulary(config: Config) -> Vocabulary:
                 f"One model cannot read {first} ({tokens.name}) and {source} ({other.name}): their tokens differ; "
                 "remove one of them."
             )
-    return tokens
+    return InfillVocabulary.of(tokens) if config.model.objective == "fim" else tokens
 
 
 class Where(NamedTuple):
@@ -223,13 +223,15 @@ def split_spec(config: Config, split: str) -> Samples:
 def _spec(config: Config, split: str, where: Where, seed: int) -> Samples:
     """The samples of one source."""
     data = config.data
+    objective = "causal" if config.causal else "masked"
+    fim_rate = data.fim_rate if config.model.objective == "fim" else None
     if where.corpus:
         return CorpusSpec(
             path=where.corpus,
             split=split,
             length=data.length,
             packing=data.packing,
-            objective=config.model.objective,
+            objective=objective,
             seed=seed,
             reset=data.reset,
             crop=data.crop,
@@ -237,6 +239,7 @@ def _spec(config: Config, split: str, where: Where, seed: int) -> Samples:
             members=members_of_split(config, split, where.corpus, cache_folder(data.cache)),
             reverse_complement=data.reverse_complement,
             reverse=data.reverse,
+            fim_rate=fim_rate,
         )
     return StreamSpec(
         sources=tuple(where.paths),
@@ -247,9 +250,10 @@ def _spec(config: Config, split: str, where: Where, seed: int) -> Samples:
         split_by=data.split_by,
         reverse_complement=data.reverse_complement,
         reverse=data.reverse,
+        fim_rate=fim_rate,
         length=data.length,
         packing="crop" if data.by_length else data.packing,  # files named next to a corpus are scored, not trained on
-        objective=config.model.objective,
+        objective=objective,
         seed=seed,
         shuffle_buffer=data.shuffle_buffer,
         strict=data.strict,

@@ -65,7 +65,7 @@ class Source:
 
     @property
     def causal(self) -> bool:
-        return self.config.model.objective == "causal"
+        return self.config.causal
 
     @property
     def begins(self) -> int:
@@ -73,14 +73,14 @@ class Source:
         return begins(self.config, self.vocabulary)
 
     def require(self, objective: str, why: str) -> None:
-        """Refuse a model of the other objective; ``why`` ends the sentence.
+        """Refuse a model of another objective, causal or masked; ``why`` ends the sentence.
 
         Raises:
             LongseqError: naming the model.
         """
         self.refuse_labels()
         own = self.config.model.objective
-        if own != objective:
+        if self.causal != (objective == "causal"):
             raise LongseqError(f"{self.folder}: a {own} model (model.objective={own}); {why}")
 
     @property

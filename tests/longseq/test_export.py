@@ -39,6 +39,7 @@ SEQUENCE = "MKVLAACDEFGHIKLMNPQRSTVWYBOUXZ"
             ("model.block=modern", "attention.layers=[{window: 8, features: 8}, exact]"),
         ),
         ("masked", "AutoModelForMaskedLM", ("model.block=modern", "model.conv=3", "model.ffn=relu2")),
+        ("fim", "AutoModelForCausalLM", ("data.packing=crop",)),
     ],
 )
 def test_transformers_gives_the_logits_of_the_run_to_the_last_bit(trained, objective, auto, options, folder):
@@ -90,6 +91,21 @@ def test_the_proteins_tokenizer_gives_our_ids(trained, objective):
     special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id)
     assert special == (25, 26, 27, 28)
     assert len(tokenizer) == 29
+
+
+@pytest.mark.parametrize("tokens", ["protein", "bytes", "words.json"])
+def test_marks_of_infilling_have_the_ids_behind_all_others_in_the_tokenizer(trained, folder, tokens):
+    text = "the quick brown fox jumps over the lazy dog\n" * 60
+    (folder / "book.txt").write_text(text)
+    save_tokenizer(train_tokenizer([text], "bpe", 300), folder / "words.json")
+    data = () if tokens == "protein" else (f"data.train={folder}/book.txt", f"data.tokenizer={tokens}")
+    run = trained("model.objective=fim", *data)
+    main(["export", str(run.path), "out"])
+    size = {"protein": 29, "bytes": 260}.get(tokens) or tokenizer_vocabulary(str(folder / tokens)).size
+    tokenizer = transformers.AutoTokenizer.from_pretrained("out")
+    found = tokenizer("<fim_prefix>MK<fim_suffix>W<fim_middle>", add_special_tokens=False)["input_ids"]
+    assert [each for each in found if each >= size] == [size, size + 1, size + 2]
+    assert (found[0], found[-1], len(tokenizer)) == (size, size + 2, size + 3)
 
 
 def test_x_is_a_residue_and_no_special_token(trained):

@@ -18,6 +18,7 @@ from longseq_data.randomness import generator, uniforms
 from longseq_data.vocabulary import IGNORE
 
 from .corpus_stream import CorpusStream
+from .infilling import Pieces
 from .masking import masked_counts
 from .members import Members
 from .order import endless_order, permutation
@@ -45,6 +46,9 @@ class Plan(Planned):
         joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in Plan.PER_SAMPLE}
         return replace(parts[0], **joined)  # type: ignore[arg-type]
 
+    def pieces(self) -> Pieces:
+        return self.cut.pieces(self)
+
     def rows(self) -> Rows:
         found = self.cut.rows(self)
         return self.turn.of(found, self.numbers) if self.turn else found
@@ -69,6 +73,10 @@ class Cut(Protocol):
 
     def spans(self, plan: Plan) -> Iterator[tuple[int, int, int]]:
         """(record, first, last): the ordinary tokens of records that causal samples have as targets."""
+        ...
+
+    def pieces(self, plan: Plan) -> Pieces:
+        """What the training samples of a plan have of documents."""
         ...
 
     def rows(self, plan: Plan) -> Rows:
@@ -121,6 +129,11 @@ class Crops:
     def spans(self, plan: Plan) -> Iterator[tuple[int, int, int]]:
         first, last = residues_of(plan.starts + 1, plan.sizes - 1, self.corpus.lengths(plan.records))
         yield from zip(plan.records.tolist(), first.tolist(), last.tolist(), strict=True)
+
+    def pieces(self, plan: Plan) -> Pieces:
+        lengths = self.corpus.lengths(plan.records)
+        first, last = residues_of(plan.starts, plan.sizes, lengths)
+        return Pieces.one_each(plan.starts == 0, last - first, plan.starts + plan.sizes == lengths + 2)
 
     def rows(self, plan: Plan) -> Rows:
         out = np.empty((len(plan), int(plan.sizes.max())), dtype=self.corpus.vocabulary.target_dtype)
@@ -202,6 +215,9 @@ class Joined:
                 base = int(self.corpus.offsets[record]) + self.stream.marks * record + self.stream.bos
                 length = int(self.corpus.lengths(record))
                 yield record, min(max(begin - base, 0), length), min(max(end - base, 0), length)
+
+    def pieces(self, plan: Plan) -> Pieces:
+        return Pieces.listed(map(self.stream.pieces, plan.starts.tolist(), plan.sizes.tolist()))
 
     def rows(self, plan: Plan) -> Rows:
         shape = (len(plan), int(plan.sizes.max()))

@@ -13,11 +13,12 @@ import numpy.typing as npt
 from longseq_data.corpus.corpus import Corpus
 from longseq_data.randomness import generator
 from longseq_data.readers.documents import Extent
-from longseq_data.vocabulary import ALPHABETS, Vocabulary
+from longseq_data.vocabulary import ALPHABETS, InfillVocabulary, Vocabulary
 
 from .buckets import block_samples, cut_block
 from .corpus_cuts import Crops, Cut, Joined, Plan, rounds
 from .families import Families
+from .infilling import Infilling, check_infilling
 from .members import Members
 from .order import permutation
 from .rank_share import MakeBatch, Share, even
@@ -59,9 +60,12 @@ class CorpusSpec:
     # "family": which records make one
     reverse_complement: bool = False  # of DNA: half of the training samples come as the other strand
     reverse: float = 0.0  # the share of the training samples whose records are read from their last token on
+    fim_rate: float | None = None  # of causal training samples: so much of the documents is laid out for infilling
+    infilled: bool = False  # evaluations have all documents laid out, and score what is filled in
 
     def __post_init__(self) -> None:
         check_choices(self, packing=PACKINGS, objective=("causal", "masked"), crop=("random", "first"))
+        check_infilling(self.objective, self.fim_rate)
         if self.reset and self.packing != "concat":
             raise ValueError("reset is about concatenated documents: packing must be 'concat'")
         if self.members and self.packing == "concat":
@@ -87,7 +91,8 @@ class CorpusSpec:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        return self.corpus.vocabulary
+        tokens = self.corpus.vocabulary
+        return tokens if self.fim_rate is None else InfillVocabulary.of(tokens)
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -116,7 +121,13 @@ class CorpusSpec:
 
     def measuring(self) -> CorpusSpec:
         """The same with ``measured`` where the losses add up to the probability of text or images."""
-        return replace(self, measured=self.vocabulary.name not in ALPHABETS and self.objective == "causal")
+        return replace(
+            self, measured=not self.infilled and self.vocabulary.name not in ALPHABETS and self.objective == "causal"
+        )
+
+    def infilling(self) -> CorpusSpec:
+        """See rank_share.Samples."""
+        return replace(self, infilled=True)
 
     def training(self, start: int, share: Share, warn: bool = False) -> Iterator[MakeBatch]:
         """See rank_share.Samples. Rows of ``by_length`` vary from step to step; inside a step its rest comes first.
@@ -125,7 +136,7 @@ class CorpusSpec:
         """
         if self.by_length:
             return self._bucketed(start, share)
-        return even(self.taker(start), self._finish, start, share)
+        return even(self.taker(start), self._finish(training=True), start, share)
 
     def taker(self, start: int, warn: bool = False) -> _Taker:
         return _Taker(self)
@@ -135,9 +146,10 @@ class CorpusSpec:
         plan = self.cut.plan(numbers)
         return replace(plan, turn=turn_of(self))
 
-    @property
-    def _finish(self) -> Finish:
-        return Finish(self.objective, self.seed, self.vocabulary, self.reset)
+    def _finish(self, *, training: bool) -> Finish:
+        tokens, length = self.vocabulary, self.length
+        infilling = Infilling.of(self.fim_rate, self.infilled, self.seed, tokens, length, training=training)
+        return Finish(self.objective, self.seed, tokens, self.reset, infilling)
 
     def evaluation(self, share: Share, max_samples: int | None = None) -> Iterator[MakeBatch]:
         """See rank_share.Samples. The whole split in its order, or ``max_samples`` drawn from it whatever the seed."""
@@ -165,7 +177,7 @@ class CorpusSpec:
         return counts
 
     def _bucketed(self, start: int, share: Share) -> Iterator[MakeBatch]:
-        finish = self._finish
+        finish = self._finish(training=True)
         # Records, and clusters, are stored in a random order. Of members that are drawn, all records tell the mean.
         many = self.epoch_samples if self.packing == "family" else len(self.corpus)
         whole = self.cut.whole(np.arange(min(LOOK, many)))
@@ -173,7 +185,10 @@ class CorpusSpec:
         size = block_samples(float(np.minimum(whole - extra, self.length).mean()), self.batch_tokens)
         for block in count(start // size):
             plan = self.planned(np.arange(block * size, (block + 1) * size))
-            steps = cut_block(plan.sizes - extra, self.batch_tokens)
+            sizes, scored = plan.sizes, finish.scored(plan)
+            if finish.infilling is not None:
+                sizes = finish.infilling.sizes(plan.pieces(), plan.numbers)
+            steps = cut_block(sizes - extra, self.batch_tokens)
             consumed = block * size
             for number in np.argsort(generator(self.seed, "bucket", block).random(len(steps)), kind="stable").tolist():
                 before, consumed = consumed, consumed + len(steps[number])
@@ -181,16 +196,17 @@ class CorpusSpec:
                     continue
                 step = steps[number][max(0, start - before) :]  # a run in other steps may have stopped inside this one
                 mine = step[share.rank :: share.world]
-                facts = {"step_targets": int(plan.scored[mine].sum()), "samples": consumed}
+                facts = {"step_targets": int(scored[mine].sum()), "samples": consumed}
                 rows = -(-len(step) // (share.world * share.accumulate))
                 for micro_batch in range(share.accumulate):
                     yield partial(finish.batch, plan[mine[micro_batch :: share.accumulate]], rows, facts)
 
     def _scored(self, plan: Plan, rows: int) -> Arrays:
+        finish = self._finish(training=False)
         if not self.measured:
-            return self._finish.batch(plan, rows, {})
+            return finish.batch(plan, rows, {})
         found = Extent(0, 0)
         for record, first, last in plan.cut.spans(plan) if len(plan) else ():
             if last > first:
                 found = found.plus(self.corpus.measure(record, first, last))
-        return self._finish.batch(plan, rows, {"bytes": found.bytes, "words": found.words})
+        return finish.batch(plan, rows, {"bytes": found.bytes, "words": found.words})

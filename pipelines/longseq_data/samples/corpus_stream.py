@@ -54,6 +54,21 @@ class CorpusStream:
         length = offsets[np.minimum(records + 1, len(self.corpus))] - offsets[records]
         return rounds * self.corpus.tokens + offsets[records] + np.clip(into, 0, length)
 
+    def pieces(self, start: int, size: int) -> tuple[Integers, Integers, Integers]:
+        """What the places from ``start`` on have of each document: marks before, ordinary tokens, marks behind."""
+        found, done = [], 0
+        while done < size:
+            place = (start + done) % self.total
+            until = min(size, done + self.total - place)
+            first = self._record(place, 0, len(self.corpus))
+            last = self._record(place + until - done - 1, first, len(self.corpus))
+            begins = self.corpus.offsets[first : last + 2] + (np.arange(first, last + 2) * self.marks - place)
+            borders = np.stack([begins[:-1], begins[:-1] + self.bos, begins[1:] - 1, begins[1:]])
+            found.append(np.diff(np.clip(borders, 0, until - done), axis=0))
+            done = until
+        heads, plain, tails = np.concatenate(found, 1)
+        return heads, plain, tails
+
     def fill(self, starts: Integers, out: npt.NDArray, segments: npt.NDArray | None = None) -> None:
         """Row i of ``out``, (B, size): the places from starts[i] on. ``segments``: numbers of documents, from 0."""
         size = out.shape[1]

@@ -16,6 +16,7 @@ from longseq_data.randomness import stream_words, words
 from longseq_data.vocabulary import IGNORE
 
 from .corpus_cuts import CHUNK, Plan, numbered
+from .infilling import Pieces
 from .masking import masked_counts
 from .members import Members
 from .order import endless_order, permutation
@@ -68,6 +69,18 @@ class Families:
             records, begins = self._row(plan, sample)
             for record, begin, length in zip(*self._within(records, begins, start, stop), strict=True):
                 yield record, min(max(start - begin, 0), length), min(stop - begin, length)
+
+    def pieces(self, plan: Plan) -> Pieces:
+        """Of training samples, which are the beginnings of rows."""
+        found = []
+        for sample, size in enumerate(plan.sizes.tolist()):
+            _, begins = self._row(plan, sample)
+            inside = begins[: int(np.searchsorted(begins, size))]
+            ends = np.minimum(begins[1 : len(inside) + 1], size)
+            inside = inside[: len(ends)]
+            tails = (ends == begins[1 : len(ends) + 1]).astype(np.int64)
+            found.append((inside == 1, ends - inside - tails, tails))
+        return Pieces.listed(found)
 
     def rows(self, plan: Plan) -> Rows:
         vocabulary = self.corpus.vocabulary

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from longseq_data.vocabulary import IGNORE, Vocabulary
 
 from .draw import Draw
+from .infilling import Infilling, Pieces
 from .rank_share import MakeBatch, Samples, Share, Taker, even
 from .rows import Arrays, Finish, Integers, Planned, Rows, Taken
 
@@ -39,6 +40,14 @@ class MixtureSpec:
         return self.parts[0].objective
 
     @property
+    def length(self) -> int:
+        return self.parts[0].length
+
+    @property
+    def fim_rate(self) -> float | None:
+        return self.parts[0].fim_rate
+
+    @property
     def split(self) -> str | None:
         return self.parts[0].split
 
@@ -64,9 +73,14 @@ class MixtureSpec:
     def measuring(self) -> MixtureSpec:
         return replace(self, parts=tuple(part.measuring() for part in self.parts))
 
+    def infilling(self) -> MixtureSpec:
+        return replace(self, parts=tuple(part.infilling() for part in self.parts))
+
     def training(self, start: int, share: Share, warn: bool = False) -> Iterator[MakeBatch]:
         """See rank_share.Samples."""
-        finish = Finish(self.objective, self.seed, self.vocabulary, self.reset)
+        tokens, length = self.vocabulary, self.length
+        infilling = Infilling.of(self.fim_rate, False, self.seed, tokens, length, training=True)
+        finish = Finish(self.objective, self.seed, tokens, self.reset, infilling)
         return even(self.taker(start, warn), finish, start, share)
 
     def taker(self, start: int, warn: bool = False) -> Taker:
@@ -82,6 +96,9 @@ class MixtureSpec:
     def target_counts(self, max_targets: int | None = None) -> npt.NDArray[np.int64]:
         most = None if max_targets is None else -(-max_targets // len(self.parts))
         return np.sum([part.target_counts(most) for part in self.parts], axis=0)
+
+
+_RAGGED = ("heads", "plain", "tails")
 
 
 def _of_part(make: MakeBatch, part: int) -> Arrays:
@@ -121,6 +138,15 @@ class _Mixed(Planned):
     scored: Integers
     taken: list[Taken | None]  # of each part
     vocabulary: Vocabulary
+
+    def pieces(self) -> Pieces:
+        places = [np.flatnonzero(self.of == part) for part in range(len(self.taken))]
+        made = [some[self.places[at]].pieces() for some, at in zip(self.taken, places, strict=True) if some is not None]
+        order = np.argsort(np.concatenate(places), kind="stable")
+        counts = np.concatenate([each.counts for each in made])
+        ends = np.cumsum(counts)
+        at = np.concatenate([np.arange(ends[i] - counts[i], ends[i]) for i in order.tolist()])
+        return Pieces(counts[order], *(np.concatenate([getattr(each, n) for each in made])[at] for n in _RAGGED))
 
     def rows(self) -> Rows:
         parts = np.unique(self.of).tolist()

@@ -125,6 +125,18 @@ class Samples(Batches, Protocol):
         """How often each token is a target in an evaluation pass, (vocabulary size,): the empirical baseline."""
         ...
 
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def fim_rate(self) -> float | None:
+        """Probability that a document is laid out for infilling; None: the vocabulary has no marks for it."""
+        ...
+
+    def infilling(self) -> Samples:
+        """The same, whose evaluations have all documents laid out, and score what is filled in."""
+        ...
+
     def measuring(self) -> Samples:
         """The same, whose evaluation batches say what their targets stand for, where these samples can."""
         ...
@@ -146,7 +158,7 @@ def even(taker: Taker, finish: Finish, start: int, share: Share) -> Iterator[Mak
     rows, samples = share.batch_sequences, steps * share.step_samples
     for first in count(start, samples):
         mine = taker.take(samples_of_rank(first, samples, share.rank, share.world), first + samples)
-        scored = mine.scored.reshape(steps, -1).sum(1).tolist()
+        scored = finish.scored(mine).reshape(steps, -1).sum(1).tolist()
         for number in range(steps * share.accumulate):
             step = number // share.accumulate
             facts = {"step_targets": scored[step], "samples": first + (step + 1) * share.step_samples}

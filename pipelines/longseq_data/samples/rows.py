@@ -13,6 +13,7 @@ import numpy.typing as npt
 from longseq_data.randomness import uniforms
 from longseq_data.vocabulary import IGNORE, Vocabulary, backwards, reverse_complement
 
+from .infilling import Infilling, Pieces
 from .masking import mask_rows, masked_counts
 
 Integers = npt.NDArray[np.int64]
@@ -48,6 +49,10 @@ class Taken(Chosen, Protocol):
 
     @property
     def scored(self) -> Integers: ...
+
+    def pieces(self) -> Pieces:
+        """What each sample has of documents."""
+        ...
 
     def __getitem__(self, which: slice | Integers) -> Taken: ...
 
@@ -90,6 +95,13 @@ class Finish:
     seed: int  # of masks
     vocabulary: Vocabulary
     segments: bool  # whether rows have them
+    infilling: Infilling | None = None  # of causal samples
+
+    def scored(self, taken: Taken) -> Integers:
+        """Targets of training samples."""
+        if self.infilling is None:
+            return taken.scored
+        return self.infilling.scored(taken.pieces(), taken.numbers, self.segments)
 
     def batch(self, taken: Chosen, rows: int, facts: Mapping[str, int]) -> Arrays:
         """ "tokens" and "targets", and "segments" where there are any, (rows, longest sample), and the facts.
@@ -104,6 +116,9 @@ class Finish:
 
     def _filled(self, taken: Chosen) -> Arrays:
         tokens, segments = taken.rows()
+        middles = None
+        if self.infilling is not None:
+            tokens, segments, middles = self.infilling.rows(tokens, segments, taken.numbers)
         padded = tokens.dtype.kind == "i" and bool((tokens[:, -1] < 0).any())
         batch: Arrays
         if self.objective == "masked":
@@ -121,6 +136,10 @@ class Finish:
                 targets = batch["targets"].astype(self.vocabulary.target_dtype, copy=False)
                 batch["targets"] = np.where(begins, targets.dtype.type(IGNORE), targets)
                 segments = np.where(segments[:, 1:] < 0, np.int32(-1), segments[:, :-1])
+            if self.infilling is not None and middles is not None:  # marks of the layout are given, and not predicted
+                targets = batch["targets"]
+                given = ~middles[:, 1:] if self.infilling.middles else targets >= self.infilling.vocabulary.prefix
+                batch["targets"] = np.where(given, targets.dtype.type(IGNORE), targets)
         return batch if segments is None else {**batch, "segments": segments}
 
     def _filler(self, rows: int, length: int) -> Arrays:

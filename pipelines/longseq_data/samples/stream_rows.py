@@ -17,6 +17,7 @@ from longseq_data.randomness import uniforms
 from longseq_data.vocabulary import IGNORE
 
 from .chunks import Chunk
+from .infilling import Pieces
 from .masking import masked_counts
 from .rows import Crop, Integers, Planned, Rows, Taken, mark_ends, residues_of, turn_of
 from .shuffling import endless, shuffled
@@ -60,6 +61,10 @@ class _Cropped(Planned):
     begins: Integers
     sizes: Integers
     scored: Integers
+
+    def pieces(self) -> Pieces:
+        first, last = residues_of(self.begins, self.sizes, self.lengths)
+        return Pieces.one_each(self.begins == 0, last - first, self.begins + self.sizes == self.lengths + 2)
 
     def rows(self) -> Rows:
         vocabulary, width = self.spec.vocabulary, int(self.sizes.max())
@@ -169,6 +174,9 @@ class _Windows(Planned):
     scored: Integers
     windows: npt.NDArray[np.unsignedinteger]
     documents: npt.NDArray[np.int32] | None
+
+    def pieces(self) -> Pieces:
+        return Pieces.of_rows(self.windows[self.places], self.spec.vocabulary)
 
     def rows(self) -> Rows:
         rows = self.windows[self.places]

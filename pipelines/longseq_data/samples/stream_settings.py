@@ -9,8 +9,9 @@ from longseq_data.ingest.ring import Ring
 from longseq_data.readers.documents import DocumentEncoder
 from longseq_data.readers.reading import FASTA, Reading
 from longseq_data.splits import SplitRule
-from longseq_data.vocabulary import Vocabulary
+from longseq_data.vocabulary import InfillVocabulary, Vocabulary
 
+from .infilling import check_infilling
 from .rows import check_choices
 
 
@@ -34,6 +35,8 @@ class StreamSettings:
     split_by: str = "id"  # or "sequence", of records that have residues: see splits.SplitRule
     reverse_complement: bool = False  # of DNA: half of the training samples come as the other strand
     reverse: float = 0.0  # the share of the training samples whose records are read from their last token on
+    fim_rate: float | None = None  # of causal training samples: so much of the documents is laid out for infilling
+    infilled: bool = False  # evaluations have all documents laid out, and score what is filled in
     measured: bool = False  # samples know how many bytes and words their targets stand for; slower, for evaluation
     later_epochs: str = "buffer"  # the order after the first: through the buffer as well, or a "permutation" of all
     # records, which needs a cache
@@ -47,6 +50,7 @@ class StreamSettings:
             self, later_epochs=("buffer", "permutation"), crop=("random", "first"), packing=("crop", "concat")
         )
         check_choices(self, objective=("causal", "masked"), split=("train", "valid", "test", None))
+        check_infilling(self.objective, self.fim_rate)
         if self.reset and self.packing != "concat":
             raise ValueError("reset is about concatenated documents: packing must be 'concat'")
         if self.length < 2:
@@ -66,7 +70,8 @@ class StreamSettings:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        return self.reading.vocabulary
+        tokens = self.reading.vocabulary
+        return tokens if self.fim_rate is None else InfillVocabulary.of(tokens)
 
     @property
     def whole(self) -> bool:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from longseq_data.ingest.follow import Tell
 from longseq_data.readers.documents import Document
 
+from .infilling import Infilling
 from .masking import masked_count
 from .packing import Piece, Window, Windows, crop, cut, document
 from .rank_share import MakeBatch, Share, Taker, even
@@ -62,14 +63,20 @@ class StreamSpec(StreamSettings):
 
     def measuring(self) -> StreamSpec:
         """The same with ``measured`` where the losses add up to the probability of text or images."""
-        return replace(self, measured=not self.reading.has_residues and self.objective == "causal")
+        return replace(
+            self, measured=not self.infilled and not self.reading.has_residues and self.objective == "causal"
+        )
+
+    def infilling(self) -> StreamSpec:
+        """See rank_share.Samples."""
+        return replace(self, infilled=True)
 
     def target_counts(self, max_targets: int | None = None) -> npt.NDArray[np.int64]:
         return target_counts(self, max_targets)
 
     def training(self, start: int, share: Share, warn: bool = False) -> Iterator[MakeBatch]:
         """See rank_share.Samples. Raises DataError for bad data, and for a split without records."""
-        return even(self.taker(start, warn), self._finish, start, share)
+        return even(self.taker(start, warn), self._finish(training=True), start, share)
 
     def taker(self, start: int, warn: bool = False) -> Taker:
         spec = replace(self, tell=_once()) if warn else self
@@ -77,7 +84,7 @@ class StreamSpec(StreamSettings):
 
     def evaluation(self, share: Share, max_samples: int | None = None) -> Iterator[MakeBatch]:
         """See rank_share.Samples."""
-        finish, encoder, overlap = self._finish, self.encoder, self.overlap
+        finish, encoder, overlap = self._finish(training=False), self.encoder, self.overlap
         windows = enumerate(evaluation_windows(self, max_samples))
         while step := list(islice(windows, share.step_samples)):
             mine = step[share.rank :: share.world]
@@ -88,9 +95,10 @@ class StreamSpec(StreamSettings):
             else:
                 yield partial(finish.batch, taken, share.batch_sequences, {})
 
-    @property
-    def _finish(self) -> Finish:
-        return Finish(self.objective, self.seed, self.vocabulary, self.reset)
+    def _finish(self, *, training: bool) -> Finish:
+        tokens, length = self.vocabulary, self.length
+        infilling = Infilling.of(self.fim_rate, self.infilled, self.seed, tokens, length, training=training)
+        return Finish(self.objective, self.seed, tokens, self.reset, infilling)
 
 
 class _Size:

@@ -204,8 +204,9 @@ class _Turns(pl.Callback):
 def bare_loop(config: Config, device: torch.device) -> Iterator[None]:
     """The plain loop: each ``next`` is one step on a batch of the same data."""
     torch.manual_seed(config.run.seed)
-    model: nn.Module = PerformerLM(config.performer_spec(vocabulary(config).size)).to(device).train()
-    optimizer = build_optimizer(model, config.optim)
+    spec = config.performer_spec(vocabulary(config).size)
+    model: nn.Module = PerformerLM(spec).to(device).train()
+    optimizer = build_optimizer(model, config.optim, spec.dim)
     batches = TrainingBatches(
         split_spec(config, "train"), batch_sequences=config.batch_sequences, accumulate=1, rank=0, world=1, start=0
     )

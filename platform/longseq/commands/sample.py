@@ -1,4 +1,4 @@
-"""Write new sequences with a causal model, or fill in masked positions with a masked one.
+"""Write new sequences with a causal model, fill in masked positions with a masked one, or a gap with one of both sides.
 
 Each token costs the same however many went before: the model carries a state of fixed size. A sequence is a function
 of the model, the options, the seed and its number, so --number 100 begins with the sequences of --number 10.
@@ -22,6 +22,7 @@ from longseq.output_files import output
 from longseq.trained_model import Source, find
 from longseq_data.vocabulary import ALPHABETS
 
+_GAP = "<gap>"
 _LINE = 60  # residues per line of FASTA
 
 
@@ -40,7 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top-p", type=share, default=1.0, metavar="P", help="only the most probable ones that make up P; 1: all"
     )
-    parser.add_argument("--infill", metavar="FASTA", help="with a masked model: fill in the positions written as '?'")
+    parser.add_argument(
+        "--infill",
+        metavar="FASTA|TEXT",
+        help="with a masked model: fill in the positions of a FASTA file written as '?'; with one of model.objective "
+        f"fim: a text with one {_GAP}, in whose place something is written, of any length: 'MK{_GAP}LV'",
+    )
     parser.add_argument(
         "--rounds",
         type=natural,
@@ -54,8 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    _refuse_what_has_no_effect(args)
     source = find(args.target, args.overrides, ema=args.ema)
+    suffix = None
+    if args.infill and source.config.model.objective == "fim":
+        args.prompt, suffix = _around(args)
+        args.infill = None
+    _refuse_what_has_no_effect(args)
     how = {"top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
     if args.temperature is not None:
         how["temperature"] = args.temperature
@@ -64,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     clock: list[float] | None = [] if args.timing else None
     length = args.length or 512
     how |= {"context": args.context, "context_tokens": args.context_tokens}
+    how |= {"suffix": suffix}
     samples = sample(source, prompt=args.prompt, number=args.number or 1, length=length, clock=clock, **how)
     ready()
     with output(args.out, args.context) as out:
@@ -87,6 +98,18 @@ def _infill(source: Source, args: argparse.Namespace, how: dict) -> int:
             facts = f"filled={each.hidden} seed={args.seed} run={source.name} step={source.step}"
             _fasta(out, f"{each.id} {facts} log_likelihood={each.log_likelihood:.4f}", each.text)
     return 0
+
+
+def _around(args: argparse.Namespace) -> tuple[str, str]:
+    """What is before the gap, and behind it."""
+    if args.prompt:
+        raise LongseqError("sample: --prompt, and --infill has what is before the gap: leave --prompt out.")
+    if args.infill.count(_GAP) != 1:
+        raise LongseqError(
+            f"sample: --infill {args.infill[:60]!r} has {args.infill.count(_GAP)} gaps: write one, as in 'MK{_GAP}LV'."
+        )
+    before, _, behind = args.infill.partition(_GAP)
+    return before, behind
 
 
 def _refuse_what_has_no_effect(args: argparse.Namespace) -> None:

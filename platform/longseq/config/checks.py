@@ -97,6 +97,8 @@ def check(config: Config) -> None:
             f"model.mask_scaling=true and trainer.context_parallel={trainer.context_parallel}: a slice does not know "
             "how much of its sequence is masked; set trainer.context_parallel=1."
         )
+    if data.fim_rate > 1:
+        raise ConfigError(f"data.fim_rate={data.fim_rate:g}: a probability, at most 1, e.g. 0.5.")
     _check_documents(config)
     _check_tokens(config)
     _check_trainer(config)
@@ -117,6 +119,8 @@ def _check_finetune(config: Config) -> None:
         )
     if config.optim.name == "muon" and learn != "all":
         raise ConfigError(f"optim.name=muon steps whole matrices, which finetune.learn={learn} freezes: take adamw.")
+    if config.optim.base_dim:
+        raise ConfigError(f"optim.base_dim={config.optim.base_dim} is about new language models: leave it out.")
     for name in ("probe_every", "noise_every", "length_warmup_steps", "ema_decay"):
         if getattr(trainer, name):
             raise ConfigError(f"trainer.{name}={getattr(trainer, name)} is about tokens, not labels; set it to 0.")
@@ -144,7 +148,7 @@ def _check_documents(config: Config) -> None:
     try:
         documents = "data.reset=true" if data.reset else ""
         for at, options in config.performer_spec(vocabulary=2).entries():
-            options.check(causal=config.model.objective == "causal", documents=documents, at=at)
+            options.check(causal=config.causal, documents=documents, at=at)
     except ValueError as error:
         raise ConfigError(f"{error}.") from None
 
@@ -181,6 +185,10 @@ def check_pixels(config: Config) -> None:
     """
     data = config.data
     values = values_of(data.image_size)
+    if config.model.objective == "fim":
+        raise ConfigError(
+            "model.objective=fim with pixels: an image has no end that a middle could be written to; take causal."
+        )
     if data.packing != "crop":
         raise ConfigError(
             f"data.packing={data.packing} with pixels: images that are joined and cut lose their rows and columns; "

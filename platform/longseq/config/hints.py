@@ -32,6 +32,7 @@ _KEYS = {
     "optim.momentum": "muon_momentum beta",
     "optim.decay_fraction": "decay_steps cooldown cooldown_fraction",
     "optim.lr": "learning_rate base_lr peak_lr max_lr",
+    "optim.base_dim": "mup base_width mup_base_width base_shape",
     "optim.final_lr": "min_lr lr_min eta_min lr_end",
     "optim.warmup_steps": "warmup num_warmup_steps warmup_iters lr_warmup_steps",
     "optim.schedule": "scheduler lr_scheduler lr_scheduler_type lr_schedule",
@@ -63,6 +64,7 @@ _KEYS = {
     "model.conv": "short_conv conv_size conv_kernel d_conv",
     "model.value_residual": "resformer value_embeds",
     "model.objective": "task mlm causal loss",
+    "data.fim_rate": "fim infill_rate fim_prob spm_rate",
     "model.init_from": "pretrained checkpoint ckpt ckpt_path load_from from_pretrained init weights pretrained_model",
     "attention.features": "nb_features num_features m n_features num_random_features",
     "attention.kind": "attention_type attn attn_implementation attn_type",
@@ -93,6 +95,7 @@ _VALUES = {
     },
     "model.objective": {
         "causal": "clm autoregressive ar gpt lm next next_token unidirectional uni decoder causal_lm",
+        "fim": "infill infilling fill_in_the_middle psm",
         "masked": "mlm bert bidirectional bid mask encoder masked_lm",
     },
     "attention.kind": {

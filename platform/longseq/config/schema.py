@@ -67,7 +67,12 @@ class ModelConfig:
         None, "each layer mixes the first layer's values into its own, in a share that each head learns"
     )
     dropout: float = key(0.0, "probability, on the embedding and on each residual branch", at_least=0, below=1)
-    objective: str = key("causal", "predict the next token, or 15 % masked ones", choices=("causal", "masked"))
+    objective: str = key(
+        "causal",
+        "predict the next token, or 15 % masked ones; fim: the next one, where a share data.fim_rate of the documents "
+        "is laid out as prefix, suffix, middle, so that the model can fill in, too",
+        choices=("causal", "masked", "fim"),
+    )
     init_from: str | None = key(
         None,
         "weights to begin with: an exported or imported folder, a run, or one of its checkpoints; the model and "
@@ -216,6 +221,12 @@ class DataConfig:
         "of prepared corpora: a table of representative and member, tab-separated, as MMseqs2 and UniRef write it; "
         "with packing crop or bucket an epoch takes one member of each cluster, drawn anew, with family all of them",
     )
+    fim_rate: float = key(
+        0.5,
+        "with model.objective fim: probability that a training document is cut at two places and laid out as prefix, "
+        "suffix, middle; evaluations are read from left to right",
+        at_least=0,
+    )
     reverse_complement: bool = key(
         False, "of DNA: half of the training sequences, drawn by run.seed, come as the other strand"
     )
@@ -270,6 +281,11 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     deepspeed: dict[str, Any] = key({}, "passed through to DeepSpeed's own configuration")
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token is predicted from those before it."""
+        return self.model.objective != "masked"
 
     @property
     def batch_sequences(self) -> int:
@@ -329,7 +345,7 @@ class Config:
                 depth=model.depth or size.depth,
                 heads=model.heads or size.heads,
                 ffn_dim=model.ffn_dim or size.ffn_dim,
-                causal=model.objective == "causal",
+                causal=self.causal,
                 dropout=model.dropout,
                 **{**own, "layers": layers_of(self.attention.layers, section)},
                 seed=self.finetune.feature_seed if self.finetune.table else self.run.seed,

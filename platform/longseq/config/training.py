@@ -21,6 +21,12 @@ class OptimConfig:
         choices=("adamw", "muon"),
     )
     lr: float = key(1e-3, "peak learning rate", at_least=0)
+    base_dim: int | None = key(
+        None,
+        "the width (model.dim) that lr was found at: a model of another one begins, and steps its matrices, so that "
+        "lr is right for it, too (µP: `longseq ladder`); null: lr is that of all weights",
+        at_least=1,
+    )
     warmup_steps: int = key(100, "steps of linear warm-up", at_least=0)
     schedule: str = key(
         "cosine",

@@ -17,7 +17,7 @@ from longseq.data_report import check_data, say
 from longseq.errors import ConfigError, LongseqError
 from longseq.evaluation.label_measures import MEASURES
 from longseq.evaluation.predict import label_parts, label_results
-from longseq.evaluation.request import Request, is_split, samples_of
+from longseq.evaluation.request import Request, is_split, parts_of, samples_of
 from longseq.runs.changes import FIXED, refuse_changes
 from longseq.trained_model import Source, checkpoints_of, find, of_checkpoint, run_of
 from longseq_data.errors import DataError
@@ -191,6 +191,7 @@ def _parts(source: Source, settings: Settings, looked: list[object]) -> tuple[st
             _look(part, samples, looked)
         elif isinstance(samples, MixtureSpec):
             parts += [f"{part}/{name}" for name in samples.names]
+        parts += parts_of(source, part)[1:]
     if splits:
         data = config.data
         files_of_splits = [getattr(data, split) for split in SPLITS]

@@ -77,7 +77,7 @@ def draw(
     opening = [begins] if context is None else context.tolist()
     hidden, before, state = _read(model, np.array([*opening, *prompt]), len(opening))
     never = torch.zeros(vocabulary.size, dtype=torch.bool)
-    never[[vocabulary.bos, vocabulary.pad, vocabulary.mask]] = True
+    never[list(vocabulary.unwritten)] = True
     never[vocabulary.eos] = not settings.stop
     last = model.head(hidden).expand(BLOCK, -1)
     block = state.select(torch.zeros(BLOCK, dtype=torch.long, device=device))

@@ -41,9 +41,17 @@ class Request:
         return Request(**values)
 
 
+INFILL = "#infill"  # behind a split or a file: what is filled in of its documents is scored
+
+
+def parts_of(source: Source, part: str) -> tuple[str, ...]:
+    """All that is scored of a split or a file: of a model that fills in, that too."""
+    return (part, f"{part}{INFILL}") if source.config.model.objective == "fim" else (part,)
+
+
 def is_split(part: str) -> bool:
     """Whether it is a split or a source of one; files have whole paths, or addresses."""
-    return part.partition("/")[0] in SPLITS and ":" not in part
+    return part.removesuffix(INFILL).partition("/")[0] in SPLITS and ":" not in part
 
 
 def samples_of(source: Source, part: str) -> Samples:
@@ -53,6 +61,8 @@ def samples_of(source: Source, part: str) -> Samples:
     Raises:
         ConfigError, DataError: for a split that there is not, and a file that cannot be read as the model's tokens.
     """
+    if part.endswith(INFILL) and source.config.model.objective == "fim":
+        return samples_of(source, part.removesuffix(INFILL)).infilling()
     config = deepcopy(source.config)
     if is_split(part):
         resolve_sources(config)

@@ -13,7 +13,8 @@ from longseq.evaluation.context import Asked, contexts, path_of
 from longseq.evaluation.records import prompt_tokens
 from longseq.trained_model import Source, find
 from longseq_data.readers.fasta import read_records
-from longseq_data.vocabulary import ALPHABETS, UNKNOWN, Alphabet, Tokens
+from longseq_data.samples.infilling import laid_out
+from longseq_data.vocabulary import ALPHABETS, UNKNOWN, Alphabet, InfillVocabulary, Tokens
 
 if TYPE_CHECKING:
     from longseq.evaluation.generation import Settings
@@ -57,6 +58,7 @@ def sample(
     clock: list[float] | None = None,
     context: str | Path | None = None,
     context_tokens: int = 0,
+    suffix: str | None = None,
 ) -> Iterator[Sample]:
     """Sequences drawn from a causal model. Each is a function of the model, these arguments and its number.
 
@@ -73,6 +75,8 @@ def sample(
         context: FASTA or an alignment (A3M) of relatives, which come before: sequences of their family are drawn.
         context_tokens: as many of them, in an order of ``seed``, as fit into these; 0: into three
             quarters of data.length.
+        suffix: what every sequence ends with, of a model that fills in (model.objective fim): what is between
+            ``prompt`` and this is drawn, and ``log_likelihood`` is that of what was drawn.
 
     Raises:
         LongseqError: at once, for a model that is not causal, a prompt of other letters, and a number out of bounds.
@@ -81,6 +85,12 @@ def sample(
     source = _source(target, overrides, ema)
     source.require("causal", "sample continues with causal models, and infill fills in positions with masked ones.")
     begin = prompt_tokens(prompt, source.vocabulary, "prompt")
+    end = None if suffix is None else prompt_tokens(suffix, source.vocabulary, "suffix")
+    if end is not None and not isinstance(source.vocabulary, InfillVocabulary):
+        raise LongseqError(
+            f"{source.folder}: was not trained to fill in (model.objective={source.config.model.objective}); give a "
+            "model of model.objective=fim, or leave the suffix out."
+        )
     asked = Asked(path_of(context), context_tokens)
     asked.check(source)
     before = next(iter(contexts(source, asked, seed)), None)
@@ -88,7 +98,7 @@ def sample(
     from longseq.evaluation.generation import Settings
 
     settings = Settings(length, temperature, top_k, top_p, seed, stop=clock is None)
-    return _drawn(source, begin, number, settings, clock, before)
+    return _drawn(source, begin, end, number, settings, clock, before)
 
 
 def infill(
@@ -146,6 +156,7 @@ def _source(target: str | Path | Source, overrides: Sequence[str], ema: bool) ->
 def _drawn(
     source: Source,
     prompt: list[int],
+    suffix: list[int] | None,
     number: int,
     settings: Settings,
     clock: list[float] | None,
@@ -154,9 +165,16 @@ def _drawn(
     from longseq.evaluation.generation import draw
     from longseq.evaluation.tokens import plain_text
 
-    for each in draw(source.load(), source.vocabulary, source.begins, prompt, number, settings, clock, context):
-        text = plain_text(each.tokens, source.vocabulary)
-        yield Sample(each.number, text, len(each.tokens), each.log_likelihood, each.ended)
+    vocabulary, given = source.vocabulary, prompt
+    if suffix is not None:
+        assert isinstance(vocabulary, InfillVocabulary)
+        before = [source.begins] if context is None else context.tolist()
+        context = laid_out(before, prompt, suffix, vocabulary)
+        given = []  # it is in the context
+    for each in draw(source.load(), vocabulary, source.begins, given, number, settings, clock, context):
+        tokens = each.tokens if suffix is None else (*prompt, *each.tokens, *suffix)
+        text = plain_text(tokens, vocabulary)
+        yield Sample(each.number, text, len(tokens), each.log_likelihood, each.ended)
 
 
 def _filled(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from longseq_data.vocabulary import ALPHABETS, Vocabulary
+from longseq_data.vocabulary import ALPHABETS, INFILL_MARKS, InfillVocabulary, Vocabulary
 
 
 def token_names(vocabulary: Vocabulary) -> list[str]:
-    """A name for each id: residues and bases are letters, bytes characters, specials <bos>, <eos>, <pad>, <mask>."""
+    """A name for each id: residues and bases are letters, bytes characters, specials <bos>, <eos>, ..."""
     if vocabulary.name in ALPHABETS:
-        return list(ALPHABETS[vocabulary.name].tokens)
-    if vocabulary.name == "bytes":
+        names = list(ALPHABETS[vocabulary.name].tokens)
+    elif vocabulary.name == "bytes":
         names = [repr(chr(byte))[1:-1] if byte < 128 else f"0x{byte:02x}" for byte in range(256)]
     elif vocabulary.name == "pixels":
         names = [str(value) for value in range(256)]
@@ -23,6 +23,8 @@ def token_names(vocabulary: Vocabulary) -> list[str]:
     names += [""] * (vocabulary.size - len(names))
     for role in ("bos", "eos", "pad", "mask"):
         names[getattr(vocabulary, role)] = f"<{role}>"
+    if isinstance(vocabulary, InfillVocabulary):
+        names[vocabulary.prefix :] = INFILL_MARKS
     return names
 
 

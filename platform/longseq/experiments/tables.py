@@ -38,7 +38,7 @@ def _ours(plan: Plan, found: Found) -> str:
             if any(cell != "–" for cell in cells):
                 rows.append([label, *cells, str(len({r["seed"] for r in mine}))])
     note = "Means over seeds; ± half of the distance between the largest and the smallest."
-    return f"{_table(rows)}\n\n{note}"
+    return f"{markdown(rows)}\n\n{note}"
 
 
 def _curves(plan: Plan, found: Found) -> str:
@@ -53,7 +53,7 @@ def _curves(plan: Plan, found: Found) -> str:
     steps = sorted({step for points in curves.values() for step in points})
     rows = [["validation accuracy %, step", *heads]]
     rows += [[f"{step:,}", *(_mean(curves[name].get(step, [])) for name in order)] for step in steps]
-    return _table(rows) if steps else ""
+    return markdown(rows) if steps else ""
 
 
 def _papers(plan: Plan) -> str:
@@ -65,7 +65,7 @@ def _papers(plan: Plan) -> str:
     for name in names:
         cells = (plan.paper[group].get(name, {}).get(split) for group, split in columns)
         rows.append([name, *(f"{cell[0]:.2f} / {cell[1]:.2f}" if cell else "–" for cell in cells)])
-    return _table(rows)
+    return markdown(rows)
 
 
 def _of(rows: Sequence[Mapping[str, Any]], group: str) -> list[Mapping[str, Any]]:
@@ -94,7 +94,8 @@ def _mean(values: Sequence[float]) -> str:
     return f"{fmean(values):.2f}" + (f" ± {half:.2f}" if len(values) > 1 else "")
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the first one the head, as a table."""
     widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows

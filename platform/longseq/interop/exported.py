@@ -29,7 +29,7 @@ from longseq_data.vocabulary import Vocabulary
 
 MODEL_TYPE = "longseq"
 FORMAT = 1
-ARCHITECTURES = {"causal": "LongseqForCausalLM", "masked": "LongseqForMaskedLM"}
+ARCHITECTURES = {"causal": "LongseqForCausalLM", "masked": "LongseqForMaskedLM", "fim": "LongseqForCausalLM"}
 SECTIONS = ("run", "model", "attention", "data")
 TOKENIZER = "tokenizer.json"
 # Keys that say how a machine computes, or where a run began: no property of the model.
@@ -83,7 +83,7 @@ def read(folder: Path) -> Exported:
     if kind.startswith("Longseq") and kind not in ARCHITECTURES.values():
         raise RunError(
             f"{folder}: a {kind}, saved by transformers, and no language model; give the folder that it began with, or "
-            f"save it as one of {', '.join(ARCHITECTURES.values())}."
+            f"save it as one of {', '.join(dict.fromkeys(ARCHITECTURES.values()))}."
         )
     try:
         ours = content["longseq"]

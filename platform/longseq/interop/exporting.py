@@ -84,7 +84,7 @@ def write_folder(
     """
     kind = getattr(torch, dtype)
     weights = {f"{EXPORTED}{name}": t.to(kind) if t.is_floating_point() else t for name, t in state.items()}
-    causal = config.model.objective == "causal"
+    causal = config.causal
     with exported.writing(out) as folder:
         description = {**exported.description(config, vocabulary, step), "dtype": dtype}
         if code:

@@ -66,8 +66,9 @@ class LongseqPreTrainedModel(PreTrainedModel):
     def __init__(self, config: LongseqConfig):
         super().__init__(config)
         own = config.longseq.get("model", {}).get("objective", "")
-        if self.objective not in ("", own):  # its logits would be those of other positions
-            auto = {"causal": "AutoModelForCausalLM", "masked": "AutoModelForMaskedLM"}.get(own, "another class")
+        kind = {"fim": "causal"}.get(own, own)
+        if self.objective not in ("", kind):  # its logits would be those of other positions
+            auto = {"causal": "AutoModelForCausalLM", "masked": "AutoModelForMaskedLM"}.get(kind, "another class")
             raise self.refusal(
                 f"{config.name_or_path or 'config.json'}: a {own} model (model.objective={own}), and not a "
                 f"{self.objective} one: open it with {auto}."

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longseq_data.tokenization import SPECIAL_NAMES
-from longseq_data.vocabulary import ALPHABETS, UNKNOWN, Alphabet, Vocabulary
+from longseq_data.vocabulary import ALPHABETS, INFILL_MARKS, UNKNOWN, Alphabet, InfillVocabulary, Vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -30,6 +30,8 @@ def write_tokenizer(folder: Path, vocabulary: Vocabulary, *, first: int, causal:
         tokenizer = _letters(ALPHABETS[vocabulary.name])
     else:
         tokenizer = _bytes() if vocabulary.name == "bytes" else _file(vocabulary)
+    for mark in INFILL_MARKS if isinstance(vocabulary, InfillVocabulary) else ():
+        _add(tokenizer, mark, f"<longseq-{mark[5:]}")
     names = {role: str(tokenizer.id_to_token(getattr(vocabulary, role))) for role in SPECIAL_NAMES}
     _frame(tokenizer, names, vocabulary, first, causal)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -89,7 +91,7 @@ def _byte_characters() -> list[str]:
 
 def _file(vocabulary: Vocabulary) -> Tokenizer:
     """The run's own tokenizer, with the special tokens that the vocabulary has behind it."""
-    from tokenizers import AddedToken, Tokenizer
+    from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(vocabulary.name)
     tokenizer.no_truncation()
@@ -97,9 +99,16 @@ def _file(vocabulary: Vocabulary) -> Tokenizer:
     roles = sorted(SPECIAL_NAMES, key=lambda role: getattr(vocabulary, role))
     for role in roles:
         if tokenizer.id_to_token(getattr(vocabulary, role)) is None:
-            free = (name for name in (*SPECIAL_NAMES[role], f"<longseq-{role}>") if tokenizer.token_to_id(name) is None)
-            tokenizer.add_special_tokens([AddedToken(next(free), special=True)])
+            _add(tokenizer, *SPECIAL_NAMES[role], f"<longseq-{role}>")
     return tokenizer
+
+
+def _add(tokenizer: Tokenizer, *names: str) -> None:
+    """A special token behind all others, by the first of the names that is free."""
+    from tokenizers import AddedToken
+
+    name = next(name for name in names if tokenizer.token_to_id(name) is None)
+    tokenizer.add_special_tokens([AddedToken(name, special=True)])
 
 
 def _frame(tokenizer: Tokenizer, names: dict[str, str], vocabulary: Vocabulary, first: int, causal: bool) -> None:

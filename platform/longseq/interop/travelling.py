@@ -24,6 +24,7 @@ _LANGUAGE = {
     "causal": {"AutoModelForCausalLM": "LongseqForCausalLM"},
     "masked": {"AutoModelForMaskedLM": "LongseqForMaskedLM"},
 }
+_LANGUAGE["fim"] = _LANGUAGE["causal"]
 
 # What the code computes: the fields of its Layer and of its Sizes, but for those that ``performer`` derives.
 _LAYER = (
@@ -39,7 +40,7 @@ _MACHINE = ("backend", "activation_checkpointing", "activation_offload", "sequen
 
 
 def auto_map(objective: str) -> dict[str, str]:
-    """The classes that transformers' Auto classes find in the code, for a causal or a masked model."""
+    """The classes that transformers' Auto classes find in the code, by the model's objective."""
     classes = {"AutoConfig": "LongseqConfig", **_CLASSES, **_LANGUAGE[objective]}
     return {auto: f"{FILES[0].removesuffix('.py')}.{name}" for auto, name in classes.items()}
 

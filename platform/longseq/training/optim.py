@@ -15,14 +15,17 @@ from longseq.models.layers import Block
 from longseq.training.muon import MuonAdamW
 from longseq.training.optimizer_state import holder_of
 from longseq.training.schedule import learning_rate_share
+from longseq.training.transfer import Rates
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
+def build_optimizer(model: nn.Module, config: OptimConfig, dim: int = 0) -> Optimizer:
     """AdamW (Loshchilov & Hutter 2019) with weight decay on matrices only; or Muon for the matrices of the blocks, and
     AdamW for the others. Muon must be bound (:func:`bind`) before its first step.
 
     torch's is its fused one, on CUDA and on the CPU: a single pass without temporaries, which over the long tensors
     that ZeRO makes of many short ones cost a quarter of a small model's step on the CPU.
+
+    dim: the model's width, where rates depend on it (optim.base_dim).
 
     Raises:
         ConfigError: if one of DeepSpeed's cannot be compiled here.
@@ -36,12 +39,13 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     for parameter in model.parameters():
         if parameter.requires_grad and parameter not in matrices:
             (decayed if parameter.ndim == 2 and parameter not in embeddings else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    *own, of_decayed, of_plain = Rates.of(config, dim).groups(config)
+    groups: list[dict[str, Any]] = [{"params": decayed, **of_decayed}, {"params": plain, **of_plain}]
     settings: dict[str, Any] = {"lr": config.lr, "betas": (config.betas[0], config.betas[1]), "eps": config.eps}
     if config.implementation == "torch":
         optimizer: AdamW
         if config.name == "muon":
-            hidden = {"params": list(matrices), "weight_decay": config.weight_decay, "momentum": config.momentum}
+            hidden = {"params": list(matrices), **own[0], "momentum": config.momentum}
             others = [{**group, "muon": False} for group in groups]
             optimizer = MuonAdamW([{**hidden, "muon": True}, *others], matrices, **settings)
         else:
@@ -77,11 +81,12 @@ def build_schedule(optimizer: Optimizer, config: OptimConfig, max_steps: int) ->
 def follow_config(optimizer: Any, schedule: Any, config: Config, step: int) -> None:
     """Give an optimiser that was restored from a checkpoint the configuration's settings, as of ``step``."""
     optim = config.optim
-    lr = optim.lr * learning_rate_share(step, optim, config.trainer.max_steps)
-    # The groups are those of build_optimizer, in its order.
-    decays = (optim.weight_decay, 0.0) if optim.name == "adamw" else (optim.weight_decay, optim.weight_decay, 0.0)
-    for group, weight_decay in zip(optimizer.param_groups, decays, strict=True):
+    share = learning_rate_share(step, optim, config.trainer.max_steps)
+    peaks = Rates.of(optim, config.performer_spec(vocabulary=2).dim).groups(optim)
+    for group, peak in zip(optimizer.param_groups, peaks, strict=True):
         if group.get("muon"):
             group["momentum"] = optim.momentum
-        group.update(lr=lr, betas=tuple(optim.betas), eps=optim.eps, weight_decay=weight_decay, initial_lr=optim.lr)
-    schedule.base_lrs = [optim.lr] * len(schedule.base_lrs)
+        group.update(
+            betas=tuple(optim.betas), eps=optim.eps, initial_lr=peak["lr"], **{**peak, "lr": peak["lr"] * share}
+        )
+    schedule.base_lrs = [peak["lr"] for peak in peaks]

@@ -18,6 +18,7 @@ from longseq.models.compiling import compile_blocks
 from longseq.models.performer import PerformerLM
 from longseq.training.collectives import all_sum, context_group
 from longseq.training.optim import bind, build_optimizer, build_schedule, follow_config
+from longseq.training.transfer import begin_wide
 from longseq_data.samples.slices import sliced
 from longseq_data.vocabulary import IGNORE, Vocabulary
 
@@ -38,6 +39,7 @@ class LanguageModelling(pl.LightningModule):
         tokens = vocabulary(config)
         self.pad = tokens.pad
         self.model: PerformerLM = self.build_model(tokens, on_cuda(config))
+        begin_wide(self.model, config.optim, self.model.spec.dim)
         if config.trainer.compile:
             compile_blocks(self.model)
         self.train_sums = Sums()
@@ -112,7 +114,7 @@ class LanguageModelling(pl.LightningModule):
         return loss if at == step and math.isfinite(loss) else None
 
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(self.model, self.config.optim)
+        optimizer = build_optimizer(self.model, self.config.optim, self.model.spec.dim)
         schedule = build_schedule(optimizer, self.config.optim, self.config.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

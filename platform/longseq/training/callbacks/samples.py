@@ -32,7 +32,7 @@ class Samples(StepBoundary):
 
     def __init__(self, config: Config, curves: Curves):
         self.config, self.curves, self.vocabulary = config, curves, vocabulary(config)
-        wanted = config.model.objective == "causal" and config.trainer.sample_tokens
+        wanted = config.causal and config.trainer.sample_tokens
         readable = self.vocabulary.name != "pixels"
         self.every = config.trainer.probe_every if wanted and readable else 0
 
@@ -46,7 +46,7 @@ class Samples(StepBoundary):
         task.eval()
         with self.curves.paused(), _ready(task.model), trainer.precision_plugin.val_step_context():
             prompt = torch.full((_SEQUENCES, 1), self._first(), device=task.device)
-            never = [self.vocabulary.bos, self.vocabulary.pad, self.vocabulary.mask]  # as `longseq sample` has it
+            never = list(self.vocabulary.unwritten)  # as `longseq sample` has it
             tokens = sample(task.model, prompt, self.config.trainer.sample_tokens, (self.config.run.seed, step), never)
         task.train(training)
         if trainer.is_global_zero:

@@ -1,0 +1,37 @@
+"""Documents laid out for infilling one by one, in plain Python: what samples are held against. Of proteins."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from longseq_data.randomness import stream_words, words
+from longseq_data.vocabulary import BOS, EOS, RESIDUES, InfillVocabulary
+
+
+def documents(row: list[int]) -> list[list[int]]:
+    """A row of tokens without padding, cut behind each EOS and before each BOS."""
+    found: list[list[int]] = [[]]
+    for token in row:
+        if found[-1] and (token == BOS or found[-1][-1] == EOS):
+            found.append([])
+        found[-1].append(token)
+    return found
+
+
+def plainly(row: list[int], number: int, rate: float, seed: int, size: int, tokens: InfillVocabulary) -> list[int]:
+    """The row laid out, document by document."""
+    state = words(seed, "infill", np.array([number]))
+    out: list[int] = []
+    for index, document in enumerate(documents(row)):
+        draws = [int(stream_words(state, 3 * index + which)[0] >> np.uint64(11)) / 2**53 for which in range(3)]
+        head = document[: document[0] == BOS]
+        body = [token for token in document if token < RESIDUES]
+        tail = document[len(head) + len(body) :]
+        room = size - len(out) - len(head) - 3
+        if draws[0] >= rate or not body or room < 1:
+            out += document[: size - len(out)]
+            continue
+        body, tail = body[:room], tail[: max(0, room - len(body))]
+        a, b = sorted(int(draw * (len(body) + 1)) for draw in draws[1:])
+        out += [*head, tokens.prefix, *body[:a], tokens.suffix, *body[b:], tokens.middle, *body[a:b], *tail]
+    return out
