@@ -256,6 +256,7 @@ def decode(
             f"{f'a gate of shape {tuple(q.shape[:3])}' if state.gated else 'none'}; "
             f"got {None if gate is None else tuple(gate.shape)}"
         )
+    k = gates.marked(k, gate)
     fades = None if gate is None else gates.running(gate.flatten(0, 1)).diff(dim=1).to(state.dtype)
     with torch.autocast(q.device.type, enabled=False):
         q_rows, k_rows, v_rows = (t.flatten(0, 1).to(state.dtype) for t in (q, k, v))
