@@ -168,6 +168,7 @@ def read(
             "bidirectional attention cannot be decoded token by token, as every new key would change all earlier "
             "outputs; use causal attention"
         )
+    k = gates.marked(k, call.gate)
     out = attention(q, k, v, call, key_padding)
     exact, window, dtype = call.options.kind == "exact", call.options.window, dtypes(q, k, v)[1]
     state = None
