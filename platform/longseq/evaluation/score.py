@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from longseq.errors import LongseqError
-from longseq.evaluation.context import Asked, contexts, path_of
+from longseq.evaluation.context import Asked, contexts, path_of, say_known
 from longseq.evaluation.records import Record, look, records
 from longseq.evaluation.shards import Job, done, refuse_devices
 from longseq.trained_model import Source, find
@@ -102,7 +102,10 @@ def score(
     look(source, str(file))
     options = {"passes": passes, "context": list(behind)}
     job = Job("score", str(source.folder), str(file), tuple(overrides), ema, options)
-    return _scores(source, job, devices, contexts(source, behind))
+    before = contexts(source, behind, say=True)
+    if behind.file is not None:
+        say_known(source, str(file), behind.file)
+    return _scores(source, job, devices, before)
 
 
 def variant_effects(
@@ -136,7 +139,7 @@ def variant_effects(
     options = {"variants": list(variants), "table": path_of(table), "context": list(behind)}
     asked = asked_for(source, str(file), variants, table)
     job = Job("effects", str(source.folder), str(file), tuple(overrides), ema, options)
-    return _effects(source, job, asked, devices, contexts(source, behind))
+    return _effects(source, job, asked, devices, contexts(source, behind, say=True))
 
 
 class Variants(NamedTuple):
