@@ -324,7 +324,12 @@ class Terminal:
         self.end, theirs = pty.openpty()
         command = [sys.executable, "-m", "longseq.cli", "watch", str(run.path), "--interval", "1"]
         self.process = subprocess.Popen(
-            command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, env=os.environ | {"TERM": "xterm"}
+            command,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+            env=os.environ | {"TERM": "xterm"},
         )
         os.close(theirs)
         self.shown = b""

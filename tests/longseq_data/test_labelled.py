@@ -190,7 +190,13 @@ def test_a_quote_that_is_not_closed_takes_no_rows(tmp_path, mark, last):
 
 
 def test_a_cell_of_several_lines_may_have_as_many_commas_as_a_row(tmp_path):
-    cells = ["two\nlines, or 3", "one\nof 1, 2, 3 and 4\nmore", "a,b,c\nd,e,f,g\nh", 'a ""word""\nx, y, z', "x" * 140_000 + "\n,,,"]
+    cells = [
+        "two\nlines, or 3",
+        "one\nof 1, 2, 3 and 4\nmore",
+        "a,b,c\nd,e,f,g\nh",
+        'a ""word""\nx, y, z',
+        "x" * 140_000 + "\n,,,",
+    ]
     rows = [f'MKV,1.5,"{cell}"' for cell in cells]
     table = read_table(write(tmp_path / "t.csv", "sequence,label,name", *rows))
     assert table.columns["name"] == [cell.replace('""', '"') for cell in cells]

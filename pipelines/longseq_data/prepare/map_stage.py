@@ -283,9 +283,7 @@ def _filter(config: PrepareConfig, reading: Reading) -> Callable[[bytes, int], s
     return reason
 
 
-def _places(
-    task: MapTask, names: list[bytes], representatives: list[str], digests: Words, counts: Counts
-) -> Floats:
+def _places(task: MapTask, names: list[bytes], representatives: list[str], digests: Words, counts: Counts) -> Floats:
     """Where the records stand in [0, 1), by what decides their splits; see splits.SplitRule.
 
     representatives: RepIDs, where clusters go by them. With clusters of MMseqs2 all are in train until those are known.

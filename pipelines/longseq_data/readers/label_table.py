@@ -129,7 +129,9 @@ def read_table(source: str) -> Table:
             read = arrow.ReadOptions(autogenerate_column_names=True, block_size=1 << 24)
             width = arrow.read_csv(pa.BufferReader(f"{head}\n".encode()), read, parse).num_columns
             kinds = {f"f{number}": pa.string() for number in range(width)}
-            table = arrow.read_csv(file, read, parse, arrow.ConvertOptions(column_types=kinds, strings_can_be_null=False))
+            table = arrow.read_csv(
+                file, read, parse, arrow.ConvertOptions(column_types=kinds, strings_can_be_null=False)
+            )
         except pa.ArrowInvalid as error:
             raise DataError(f"{source}: no table with a header and equally long rows ({one_line(error)}).") from None
         except Exception as error:  # of the filesystem, or of the file's compression
