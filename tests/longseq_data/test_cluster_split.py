@@ -91,7 +91,7 @@ def test_a_table_of_other_records_is_no_split_by_clusters(tmp_path):
     source, table = tmp_path / "a.fasta", tmp_path / "t.tsv"
     source.write_text("".join(f">r{i}\n{'ACDEFGHIKL'[i:]}\n" for i in range(8)))
     table.write_text("".join(f"x\tother{i}\n" for i in range(8)))
-    how = {"split_by": "cluster", "clusters": str(table), **HALVES}
+    how = {"split_by": "cluster", "clusters": str(table), "valid_fraction": 0.0}
     with pytest.raises(DataError, match=r"t\.tsv: lists none of the 8 records, so each would be a cluster of its own"):
         prepare(config([str(source)], tmp_path / "c", **how))
     table.write_text("r1\tr1\nr1\tr2\n")

@@ -93,7 +93,7 @@ def _score(
 
 
 def families(source: Source, split: str) -> list[list[int]]:
-    """BOS member EOS member EOS ... of each cluster, by the hash of its name; members in the order of all evaluations."""
+    """BOS member EOS member EOS ... of each cluster, by its hash; members in the order of all evaluations."""
     held: dict[str, list[list[int]]] = {}
     for document, cluster in zip(source.documents[split], source.clusters[split], strict=True):
         held.setdefault(cluster, []).append([*document, source.special.eos])

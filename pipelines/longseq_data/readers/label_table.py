@@ -175,7 +175,7 @@ def _swallows(cell: str, delimiter: str, width: int, place: int) -> bool:
 
 
 def _all_closed(source: str, delimiter: str) -> bool:
-    """Whether each cell in quotation marks ends with its own: one that is not closed takes the next, or the file's end."""
+    """Whether each cell in quotation marks ends with its own: one that is not closed takes the next mark."""
     limit = csv.field_size_limit(sys.maxsize)  # of all readers of this process
     try:
         with open_binary(source, "text") as file:

@@ -51,7 +51,7 @@ def _escaped(value: str) -> str:
 
 
 class Prometheus(pl.Callback):
-    """The first process of each node keeps ``longseq-RUN-NODE-HASH.prom`` in ``trainer.prometheus`` until training ends.
+    """The first process of each node keeps ``longseq-RUN-NODE-HASH.prom`` in ``trainer.prometheus`` to the end.
 
     A thread writes every ten seconds, whether the training moves or not: what hangs is seen by the seconds since its
     last step.
