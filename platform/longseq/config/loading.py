@@ -96,7 +96,7 @@ def _merged(layers: Sequence[_Layer], path: str) -> Config:
     OmegaConf.set_readonly(merged.attention, False)  # OmegaConf 2.3 takes a frozen dataclass for a constant
     places = {name: place for layer in layers for name, place in layer.places().items()}
     try:  # all at once: a merge copies everything
-        merged = OmegaConf.merge(merged, *(layer.values for layer in layers))  # type: ignore[assignment]
+        merged = OmegaConf.merge(merged, *(layer.values for layer in layers))
     except (OmegaConfBaseException, TypeError):
         for layer in layers:  # which of them it is
             merged = layer.onto(merged)
