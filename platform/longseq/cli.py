@@ -133,7 +133,7 @@ def _place(args: argparse.Namespace, rest: list[str], parser: argparse.ArgumentP
         if hasattr(args, "overrides") or hasattr(args, "config"):
             from longseq.config.hints import keys_of_options
 
-            hint = keys_of_options(rest)
+            hint = keys_of_options(rest, getattr(args, "flat_keys", None))
         parser.error(f"unrecognized arguments: {' '.join(misplaced)}{hint}")
     if words:
         args.words = [*args.words, *words]

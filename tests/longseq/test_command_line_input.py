@@ -186,6 +186,7 @@ def test_a_key_with_digits_is_no_path(trained):
         (["check", "C", "--steps", "9"], "trainer.max_steps=9"),
         (["resume", "R", "--batch-size", "9"], "data.batch_tokens=9"),
         (["submit", "C", "--output-dir", "x"], "run.dir=x"),
+        (["data", "prepare", "C", "--split-by", "cluster", "--output-dir=x"], "split_by=cluster output=x"),
     ],
 )
 def test_an_option_that_is_a_key_is_shown_as_one(words, hint, capsys):

@@ -265,8 +265,20 @@ def test_a_run_that_was_never_started_has_a_page(run, capsys):
     ]
 
 
-def test_where_there_is_no_terminal_the_page_is_printed_once(running, capsys):
-    for options in ([], ["--once"]):
+def test_bytes_that_a_disk_has_damaged_end_neither_verb(running, capsys):
+    for what in ("start", "end"):
+        starts.path_of(running.starts_dir, 1, what).write_bytes(b"crash\xff of it\n")
+    (running.path / "STOPPED").write_bytes(b"too often\xff\n")
+    for verb in ("watch", "status"):
+        assert main([verb, str(running.path)]) == 0
+        assert "start 1   crash\ufffd of it: to step 40, crash\ufffd of it" in capsys.readouterr().out
+
+
+def test_where_there_is_no_terminal_the_page_is_printed_once(running, capsys, monkeypatch):
+    for options in ([], ["--once"], ["dumb"]):
+        if options == ["dumb"]:  # an editor's terminal: it would show the codes that move the cursor
+            monkeypatch.setenv("TERM", options.pop())
+            monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
         assert main(["watch", str(running.path), *options]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[1] == f"state     RUNNING: process {os.getppid()} of me on here"
@@ -311,7 +323,14 @@ class Terminal:
     def __init__(self, run: Run):
         self.end, theirs = pty.openpty()
         command = [sys.executable, "-m", "longseq.cli", "watch", str(run.path), "--interval", "1"]
-        self.process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+        self.process = subprocess.Popen(
+            command,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+            env=os.environ | {"TERM": "xterm"},
+        )
         os.close(theirs)
         self.shown = b""
 

@@ -86,6 +86,19 @@ def test_members_of_a_cluster_of_a_table_are_in_one_split(tmp_path, zipped):
     assert verify(tmp_path / "c", full=True).records == 240
 
 
+def test_a_table_of_other_records_is_no_split_by_clusters(tmp_path):
+    """Each record would be a cluster of its own, and relatives on both sides, without a word."""
+    source, table = tmp_path / "a.fasta", tmp_path / "t.tsv"
+    source.write_text("".join(f">r{i}\n{'ACDEFGHIKL'[i:]}\n" for i in range(8)))
+    table.write_text("".join(f"x\tother{i}\n" for i in range(8)))
+    how = {"split_by": "cluster", "clusters": str(table), "valid_fraction": 0.0}
+    with pytest.raises(DataError, match=r"t\.tsv: lists none of the 8 records, so each would be a cluster of its own"):
+        prepare(config([str(source)], tmp_path / "c", **how))
+    table.write_text("r1\tr1\nr1\tr2\n")
+    manifest, _ = prepare(config([str(source)], tmp_path / "d", **how))
+    assert manifest.report["clusters"] == {"rows": 2, "alone": 6}
+
+
 def test_a_table_of_accessions_finds_uniprot_and_uniref_names(tmp_path):
     table = tmp_path / "t.tsv"
     table.write_text("UniRef50_P11111\tP11111\nUniRef50_P11111\tUniRef90_Q22222\n\nA\tb\n")

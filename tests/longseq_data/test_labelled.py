@@ -184,8 +184,23 @@ def test_a_quote_that_is_not_closed_takes_no_rows(tmp_path, mark, last):
     source = write(tmp_path / "t.tsv", "sequence\tlabel\tname", *rows)
     with pytest.raises(DataError, match=r"t\.tsv, row 2: name holds the lines that follow, as a quotation mark is not"):
         read_table(source)
-    several = 'MKV,1.5,"two\nlines, or 3"'
-    assert read_table(write(tmp_path / "t.csv", "sequence,label,name", several)).columns["name"] == [several[9:-1]]
+    inches = write(tmp_path / "t.csv", "sequence,label", 'MKV,"1.5', "MKL,2.5", 'MKA,3"')
+    with pytest.raises(DataError, match=r"t\.csv, row 1: label holds the lines"):
+        read_table(inches)
+
+
+def test_a_cell_of_several_lines_may_have_as_many_commas_as_a_row(tmp_path):
+    cells = [
+        "two\nlines, or 3",
+        "one\nof 1, 2, 3 and 4\nmore",
+        "a,b,c\nd,e,f,g\nh",
+        'a ""word""\nx, y, z',
+        "x" * 140_000 + "\n,,,",
+    ]
+    rows = [f'MKV,1.5,"{cell}"' for cell in cells]
+    table = read_table(write(tmp_path / "t.csv", "sequence,label,name", *rows))
+    assert table.columns["name"] == [cell.replace('""', '"') for cell in cells]
+    assert table.columns["label"] == ["1.5"] * len(cells)
 
 
 def test_classes_are_sorted_as_text_or_as_numbers(tmp_path):

@@ -13,22 +13,26 @@ Way = dict[str, str]
 # axis: its values. What each value sets is said by its own name in ``data.py`` (sources, records) or in SETTINGS.
 AXES: dict[str, tuple[str, ...]] = {
     "source": ("fasta", "dna", "corpus", "bytes", "tokenizer", "pixels", "prepared text", "prepared pixels", "mixture"),
-    "packing": ("concat", "crop", "bucket"),
+    "packing": ("concat", "crop", "bucket", "family"),
     "objective": ("causal", "masked"),
     "attention": ("favor", "layers", "exact", "modern"),
+    "gate": ("plain", "gated"),
     "reset": ("through", "reset"),
     "crop": ("random", "first"),
     "records": ("one", "two", "many"),  # of the validation and of the test split
     "blocks": ("eager", "compiled"),
+    "behind": ("nothing", "relatives"),  # what `longseq score` and `sample` read first
 }
 
 SETTINGS: dict[tuple[str, str], tuple[str, ...]] = {
     ("packing", "concat"): ("data.packing=concat",),
     ("packing", "crop"): ("data.packing=crop",),
     ("packing", "bucket"): ("data.packing=bucket",),
+    ("packing", "family"): ("data.packing=family",),  # its table is the source's
     ("objective", "causal"): ("model.objective=causal",),
     ("objective", "masked"): ("model.objective=masked",),
-    ("attention", "layers"): ("attention.layers=[{window: 4}, exact]", "attention.forget_gate=true"),
+    ("attention", "layers"): ("attention.layers=[{window: 4}, exact]",),
+    ("gate", "gated"): ("attention.forget_gate=true",),
     ("attention", "exact"): ("attention.kind=exact",),
     ("attention", "modern"): ("model.block=modern",),
     ("reset", "reset"): ("data.reset=true",),
@@ -38,9 +42,11 @@ SETTINGS: dict[tuple[str, str], tuple[str, ...]] = {
 
 SENSELESS: tuple[Callable[[Way], bool], ...] = (
     # only a corpus knows all lengths
-    lambda way: way["packing"] == "bucket" and way["source"] not in ("corpus", "prepared text"),
+    lambda way: way["packing"] in ("bucket", "family") and way["source"] not in ("corpus", "prepared text"),
     lambda way: way["reset"] == "reset" and way["packing"] != "concat",  # one record has nothing to begin anew
-    lambda way: way["crop"] == "first" and way["packing"] == "concat",  # joined records are cut and not cropped
+    lambda way: way["crop"] == "first" and way["packing"] in ("concat", "family"),  # joined records are cut
+    # what comes before a sequence is nothing to a masked model, and no verb reads files of images
+    lambda way: way["behind"] == "relatives" and (way["objective"] == "masked" or "pixels" in way["source"]),
     # Of one source and number of records only: a compiler reads the model for each length, longer than all else takes.
     lambda way: way["blocks"] == "compiled" and (way["source"], way["records"]) != ("corpus", "many"),
     lambda way: "pixels" in way["source"] and way["packing"] != "crop",  # joined images lose their rows and columns

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from longseq_data.randomness import words
+from longseq_data.prepare.held_out import hashes
+from longseq_data.randomness import generator, stream_words, words
 from longseq_data.samples.masking import mask_tokens
 from longseq_data.vocabulary import IGNORE, Vocabulary
 from ways.axes import Way
@@ -57,7 +58,8 @@ def scores(model: nn.Module, vocabulary: Vocabulary, way: Way, source: Source, s
         own = bool(name) and split == "train"  # an order, and masks, of its own
         of_part = int(words(seed, "source", part)[0] >> np.uint64(1)) if own else seed
         if only in ("", name):
-            _score(found, model, vocabulary, way, source, documents, of_part)
+            rows = families(source, split) if way["packing"] == "family" else None
+            _score(found, model, vocabulary, way, source, documents, of_part, rows)
     return found
 
 
@@ -69,9 +71,10 @@ def _score(
     source: Source,
     documents: list[list[int]],
     seed: int,
+    rows: list[list[int]] | None,
 ) -> None:
     number = 0
-    for window in windows(way, source, documents):
+    for window in windows(way, source, documents, rows):
         if way["objective"] == "causal":
             for piece in window:
                 if len(piece) > 1:
@@ -89,8 +92,23 @@ def _score(
             at += len(piece)
 
 
-def windows(way: Way, source: Source, documents: list[list[int]]) -> Iterator[list[list[int]]]:
-    """The sequences of an evaluation, each as the pieces of it that see each other."""
+def families(source: Source, split: str) -> list[list[int]]:
+    """BOS member EOS member EOS ... of each cluster, by its hash; members in the order of all evaluations."""
+    held: dict[str, list[list[int]]] = {}
+    for document, cluster in zip(source.documents[split], source.clusters[split], strict=True):
+        held.setdefault(cluster, []).append([*document, source.special.eos])
+    rows = []
+    for number, name in enumerate(sorted(held, key=lambda name: int(hashes([name])[0]))):
+        state = stream_words(words(0, "family", np.array([0])), np.array([number]))
+        order = np.argsort(stream_words(state, np.arange(len(held[name]))), kind="stable")
+        rows.append([source.special.bos, *(token for member in order for token in held[name][member])])
+    return rows
+
+
+def windows(
+    way: Way, source: Source, documents: list[list[int]], rows: list[list[int]] | None = None
+) -> Iterator[list[list[int]]]:
+    """The sequences of an evaluation, each as the pieces of it that see each other. rows: those of families."""
     special = source.special
     causal = way["objective"] == "causal"
     if way["reset"] == "reset":  # one stream of documents that do not see each other
@@ -103,7 +121,9 @@ def windows(way: Way, source: Source, documents: list[list[int]]) -> Iterator[li
                 pieces.setdefault(owners[place], []).append(tokens[place])
             yield list(pieces.values())
         return
-    if way["packing"] == "concat":
+    if rows is not None:
+        pass
+    elif way["packing"] == "concat":
         rows = [[special.eos, *(token for document in documents for token in (*document, special.eos))]]
     else:
         rows = [[special.bos, *document, *[special.eos][: source.closed]] for document in documents]
@@ -119,17 +139,37 @@ def _cuts(size: int, causal: bool) -> Iterator[tuple[int, int]]:
 
 
 @torch.no_grad()
-def log_likelihood(model: nn.Module, way: Way, source: Source, document: list[int], ended: bool = True) -> float:
-    """What ``longseq score`` must find, nats: of the tokens and the end; masked: of each token hidden alone."""
-    row = [begins(way, source), *document, source.special.eos]
+def log_likelihood(
+    model: nn.Module, way: Way, source: Source, document: list[int], ended: bool = True, before: list[int] | None = None
+) -> float:
+    """What ``longseq score`` must find, nats: of the tokens and the end; masked: of each token hidden alone.
+
+    before: what is read first, with the token before a record.
+    """
+    before = before or [begins(way, source)]
+    row = [*before, *document, source.special.eos]
     if way["objective"] == "causal":
         said = model(torch.tensor([row[:-1]]))[0].double().log_softmax(-1)
-        return sum(float(said[i, token]) for i, token in enumerate(row[1:] if ended else row[1:-1]))
+        last = len(row) - (not ended)
+        return sum(float(said[place - 1, row[place]]) for place in range(len(before), last))
     total = 0.0
     for place in range(1, len(row) - 1):
         hidden = [source.special.mask if i == place else token for i, token in enumerate(row)]
         total += float(model(torch.tensor([hidden]))[0, place].double().log_softmax(-1)[row[place]])
     return total
+
+
+def contexts(way: Way, source: Source, room: int, orders: int, seed: int = 0) -> list[list[int]]:
+    """The test split's documents as relatives, as many as fit in an order of each draw."""
+    found = []
+    for turn in range(orders):
+        row = [begins(way, source)]
+        documents = source.documents["test"]
+        for place in np.argsort(generator(seed, "context", turn).random(len(documents)), kind="stable"):
+            if len(row) + len(documents[place]) + 1 <= room:
+                row += [*documents[place], source.special.eos]
+        found.append(row)
+    return found
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -52,6 +53,8 @@ class Source:
     closed: bool = True  # whether a document ends with EOS
     # Of a split of several sources by name: how many of its documents each has, in order.
     parts: dict[str, dict[str, int]] = field(default_factory=dict)
+    family: tuple[str, ...] = ()  # keys of data.packing=family
+    clusters: dict[str, list[str]] = field(default_factory=dict)  # of each document, by the name of its cluster
 
 
 def make(kind: str, records: str, folder: Path) -> Source:
@@ -128,7 +131,8 @@ def _corpus(folder: Path, sizes: dict[str, list[int]]) -> Source:
     assert {split: len(found) for split, found in documents.items()} == {s: len(n) for s, n in sizes.items()}
     test = {name: text for name, text in rows if name in names}
     _write_fasta(folder / "test.fasta", [(name, test[name]) for name in names])
-    return Source(_corpus_keys(folder), _PROTEIN, documents, names, folder / "test.fasta")
+    family = _clustered(folder)
+    return Source(_corpus_keys(folder), _PROTEIN, documents, names, folder / "test.fasta", **family)
 
 
 def _mixture(folder: Path, sizes: dict[str, list[int]]) -> Source:
@@ -231,7 +235,8 @@ def _prepared_text(folder: Path, sizes: dict[str, list[int]]) -> Source:
     test = [rows[name] for name in names["test"]]
     units, words = sum(len(text.encode()) for text in test), sum(len(text.split()) for text in test)
     kind = Special(bos, eos, mask, min(bos, eos, mask))
-    return Source(_corpus_keys(folder), kind, documents, names["test"], folder / "test.jsonl", units, words)
+    family = _clustered(folder)
+    return Source(_corpus_keys(folder), kind, documents, names["test"], folder / "test.jsonl", units, words, **family)
 
 
 def _prepared_pixels(folder: Path, sizes: dict[str, list[int]]) -> Source:
@@ -262,6 +267,22 @@ def _prepared(folder: Path, source: Path, sizes: dict[str, list[int]], **keys: o
     names = {split: table["id"].to_pylist() for split, table in tables(folder / "corpus").items()}
     assert {split: len(ids) for split, ids in names.items()} == {split: len(each) for split, each in sizes.items()}
     return names
+
+
+def _clustered(folder: Path) -> dict[str, Any]:
+    """Three records a cluster, of which every fourth is in no table, so that each of its records is one by itself."""
+    clusters: dict[str, list[str]] = {}
+    with (folder / "clusters.tsv").open("w") as file:
+        for split, table in tables(folder / "corpus").items():
+            clusters[split] = []
+            for number, name in enumerate(table["id"].to_pylist()):
+                listed = number // 3 % 4 < 3
+                clusters[split].append(f"{split}-{number // 3}" if listed else name)
+                file.write(f"{clusters[split][-1]}\t{name}\n" * listed)
+    return {
+        "family": (f"data.clusters={folder / 'clusters.tsv'}", f"data.cache={folder / 'cache'}"),
+        "clusters": clusters,
+    }
 
 
 def _corpus_keys(folder: Path) -> tuple[str, ...]:

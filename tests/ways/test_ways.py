@@ -61,7 +61,7 @@ def test_every_other_way_gives_what_plain_loops_give(way, data, here, longseq, r
 
 def go(way: Way, source: Source, folder: Path, longseq: Callable[..., str], refused: Callable[..., str]) -> None:
     """All verbs, one after the other."""
-    words = [*source.keys, *SETTINGS, *axes.settings(way)]
+    words = [*source.keys, *(source.family if way["packing"] == "family" else ()), *SETTINGS, *axes.settings(way)]
     longseq("fit", "empty.yaml", *words, "run.name=whole", "trainer.max_steps=5")
     longseq("fit", "empty.yaml", *words, "run.name=two", "trainer.max_steps=3")
     longseq("resume", "runs/two", "trainer.max_steps=5")
@@ -117,7 +117,8 @@ def evaluated(way: Way, source: Source, longseq: Callable[..., str]) -> None:
     held(mean["splits"]["test"], way, source, "test", find(Path("runs/two"), ema=True))
     if source.file:
         file = json.loads(longseq("evaluate", "runs/two", "--data", source.file, "--json", "--bootstrap", 0))
-        held(file["splits"][source.file.name], way, source, "test", find(Path("runs/two")))
+        alone = {**way, "packing": "crop"} if way["packing"] == "family" else way  # no table knows a file's records
+        held(file["splits"][source.file.name], alone, source, "test", find(Path("runs/two")))
 
 
 def held(found: dict, way: Way, source: Source, split: str, opened) -> None:
@@ -134,12 +135,17 @@ def held(found: dict, way: Way, source: Source, split: str, opened) -> None:
 
 
 def scored(way: Way, source: Source, longseq: Callable[..., str]) -> None:
-    rows = json.loads(longseq("score", "runs/two", source.file, "--json"))
+    behind: tuple[object, ...] = ()
+    contexts: list[list[int] | None] = [None]
+    if way["behind"] == "relatives":
+        behind = ("--context", source.file, "--context-tokens", 40, "--context-orders", 2)
+        contexts = [*oracle.contexts(way, source, 40, 2)]
+    rows = json.loads(longseq("score", "runs/two", source.file, "--json", *behind))
     assert [row["id"] for row in rows] == source.identifiers
     model, kind = find(Path("runs/two")).load("cpu"), "" if way["objective"] == "causal" else "pseudo_"
     for row, document in zip(rows, source.documents["test"], strict=True):
         assert row["length"] == len(document)
-        expected = oracle.log_likelihood(model, way, source, document)
+        expected = np.mean([oracle.log_likelihood(model, way, source, document, before=first) for first in contexts])
         assert row[f"{kind}log_likelihood"] == pytest.approx(expected, rel=2e-5)
 
 
@@ -168,19 +174,25 @@ def sampled(way: Way, source: Source, longseq: Callable[..., str], refused: Call
             assert (record.sequence[:2], record.sequence[3]) == ("AT", "N")
             assert record.sequence[2] in "ACGTN"
         return
-    words = ("sample", "runs/two", "--number", 3, "--length", 12, "--seed", 4)
+    behind: tuple[object, ...] = ()
+    before = None
+    if way["behind"] == "relatives":
+        behind = ("--context", source.file, "--context-tokens", 40)
+        (before,) = oracle.contexts(way, source, 40, 1, seed=4)
+    words = ("sample", "runs/two", *behind, "--number", 3, "--length", 12, "--seed", 4)
     text = longseq(*words)
     assert text == longseq(*words)
     assert text != longseq(*words[:-1], 5)
     assert text.count("sample-") == 3
     opened, settings = find(Path("runs/two")), Settings(12, seed=4)
     model = opened.load("cpu")
-    drawn = list(draw(model, opened.vocabulary, oracle.begins(way, source), [], 3, settings))
+    context = None if before is None else np.array(before)
+    drawn = list(draw(model, opened.vocabulary, oracle.begins(way, source), [], 3, settings, context=context))
     said = [float(word) for word in re.findall(r"log_likelihood=(\S+)", text)]
     for each, shown in zip(drawn, said, strict=True):
         assert all(token < source.special.ordinary for token in each.tokens)
         assert each.ended == (len(each.tokens) < 12)
-        expected = oracle.log_likelihood(model, way, source, list(each.tokens), ended=each.ended)
+        expected = oracle.log_likelihood(model, way, source, list(each.tokens), each.ended, before)
         assert shown == pytest.approx(expected, rel=2e-5, abs=1e-4)  # of which four digits are shown
 
 

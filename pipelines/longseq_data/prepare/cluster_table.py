@@ -35,16 +35,21 @@ class ClusterTable:
 
         A record is found by its identifier or by the accession in it, as in held_out.
         """
+        return self.look_up(identifiers)[0]
+
+    def look_up(self, identifiers: list[str]) -> tuple[Words, int]:
+        """The same, and how many of the records are listed."""
         table = np.load(self.path, mmap_mode="r")
         bare = hashes(map(accession, identifiers))
-        found = bare.copy()
+        found, anywhere = bare.copy(), np.zeros(len(bare), dtype=bool)
         for names in (bare, hashes(identifiers)):  # the identifier goes before the accession
             if not table.size:
                 break
             places = np.minimum(np.searchsorted(table["member"], names), table.size - 1)
             listed = table["member"][places] == names
             found[listed] = table["cluster"][places[listed]]
-        return found
+            anywhere |= listed
+        return found, int(anywhere.sum())
 
 
 def read_clusters(source: str, path: Path) -> int:

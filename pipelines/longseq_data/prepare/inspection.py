@@ -183,7 +183,8 @@ def report_lines(name: str, manifest: Manifest) -> Iterator[str]:
 
 def _cluster_words(clusters: dict[str, int]) -> Iterator[str]:
     if "rows" in clusters:
-        yield f"{clusters['rows']:,} rows of the table"
+        alone = f"; {clusters['alone']:,} records are not in it" if "alone" in clusters else ""
+        yield f"{clusters['rows']:,} rows of the table{alone}"
     elif clusters:
         yield f"{clusters['clusters']:,} by {clusters['program']}"
         yield f"{clusters['moved']:,} held-out records went to train, with relatives there"

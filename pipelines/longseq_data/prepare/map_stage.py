@@ -52,6 +52,7 @@ class Counts:
     filtered: Counter[str] = field(default_factory=Counter)  # reason -> records
     unknown: Counter[str] = field(default_factory=Counter)  # letter -> times read as X
     held_out: Counter[str] = field(default_factory=Counter)  # "list" or "taxid" -> records, duplicates too
+    alone: int = 0  # records that passed and are not in the table of clusters
     proteins: bool = False  # whether any record has a letter that nucleotides do not have
 
     def add(self, other: Counts) -> None:
@@ -59,6 +60,7 @@ class Counts:
         self.tokens += other.tokens
         self.kept += other.kept
         self.kept_bytes += other.kept_bytes
+        self.alone += other.alone
         self.filtered += other.filtered
         self.unknown += other.unknown
         self.held_out += other.held_out
@@ -198,7 +200,7 @@ def store(task: MapTask, path: Path, leaf: Leaf, lots: list[Lot]) -> None:
     counts.unknown = encoder.unknown if isinstance(encoder, Encoder) else Counter()
     taxids_ = np.array(taxids, dtype=np.int64)
     digests = np.frombuffer(b"".join(map(digest, tokens)), dtype=">u8").astype(np.uint64).reshape(-1, 2)
-    split = numbers(config.rule, _places(task, names, clusters, digests))
+    split = numbers(config.rule, _places(task, names, clusters, digests, counts))
     listed = task.held_out().holds(names)
     by_taxid = np.isin(taxids_, np.array(config.ood_taxids, dtype=np.int64))
     split[listed | by_taxid] = OOD
@@ -281,7 +283,7 @@ def _filter(config: PrepareConfig, reading: Reading) -> Callable[[bytes, int], s
     return reason
 
 
-def _places(task: MapTask, names: list[bytes], representatives: list[str], digests: Words) -> Floats:
+def _places(task: MapTask, names: list[bytes], representatives: list[str], digests: Words, counts: Counts) -> Floats:
     """Where the records stand in [0, 1), by what decides their splits; see splits.SplitRule.
 
     representatives: RepIDs, where clusters go by them. With clusters of MMseqs2 all are in train until those are known.
@@ -293,7 +295,9 @@ def _places(task: MapTask, names: list[bytes], representatives: list[str], diges
         return np.ones(len(names))
     words = [name.decode() for name in names]
     if task.clusters is not None:
-        return fractions(task.clusters.of(words))
+        clusters, listed = task.clusters.look_up(words)
+        counts.alone = len(words) - listed
+        return fractions(clusters)
     return fractions(hashes(own or accession(word) for own, word in zip(representatives, words, strict=True)))
 
 

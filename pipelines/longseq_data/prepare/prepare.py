@@ -181,6 +181,11 @@ class _Preparation:
                 if reasons
                 else f"{self.plan.output}: sources={self.config.sources} hold nothing but white space; name others."
             )
+        if counts.alone == counts.kept:
+            raise DataError(
+                f"{self.config.clusters}: lists none of the {counts.kept:,} records, so each would be a cluster of its "
+                "own: name the table of these sources, with their identifiers, and add --restart."
+            )
         shards = shard_count(counts.kept_bytes)
         room = self.config.memory_mb * MIB / self.config.processes / REDUCE_MEMORY
         task = ReduceTask(
@@ -195,6 +200,8 @@ class _Preparation:
         clusters = self._cluster(task) if self.config.split_by == "cluster" else None
         if clusters is not None and self.config.clusters == "mmseqs":
             task = replace(task, split=partial(splits_of, self.parts / "clusters" / HELD_OUT))
+        if clusters is not None and counts.alone:
+            clusters["alone"] = counts.alone
         self._reduce(task)
         _refuse_lost_splits(self.config, task)
         if self.read.written:

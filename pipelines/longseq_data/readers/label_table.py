@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,9 +43,17 @@ _TABLE = re.compile(r"\.(csv|tsv|tab)(\.(gz|zst|xz|bz2))?$", re.IGNORECASE)
 _LIST = re.compile(r"[\s,;]+")
 
 
-def is_table(source: str) -> bool:
-    """Whether a name is that of a CSV or TSV file."""
-    return bool(_TABLE.search(source))
+def is_table(source: str, column: str | None = None) -> bool:
+    """Whether a name is that of a CSV or TSV file; or else the first line of it a header that has the column.
+
+    Raises:
+        DataError: for a file that cannot be read.
+    """
+    if _TABLE.search(source) or not column:
+        return bool(_TABLE.search(source))
+    with open_binary(source, "text") as file:
+        head = _first_line(file.peek(1 << 16))
+    return column in [name.strip().strip('"') for name in head.split(_delimiter(source, head))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,17 +119,19 @@ def read_table(source: str) -> Table:
         DataError: for a file that cannot be read, has no rows, or lines with another number of fields.
     """
     import pyarrow as pa
-    from pyarrow import csv
+    from pyarrow import csv as arrow
 
     with open_binary(source, "text") as file:
-        head = file.peek(1 << 16).split(b"\n", 1)[0].decode("utf-8-sig", "replace").strip("\r")
-        parse = csv.ParseOptions(delimiter=_delimiter(source, head), newlines_in_values=True)
+        head = _first_line(file.peek(1 << 16))
+        parse = arrow.ParseOptions(delimiter=_delimiter(source, head), newlines_in_values=True)
         try:
             # The header as a row: so the types of columns whose names repeat are text, too.
-            read = csv.ReadOptions(autogenerate_column_names=True, block_size=1 << 24)
-            width = csv.read_csv(pa.BufferReader(f"{head}\n".encode()), read, parse).num_columns
+            read = arrow.ReadOptions(autogenerate_column_names=True, block_size=1 << 24)
+            width = arrow.read_csv(pa.BufferReader(f"{head}\n".encode()), read, parse).num_columns
             kinds = {f"f{number}": pa.string() for number in range(width)}
-            table = csv.read_csv(file, read, parse, csv.ConvertOptions(column_types=kinds, strings_can_be_null=False))
+            table = arrow.read_csv(
+                file, read, parse, arrow.ConvertOptions(column_types=kinds, strings_can_be_null=False)
+            )
         except pa.ArrowInvalid as error:
             raise DataError(f"{source}: no table with a header and equally long rows ({one_line(error)}).") from None
         except Exception as error:  # of the filesystem, or of the file's compression
@@ -130,11 +143,12 @@ def read_table(source: str) -> Table:
         raise DataError(f"{source}: {twice[0]!r} is the name of several columns; rename them.")
     if len(columns[0]) < 2:
         raise DataError(f"{source}: a table without rows; it needs a header, and a row for each sequence.")
-    for name, column in zip(names, columns, strict=True):
-        row = next(
-            (row for row, cell in enumerate(column) if "\n" in cell and _swallows(cell, parse.delimiter, len(names))),
-            None,
-        )
+    for place, (name, column) in enumerate(zip(names, columns, strict=True)):
+        suspects = [row for row, cell in enumerate(column) if _may_swallow(cell, parse.delimiter, len(names))]
+        sure = (row for row in suspects if _swallows(column[row], parse.delimiter, len(names), place))
+        row = next(sure, None)
+        if row is None and suspects and not _all_closed(source, parse.delimiter):
+            row = suspects[0]
         if row is not None:
             raise DataError(
                 f"{source}, row {row}: {name or 'a cell'} holds the lines that follow, as a quotation mark is not "
@@ -143,9 +157,36 @@ def read_table(source: str) -> Table:
     return Table(source, {name: column[1:] for name, column in zip(names, columns, strict=True)})
 
 
-def _swallows(cell: str, delimiter: str, width: int) -> bool:
-    """Whether a line inside a cell is a row of the table."""
-    return any(line.count(delimiter) >= width - 1 for line in cell.splitlines()[1:])
+def _first_line(begin: bytes) -> str:
+    return begin.split(b"\n", 1)[0].decode("utf-8-sig", "replace").strip("\r")
+
+
+def _may_swallow(cell: str, delimiter: str, width: int) -> bool:
+    """Whether a line inside a cell may be a row of the table."""
+    return "\n" in cell and any(line.count(delimiter) >= width - 1 for line in cell.split("\n")[1:])
+
+
+def _swallows(cell: str, delimiter: str, width: int, place: int) -> bool:
+    """Whether all lines are rows, up to the column of the mark that closes the cell: as many fields, and not as prose
+    has commas."""
+    inner, last = cell.split("\n")[1:-1], cell.split("\n")[-1]
+    prose = delimiter != "\t" and f"{delimiter} " in cell
+    return not prose and last.count(delimiter) == place and all(line.count(delimiter) == width - 1 for line in inner)
+
+
+def _all_closed(source: str, delimiter: str) -> bool:
+    """Whether each cell in quotation marks ends with its own: one that is not closed takes the next mark."""
+    limit = csv.field_size_limit(sys.maxsize)  # of all readers of this process
+    try:
+        with open_binary(source, "text") as file:
+            text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace", newline="")
+            for _ in csv.reader(text, delimiter=delimiter, strict=True):
+                pass
+    except csv.Error:
+        return False
+    finally:
+        csv.field_size_limit(limit)
+    return True
 
 
 def _delimiter(source: str, head: str) -> str:

@@ -57,6 +57,7 @@ def carried_attention(
     """
     call, options, (batch, heads) = replace(call, causal=True), call.options, q.shape[:2]
     call.checked(q, k, v)
+    k = gates.marked(k, call.gate)
     if options.signed and (options.features or not options.window):
         raise ValueError(
             f"kernel {options.kernel!r} has features of both signs and cannot share a denominator with a state"

@@ -115,6 +115,7 @@ def attention(
     documents = segments if isinstance(segments, SlicedDocuments) else None
     given = segments.segments if isinstance(segments, SlicedDocuments) else segments
     segments = call.checked(q, k, v, key_padding, given, cu_seqlens)
+    k = gates.marked(k, call.gate)
     if call.options.kind == "exact" and (call.gate is None or context is not None):
         return isolated(
             lambda inputs: _exact(inputs, call, key_padding, segments, context),

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longseq.attention.isolation import is_looked_for
 from longseq.attention.state import widened
 
 # More than this is forgotten nowhere: e^-100 is nothing next to a weight of 1, and small numbers are exact.
@@ -47,9 +48,21 @@ def log_rates(heads: int) -> Tensor:
     return -8 * math.log(2) * torch.arange(1, heads + 1) / heads
 
 
+def marked(k: Tensor, gate: Tensor | None) -> Tensor:
+    """k (B, H, L, d) with NaN where log f (B, H, L) is: it reaches the queries that see this key, and no others.
+
+    Where nothing is looked for (see isolation), ``running`` lets a NaN pass on to all later positions.
+    """
+    if gate is None or not is_looked_for(k) or not bool(gate.detach().sum().isnan()):
+        return k
+    return k.masked_fill(gate.isnan()[..., None], torch.nan)
+
+
 def running(log_gates: Tensor) -> Tensor:
     """log f (N, L) as :class:`longseq.attention.scan.Rows` holds it: (N, L + 1, 1) float64, Σ of those before each."""
-    sound = torch.nan_to_num(log_gates, nan=0.0).clamp(_LEAST, 0.0)  # q and k of a position that is NaN are NaN too
+    sound = log_gates.clamp(_LEAST, 0.0)
+    if is_looked_for(log_gates):
+        sound = sound.nan_to_num(nan=0.0)  # the keys are NaN: marked
     return F.pad(sound.double().cumsum(1), (1, 0))[..., None]
 
 

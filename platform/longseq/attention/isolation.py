@@ -84,7 +84,7 @@ def isolated(attend: Callable[[Inputs], Tensor], rows: Inputs, hidden: Tensor | 
         hidden: (..., L) bool, True where a key is padding, or None.
         sight: which keys a query sees.
     """
-    if rows[0].device.type != "cpu" or is_traced(rows[0]):
+    if not is_looked_for(rows[0]):
         return attend(rows)
     link = None
     if torch.is_grad_enabled() and any(x.requires_grad for x in rows):
@@ -104,6 +104,11 @@ def isolated(attend: Callable[[Inputs], Tensor], rows: Inputs, hidden: Tensor | 
         made: Tensor = _Exit.apply(out, bad, link)
         return made
     return out if bad is None else out.masked_fill(bad[..., None], torch.nan)
+
+
+def is_looked_for(x: Tensor) -> bool:
+    """Whether what is not finite is kept apart: on a CPU, and of data, not while operations are traced."""
+    return x.device.type == "cpu" and not is_traced(x)
 
 
 def _is_sound(x: Tensor) -> bool:

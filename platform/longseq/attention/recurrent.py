@@ -168,6 +168,7 @@ def read(
             "bidirectional attention cannot be decoded token by token, as every new key would change all earlier "
             "outputs; use causal attention"
         )
+    k = gates.marked(k, call.gate)
     out = attention(q, k, v, call, key_padding)
     exact, window, dtype = call.options.kind == "exact", call.options.window, dtypes(q, k, v)[1]
     state = None
@@ -256,6 +257,7 @@ def decode(
             f"{f'a gate of shape {tuple(q.shape[:3])}' if state.gated else 'none'}; "
             f"got {None if gate is None else tuple(gate.shape)}"
         )
+    k = gates.marked(k, gate)
     fades = None if gate is None else gates.running(gate.flatten(0, 1)).diff(dim=1).to(state.dtype)
     with torch.autocast(q.device.type, enabled=False):
         q_rows, k_rows, v_rows = (t.flatten(0, 1).to(state.dtype) for t in (q, k, v))

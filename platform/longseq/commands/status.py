@@ -63,7 +63,7 @@ def history(run: Run, last: int = 0) -> list[str]:
     """Each start, or the ``last`` ones: what it was, how far it came and how it ended."""
     lines = []
     for number in starts.numbers(run.starts_dir)[-last:]:
-        what = starts.path_of(run.starts_dir, number, "start").read_text(encoding="utf-8").partition("\n")[0]
+        what = starts.text_of(run.starts_dir, number, "start").partition("\n")[0]
         reached, end = starts.read_progress(run.starts_dir, number), starts.read_end(run.starts_dir, number)
         upto = f"to step {reached.step}" if reached else "no step"
         lines.append(f"start {number:<3} {what}: {upto}{f', {end}' if end else ''}")

@@ -2,13 +2,14 @@
 
 It reads what `longseq status` and TensorBoard read, a small file at each look, and folders and SLURM's queue twice a
 minute, so that many may watch a run on a shared file system. It ends when the run does, or with Ctrl-C. Where the
-output is no terminal, the page is printed once.
+output is no terminal, or a dumb one (TERM), the page is printed once.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import re
 import shutil
 import sys
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     viewer = Viewer(Run.open(args.run_folder))
     viewer.look()
-    if args.once or not sys.stdout.isatty():
+    if args.once or not sys.stdout.isatty() or os.environ.get("TERM", "dumb") in ("dumb", ""):
         print("\n".join(map(_printable, viewer.page())))
         return 0
     with _screen():

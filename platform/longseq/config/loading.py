@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +97,12 @@ def config_of(sections: dict[str, Any], where: str, overrides: Sequence[str] = (
 def _merged(layers: Sequence[_Layer], path: str) -> Config:
     merged = OmegaConf.structured(Config)
     OmegaConf.set_readonly(merged.attention, False)  # OmegaConf 2.3 takes a frozen dataclass for a constant
-    places: dict[str, str] = {}
-    for layer in layers:
-        merged = layer.onto(merged)
-        places |= layer.places()
+    places = {name: place for layer in layers for name, place in layer.places().items()}
+    try:  # all at once: a merge copies everything
+        merged = OmegaConf.merge(merged, *(layer.values for layer in layers))
+    except (OmegaConfBaseException, TypeError):
+        for layer in layers:  # which of them it is
+            merged = layer.onto(merged)
     try:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
@@ -134,15 +137,17 @@ def save_config(config: Config, path: Path) -> None:
     write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
-def described_keys() -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+@cache
+def described_keys() -> tuple[tuple[str, str, Mapping[str, Any]], ...]:
     """(section, key, metadata) of every key; metadata holds the meaning, type, default and limits."""
+    found = []
     for section in fields(Config):
-        if section.name in _FREE_FORM:
-            continue
-        defaults = getattr(Config(), section.name)
-        for item in fields(defaults):
-            extra = {"type": str(item.type), "default": getattr(defaults, item.name)}
-            yield section.name, item.name, {**item.metadata, **extra}
+        if section.name not in _FREE_FORM:
+            defaults = getattr(Config(), section.name)
+            for item in fields(defaults):
+                extra = {"type": str(item.type), "default": getattr(defaults, item.name)}
+                found.append((section.name, item.name, {**item.metadata, **extra}))
+    return tuple(found)
 
 
 class _Layer:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from longseq.models.spec import PerformerSpec
 
 _GAPS = str.maketrans("", "", "-.")  # of alignments (A2M, A3M): what is left is the relative itself
+_LOOKED_AT = 100_000  # records of a file that may be relatives, too
 _NO_SEQUENCES = ("ss_pred", "ss_conf", "ss_dssp")  # what HH-suite puts into an A3M as records
 
 
@@ -46,7 +50,7 @@ class Asked(NamedTuple):
             )
 
 
-def contexts(source: Source, asked: Asked, seed: int = 0) -> list[Tokens]:
+def contexts(source: Source, asked: Asked, seed: int = 0, *, say: bool = False) -> list[Tokens]:
     """The rows that sequences are read after: BOS relative EOS relative EOS ..., one for each order; or none.
 
     Args:
@@ -54,17 +58,19 @@ def contexts(source: Source, asked: Asked, seed: int = 0) -> list[Tokens]:
             relatives as fit into these, drawn anew for each order; 0: into three quarters of the training's
             ``data.length``, so that what follows lies within it, too.
         seed: what orders are drawn from.
+        say: how many relatives are read, and which letters of theirs as X, on stderr.
 
     Raises:
         LongseqError, DataError: for a file that cannot be read, and relatives that are all longer than the context.
     """
     if asked.file is None:
         return []
-    relatives = list(_relatives(source, asked.file))
+    unknown: Counter[str] = Counter()
+    relatives = list(_relatives(source, asked.file, unknown))
     if not relatives:
         raise LongseqError(f"{asked.file}: no relative has a residue; give some.")
     room = asked.tokens or source.config.data.length * 3 // 4
-    found = []
+    found, fitting = [], []
     for order in range(asked.orders):
         pieces = [np.array([source.begins], dtype=source.vocabulary.dtype)]
         size = 1
@@ -79,11 +85,31 @@ def contexts(source: Source, asked: Asked, seed: int = 0) -> list[Tokens]:
                 f"it {shortest + 1:,} or more (--context-tokens)."
             )
         found.append(np.concatenate(pieces))
+        fitting.append(len(pieces) - 1)
+    if say:
+        read = f"{min(fitting):,}" if min(fitting) == max(fitting) else f"{min(fitting):,} to {max(fitting):,}"
+        print(f"{asked.file}: {read} of {len(relatives):,} relatives, in {room:,} tokens at most", file=sys.stderr)
+        if unknown:
+            letters = ", ".join(f"{letter!r} × {count:,}" for letter, count in unknown.most_common(5))
+            other = ALPHABETS[source.vocabulary.name].other
+            print(f"longseq: warning: {asked.file}: letters are read as {other}: {letters}", file=sys.stderr)
     return found
 
 
-def _relatives(source: Source, file: str) -> Iterator[Tokens]:
-    """Of each its ordinary tokens and EOS; letters outside the alphabet are read as X."""
+def say_known(source: Source, file: str, context: str) -> None:
+    """Warn where records to be scored are relatives, too: a model that has read a sequence knows it."""
+    known = {row.tobytes() for row in _relatives(source, context, Counter())}
+    number = sum(record.row[1:].tobytes() in known for record in islice(records(source, file), _LOOKED_AT))
+    if number:
+        print(
+            f"longseq: warning: {file}: {number:,} of its sequences are in {context}, too, and have then been read "
+            "before they are scored",
+            file=sys.stderr,
+        )
+
+
+def _relatives(source: Source, file: str, unknown: Counter[str]) -> Iterator[Tokens]:
+    """Of each its ordinary tokens and EOS; letters outside the alphabet are read as X, and counted."""
     alphabet = ALPHABETS.get(source.vocabulary.name)
     if alphabet is None:
         yield from (record.row[1:] for record in records(source, file))
@@ -94,6 +120,7 @@ def _relatives(source: Source, file: str) -> Iterator[Tokens]:
         letters = record.sequence.translate(_GAPS)
         if letters:
             ids = np.frombuffer(letters.encode("ascii", "replace").translate(alphabet.table), dtype=np.uint8)
+            unknown.update(letters[place] for place in np.flatnonzero(ids == UNKNOWN))
             known = np.where(ids == UNKNOWN, alphabet.letters.index(alphabet.other), ids)
             yield np.append(known, source.vocabulary.eos).astype(source.vocabulary.dtype)
 

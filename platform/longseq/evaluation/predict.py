@@ -84,13 +84,13 @@ def _predictions(source: Source, found: Sequence[Record] | Iterator[Record], bat
 
 def _records(source: Source, file: str, column: str | None, id: str | None) -> Sequence[Record] | Iterator[Record]:
     (path,) = expand_sources([file])
-    if not is_table(path):
+    own = source.config.finetune.sequence
+    if not is_table(path, column or own):
         if column or id:
             raise LongseqError(f"{file}: FASTA has no columns; leave --sequence and --id out, or give a CSV or TSV.")
         strict = find(source.folder, ["data.strict=true"], sums=False)  # as the table was read that was learned from
         return records(strict, path)
     table = read_table(path)
-    own = source.config.finetune.sequence
     column = column or (own if own in table.columns else table.sequence_column(None))
     letters = zip(table.identifiers(id), table.cells(column, "the sequences"), strict=True)
     name = source.vocabulary.name

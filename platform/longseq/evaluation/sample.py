@@ -93,7 +93,7 @@ def sample(
         )
     asked = Asked(path_of(context), context_tokens)
     asked.check(source)
-    before = next(iter(contexts(source, asked, seed)), None)
+    before = next(iter(contexts(source, asked, seed, say=True)), None)
 
     from longseq.evaluation.generation import Settings
 

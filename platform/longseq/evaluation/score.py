@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from longseq.errors import LongseqError
-from longseq.evaluation.context import Asked, contexts, path_of
+from longseq.evaluation.context import Asked, contexts, path_of, say_known
 from longseq.evaluation.records import Record, both_directions, look, records
 from longseq.evaluation.shards import Job, done, refuse_devices
 from longseq.trained_model import Source, find
@@ -106,7 +106,10 @@ def score(
     both = both_directions(source, direction, context)
     options = {"passes": passes, "context": list(behind), **({"both": True} if both else {})}
     job = Job("score", str(source.folder), str(file), tuple(overrides), ema, options)
-    return _scores(source, job, devices, contexts(source, behind))
+    before = contexts(source, behind, say=True)
+    if behind.file is not None:
+        say_known(source, str(file), behind.file)
+    return _scores(source, job, devices, before)
 
 
 def variant_effects(
@@ -143,7 +146,7 @@ def variant_effects(
     options = {**named, **({"both": True} if both else {})}
     asked = asked_for(source, str(file), variants, table)
     job = Job("effects", str(source.folder), str(file), tuple(overrides), ema, options)
-    return _effects(source, job, asked, devices, contexts(source, behind))
+    return _effects(source, job, asked, devices, contexts(source, behind, say=True))
 
 
 class Variants(NamedTuple):

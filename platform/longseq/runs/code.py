@@ -47,7 +47,7 @@ def current() -> str:
 def kept(run: Run) -> str:
     """The hash of the code that a run goes on with; empty where none was kept."""
     with suppress(OSError):
-        name = (_folder(run) / "used").read_text().strip()
+        name = (_folder(run) / "used").read_text(errors="replace").strip()
         if name and folder_of(run, name).is_dir():
             return name
     return ""

@@ -67,7 +67,7 @@ def newest_process(run: Run) -> Process | None:
     if not number or starts.read_end(run.starts_dir, number) is not None:
         return None
     with suppress(ValueError, TypeError):
-        return Process(**json.loads(starts.path_of(run.starts_dir, number, "start").read_text().partition("\n")[2]))
+        return Process(**json.loads(starts.text_of(run.starts_dir, number, "start").partition("\n")[2]))
     return None
 
 

@@ -97,7 +97,7 @@ class Run:
         with suppress(OSError):
             number = self.start or max(starts.numbers(self.starts_dir), default=0)
             if number:
-                return starts.path_of(self.starts_dir, number, "start").read_text().startswith("slurm job ")
+                return starts.text_of(self.starts_dir, number, "start").startswith("slurm job ")
             return (self.slurm_dir / "jobs.jsonl").exists()
         return False
 

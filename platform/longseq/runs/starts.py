@@ -162,6 +162,11 @@ def path_of(folder: Path, number: int, what: str) -> Path:
     return folder / f"{number:05d}.{what}"
 
 
+def text_of(folder: Path, number: int, what: str) -> str:
+    """What such a file says; a byte that a disk has damaged is a sign of its own, and ends nothing."""
+    return path_of(folder, number, what).read_text(encoding="utf-8", errors="replace")
+
+
 def note_progress(folder: Path, number: int, progress: Progress) -> None:
     """Leave a start's progress where others find it; not synced, so that it costs next to nothing."""
     line = f"{progress.step} {progress.last_step} {progress.loss:.6g} {progress.tokens_per_second:.6g} "
@@ -177,7 +182,7 @@ def note_progress(folder: Path, number: int, progress: Progress) -> None:
 def read_progress(folder: Path, number: int) -> Progress | None:
     """Where a start was when it last said so; None before its first step."""
     try:
-        step, last, loss, rate, when = path_of(folder, number, "step").read_text().split()
+        step, last, loss, rate, when = text_of(folder, number, "step").split()
         return Progress(int(step), int(last), float(loss), float(rate), float(when))
     except (FileNotFoundError, ValueError):
         return None
@@ -195,6 +200,6 @@ def note_end(folder: Path, number: int, verdict: str) -> None:
 def read_end(folder: Path, number: int) -> str | None:
     """How a start ended, if it said so."""
     try:
-        return path_of(folder, number, "end").read_text(encoding="utf-8").strip() or None
+        return text_of(folder, number, "end").strip() or None
     except FileNotFoundError:
         return None

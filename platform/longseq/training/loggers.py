@@ -40,7 +40,8 @@ def check_loggers(config: Config) -> None:
         ConfigError: with how to install them.
     """
     for name in config.trainer.loggers:
-        if name != "tensorboard" and find_spec(name) is None:
+        spec = None if name == "tensorboard" else find_spec(name)
+        if name != "tensorboard" and (spec is None or spec.origin is None):  # a folder wandb/ here is no package
             raise ConfigError(
                 f"trainer.loggers={config.trainer.loggers}, but {name} is not installed: pip install "
                 f"'longseq[{name}]', or leave it out."
@@ -162,7 +163,7 @@ def _folder(run: Run) -> Path:
 
 def _read(run: Run, name: str) -> str | None:
     path = _folder(run) / f"{name}.id"
-    return path.read_text().strip() if path.exists() else None
+    return path.read_text(errors="replace").strip() if path.exists() else None
 
 
 def _keep(run: Run, name: str, known: str) -> str:

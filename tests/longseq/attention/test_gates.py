@@ -113,6 +113,47 @@ def test_a_later_gate_changes_no_bit_of_an_earlier_output(window: int, backend: 
 
 
 @backends
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [0, 7, LENGTH])
+def test_a_gate_that_is_nan_is_seen_by_those_who_see_its_key(causal: bool, window: int, backend: str) -> None:
+    *qkv, gate = (x.detach() for x in given())
+    segments = torch.arange(LENGTH).div(50, rounding_mode="floor").expand(cases.BATCH, LENGTH)
+    broken = gate.clone()
+    broken[1, 2, 70] = torch.nan
+
+    def found(gate: Tensor) -> Tensor:
+        if window == LENGTH:
+            return exact_attention(*qkv, gate=gate, causal=causal, segments=segments)
+        options = {"window": window, "features": cases.FEATURES, "backend": backend}
+        return favor_attention(*qkv, gate=gate, causal=causal, segments=segments, **options)
+
+    reached = torch.zeros(cases.BATCH, cases.HEADS, LENGTH, dtype=torch.bool)
+    reached[1, 2, 70 if causal else 50 : 100] = True
+    before, after = found(gate), found(broken)
+    assert after[reached].isnan().all()
+    torch.testing.assert_close(after[~reached], before[~reached])
+
+
+@pytest.mark.parametrize("window", [0, 7])
+def test_a_gate_that_is_nan_is_passed_on_by_decoding_and_by_tiles(window: int) -> None:
+    inputs = [x.detach() for x in given()]
+    options = {"window": window, "features": cases.FEATURES}
+    *qkv, gate = inputs
+    whole = favor_attention(*qkv, gate=gate, causal=True, **options)
+    for broken in (10, 70):  # of what is read first, and of what follows
+        gate = inputs[3].clone()
+        gate[1, 2, broken] = torch.nan
+        first, later = ([x[:, :, :40] for x in (*qkv, gate)], [x[:, :, 40:] for x in (*qkv, gate)])
+        out, state = prefill(*first[:3], gate=first[3], **options)
+        decoded = torch.cat((out, decode(*later[:3], state, later[3])[0]), 2)
+        out, state = carried_attention(*first[:3], (), Call.of(gate=first[3], **options))
+        tiled = torch.cat((out, carried_attention(*later[:3], state, Call.of(gate=later[3], **options))[0]), 2)
+        for found in (decoded, tiled):
+            assert found[1, 2, broken:].isnan().all()
+            assert_equal((found[1, 2, :broken], found[0]), (whole[1, 2, :broken], whole[0]))
+
+
+@backends
 @pytest.mark.parametrize("bias", [3.0, 8.0])
 def test_gradients_of_gates_are_right_at_16384_positions(bias: float, backend: str) -> None:
     q, k, v, x = (numbers(1, 1, 16_384, 8, seed=seed) for seed in range(4))

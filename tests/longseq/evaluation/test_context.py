@@ -146,6 +146,24 @@ def test_scores_effects_and_samples_with_a_context_by_the_command_line(trained, 
     assert "a masked model reads both sides" in refused("score", masked, "test.fasta", "--context", relatives)
 
 
+def test_what_a_context_holds_is_said_and_records_that_are_in_it(trained, relatives, capsys):
+    run = trained("family", "model.objective=causal")
+    text = ">a\nMKLVWY\n>b\nMKLVWYA\n>c\nPQRSTVWYAC\n"
+    Path("own.fasta").write_text(text)
+    list(score(run, "own.fasta", context=relatives, context_orders=9, context_tokens=20))
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        f"{relatives}: 2 of 4 relatives, in 20 tokens at most",
+        f"longseq: warning: own.fasta: 2 of its sequences are in {relatives}, too, and have then been read before they "
+        "are scored",
+    ]
+    Path("odd.a3m").write_text(">a\nMK1ZZ\n>b\nmk-j1\n")
+    list(sample(run, length=2, context="odd.a3m"))
+    assert capsys.readouterr().err.splitlines() == [
+        "odd.a3m: 2 of 2 relatives, in 48 tokens at most",
+        "longseq: warning: odd.a3m: letters are read as X: '1' × 2, 'j' × 1",
+    ]
+
+
 def test_an_evaluation_of_families_tells_the_loss_by_the_members_before(trained, folder, longseq):
     draw = random.Random(3)
     names = [(f"c{c}_0", f"c{c}_{i}") for c in range(30) for i in range(1 + c % 5)]

@@ -57,6 +57,8 @@ def test_predictions_come_in_the_order_of_the_input_whatever_the_batch(tuned, ta
             assert len(row["prediction"]) == len(letters)
             assert set(row["prediction"]) <= set("HE-")
     assert len({str(each.value) for each in small}) > 1
+    Path("table.txt").write_text(Path(table).read_text())  # read by what it is, as the table that was learned from
+    assert list(api.predict(run, "table.txt")) == list(api.predict(run, table))
 
 
 def test_what_evaluate_measures_is_what_predict_says(tuned, table, longseq):

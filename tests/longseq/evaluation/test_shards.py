@@ -259,6 +259,27 @@ def test_scores_and_effects_are_the_same_for_any_number_of_devices(trained, many
         api.score(run, records, devices=0)
 
 
+def test_what_is_read_behind_a_context_is_the_same_for_any_number_of_devices(trained, folder, monkeypatch):
+    run = trained("one", "model.objective=causal", "attention.window=5", "attention.forget_gate=true")
+    (folder / "wild.fasta").write_text(">wild\nMKVLAACDEF\n")
+    (folder / "own relatives.a3m").write_text("#1\t1\n>a\nMKVL--CDEF\n>b\nMKvlVLAA.C\n>c\nACDEF\n")
+    behind = {"context": "own relatives.a3m", "context_tokens": 20, "context_orders": 4}
+    calls = (
+        lambda devices, **how: [each.log_likelihood for each in api.score(run, "test.fasta", devices=devices, **how)],
+        lambda devices, **how: [
+            each.effect for each in api.variant_effects(run, "wild.fasta", ["M1A", "K2C:V3D"], devices=devices, **how)
+        ],
+    )
+    alone, bare = ([call(1, **how) for call in calls] for how in (behind, {}))
+    monkeypatch.setattr(shards, "Workers", Here)
+    assert [call(3, **behind) for call in calls] == alone
+    assert all(
+        one != other
+        for ours, without in zip(alone, bare, strict=True)
+        for one, other in zip(ours, without, strict=True)
+    )
+
+
 @pytest.mark.distributed
 def test_killed_processes_cost_their_shards_and_a_killed_start_nothing(trained, folder):
     """One of two processes is killed, and then all: what goes on, with one process, writes the same bytes."""

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -63,7 +64,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Recorder], None]:
     def installed(recorder: Recorder) -> None:
         monkeypatch.setitem(loggers._MAKE, "wandb", lambda run, config: recorder)
         monkeypatch.setitem(loggers._END, "wandb", lambda logger, status: logger.end(status))
-        monkeypatch.setattr(loggers, "find_spec", lambda name: object())
+        monkeypatch.setattr(loggers, "find_spec", lambda name: SimpleNamespace(origin="there"))
 
     return installed
 
@@ -132,6 +133,10 @@ def test_what_is_not_installed_or_unknown_is_refused(settings, monkeypatch):
     check_machine(settings())
     with pytest.raises(ConfigError, match=r"mlflow is not installed: pip install 'longseq\[mlflow\]', or leave"):
         check_machine(settings("trainer.loggers=[tensorboard, mlflow]"))
+    folder = SimpleNamespace(origin=None)  # what W&B leaves in the current folder looks like a package
+    monkeypatch.setattr(loggers, "find_spec", lambda name: folder)
+    with pytest.raises(ConfigError, match=r"wandb is not installed"):
+        check_machine(settings("trainer.loggers=[wandb]"))
     with pytest.raises(ConfigError, match=r"choose from tensorboard, wandb, mlflow\. Did you mean wandb\?"):
         settings("trainer.loggers=[wndb]")
 

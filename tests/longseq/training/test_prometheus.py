@@ -68,9 +68,9 @@ def kept(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
     monkeypatch.setattr(prometheus, "_SECONDS", 0.005)
     monkeypatch.setenv("SLURMD_NODENAME", "n7")
 
-    def kept(local_rank: int = 0) -> Prometheus:
+    def kept(local_rank: int = 0, of: Run = run) -> Prometheus:
         config = load_config("small.yaml", ["data.train=a.fasta", f"trainer.prometheus={folder}/textfiles"])
-        callback = Prometheus(run, config, SimpleNamespace(shown={}))
+        callback = Prometheus(of, config, SimpleNamespace(shown={}))
         trainer = SimpleNamespace(local_rank=local_rank, global_step=4, accumulate_grad_batches=1)
         callback.on_train_start(trainer, SimpleNamespace(device=torch.device("cpu")))
         return callback
@@ -89,9 +89,9 @@ def wait_for(path: Path, what: Callable[[Samples], bool]) -> Samples:
 
 def test_the_file_follows_the_training_and_goes_when_it_ends(kept, folder):
     callback = kept()
-    path = folder / "textfiles" / "longseq-one-n7.prom"
+    path = callback.path
     found = wait_for(path, lambda samples: True)
-    labels = {"run": "one", "node": "n7"}
+    labels = {"run": "one", "node": "n7", "folder": str(folder / "runs" / "one")}
     assert set(found) == set(METRICS) - {"longseq_loss", "longseq_tokens_per_second"}  # before the first point
     assert (found["longseq_step"], found["longseq_last_step"]) == ((labels, 4.0), (labels, 8.0))
     resident = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
@@ -109,6 +109,20 @@ def test_the_file_follows_the_training_and_goes_when_it_ends(kept, folder):
     assert list(path.parent.iterdir()) == []
 
 
+def test_runs_of_one_name_have_files_and_labels_of_their_own(kept, folder):
+    config = load_config("small.yaml", ["data.train=a.fasta", f"run.dir={folder}/others", "run.name=one"])
+    one, other = kept(), kept(of=Run.create(config, default_name="one"))
+    for callback in (one, other):
+        wait_for(callback.path, lambda samples: True)
+    assert one.path != other.path
+    one.teardown(None, None, "fit")
+    found = wait_for(other.path, lambda samples: True)
+    labels = [{"run": "one", "node": "n7", "folder": f"{folder}/{place}/one"} for place in ("runs", "others")]
+    assert [one.labels, found["longseq_step"][0]] == labels
+    other.teardown(None, None, "fit")
+    assert list((folder / "textfiles").iterdir()) == []
+
+
 def test_one_process_of_a_node_writes(kept, folder):
     kept(local_rank=1).teardown(None, None, "fit")
     assert not (folder / "textfiles").exists()
@@ -120,7 +134,8 @@ def test_a_folder_that_cannot_be_is_said_once_and_no_reason_to_stop(kept, folder
     time.sleep(0.05)
     callback.teardown(None, None, "fit")
     said = capsys.readouterr().err
-    assert said.startswith(f"longseq: warning: {folder}/textfiles/longseq-one-n7.prom: ")
+    assert said.startswith(f"longseq: warning: {callback.path}: ")
+    assert re.fullmatch(r"longseq-one-n7-[0-9a-f]{8}\.prom", callback.path.name)
     assert said.endswith("(trainer.prometheus)\n")
     assert said.count("\n") == 1
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="as each task of a srun step with one task per node: the first one schedules, the others work for it",
     )
     parser.epilog = f"configuration keys (type, default, meaning):\n\n{help_on_flat_keys(PrepareConfig)}"
+    parser.set_defaults(flat_keys={item.name: item.metadata["meaning"] for item in fields(PrepareConfig)})
 
 
 def run(args: argparse.Namespace) -> int:

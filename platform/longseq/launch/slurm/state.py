@@ -116,14 +116,14 @@ def check_free(run: Run, *, take_over: bool = False, after: bool = False) -> Non
 def stopped(run: Run) -> str | None:
     """Why a run was stopped for good, if it was."""
     try:
-        return (run.path / "STOPPED").read_text(encoding="utf-8").strip()
+        return (run.path / "STOPPED").read_text(encoding="utf-8", errors="replace").strip()
     except FileNotFoundError:
         return None
 
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text().strip()
+        return path.read_text(errors="replace").strip()
     except OSError:
         return ""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 import sys
 import threading
 import time
@@ -49,7 +51,7 @@ def _escaped(value: str) -> str:
 
 
 class Prometheus(pl.Callback):
-    """The first process of each node keeps ``longseq-RUN-NODE.prom`` in ``trainer.prometheus`` until training ends.
+    """The first process of each node keeps ``longseq-RUN-NODE-HASH.prom`` in ``trainer.prometheus`` to the end.
 
     A thread writes every ten seconds, whether the training moves or not: what hangs is seen by the seconds since its
     last step.
@@ -59,8 +61,9 @@ class Prometheus(pl.Callback):
         assert config.trainer.prometheus is not None
         self.curves, self.last_step = curves, config.trainer.max_steps
         folder, node = resolved(user_path(config.trainer.prometheus)), node_name()
-        self.path = folder / f"longseq-{run.path.name}-{node}.prom"
-        self.labels = {"run": run.path.name, "node": node}
+        where = os.fsencode(run.path.absolute())  # another run may have this one's name, in another folder
+        self.path = folder / f"longseq-{run.path.name}-{node}-{hashlib.sha256(where).hexdigest()[:8]}.prom"
+        self.labels = {"run": run.path.name, "node": node, "folder": where.decode(errors="replace")}
         self.step, self.stepped = 0, time.monotonic()
         self.over = threading.Event()
         self.writing: threading.Thread | None = None
