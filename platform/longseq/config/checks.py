@@ -136,9 +136,10 @@ def _check_documents(config: Config) -> None:
             "take data.packing=concat, or data.reset=false."
         )
     if data.reverse and config.model.objective != "causal":
+        masked = config.model.objective == "masked"
+        why = "a masked model reads both sides in any case" if masked else "what is filled in has one direction"
         raise ConfigError(
-            f"data.reverse={data.reverse} and model.objective={config.model.objective}: a masked model reads both "
-            "sides in any case; leave it out."
+            f"data.reverse={data.reverse} and model.objective={config.model.objective}: {why}; leave it out."
         )
     if data.crop != "random" and data.packing in ("concat", "family"):
         raise ConfigError(
