@@ -60,6 +60,7 @@ def test_every_option_in_the_pages_is_one_of_a_verb(capsys):
     pages = [page for page in written() if page.name != "CONTRIBUTING.md"]  # which speaks of pytest and ruff
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", "\n".join(page.read_text() for page in pages)))
     example = {"--nodes", "--steps"}  # of tests/cluster/slurm.py and the examples
+    example |= {"--include", "--tasks"}  # of lm_eval
     assert used - known - OTHERS - example == set()
 
 

@@ -6,7 +6,7 @@ reads at once), or is one part where that is not cut, and the ranks share the pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,8 +29,6 @@ from longseq.trained_model import Source
 if TYPE_CHECKING:
     from longseq.evaluation.work import Effects
     from longseq.models.performer import PerformerLM
-
-Said = Callable[..., None]  # signs of life
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ class Watched:
         """How many parts the ranks share."""
         return 1
 
-    def part(self, source: Source, number: int, said: Said) -> Any:
+    def part(self, source: Source, number: int) -> Any:
         """What comes of one part, as JSON can hold it. Raises LongseqError for a model that predicts no numbers."""
         raise NotImplementedError
 
@@ -106,7 +104,7 @@ class _Assays(Watched):
     def parts(self, source: Source) -> int:
         return len(self.entries)
 
-    def part(self, source: Source, number: int, said: Said) -> Any:
+    def part(self, source: Source, number: int) -> Any:
         from longseq.evaluation.field.fitness import fitness
 
         how = self.entries[number], self.scans[number], 0, both_directions(source, None)
@@ -147,7 +145,7 @@ class _Scan(Watched):
     def parts(self, source: Source) -> int:
         return sum(1 for _ in self._work(source).groups())
 
-    def part(self, source: Source, number: int, said: Said) -> Any:
+    def part(self, source: Source, number: int) -> Any:
         work = self._work(source)
         return work.rows(list(work.groups())[number])
 
@@ -179,13 +177,11 @@ class _Chains(Watched):
 class _Contacts(_Chains):
     needed = "contacts"
 
-    def part(self, source: Source, number: int, said: Said) -> Any:
+    def part(self, source: Source, number: int) -> Any:
         from longseq.evaluation.field.contacts import benchmark_contacts
 
         own = self.own
-        result = benchmark_contacts(
-            own.path, source, methods=[own.method], train=own.train, records=own.records, progress=said
-        )
+        result = benchmark_contacts(own.path, source, methods=[own.method], train=own.train, records=own.records)
         (model,) = result.models
         return {
             f"{name}_{share.replace('/', '')}": value
@@ -197,11 +193,11 @@ class _Contacts(_Chains):
 class _Structure(_Chains):
     needed = "secondary_structure"
 
-    def part(self, source: Source, number: int, said: Said) -> Any:
+    def part(self, source: Source, number: int) -> Any:
         from longseq.evaluation.field.structure import benchmark_structure
 
         own = self.own
-        (model,) = benchmark_structure(own.path, source, train=own.train, records=own.records, progress=said).models
+        (model,) = benchmark_structure(own.path, source, train=own.train, records=own.records).models
         return {"accuracy": model.probe.accuracy}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from longseq.runs.run import Run
 from longseq.training.benchmarks import live, shared, watched
 from longseq.training.callbacks.stopping import StopFlag
 from longseq.training.fit import fit
+from longseq.training.vitals import Vitals
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -71,21 +73,34 @@ def config_of(here: Path, listed: str, *overrides: str) -> Config:
     return config
 
 
+class Told(Vitals):
+    """Remembers what it is told."""
+
+    def at(self, doing: str) -> None:
+        super().at(doing)
+        said[doing] += 1
+
+
+said: Counter[str] = Counter()
+
+
 def trained(here: Path, name: str, *overrides: str, listed: str = LISTED) -> Run:
     config = config_of(here, listed, f"run.name={name}", *overrides)
     run = Run.create(config, default_name="unused")
     run.record_data(identities(config))
-    assert fit(run, config, None, StopFlag())
+    assert fit(run, config, None, StopFlag(), Told())
     return run
 
 
 @pytest.mark.parametrize("objective", ["causal", "masked"])
 def test_curves_are_those_of_the_checkpoints_and_change_no_weight(here, objective):
     given = f"model.objective={objective}"
+    said.clear()
     run, plain = trained(here, "with", given), trained(here, "without", given, listed="")
     for one, other in zip(run.checkpoints(), plain.checkpoints(), strict=True):
         for name in ("model.safetensors", "training/rank-00000.safetensors"):
             assert (one.path / name).read_bytes() == (other.path / name).read_bytes(), (one.step, name)
+    assert said["benchmark chains"] > 5 * 20 * 20 * 26 // 4096, "each pass is a sign of life"
     at = {each.step: each.path for each in run.checkpoints()}
     by_step = curve(run.path, "benchmark/scan/spearman")
     assert list(by_step) == [2, 4, 6]

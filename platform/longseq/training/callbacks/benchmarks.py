@@ -37,6 +37,7 @@ class Benchmarks(StepBoundary):
     def __init__(self, config: Config, curves: Curves, clock: Clock):
         self.config, self.curves, self.clock = config, curves, clock
         self.watched: list[Watched] = []
+        self.doing = ""
 
     def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         self.control = ControlGroup()
@@ -50,7 +51,7 @@ class Benchmarks(StepBoundary):
         vitals = self.clock.vitals
         mark = vitals.mark
         with self.curves.paused(), self.clock.profile("benchmark"), _as_read():
-            source = _copy(self.config, task, step)
+            source = self._copy(task, step)
             counts = [each.parts(source) for each in these]
             own = {}
             for which, part in shared(counts, trainer.global_rank, trainer.world_size):
@@ -64,11 +65,22 @@ class Benchmarks(StepBoundary):
         for which, (each, count) in enumerate(zip(these, counts, strict=True)):
             self._log(trainer, each, step, [found[f"{which} {part}"] for part in range(count)])
 
+    def _copy(self, task: LanguageModelling, step: int) -> Live:
+        """The model as ``longseq benchmark`` opens the checkpoint of this step. All ranks call it."""
+        copies = Copies()
+        state = full_state_dict(task.model, sharded_weights(self.config), keep=True, by=copies)
+        copies.wait()
+        model = PerformerLM(live(self.config, step).reading_spec(task.device.type))
+        model.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in state.items()})
+        model.set_step(max(0, step - 1))
+        # However long a benchmark takes, each pass is a sign of life.
+        model.embedding.register_forward_pre_hook(lambda *_: self.clock.vitals.at(self.doing))
+        return live(self.config, step, model.to(task.device).eval())
+
     def _measured(self, each: Watched, source: Live, part: int) -> dict[str, Any]:
-        vitals, name = self.clock.vitals, f"benchmark {each.own.name}"
-        vitals.at(name)
+        self.doing = f"benchmark {each.own.name}"
         try:
-            return {"found": each.part(source, part, lambda *_: vitals.at(name))}
+            return {"found": each.part(source, part)}
         except LongseqError as error:
             return {"error": str(error)}
 
@@ -88,18 +100,6 @@ class Benchmarks(StepBoundary):
         if self.curves.bar:
             shown = "  ".join(f"{curve} {value:.4f}" for curve, value in points.items())
             self.curves.bar.say(f"step {step}  benchmark {name}: {shown}")
-
-
-def _copy(config: Config, task: LanguageModelling, step: int) -> Live:
-    """The model as ``longseq benchmark`` opens the checkpoint of this step. All ranks call it."""
-    copies = Copies()
-    state = full_state_dict(task.model, sharded_weights(config), keep=True, by=copies)
-    copies.wait()
-    source = live(config, step)
-    model = PerformerLM(source.reading_spec(task.device.type))
-    model.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in state.items()})
-    model.set_step(max(0, step - 1))
-    return live(config, step, model.to(task.device).eval())
 
 
 @contextmanager
