@@ -228,6 +228,12 @@ def test_a_ladder_finds_the_rate_and_the_law_and_goes_on_where_it_was(wide):
     assert draw(found).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_best_rate_at_the_end_of_those_tried_is_said(wide):
+    said: list[str] = []
+    assert climbed(Scaled(), rates=(0.04, 0.08), tokens_per_parameter=(1,), tell=said.append).lr == 0.04
+    assert "optim.lr=0.04 was best, the smallest that was tried: one beyond may be better" in said
+
+
 def test_what_makes_no_ladder_is_refused_before_a_run_is_trained(wide):
     with pytest.raises(LongseqError, match="two budgets are equally many steps"):
         climbed(Scaled(code=1), tokens_per_parameter=(1, 1.001))

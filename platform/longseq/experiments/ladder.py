@@ -141,6 +141,9 @@ def ladder(
         smallest = trained([_rung(whole, members[0], most, rate) for rate in sorted(set(rates))], True)
         tried = {rung.lr: rung.loss for rung in smallest}
         lr = min(tried, key=lambda rate: tried[rate])
+        for edge, name in ((min(tried), "smallest"), (max(tried), "largest")):
+            if len(tried) > 1 and lr == edge:
+                tell(f"optim.lr={lr:g} was best, the {name} that was tried: one beyond may be better")
     budgets = sorted(set(tokens_per_parameter))
     rungs = trained([_rung(whole, member, budget, lr) for member in members for budget in budgets], bool(rates))
     points = [Point(rung.member.parameters, rung.tokens, rung.loss) for rung in rungs]

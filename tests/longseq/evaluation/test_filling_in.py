@@ -17,6 +17,7 @@ from longseq.evaluation.request import samples_of
 from longseq.evaluation.sample import sample
 from longseq.evaluation.score import score
 from longseq.evaluation.tokens import token_names
+from longseq.runs.curves import read_curves
 from longseq.runs.run import Run
 from longseq.trained_model import find
 from longseq.training.callbacks.stopping import StopFlag
@@ -44,8 +45,11 @@ def log_p(model, row: list[int]) -> np.ndarray:
 @pytest.mark.parametrize("packing", [("data.packing=crop",), ("data.packing=concat", "data.reset=true")])
 def test_an_evaluation_is_that_of_a_plain_loop_left_to_right_and_of_what_is_filled_in(trained, packing):
     source = find(trained("one", "model.objective=fim", *packing))
-    (found,) = evaluate(source.run.path, Settings(bootstrap=0, keep=False))
-    assert list(found.splits) == ["test", "test#infill"]
+    (found,) = evaluate(source.run.path, Settings(bootstrap=0))
+    assert list(found.splits) == list(json.loads(found.kept.read_text())["splits"]) == ["test", "test#infill"]
+    (events,) = source.run.tensorboard_dir.glob("evaluation*")
+    kept = read_curves(events)["test#infill/loss"]
+    assert list(kept.values()) == pytest.approx([found.splits["test#infill"]["loss"]])
     model, samples = source.load(), samples_of(source, "test")
     whole, filled = [], []
     for number, window in enumerate(evaluation_windows(samples)):
