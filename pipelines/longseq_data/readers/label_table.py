@@ -40,16 +40,17 @@ _SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "te
     ("valid", "val", "validation", "dev"), "valid"
 )
 _TABLE = re.compile(r"\.(csv|tsv|tab)(\.(gz|zst|xz|bz2))?$", re.IGNORECASE)
+_TEXT = re.compile(r"\.txt(\.(gz|zst|xz|bz2))?$", re.IGNORECASE)
 _LIST = re.compile(r"[\s,;]+")
 
 
 def is_table(source: str, column: str | None = None) -> bool:
-    """Whether a name is that of a CSV or TSV file; or else the first line of it a header that has the column.
+    """Whether a name is that of a CSV or TSV file; or, of a .txt, its first line a header that has the column.
 
     Raises:
-        DataError: for a file that cannot be read.
+        DataError: for a .txt that cannot be read.
     """
-    if _TABLE.search(source) or not column:
+    if not column or not _TEXT.search(source):
         return bool(_TABLE.search(source))
     with open_binary(source, "text") as file:
         head = _first_line(file.peek(1 << 16))

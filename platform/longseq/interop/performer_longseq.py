@@ -295,7 +295,7 @@ class Attention(nn.Module):
             return log_gates
         else:
             log_gates = log_gates - self.log_decay.float().exp()[:, None]
-        return log_gates.nan_to_num(nan=0.0).clamp(-100.0, 0.0).double().cumsum(2)
+        return log_gates.clamp(-100.0, 0.0).double().cumsum(2)
 
     def _exact(
         self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, forgotten: Tensor, past: Past | None

@@ -108,6 +108,14 @@ def test_hidden_states_and_gradients_are_those_of_our_network(options):
         close(parameter.grad / expected.abs().max(), expected / expected.abs().max(), 2e-3)
 
 
+def test_a_gate_that_is_nan_is_not_taken_for_one_that_forgets_nothing():
+    tokens, real = batch(40)
+    for network in pair({"causal": True, "forget_gate": True}):
+        with torch.no_grad():
+            next(parameter for name, parameter in network.named_parameters() if "gate" in name).fill_(torch.nan)
+            assert network.head(network.hidden(tokens, real))[real].isnan().all()
+
+
 @pytest.mark.parametrize("name", [name for name, options in NETWORKS.items() if options["causal"]])
 def test_a_prompt_and_what_follows_give_the_logits_of_the_whole(name):
     _, theirs = pair(NETWORKS[name])
