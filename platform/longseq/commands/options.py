@@ -12,6 +12,7 @@ from typing import Any
 
 from longseq.commands.numbers import natural, positive
 from longseq.errors import LongseqError
+from longseq.evaluation.records import DIRECTIONS
 from longseq.trained_model import TARGET_HELP
 
 TAKE_OVER_HELP = (
@@ -67,7 +68,7 @@ def add_direction(parser: argparse.ArgumentParser) -> None:
     """Which way a causal model reads proteins."""
     parser.add_argument(
         "--direction",
-        choices=("forward", "both"),
+        choices=DIRECTIONS,
         help="of causal models: the mean log-likelihood of both directions, or forward alone; default: as it was "
         "trained (data.reverse)",
     )

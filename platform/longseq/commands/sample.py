@@ -15,7 +15,7 @@ from statistics import median
 from typing import TextIO
 
 from longseq.commands.numbers import natural, positive, real, share
-from longseq.commands.options import add_context, add_model, add_overrides, ready
+from longseq.commands.options import add_context, add_model, add_overrides, ready, told
 from longseq.errors import LongseqError
 from longseq.evaluation.sample import infill, sample
 from longseq.output_files import output
@@ -76,6 +76,11 @@ def run(args: argparse.Namespace) -> int:
     how |= {"context": args.context, "context_tokens": args.context_tokens}
     how |= {"suffix": suffix}
     samples = sample(source, prompt=args.prompt, number=args.number or 1, length=length, clock=clock, **how)
+    if reverse := source.config.data.reverse:
+        told(
+            f"trained on both directions (data.reverse={reverse:g}): about that share of the sequences runs from the last "
+            "residue to the first, and nothing marks them"
+        )
     ready()
     with output(args.out, args.context) as out:
         for each in samples:

@@ -110,7 +110,7 @@ class TrainerConfig:
         [],
         "what proteins are measured by at steps of the training, as curves benchmark/NAME/...: "
         "[{kind: proteingym, path: FOLDER, every: 1000}, {kind: variants, path: scan.csv, wild_type: wild.fasta}, "
-        "{kind: contacts, path: chains.jsonl, records: 40}, {kind: structure, path: chains.jsonl}]",
+        "{kind: contacts, path: chains.jsonl, name: contacts}, {kind: structure, path: chains.jsonl, name: structure}]",
     )
     histogram_every: int = key(0, "steps between histograms of all weights and gradients; 0: never", at_least=0)
     noise_every: int = key(

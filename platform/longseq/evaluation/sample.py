@@ -62,6 +62,8 @@ def sample(
 ) -> Iterator[Sample]:
     """Sequences drawn from a causal model. Each is a function of the model, these arguments and its number.
 
+    One that was trained on both directions (data.reverse) writes some from the last residue to the first, unmarked.
+
     Args:
         target: a run folder, a checkpoint, an exported folder, or what ``longseq.find`` returned for one of these.
         overrides: ``section.key=value`` on top of the run's configuration.

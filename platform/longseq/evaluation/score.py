@@ -160,7 +160,7 @@ class Variants(NamedTuple):
 def asked_for(source: Source, file: str, variants: Sequence[str], table: str | Path | None) -> Variants:
     """What :func:`variant_effects` was asked for. Raises LongseqError for what does not fit together."""
     from longseq.evaluation.field.assays import SUBSTITUTIONS, is_scan, scan
-    from longseq.evaluation.variants import parse, read_variants
+    from longseq.evaluation.variants import read_variants
 
     if source.vocabulary.name != "protein":
         raise LongseqError(f"{source.folder}: a model of text; variants are those of proteins.")
@@ -180,8 +180,7 @@ def asked_for(source: Source, file: str, variants: Sequence[str], table: str | P
             "proteingym` takes such a file."
         )
     given = read_variants(variants, None, wild)
-    listed = [parse(text, wild, place) for text, place in zip(assay.mutants, assay.places, strict=True)]
-    return Variants(wild, [*given, *listed], [*[None] * len(given), *assay.measured.tolist()])
+    return Variants(wild, [*given, *assay.variants(wild)], [*[None] * len(given), *assay.measured.tolist()])
 
 
 def _scores(source: Source, job: Job, devices: int, before: list[Tokens]) -> Iterator[SequenceScore]:

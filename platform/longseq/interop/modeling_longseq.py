@@ -270,10 +270,20 @@ class LongseqForCausalLM(LongseqPreTrainedModel, GenerationMixin):
             if len(state.positions) < len(input_ids):  # a state that was given, of prompts that generate() repeats
                 rows = torch.arange(len(state.positions), device=state.positions.device)
                 state = state.select(rows.repeat_interleave(len(input_ids) // len(rows)))
-            real = input_ids.shape[1] if attention_mask is None else int(attention_mask[0].sum())
-            following = real - int(state.positions[0])  # 1, but where a state was given
+            following = self._unread(input_ids, attention_mask, state)  # 1, but where a state was given
             return {"input_ids": input_ids[:, -following:], _STATE: state, "use_cache": True, **wanted}
         return {**_padded_in_front(input_ids, attention_mask), "use_cache": use_cache, **wanted}
+
+    def _unread(self, input_ids: Tensor, attention_mask: Tensor | None, state: Any) -> int:
+        """How many of the last tokens (B, L) the state has not read."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        rows = (mask.sum(1).to(state.positions.device) - state.positions).tolist()
+        if min(rows) < 1 or min(rows) < max(rows) or not bool(mask[:, -rows[0] :].all()):
+            raise self.refusal(
+                f"generate: the state that was given leaves {', '.join(map(str, rows))} tokens of the prompts to read: "
+                "give prompts that go on from it by one token or more, all by as many, and padded on the left."
+            )
+        return rows[0]
 
     def _prepare_cache_for_generation(
         self, config: Any, model_kwargs: dict[str, Any], *others: Any, **more: Any

@@ -67,7 +67,9 @@ def check_benchmarks(config: Config) -> None:
     if config.trainer.benchmarks:  # which take their time to import
         from longseq.training.benchmarks import watched
 
-        watched(config)
+        for each in watched(config):
+            if each.absent:
+                print(f"longseq: warning: benchmark {each.own.name}: {each.absent}", file=sys.stderr, flush=True)
 
 
 def check_disk(config: Config, folder: Path) -> None:

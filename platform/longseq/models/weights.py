@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -18,25 +19,31 @@ _GATE = ("attention.gate.weight", "attention.gate.bias")
 _LEARNED = ("log_temperature", "log_share", "log_decay", "attention.conv.weight", *_GATE)
 
 
-def full_state_dict(model: nn.Module, sharded: bool, keep: bool, by: Copies | None = None) -> dict[str, Tensor]:
-    """Copies of the whole state dict, on the CPU. All ranks must call it; those that do not ``keep`` get an empty one.
+def whole_tensors(model: nn.Module, sharded: bool) -> Iterator[tuple[str, Tensor]]:
+    """The whole state dict, each tensor where the model has it, and there until the next one is asked for. All ranks
+    must go through it.
 
-    sharded: whether DeepSpeed has cut the weights up (ZeRO-3). by: makes the copies, and knows when they are made.
+    sharded: whether DeepSpeed has cut the weights up (ZeRO-3).
     """
-    by = by or Copies()
     persistent = model.state_dict().keys()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}  # the same on all ranks
-    state = {name: by.of(buffer.detach()) for name, buffer in buffers.items()} if keep else {}
+    yield from ((name, each.detach()) for name, each in model.named_buffers() if name in persistent)  # on all ranks alike
     for name, parameter in model.named_parameters():
         if sharded:
             import deepspeed
 
             with deepspeed.zero.GatheredParameters([parameter]):
-                if keep:
-                    state[name] = by.of(parameter.detach())
-        elif keep:
-            state[name] = by.of(parameter.detach())
-    return state
+                yield name, parameter.detach()
+        else:
+            yield name, parameter.detach()
+
+
+def full_state_dict(model: nn.Module, sharded: bool, keep: bool, by: Copies | None = None) -> dict[str, Tensor]:
+    """Copies of the whole state dict, on the CPU. All ranks must call it; those that do not ``keep`` get an empty one.
+
+    sharded: as of :func:`whole_tensors`. by: makes the copies, and knows when they are made.
+    """
+    by = by or Copies()
+    return {name: by.of(tensor) for name, tensor in whole_tensors(model, sharded) if keep}
 
 
 def save_weights(state: dict[str, Tensor], path: Path) -> None:

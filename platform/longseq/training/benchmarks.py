@@ -6,8 +6,9 @@ reads at once), or is one part where that is not cut, and the ranks share the pa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from longseq.config.benchmarks import CONTACTS, PROTEINGYM, STRUCTURE, VARIANTS,
 from longseq.config.schema import Config
 from longseq.data import vocabulary
 from longseq.errors import USER_ERRORS, ConfigError, LongseqError
-from longseq.evaluation.field.assays import Entry, Scan, collection, scan
+from longseq.evaluation.field.assays import SUBSTITUTIONS, Entry, Scan, collection, scan
 from longseq.evaluation.field.averages import averages
 from longseq.evaluation.field.chains import Chain, folds, read_chains, spread
 from longseq.evaluation.field.measures import spearman
@@ -27,7 +28,6 @@ from longseq.evaluation.shards import Job
 from longseq.trained_model import Source
 
 if TYPE_CHECKING:
-    from longseq.evaluation.work import Effects
     from longseq.models.performer import PerformerLM
 
 
@@ -50,6 +50,9 @@ def live(config: Config, step: int, model: PerformerLM | None = None) -> Live:
 class Watched:
     """One benchmark, its files read."""
 
+    longest: int  # residues of its longest protein
+    absent = ""  # what it names and leaves out, in a sentence
+
     def __init__(self, config: Config, own: Benchmark):
         self.own = own
         self.read(live(config, 0))
@@ -62,17 +65,11 @@ class Watched:
         """
         raise NotImplementedError
 
-    @property
-    def longest(self) -> int:
-        """Residues of its longest protein."""
-        raise NotImplementedError
+    def parts(self, source: Source) -> list[Callable[[], Any]]:
+        """The parts that the ranks share, as many on each, of which a rank calls its own.
 
-    def parts(self, source: Source) -> int:
-        """How many parts the ranks share."""
-        return 1
-
-    def part(self, source: Source, number: int) -> Any:
-        """What comes of one part, as JSON can hold it. Raises LongseqError for a model that predicts no numbers."""
+        A part gives what JSON can hold. Raises LongseqError for a model that predicts no numbers.
+        """
         raise NotImplementedError
 
     def points(self, found: Sequence[Any]) -> dict[str, float]:
@@ -82,10 +79,22 @@ class Watched:
 
 class _Assays(Watched):
     def read(self, source: Source) -> None:
-        self.entries: list[Entry] = collection(Path(self.own.path), None, self.own.assays).entries
+        found = collection(Path(self.own.path), None, self.own.assays)
+        self.entries: list[Entry] = found.entries
+        absent = [name for name in found.absent if name not in [entry.assay.id for entry in self.entries]]
+        if absent and self.own.assays:
+            raise LongseqError(f"{self.own.path}: the file of assay {absent[0]} is not here: unpack it, or leave it out.")
+        if absent:
+            self.absent = f"{len(absent):,} assays of {self.own.path} are left out, as their files are not here."
         self.scans = [self._thinned(scan(entry.file, entry.cutoff)) for entry in self.entries]
-        for entry in self.entries:
-            record_of(source, entry.assay.id, entry.target, f"{entry.assay.id}, target_seq")
+        self.longest = 0
+        for entry, each in zip(self.entries, self.scans, strict=True):
+            wild = record_of(source, entry.assay.id, entry.target, f"{entry.assay.id}, target_seq")
+            mutants = [] if each.kind == SUBSTITUTIONS else each.sequences(source)
+            self.longest = max([self.longest, *(record.length for record in (wild, *mutants))])
+            if each.kind == SUBSTITUTIONS:
+                each.variants(wild)
+            _refuse_alike(each.measured.tolist(), str(entry.file))
 
     def _thinned(self, whole: Scan) -> Scan:
         kept = spread(range(len(whole.mutants)), self.own.records)
@@ -97,18 +106,14 @@ class _Assays(Watched):
             fit=None if whole.fit is None else whole.fit[kept],
         )
 
-    @property
-    def longest(self) -> int:
-        return max(entry.assay.length for entry in self.entries)
+    def parts(self, source: Source) -> list[Callable[[], Any]]:
+        return [partial(self._part, source, *each) for each in zip(self.entries, self.scans, strict=True)]
 
-    def parts(self, source: Source) -> int:
-        return len(self.entries)
-
-    def part(self, source: Source, number: int) -> Any:
+    def _part(self, source: Source, entry: Entry, each: Scan) -> float:
         from longseq.evaluation.field.fitness import fitness
 
-        how = self.entries[number], self.scans[number], 0, both_directions(source, None)
-        return fitness(source, source.load(), *how)[1].measures["Spearman"]
+        found = fitness(source, source.load(), entry, each, 0, both_directions(source, None))
+        return found[1].measures["Spearman"]
 
     def points(self, found: Sequence[Any]) -> dict[str, float]:
         kinds = sorted({each.kind for each in self.scans}, reverse=True)
@@ -130,24 +135,16 @@ class _Scan(Watched):
         self.asked = Variants(
             whole.wild, [whole.variants[number] for number in kept], [whole.measured[number] for number in kept]
         )
+        self.longest = whole.wild.length
+        _refuse_alike(self.asked.measured, self.own.path)
 
-    @property
-    def longest(self) -> int:
-        return self.asked.wild.length
-
-    def _work(self, source: Source) -> Effects:
+    def parts(self, source: Source) -> list[Callable[[], Any]]:
         from longseq.evaluation.work import Effects
 
+        # One for all parts: it scores the wild type once.
         work = Effects(Job("effects", "", self.own.wild_type, options={"both": both_directions(source, None)}), source)
         work.asked = self.asked
-        return work
-
-    def parts(self, source: Source) -> int:
-        return sum(1 for _ in self._work(source).groups())
-
-    def part(self, source: Source, number: int) -> Any:
-        work = self._work(source)
-        return work.rows(list(work.groups())[number])
+        return [partial(work.rows, group) for group in work.groups()]
 
     def points(self, found: Sequence[Any]) -> dict[str, float]:
         effects = np.empty(len(self.asked.variants))
@@ -164,10 +161,13 @@ class _Chains(Watched):
         folds(len(self.chains), self.own.train, 0)
         for chain in self.chains:
             record_of(source, chain.id, chain.sequence, f"chain {chain.id}")
+        self.longest = max(len(chain.sequence) for chain in self.chains)
 
-    @property
-    def longest(self) -> int:
-        return max(len(chain.sequence) for chain in self.chains)
+    def parts(self, source: Source) -> list[Callable[[], Any]]:
+        return [partial(self._part, source)]
+
+    def _part(self, source: Source) -> dict[str, float]:
+        raise NotImplementedError
 
     def points(self, found: Sequence[Any]) -> dict[str, float]:
         (points,) = found
@@ -177,7 +177,7 @@ class _Chains(Watched):
 class _Contacts(_Chains):
     needed = "contacts"
 
-    def part(self, source: Source, number: int) -> Any:
+    def _part(self, source: Source) -> dict[str, float]:
         from longseq.evaluation.field.contacts import benchmark_contacts
 
         own = self.own
@@ -193,12 +193,21 @@ class _Contacts(_Chains):
 class _Structure(_Chains):
     needed = "secondary_structure"
 
-    def part(self, source: Source, number: int) -> Any:
+    def _part(self, source: Source) -> dict[str, float]:
         from longseq.evaluation.field.structure import benchmark_structure
 
         own = self.own
         (model,) = benchmark_structure(own.path, source, train=own.train, records=own.records).models
         return {"accuracy": model.probe.accuracy}
+
+
+def _refuse_alike(measured: Sequence[float | None], path: str) -> None:
+    """Refuse measurements that no effects can be in the order of."""
+    if len(set(measured)) < 2:
+        raise LongseqError(
+            f"{path}: {len(measured):,} mutants of one DMS_score, which have no rank correlation: give records=0, or more "
+            "of them."
+        )
 
 
 _KINDS: dict[str, type[Watched]] = {

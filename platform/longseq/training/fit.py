@@ -180,7 +180,7 @@ def build_trainer(
             *([LengthWarmup(config, start)] if settings.length_warmup_steps else []),
             *([WeightAverage(config, checkpoint)] if settings.ema_decay else []),
             *([Patience(run, config)] if config.finetune.table and config.finetune.patience else []),
-            *([Benchmarks(config, curves, clock)] if settings.benchmarks else []),
+            *([Benchmarks(config, stop, curves, clock)] if settings.benchmarks else []),
             checkpointing,
             *([Stragglers(config, curves, clock, vitals)] if settings.slow_factor else []),
             Times(curves, clock),

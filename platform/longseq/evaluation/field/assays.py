@@ -14,6 +14,9 @@ from longseq.errors import LongseqError
 from longseq.evaluation.field.averages import Assay
 from longseq.evaluation.field.measures import Floats, Labels
 from longseq.evaluation.field.tables import columns, number, rows
+from longseq.evaluation.records import Record, record_of
+from longseq.evaluation.variants import Variant, parse
+from longseq.trained_model import Source
 
 SUBSTITUTIONS, INDELS = "substitutions", "indels"
 KINDS = (SUBSTITUTIONS, INDELS)
@@ -49,6 +52,16 @@ class Scan:
     places: list[str]
     measured: Floats
     fit: Labels | None
+
+
+    def variants(self, wild: Record) -> list[Variant]:
+        """Substitutions, held against the target. Raises LongseqError naming file and line of one that does not fit."""
+        return [parse(text, wild, place) for text, place in zip(self.mutants, self.places, strict=True)]
+
+    def sequences(self, source: Source) -> list[Record]:
+        """Indels, as a model reads them. Raises LongseqError naming file and line of one that it cannot read."""
+        both = zip(self.mutants, self.places, strict=True)
+        return [record_of(source, place, text.upper(), place) for text, place in both]
 
 
 @dataclass(frozen=True)

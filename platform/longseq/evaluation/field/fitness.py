@@ -11,7 +11,7 @@ from longseq.evaluation.field.baselines import baselines
 from longseq.evaluation.field.measures import Floats, Result, above_median, measures, measures_by_depth
 from longseq.evaluation.likelihood import causal, effects, pseudo
 from longseq.evaluation.records import Record, batches, record_of
-from longseq.evaluation.variants import Variant, parse
+from longseq.evaluation.variants import Variant
 from longseq.models.performer import PerformerLM
 from longseq.trained_model import Source
 
@@ -30,7 +30,7 @@ def fitness(
     """
     wild = record_of(source, entry.assay.id, entry.target, f"{entry.assay.id}, target_seq")
     if scan.kind == SUBSTITUTIONS:
-        variants = [parse(text, wild, place) for text, place in zip(scan.mutants, scan.places, strict=True)]
+        variants = scan.variants(wild)
         found = effects(model, source.vocabulary, wild, variants, source.causal, both)
         scores = np.array([effect for _, effect in found])
     else:
@@ -40,11 +40,8 @@ def fitness(
 
 
 def _of_sequences(source: Source, model: PerformerLM, wild: Record, scan: Scan, passes: int, both: bool) -> Floats:
-    mutants = [
-        record_of(source, place, text.upper(), place) for text, place in zip(scan.mutants, scan.places, strict=True)
-    ]
     found: list[float] = []
-    for group in batches([wild, *mutants], lambda record: len(record.row)):
+    for group in batches([wild, *scan.sequences(source)], lambda record: len(record.row)):
         rows = [record.row for record in group]
         if source.causal:
             found += causal(model, source.vocabulary, rows, both=both)
