@@ -12,7 +12,6 @@ from typing import Any
 
 from longseq.commands.numbers import natural, positive
 from longseq.errors import LongseqError
-from longseq.evaluation.records import DIRECTIONS
 from longseq.trained_model import TARGET_HELP
 
 TAKE_OVER_HELP = (
@@ -66,6 +65,8 @@ def add_devices(parser: argparse.ArgumentParser) -> None:
 
 def add_direction(parser: argparse.ArgumentParser) -> None:
     """Which way a causal model reads proteins."""
+    from longseq.evaluation.records import DIRECTIONS  # which verbs without this option need not import
+
     parser.add_argument(
         "--direction",
         choices=DIRECTIONS,

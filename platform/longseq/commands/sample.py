@@ -78,8 +78,8 @@ def run(args: argparse.Namespace) -> int:
     samples = sample(source, prompt=args.prompt, number=args.number or 1, length=length, clock=clock, **how)
     if reverse := source.config.data.reverse:
         told(
-            f"trained on both directions (data.reverse={reverse:g}): about that share of the sequences runs from the last "
-            "residue to the first, and nothing marks them"
+            f"trained on both directions (data.reverse={reverse:g}): about that share of the sequences runs from the "
+            "last residue to the first, and nothing marks them"
         )
     ready()
     with output(args.out, args.context) as out:

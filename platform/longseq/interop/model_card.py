@@ -85,7 +85,7 @@ def _training(source: Source) -> Iterator[str]:
         yield f"{optim.schedule} after {optim.warmup_steps} steps of warm-up, "
         yield f"weight decay {optim.weight_decay:g}, clip {optim.clip:g}; {config.trainer.precision}\n"
     if data.reverse:
-        yield f"- both directions: a share of {data.reverse:g} from the last residue to the first, and so it writes them\n"
+        yield f"- both directions: a share of {data.reverse:g} from the last residue to the first, as it writes, too\n"
     if config.model.init_from:
         yield f"- began with the weights of {Path(config.model.init_from).name}\n"
     yield from _data(source)

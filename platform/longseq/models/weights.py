@@ -26,7 +26,9 @@ def whole_tensors(model: nn.Module, sharded: bool) -> Iterator[tuple[str, Tensor
     sharded: whether DeepSpeed has cut the weights up (ZeRO-3).
     """
     persistent = model.state_dict().keys()
-    yield from ((name, each.detach()) for name, each in model.named_buffers() if name in persistent)  # on all ranks alike
+    yield from (
+        (name, each.detach()) for name, each in model.named_buffers() if name in persistent
+    )  # on all ranks alike
     for name, parameter in model.named_parameters():
         if sharded:
             import deepspeed

@@ -83,7 +83,9 @@ class _Assays(Watched):
         self.entries: list[Entry] = found.entries
         absent = [name for name in found.absent if name not in [entry.assay.id for entry in self.entries]]
         if absent and self.own.assays:
-            raise LongseqError(f"{self.own.path}: the file of assay {absent[0]} is not here: unpack it, or leave it out.")
+            raise LongseqError(
+                f"{self.own.path}: the file of assay {absent[0]} is not here: unpack it, or leave it out."
+            )
         if absent:
             self.absent = f"{len(absent):,} assays of {self.own.path} are left out, as their files are not here."
         self.scans = [self._thinned(scan(entry.file, entry.cutoff)) for entry in self.entries]

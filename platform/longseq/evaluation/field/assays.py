@@ -53,7 +53,6 @@ class Scan:
     measured: Floats
     fit: Labels | None
 
-
     def variants(self, wild: Record) -> list[Variant]:
         """Substitutions, held against the target. Raises LongseqError naming file and line of one that does not fit."""
         return [parse(text, wild, place) for text, place in zip(self.mutants, self.places, strict=True)]
