@@ -26,9 +26,8 @@ def whole_tensors(model: nn.Module, sharded: bool) -> Iterator[tuple[str, Tensor
     sharded: whether DeepSpeed has cut the weights up (ZeRO-3).
     """
     persistent = model.state_dict().keys()
-    yield from (
-        (name, each.detach()) for name, each in model.named_buffers() if name in persistent
-    )  # on all ranks alike
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}  # the same on all ranks
+    yield from ((name, buffer.detach()) for name, buffer in buffers.items())
     for name, parameter in model.named_parameters():
         if sharded:
             import deepspeed

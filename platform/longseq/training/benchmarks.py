@@ -83,19 +83,18 @@ class _Assays(Watched):
         self.entries: list[Entry] = found.entries
         absent = [name for name in found.absent if name not in [entry.assay.id for entry in self.entries]]
         if absent and self.own.assays:
-            raise LongseqError(
-                f"{self.own.path}: the file of assay {absent[0]} is not here: unpack it, or leave it out."
-            )
+            raise LongseqError(f"{self.own.path}: assay {absent[0]} has no file here: unpack it, or leave it out.")
         if absent:
             self.absent = f"{len(absent):,} assays of {self.own.path} are left out, as their files are not here."
         self.scans = [self._thinned(scan(entry.file, entry.cutoff)) for entry in self.entries]
         self.longest = 0
         for entry, each in zip(self.entries, self.scans, strict=True):
             wild = record_of(source, entry.assay.id, entry.target, f"{entry.assay.id}, target_seq")
-            mutants = [] if each.kind == SUBSTITUTIONS else each.sequences(source)
-            self.longest = max([self.longest, *(record.length for record in (wild, *mutants))])
+            self.longest = max(self.longest, wild.length)
             if each.kind == SUBSTITUTIONS:
                 each.variants(wild)
+            else:
+                self.longest = max(self.longest, *(mutant.length for mutant in each.sequences(source)))
             _refuse_alike(each.measured.tolist(), str(entry.file))
 
     def _thinned(self, whole: Scan) -> Scan:
@@ -207,8 +206,8 @@ def _refuse_alike(measured: Sequence[float | None], path: str) -> None:
     """Refuse measurements that no effects can be in the order of."""
     if len(set(measured)) < 2:
         raise LongseqError(
-            f"{path}: {len(measured):,} mutants of one DMS_score, which have no rank correlation: give records=0, or more "
-            "of them."
+            f"{path}: {len(measured):,} mutants of one DMS_score, which have no rank correlation: give more, or "
+            "records=0."
         )
 
 

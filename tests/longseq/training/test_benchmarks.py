@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import warnings
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import longseq as api
 from command_line import curve
 from longseq.config.loading import load_config, save_config
 from longseq.config.schema import Config
+from longseq.config.training import TrainerConfig
 from longseq.data import identities, resolve_sources
 from longseq.errors import ConfigError, LongseqError
 from longseq.evaluation.field.chains import spread
 from longseq.evaluation.field.measures import spearman
 from longseq.launch.before import check_benchmarks
+from longseq.models.performer import PerformerLM
 from longseq.runs.run import Run
 from longseq.training.benchmarks import live, shared, watched
+from longseq.training.callbacks.benchmarks import _as_read
 from longseq.training.callbacks.stopping import StopFlag
 from longseq.training.fit import fit
 from longseq.training.vitals import Vitals
@@ -28,6 +34,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 WILD = "MKVLAACDEFGHIKLMNPQRSTVWY"
 LETTERS = "ACDEFGHIKLMNPQRSTVWY"
+OF_KEYS = {each.name: each for each in dataclasses.fields(TrainerConfig)}
 TINY = (
     *("model.dim=32", "model.depth=2", "model.heads=2", "model.ffn_dim=48", "model.dropout=0.1"),
     *("attention.features=16", "attention.redraw_every=3", "optim.lr=0.02", "optim.warmup_steps=1"),
@@ -74,11 +81,17 @@ def config_of(here: Path, listed: str, *overrides: str) -> Config:
 
 
 class Told(Vitals):
-    """Remembers what it is told."""
+    """Remembers what it is told. stop: is set at the third pass of benchmark states."""
+
+    def __init__(self, stop: StopFlag | None = None):
+        super().__init__()
+        self.stop = stop
 
     def at(self, doing: str) -> None:
         super().at(doing)
         said[doing] += 1
+        if self.stop and said["benchmark states"] == 3:
+            self.stop.requested = True
 
 
 said: Counter[str] = Counter()
@@ -172,7 +185,115 @@ def test_files_are_read_before_the_training_begins(here):
         check_benchmarks(config_of(here, LISTED, *text))
     positions = ("model.position=learned", "model.max_positions=26")
     with pytest.raises(ConfigError, match="27 tokens with its ends, and the model has positions for 26"):
-        check_benchmarks(config_of(here, "  benchmarks: [{kind: proteingym, path: gym, assays: [ONE]}]\n", *positions))
+        check_benchmarks(config_of(here, ONE, *positions))
+
+
+ONE = "  benchmarks: [{kind: proteingym, path: gym, assays: [ONE]}]\n"
+
+
+def test_assays_are_held_against_the_model_before_the_training_begins(here, capsys):
+    one = here / "gym/one.csv"
+    rows = one.read_text()
+    one.write_text(f"{rows}A999V,3\n")
+    with pytest.raises(ConfigError, match=r"one\.csv, line 49: A999V does not fit: ONE has 25 residues"):
+        check_benchmarks(config_of(here, ONE))
+    one.write_text(f"mutated_sequence,DMS_score\n{WILD[1:]},1\n{WILD}ACDEFACDEF,2\n")
+    check_benchmarks(config_of(here, ONE))
+    positions = ("model.position=learned", "model.max_positions=36")
+    with pytest.raises(ConfigError, match="a protein of 37 tokens with its ends, and the model has positions for 36"):
+        check_benchmarks(config_of(here, ONE, *positions))
+    one.write_text(f"mutated_sequence,DMS_score\n{WILD[1:]},1\nMK?,2\n")
+    with pytest.raises(ConfigError, match=r"one\.csv, line 3: .*'\?'"):
+        check_benchmarks(config_of(here, ONE))
+    one.write_text(rows)
+    assert capsys.readouterr().err == ""
+    with pytest.raises(ConfigError, match="gym: assay TWO has no file here: unpack it, or leave it out"):
+        check_benchmarks(config_of(here, ONE.replace("[ONE]", "[ONE, TWO]")))
+    check_benchmarks(config_of(here, ONE.replace(", assays: [ONE]", "")))
+    assert "benchmark gym: 1 assays of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("entry", ["{kind: variants, path: scan.csv, wild_type: wild.fasta", ONE[15:-3]])
+def test_mutants_without_an_order_are_refused(here, entry):
+    check_benchmarks(config_of(here, f"  benchmarks: [{entry}, records: 2}}]\n"))
+    with pytest.raises(ConfigError, match=r"\.csv: 1 mutants of one DMS_score, which have no rank correlation"):
+        check_benchmarks(config_of(here, f"  benchmarks: [{entry}, records: 1}}]\n"))
+    for path in ("scan.csv", "gym/one.csv"):
+        (here / path).write_text("mutant,DMS_score\nM1A,2\nK2A,2\n")
+    with pytest.raises(ConfigError, match=r"\.csv: 2 mutants of one DMS_score"):
+        check_benchmarks(config_of(here, f"  benchmarks: [{entry}}}]\n"))
+
+
+def test_a_curve_without_a_value_is_said_once(here, capfd):
+    rows = [json.loads(line) for line in (here / "chains.jsonl").read_text().splitlines()]
+    (here / "chains.jsonl").write_text("".join(json.dumps({**row, "contacts": [[0, 7]]}) + "\n" for row in rows))
+    trained(here, "one", listed="  benchmarks: [{kind: contacts, path: chains.jsonl, every: 3, train: 3}]\n")
+    said = [line for line in capfd.readouterr().err.splitlines() if "benchmark chains has no" in line]
+    assert len(said) == 1, said
+    assert "medium_L" in said[0]
+    assert "at step 3: not defined for what it found." in said[0]
+
+
+def test_the_example_of_the_key_is_a_configuration(here):
+    shown = OF_KEYS["benchmarks"].metadata["meaning"].partition(": ")[2]
+    (here / "FOLDER").mkdir()
+    names = [entry["name"] for entry in config_of(here, f"  benchmarks: {shown}\n").trainer.benchmarks]
+    assert names == ["FOLDER", "scan", "contacts", "structure"]
+
+
+def test_a_stop_waits_for_no_benchmark(here, capfd):
+    said.clear()
+    config = config_of(here, LISTED, "run.name=one", "trainer.checkpoint_every=100")
+    run = Run.create(config, default_name="unused")
+    run.record_data(identities(config))
+    stop = StopFlag()
+    assert not fit(run, config, None, stop, Told(stop))
+    assert said["benchmark states"] == 3, "the pass under way was the last one"
+    assert [each.step for each in run.checkpoints()] == [3]
+    with pytest.raises(KeyError):
+        curve(run.path, "benchmark/states/accuracy")
+    assert "benchmark states has no point at step 3: the training is to stop." in capfd.readouterr().err
+    stop = StopFlag()
+    stop.time_limit = 0.0
+    assert not fit(run, config, run.newest_checkpoint()[0], stop, Told())
+    assert [each.step for each in run.checkpoints()][-1] == 4
+    assert "benchmark gym, chains: no point" not in capfd.readouterr().err.replace("scan, ", "")
+    assert said["benchmark scan"] == said["benchmark states"] - 1
+
+
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+def test_a_scan_reads_its_wild_type_once(here, objective):
+    wild = WILD * 60  # 1,502 tokens: two at once
+    (here / "wild.fasta").write_text(f">w\n{wild}\n")
+    given = f"model.objective={objective}"
+    config = config_of(
+        here, "  benchmarks: [{kind: variants, path: scan.csv, wild_type: wild.fasta, records: 9}]\n", given
+    )
+    source = live(config, 0)
+    model = PerformerLM(source.reading_spec("cpu")).eval()
+    passes: list[int] = []
+    model.embedding.register_forward_pre_hook(lambda _, given: passes.append(len(given[0])))
+    (each,) = watched(config)
+    parts = each.parts(live(config, 0, model))
+    found = [part() for part in parts]
+    assert passes == ([1] if objective == "causal" else []) + [2, 2, 2, 2, 1]
+    passes.clear()
+    alone = [each.parts(live(config, 0, model))[number]() for number in range(len(parts))]
+    assert alone == found
+    effects = dict(row for part in found for row in part)
+    assert sorted(effects) == list(range(9))
+    assert len(set(effects.values())) == 9
+
+
+def test_a_copy_asks_no_other_gpu_for_its_random_state(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    before = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with _as_read(torch.device("cpu")):
+            torch.rand(3)
+            assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_run_opens_where_its_benchmarks_are_not(here):
@@ -202,5 +323,5 @@ def test_records_limit_each_scan(here):
     first, gym, *_ = watched(config)
     assert len(first.asked.variants) == 10
     assert [len(each.mutants) for each in gym.scans] == [7, 7]
-    assert gym.parts(live(config, 0)) == 2
+    assert len(gym.parts(live(config, 0))) == 2
     assert gym.points([0.5, 0.25]) == {"spearman": 0.5, "spearman_indels": 0.25}
