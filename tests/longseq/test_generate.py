@@ -153,3 +153,27 @@ def test_generation_goes_on_from_a_state_that_is_given(exported, way):
         name = "cache" if "cache" in before else "past_key_values"
         again = theirs.generate(ids, max_new_tokens=9, **{name: before[name]}, **WAYS[way])
         assert again.tolist() == whole.tolist(), known
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0  # padded in front
+    whole = theirs.generate(ids, attention_mask=mask, max_new_tokens=9, **WAYS[way])
+    before = theirs(ids[:, :7], attention_mask=mask[:, :7], use_cache=True)[name]
+    again = theirs.generate(ids, attention_mask=mask, max_new_tokens=9, **{name: before}, **WAYS[way])
+    assert again.tolist() == whole.tolist()
+
+
+def test_a_state_that_does_not_fit_the_prompts_is_refused(exported):
+    _, theirs, tokenizer = exported
+    ids = tokenizer(["MKVLAACDEF", "WYXCCAMKVL"], return_tensors="pt")["input_ids"]
+    longer, length = torch.cat([ids, ids[:, 1:2]], 1), ids.shape[1]
+    padded = torch.ones_like(ids)
+    padded[1, -3:] = 0  # on the right
+    name = "cache" if "cache" in theirs(ids, use_cache=True) else "past_key_values"
+    for read, mask, left in (
+        ((longer[:, :length], None), None, "0, 0"),
+        ((longer, None), None, "-1, -1"),
+        ((ids[:, :4], None), padded, f"{length - 4}, {length - 7}"),
+        ((ids[:, :7], padded.flip(1)[:, :7]), padded, f"{length - 7}, {length - 7}"),  # the last of them padding
+    ):
+        before = theirs(read[0], attention_mask=read[1], use_cache=True)[name]
+        with pytest.raises(LongseqError, match=f"leaves {left} tokens of the prompts to read: give prompts that go on"):
+            theirs.generate(ids, max_new_tokens=2, do_sample=False, attention_mask=mask, **{name: before})

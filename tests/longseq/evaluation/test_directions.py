@@ -101,6 +101,22 @@ def test_other_models_are_read_forward_unless_both_is_asked_for(trained, files, 
         api.score(run, "wild.fasta", direction="both", context="few.fasta")
 
 
+def test_samples_of_both_directions_are_said_to_be(trained, folder, capsys):
+    said = (
+        "longseq: trained on both directions (data.reverse=0.5): about that share of the sequences runs from the last"
+    )
+    for name, *keys in (BOTH, ("plain", "model.objective=causal")):
+        run = trained(name, *keys)
+        capsys.readouterr()
+        assert main(["sample", str(run), "--length", "3"]) == 0
+        out, err = capsys.readouterr()
+        assert out.startswith(">sample-0 ")
+        assert (said in err) == (name == "one")
+        api.export(run, folder / f"out-{name}")
+        card = (folder / f"out-{name}/README.md").read_text()
+        assert ("- both directions: a share of 0.5 from the last residue to the first" in card) == (name == "one")
+
+
 def test_an_exported_model_knows_its_directions_and_a_masked_one_has_none(trained, files, folder):
     run = trained(*BOTH)
     api.export(run, folder / "out")

@@ -81,7 +81,7 @@ def config_of(here: Path, listed: str, *overrides: str) -> Config:
 
 
 class Told(Vitals):
-    """Remembers what it is told. stop: is set at the third pass of benchmark states."""
+    """Remembers what it is told. stop: is set at the third pass of benchmark chains."""
 
     def __init__(self, stop: StopFlag | None = None):
         super().__init__()
@@ -90,7 +90,7 @@ class Told(Vitals):
     def at(self, doing: str) -> None:
         super().at(doing)
         said[doing] += 1
-        if self.stop and said["benchmark states"] == 3:
+        if self.stop and said["benchmark chains"] == 3:
             self.stop.requested = True
 
 
@@ -195,7 +195,7 @@ def test_assays_are_held_against_the_model_before_the_training_begins(here, caps
     one = here / "gym/one.csv"
     rows = one.read_text()
     one.write_text(f"{rows}A999V,3\n")
-    with pytest.raises(ConfigError, match=r"one\.csv, line 49: A999V does not fit: ONE has 25 residues"):
+    with pytest.raises(ConfigError, match=r"one\.csv, line 51: A999V does not fit: ONE has 25 residues"):
         check_benchmarks(config_of(here, ONE))
     one.write_text(f"mutated_sequence,DMS_score\n{WILD[1:]},1\n{WILD}ACDEFACDEF,2\n")
     check_benchmarks(config_of(here, ONE))
@@ -226,12 +226,16 @@ def test_mutants_without_an_order_are_refused(here, entry):
 
 def test_a_curve_without_a_value_is_said_once(here, capfd):
     rows = [json.loads(line) for line in (here / "chains.jsonl").read_text().splitlines()]
-    (here / "chains.jsonl").write_text("".join(json.dumps({**row, "contacts": [[0, 7]]}) + "\n" for row in rows))
+    (here / "chains.jsonl").write_text(
+        "".join(
+            json.dumps({**row, **{name: row[name][:20] for name in ("sequence", "secondary_structure")}}) + "\n"
+            for row in rows
+        )
+    )
     trained(here, "one", listed="  benchmarks: [{kind: contacts, path: chains.jsonl, every: 3, train: 3}]\n")
     said = [line for line in capfd.readouterr().err.splitlines() if "benchmark chains has no" in line]
     assert len(said) == 1, said
-    assert "medium_L" in said[0]
-    assert "at step 3: not defined for what it found." in said[0]
+    assert "benchmark chains has no long_L, long_L2, long_L5 at step 3: not defined for what it found." in said[0]
 
 
 def test_the_example_of_the_key_is_a_configuration(here):
@@ -243,22 +247,24 @@ def test_the_example_of_the_key_is_a_configuration(here):
 
 def test_a_stop_waits_for_no_benchmark(here, capfd):
     said.clear()
-    config = config_of(here, LISTED, "run.name=one", "trainer.checkpoint_every=100")
+    listed = LISTED.replace("every: 3", "every: 5")
+    config = config_of(here, listed, "run.name=one", "trainer.checkpoint_every=100")
     run = Run.create(config, default_name="unused")
     run.record_data(identities(config))
     stop = StopFlag()
     assert not fit(run, config, None, stop, Told(stop))
-    assert said["benchmark states"] == 3, "the pass under way was the last one"
-    assert [each.step for each in run.checkpoints()] == [3]
+    assert said["benchmark chains"] == 3, "the pass under way was the last one"
+    assert [each.step for each in run.checkpoints()] == [4]
     with pytest.raises(KeyError):
-        curve(run.path, "benchmark/states/accuracy")
-    assert "benchmark states has no point at step 3: the training is to stop." in capfd.readouterr().err
+        curve(run.path, "benchmark/chains/all_L")
+    assert list(curve(run.path, "benchmark/scan/spearman")) == [2, 4], "what was measured before has its point"
+    assert "benchmark chains has no point at step 4: the training is to stop." in capfd.readouterr().err
     stop = StopFlag()
     stop.time_limit = 0.0
     assert not fit(run, config, run.newest_checkpoint()[0], stop, Told())
-    assert [each.step for each in run.checkpoints()][-1] == 4
-    assert "benchmark gym, chains: no point" not in capfd.readouterr().err.replace("scan, ", "")
-    assert said["benchmark scan"] == said["benchmark states"] - 1
+    assert [each.step for each in run.checkpoints()] == [4, 5]
+    assert said["benchmark states"] == 0
+    assert "benchmark states: no point at step 5: the training is to stop." in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("objective", ["causal", "masked"])

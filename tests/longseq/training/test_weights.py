@@ -10,7 +10,7 @@ import torch
 from longseq.errors import RunError
 from longseq.models.performer import PerformerLM
 from longseq.models.spec import PerformerSpec
-from longseq.models.weights import full_state_dict, load_weights, save_weights
+from longseq.models.weights import full_state_dict, load_weights, save_weights, whole_tensors
 
 pytestmark = pytest.mark.interfaces
 
@@ -33,6 +33,19 @@ def test_a_saved_model_computes_the_same_again(tmp_path):
     load_weights(again, tmp_path / "w.safetensors")
     assert again.blocks[0].attention.oprf_a == model.blocks[0].attention.oprf_a < 0
     assert torch.equal(again(tokens), model(tokens))
+
+
+def test_whole_weights_are_seen_without_a_copy_and_a_model_is_made_on_its_device():
+    model = trained()
+    own = model.state_dict()
+    seen = dict(whole_tensors(model, sharded=False))
+    assert {name: t.data_ptr() for name, t in seen.items()} == {name: t.data_ptr() for name, t in own.items()}
+    state = torch.get_rng_state()
+    with torch.device("meta"):
+        made = PerformerLM(SPEC).state_dict()
+    assert made.keys() == own.keys()
+    assert all(tensor.is_meta for tensor in made.values())
+    assert torch.equal(torch.get_rng_state(), state), "nothing was drawn in the CPU's memory"
 
 
 @pytest.mark.parametrize("change", [{"kind": "exact"}, {"kernel": "softmax"}])
