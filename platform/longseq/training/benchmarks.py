@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from longseq.config.benchmarks import CONTACTS, PROTEINGYM, STRUCTURE, VARIANTS, Benchmark
+from longseq.config.benchmarks import ATTENTION, CONTACTS, PROTEINGYM, STRUCTURE, VARIANTS, Benchmark
 from longseq.config.schema import Config
 from longseq.data import vocabulary
 from longseq.errors import USER_ERRORS, ConfigError, LongseqError
@@ -159,7 +159,8 @@ class _Chains(Watched):
 
     def read(self, source: Source) -> None:
         self.chains: list[Chain] = spread(read_chains(Path(self.own.path), self.needed), self.own.records)
-        folds(len(self.chains), self.own.train, 0)
+        if self.own.method == ATTENTION:  # the Jacobian learns nothing
+            folds(len(self.chains), self.own.train, 0)
         for chain in self.chains:
             record_of(source, chain.id, chain.sequence, f"chain {chain.id}")
         self.longest = max(len(chain.sequence) for chain in self.chains)

@@ -177,6 +177,11 @@ def test_files_are_read_before_the_training_begins(here):
     (here / "chains.jsonl").write_text("\n".join([*chains[:2], "{}"]))
     with pytest.raises(ConfigError, match=r"benchmarks\[0\]: .*/chains\.jsonl, line 3: no JSON object"):
         check_benchmarks(config_of(here, "  benchmarks: [{kind: contacts, path: chains.jsonl, train: 1}]\n"))
+    (here / "chains.jsonl").write_text("\n".join(chains))
+    check_benchmarks(config_of(here, "  benchmarks: [{kind: contacts, path: chains.jsonl, method: jacobian}]\n"))
+    for kind in ("contacts", "structure"):
+        with pytest.raises(ConfigError, match=r"benchmarks\[0\]: 7 chains, and 20 to learn from"):
+            check_benchmarks(config_of(here, f"  benchmarks: [{{kind: {kind}, path: chains.jsonl}}]\n"))
     (here / "scan.csv").write_text("mutant,DMS_score\nA1V,3\n")
     with pytest.raises(ConfigError, match=r"scan\.csv, line 2: A1V does not fit"):
         check_benchmarks(config_of(here, LISTED))
