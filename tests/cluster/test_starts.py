@@ -29,11 +29,12 @@ LONG = ("data.batch_tokens=12288", "trainer.max_steps=60", "trainer.valid_every=
 
 @pytest.fixture
 def debian(login: Login) -> Iterator[None]:
-    """/etc/hosts of every node as Debian and Ubuntu write it."""
+    """/etc/hosts of every node as Debian and Ubuntu write it; the last one's name is not even in its own."""
     cluster = login.cluster
     for node in cluster.nodes if cluster.netns else ():
         hosts = cluster.folder / f"hosts-{node}"
-        hosts.write_text(f"127.0.0.1 localhost\n127.0.1.1 {node}\n10.77.0.1 login\n")
+        own = f"127.0.1.1 {node}\n" if node != cluster.nodes[-1] else ""
+        hosts.write_text(f"127.0.0.1 localhost\n{own}10.77.0.1 login\n")
         cluster.tell(node, f"mount --bind {hosts} /etc/hosts && touch {hosts}.bound")
     for node in cluster.nodes if cluster.netns else ():
         _until(lambda path=cluster.folder / f"hosts-{node}.bound": path.exists(), "a bound /etc/hosts")
@@ -45,7 +46,7 @@ def debian(login: Login) -> Iterator[None]:
 def test_a_misleading_address_a_taken_port_and_no_environment_do_not_keep_a_run_from_starting(
     login: Login, debian: None
 ) -> None:
-    """127.0.1.1 in /etc/hosts, MASTER_PORT in use on every node, and sbatch --export=NONE."""
+    """127.0.1.1 in /etc/hosts, a name that does not resolve, MASTER_PORT in use on every node, sbatch --export=NONE."""
     cluster = login.cluster
     job = int(cluster.run("sbatch", "--parsable", "--hold", "--wrap=true"))
     cluster.run("scancel", job)
@@ -70,6 +71,11 @@ def test_a_misleading_address_a_taken_port_and_no_environment_do_not_keep_a_run_
     (task,) = login.tasks(cluster.nodes[1]) if cluster.netns else login.tasks(cluster.nodes[0])[:1]
     environment = Path(f"/proc/{task}/environ").read_bytes().split(b"\0")
     assert b"MARK=it is here" in environment
+    if cluster.netns:
+        (nameless,) = login.tasks(cluster.nodes[-1])
+        inside = ("nsenter", "-t", nameless, "-m", "-u", "-n", "getent", "hosts")
+        assert cluster.run(*inside, cluster.nodes[-1], check=False) == ""
+        assert cluster.run(*inside, "login") != ""
     assert b"PYTHONSAFEPATH=1" in environment
     assert cluster.wait_for(job_id, *ENDED) == "COMPLETED", login.log(run)
     assert starts.numbers(run / "starts") == [1]
