@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +21,7 @@ from longseq_data.splits import SplitRule
 from longseq_data.tokenization import ids_of
 from longseq_data.vocabulary import ALPHABETS, BUILT_IN, IGNORE
 
+from .quotation import all_closed, may_swallow, swallows
 from .sources import URL, open_binary, reading_error
 
 Task = Literal["classification", "regression", "residue-classes", "residue-numbers"]
@@ -145,10 +143,10 @@ def read_table(source: str) -> Table:
     if len(columns[0]) < 2:
         raise DataError(f"{source}: a table without rows; it needs a header, and a row for each sequence.")
     for place, (name, column) in enumerate(zip(names, columns, strict=True)):
-        suspects = [row for row, cell in enumerate(column) if _may_swallow(cell, parse.delimiter, len(names))]
-        sure = (row for row in suspects if _swallows(column[row], parse.delimiter, len(names), place))
+        suspects = [row for row, cell in enumerate(column) if may_swallow(cell, parse.delimiter, len(names))]
+        sure = (row for row in suspects if swallows(column[row], parse.delimiter, len(names), place))
         row = next(sure, None)
-        if row is None and suspects and not _all_closed(source, parse.delimiter):
+        if row is None and suspects and not all_closed(source, parse.delimiter):
             row = suspects[0]
         if row is not None:
             raise DataError(
@@ -160,34 +158,6 @@ def read_table(source: str) -> Table:
 
 def _first_line(begin: bytes) -> str:
     return begin.split(b"\n", 1)[0].decode("utf-8-sig", "replace").strip("\r")
-
-
-def _may_swallow(cell: str, delimiter: str, width: int) -> bool:
-    """Whether a line inside a cell may be a row of the table."""
-    return "\n" in cell and any(line.count(delimiter) >= width - 1 for line in cell.split("\n")[1:])
-
-
-def _swallows(cell: str, delimiter: str, width: int, place: int) -> bool:
-    """Whether all lines are rows, up to the column of the mark that closes the cell: as many fields, and not as prose
-    has commas."""
-    inner, last = cell.split("\n")[1:-1], cell.split("\n")[-1]
-    prose = delimiter != "\t" and f"{delimiter} " in cell
-    return not prose and last.count(delimiter) == place and all(line.count(delimiter) == width - 1 for line in inner)
-
-
-def _all_closed(source: str, delimiter: str) -> bool:
-    """Whether each cell in quotation marks ends with its own: one that is not closed takes the next mark."""
-    limit = csv.field_size_limit(sys.maxsize)  # of all readers of this process
-    try:
-        with open_binary(source, "text") as file:
-            text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace", newline="")
-            for _ in csv.reader(text, delimiter=delimiter, strict=True):
-                pass
-    except csv.Error:
-        return False
-    finally:
-        csv.field_size_limit(limit)
-    return True
 
 
 def _delimiter(source: str, head: str) -> str:

@@ -138,7 +138,7 @@ def test_two_hundred_hostile_values_are_refused_or_harmless(tmp_path):
     for name in ("srun", "scontrol", "squeue", "module", "sleep", "mkdir"):
         (tools / name).write_text("#!/bin/sh\n")
         (tools / name).chmod(0o755)
-    (tmp_path / "run/slurm/evaluate-1.starts").mkdir(parents=True)
+    (tmp_path / "run/slurm/evaluate-1.fence").mkdir(parents=True)
     (tmp_path / "run/FINISHED").touch()  # what comes after it is the same in all
     values = hostile_values(200)
     assert len(values) == 200
