@@ -35,3 +35,17 @@ def plainly(row: list[int], number: int, rate: float, seed: int, size: int, toke
         a, b = sorted(int(draw * (len(body) + 1)) for draw in draws[1:])
         out += [*head, tokens.prefix, *body[:a], tokens.suffix, *body[b:], tokens.middle, *body[a:b], *tail]
     return out
+
+
+def original(row: npt.NDArray[np.integer], vocabulary: InfillVocabulary) -> npt.NDArray[np.integer]:
+    """The tokens of a row before its documents were laid out: (W,) to (W − 3 times those,)."""
+    out: list[npt.NDArray[np.integer]] = []
+    rest = row
+    while (begins := np.flatnonzero(rest == vocabulary.prefix)).size:
+        begin = int(begins[0])
+        second, third = (int(np.flatnonzero(rest == mark)[0]) for mark in (vocabulary.suffix, vocabulary.middle))
+        ends = np.flatnonzero(rest[third:] == vocabulary.eos)
+        end = third + int(ends[0]) if ends.size else len(rest)
+        out += [rest[:begin], rest[begin + 1 : second], rest[third + 1 : end], rest[second + 1 : third]]
+        rest = rest[end:]
+    return np.concatenate([*out, rest])
