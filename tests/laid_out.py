@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from longseq_data.randomness import stream_words, words
 from longseq_data.vocabulary import BOS, EOS, RESIDUES, InfillVocabulary
