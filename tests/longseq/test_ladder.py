@@ -95,9 +95,7 @@ def test_too_few_runs_and_a_loss_that_is_no_number_tell_no_law():
     for loss in (math.nan, math.inf, 0.0):
         made = points(CHINCHILLA)
         made[3] = made[3]._replace(loss=loss)
-        with pytest.raises(
-            LongseqError, match=rf"a loss of {loss:g} at 300,000 weights and 1,500,000 tokens is"
-        ):
+        with pytest.raises(LongseqError, match=rf"a loss of {loss:g} at 300,000 weights and 1,500,000 tokens is"):
             fit(made)
 
 
@@ -313,9 +311,15 @@ def test_three_real_rungs_are_runs_and_predict_the_next_size(folder, capsys):
         "1",
         "--sizes",
         "1000,2700,5000",
+        "--rates",
+        "0.02,1e20",
     ]
     assert main([*words, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    shown = capsys.readouterr()
+    assert "lr1e+20: diverged, and counts as the worst: " in shown.err
+    assert "the loss or its gradient is not finite at step " in shown.err
+    found = json.loads(shown.out)
+    assert found["rates"] == {"0.02": found["rungs"][0]["loss"], "1e+20": None}
     assert [rung["member"]["heads"] for rung in found["rungs"]] == [1, 2, 3]
     for rung in found["rungs"]:
         run = Run.open(rung["runs"][0])
