@@ -15,7 +15,7 @@ import numpy.typing as npt
 from longseq_data.errors import DataError, one_line
 from longseq_data.files import write_text
 from longseq_data.os_errors import explained
-from longseq_data.vocabulary import ALPHABETS, UNKNOWN, Vocabulary
+from longseq_data.vocabulary import ALPHABETS, INFILL_MARKS, UNKNOWN, Vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -29,6 +29,8 @@ SPECIAL_NAMES: dict[str, tuple[str, ...]] = {
     "pad": ("<pad>", "[PAD]", "<|pad|>"),
     "mask": ("<mask>", "[MASK]"),
 }
+# What the marks of infilling are called in an exported tokenizer; the second where it has a token of the first name.
+INFILL_NAMES = tuple((mark, f"<longseq-{mark[5:]}") for mark in INFILL_MARKS)
 SPECIAL = tuple(names[0] for names in SPECIAL_NAMES.values())
 
 
@@ -72,7 +74,11 @@ def tokenizer_vocabulary(path: str) -> Vocabulary:
     special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
     names = {id_: name for name, id_ in ids.items()}
     known = {name for every in SPECIAL_NAMES.values() for name in every}
-    size = ordinary = max(ids.values()) + 1
+    size = max(ids.values()) + 1
+    last = [names.get(size - len(INFILL_NAMES) + place) for place in range(len(INFILL_NAMES))]
+    if all(name in special and name in marks for name, marks in zip(last, INFILL_NAMES, strict=True)):
+        size -= len(last)  # of an exported model that fills in: they are behind its vocabulary
+    ordinary = size
     while names.get(ordinary - 1) in special & known:
         ordinary -= 1
     found: dict[str, int] = {}

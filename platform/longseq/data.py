@@ -32,6 +32,7 @@ from longseq_data.samples.streaming import StreamSpec
 from longseq_data.vocabulary import InfillVocabulary, Vocabulary
 
 SPLITS = ("train", "valid", "test", "ood")
+_FIM_RATE = 0.5  # of data.fim_rate that is not given
 
 
 def resolve_sources(config: Config) -> None:
@@ -224,7 +225,9 @@ def _spec(config: Config, split: str, where: Where, seed: int) -> Samples:
     """The samples of one source."""
     data = config.data
     objective = "causal" if config.causal else "masked"
-    fim_rate = data.fim_rate if config.model.objective == "fim" else None
+    fim_rate = None
+    if config.model.objective == "fim":
+        fim_rate = _FIM_RATE if data.fim_rate is None else data.fim_rate
     if where.corpus:
         return CorpusSpec(
             path=where.corpus,

@@ -23,6 +23,10 @@ class RunError(LongseqError):
     """A run folder or a checkpoint that cannot be used as asked."""
 
 
+class DivergedError(LongseqError):
+    """A training whose loss or gradient is no number any more, or far above those before."""
+
+
 class PassingError(LongseqError):
     """A file system that has failed in a way that may pass: a job starts again, as after a crash."""
 

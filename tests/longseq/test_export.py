@@ -6,6 +6,7 @@ import importlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,6 +107,8 @@ def test_marks_of_infilling_have_the_ids_behind_all_others_in_the_tokenizer(trai
     found = tokenizer("<fim_prefix>MK<fim_suffix>W<fim_middle>", add_special_tokens=False)["input_ids"]
     assert [each for each in found if each >= size] == [size, size + 1, size + 2]
     assert (found[0], found[-1], len(tokenizer)) == (size, size + 2, size + 3)
+    again, own = find("out").vocabulary, find(run.path).vocabulary
+    assert replace(again, name="") == replace(own, name="")  # the marks that the file has are not counted twice
 
 
 def test_x_is_a_residue_and_no_special_token(trained):

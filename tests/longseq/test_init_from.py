@@ -99,6 +99,9 @@ def test_a_model_that_does_not_fit_is_refused_in_one_sentence(exported, folder):
     config = load_config("small.yaml", ["data.train=book.txt", "model.init_from=model", "data.tokenizer=bytes"])
     with pytest.raises(ConfigError, match=r"a model of 29 protein tokens, but the data are read as 260 bytes tokens"):
         check_origin(config)
+    config = load_config("small.yaml", [DATA, "model.init_from=model", "model.objective=fim"])
+    with pytest.raises(ConfigError, match=r"=masked is not trained on with model\.objective=fim: .* take .*=causal"):
+        check_origin(config)
     config = load_config("small.yaml", [DATA, "model.init_from=model", "model.dim=64"])
     with pytest.raises(RunError, match=r"is \(48, 32\), the configured model wants \(48, 64\)|wants"):
         begin_with(PerformerLM(config.performer_spec(29)), check_origin(config))

@@ -14,7 +14,7 @@ import longseq
 from longseq.cli import main
 from longseq.config.loading import load_config
 from longseq.data import resolve_sources
-from longseq.errors import LongseqError
+from longseq.errors import DivergedError, LongseqError
 from longseq.evaluation.evaluate import Evaluation
 from longseq.experiments import ladder as ladders
 from longseq.experiments.ladder import family, ladder
@@ -89,9 +89,14 @@ def test_an_interval_of_both_terms_is_around_the_truth_and_none_where_a_fit_has_
     assert (three.low, three.high) == (None, None)
 
 
-def test_too_few_runs_tell_no_law():
+def test_too_few_runs_and_a_loss_that_is_no_number_tell_no_law():
     with pytest.raises(LongseqError, match="2 runs of 2 sizes tell no law"):
         fit(points(CHINCHILLA, budgets=(20,))[:2])
+    for loss in (math.nan, math.inf, 0.0):
+        made = points(CHINCHILLA)
+        made[3] = made[3]._replace(loss=loss)
+        with pytest.raises(LongseqError, match=rf"a loss of {loss:g} at 300,000 weights and 1,500,000 tokens is"):
+            fit(made)
 
 
 @pytest.fixture
@@ -153,7 +158,7 @@ def test_weights_and_rates_of_a_width_are_scaled_as_the_table_says(wide, name):
 
 def test_without_a_width_of_the_rate_groups_are_those_of_before(wide):
     task = LanguageModelling(wide(4))
-    groups = build_optimizer(task.model, task.config.optim).param_groups
+    groups = build_optimizer(task.model, task.config.optim, 32).param_groups
     assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.02, 0.1), (0.02, 0.0)]
 
 
@@ -181,6 +186,15 @@ class Scaled(Recorder):
     """Runs whose losses follow a law, and a rate that is best."""
 
     law, best = Law(1.5, 60.0, 0.5, 40.0, 0.4), 0.02
+
+    diverges = math.inf  # from this rate on
+
+    def _trained(self, verb, folder):
+        training = super()._trained(verb, folder)
+        if Run.open(folder).config().optim.lr >= self.diverges:
+            (folder / "FINISHED").unlink()
+            raise DivergedError("the loss is not finite")
+        return training
 
     def evaluate(self, run, settings):
         assert settings.splits == ("valid",)
@@ -234,9 +248,53 @@ def test_a_best_rate_at_the_end_of_those_tried_is_said(wide):
     assert "optim.lr=0.04 was best, the smallest that was tried: one beyond may be better" in said
 
 
+def test_a_rate_that_diverges_is_the_worst_and_is_not_tried_again(wide):
+    class Wild(Scaled):
+        diverges = 0.03
+
+    said: list[str] = []
+    verbs, rates = Wild(), (0.01, 0.02, 0.04)
+    found = climbed(verbs, rates=rates, tell=said.append)
+    assert (found.lr, found.rates[0.04]) == (0.02, math.inf)
+    assert sum("diverged, and counts as the worst: the loss is not finite" in line for line in said) == 1
+    assert json.loads((found.folder / "ladder.json").read_text())["rates"]["0.04"] is None
+    assert ", 0.04: diverged." in table(found)
+    again = Wild()
+    assert climbed(again, rates=rates).rates == found.rates
+    assert again.trained == []
+    with pytest.raises(LongseqError, match=r"rates=0\.04,0\.08: all diverged; take lower ones"):
+        climbed(Wild(), rates=(0.04, 0.08))
+    Wild.diverges = 0.01
+    with pytest.raises(DivergedError):  # of what is fitted, none may
+        climbed(Wild(), out="other")
+
+
+def test_budgets_below_one_and_close_to_each_other_are_lines_of_their_own(wide, monkeypatch):
+    from matplotlib.axes import Axes
+
+    found = climbed(Scaled(), tokens_per_parameter=(0.2, 1.0, 1.4))
+    assert {rung.budget for rung in found.rungs} == {0.2, 1.0, 1.4}
+    lines = []
+    plot = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda axes, x, *a, **k: lines.append((len(x), k)) or plot(axes, x, *a, **k))
+    draw(found)
+    assert [of.get("label") for _, of in lines[1::2]] == [f"{n} tokens per weight" for n in ("0.2", "1", "1.4")]
+    assert [points for points, _ in lines[::2]] == [3, 3, 3]
+
+
 def test_what_makes_no_ladder_is_refused_before_a_run_is_trained(wide):
     with pytest.raises(LongseqError, match="two budgets are equally many steps"):
         climbed(Scaled(code=1), tokens_per_parameter=(1, 1.001))
+    with pytest.raises(LongseqError, match="two budgets are equally many steps"):
+        climbed(Scaled(code=1), tokens_per_parameter=(1, 1.001), rates=(0.01, 0.02))
+    with pytest.raises(LongseqError, match="4 runs of 2 sizes tell no law"):
+        climbed(Scaled(code=1), tokens_per_parameter=(1, 2), sizes=(1000, 5000), rates=(0.01, 0.02))
+    for name, values in (("sizes", (0, 1000)), ("tokens_per_parameter", (1.0, 0.0)), ("rates", (math.nan,))):
+        said = ",".join(f"{value:g}" for value in values)
+        with pytest.raises(LongseqError, match=rf"{name}={said}: take numbers above 0"):
+            climbed(Scaled(code=1), **{name: values})
+    with pytest.raises(LongseqError, match="needs a seed and a number of tokens per parameter"):
+        climbed(Scaled(code=1), tokens_per_parameter=())
     with pytest.raises(LongseqError, match="has no validation split to compare sizes on"):
         ladder("lad.yaml", ["data.train=proteins.fasta", "data.valid_fraction=0"], verbs=Scaled(code=1))
     assert not ladders.Path("out").exists() or not list(ladders.Path("out").glob("runs/*"))
@@ -253,9 +311,15 @@ def test_three_real_rungs_are_runs_and_predict_the_next_size(folder, capsys):
         "1",
         "--sizes",
         "1000,2700,5000",
+        "--rates",
+        "0.02,1e20",
     ]
     assert main([*words, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    shown = capsys.readouterr()
+    assert "lr1e+20: diverged, and counts as the worst: " in shown.err
+    assert "the loss or its gradient is not finite at step " in shown.err
+    found = json.loads(shown.out)
+    assert found["rates"] == {"0.02": found["rungs"][0]["loss"], "1e+20": None}
     assert [rung["member"]["heads"] for rung in found["rungs"]] == [1, 2, 3]
     for rung in found["rungs"]:
         run = Run.open(rung["runs"][0])

@@ -33,7 +33,7 @@ def measured(config, vocabulary=29):
     tokens = torch.randint(25, shape)
     meter = PeakMeter(torch.device("cpu"))
     model = PerformerLM(config.performer_spec(vocabulary)).train()
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(model, config.optim, model.spec.dim)
     for _ in range(2):
         model(tokens, targets=tokens)[0].backward()
         optimizer.step()
@@ -95,7 +95,7 @@ def test_each_part_is_what_it_says(loaded, overrides):
     config = loaded("trainer.strategy=single", *overrides)
     needed = estimate(config, 29, on_cuda=False)
     model = PerformerLM(config.performer_spec(29)).train()
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(model, config.optim, model.spec.dim)
     bind(model, optimizer)
     tokens = torch.randint(25, (config.batch_sequences, config.data.length))
     assert sum(p.nbytes for p in model.parameters()) == needed.weights
@@ -148,7 +148,7 @@ def test_what_is_offloaded_is_counted_elsewhere(loaded):
 def test_copies_for_a_checkpoint_are_counted_in_the_hosts_memory(loaded):
     config = loaded("trainer.strategy=single", *SMALL)
     model = PerformerLM(config.performer_spec(29))
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(model, config.optim, model.spec.dim)
     model(torch.zeros(1, 9, dtype=torch.int64)).sum().backward()
     optimizer.step()
     copies = {**shards.snapshot(holder_of(model, optimizer), rank=0), **full_state_dict(model, False, keep=True)}

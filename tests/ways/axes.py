@@ -14,7 +14,7 @@ Way = dict[str, str]
 AXES: dict[str, tuple[str, ...]] = {
     "source": ("fasta", "dna", "corpus", "bytes", "tokenizer", "pixels", "prepared text", "prepared pixels", "mixture"),
     "packing": ("concat", "crop", "bucket", "family"),
-    "objective": ("causal", "masked"),
+    "objective": ("causal", "masked", "fim"),
     "attention": ("favor", "layers", "exact", "modern"),
     "gate": ("plain", "gated"),
     "reset": ("through", "reset"),
@@ -31,6 +31,7 @@ SETTINGS: dict[tuple[str, str], tuple[str, ...]] = {
     ("packing", "family"): ("data.packing=family",),  # its table is the source's
     ("objective", "causal"): ("model.objective=causal",),
     ("objective", "masked"): ("model.objective=masked",),
+    ("objective", "fim"): ("model.objective=fim",),
     ("attention", "layers"): ("attention.layers=[{window: 4}, exact]",),
     ("gate", "gated"): ("attention.forget_gate=true",),
     ("attention", "exact"): ("attention.kind=exact",),
@@ -52,6 +53,8 @@ SENSELESS: tuple[Callable[[Way], bool], ...] = (
     # Of one source and number of records only: a compiler reads the model for each length, longer than all else takes.
     lambda way: way["blocks"] == "compiled" and (way["source"], way["records"]) != ("corpus", "many"),
     lambda way: "pixels" in way["source"] and way["packing"] != "crop",  # joined images lose their rows and columns
+    # Images have no end, and to a compiler a model that fills in is a causal one.
+    lambda way: way["objective"] == "fim" and ("pixels" in way["source"] or way["blocks"] == "compiled"),
 )
 
 
@@ -71,10 +74,11 @@ def cover() -> list[Way]:
 
     Greedy: always the way with the most pairs that are still missing, the first of equals.
     """
-    left, chosen = {pair for way in ways() for pair in pairs(way)}, []
+    every = [(way, frozenset(pairs(way))) for way in ways()]
+    left, chosen = {pair for _, held in every for pair in held}, []
     while left:
-        best = max(ways(), key=lambda way: len(left.intersection(pairs(way))))
-        left.difference_update(pairs(best))
+        best, held = max(every, key=lambda each: len(left & each[1]))
+        left -= held
         chosen.append(best)
     return chosen
 

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from laid_out import plainly
 from longseq_data.prepare.held_out import hashes
 from longseq_data.randomness import generator, stream_words, words
 from longseq_data.samples.masking import mask_tokens
-from longseq_data.vocabulary import IGNORE, Vocabulary
+from longseq_data.vocabulary import IGNORE, InfillVocabulary, Vocabulary
 from ways.axes import Way
 from ways.sources import LENGTH, Source
 
@@ -48,9 +49,10 @@ class Scores:
 
 @torch.no_grad()
 def scores(model: nn.Module, vocabulary: Vocabulary, way: Way, source: Source, split: str, seed: int) -> Scores:
-    """What ``longseq evaluate`` must find of a split, or of one of its sources: split/NAME."""
+    """What ``longseq evaluate`` must find of a split, or of one of its sources: split/NAME, split#infill."""
     found = Scores()
-    split, _, only = split.partition("/")
+    whole, _, infill = split.partition("#")
+    split, _, only = whole.partition("/")
     begin = 0
     for part, (name, count) in enumerate(source.parts.get(split, {"": len(source.documents[split])}).items()):
         documents = source.documents[split][begin : begin + count]
@@ -59,7 +61,10 @@ def scores(model: nn.Module, vocabulary: Vocabulary, way: Way, source: Source, s
         of_part = int(words(seed, "source", part)[0] >> np.uint64(1)) if own else seed
         if only in ("", name):
             rows = families(source, split) if way["packing"] == "family" else None
-            _score(found, model, vocabulary, way, source, documents, of_part, rows)
+            if infill:
+                _score_middles(found, model, vocabulary, windows(way, source, documents, rows))
+            else:
+                _score(found, model, vocabulary, way, source, documents, of_part, rows)
     return found
 
 
@@ -75,7 +80,7 @@ def _score(
 ) -> None:
     number = 0
     for window in windows(way, source, documents, rows):
-        if way["objective"] == "causal":
+        if way["objective"] != "masked":
             for piece in window:
                 if len(piece) > 1:
                     found.add(model(torch.tensor([piece[:-1]]))[0], piece[1:])
@@ -90,6 +95,22 @@ def _score(
             here = slice(at, at + len(piece))
             found.add(model(torch.tensor([inputs[here].tolist()]))[0], targets[here].tolist())
             at += len(piece)
+
+
+def _score_middles(found: Scores, model: nn.Module, tokens: Vocabulary, every: Iterator[list[list[int]]]) -> None:
+    """Every document of every window laid out, and its middle and end scored."""
+    assert isinstance(tokens, InfillVocabulary)
+    with_targets = (window for window in every if any(len(piece) > 1 for piece in window))
+    for number, window in enumerate(with_targets):
+        row = plainly([token for piece in window for token in piece], number, 1.0, 0, LENGTH + 1, tokens)
+        starts = [0, *(at for at in range(1, len(row)) if len(window) > 1 and row[at] == tokens.bos)]
+        for piece in (row[start:stop] for start, stop in zip(starts, [*starts[1:], len(row)], strict=True)):
+            targets, inside = [], False
+            for token in piece:
+                targets.append(token if inside and token < tokens.prefix else IGNORE)
+                inside = token == tokens.middle or (inside and token < tokens.prefix and token != tokens.eos)
+            if len(piece) > 1:
+                found.add(model(torch.tensor([piece[:-1]]))[0], targets[1:])
 
 
 def families(source: Source, split: str) -> list[list[int]]:
@@ -110,7 +131,7 @@ def windows(
 ) -> Iterator[list[list[int]]]:
     """The sequences of an evaluation, each as the pieces of it that see each other. rows: those of families."""
     special = source.special
-    causal = way["objective"] == "causal"
+    causal = way["objective"] != "masked"
     if way["reset"] == "reset":  # one stream of documents that do not see each other
         rows = [[special.bos, *document, special.eos] for document in documents]
         owners = [owner for owner, row in enumerate(rows) for _ in row]
@@ -148,7 +169,7 @@ def log_likelihood(
     """
     before = before or [begins(way, source)]
     row = [*before, *document, source.special.eos]
-    if way["objective"] == "causal":
+    if way["objective"] != "masked":
         said = model(torch.tensor([row[:-1]]))[0].double().log_softmax(-1)
         last = len(row) - (not ended)
         return sum(float(said[place - 1, row[place]]) for place in range(len(before), last))

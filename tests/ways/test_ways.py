@@ -96,13 +96,13 @@ def evaluated(way: Way, source: Source, longseq: Callable[..., str]) -> None:
     chosen = [word for split in splits for word in ("--split", split)]
     report = json.loads(longseq("evaluate", "runs/two", *chosen, "--json", "--bootstrap", 9))
     assert report["step"] == 5
-    splits = [
-        name for split in splits for name in (split, *(f"{split}/{part}" for part in source.parts.get(split, ())))
-    ]
+    infill = ("#infill",) if way["objective"] == "fim" else ()
+    behind = {split: (*(f"/{part}" for part in source.parts.get(split, ())), *infill) for split in splits}
+    splits = [name for split in splits for name in (split, *(split + part for part in behind[split]))]
     assert list(report["splits"]) == splits
     for split in splits:
         held(report["splits"][split], way, source, split, find(Path("runs/two")))
-    if way["records"] == "one" or (way["objective"] == "causal" and way["packing"] != "concat"):
+    if way["records"] == "one" or (way["objective"] != "masked" and way["packing"] != "concat"):
         # While training: of a sample of the split, drawn in an order of its own that masks and joins depend on.
         opened = find(checkpoint(Path("runs/two"), 4))
         plain = oracle.scores(opened.load("cpu"), opened.vocabulary, way, source, "valid", seed=5)
@@ -126,7 +126,7 @@ def held(found: dict, way: Way, source: Source, split: str, opened) -> None:
     assert found["targets"] == plain.targets
     assert found["loss"] == pytest.approx(plain.loss, rel=2e-5)
     assert abs(found["accuracy"] * plain.targets - plain.right) <= plain.undecided + 1e-6
-    if source.units and split == "test" and way["objective"] == "causal" and way["crop"] != "first":
+    if source.units and split == "test" and way["objective"] != "masked" and way["crop"] != "first":
         name = "bits_per_byte" if source.closed else "bits_per_dimension"
         assert found[name] == pytest.approx(plain.bits(source.units), rel=2e-5)
         if source.closed:
@@ -142,7 +142,7 @@ def scored(way: Way, source: Source, longseq: Callable[..., str]) -> None:
         contexts = [*oracle.contexts(way, source, 40, 2)]
     rows = json.loads(longseq("score", "runs/two", source.file, "--json", *behind))
     assert [row["id"] for row in rows] == source.identifiers
-    model, kind = find(Path("runs/two")).load("cpu"), "" if way["objective"] == "causal" else "pseudo_"
+    model, kind = find(Path("runs/two")).load("cpu"), "pseudo_" if way["objective"] == "masked" else ""
     for row, document in zip(rows, source.documents["test"], strict=True):
         assert row["length"] == len(document)
         expected = np.mean([oracle.log_likelihood(model, way, source, document, before=first) for first in contexts])
@@ -184,6 +184,9 @@ def sampled(way: Way, source: Source, longseq: Callable[..., str], refused: Call
     assert text == longseq(*words)
     assert text != longseq(*words[:-1], 5)
     assert text.count("sample-") == 3
+    if way["objective"] == "fim" and way["source"] in ("fasta", "dna"):
+        filled = longseq("sample", "runs/two", "--infill", "AC<gap>GT", "--length", 5, "--number", 2).splitlines()[1::2]
+        assert all(line.startswith("AC") and line.endswith("GT") and len(line) <= 9 for line in filled), filled
     opened, settings = find(Path("runs/two")), Settings(12, seed=4)
     model = opened.load("cpu")
     context = None if before is None else np.array(before)
@@ -206,7 +209,7 @@ def exported(way: Way, source: Source, folder: Path, longseq: Callable[..., str]
     transformers = importlib.import_module("transformers")
     importlib.import_module("longseq.huggingface")
     longseq("export", "runs/two", "out")
-    kind = "AutoModelForCausalLM" if way["objective"] == "causal" else "AutoModelForMaskedLM"
+    kind = "AutoModelForMaskedLM" if way["objective"] == "masked" else "AutoModelForCausalLM"
     theirs = getattr(transformers, kind).from_pretrained("out").eval()
     model = find(Path("runs/two")).load("cpu")
     for document in source.documents["test"]:

@@ -77,7 +77,6 @@ class Families:
             _, begins = self._row(plan, sample)
             inside = begins[: int(np.searchsorted(begins, size))]
             ends = np.minimum(begins[1 : len(inside) + 1], size)
-            inside = inside[: len(ends)]
             tails = (ends == begins[1 : len(ends) + 1]).astype(np.int64)
             found.append((inside == 1, ends - inside - tails, tails))
         return Pieces.listed(found)

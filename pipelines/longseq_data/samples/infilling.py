@@ -59,9 +59,10 @@ class Pieces:
     @staticmethod
     def listed(samples: Iterable[tuple[npt.NDArray, npt.NDArray, npt.NDArray]]) -> Pieces:
         """Of (heads, plain, tails) of each sample."""
-        each = list(samples)
-        heads, plain, tails = (np.concatenate([np.zeros(0, np.int64), *part]) for part in zip(*each, strict=True))
-        return Pieces(np.array([len(part[0]) for part in each]), heads, plain, tails)
+        none = np.zeros(0, np.int64)
+        each = [(none, none, none), *samples]  # or none could not be joined
+        heads, plain, tails = (np.concatenate(part) for part in zip(*each, strict=True))
+        return Pieces(np.array([len(part[0]) for part in each[1:]], np.int64), heads, plain, tails)
 
     @staticmethod
     def of_rows(rows: npt.NDArray[np.integer], vocabulary: Vocabulary) -> Pieces:
@@ -72,7 +73,7 @@ class Pieces:
         real = rows >= 0
         begins &= real
         at = np.flatnonzero(begins)
-        ends = np.append(at[1:], 0)
+        ends = np.append(at[1:], 0)[: len(at)]
         lasts = np.cumsum(begins.sum(1)) - 1  # the last piece of each row
         ends[lasts] = np.arange(len(rows)) * rows.shape[1] + real.sum(1)
         flat = rows.ravel()
@@ -193,17 +194,3 @@ def laid_out(
     """What a model goes on from with a middle, behind the tokens ``before`` a document."""
     marked = [*before, vocabulary.prefix, *prefix, vocabulary.suffix, *suffix, vocabulary.middle]
     return np.array(marked, dtype=vocabulary.dtype)
-
-
-def original(row: npt.NDArray[np.integer], vocabulary: InfillVocabulary) -> npt.NDArray[np.integer]:
-    """The tokens of a row before its documents were laid out: (W,) to (W − 3 times those,)."""
-    out: list[npt.NDArray[np.integer]] = []
-    rest = row
-    while (begins := np.flatnonzero(rest == vocabulary.prefix)).size:
-        begin = int(begins[0])
-        second, third = (int(np.flatnonzero(rest == mark)[0]) for mark in (vocabulary.suffix, vocabulary.middle))
-        ends = np.flatnonzero(rest[third:] == vocabulary.eos)
-        end = third + int(ends[0]) if ends.size else len(rest)
-        out += [rest[:begin], rest[begin + 1 : second], rest[third + 1 : end], rest[second + 1 : third]]
-        rest = rest[end:]
-    return np.concatenate([*out, rest])

@@ -139,25 +139,32 @@ class _Mixed(Planned):
     taken: list[Taken | None]  # of each part
     vocabulary: Vocabulary
 
+    def _parts(self) -> list[tuple[Integers, Taken]]:
+        """Of each part that has samples here: their places, and what was taken."""
+        found = []
+        for part, some in enumerate(self.taken):
+            here = np.flatnonzero(self.of == part)
+            if some is not None and len(here):
+                found.append((here, some[self.places[here]]))
+        return found
+
     def pieces(self) -> Pieces:
-        places = [np.flatnonzero(self.of == part) for part in range(len(self.taken))]
-        made = [some[self.places[at]].pieces() for some, at in zip(self.taken, places, strict=True) if some is not None]
-        order = np.argsort(np.concatenate(places), kind="stable")
+        made = [some.pieces() for _, some in self._parts()]
+        order = np.argsort(np.argsort(self.of, kind="stable"))
         counts = np.concatenate([each.counts for each in made])
         ends = np.cumsum(counts)
         at = np.concatenate([np.arange(ends[i] - counts[i], ends[i]) for i in order.tolist()])
         return Pieces(counts[order], *(np.concatenate([getattr(each, n) for each in made])[at] for n in _RAGGED))
 
     def rows(self) -> Rows:
-        parts = np.unique(self.of).tolist()
-        made = [self.taken[part][self.places[self.of == part]].rows() for part in parts]
+        parts = self._parts()
+        made = [some.rows() for _, some in parts]
         if len(parts) == 1:
             return made[0]
         shape = len(self), max(tokens.shape[1] for tokens, _ in made)
         rows = np.full(shape, IGNORE, dtype=self.vocabulary.target_dtype)
         documents = np.full(shape, -1, dtype=np.int32)
-        for part, (tokens, segments) in zip(parts, made, strict=True):
-            here = np.flatnonzero(self.of == part)
+        for (here, _), (tokens, segments) in zip(parts, made, strict=True):
             rows[here, : tokens.shape[1]] = tokens
             if segments is not None:
                 documents[here, : tokens.shape[1]] = segments

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         return EXIT_GO_ON
     text = table(found)
     (found.folder / "table.md").write_text(text, encoding="utf-8")
-    picture = draw(found)
     print(as_json(found.as_dict(), indent=2) if args.json else text)
+    picture = draw(found)
     print(f"kept in {found.folder}{'' if picture else ' (no picture: pip install longseq[figures])'}", file=sys.stderr)
     return 0

@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from longseq.config.hints import near_key
-from longseq.config.loading import bad_value, check_limits, check_text, shown, type_name
+from longseq.config.limits import check_limits, check_text
+from longseq.config.loading import bad_value, shown, type_name
 from longseq.config.shipped import located
 from longseq.config.written_values import argument_value
 from longseq.config.yaml_files import YAML_ERRORS, first_line, read_yaml

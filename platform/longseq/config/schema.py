@@ -221,10 +221,10 @@ class DataConfig:
         "of prepared corpora: a table of representative and member, tab-separated, as MMseqs2 and UniRef write it; "
         "with packing crop or bucket an epoch takes one member of each cluster, drawn anew, with family all of them",
     )
-    fim_rate: float = key(
-        0.5,
+    fim_rate: float | None = key(
+        None,
         "with model.objective fim: probability that a training document is cut at two places and laid out as prefix, "
-        "suffix, middle; evaluations are read from left to right",
+        "suffix, middle, 0.5 if it is not given; evaluations are read from left to right",
         at_least=0,
     )
     reverse_complement: bool = key(

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from longseq.config.loading import check_text, config_of
+from longseq.config.limits import check_text
+from longseq.config.loading import config_of
 from longseq.config.schema import Config
 from longseq.data import resolve_sources
 from longseq.errors import LongseqError

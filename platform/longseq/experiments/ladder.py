@@ -7,7 +7,6 @@ of tokens; the fit of loss(N, D) is that of longseq.experiments.scaling.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +20,8 @@ from longseq.data import resolve_sources, sources_of, vocabulary
 from longseq.errors import LongseqError
 from longseq.experiments.plan import Plan, Variant
 from longseq.experiments.running import Settings, Verbs, perform
-from longseq.experiments.scaling import Law, Point, Prediction, fit, predict
+from longseq.experiments.scaling import Law, Point, Prediction, check, fit, predict
+from longseq.printed import as_json
 from longseq_data.files import user_path, write_text
 
 _GROUP, _SPLIT = "rung", "valid"
@@ -47,12 +47,13 @@ class Rung:
     """A size, trained on so many tokens."""
 
     member: Member
+    budget: float  # tokens per weight that were asked for
     steps: int
     tokens: int
     lr: float
     warmup_steps: int
     runs: tuple[str, ...] = ()  # folders, one a seed
-    loss: float = math.nan  # validation, nats, mean over the seeds; NaN: not trained
+    loss: float = math.nan  # validation, nats, mean over the seeds; NaN: not trained, infinite: it diverged
     spread: float = 0.0  # half of the distance between the largest and the smallest
 
 
@@ -63,7 +64,7 @@ class Ladder:
     folder: Path
     base_dim: int  # the width of the learning rate
     lr: float
-    rates: dict[float, float]  # the loss of each that was tried at the smallest size; empty: none was
+    rates: dict[float, float]  # the loss of each tried at the smallest size, infinite if it diverged; empty: none was
     rungs: tuple[Rung, ...]
     law: Law
     prediction: Prediction  # of the configuration itself
@@ -90,6 +91,7 @@ def ladder(
 ) -> Ladder:
     """Train small models of a configuration's family, fit loss(N, D), and predict the loss of the configuration's own
     size at the largest number of tokens per parameter. What is finished is not trained again: the same call goes on.
+    A rate that diverges where rates are tried is the worst one.
 
     Args:
         config: a YAML file, or a name of ``longseq configs``; with ``overrides`` the largest member of the family.
@@ -108,6 +110,11 @@ def ladder(
         LongseqError, DataError: in one sentence, for what makes no ladder, and for a run that failed.
         Interrupted: if a run was stopped; it has saved.
     """
+    if not seeds or not tokens_per_parameter:
+        raise LongseqError("a ladder needs a seed and a number of tokens per parameter: leave empty ones out.")
+    for name, values in (("tokens_per_parameter", tokens_per_parameter), ("rates", rates), ("sizes", sizes)):
+        if not all(0 < value < math.inf for value in values):
+            raise LongseqError(f"{name}={','.join(f'{value:g}' for value in values)}: take numbers above 0.")
     path = Path(config)
     whole = load_config(path, list(overrides))
     resolve_sources(whole)
@@ -125,33 +132,37 @@ def ladder(
     settings = Settings(folder, path, tuple(overrides), tuple(seeds), sequences)
     most = max(tokens_per_parameter)
 
-    def trained(rungs: Sequence[Rung], named: bool) -> list[Rung]:
+    def trained(rungs: Sequence[Rung], named: bool, may_diverge: bool = False) -> list[Rung]:
         variants = {_name(rung, named): Variant(_name(rung, named), _overrides(rung, base_dim)) for rung in rungs}
-        if len(variants) < len(rungs):
-            raise LongseqError(
-                f"tokens_per_parameter={list(tokens_per_parameter)}: two budgets are equally many steps of "
-                f"data.batch_tokens={whole.data.batch_tokens}; take others, or a smaller batch."
-            )
         plan = Plan(Path("ladder.yaml"), "a ladder", groups={_GROUP: ()}, variants=variants, splits=(_SPLIT,))
-        found = perform(plan, settings, tell, verbs)
+        found = perform(plan, settings, tell, verbs, may_diverge=may_diverge)
         return [_with_losses(rung, name, found, settings) for rung, name in zip(rungs, variants, strict=True)]
 
+    budgets = sorted(set(tokens_per_parameter))
+    planned = [_rung(whole, member, budget, whole.optim.lr) for member in members for budget in budgets]
+    if len({_name(rung, False) for rung in planned}) < len(planned):
+        raise LongseqError(
+            f"tokens_per_parameter={budgets}: two budgets are equally many steps of "
+            f"data.batch_tokens={whole.data.batch_tokens}; take others, or a smaller batch."
+        )
+    check([(rung.member.parameters, rung.tokens) for rung in planned])
     lr, tried = whole.optim.lr, {}
     if rates:
-        smallest = trained([_rung(whole, members[0], most, rate) for rate in sorted(set(rates))], True)
+        smallest = trained([_rung(whole, members[0], most, rate) for rate in sorted(set(rates))], True, True)
         tried = {rung.lr: rung.loss for rung in smallest}
         lr = min(tried, key=lambda rate: tried[rate])
+        if math.isinf(tried[lr]):
+            raise LongseqError(f"rates={','.join(f'{rate:g}' for rate in tried)}: all diverged; take lower ones.")
         for edge, name in ((min(tried), "smallest"), (max(tried), "largest")):
             if len(tried) > 1 and lr == edge:
                 tell(f"optim.lr={lr:g} was best, the {name} that was tried: one beyond may be better")
-    budgets = sorted(set(tokens_per_parameter))
-    rungs = trained([_rung(whole, member, budget, lr) for member in members for budget in budgets], bool(rates))
+    rungs = trained([replace(rung, lr=lr) for rung in planned], bool(rates))
     points = [Point(rung.member.parameters, rung.tokens, rung.loss) for rung in rungs]
     asked = _rung(whole, target, most, lr)
     prediction = predict(points, target.parameters, asked.tokens)
     measured = trained([asked], bool(rates))[0] if verify else None
     result = Ladder(folder, base_dim, lr, tried, tuple(rungs), fit(points), prediction, measured)
-    write_text(folder / "ladder.json", json.dumps(result.as_dict(), indent=1) + "\n")
+    write_text(folder / "ladder.json", as_json(result.as_dict(), indent=1) + "\n")
     return result
 
 
@@ -191,12 +202,12 @@ def family(config: Config, sizes: Sequence[int] = ()) -> list[Member]:
 def _rung(config: Config, member: Member, budget: float, lr: float) -> Rung:
     steps = max(1, round(budget * member.parameters / config.data.batch_tokens))
     warmup = min(config.optim.warmup_steps, max(1, steps // 10))
-    return Rung(member, steps, steps * config.data.batch_tokens, lr, warmup)
+    return Rung(member, budget, steps, steps * config.data.batch_tokens, lr, warmup)
 
 
 def _name(rung: Rung, with_rate: bool) -> str:
     name = f"d{rung.member.dim} s{rung.steps}"
-    return f"{name} lr{rung.lr:g}" if with_rate else name
+    return f"{name} lr{rung.lr!r}" if with_rate else name
 
 
 def _overrides(rung: Rung, base_dim: int) -> tuple[str, ...]:
@@ -211,6 +222,7 @@ def _with_losses(rung: Rung, name: str, found: dict[str, dict[str, Any]], settin
     mine = {
         run: result for run, result in found.items() if result["variant"] == name and result["seed"] in settings.seeds
     }
-    losses = [result["splits"][_SPLIT]["loss"] for result in mine.values()]
+    losses = [math.inf if loss is None else loss for loss in (r["splits"][_SPLIT]["loss"] for r in mine.values())]
     runs = tuple(str(settings.out / "runs" / run) for run in mine)
-    return replace(rung, runs=runs, loss=fmean(losses), spread=(max(losses) - min(losses)) / 2)
+    loss = fmean(losses)
+    return replace(rung, runs=runs, loss=loss, spread=0.0 if math.isinf(loss) else (max(losses) - min(losses)) / 2)

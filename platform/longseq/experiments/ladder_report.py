@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,7 +17,8 @@ def table(found: Ladder) -> str:
     rows += [_row(rung, law.loss(rung.member.parameters, rung.tokens)) for rung in found.rungs]
     parts = ["# Ladder", markdown(rows)]
     if found.rates:
-        tried = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in found.rates.items())
+        losses = {rate: f"{loss:.4f}" if math.isfinite(loss) else "diverged" for rate, loss in found.rates.items()}
+        tried = ", ".join(f"{rate:g}: {loss}" for rate, loss in losses.items())
         parts.append(f"Learning rates at width {found.rungs[0].member.dim}: {tried}.")
     data = f" + {law.data:.4g} / D^{law.data_exponent:.3f}" if law.data else ", at these tokens per weight"
     parts.append(f"loss(N, D) = {law.irreducible:.4f} + {law.size:.4g} / N^{law.size_exponent:.3f}{data}")
@@ -51,14 +53,14 @@ def draw(found: Ladder) -> Path | None:
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes, said = figure.subplots(), found.prediction
-    budgets = sorted({round(rung.tokens / rung.member.parameters) for rung in found.rungs})
+    budgets = sorted({rung.budget for rung in found.rungs})
     sizes = sorted({rung.member.parameters for rung in found.rungs} | {said.parameters})
     for number, budget in enumerate(budgets):
-        rungs = [rung for rung in found.rungs if round(rung.tokens / rung.member.parameters) == budget]
+        rungs = [rung for rung in found.rungs if rung.budget == budget]
         colour = f"C{number}"
         axes.plot([r.member.parameters for r in rungs], [r.loss for r in rungs], "o", color=colour)
         fitted = [found.law.loss(size, budget * size) for size in sizes]
-        axes.plot(sizes, fitted, "-", color=colour, label=f"{budget} tokens per weight")
+        axes.plot(sizes, fitted, "-", color=colour, label=f"{budget:g} tokens per weight")
     low, high = (said.loss if bound is None else bound for bound in (said.low, said.high))
     bars = [[max(0.0, said.loss - low)], [max(0.0, high - said.loss)]]
     axes.errorbar([said.parameters], [said.loss], yerr=bars, fmt="s", color="black", capsize=4, label="predicted")

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from longseq.config.loading import read_config, shown
 from longseq.config.plan import named
-from longseq.errors import EXIT_GO_ON, LongseqError
+from longseq.errors import EXIT_GO_ON, DivergedError, LongseqError
 from longseq.evaluation.evaluate import Evaluation, evaluate
 from longseq.evaluation.evaluate import Settings as EvaluationSettings
 from longseq.experiments.plan import Plan, Variant, slug
@@ -102,13 +102,19 @@ def arguments(plan: Plan, settings: Settings, trial: Trial) -> list[str]:
 
 
 def perform(
-    plan: Plan, settings: Settings, tell: Callable[[str], None], verbs: Verbs | None = None
+    plan: Plan,
+    settings: Settings,
+    tell: Callable[[str], None],
+    verbs: Verbs | None = None,
+    *,
+    may_diverge: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Train and score what is not yet; everything that is known then, by the run's name.
 
     Args:
         tell: gets what is done, a line at a time.
         verbs: None: on this machine.
+        may_diverge: whether a run that diverges is a result, its losses None, and not an error.
 
     Raises:
         LongseqError: if a run fails, or the folder holds another experiment.
@@ -121,8 +127,15 @@ def perform(
         if kept.exists():
             continue
         tell(f"{trial.group}, {trial.variant.name}, seed {trial.seed}")
-        _train(plan, settings, trial, tell, verbs)
         found: dict[str, Any] = {"group": trial.group, "variant": trial.variant.name, "seed": trial.seed}
+        try:
+            _train(plan, settings, trial, tell, verbs)
+        except DivergedError as error:
+            if not may_diverge:
+                raise
+            tell(f"{trial.variant.name}: diverged, and counts as the worst: {error}")
+            _write({**found, "splits": {split: {"loss": None} for split in plan.splits}, "curve": {}}, kept)
+            continue
         found["splits"] = _scores(plan, settings, _folder(settings, trial), (), verbs)
         if trial.variant.origin:
             origin = _folder(settings, _origin(plan, trial))

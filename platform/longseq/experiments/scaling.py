@@ -57,11 +57,20 @@ class Prediction:
     high: float | None
 
 
+def check(models: Sequence[tuple[int, int]]) -> None:
+    """Refuse to train models of these (parameters, tokens), where their losses would tell no law.
+
+    Raises:
+        LongseqError: for too few of them.
+    """
+    _Problem.of([Point(parameters, tokens, 1.0) for parameters, tokens in models])
+
+
 def fit(points: Sequence[Point]) -> Law:
     """The law of these points: the smallest Huber loss on log(loss), from many beginnings.
 
     Raises:
-        LongseqError: for too few points.
+        LongseqError: for too few points, and a loss that is no number above 0.
     """
     problem = _Problem.of(points)
     return problem.law(problem.solved(problem.log_loss[None], problem.beginnings())[0])
@@ -72,7 +81,7 @@ def predict(points: Sequence[Point], parameters: int, tokens: int) -> Prediction
     bootstrap; they are made larger by √(n / (n − p)), as a fit with p numbers makes them smaller).
 
     Raises:
-        LongseqError: for too few points.
+        LongseqError: as :func:`fit` does.
     """
     problem = _Problem.of(points)
     best = problem.solved(problem.log_loss[None], problem.beginnings())[0]
@@ -105,6 +114,12 @@ class _Problem:
 
     @staticmethod
     def of(points: Sequence[Point]) -> _Problem:
+        for point in points:
+            if not 0 < point.loss < math.inf:
+                raise LongseqError(
+                    f"a loss of {point.loss:g} at {point.parameters:,} weights and {point.tokens:,} tokens is that of "
+                    "no law: look at that run, or take a lower rate."
+                )
         n, d, loss = (np.log(np.array(values, dtype=np.float64)) for values in zip(*points, strict=True))
         means = float(n.mean()), float(d.mean())
         n, d = n - means[0], d - means[1]

@@ -7,8 +7,8 @@ import string
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longseq_data.tokenization import SPECIAL_NAMES
-from longseq_data.vocabulary import ALPHABETS, INFILL_MARKS, UNKNOWN, Alphabet, InfillVocabulary, Vocabulary
+from longseq_data.tokenization import INFILL_NAMES, SPECIAL_NAMES
+from longseq_data.vocabulary import ALPHABETS, UNKNOWN, Alphabet, InfillVocabulary, Vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -30,8 +30,8 @@ def write_tokenizer(folder: Path, vocabulary: Vocabulary, *, first: int, causal:
         tokenizer = _letters(ALPHABETS[vocabulary.name])
     else:
         tokenizer = _bytes() if vocabulary.name == "bytes" else _file(vocabulary)
-    for mark in INFILL_MARKS if isinstance(vocabulary, InfillVocabulary) else ():
-        _add(tokenizer, mark, f"<longseq-{mark[5:]}")
+    for mark_names in INFILL_NAMES if isinstance(vocabulary, InfillVocabulary) else ():
+        _add(tokenizer, *mark_names)
     names = {role: str(tokenizer.id_to_token(getattr(vocabulary, role))) for role in SPECIAL_NAMES}
     _frame(tokenizer, names, vocabulary, first, causal)
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -13,6 +13,7 @@ from longseq.errors import USER_ERRORS, ConfigError, LongseqError
 from longseq.runs.checkpoint import checkpoints_in, expected_bytes
 from longseq.trained_model import find
 from longseq.training.schedule import schedule_change
+from longseq_data.vocabulary import InfillVocabulary
 
 
 def check_origin(config: Config) -> Path | None:
@@ -32,6 +33,13 @@ def check_origin(config: Config) -> Path | None:
     except USER_ERRORS as error:
         raise ConfigError(f"model.init_from: {error}") from None
     own, theirs = vocabulary(config), source.vocabulary
+    if isinstance(own, InfillVocabulary) != isinstance(theirs, InfillVocabulary):
+        old, new = source.config.model.objective, config.model.objective
+        raise ConfigError(
+            f"model.init_from={config.model.init_from}: a model of model.objective={old} is not trained on with "
+            f"model.objective={new}: fim has three more tokens, which mark prefix, suffix and middle; take "
+            f"model.objective={'fim' if old == 'fim' else 'causal or masked'}, or leave model.init_from out."
+        )
     # A run's own copy of a tokenizer has another path: its ids are what counts.
     if replace(own, name="") != replace(theirs, name="") or own.name.endswith(".json") != theirs.name.endswith(".json"):
         raise ConfigError(

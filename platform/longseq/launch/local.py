@@ -22,11 +22,11 @@ from pathlib import Path
 from types import FrameType
 
 from longseq.devices import environment_of_place
-from longseq.errors import EXIT_GO_ON, EXIT_SUPERSEDED, LongseqError, SupersededError
+from longseq.errors import EXIT_GO_ON, EXIT_SUPERSEDED, DivergedError, LongseqError, SupersededError
 from longseq.launch.gpu_settings import gpu_settings, recorder_settings, where_traces_are
 from longseq.launch.watchdog import Judge, Look, Ward, keep_all, sentence
 from longseq.runs.run import Run
-from longseq.training.signs import PEER_LOST, STOP_SIGNAL, report_path
+from longseq.training.signs import PEER_LOST, STOP_SIGNAL, diverged_path, report_path
 from longseq_data.cores import cores
 
 # How long the others may take to notice that one process has died, before they are killed.
@@ -199,7 +199,7 @@ def _outcome(codes: Sequence[int], requests: Sequence[int], run: Run, reports: P
     if sentences and EXIT_SUPERSEDED in codes:
         raise SupersededError(sentences[0])
     if sentences:
-        raise LongseqError(sentences[0])
+        raise (DivergedError if diverged_path(reports).exists() else LongseqError)(sentences[0])
     failed = [rank for rank, code in enumerate(codes) if code not in (0, EXIT_GO_ON)]
     causes = [rank for rank in failed if codes[rank] != PEER_LOST] or failed
     sentence = "; ".join(f"the process of rank {rank} {_how(codes[rank])}" for rank in causes) + "."

@@ -18,14 +18,14 @@ from longseq.training.schedule import learning_rate_share
 from longseq.training.transfer import Rates
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, dim: int = 0) -> Optimizer:
+def build_optimizer(model: nn.Module, config: OptimConfig, dim: int) -> Optimizer:
     """AdamW (Loshchilov & Hutter 2019) with weight decay on matrices only; or Muon for the matrices of the blocks, and
     AdamW for the others. Muon must be bound (:func:`bind`) before its first step.
 
     torch's is its fused one, on CUDA and on the CPU: a single pass without temporaries, which over the long tensors
     that ZeRO makes of many short ones cost a quarter of a small model's step on the CPU.
 
-    dim: the model's width, where rates depend on it (optim.base_dim).
+    dim: the model's width, which rates depend on with optim.base_dim.
 
     Raises:
         ConfigError: if one of DeepSpeed's cannot be compiled here.

@@ -14,3 +14,8 @@ PEER_LOST = 76
 def report_path(directory: Path, rank: int) -> Path:
     """Where the process of ``rank`` leaves the sentence that says why it failed."""
     return directory / f"rank-{rank}.txt"
+
+
+def diverged_path(directory: Path) -> Path:
+    """What is there where that is a DivergedError."""
+    return directory / "diverged"

@@ -17,11 +17,19 @@ from functools import partial
 from pathlib import Path
 
 from longseq.allocator import keep_freed_memory
-from longseq.errors import EXIT_CRASHED, EXIT_ERROR, EXIT_GO_ON, EXIT_SUPERSEDED, USER_ERRORS, SupersededError
+from longseq.errors import (
+    EXIT_CRASHED,
+    EXIT_ERROR,
+    EXIT_GO_ON,
+    EXIT_SUPERSEDED,
+    USER_ERRORS,
+    DivergedError,
+    SupersededError,
+)
 from longseq.runs import starts
 from longseq.runs.run import Run
 from longseq.training.kept_output import keep_output
-from longseq.training.signs import PEER_LOST, report_path
+from longseq.training.signs import PEER_LOST, diverged_path, report_path
 from longseq.training.vitals import Vitals, stacks_on_request
 from longseq_data.os_errors import explained, may_pass
 
@@ -49,7 +57,15 @@ def main() -> int:
         code, sentence = outcome(lambda: _rehearse(run, vitals), run)
     else:
         starts.watch(run.starts_dir, run.start, partial(report.write_text, encoding="utf-8"))
-        code, sentence = outcome(lambda: _train(run, args.checkpoint, args.origin, vitals), run)
+
+        def train() -> int:
+            try:
+                return _train(run, args.checkpoint, args.origin, vitals)
+            except DivergedError:
+                diverged_path(args.reports).touch()
+                raise
+
+        code, sentence = outcome(train, run)
     if sentence and code == PEER_LOST:
         print(f"longseq: warning: rank {os.environ['RANK']} {sentence}.", file=sys.stderr, flush=True)
     elif sentence:

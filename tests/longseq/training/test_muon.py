@@ -44,7 +44,7 @@ def test_singular_values_become_nearly_one_and_their_vectors_stay(shape):
 def trained(steps: int, seed: int = 0, **changes: object) -> tuple[PerformerLM, MuonAdamW]:
     torch.manual_seed(seed)
     model = PerformerLM(SPEC)
-    optimizer = build_optimizer(model, OptimConfig(name="muon", lr=0.02, **changes))
+    optimizer = build_optimizer(model, OptimConfig(name="muon", lr=0.02, **changes), SPEC.dim)
     bind(model, optimizer)
     go_on(model, optimizer, 0, steps)
     return model, optimizer
@@ -85,7 +85,9 @@ def test_it_makes_the_steps_of_torchs_muon_and_of_torchs_adamw():
     muon = torch.optim.Muon(hidden, lr=0.02, weight_decay=0.3, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     adam = torch.optim.AdamW([{"params": others, "weight_decay": 0.0}, {"params": [theirs.head.weight]}],
                              weight_decay=0.3, **settings)  # fmt: skip
-    optimizer = build_optimizer(ours, OptimConfig(name="muon", weight_decay=0.3, **{**settings, "betas": [0.9, 0.98]}))
+    optimizer = build_optimizer(
+        ours, OptimConfig(name="muon", weight_decay=0.3, **{**settings, "betas": [0.9, 0.98]}), ours.spec.dim
+    )
     bind(ours, optimizer)
     named, start = dict(ours.named_parameters()), dict(model.named_parameters())
     for seed in range(3):
@@ -146,7 +148,7 @@ def test_a_closure_is_called_once_and_gradients_that_are_gone_are_no_step():
 def test_a_matrix_that_it_does_not_know_is_an_error_and_not_a_wrong_step():
     torch.manual_seed(0)
     model = PerformerLM(SPEC)
-    optimizer = build_optimizer(model, OptimConfig(name="muon"))
+    optimizer = build_optimizer(model, OptimConfig(name="muon"), SPEC.dim)
     model(torch.zeros(1, 5, dtype=torch.long), targets=torch.ones(1, 5, dtype=torch.long))[0].backward()
     with pytest.raises(RuntimeError, match="bind"):
         optimizer.step()
@@ -155,7 +157,7 @@ def test_a_matrix_that_it_does_not_know_is_an_error_and_not_a_wrong_step():
 def test_a_restored_muon_follows_the_configuration():
     model, config = PerformerLM(SPEC), Config()
     config.optim.name = "muon"
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(model, config.optim, model.spec.dim)
     schedule = build_schedule(optimizer, config.optim, config.trainer.max_steps)
     config.optim.momentum, config.optim.weight_decay, config.optim.lr = 0.8, 0.3, 0.5
     follow_config(optimizer, schedule, config, step=500)
@@ -179,5 +181,5 @@ def test_what_muon_cannot_do_is_refused_in_a_sentence(folder, override):
 
 
 def test_a_model_without_blocks_is_adamws():
-    optimizer = build_optimizer(nn.Sequential(nn.Embedding(3, 4), nn.Linear(4, 3)), OptimConfig(name="muon"))
+    optimizer = build_optimizer(nn.Sequential(nn.Embedding(3, 4), nn.Linear(4, 3)), OptimConfig(name="muon"), 4)
     assert [len(group["params"]) for group in optimizer.param_groups] == [0, 1, 2]

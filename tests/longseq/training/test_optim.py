@@ -83,7 +83,7 @@ def test_a_warm_up_as_long_as_the_run_is_no_error(warmup_steps):
 
 def test_the_optimiser_takes_the_scheduled_rates():
     config = OptimConfig(lr=0.3, warmup_steps=3, final_lr=0.1)
-    optimizer = build_optimizer(PerformerLM(SPEC), config)
+    optimizer = build_optimizer(PerformerLM(SPEC), config, SPEC.dim)
     schedule = build_schedule(optimizer, config, max_steps=8)
     for step in range(8):
         rate = 0.3 * learning_rate_share(step, config, 8)
@@ -94,7 +94,7 @@ def test_the_optimiser_takes_the_scheduled_rates():
 
 def test_matrices_decay_and_embeddings_norms_biases_and_temperatures_do_not():
     model = PerformerLM(SPEC)
-    optimizer = build_optimizer(model, OptimConfig(lr=0.3, betas=[0.8, 0.7], eps=1e-5, weight_decay=0.04))
+    optimizer = build_optimizer(model, OptimConfig(lr=0.3, betas=[0.8, 0.7], eps=1e-5, weight_decay=0.04), SPEC.dim)
     names = {parameter: name for name, parameter in model.named_parameters()}
     decays = {names[p]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert decays.keys() == set(names.values())
@@ -108,7 +108,7 @@ def test_matrices_decay_and_embeddings_norms_biases_and_temperatures_do_not():
 def test_convolutions_and_mixes_of_values_do_not_decay():
     model = PerformerLM(replace(SPEC, conv=3, value_residual=True, norm_kind="rmsnorm", ffn="swiglu", bias=False))
     for name in ("adamw", "muon"):
-        optimizer = build_optimizer(model, OptimConfig(name=name))
+        optimizer = build_optimizer(model, OptimConfig(name=name), SPEC.dim)
         plain = {p for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
         names = {name for name, p in model.named_parameters() if p in plain}
         assert {n for n in names if "conv" in n or "mix" in n} == {
@@ -122,9 +122,9 @@ def test_a_restored_optimiser_follows_the_configuration():
     model = torch.nn.Sequential(torch.nn.Embedding(3, 4), torch.nn.Linear(4, 3))
     old, new = Config(), Config()
     new.optim.lr, new.optim.betas, new.optim.weight_decay = old.optim.lr / 2, [0.8, 0.9], 0.3
-    saved = build_optimizer(model, old.optim)
+    saved = build_optimizer(model, old.optim, 4)
     saved_schedule = build_schedule(saved, old.optim, old.trainer.max_steps)
-    optimizer = build_optimizer(model, new.optim)
+    optimizer = build_optimizer(model, new.optim, 4)
     schedule = build_schedule(optimizer, new.optim, new.trainer.max_steps)
     optimizer.load_state_dict(saved.state_dict())
     schedule.load_state_dict(saved_schedule.state_dict())

@@ -69,7 +69,7 @@ def test_a_piece_that_nobody_wrote_is_named(tmp_path):
 def trained(steps: int) -> tuple[nn.Module, torch.optim.AdamW]:
     torch.manual_seed(steps)
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3))
-    optimizer = build_optimizer(model, OptimConfig())
+    optimizer = build_optimizer(model, OptimConfig(), 4)
     for _ in range(steps):
         model(torch.arange(5)).square().sum().backward()
         optimizer.step()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from longseq.config.schema import Config
-from longseq.errors import LongseqError
+from longseq.errors import DivergedError
 from longseq.runs.run import Run
 from longseq.training.callbacks.gradients import GradientNorm, not_finite
 from longseq.training.callbacks.layer_watch import LayerWatch
@@ -109,10 +109,10 @@ class BadSteps(pl.Callback):
         found = [where for where in self.control.gather(self.watch.first()) if where is not None]
         return min(found).partition(" ")[2] if found else None
 
-    def _spiked(self, step: int, loss: float) -> LongseqError:
+    def _spiked(self, step: int, loss: float) -> DivergedError:
         newest = self.run.last_good()
         good = f"the last good checkpoint is {newest.path}" if newest else "there is no checkpoint yet"
-        return LongseqError(
+        return DivergedError(
             f"{self.run.path}: the loss of step {step} is {loss:.4g}, more than trainer.spike_factor={self.factor:g} "
             f"times the mean of those before ({self.mean:.4g}); the step was not taken; {good}. Go on without such "
             f"steps (`{self.run.resume_command} trainer.on_bad_step=skip`), with a higher factor, or a lower rate."

@@ -10,7 +10,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from longseq.config.schema import Config
-from longseq.errors import LongseqError
+from longseq.errors import DivergedError
 from longseq.runs.run import Run
 
 
@@ -54,7 +54,7 @@ class GradientNorm(pl.Callback):
         return self.skips or self.usable(trainer)
 
 
-def not_finite(run: Run, step: int, where: str | None = None, in_a_row: int = 1) -> LongseqError:
+def not_finite(run: Run, step: int, where: str | None = None, in_a_row: int = 1) -> DivergedError:
     """What to say when the loss or its gradient is NaN or infinite.
 
     where: the first layer where it was.
@@ -63,7 +63,7 @@ def not_finite(run: Run, step: int, where: str | None = None, in_a_row: int = 1)
     what = f"the first such value is in {where}; " if where else ""
     what += f"it is the {in_a_row}th such step in a row; " if in_a_row > 1 else ""
     good = f"the last good checkpoint is {newest.path}" if newest else "there is no checkpoint yet"
-    return LongseqError(
+    return DivergedError(
         f"{run.path}: the loss or its gradient is not finite at step {step}; {what}{good}. Go on with a lower rate, "
         f"e.g. `{run.resume_command} optim.lr=...`, or a lower optim.clip."
     )
