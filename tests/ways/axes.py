@@ -48,6 +48,7 @@ SENSELESS: tuple[Callable[[Way], bool], ...] = (
     lambda way: way["crop"] == "first" and way["packing"] in ("concat", "family"),  # joined records are cut
     # what comes before a sequence is nothing to a masked model, and no verb reads files of images
     lambda way: way["behind"] == "relatives" and (way["objective"] == "masked" or "pixels" in way["source"]),
+    lambda way: way["objective"] == "fim" and way["records"] != "many",  # causal otherwise
     # of one number of records only: each sequence is scored by itself
     lambda way: way["behind"] == "relatives" and way["records"] != "many",
     # Of one source and number of records only: a compiler reads the model for each length, longer than all else takes.
