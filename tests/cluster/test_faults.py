@@ -49,7 +49,8 @@ class Fault:
     repeated: int  # steps
 
     def __str__(self) -> str:
-        times = f"noticed {self.noticed:5.1f} s, again {self.again:5.1f} s, repeated {self.repeated}"
+        noticed = "over" if self.kind == "storage" else "noticed"
+        times = f"{noticed} after {self.noticed:.1f} s, a step again after {self.again:.1f} s, {self.repeated} repeated"
         return f"{self.kind:10} at step {self.step:5}: {times}"
 
 

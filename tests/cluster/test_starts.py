@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -29,11 +30,12 @@ LONG = ("data.batch_tokens=12288", "trainer.max_steps=60", "trainer.valid_every=
 
 @pytest.fixture
 def debian(login: Login) -> Iterator[None]:
-    """/etc/hosts of every node as Debian and Ubuntu write it."""
+    """/etc/hosts of every node as Debian and Ubuntu write it; the last one's name is not even in its own."""
     cluster = login.cluster
     for node in cluster.nodes if cluster.netns else ():
         hosts = cluster.folder / f"hosts-{node}"
-        hosts.write_text(f"127.0.0.1 localhost\n127.0.1.1 {node}\n10.77.0.1 login\n")
+        own = f"127.0.1.1 {node}\n" if node != cluster.nodes[-1] else ""
+        hosts.write_text(f"127.0.0.1 localhost\n{own}10.77.0.1 login\n")
         cluster.tell(node, f"mount --bind {hosts} /etc/hosts && touch {hosts}.bound")
     for node in cluster.nodes if cluster.netns else ():
         _until(lambda path=cluster.folder / f"hosts-{node}.bound": path.exists(), "a bound /etc/hosts")
@@ -45,7 +47,7 @@ def debian(login: Login) -> Iterator[None]:
 def test_a_misleading_address_a_taken_port_and_no_environment_do_not_keep_a_run_from_starting(
     login: Login, debian: None
 ) -> None:
-    """127.0.1.1 in /etc/hosts, MASTER_PORT in use on every node, and sbatch --export=NONE."""
+    """127.0.1.1 in /etc/hosts, a name that does not resolve, MASTER_PORT in use on every node, sbatch --export=NONE."""
     cluster = login.cluster
     job = int(cluster.run("sbatch", "--parsable", "--hold", "--wrap=true"))
     cluster.run("scancel", job)
@@ -70,6 +72,10 @@ def test_a_misleading_address_a_taken_port_and_no_environment_do_not_keep_a_run_
     (task,) = login.tasks(cluster.nodes[1]) if cluster.netns else login.tasks(cluster.nodes[0])[:1]
     environment = Path(f"/proc/{task}/environ").read_bytes().split(b"\0")
     assert b"MARK=it is here" in environment
+    if cluster.netns:
+        inside = [*cluster._enter(cluster.nodes[-1]), "getent", "hosts"]
+        known = [subprocess.run([*inside, name], capture_output=True).stdout for name in (cluster.nodes[-1], "login")]
+        assert [bool(line) for line in known] == [False, True]
     assert b"PYTHONSAFEPATH=1" in environment
     assert cluster.wait_for(job_id, *ENDED) == "COMPLETED", login.log(run)
     assert starts.numbers(run / "starts") == [1]

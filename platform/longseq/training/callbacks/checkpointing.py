@@ -132,10 +132,12 @@ class Checkpointing(StepBoundary):
     def _said_if_long(self, step: int | None) -> Iterator[None]:
         """Nothing ends by a file system that stands still for a while, and nothing is lost: it is said."""
         began = time.monotonic()
-        text = f"{self.run.checkpoints_dir}: the checkpoint of step {step} is being written"
-        waits = f"longseq: warning: {text} for {_LONG_SECONDS:g} s, and the training waits: is the file system there?"
+        text = (
+            f"longseq: warning: {self.run.checkpoints_dir}: the checkpoint of step {step} is being written for "
+            f"{_LONG_SECONDS:g} s, and the training waits: is the file system there?"
+        )
         # The log may lie on the same one: only this thread waits for it.
-        timer = threading.Timer(_LONG_SECONDS, print, (waits,), {"file": sys.stderr, "flush": True})
+        timer = threading.Timer(_LONG_SECONDS, print, (text,), {"file": sys.stderr, "flush": True})
         timer.daemon = True
         if self.writer is not None and self.writer.rank == 0:
             timer.start()
