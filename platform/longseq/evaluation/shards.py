@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Generic, TypeVar
 
 from longseq.errors import LongseqError
+from longseq.evaluation.nodes import Nodes
 from longseq.launch.workers import Workers
 from longseq.trained_model import Source, find
 from longseq_data.errors import DataError
@@ -33,10 +35,13 @@ if TYPE_CHECKING:
 
 JOB = "job.json"
 _LOCK, _SHARD = ".lock", ".shard"
+_END = "{mark}-end-{rank}.txt"
 _FORMAT = 1  # of what is kept
+_LOOK = 0.02  # seconds
 _GROWS_EVERY = 32  # shards are of one batch at first, so that there are some for everyone, and then
 _LARGEST = 256  # twice as large after every so many, up to this: a file for each batch of a proteome would be too many
 _MOST_LOSSES = 3  # of one process
+_PATIENCE = 120.0  # seconds for a lost node's lock on a job's shards
 
 Group = TypeVar("Group")
 Row = TypeVar("Row")
@@ -95,7 +100,13 @@ def refuse_devices(devices: int) -> None:
 
 
 def done(work: Work[Group, Row], devices: int) -> Iterator[Row]:
-    """All rows in their order. Of one process straight away, of several by shards that nobody else needs."""
+    """All rows in their order. Of one process straight away, of several by shards that nobody else needs, and of a
+    job's nodes by shards that stay until all is done."""
+    nodes = Nodes.here()
+    if nodes:
+        with kept(nodes.place, work):
+            yield from results(nodes.place, work, devices)
+        return
     if devices == 1:
         for group in work.groups():
             yield from work.rows(group)
@@ -113,11 +124,9 @@ def kept(place: Path, work: Work[Group, Row]) -> Iterator[None]:
         LongseqError: if another process has it.
     """
     place.mkdir(exist_ok=True)
+    nodes = Nodes.here()
     with (place / _LOCK).open("a") as file:
-        try:
-            lock(file, place)
-        except BlockingIOError:
-            raise LongseqError(f"{place}: another process writes there; wait for it, or choose another name.") from None
+        _take(file, place, time.monotonic() + (_PATIENCE if nodes else 0))
         facts = [_FORMAT, _facts(work.source.weights), _facts(Path(work.job.file))]
         told, text = place / JOB, json.dumps({"job": asdict(work.job), "of": facts}, indent=1) + "\n"
         same = told.is_file() and told.read_text(encoding="utf-8") == text
@@ -126,6 +135,8 @@ def kept(place: Path, work: Work[Group, Row]) -> Iterator[None]:
         found = len(list(place.glob(f"*{_SHARD}")))
         if found:
             print(f"longseq: going on behind {found} shards in {place}", file=sys.stderr)
+        if nodes:
+            nodes.begin()
         useful = True
         try:
             yield
@@ -144,21 +155,24 @@ def results(place: Path, work: Work[Group, Row], devices: int) -> Iterator[Row]:
     Raises:
         LongseqError, DataError: what went wrong, in one sentence. Shards that were finished stay.
     """
-    mark = _mark(place)
-    if devices == 1:
+    mark, nodes = _mark(place), Nodes.here()
+    if devices == 1 and nodes is None:
         for number, groups in enumerate(_shards(work)):
             yield from _read(_finish(place / f"{mark}-{number:06}{_SHARD}", work, groups), work)
         return
-    with Workers("longseq.evaluation.worker", place, devices) as workers:
-        losses, number = [0] * devices, 0
+    with Workers("longseq.evaluation.worker", place, devices, 0, nodes.nodes if nodes else 1) as workers:
+        losses, number = Counter[int](), 0
         while (total := _total(place, mark)) is None or number < total:
             path = place / f"{mark}-{number:06}{_SHARD}"
             if path.exists():
                 yield from _read(path, work)
                 number += 1
                 continue
-            _replace_lost(workers, losses)
-            time.sleep(0.02)
+            replace_lost(workers, losses)
+            time.sleep(_LOOK)
+        while nodes and len(list(place.glob(_END.format(mark=mark, rank="*")))) < workers.world:
+            replace_lost(workers, losses)  # none may find its folder gone
+            time.sleep(_LOOK)
 
 
 def take_part(place: Path, rank: int, world: int, work: Work[Group, Row]) -> None:
@@ -168,7 +182,7 @@ def take_part(place: Path, rank: int, world: int, work: Work[Group, Row]) -> Non
         total += 1
         if number % world == rank:
             _finish(place / f"{mark}-{number:06}{_SHARD}", work, groups)
-    write_text(place / f"{mark}-end-{rank}.txt", str(total))
+    write_text(place / _END.format(mark=mark, rank=rank), str(total))
 
 
 def _shards(work: Work[Group, Row]) -> Iterator[list[Group]]:
@@ -196,6 +210,23 @@ def _read(path: Path, work: Work[Group, Row]) -> Iterator[Row]:
         yield from work.read(file)
 
 
+def shards_of(out: Path) -> Path:
+    """Where the shards of a file are kept until it is whole."""
+    return out.with_name(f".{out.name}.shards")
+
+
+def _take(file: IO[str], place: Path, deadline: float) -> None:
+    while True:
+        try:
+            return lock(file, place)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise LongseqError(
+                    f"{place}: another process writes there; wait for it, or choose another name."
+                ) from None
+        time.sleep(1.0)
+
+
 def _mark(place: Path) -> str:
     """What a job's files begin with. Taken once: what a process of an earlier job still writes is nothing of this."""
     return hashlib.sha256((place / JOB).read_bytes()).hexdigest()[:12]
@@ -203,10 +234,15 @@ def _mark(place: Path) -> str:
 
 def _total(place: Path, mark: str) -> int | None:
     """How many shards there are, once a process has seen all."""
-    return next((int(path.read_text()) for path in place.glob(f"{mark}-end-*.txt")), None)
+    return next((int(path.read_text()) for path in place.glob(_END.format(mark=mark, rank="*"))), None)
 
 
-def _replace_lost(workers: Workers, losses: list[int]) -> None:
+def replace_lost(workers: Workers, losses: Counter[int]) -> None:
+    """Start anew whichever was lost.
+
+    Raises:
+        LongseqError: for one that was lost for the third time, and, as DataError, what one has said itself.
+    """
     for rank, how in workers.lost().items():
         losses[rank] += 1
         if losses[rank] == _MOST_LOSSES:

@@ -28,18 +28,21 @@ class Workers:
 
     Args:
         place: the folder that they share.
-        world: how many.
+        devices: how many.
+        node: of several nodes with as many each, which one this is.
+        nodes: how many nodes.
     """
 
-    def __init__(self, module: str, place: Path, world: int):
-        self.module, self.place, self.world = module, place, world
+    def __init__(self, module: str, place: Path, devices: int, node: int = 0, nodes: int = 1):
+        self.module, self.place, self.devices = module, place, devices
+        self.first, self.world = node * devices, nodes * devices
         self.port = free_port()
         self.processes: list[subprocess.Popen[bytes]] = []
         self.pipes: dict[int, int] = {}
 
     def __enter__(self) -> Workers:
         try:
-            for rank in range(self.world):
+            for rank in range(self.devices):
                 self.processes.append(self._started(rank))
         except BaseException:  # no more processes may be started, or a Ctrl-C
             self._end()
@@ -65,7 +68,7 @@ class Workers:
             LongseqError: with that of one that cannot go on for another reason.
         """
         found = {}
-        for rank, process in enumerate(self.processes):
+        for rank, process in enumerate(self.processes, self.first):
             code = process.poll()
             if code in (None, 0) or done(rank):
                 continue
@@ -82,16 +85,18 @@ class Workers:
 
     def start_again(self, rank: int) -> None:
         """In the place of one that was lost."""
-        self.processes[rank] = self._started(rank)
+        self.processes[rank - self.first] = self._started(rank - self.first)
 
-    def _started(self, rank: int) -> subprocess.Popen[bytes]:
+    def _started(self, local: int) -> subprocess.Popen[bytes]:
+        rank = self.first + local
         reading, writing = os.pipe()
         os.set_blocking(reading, False)
         if rank in self.pipes:
             os.close(self.pipes[rank])
         self.pipes[rank] = reading
         command = [sys.executable, "-m", self.module, str(self.place), str(os.getpid()), str(writing)]
-        environment = environment_of(rank, self.world, self.port)
+        environment = environment_of(local, self.devices, self.port)
+        environment |= {"RANK": str(rank), "WORLD_SIZE": str(self.world)}
         try:
             # In a session of its own: a Ctrl-C is for the parent, which ends them.
             return subprocess.Popen(

@@ -21,6 +21,7 @@ from longseq.evaluation.field.averages import Assay, Averages, averages
 from longseq.evaluation.field.measures import MEASURES, Floats, Result
 from longseq.evaluation.field.models import label, proteins
 from longseq.evaluation.field.official import BESIDE, Official, published
+from longseq.evaluation.nodes import Nodes
 from longseq.evaluation.shards import Job, Work, done, refuse_devices
 from longseq.printed import plain
 from longseq.trained_model import EMA, Source, find
@@ -177,7 +178,7 @@ def benchmark_proteingym(
                 f"{source.folder} and {other.parent} would be kept in one folder, {_place(source, out)}: give each an "
                 "out (--out) of its own."
             )
-    if devices > 1:
+    if devices > 1 or Nodes.here():
         options = {"targets": [str(source.folder) for source in sources], "assays": list(assays), "passes": passes}
         options |= {"reference": reference and str(reference), "out": out and str(out)}
         job = Job("proteingym", str(sources[0].folder), str(folder), tuple(overrides), ema, options)
