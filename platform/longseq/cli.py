@@ -84,12 +84,18 @@ def _run(argv: Sequence[str], begin: Callable[[], None]) -> int:
     code = _reported(lambda: _refuse_bytes(argv))
     if code:
         return code
+    args = parsed(argv)
+    begin()
+    return _reported(lambda: args.run(args))
+
+
+def parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a verb; the process ends where there is no such."""
     # Only the verb that is asked for is imported: `longseq --help` needs none of them.
     parser = parser_with(argv[:1])
     args, rest = parser.parse_known_args(argv)
     _place(args, rest, parser)
-    begin()
-    return _reported(lambda: args.run(args))
+    return args
 
 
 def parser_with(imported: Collection[str]) -> argparse.ArgumentParser:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from longseq.errors import LongseqError
 from longseq.evaluation.records import look
-from longseq.evaluation.shards import Job, done, kept, refuse_devices, results, shards_of
-from longseq.output_files import check_output, output_file
+from longseq.evaluation.shards import Job, done, kept, refuse_devices, results
+from longseq.output_files import check_output, output_file, shards_of
 from longseq.trained_model import Source, find
 
 if TYPE_CHECKING:

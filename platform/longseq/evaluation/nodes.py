@@ -1,4 +1,4 @@
-"""The nodes of a job that share one file's shards: ``python -m longseq.evaluation.nodes PLACE DEVICES FAILED VERB ...``.
+"""The nodes of a job share a file's shards: ``python -m longseq.evaluation.nodes PLACE DEVICES FAILED VERB ...``.
 
 Each is one task of srun. The first runs the verb, which deals out the work and writes the results as it would on one
 machine; the others start their processes, which take part. Nobody sends anything: they share the folder PLACE.

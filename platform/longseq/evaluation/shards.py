@@ -210,11 +210,6 @@ def _read(path: Path, work: Work[Group, Row]) -> Iterator[Row]:
         yield from work.read(file)
 
 
-def shards_of(out: Path) -> Path:
-    """Where the shards of a file are kept until it is whole."""
-    return out.with_name(f".{out.name}.shards")
-
-
 def _take(file: IO[str], place: Path, deadline: float) -> None:
     while True:
         try:
