@@ -93,8 +93,12 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments of a verb; the process ends where there is no such."""
     # Only the verb that is asked for is imported: `longseq --help` needs none of them.
     parser = parser_with(argv[:1])
-    args, rest = parser.parse_known_args(argv)
+    # What a job's own verb is to be told has options of its own, and argparse would look among them for `submit`'s.
+    end = list(argv).index("--") if list(argv[:1]) == ["submit"] and "--" in argv else len(argv)
+    args, rest = parser.parse_known_args(argv[:end])
     _place(args, rest, parser)
+    if argv[end:]:
+        args.overrides = [*args.overrides, *argv[end + 1 :]]
     return args
 
 

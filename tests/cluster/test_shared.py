@@ -34,17 +34,7 @@ def test_a_killed_process_of_two_nodes_costs_its_shard(login: Login, here: Calla
     rng = random.Random(3)
     records = (f">r{i}\n{''.join(rng.choices('ACDEFGHIK', k=2100))}\n" for i in range(150))
     (login.folder / "long.fasta").write_text("".join(records))
-    words = (
-        "submit",
-        run,
-        "--job=embed",
-        "--nodes=2",
-        "--site=site.yaml",
-        "--",
-        "long.fasta",
-        "--out",
-        "nodes.parquet",
-    )
+    words = ("submit", run, "--job=embed", "--nodes=2", "--site=site.yaml", "--", "long.fasta", "--out=nodes.parquet")
     said = login.type(*words).split()
     job, log = said[said.index("job") + 1], login.folder / said[said.index("log") + 1]
     place = login.folder / ".nodes.parquet.shards"
@@ -53,7 +43,7 @@ def test_a_killed_process_of_two_nodes_costs_its_shard(login: Login, here: Calla
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.01)
     os.kill(there[0], signal.SIGKILL)
-    assert f"job {job} (RUNNING) writes there" in refused(login, *words)
+    assert f"shards: job {job} (RUNNING) of " in refused(login, *words)
     assert f"embed     job {job}: RUNNING on node[1-2]" in login.type("status", run)
     assert login.cluster.wait_for(job, *ENDED) == "COMPLETED", log.read_text()
     assert "process 1 of 2 was killed by signal 9: its shard is done again" in login.type(
