@@ -1,7 +1,7 @@
 """Submit a training to a SLURM cluster: a configuration for a new run, or a run's folder to go on with it.
 
-Everything that can be checked is checked first; the job comes back by itself until the run is finished. With --job it does
-something else with a run or a configuration.
+Everything that can be checked is checked first; the job comes back by itself until the run is finished. With --job it
+does something else with a run or a configuration.
 """
 
 from __future__ import annotations
