@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from longseq.config.benchmarks import ATTENTION, METHODS
+from longseq.config.benchmarks import ATTENTION, JACOBIAN, METHODS
 from longseq.errors import LongseqError
 from longseq.evaluation.field.chain_work import Array, OfChains, job_of
 from longseq.evaluation.field.chains import Chain, folds

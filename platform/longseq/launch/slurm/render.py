@@ -136,6 +136,8 @@ def _code(request: Request, site: Site, codes: Path) -> str:
     if request.code and ":" in str(codes):
         raise ConfigError(f"{codes}: the path of a job's code cannot hold a ':': choose another folder.")
     return request.code
+
+
 def layouts(config: Config, nodes: int, min_nodes: int, devices: int) -> Mapping[int, Layout]:
     """For each number of nodes that a start may get: how many of them are used, and batches accumulated.
 
