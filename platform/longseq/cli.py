@@ -58,7 +58,7 @@ def _process(argv: Sequence[str]) -> int:
 
         interruption = Interruption()
         if "LONGSEQ_START" in os.environ:  # a job's
-            from longseq.launch.slurm.fence import stand
+            from longseq.runs.fence import stand
 
             stand()
         for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is no reason to fail

@@ -149,7 +149,7 @@ def test_an_evaluation_runs_the_submitted_code_and_an_old_start_of_it_keeps_noth
     job = login.type(*words).split()[1]
     (tmp_path / "longseq/evaluation/evaluate.py").write_text("this is no Python")
     cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
-    first = run / f"slurm/evaluate-{job}.starts/00001.start"
+    first = run / f"slurm/evaluate-{job}.fence/00001.start"
     _until(lambda: [node for node in cluster.nodes if _verbs(cluster.processes(node))], "the evaluation", 120)
     node = next(node for node in cluster.nodes if _verbs(cluster.processes(node)))
     old = _verbs(cluster.processes(node))

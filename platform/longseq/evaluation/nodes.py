@@ -19,10 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from longseq.errors import EXIT_CRASHED, EXIT_ERROR, USER_ERRORS, SupersededError
-from longseq.launch.slurm.fence import stand
 from longseq.launch.slurm.place import Place
 from longseq.launch.workers import Workers
 from longseq.runs import starts
+from longseq.runs.fence import stand
 from longseq_data.files import write_text
 from longseq_data.os_errors import explained, may_pass
 

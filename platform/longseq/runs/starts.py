@@ -9,7 +9,7 @@
     starts/00003.silent  which rank does not answer, in a job, as long as one does not
     starts/00003.crash   after which step it crashed, in a job, "never" before the first, and the nodes to blame
 
-Jobs of other verbs number theirs in a folder of their own, ``slurm/evaluate-JOB.starts``, and tell their processes
+Jobs of other verbs number theirs in a folder of their own, ``slurm/evaluate-JOB.fence``, and tell their processes
 which one is theirs by the variable OWN.
 
 A lost node's processes can live on during the job's next start, and a slow network file system lets a lock of theirs

@@ -25,7 +25,7 @@ WORDS = "start 2 has this run now, so start 1 writes nothing more to it and ends
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a job's starts, of which this process has the first."""
-    folder = tmp_path / "evaluate-7.starts"
+    folder = tmp_path / "evaluate-7.fence"
     number = starts.take(folder, "slurm job 7")
     monkeypatch.setenv(starts.OWN, str(starts.path_of(folder, number, "start")))
     return folder
@@ -113,7 +113,7 @@ def test_each_start_of_a_jobs_script_has_the_next_number_and_the_submitted_code(
     (code / "longseq").mkdir(parents=True)
     (code / "longseq/cli.py").touch()
     said, handed = script(run, tools, restart=1)
-    place = run / "slurm/evaluate-7.starts"
+    place = run / "slurm/evaluate-7.fence"
     assert handed == f"{code} {place}/00002.start\n"
     assert (place / "00002.start").read_text() == "slurm job 7, restart 1, on n1\n"
     assert "longseq: code 3f2a9c01b7d4, as it was submitted" in said
@@ -122,7 +122,7 @@ def test_each_start_of_a_jobs_script_has_the_next_number_and_the_submitted_code(
 def test_a_place_that_cannot_be_written_is_tried_again_and_said_once(tmp_path, tools):
     run = tmp_path / "run"
     (run / "slurm").mkdir(parents=True)
-    blocked = run / "slurm/evaluate-7.starts"
+    blocked = run / "slurm/evaluate-7.fence"
     blocked.touch()
     said, _ = script(run, tools)
     assert said.count("no start can be noted there (Not a directory): tried again for ten minutes") == 1

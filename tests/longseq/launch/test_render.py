@@ -151,7 +151,7 @@ def test_two_hundred_hostile_values_are_refused_or_harmless(tmp_path):
         (tools / name).chmod(0o755)
     (tools / "sleep").write_text("#!/bin/sh\nkill -KILL $PPID\n")  # where no start can be noted, as without mkdir
     for verb in ("evaluate", "embed"):
-        (tmp_path / f"run/slurm/{verb}-1.starts").mkdir(parents=True)
+        (tmp_path / f"run/slurm/{verb}-1.fence").mkdir(parents=True)
     (tmp_path / "run/FINISHED").touch()  # what comes after it is the same in all
     values = hostile_values(200)
     assert len(values) == 200

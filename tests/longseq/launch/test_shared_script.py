@@ -68,7 +68,7 @@ def test_what_crashes_goes_on_in_the_job_as_long_as_shards_are_finished(place: P
 
 def test_each_start_of_srun_has_a_number_of_its_own(place: Path) -> None:
     job(place, f"{SHARD}; (exit 137)")
-    numbers = place / "a run/slurm/embed-7.starts"
+    numbers = place / "a run/slurm/embed-7.fence"
     assert (place / "started").read_text() == f"{numbers}/00001.start\n{numbers}/00002.start\n"
     assert (numbers / "00002.start").read_text() == "slurm job 7, restart 0, on n[1-2], behind 1 shards\n"
 
