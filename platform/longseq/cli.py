@@ -60,7 +60,8 @@ def _process(argv: Sequence[str]) -> int:
         if "LONGSEQ_START" in os.environ:  # a job's
             from longseq.runs.fence import stand
 
-            stand()
+            if _reported(stand):
+                return 1
         for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is no reason to fail
             if stream is not None:
                 stream.reconfigure(errors="replace")  # type: ignore[union-attr]

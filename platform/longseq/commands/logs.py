@@ -66,7 +66,9 @@ def run(args: argparse.Namespace) -> int:
 def log_of(run: Run, rank: int, job: str = "train") -> Path | None:
     """The newest log of a process, if there is one; or of a job that trains nothing."""
     if job != "train":
-        return max(run.slurm_dir.glob(f"{job}-*.log"), key=lambda path: path.stat().st_mtime, default=None)
+        noted = [run.slurm_dir / f"{job}-{each.job}.log" for each in shared_jobs(run) if each.verb == job]
+        there = [path for path in noted if path.exists()]  # of two that run the newer one, whichever wrote last
+        return there[-1] if there else None
     own = [run.rank_log(rank)] if run.rank_log(rank).exists() else []  # of a run on this machine, or a rank from 1 on
     jobs = [] if rank else run.slurm_dir.glob("job-*.log")
     logs = sorted([*own, *jobs], key=lambda path: path.stat().st_mtime)

@@ -57,13 +57,13 @@ def shared(run: Run) -> list[str]:
     """The newest job of each output that others than trainings write with this run."""
     jobs = {(job.verb, job.place): job for job in shared_jobs(run)}
     try:
-        queued = queue(job.job for job in jobs.values()) if jobs else {}
+        queued, asked = queue(job.job for job in jobs.values()) if jobs else {}, True
     except SlurmError:  # said already, of the training
-        queued = {}
+        queued, asked = {}, False
     lines = []
     for job in jobs.values():
         known, waiting = job.known(queued), job.shards
-        state = known.state if known else "ENDED" if queued else "UNKNOWN"
+        state = known.state if known else "ENDED" if asked else "UNKNOWN"
         where = f" on {known.nodes}, {known.left} left" if known and known.state == "RUNNING" else ""
         shards = f"; {waiting} shards are finished" if waiting else ""
         lines.append(f"{job.verb:<9} job {job.job}: {state}{where}{shards}; {ago(job.time)}: {job.command}")

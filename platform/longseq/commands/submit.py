@@ -107,7 +107,7 @@ def _say(done: Submission) -> None:
             words = f"{as_typed(done.path.parent.parent)} --job {done.verb}"
             print(f"Follow it:     longseq logs -f {words}")
             print(f"State:         longseq status {as_typed(done.path.parent.parent)}")
-            print(f"Cancel it:     longseq cancel {words}")
+            print(f"Cancel it:     scancel {' '.join(done.jobs)}    (longseq cancel {words}: all such jobs of the run)")
         return
     first, runs = done.runs[0], done.runs
     print(f"run     {as_typed(first.path)}{f' to {runs[-1].path.name}' if len(runs) > 1 else ''}")

@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,12 +65,12 @@ def help_out(nodes: Nodes, node: int, devices: int) -> None:
     Raises:
         LongseqError, DataError: what went wrong, in one sentence.
     """
-    from longseq.evaluation.shards import replace_lost
+    from longseq.evaluation.shards import Losses, replace_lost
 
     while not nodes.begun():  # srun ends this one where the first has failed
         time.sleep(_LOOK)
     with Workers("longseq.evaluation.worker", nodes.place, devices, node, nodes.nodes) as workers:
-        losses = Counter[int]()
+        losses = Losses()
         while not workers.ended():
             replace_lost(workers, losses)
             time.sleep(_LOOK)
@@ -95,9 +94,9 @@ def main() -> int:
         told = {**os.environ, _TOLD: json.dumps(asdict(nodes))}
         code = subprocess.run([sys.executable, "-m", "longseq.cli", *words, "--devices", devices], env=told).returncode
     else:
-        stand()  # the first node's verb does so itself
         code = 0
         try:
+            stand()  # the first node's verb does so itself
             help_out(nodes, task.rank, int(devices))
         except USER_ERRORS as error:
             code, why = getattr(error, "exit_code", EXIT_ERROR), f"node {task.rank}: {error}"

@@ -12,7 +12,6 @@ import json
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -43,6 +42,7 @@ _LARGEST = 256  # twice as large after every so many, up to this: a file for eac
 _MOST_LOSSES = 3  # of one process
 _PATIENCE = 120.0  # seconds for a lost node's lock on a job's shards
 
+Losses = dict[int, tuple[int, int]]  # of a process: how often since its last shard, and its shards then
 Group = TypeVar("Group")
 Row = TypeVar("Row")
 
@@ -163,7 +163,7 @@ def results(place: Path, work: Work[Group, Row], devices: int) -> Iterator[Row]:
             yield from _read(_finish(place / f"{mark}-{number:06}{_SHARD}", work, groups), work)
         return
     with Workers("longseq.evaluation.worker", place, devices, 0, nodes.nodes if nodes else 1) as workers:
-        losses, number = Counter[int](), 0
+        losses, number = Losses(), 0
         while (total := _total(place, mark)) is None or number < total:
             path = place / f"{mark}-{number:06}{_SHARD}"
             if path.exists():
@@ -233,21 +233,28 @@ def _total(place: Path, mark: str) -> int | None:
     return next((int(path.read_text()) for path in place.glob(_END.format(mark=mark, rank="*"))), None)
 
 
-def replace_lost(workers: Workers, losses: Counter[int]) -> None:
+def replace_lost(workers: Workers, losses: Losses) -> None:
     """Start anew whichever was lost.
 
     Raises:
-        LongseqError: for one that was lost for the third time, and, as DataError, what one has said itself.
+        LongseqError: for one that was lost for the third time without a shard in between; in a job, where the next
+            start may do better, PassingError. And, as DataError too, what one has said itself.
     """
     for rank, how in workers.lost().items():
-        losses[rank] += 1
-        if losses[rank] == _MOST_LOSSES:
-            raise LongseqError(
+        finished = sum(_number(path) % workers.world == rank for path in workers.place.glob(f"*{_SHARD}"))
+        times, before = losses.get(rank, (0, finished))
+        losses[rank] = (times + 1 if finished == before else 1, finished)
+        if losses[rank][0] == _MOST_LOSSES:
+            raise (PassingError if starts.own() else LongseqError)(
                 f"process {rank} of {workers.world} {how}, for the third time; is there enough memory for that many? "
                 "Take fewer devices."
             )
         print(f"longseq: warning: process {rank} of {workers.world} {how}: its shard is done again", file=sys.stderr)
         workers.start_again(rank)
+
+
+def _number(shard: Path) -> int:
+    return int(shard.stem.rpartition("-")[2])
 
 
 def _facts(path: Path) -> list[str | int]:
@@ -260,6 +267,7 @@ def _facts(path: Path) -> list[str | int]:
 
 def _empty(place: Path, but: str = "") -> None:
     for path in place.iterdir():
-        if path.name != _LOCK and not (but and path.name.endswith(but)):
+        # A file that another node still has open and somebody removes is called .nfs... until it is closed.
+        if path.name != _LOCK and not path.name.startswith(".nfs") and not (but and path.name.endswith(but)):
             with suppress(FileNotFoundError):  # what a process of the start before has removed meanwhile
                 path.unlink()

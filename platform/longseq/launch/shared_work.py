@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from longseq.errors import ConfigError
+from longseq.errors import ConfigError, RunError
 from longseq.output_files import check_output, shards_of
 from longseq.runs.run import Run
 
@@ -38,6 +39,20 @@ def keys_of(words: Sequence[str]) -> tuple[str, ...]:
     return tuple(word for word in words if "." in word.partition("=")[0] and "=" in word and word[0] != "-")
 
 
+def check_writable(run: Run) -> None:
+    """Refuse another's run: a job's script, log and code are kept in it.
+
+    Raises:
+        RunError: saying what to do.
+    """
+    for folder in (run.path, run.slurm_dir, run.path / "code"):
+        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+            raise RunError(
+                f"{folder}: cannot be written to, and a job keeps its script, log and code there: have its owner give "
+                "you the right (chmod g+w), or submit a copy of the run (config.yaml, checkpoints/) of your own."
+            )
+
+
 def place_of(run: Run, verb: str, words: Sequence[str]) -> Path:
     """The folder of a job's shards: next to its output, or of a benchmark, whose tables are in the log, in the run.
 
@@ -49,11 +64,13 @@ def place_of(run: Run, verb: str, words: Sequence[str]) -> Path:
     if verb == "benchmark":
         mark = hashlib.sha256(shlex.join(words).encode()).hexdigest()[:8]
         return run.slurm_dir / f"benchmark-{mark}.shards"
-    out = next((word.partition("=")[2] for word in words if word.startswith("--out=")), None)
-    if out is None and "--out" in words[:-1]:
-        out = words[words.index("--out") + 1]
-    if out is None:
+    told = [
+        after if word == "--out" else word.partition("=")[2]
+        for word, after in zip(words, [*words[1:], ""], strict=True)
+        if word == "--out" or word.startswith("--out=")
+    ]
+    out = told[-1] if told else ""  # the last one counts
+    if not out:
         raise ConfigError(f"--job={verb}: its results need a file: add --out FILE, behind the `--`.")
-    path = Path(out).absolute()
-    check_output(path)
-    return shards_of(path)
+    check_output(Path(out))
+    return shards_of(Path(out).parent.resolve() / Path(out).name)  # one place by any path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import secrets
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from longseq.config.shipped import located
 from longseq.data import fix_order, identities, resolve_sources, vocabulary
 from longseq.errors import ConfigError, LongseqError, RunError
 from longseq.launch.before import check_benchmarks, check_disk, check_origin, say_schedule
-from longseq.launch.shared_work import SHARED, keys_of, place_of, words_of
+from longseq.launch.shared_work import SHARED, check_writable, keys_of, place_of, words_of
 from longseq.launch.slurm import queue
 from longseq.launch.slurm.mounts import check_mounts
 from longseq.launch.slurm.queue import SlurmError
@@ -347,6 +348,7 @@ def _shared(
         find(path, sums=False)
     place = place_of(run, verb, words)
     if not how.looks:
+        check_writable(run)
         check_unshared(run, place)
         run.slurm_dir.mkdir(exist_ok=True)
     script = shared_script(run.path, verb, words_of(verb, path.resolve(), words), place, site, request)
@@ -369,7 +371,7 @@ def _preparation(path: Path, overrides: Sequence[str], site: Site, nodes: int) -
 
 def _send(work: _Work, how: _How) -> Submission:
     """Show, try or submit a script: of a chain several times, each after the one before."""
-    path = work.place.with_name(f".{work.place.name}.sbatch")
+    path = work.place.with_name(f".{work.place.name}-{secrets.token_hex(4)}.sbatch")  # two may submit at once
     shown = Submission(
         work.script, path, runs=work.runs, memory=work.memory, verb=work.shared[1].verb if work.shared else ""
     )

@@ -115,7 +115,7 @@ def check_unshared(run: Run, place: Path) -> None:
             here = as_typed(run.path)
             raise RunError(
                 f"{place}: {live} writes there. Follow it (`longseq logs -f {here} --job {job.verb}`), wait for its "
-                f"end, or cancel it first (`longseq cancel {here} --job {job.verb}`: what is finished stays)."
+                f"end, or cancel it first (`scancel {job.job}`: what is finished stays)."
             )
 
 
