@@ -19,7 +19,7 @@ from longseq.errors import ConfigError, LongseqError, RunError
 from longseq.launch.before import check_benchmarks, check_disk, check_origin, say_schedule
 from longseq.launch.shared_work import SHARED, check_writable, keys_of, place_of, words_of
 from longseq.launch.slurm import queue
-from longseq.launch.slurm.mounts import check_mounts
+from longseq.launch.slurm.mounts import check_files, check_mounts
 from longseq.launch.slurm.queue import SlurmError
 from longseq.launch.slurm.render import (
     Request,
@@ -347,13 +347,14 @@ def _shared(
     if not dependency:  # of a training that still runs it may be the first checkpoint
         find(path, sums=False)
     place = place_of(run, verb, words)
+    check_files(site, words, (run.path.parent, place.parent))
     if not how.looks:
         check_writable(run)
         check_unshared(run, place)
         run.slurm_dir.mkdir(exist_ok=True)
     script = shared_script(run.path, verb, words_of(verb, path.resolve(), words), place, site, request)
-    job = SharedJob("", verb, str(place), how.command, "")
-    return _Work(script, run.slurm_dir / verb, codes=run.path / "code" if own else None, shared=(run, job))
+    shared = run, SharedJob("", verb, str(place), how.command, "")
+    return _Work(script, run.slurm_dir / verb, codes=run.path / "code" if own else None, shared=shared)
 
 
 def _preparation(path: Path, overrides: Sequence[str], site: Site, nodes: int) -> _Work:

@@ -129,7 +129,7 @@ def check_told() -> None:
     told, here = os.environ.get(TOLD), _packages()[0].parent
     if told and here.resolve() != Path(told).resolve():
         raise RunError(
-            f"{socket.gethostname()}: the job's code is {told}, and {here} would run: is that folder there on this node?"
+            f"{socket.gethostname()}: the job's code is {told}, and {here} would run: does the node see that folder?"
         )
 
 

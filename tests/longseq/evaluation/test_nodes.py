@@ -179,8 +179,7 @@ def test_an_old_start_leaves_the_shards_of_the_new_one_alone(trained, files, fol
         raise LongseqError("fails before any shard is finished, and nothing is left")
     assert not place.exists()
     with pytest.raises(LongseqError, match="fails"), shards.kept(place, work):
-        starts.take(own, "slurm job 7, restart 1")
-        raise LongseqError("fails, but the next start is at work")
+        follow_and_fail(own)
     assert (place / shards.JOB).exists()
     (place / "other-000000.shard").touch()
     with pytest.raises(SupersededError), shards.kept(place, work):
@@ -188,9 +187,14 @@ def test_an_old_start_leaves_the_shards_of_the_new_one_alone(trained, files, fol
     assert (place / "other-000000.shard").exists()
 
 
+def follow_and_fail(own):
+    starts.take(own, "slurm job 7, restart 1")
+    raise LongseqError("fails, but the next start is at work")
+
+
 @pytest.fixture
 def node(folder, own, monkeypatch):
-    """node(rank, what): the exit code of a node's task, and what its start's end says. The verb is a shell's ``what``."""
+    """node(rank, what): the exit code of a node's task, and what its start's end says; a shell does ``what`` as verb."""
     (folder / "job.shards").mkdir()
     slurm = {"JOB_ID": "7", "STEP_NODELIST": "n[1-2]", "LOCALID": "0", "STEP_NUM_TASKS": "2"}
 
@@ -238,7 +242,7 @@ def test_a_first_node_that_was_only_thought_lost_removes_no_shards(folder, node,
         (PassingError("process 2 of 4 was killed"), 70, None),
     ],
 )
-def test_another_node_notes_what_a_person_must_fix_and_nothing_that_may_pass(node, monkeypatch, capsys, error, code, end):
+def test_another_node_notes_what_a_person_must_fix_and_no_more(node, monkeypatch, capsys, error, code, end):
     def help_out(*_):
         raise error
 

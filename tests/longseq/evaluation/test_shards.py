@@ -14,12 +14,13 @@ import longseq as api
 from command_line import Command, alive
 from command_line import longseq as typed
 from longseq.cli import main
-from longseq.errors import LongseqError
+from longseq.errors import LongseqError, PassingError
 from longseq.evaluation import shards
 from longseq.evaluation.embed import embedding
 from longseq.evaluation.shards import Job, kept, results, take_part
 from longseq.evaluation.work import Scores, Vectors, work_of
 from longseq.launch.workers import Workers
+from longseq.runs import starts
 from longseq.trained_model import find
 from longseq_data.errors import DataError
 
@@ -208,7 +209,7 @@ def test_what_a_process_says_needs_no_disk(folder, monkeypatch, name, kind, sent
     monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
     with Workers("tells", folder / name, 1) as workers:
         workers.processes[0].wait()
-        with pytest.raises(kind, match=sentence) as error:
+        with pytest.raises(kind, match=sentence):
             workers.lost()
     assert not (folder / name).exists()
     assert not workers.pipes

@@ -202,15 +202,20 @@ def test_a_job_that_embeds_is_submitted_noted_and_refused_a_second_time(place):
     assert done.returncode == 0, done.stderr
     assert "log     runs/one/slurm/embed-12.log\n" in done.stdout
     assert "longseq logs -f runs/one --job embed\n" in done.stdout
+    assert "Cancel it:     scancel 12 " in done.stdout
     assert HEAVY.isdisjoint(done.stderr.split())
     script = (run.slurm_dir / "embed-12.sbatch").read_text()
-    assert f"\nplace={place}/.v.npz.shards\n" in script
-    assert f' 1 "$notes.failed" embed {run.path} proteins.fasta --out v.npz --layer 1 &\n' in script
+    assert f"\nshards={place}/.v.npz.shards\n" in script
+    hash_ = code.current()
+    assert f"\ncode={run.path}/code/{hash_}\n" in script
+    assert (run.path / "code" / hash_ / "longseq/cli.py").exists()
+    assert f" 1 embed {run.path} proteins.fasta --out v.npz --layer 1 &\n" in script
     assert "#SBATCH --nodes=2\n" in script
     assert "#SBATCH --dependency=afterok:3\n" in script
     again = longseq(place, *words)
     assert again.returncode == 1
     assert "v.npz.shards: job 12 (PENDING) writes there. Follow it (`longseq logs" in again.stderr
+    assert "cancel it first (`scancel 12`: what is finished stays)" in again.stderr
     assert jobs_of(run) == {}  # a training may have the run meanwhile
     (place / ".v.npz.shards").mkdir()
     (place / ".v.npz.shards" / "a.shard").touch()
@@ -230,8 +235,8 @@ def test_a_benchmark_names_its_model_behind_its_file(place):
     script = longseq(place, *words).stdout
     assert f" benchmark proteingym gym {run.path} --assay 'a b' &\n" in script
     other = longseq(place, *words[:-1], "c").stdout
-    places = [next(line for line in text.splitlines() if line.startswith("place=")) for text in (script, other)]
-    assert places[0].startswith(f"place={run.slurm_dir}/benchmark-")
+    places = [next(line for line in text.splitlines() if line.startswith("shards=")) for text in (script, other)]
+    assert places[0].startswith(f"shards={run.slurm_dir}/benchmark-")
     assert places[0] != places[1]
     assert not run.slurm_dir.exists()
 
