@@ -16,7 +16,7 @@ from longseq.config.schema import Config
 from longseq.config.shipped import located
 from longseq.data import fix_order, identities, resolve_sources, vocabulary
 from longseq.errors import ConfigError, LongseqError, RunError
-from longseq.launch.before import check_benchmarks, check_disk, check_origin, say_schedule
+from longseq.launch.before import check_benchmarks, check_disk, check_origin, say_cpus, say_schedule
 from longseq.launch.shared_work import SHARED, check_writable, keys_of, place_of, words_of
 from longseq.launch.slurm import queue
 from longseq.launch.slurm.mounts import check_files, check_mounts
@@ -313,12 +313,7 @@ def _evaluation(path: Path, overrides: Sequence[str], site: Site, how: _How) -> 
     config = run.config(tuple(overrides))
     gpus = config.trainer.accelerator != "cpu" and bool(site.gpus_per_node)
     request = Request(1, 1, gpus, code=_code(site, None, current=True))
-    if config.trainer.accelerator == "auto" and not request.gpus:
-        print(
-            "longseq: warning: trainer.accelerator=auto, but the job asks for no GPU (gpus_per_node of the site's "
-            "profile): it scores on CPUs.",
-            file=sys.stderr,
-        )
+    say_cpus(config, gpus)
     if not how.looks:
         run.slurm_dir.mkdir(exist_ok=True)
     shared = run, SharedJob("", "evaluate", str(run.evaluations_dir), how.command, "")
@@ -344,6 +339,7 @@ def _shared(
     own = _code(site, None, current=True)
     request = Request(nodes, per_node, gpus=gpus, dependency=dependency, by_node=True, code=own)
     _check_request(request, site)
+    say_cpus(config, gpus)
     if not dependency:  # of a training that still runs it may be the first checkpoint
         find(path, sums=False)
     place = place_of(run, verb, words)

@@ -194,7 +194,7 @@ def follow_and_fail(own):
 
 @pytest.fixture
 def node(folder, own, monkeypatch):
-    """node(rank, what): the exit code of a node's task, and what its start's end says; a shell does ``what`` as verb."""
+    """node(rank, what): exit code of a node's task, and what its start's end says; a shell does ``what`` as verb."""
     (folder / "job.shards").mkdir()
     slurm = {"JOB_ID": "7", "STEP_NODELIST": "n[1-2]", "LOCALID": "0", "STEP_NUM_TASKS": "2"}
 

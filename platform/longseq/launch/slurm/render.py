@@ -122,7 +122,7 @@ def shared_script(run: Path, verb: str, arguments: Sequence[str], shards: Path, 
 
 
 def _fence(beside: Path, codes: Path, site: Site, request: Request) -> dict[str, object]:
-    """For _verb.j2, in the script of any job that is no training: its starts are numbered, and only the newest writes.
+    """For _verb.j2, in the script of any job that is no training: its starts are numbered, and only the newest lives.
 
     beside: log and starts, without the job's number, lie next to each other. codes: the folder of its snapshot.
     """
