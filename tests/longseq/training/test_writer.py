@@ -107,7 +107,7 @@ def test_a_rank_that_cannot_list_the_starts_leaves_no_other_waiting(run, saving,
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     monkeypatch.setattr("longseq.training.writer.write", fail)
-    monkeypatch.setattr(run, "check_start", fail)
+    monkeypatch.setattr(Run, "check_start", fail)
     monkeypatch.setattr(saving.control, "any", lambda *flags: asked.append("all") or list(flags))
     saving.writer.start({"model.safetensors": b"weights"}, position(5))
     ended, sentence = outcome(saving.finish_writing, run)
