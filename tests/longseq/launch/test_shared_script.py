@@ -79,7 +79,7 @@ def test_what_a_person_must_fix_is_not_tried_again(place: Path) -> None:
 
 @pytest.mark.parametrize("requeue", [True, False])
 def test_the_time_limit_sends_it_back_to_the_queue(place: Path, requeue: bool) -> None:
-    code, said = job(place, f"{SHARD}; kill -USR1 $PPID; exec sleep 5", requeue=requeue)
+    code, said = job(place, f"{SHARD}; kill -USR1 $PPID; exec sleep 0.3", requeue=requeue)
     assert code == 75
     assert requeued(place) == requeue
     assert ("comes back" if requeue else "submit it again, and it goes on behind the shards") in said
@@ -87,7 +87,7 @@ def test_the_time_limit_sends_it_back_to_the_queue(place: Path, requeue: bool) -
 
 
 def test_a_limit_too_short_for_any_shard_is_noticed(place: Path) -> None:
-    back = "kill -USR1 $PPID; exec sleep 5"
+    back = "kill -USR1 $PPID; exec sleep 0.3"
     codes = [job(place, back, restart=restart, max_restarts=3)[0] for restart in range(5)]
     assert codes == [75, 75, 75, 75, 70]
 
