@@ -12,7 +12,7 @@ from longseq.launch.slurm.render import Request, shared_script
 from longseq.launch.slurm.site import Site
 
 SHARD = 'touch "$place/$RANDOM$RANDOM.shard"'
-BACK = "kill -USR1 $PPID; exec sleep 5"
+BACK = "kill -USR1 $PPID; exec sleep 0.3"
 SAYS = 'echo "{}" >"${{LONGSEQ_START%.start}}.end"'
 
 
