@@ -60,7 +60,8 @@ def _process(argv: Sequence[str]) -> int:
         if "LONGSEQ_START" in os.environ:  # a job's
             from longseq.runs.fence import stand
 
-            stand()
+            if _reported(stand):
+                return 1
         for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is no reason to fail
             if stream is not None:
                 stream.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -71,6 +72,13 @@ def _process(argv: Sequence[str]) -> int:
         except Exception:
             if interruption.happened:  # what an import, say, has made of it
                 return _INTERRUPTED
+            if "LONGSEQ_NODES" in os.environ:  # in a job that tries again what crashes
+                import traceback
+
+                from longseq.errors import EXIT_CRASHED
+
+                traceback.print_exc()
+                return EXIT_CRASHED
             raise
         finally:
             # While the interpreter is taken apart there is nothing left to interrupt.
@@ -89,12 +97,22 @@ def _run(argv: Sequence[str], begin: Callable[[], None]) -> int:
     code = _reported(lambda: _refuse_bytes(argv))
     if code:
         return code
-    # Only the verb that is asked for is imported: `longseq --help` needs none of them.
-    parser = parser_with(argv[:1])
-    args, rest = parser.parse_known_args(argv)
-    _place(args, rest, parser)
+    args = parsed(argv)
     begin()
     return _reported(lambda: args.run(args))
+
+
+def parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a verb; the process ends where there is no such."""
+    # Only the verb that is asked for is imported: `longseq --help` needs none of them.
+    parser = parser_with(argv[:1])
+    # What a job's own verb is to be told has options of its own, and argparse would look among them for `submit`'s.
+    end = list(argv).index("--") if list(argv[:1]) == ["submit"] and "--" in argv else len(argv)
+    args, rest = parser.parse_known_args(argv[:end])
+    _place(args, rest, parser)
+    if argv[end:]:
+        args.overrides = [*args.overrides, *argv[end + 1 :]]
+    return args
 
 
 def parser_with(imported: Collection[str]) -> argparse.ArgumentParser:
@@ -173,11 +191,14 @@ def _reported(work: Callable[[], int | None]) -> int:
         _forget(sys.stdout)
         return EXIT_ERROR
     except OSError as error:  # a full or read-only disk, mostly
-        from longseq_data.os_errors import explained
+        import os
+
+        from longseq.errors import EXIT_CRASHED
+        from longseq_data.os_errors import explained, may_pass
 
         print(f"longseq: error: {explained(error)}.", file=sys.stderr)
         _forget(sys.stdout)
-        return EXIT_ERROR
+        return EXIT_CRASHED if "LONGSEQ_START" in os.environ and may_pass(error) else EXIT_ERROR
     except KeyboardInterrupt:
         return _INTERRUPTED
 

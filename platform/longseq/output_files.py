@@ -71,3 +71,8 @@ def check_output(path: Path, *read: str | Path | None) -> None:
         path = resolved(path)
     if not path.parent.is_dir():
         raise LongseqError(f"{path}: the folder {path.parent} does not exist; make it, or choose another.")
+
+
+def shards_of(path: Path) -> Path:
+    """Where what is finished of a file is kept until it is whole."""
+    return path.with_name(f".{path.name}.shards")

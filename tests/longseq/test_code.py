@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from importlib.metadata import version
@@ -130,3 +131,26 @@ def test_resume_begins_anew_with_the_kept_code_or_takes_todays(checkout, submitt
     assert said.endswith("today\n")
     assert code.kept(submitted) != name
     assert resumed() == "today\n"
+
+
+def test_of_two_submissions_at_once_both_have_the_code(tmp_path, monkeypatch):
+    folder, copytree = tmp_path / "code", code.shutil.copytree
+
+    def overtaken(*arguments):
+        copytree(*arguments)
+        (folder / code.current() / "longseq").mkdir(parents=True, exist_ok=True)
+
+    left = folder / ".killed"
+    left.mkdir(parents=True)
+    os.utime(left, (0, 0))
+    monkeypatch.setattr(code.shutil, "copytree", overtaken)
+    code.keep_in(folder)
+    assert [path.name for path in folder.iterdir()] == [code.current()]
+
+
+def test_a_node_that_would_run_other_code_than_the_jobs_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv(code.TOLD, str(Path(code.longseq.__file__).parents[1]))
+    code.check_told()
+    monkeypatch.setenv(code.TOLD, str(tmp_path))
+    with pytest.raises(RunError, match=rf"^{socket.gethostname()}: the job's code is {tmp_path}, and .* would run"):
+        code.check_told()

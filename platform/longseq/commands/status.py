@@ -7,8 +7,8 @@ import math
 import time
 
 from longseq.commands.jobs import as_dict, ask
-from longseq.launch.slurm.queue import ENDED
-from longseq.launch.slurm.state import State, state_of
+from longseq.launch.slurm.queue import ENDED, SlurmError, queue
+from longseq.launch.slurm.state import State, shared_jobs, state_of
 from longseq.printed import as_json
 from longseq.runs import code, starts
 from longseq.runs.run import Run
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     lines = head(state)
     if code.kept(run):
         lines.append(f"code      {code.kept(run)}")
-    print("\n".join([*lines, kept(run), *history(run)]))
+    print("\n".join([*lines, kept(run), *history(run), *shared(run)]))
     if ended(state):
         print(f"Go on with:    {run.resume_command}")
     return 0
@@ -50,6 +50,23 @@ def head(state: State) -> list[str]:
         loss = f", loss {at.loss:.4f}" if math.isfinite(at.loss) else ""
         rate = f", {at.tokens_per_second:,.0f} tokens/s" if math.isfinite(at.tokens_per_second) else ""
         lines.append(f"step      {at.step} of {at.last_step}{loss}{rate}; {ago(at.time)}")
+    return lines
+
+
+def shared(run: Run) -> list[str]:
+    """The newest job of each output that others than trainings write with this run."""
+    jobs = {(job.verb, job.place): job for job in shared_jobs(run)}
+    try:
+        queued, asked = queue(job.job for job in jobs.values()) if jobs else {}, True
+    except SlurmError:  # said already, of the training
+        queued, asked = {}, False
+    lines = []
+    for job in jobs.values():
+        known, waiting = job.known(queued), job.shards
+        state = known.state if known else "ENDED" if asked else "UNKNOWN"
+        where = f" on {known.nodes}, {known.left} left" if known and known.state == "RUNNING" else ""
+        shards = f"; {waiting} shards are finished" if waiting else ""
+        lines.append(f"{job.verb:<9} job {job.job}: {state}{where}{shards}; {ago(job.time)}: {job.command}")
     return lines
 
 

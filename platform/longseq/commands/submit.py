@@ -1,11 +1,13 @@
 """Submit a training to a SLURM cluster: a configuration for a new run, or a run's folder to go on with it.
 
-Everything that can be checked is checked first; the job comes back by itself until the run is finished.
+Everything that can be checked is checked first; the job comes back by itself until the run is finished. With --job it
+does something else with a run or a configuration.
 """
 
 from __future__ import annotations
 
 import argparse
+import glob
 import shlex
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from longseq.commands.key_help import help_on_flat_keys
 from longseq.commands.numbers import natural, positive
 from longseq.commands.options import TAKE_OVER_HELP, given
 from longseq.errors import ConfigError
+from longseq.launch.shared_work import SHARED, words_of
 from longseq.launch.slurm.site import Site
 from longseq.launch.submission import Submission, submit
 from longseq.runs import code
@@ -63,9 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--job",
-        choices=("train", "evaluate", "prepare"),
+        choices=("train", "evaluate", "prepare", *SHARED),
         default="train",
-        help="evaluate RUN, or prepare a corpus of CONFIG, with the key=value of `longseq evaluate` and `data prepare`",
+        help="evaluate RUN, or prepare a corpus of CONFIG, with their verbs' key=value; "
+        "embed, score or benchmark with RUN on all nodes, the verb's words without RUN behind a --, as in --job embed "
+        "--nodes 4 -- proteins.fasta --out vectors.parquet",
     )
     parser.add_argument(
         "--current-code", action="store_true", help="go on with RUN by today's code, and not that of its submission"
@@ -81,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
     options = given(args, f"{names} dry_run test_only")
     command = shlex.join(["longseq", *sys.argv[1:]])
     members = _members(args.array or [])
+    if args.job in SHARED:
+        _understood(args.job, args.target, args.overrides)
     done = submit(args.target, args.overrides, array=members, command=command, **options)
     if args.dry_run:
         print(done.script, end="")
@@ -96,6 +103,11 @@ def _say(done: Submission) -> None:
     if not done.runs:
         print(f"script  {as_typed(done.path)}")
         print(f"log     {as_typed(done.path.with_suffix('.log'))}")
+        if done.verb:
+            words = f"{as_typed(done.path.parent.parent)} --job {done.verb}"
+            print(f"Follow it:     longseq logs -f {words}")
+            print(f"State:         longseq status {as_typed(done.path.parent.parent)}")
+            print(f"Cancel it:     scancel {' '.join(done.jobs)}    (longseq cancel {words}: all such jobs of the run)")
         return
     first, runs = done.runs[0], done.runs
     print(f"run     {as_typed(first.path)}{f' to {runs[-1].path.name}' if len(runs) > 1 else ''}")
@@ -108,6 +120,16 @@ def _say(done: Submission) -> None:
     print(f"State:         longseq jobs --dir {as_typed(first.path.parent)}")
     print(f"Look at it:    tensorboard --logdir {as_typed(first.path.parent)}")
     print(f"Cancel it:     longseq cancel {' '.join(as_typed(run.path) for run in runs)}")
+
+
+def _understood(verb: str, target: Path, words: list[str]) -> None:
+    """Refuse what the job's command line would refuse, before it waits for nodes."""
+    from longseq.cli import parsed
+
+    args = parsed(words_of(verb, target, words))
+    for file in (getattr(args, name, None) for name in ("file", "folder", "variants", "context", "reference")):
+        if file and not glob.has_magic(str(file)) and "://" not in str(file) and not Path(file).exists():
+            raise ConfigError(f"{file} does not exist: correct the path.")
 
 
 def _members(arguments: list[str]) -> list[list[str]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from longseq.errors import LongseqError
 from longseq.evaluation.records import look
 from longseq.evaluation.shards import Job, done, kept, refuse_devices, results
-from longseq.output_files import check_output, output_file
+from longseq.output_files import check_output, output_file, shards_of
 from longseq.trained_model import Source, find
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def embed_to_file(
     from longseq.evaluation.work import Vectors
 
     write = write_parquet if out.suffix == ".parquet" else write_npz
-    work, place = Vectors(job, source), out.with_name(f".{out.name}.shards")
+    work, place = Vectors(job, source), shards_of(out)
     # The shards go after the file has its name: whenever it is killed, one of the two is there.
     with kept(place, work), output_file(out) as partial:
         begin()

@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import count, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Generic, TypeVar
 
-from longseq.errors import LongseqError
+from longseq.errors import LongseqError, PassingError
+from longseq.evaluation.nodes import Nodes, let_go
 from longseq.launch.workers import Workers
+from longseq.runs import starts
 from longseq.trained_model import Source, find
 from longseq_data.errors import DataError
 from longseq_data.files import aside, write_text
@@ -33,11 +34,15 @@ if TYPE_CHECKING:
 
 JOB = "job.json"
 _LOCK, _SHARD = ".lock", ".shard"
+_END = "{mark}-end-{rank}.txt"
 _FORMAT = 1  # of what is kept
+_LOOK = 0.02  # seconds
 _GROWS_EVERY = 32  # shards are of one batch at first, so that there are some for everyone, and then
 _LARGEST = 256  # twice as large after every so many, up to this: a file for each batch of a proteome would be too many
 _MOST_LOSSES = 3  # of one process
+_PATIENCE = 120.0  # seconds for a lost node's lock on a job's shards
 
+Losses = dict[int, tuple[int, int]]  # of a process: how often since its last shard, and its shards then
 Group = TypeVar("Group")
 Row = TypeVar("Row")
 
@@ -95,7 +100,13 @@ def refuse_devices(devices: int) -> None:
 
 
 def done(work: Work[Group, Row], devices: int) -> Iterator[Row]:
-    """All rows in their order. Of one process straight away, of several by shards that nobody else needs."""
+    """All rows in their order. Of one process straight away, of several by shards that nobody else needs, and of a
+    job's nodes by shards that stay until their verb has ended well."""
+    nodes = Nodes.here()
+    if nodes:
+        with kept(nodes.place, work):
+            yield from results(nodes.place, work, devices)
+        return
     if devices == 1:
         for group in work.groups():
             yield from work.rows(group)
@@ -106,36 +117,38 @@ def done(work: Work[Group, Row], devices: int) -> Iterator[Row]:
 
 @contextmanager
 def kept(place: Path, work: Work[Group, Row]) -> Iterator[None]:
-    """The folder of a job's shards: those of the same job stay, any others go. It goes when the block ends well, for
-    bad data, and where nothing is in it; else it waits for the next start.
+    """The folder of a job's shards: those of the same job stay, any others go. It goes when the block ends well, or of
+    nodes when their verb does, for bad data, and where nothing is in it; else it waits for the next start.
 
     Raises:
         LongseqError: if another process has it.
+        SupersededError: where a newer start of the job has it.
     """
     place.mkdir(exist_ok=True)
+    nodes = Nodes.here()
     with (place / _LOCK).open("a") as file:
-        try:
-            lock(file, place)
-        except BlockingIOError:
-            raise LongseqError(f"{place}: another process writes there; wait for it, or choose another name.") from None
+        _take(file, place, time.monotonic() + (_PATIENCE if nodes else 0))
         facts = [_FORMAT, _facts(work.source.weights), _facts(Path(work.job.file))]
         told, text = place / JOB, json.dumps({"job": asdict(work.job), "of": facts}, indent=1) + "\n"
+        starts.check_own()
         same = told.is_file() and told.read_text(encoding="utf-8") == text
         _empty(place, but=_SHARD if same else "")
         write_text(told, text)
         found = len(list(place.glob(f"*{_SHARD}")))
         if found:
             print(f"longseq: going on behind {found} shards in {place}", file=sys.stderr)
+        if nodes:
+            nodes.begin()
         useful = True
         try:
             yield
-            useful = False
+            useful = nodes is not None
         except DataError:  # once it is corrected the shards are another file's
             useful = False
             raise
         finally:
             if not useful or not any(place.glob(f"*{_SHARD}")):
-                shutil.rmtree(place, ignore_errors=True)
+                let_go(place)
 
 
 def results(place: Path, work: Work[Group, Row], devices: int) -> Iterator[Row]:
@@ -144,21 +157,24 @@ def results(place: Path, work: Work[Group, Row], devices: int) -> Iterator[Row]:
     Raises:
         LongseqError, DataError: what went wrong, in one sentence. Shards that were finished stay.
     """
-    mark = _mark(place)
-    if devices == 1:
+    mark, nodes = _mark(place), Nodes.here()
+    if devices == 1 and nodes is None:
         for number, groups in enumerate(_shards(work)):
             yield from _read(_finish(place / f"{mark}-{number:06}{_SHARD}", work, groups), work)
         return
-    with Workers("longseq.evaluation.worker", place, devices) as workers:
-        losses, number = [0] * devices, 0
+    with Workers("longseq.evaluation.worker", place, devices, 0, nodes.nodes if nodes else 1) as workers:
+        losses, number = Losses(), 0
         while (total := _total(place, mark)) is None or number < total:
             path = place / f"{mark}-{number:06}{_SHARD}"
             if path.exists():
                 yield from _read(path, work)
                 number += 1
                 continue
-            _replace_lost(workers, losses)
-            time.sleep(0.02)
+            replace_lost(workers, losses)
+            time.sleep(_LOOK)
+        while nodes and len(list(place.glob(_END.format(mark=mark, rank="*")))) < workers.world:
+            replace_lost(workers, losses)  # none may find its folder gone
+            time.sleep(_LOOK)
 
 
 def take_part(place: Path, rank: int, world: int, work: Work[Group, Row]) -> None:
@@ -168,7 +184,7 @@ def take_part(place: Path, rank: int, world: int, work: Work[Group, Row]) -> Non
         total += 1
         if number % world == rank:
             _finish(place / f"{mark}-{number:06}{_SHARD}", work, groups)
-    write_text(place / f"{mark}-end-{rank}.txt", str(total))
+    write_text(place / _END.format(mark=mark, rank=rank), str(total))
 
 
 def _shards(work: Work[Group, Row]) -> Iterator[list[Group]]:
@@ -196,6 +212,17 @@ def _read(path: Path, work: Work[Group, Row]) -> Iterator[Row]:
         yield from work.read(file)
 
 
+def _take(file: IO[str], place: Path, deadline: float) -> None:
+    while True:
+        try:
+            return lock(file, place)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                kind = PassingError if Nodes.here() else LongseqError
+                raise kind(f"{place}: another process writes there; wait for it, or choose another name.") from None
+        time.sleep(1.0)
+
+
 def _mark(place: Path) -> str:
     """What a job's files begin with. Taken once: what a process of an earlier job still writes is nothing of this."""
     return hashlib.sha256((place / JOB).read_bytes()).hexdigest()[:12]
@@ -203,19 +230,31 @@ def _mark(place: Path) -> str:
 
 def _total(place: Path, mark: str) -> int | None:
     """How many shards there are, once a process has seen all."""
-    return next((int(path.read_text()) for path in place.glob(f"{mark}-end-*.txt")), None)
+    return next((int(path.read_text()) for path in place.glob(_END.format(mark=mark, rank="*"))), None)
 
 
-def _replace_lost(workers: Workers, losses: list[int]) -> None:
+def replace_lost(workers: Workers, losses: Losses) -> None:
+    """Start anew whichever was lost.
+
+    Raises:
+        LongseqError: for one that was lost for the third time without a shard in between; in a job, where the next
+            start may do better, PassingError. And, as DataError too, what one has said itself.
+    """
     for rank, how in workers.lost().items():
-        losses[rank] += 1
-        if losses[rank] == _MOST_LOSSES:
-            raise LongseqError(
+        finished = sum(_number(path) % workers.world == rank for path in workers.place.glob(f"*{_SHARD}"))
+        times, before = losses.get(rank, (0, finished))
+        losses[rank] = (times + 1 if finished == before else 1, finished)
+        if losses[rank][0] == _MOST_LOSSES:
+            raise (PassingError if starts.own() else LongseqError)(
                 f"process {rank} of {workers.world} {how}, for the third time; is there enough memory for that many? "
                 "Take fewer devices."
             )
         print(f"longseq: warning: process {rank} of {workers.world} {how}: its shard is done again", file=sys.stderr)
         workers.start_again(rank)
+
+
+def _number(shard: Path) -> int:
+    return int(shard.stem.rpartition("-")[2])
 
 
 def _facts(path: Path) -> list[str | int]:
@@ -228,5 +267,7 @@ def _facts(path: Path) -> list[str | int]:
 
 def _empty(place: Path, but: str = "") -> None:
     for path in place.iterdir():
-        if path.name != _LOCK and not (but and path.name.endswith(but)):
-            path.unlink()
+        # A file that another node still has open and somebody removes is called .nfs... until it is closed.
+        if path.name != _LOCK and not path.name.startswith(".nfs") and not (but and path.name.endswith(but)):
+            with suppress(FileNotFoundError):  # what a process of the start before has removed meanwhile
+                path.unlink()

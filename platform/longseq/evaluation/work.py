@@ -1,6 +1,6 @@
 """What is done to a file's records, batch by batch, in one process or in shards: scores, effects, vectors.
 
-``field/proteingym.py`` has one more, of assays.
+``field/`` has more, of assays and of chains.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from longseq.evaluation.context import Asked, Read, again, contexts, read
+from longseq.evaluation.field.contacts import Pairs
 from longseq.evaluation.field.proteingym import Assays
+from longseq.evaluation.field.structure import Residues
 from longseq.evaluation.hidden_vectors import Embedded, of_batch
 from longseq.evaluation.likelihood import Share, causal, pseudo, share_effects, shares
 from longseq.evaluation.records import Record, batches, records
@@ -126,7 +128,14 @@ class Vectors(Work[list[Record], Embedded]):
                 yield Embedded(bytes.fromhex(name).decode(), length, mean, residues)
 
 
-_KINDS: dict[str, type[Work[Any, Any]]] = {"score": Scores, "effects": Effects, "embed": Vectors, "proteingym": Assays}
+_KINDS: dict[str, type[Work[Any, Any]]] = {
+    "score": Scores,
+    "effects": Effects,
+    "embed": Vectors,
+    "proteingym": Assays,
+    "contacts": Pairs,
+    "structure": Residues,
+}
 
 
 def work_of(job: Job) -> Work[Any, Any]:

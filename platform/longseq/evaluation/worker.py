@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from pathlib import Path
 
 from longseq.devices import claim, reading_device
+from longseq.errors import LongseqError
 from longseq.evaluation.parallel import Reports, of_this_process, tally_path
 from longseq.evaluation.request import Request
 from longseq.evaluation.shards import JOB, Job, take_part
@@ -32,6 +34,11 @@ def _claimed(accelerator: str) -> str:
     import torch
 
     device = reading_device(accelerator)
+    if device == "cpu" and os.environ.get("LONGSEQ_GPUS"):  # its bytes would be others, and it would take days
+        raise LongseqError(
+            f"{socket.gethostname()}: the job has asked for GPUs, and none can be used there: have the node looked at, "
+            "and leave it out (exclude in the site's profile)."
+        )
     claim(torch.device(device))
     return device
 

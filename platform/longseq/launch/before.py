@@ -110,3 +110,13 @@ def say_schedule(before: Config, after: Config, step: int) -> None:
     change = schedule_change(before, after, step)
     if change:
         print(change, file=sys.stderr)
+
+
+def say_cpus(config: Config, gpus: bool) -> None:
+    """Say on stderr that a job which asks for no ``gpus`` does without, where nobody has asked for that."""
+    if config.trainer.accelerator == "auto" and not gpus:
+        print(
+            "longseq: warning: trainer.accelerator=auto, but the job asks for no GPU (--gpus-per-node, or "
+            "gpus_per_node of the site's profile): it works on CPUs.",
+            file=sys.stderr,
+        )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import secrets
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import time as now
 from typing import Literal
 
 from longseq.config.loading import load_config, save_config
@@ -14,25 +16,28 @@ from longseq.config.schema import Config
 from longseq.config.shipped import located
 from longseq.data import fix_order, identities, resolve_sources, vocabulary
 from longseq.errors import ConfigError, LongseqError, RunError
-from longseq.launch.before import check_benchmarks, check_disk, check_origin, say_schedule
+from longseq.launch.before import check_benchmarks, check_disk, check_origin, say_cpus, say_schedule
+from longseq.launch.shared_work import SHARED, check_writable, keys_of, place_of, words_of
 from longseq.launch.slurm import queue
-from longseq.launch.slurm.mounts import check_mounts
+from longseq.launch.slurm.mounts import check_files, check_mounts
 from longseq.launch.slurm.queue import SlurmError
 from longseq.launch.slurm.render import (
     Request,
     evaluate_script,
     layouts,
     prepare_script,
+    shared_script,
     sweep_script,
     train_script,
 )
 from longseq.launch.slurm.site import Site, load_site
-from longseq.launch.slurm.state import check_free, record_job
+from longseq.launch.slurm.state import SharedJob, check_free, check_unshared, record_job, record_shared
 from longseq.measure.memory import estimate, gib
 from longseq.runs import code
 from longseq.runs.changes import FIXED, check_precision, note_weights, refuse_changes
 from longseq.runs.run import Run
 from longseq.text_parts import fit_parts
+from longseq.trained_model import find, run_of
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class Submission:
     jobs: tuple[str, ...] = ()  # SLURM's ids, of a chain several; () where nothing was submitted
     runs: tuple[Run, ...] = ()  # of a sweep several; () for an evaluation or a preparation
     memory: str = ""  # what a process of a training needs, in words
+    verb: str = ""  # of a job that works with a run and trains nothing
     expected: str = ""  # with test_only: when and where it would start, as sbatch says it
 
 
@@ -57,6 +63,7 @@ class _Work:
     array: bool = False
     memory: str = ""
     codes: Path | None = None  # where the code of a job that trains nothing is kept
+    shared: tuple[Run, SharedJob] | None = None  # without its number
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ def submit(
     array: Sequence[Sequence[str]] = (),
     at_once: int | None = None,
     chain: int | None = None,
-    job: Literal["train", "evaluate", "prepare"] = "train",
+    job: Literal["train", "evaluate", "prepare", "embed", "score", "benchmark"] = "train",
     current_code: bool = False,
     take_over: bool = False,
     dry_run: bool = False,
@@ -99,7 +106,8 @@ def submit(
 
     Args:
         target: a configuration (a file, or a name of ``longseq configs``) for a new run, or a run's folder.
-        overrides: ``section.key=value``.
+        overrides: ``section.key=value``; of embed, score and benchmark the verb's words without the model, as
+            ``["proteins.fasta", "--out", "vectors.parquet"]`` or ``["proteingym", "gym", "--assay", "GB1_2014"]``.
         nodes: machines; default: trainer.nodes.
         devices: processes of a node, one a GPU where there are any; default: the site's, else trainer.devices.
         min_nodes: also start with as few, when no more are there.
@@ -110,7 +118,8 @@ def submit(
         array: a sweep: the overrides of each of its runs.
         at_once: jobs of an array that run at a time.
         chain: so many jobs one after another, where jobs may not come back.
-        job: or evaluate a run, or prepare the corpus of a configuration.
+        job: or prepare the corpus of a configuration, or evaluate a run, or embed, score or benchmark with it: these
+            three by the processes of all nodes, to the same bytes for any number of them.
         current_code: go on with a run by today's code, and not that of its submission.
         take_over: start although what had the run cannot be asked whether it still trains.
         dry_run: give the script, and make nothing.
@@ -128,6 +137,13 @@ def submit(
     how = _How(chain, current_code, take_over, dry_run, test_only, command)
     if job != "train" and spares:
         raise ConfigError(f"--spares={spares}: only a training has spares; leave it out with --job={job}.")
+    if job in SHARED:
+        if chain or array or min_nodes is not None:
+            raise ConfigError(
+                f"--job={job}: --chain, --array and --min-nodes are for trainings; leave them out: submitted again, it "
+                "goes on behind what is finished."
+            )
+        return _send(_shared(path, job, overrides, profile, nodes or 1, devices, dependency, how), how)
     if job == "evaluate":
         return _send(_evaluation(path, overrides, profile, how), how)
     if job == "prepare":
@@ -297,16 +313,44 @@ def _evaluation(path: Path, overrides: Sequence[str], site: Site, how: _How) -> 
     config = run.config(tuple(overrides))
     gpus = config.trainer.accelerator != "cpu" and bool(site.gpus_per_node)
     request = Request(1, 1, gpus, code=_code(site, None, current=True))
-    if config.trainer.accelerator == "auto" and not request.gpus:
-        print(
-            "longseq: warning: trainer.accelerator=auto, but the job asks for no GPU (gpus_per_node of the site's "
-            "profile): it scores on CPUs.",
-            file=sys.stderr,
-        )
+    say_cpus(config, gpus)
     if not how.looks:
         run.slurm_dir.mkdir(exist_ok=True)
+    shared = run, SharedJob("", "evaluate", str(run.evaluations_dir), how.command, "")
     script = evaluate_script(run.path, list(overrides), site, request)
-    return _Work(script, run.slurm_dir / "evaluate", codes=run.path / "code" if request.code else None)
+    codes = run.path / "code" if request.code else None
+    return _Work(script, run.slurm_dir / "evaluate", codes=codes, shared=shared)
+
+
+def _shared(
+    path: Path,
+    verb: str,
+    words: Sequence[str],
+    site: Site,
+    nodes: int,
+    devices: int | None,
+    dependency: str | None,
+    how: _How,
+) -> _Work:
+    run = run_of(path)
+    config = run.config(keys_of(words))
+    per_node = devices or site.gpus_per_node or config.trainer.devices
+    gpus = config.trainer.accelerator != "cpu" and bool(devices or site.gpus_per_node)
+    own = _code(site, None, current=True)
+    request = Request(nodes, per_node, gpus=gpus, dependency=dependency, by_node=True, code=own)
+    _check_request(request, site)
+    say_cpus(config, gpus)
+    if not dependency:  # of a training that still runs it may be the first checkpoint
+        find(path, sums=False)
+    place = place_of(run, verb, words)
+    check_files(site, words, (run.path.parent, place.parent))
+    if not how.looks:
+        check_writable(run)
+        check_unshared(run, place)
+        run.slurm_dir.mkdir(exist_ok=True)
+    script = shared_script(run.path, verb, words_of(verb, path.resolve(), words), place, site, request)
+    shared = run, SharedJob("", verb, str(place), how.command, "")
+    return _Work(script, run.slurm_dir / verb, codes=run.path / "code" if own else None, shared=shared)
 
 
 def _preparation(path: Path, overrides: Sequence[str], site: Site, nodes: int) -> _Work:
@@ -324,8 +368,10 @@ def _preparation(path: Path, overrides: Sequence[str], site: Site, nodes: int) -
 
 def _send(work: _Work, how: _How) -> Submission:
     """Show, try or submit a script: of a chain several times, each after the one before."""
-    path = work.place.with_name(f".{work.place.name}.sbatch")
-    shown = Submission(work.script, path, runs=work.runs, memory=work.memory)
+    path = work.place.with_name(f".{work.place.name}-{secrets.token_hex(4)}.sbatch")  # two may submit at once
+    shown = Submission(
+        work.script, path, runs=work.runs, memory=work.memory, verb=work.shared[1].verb if work.shared else ""
+    )
     if how.looks:
         return shown if how.dry_run else replace(shown, expected=queue.test_only(work.script))
     ids: list[str] = []
@@ -337,6 +383,9 @@ def _send(work: _Work, how: _How) -> Submission:
         try:
             number = queue.submit(path, *after)
             ids.append(number)
+            if work.shared:
+                run, job = work.shared
+                record_shared(run, replace(job, job=number, script=str(path), time=round(now())))
             for index, run in enumerate(work.runs):
                 record_job(run, f"{number}_{index}" if work.array else number, how.command, path)
             path.rename(work.place.with_name(f"{work.place.name}-{number}.sbatch"))

@@ -12,12 +12,12 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from longseq.errors import EXIT_ERROR, USER_ERRORS, LongseqError
+from longseq.errors import EXIT_ERROR, USER_ERRORS, LongseqError, PassingError
 from longseq.launch.local import environment_of, free_port
 from longseq_data.errors import DataError
-from longseq_data.os_errors import explained
+from longseq_data.os_errors import explained, may_pass
 
-_OF_DATA = "data"
+_OF_DATA, _PASSING, _OTHER = "data", "passing", "other"
 _MOST = 1 << 16  # bytes of a sentence: what a pipe holds, so that nobody waits for a reader
 
 
@@ -28,18 +28,21 @@ class Workers:
 
     Args:
         place: the folder that they share.
-        world: how many.
+        devices: how many.
+        node: of several nodes with as many each, which one this is.
+        nodes: how many nodes.
     """
 
-    def __init__(self, module: str, place: Path, world: int):
-        self.module, self.place, self.world = module, place, world
+    def __init__(self, module: str, place: Path, devices: int, node: int = 0, nodes: int = 1):
+        self.module, self.place, self.devices = module, place, devices
+        self.first, self.world = node * devices, nodes * devices
         self.port = free_port()
         self.processes: list[subprocess.Popen[bytes]] = []
         self.pipes: dict[int, int] = {}
 
     def __enter__(self) -> Workers:
         try:
-            for rank in range(self.world):
+            for rank in range(self.devices):
                 self.processes.append(self._started(rank))
         except BaseException:  # no more processes may be started, or a Ctrl-C
             self._end()
@@ -62,16 +65,16 @@ class Workers:
 
         Raises:
             DataError: with the sentence of one that has found bad data.
-            LongseqError: with that of one that cannot go on for another reason.
+            LongseqError: with that of one that cannot go on for another reason; PassingError where that may pass.
         """
         found = {}
-        for rank, process in enumerate(self.processes):
+        for rank, process in enumerate(self.processes, self.first):
             code = process.poll()
             if code in (None, 0) or done(rank):
                 continue
             kind, _, sentence = self._said(rank).partition(" ")
             if sentence:
-                raise DataError(sentence) if kind == _OF_DATA else LongseqError(sentence)
+                raise {_OF_DATA: DataError, _PASSING: PassingError}.get(kind, LongseqError)(sentence)
             assert code is not None
             found[rank] = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
         return found
@@ -82,16 +85,18 @@ class Workers:
 
     def start_again(self, rank: int) -> None:
         """In the place of one that was lost."""
-        self.processes[rank] = self._started(rank)
+        self.processes[rank - self.first] = self._started(rank - self.first)
 
-    def _started(self, rank: int) -> subprocess.Popen[bytes]:
+    def _started(self, local: int) -> subprocess.Popen[bytes]:
+        rank = self.first + local
         reading, writing = os.pipe()
         os.set_blocking(reading, False)
         if rank in self.pipes:
             os.close(self.pipes[rank])
         self.pipes[rank] = reading
         command = [sys.executable, "-m", self.module, str(self.place), str(os.getpid()), str(writing)]
-        environment = environment_of(rank, self.world, self.port)
+        environment = environment_of(local, self.devices, self.port)
+        environment |= {"RANK": str(rank), "WORLD_SIZE": str(self.world)}
         try:
             # In a session of its own: a Ctrl-C is for the parent, which ends them.
             return subprocess.Popen(
@@ -111,12 +116,14 @@ def serve(work: Callable[[Path, int, int], None]) -> int:
     """One of the processes: ``work(place, rank, world)``, and the exit code. Its errors are told to the parent."""
     place, rank, world = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     _end_with_parent(int(sys.argv[2]))
-    kind = "other"
+    kind = _OTHER
     try:
         work(place, rank, world)
     except USER_ERRORS as error:
         kind, sentence = _OF_DATA if isinstance(error, DataError) else kind, str(error)
+        kind = _PASSING if isinstance(error, PassingError) else kind
     except OSError as error:
+        kind = _PASSING if may_pass(error) else kind
         sentence = f"{explained(error, error.filename or place)}."
     else:
         return 0

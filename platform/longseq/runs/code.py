@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
@@ -29,8 +30,10 @@ from longseq.errors import RunError
 from longseq.runs.run import Run
 from longseq_data.files import write_text
 
+TOLD = "LONGSEQ_CODE"  # a variable: the snapshot that a job's processes are to run
 _FACTS = "snapshot.json"
 _DIGITS = 12
+_DAY = 86400.0
 
 
 @cache
@@ -90,6 +93,9 @@ def _as_sentence(folder: Path) -> Iterator[None]:
 
 def _copy(target: Path) -> None:
     target.parent.mkdir(exist_ok=True)
+    for left in target.parent.glob(".*"):  # by a copy that was killed
+        if time.time() - left.stat().st_mtime > _DAY:
+            shutil.rmtree(left, ignore_errors=True)
     aside = Path(tempfile.mkdtemp(prefix=".", dir=target.parent))
     try:
         for package in _packages():
@@ -98,7 +104,11 @@ def _copy(target: Path) -> None:
         facts = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "git_commit": git_commit(), "packages": installed()}
         (aside / _FACTS).write_text(json.dumps(facts, indent=1) + "\n")
         aside.chmod(0o777 & ~_umask())
-        aside.rename(target)
+        try:
+            aside.rename(target)
+        except OSError:
+            if not target.is_dir():  # another submission was faster
+                raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -108,6 +118,19 @@ def facts_of_this_process() -> dict[str, object]:
     with suppress(OSError, ValueError):
         return dict(json.loads((_packages()[0].with_name(_FACTS)).read_text()))
     return {}
+
+
+def check_told() -> None:
+    """Refuse to run other code than the job's script has told, as on a node that does not see its folder.
+
+    Raises:
+        RunError: naming the node and both.
+    """
+    told, here = os.environ.get(TOLD), _packages()[0].parent
+    if told and here.resolve() != Path(told).resolve():
+        raise RunError(
+            f"{socket.gethostname()}: the job's code is {told}, and {here} would run: does the node see that folder?"
+        )
 
 
 def changed_packages() -> list[str]:

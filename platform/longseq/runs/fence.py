@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import sys
 
-from longseq.runs import starts
-from longseq.runs.code import changed_packages
+from longseq.runs import code, starts
 
 
 def stand() -> None:
-    """See to it that this process ends once the job has started anew elsewhere, as a training's does."""
+    """See to it that this process ends once the job has started anew elsewhere, as a training's does.
+
+    Raises:
+        RunError: where it does not run the code that it was told to.
+    """
     starts.watch_own(lambda sentence: print(f"longseq: error: {sentence}", file=sys.stderr, flush=True))
-    if os.environ.get("SLURM_PROCID", "0") == "0" and (changed := changed_packages()):
+    code.check_told()
+    if os.environ.get("SLURM_PROCID", "0") == "0" and (changed := code.changed_packages()):
         print(
             f"longseq: warning: since the job was submitted, packages have changed: {', '.join(changed)}.",
             file=sys.stderr,

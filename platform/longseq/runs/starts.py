@@ -125,17 +125,18 @@ def check_own() -> None:
     Raises:
         SupersededError: if it is not the newest any more.
     """
-    if own := _own():
-        check(*own)
+    if found := own():
+        check(*found)
 
 
 def watch_own(say: Callable[[str], object]) -> None:
     """:func:`watch` for the start of the job that this process belongs to, if it belongs to one."""
-    if own := _own():
-        watch(*own, say)
+    if found := own():
+        watch(*found, say)
 
 
-def _own() -> tuple[Path, int] | None:
+def own() -> tuple[Path, int] | None:
+    """The folder and number of the start of the job that this process belongs to; None where it belongs to none."""
     path = Path(os.environ.get(OWN, ""))
     match = _START.fullmatch(path.name)
     return (path.parent, int(match[1])) if match else None

@@ -14,12 +14,13 @@ import longseq as api
 from command_line import Command, alive
 from command_line import longseq as typed
 from longseq.cli import main
-from longseq.errors import LongseqError
+from longseq.errors import LongseqError, PassingError
 from longseq.evaluation import shards
 from longseq.evaluation.embed import embedding
 from longseq.evaluation.shards import Job, kept, results, take_part
 from longseq.evaluation.work import Scores, Vectors, work_of
 from longseq.launch.workers import Workers
+from longseq.runs import starts
 from longseq.trained_model import find
 from longseq_data.errors import DataError
 
@@ -156,6 +157,32 @@ def test_a_process_that_is_lost_over_and_over_is_an_error(trained, many, folder,
         assert "process 0 of 2 was killed by signal 9: its shard is done again" in capsys.readouterr().err
 
 
+class Dying(Workers):
+    """The second process is lost whenever somebody looks."""
+
+    def lost(self, done=lambda rank: False):
+        return {1: "was killed by signal 9"}
+
+    def start_again(self, rank):
+        pass
+
+
+@pytest.mark.parametrize("job", [True, False])
+def test_losses_far_apart_are_no_error(folder, monkeypatch, job):
+    monkeypatch.delenv(starts.OWN, raising=False)
+    if job:
+        monkeypatch.setenv(starts.OWN, str(folder / "embed-7.fence/00001.start"))
+    workers, losses = Dying("none", folder, 2), {}
+    for number in range(6):
+        (folder / f"mark-{2 * number + 1:06}.shard").touch()
+        shards.replace_lost(workers, losses)
+    (folder / "mark-000000.shard").touch()  # another's
+    shards.replace_lost(workers, losses)
+    with pytest.raises(LongseqError, match="for the third time") as error:
+        shards.replace_lost(workers, losses)
+    assert error.value.exit_code == (70 if job else 1)
+
+
 TELLS = """
 import errno, os, sys
 from longseq.launch.workers import serve
@@ -163,14 +190,19 @@ from longseq_data.errors import DataError
 def work(place, rank, world):
     if place.name == "data":
         raise DataError("a.fasta, line 3: bad.")
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    number = errno.ESTALE if place.name == "stale" else errno.ENOSPC
+    raise OSError(number, os.strerror(number))
 sys.exit(serve(work))
 """
 
 
 @pytest.mark.parametrize(
     ("name", "kind", "sentence"),
-    [("data", DataError, "line 3: bad."), ("full", LongseqError, "full: No space left on device; make room")],
+    [
+        ("data", DataError, "line 3: bad."),
+        ("full", LongseqError, "full: No space left on device; make room"),
+        ("stale", PassingError, "stale: Stale file handle"),
+    ],
 )
 def test_what_a_process_says_needs_no_disk(folder, monkeypatch, name, kind, sentence):
     (folder / "tells.py").write_text(TELLS)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from longseq.config.schema import Config
 from longseq.errors import EXIT_SUPERSEDED, SupersededError
 from longseq.evaluation.result_files import add_points, keep_json
 from longseq.launch.slurm import render
@@ -131,3 +132,22 @@ def test_a_place_that_cannot_be_written_is_tried_again_and_said_once(tmp_path, t
     said, _ = script(run, tools)
     assert "longseq: start 00001 of evaluate: slurm job 7, restart 0, on n1" in said
     assert os.listdir(blocked) == ["00001.start"]  # noqa: PTH208
+
+
+def test_a_signal_while_no_start_can_be_noted_sends_the_job_back(tmp_path, tools):
+    """The time limit comes while the disk is full: SLURM needs none to let it come back."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "starts").touch()
+    (tools / "meanwhile").write_text('kill -USR1 "$PPID"\n')
+    for name, body in {"scontrol": f'echo "$*" >>"{tools}/asked"', "squeue": "echo RUNNING", "sinfo": ""}.items():
+        (tools / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tools / name).chmod(0o755)
+    config = Config()
+    config.data.length, config.data.batch_tokens = 64, 64
+    text = render.train_script(run, config, Site(), Request(1, 1, gpus=False))
+    environment = {"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
+    done = subprocess.run(["bash", "-c", text], env=environment, capture_output=True, text=True)
+    assert done.returncode == 75, done.stderr
+    assert "requeue 7" in (tools / "asked").read_text()
+    assert done.stdout.count("no start can be noted") == 1

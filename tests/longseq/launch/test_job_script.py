@@ -57,7 +57,7 @@ class Job:
             "scontrol",
             f'''case $1,$2 in
 show,hostnames) if [[ $3 = *[* ]]; then seq -f n%g {self.nodes}; else tr , "\\n" <<<"$3"; fi ;;
-show,reservation) cat "{self.tools}/reservations" 2>/dev/null ;;
+show,reservation) grep "^ReservationName=${{3//--oneliner/[^ ]*}} " "{self.tools}/reservations" 2>/dev/null ;;
 show,job) echo "JobId=7 ReqNodeList=(null) ExcNodeList=(null) NumNodes=2" ;;
 *) echo "$*" >>"{self.log}" ;;
 esac''',
@@ -228,16 +228,16 @@ def test_an_unfit_node_is_left_out_by_the_queue_where_the_job_has_no_other(job):
 
 @pytest.mark.parametrize(
     ("inside", "nodes", "requeued"),
-    [(False, "n3", False), (False, "m9", True), (True, "n1,n2", False), (True, "n1,n2,n3", True)],
+    [("", "n3", False), ("", "m9", True), ("r", "n1,n2", False), ("r", "n1,n2,n3", True), ("none,r", "n1,n2,n3", True)],
 )
 def test_nodes_that_are_reserved_for_others_are_no_others(job, inside, nodes, requeued):
-    """Two of three are wanted, and n2 is unfit; a job in a reservation has no nodes but those."""
+    """Two of three are wanted, and n2 is unfit; a job in reservations has no nodes but those."""
     job.partition("n1", "n2", "n3")
     (job.tools / "reservations").write_text(
         f"ReservationName=r Nodes={nodes} NodeCnt=1 State=ACTIVE Watts=n/a\n"
         "ReservationName=later Nodes=n1,n2,n3 NodeCnt=1 State=INACTIVE Watts=n/a\n"
     )
-    given = {"SLURM_JOB_RESERVATION": "r"} if inside else {}
+    given = {"SLURM_JOB_RESERVATION": inside} if inside else {}
     ended = job.start(UNFIT, **given)
     assert ended.requeued == requeued
 

@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 
 from longseq.cli import main
+from longseq.commands import status
+from longseq.commands.logs import log_of
 from longseq.config.loading import load_config
-from longseq.launch.slurm.state import record_job
+from longseq.launch.slurm.queue import SlurmError
+from longseq.launch.slurm.state import SharedJob, record_job, record_shared
 from longseq.runs.run import Run
 
 LETTERS = {"é": 2, "→": 3, "𝛚": 4}
@@ -75,3 +78,27 @@ echo "7|$state|None|1:00|n1|now|me|7|"
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert main(["logs", "-f", str(run.path)]) == 0
     assert capsys.readouterr().out == "step 4/4\nfinished: it\n"
+
+
+def test_of_two_jobs_that_run_the_newer_ones_log_is_shown_whichever_wrote_last(run):
+    for job, when in (("12", 200), ("9", 100), ("11", 300)):  # as they were submitted; 11 is another verb's
+        record_shared(run, SharedJob(job, "score" if job == "11" else "embed", "place", "longseq submit", "script"))
+        (run.slurm_dir / f"embed-{job}.log").touch()
+        os.utime(run.slurm_dir / f"embed-{job}.log", (when, when))
+    assert log_of(run, 0, "embed") == run.slurm_dir / "embed-9.log"
+    (run.slurm_dir / "embed-9.log").unlink()  # it waits
+    assert log_of(run, 0, "embed") == run.slurm_dir / "embed-12.log"
+    assert log_of(run, 0, "benchmark") is None
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_job_that_slurm_has_forgotten_has_ended(run, monkeypatch, answers):
+    def queue(jobs):
+        if not answers:
+            raise SlurmError("squeue: Unable to contact slurm controller")
+        return {}
+
+    record_shared(run, SharedJob("12", "embed", str(run.path / "none"), "longseq submit", "script"))
+    monkeypatch.setattr(status, "queue", queue)
+    (line,) = status.shared(run)
+    assert line.startswith(f"embed     job 12: {'ENDED' if answers else 'UNKNOWN'}; ")

@@ -19,12 +19,14 @@ from longseq.launch.slurm.render import (
     evaluate_script,
     layouts,
     prepare_script,
+    shared_script,
     sweep_script,
     train_script,
 )
 from longseq.launch.slurm.site import Site, load_site
 
 GOLDEN = Path(__file__).with_name("golden")
+NAMES = ["train", "sweep", "chain", "evaluate", "embed", "benchmark", "prepare", "prepare-nodes"]
 JOB = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n", "SLURM_JOB_NUM_NODES": "1", "SLURM_ARRAY_TASK_ID": "0"}
 RUN = Path("/data/runs/uniref50")
 CLUSTER = Site(
@@ -69,13 +71,21 @@ def scripts(site: Site = CLUSTER) -> dict[str, str]:
         "sweep": sweep_script("sweep", sweep, a_config(64), pyxis, Request(1, 8, gpus=True, at_once=2)),
         "chain": train_script(RUN, config, replace(site, gpu_request="gres"), Request(2, 2, True, comes_back=False)),
         "evaluate": evaluate_script(RUN, ["data.ood=[a.fasta, 'b c']"], apptainer, Request(1, 1, gpus=True)),
+        "embed": shared_script(
+            *(RUN, "embed", ["embed", str(RUN), "a b.fasta", "--out", "v.npz"], Path("/w/.v.npz.shards"), site),
+            Request(4, 8, gpus=True, dependency="afterok:12", by_node=True, code="3f2a9c01b7d4"),
+        ),
+        "benchmark": shared_script(
+            *(RUN, "benchmark", ["benchmark", "proteingym", "gym", str(RUN)], Path("/w/b.shards")),
+            *(replace(apptainer, requeue=False), Request(2, 1, gpus=False, by_node=True, code="3f2a9c01b7d4")),
+        ),
         "prepare": prepare_script(Path("/w/uniref50.yaml"), ["workers=32"], Path("/w/p"), site, one),
         "prepare-nodes": prepare_script(Path("/w/web.yaml"), [], Path("/w/p"), site, replace(one, nodes=4)),
     }
 
 
 @pytest.mark.interfaces
-@pytest.mark.parametrize("name", ["train", "sweep", "chain", "evaluate", "prepare", "prepare-nodes"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_script_is_the_one_that_was_looked_at(name, request):
     """After a change of the templates look at what `pytest --update-golden` changes, and commit it."""
     script, golden = scripts()[name], GOLDEN / f"{name}.sbatch"
@@ -86,7 +96,7 @@ def test_a_script_is_the_one_that_was_looked_at(name, request):
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
-@pytest.mark.parametrize("name", ["train", "sweep", "chain", "evaluate", "prepare", "prepare-nodes"])
+@pytest.mark.parametrize("name", NAMES)
 def test_shellcheck_finds_nothing(name):
     for site in (CLUSTER, Site()):
         done = subprocess.run(["shellcheck", "-"], input=scripts(site)[name], capture_output=True, text=True)
@@ -127,6 +137,7 @@ def scripts_with(value: str, folder: Path) -> list[str]:
         lambda: sweep_script("s", [folder / value / "s-0"], a_config(), Site(), one),
         lambda: evaluate_script(folder / "run", [f"data.ood={value}", value], Site(sbatch=[f"--x={value}"]), one),
         lambda: evaluate_script(folder / "run", [f"data.ood={value}", value], Site(**everywhere), one),
+        lambda: shared_script(folder / "run", "embed", [value], folder / value, Site(**everywhere), one),
     ]
     return [text for attempt in attempts if (text := unless_refused(attempt)) is not None]
 
@@ -138,7 +149,9 @@ def test_two_hundred_hostile_values_are_refused_or_harmless(tmp_path):
     for name in ("srun", "scontrol", "squeue", "module", "sleep", "mkdir"):
         (tools / name).write_text("#!/bin/sh\n")
         (tools / name).chmod(0o755)
-    (tmp_path / "run/slurm/evaluate-1.fence").mkdir(parents=True)
+    (tools / "sleep").write_text("#!/bin/sh\nkill -KILL $PPID\n")  # where no start can be noted, as without mkdir
+    for verb in ("evaluate", "embed"):
+        (tmp_path / f"run/slurm/{verb}-1.fence").mkdir(parents=True)
     (tmp_path / "run/FINISHED").touch()  # what comes after it is the same in all
     values = hostile_values(200)
     assert len(values) == 200
@@ -155,7 +168,7 @@ def test_two_hundred_hostile_values_are_refused_or_harmless(tmp_path):
     done = subprocess.run(
         ["bash", "-c", look],
         cwd=tmp_path,
-        env={"PATH": f"{tools}:/usr/bin:/bin", **JOB},
+        env={"PATH": f"{tools}:/usr/bin:/bin", "SLURM_RESTART_COUNT": "1", **JOB},
         capture_output=True,
         text=True,
     )

@@ -190,6 +190,84 @@ def test_what_cannot_work_is_refused_before_anything_is_made(place, arguments, s
     assert not list(place.glob("runs/*"))
 
 
+SHARED = ["runs/one", "--dependency=afterok:3", "--nodes=2"]  # of a training that still runs
+
+
+def test_a_job_that_embeds_is_submitted_noted_and_refused_a_second_time(place):
+    run = a_run(place)
+    tool(place, "sbatch", "print('12')")
+    tool(place, "squeue", "print('12|PENDING|Resources|1:00:00||N/A')")
+    words = ["submit", *SHARED, "--job=embed", "--", "proteins.fasta", "--out", "v.npz", "--layer", "1"]
+    done = longseq(place, *words)
+    assert done.returncode == 0, done.stderr
+    assert "log     runs/one/slurm/embed-12.log\n" in done.stdout
+    assert "longseq logs -f runs/one --job embed\n" in done.stdout
+    assert "Cancel it:     scancel 12 " in done.stdout
+    assert HEAVY.isdisjoint(done.stderr.split())
+    script = (run.slurm_dir / "embed-12.sbatch").read_text()
+    assert f"\nshards={place}/.v.npz.shards\n" in script
+    hash_ = code.current()
+    assert f"\ncode={run.path}/code/{hash_}\n" in script
+    assert (run.path / "code" / hash_ / "longseq/cli.py").exists()
+    assert f" 1 embed {run.path} proteins.fasta --out v.npz --layer 1 &\n" in script
+    assert "#SBATCH --nodes=2\n" in script
+    assert "#SBATCH --dependency=afterok:3\n" in script
+    again = longseq(place, *words)
+    assert again.returncode == 1
+    assert "v.npz.shards: job 12 (PENDING) writes there. Follow it (`longseq logs" in again.stderr
+    assert "cancel it first (`scancel 12`: what is finished stays)" in again.stderr
+    assert jobs_of(run) == {}  # a training may have the run meanwhile
+    (place / ".v.npz.shards").mkdir()
+    (place / ".v.npz.shards" / "a.shard").touch()
+    assert "embed     job 12: PENDING; 1 shards are finished; " in longseq(place, "status", "runs/one").stdout
+    (run.slurm_dir / "embed-12.log").write_text("so far\n")
+    assert longseq(place, "logs", "runs/one", "--job=embed").stdout == "so far\n"
+    assert "no job has written a log yet that scores" in longseq(place, "logs", "runs/one", "--job=score").stderr
+    tool(place, "scancel", "")
+    assert "cancelled job 12" in longseq(place, "cancel", "runs/one", "--job=embed").stdout
+    assert "no job of this run" in longseq(place, "cancel", "runs/one").stdout
+
+
+def test_a_benchmark_names_its_model_behind_its_file(place):
+    run = a_run(place)
+    (place / "gym").mkdir()
+    words = ["submit", *SHARED, "--job=benchmark", "--dry-run", "--", "proteingym", "gym", "--assay", "a b"]
+    script = longseq(place, *words).stdout
+    assert f" benchmark proteingym gym {run.path} --assay 'a b' &\n" in script
+    other = longseq(place, *words[:-1], "c").stdout
+    places = [next(line for line in text.splitlines() if line.startswith("shards=")) for text in (script, other)]
+    assert places[0].startswith(f"shards={run.slurm_dir}/benchmark-")
+    assert places[0] != places[1]
+    assert not run.slurm_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--job=score", "--", "proteins.fasta"], "--job=score: its results need a file: add --out FILE"),
+        (["--job=score", "--", "proteins.fasta", "--out=no/s.tsv"], "no/s.tsv: the folder "),
+        (["--job=embed", "--", "none.fasta", "--out=v.npz"], "none.fasta does not exist: correct the path"),
+        (["--job=embed"], "--job=embed: name the file first, behind `--`: `longseq submit RUN --job embed -- "),
+        (["--job=benchmark", "--", "proteingym", "--assay=a", "gym"], "the benchmark's name and file first"),
+        (["--job=embed", "--", "proteins.fasta", "--out=v.npz", "--devices=2"], "--gpus-per-node, before the `--`"),
+        (["--job=score", "--chain=2", "--", "proteins.fasta", "--out=v"], "are for trainings; leave them out"),
+    ],
+)
+def test_what_no_job_could_do_is_refused_before_it_waits(place, arguments, sentence):
+    run = a_run(place)
+    done = longseq(place, "submit", *SHARED, *arguments)
+    assert done.returncode == 1, done.stdout
+    assert sentence in done.stderr
+    assert not run.slurm_dir.exists()
+    assert longseq(place, "submit", *SHARED, "--job=embed", "--", "proteins.fasta", "--layers").returncode == 2
+
+
+def test_a_run_without_a_checkpoint_has_nothing_to_embed_with(place):
+    a_run(place)
+    done = longseq(place, "submit", "runs/one", "--job=embed", "--", "proteins.fasta", "--out=v.npz")
+    assert "there is no checkpoint yet" in done.stderr
+
+
 def test_without_slurm_the_folders_still_speak(place):
     run = a_run(place)
     record_job(run, "12", "longseq submit small.yaml")

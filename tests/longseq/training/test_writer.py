@@ -98,6 +98,23 @@ def test_a_file_system_that_fails_leaves_the_last_checkpoint_and_a_sentence(
     assert outcome(fail, run)[0] == code
 
 
+def test_a_rank_that_cannot_list_the_starts_leaves_no_other_waiting(run, saving, monkeypatch):
+    """It votes, as all do, before it looks whether a newer start has the run; and it says what they say."""
+    asked = []
+
+    def fail(*_: object) -> None:
+        asked.append("starts")
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr("longseq.training.writer.write", fail)
+    monkeypatch.setattr(Run, "check_start", fail)
+    monkeypatch.setattr(saving.control, "any", lambda *flags: asked.append("all") or list(flags))
+    saving.writer.start({"model.safetensors": b"weights"}, position(5))
+    ended, sentence = outcome(saving.finish_writing, run)
+    assert (ended, "the checkpoint of step 5 could not be written" in sentence) == (EXIT_CRASHED, True)
+    assert asked[-3:] == ["all", "all", "starts"]
+
+
 @pytest.mark.parametrize("seconds", [0.0, 1.5])
 def test_a_long_wait_for_the_file_system_is_said(run, saving, monkeypatch, capfd, seconds):
     monkeypatch.setattr(checkpointing, "_LONG_SECONDS", 0.5)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longseq.commands.numbers import natural, positive
-from longseq.commands.options import add_models, given, models_and_keys, ready, told
+from longseq.commands.options import add_devices, add_models, given, models_and_keys, ready, told
 from longseq.printed import as_json
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--train", type=positive, default=20, metavar="N", help="chains to learn from; default 20")
     parser.add_argument("--seed", type=natural, default=0, metavar="N", help="of who learns from whom; default 0")
+    add_devices(parser)
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")
 
 
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
     targets, overrides = models_and_keys(args)
     ready()
-    how = given(args, "layer train seed ema")
+    how = given(args, "layer train seed ema devices")
     found = benchmark_structure(args.file, targets, overrides, progress=told, **how)
     print(as_json(found.as_dict(), indent=2) if args.json else "\n".join(_table(found)))
     return 0

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from longseq.config.benchmarks import ATTENTION, METHODS
+from longseq.config.benchmarks import ATTENTION, JACOBIAN, METHODS
 from longseq.errors import LongseqError
-from longseq.evaluation.field.chains import Chain, folds, read_chains, spread
+from longseq.evaluation.field.chain_work import Array, OfChains, job_of
+from longseq.evaluation.field.chains import Chain, folds
 from longseq.evaluation.field.models import label, proteins
 from longseq.evaluation.field.precision import NEAREST, Matrix, Precision, chance, mean_precision, precisions
+from longseq.evaluation.shards import done, refuse_devices
 from longseq.printed import plain
 from longseq.trained_model import Source
-
-if TYPE_CHECKING:
-    from longseq.evaluation.records import Record
-    from longseq.models.performer import PerformerLM
 
 Progress = Callable[[str, str, str], None]  # model, method, chain
 
@@ -61,6 +59,7 @@ def benchmark_contacts(
     seed: int = 0,
     records: int = 0,
     ema: bool = False,
+    devices: int = 1,
     progress: Progress = lambda *_: None,
 ) -> ContactBenchmark:
     """Precision of the L, L/2 and L/5 surest pairs of residues at least 6 apart.
@@ -79,6 +78,7 @@ def benchmark_contacts(
         seed: of the order in which chains are learned from and tested.
         records: at most so many chains, spread evenly over the file; 0: all.
         ema: with the running mean of the weights.
+        devices: processes that share the chains; results are the same to the last bit.
         progress: called with the model's name, the method and the chain's id before each.
 
     Raises:
@@ -87,49 +87,62 @@ def benchmark_contacts(
     for method in methods:
         if method not in METHODS:
             raise LongseqError(f"methods={method}: take {' or '.join(METHODS)}.")
-    from longseq.evaluation.records import record_of
-
+    refuse_devices(devices)
     sources = proteins(targets, overrides, ema)
-    chains = spread(read_chains(Path(file), "contacts"), records)
+    options = {"methods": list(methods), "records": records}
+    work = Pairs(job_of("contacts", sources, file, overrides, ema, **options), sources=sources)
+    chains = work.chains
     ways = folds(len(chains), train, seed) if ATTENTION in methods else []
+    rows = done(work, devices)
     models = []
     for source in sources:
         name = label(source, sources)
-        model = source.load()
-        read = [record_of(source, chain.id, chain.sequence, f"chain {chain.id}") for chain in chains]
         found: dict[str, list[Precision]] = {}
         for method in methods:
-            say = partial(progress, name, method)
-            if method == ATTENTION:
-                scores = _by_attention(model, read, chains, ways, source.causal, say)
-            else:
-                scores = _by_jacobian(model, read, source.causal, say)
+            made = []
+            for chain in chains:
+                progress(name, method, chain.id)
+                made.append(next(rows))
+            scores = _by_attention(made, chains, ways) if method == ATTENTION else made
             found[method] = [precisions(each, chain.contact_map()) for each, chain in zip(scores, chains, strict=True)]
         by_chain = {
             method: {chain.id: each for chain, each in zip(chains, of, strict=True)} for method, of in found.items()
         }
         mean = {method: mean_precision(each) for method, each in found.items()}
         models.append(ContactResult(name, source.step, source.config.model.objective, mean, by_chain))
+    next(rows, None)  # it ends: nothing is kept of it
     return ContactBenchmark(models, mean_precision([chance(chain.contact_map()) for chain in chains]), len(chains))
 
 
+class Pairs(OfChains):
+    """What a regression learns from, (pairs, heads), or of the Jacobian the scores of pairs, (L, L): of each model, by
+    each method, of each chain. Option: methods."""
+
+    needed = "contacts"
+
+    def groups(self) -> Iterator[tuple[int, str, int]]:
+        return product(range(len(self.sources)), self.job.options["methods"], range(len(self.chains)))
+
+    def rows(self, group: tuple[int, str, int]) -> list[Array]:
+        from longseq.evaluation.field.attention import attention_maps, pair_features
+        from longseq.evaluation.field.jacobian import categorical_jacobian, coupling_scores
+
+        number, method, index = group
+        model, record = self.model_of(number), self.record(number, self.chains[index])
+        causal = self.sources[number].causal
+        if method == JACOBIAN:
+            return [coupling_scores(categorical_jacobian(model, record, causal))]
+        pairs = np.triu_indices(record.length, NEAREST)
+        return [pair_features(attention_maps(model, record, causal))[:, *pairs].T]
+
+
 def _by_attention(
-    model: PerformerLM,
-    records: Sequence[Record],
-    chains: Sequence[Chain],
-    ways: Sequence[tuple[list[int], list[int]]],
-    causal: bool,
-    progress: Callable[[str], None],
+    features: Sequence[Array], chains: Sequence[Chain], ways: Sequence[tuple[list[int], list[int]]]
 ) -> list[Matrix]:
-    from longseq.evaluation.field.attention import attention_maps, pair_features
     from longseq.evaluation.field.regression import Scaled, sparse_logistic
 
-    features, labels = [], []
-    for record, chain in zip(records, chains, strict=True):
-        progress(record.identifier)
-        pairs = np.triu_indices(record.length, NEAREST)
-        features.append(pair_features(attention_maps(model, record, causal))[:, *pairs].T)  # (pairs, heads)
-        labels.append(chain.contact_map()[pairs])
+    places = [np.triu_indices(len(chain.sequence), NEAREST) for chain in chains]
+    labels = [chain.contact_map()[pairs] for chain, pairs in zip(chains, places, strict=True)]
     found: list[Matrix] = [np.empty(0)] * len(chains)
     for learned, tested in ways:
         if not any(len(features[index]) for index in learned):
@@ -141,20 +154,8 @@ def _by_attention(
         given = np.concatenate([scaled(features[index]) for index in learned])
         weights, _ = sparse_logistic(given, np.concatenate([labels[index] for index in learned]), C)
         for index in tested:
-            length = records[index].length
+            length = len(chains[index].sequence)
             scores = np.zeros((length, length))
-            scores[np.triu_indices(length, NEAREST)] = scaled(features[index]) @ weights
+            scores[places[index]] = scaled(features[index]) @ weights
             found[index] = scores + scores.T
-    return found
-
-
-def _by_jacobian(
-    model: PerformerLM, records: Sequence[Record], causal: bool, progress: Callable[[str], None]
-) -> list[Matrix]:
-    from longseq.evaluation.field.jacobian import categorical_jacobian, coupling_scores
-
-    found = []
-    for record in records:
-        progress(record.identifier)
-        found.append(coupling_scores(categorical_jacobian(model, record, causal)))
     return found

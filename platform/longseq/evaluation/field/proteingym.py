@@ -21,9 +21,11 @@ from longseq.evaluation.field.averages import Assay, Averages, averages
 from longseq.evaluation.field.measures import MEASURES, Floats, Result
 from longseq.evaluation.field.models import label, proteins
 from longseq.evaluation.field.official import BESIDE, Official, published
+from longseq.evaluation.nodes import Nodes
 from longseq.evaluation.records import both_directions
 from longseq.evaluation.shards import Job, Work, done, refuse_devices
 from longseq.printed import plain
+from longseq.runs import starts
 from longseq.trained_model import EMA, Source, find
 from longseq_data.files import sha256_of, write_text
 
@@ -182,7 +184,7 @@ def benchmark_proteingym(
                 f"{source.folder} and {other.parent} would be kept in one folder, {_place(source, out)}: give each an "
                 "out (--out) of its own."
             )
-    if devices > 1:
+    if devices > 1 or Nodes.here():
         options = {"targets": [str(source.folder) for source in sources], "assays": list(assays), "passes": passes}
         options["direction"] = direction
         options |= {"reference": reference and str(reference), "out": out and str(out)}
@@ -311,6 +313,7 @@ def _read(path: Path, key: str) -> Result | None:
 
 def _keep(path: Path, key: str, mutants: Scan, scores: Floats, result: Result) -> None:
     """The scores, and then, as the sign that they are whole, what they are worth."""
+    starts.check_own()
     path.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from longseq.errors import LongseqError
-from longseq.evaluation.field.chains import STATES, Chain, folds, read_chains, spread
+from longseq.evaluation.field.chain_work import Array, OfChains, job_of
+from longseq.evaluation.field.chains import STATES, folds
 from longseq.evaluation.field.models import label, proteins
+from longseq.evaluation.records import Record, batches
+from longseq.evaluation.shards import done, refuse_devices
 from longseq.printed import plain
 from longseq.trained_model import Source
 from longseq_data.vocabulary import LETTERS, RESIDUES
 
-if TYPE_CHECKING:
-    Vectors = Sequence[npt.NDArray[np.floating]]  # (L, E) of each chain
-
+Vectors = Sequence[npt.NDArray[np.floating]]  # (L, E) of each chain
 Progress = Callable[[str], None]  # model
 
 
@@ -66,6 +68,7 @@ def benchmark_structure(
     seed: int = 0,
     records: int = 0,
     ema: bool = False,
+    devices: int = 1,
     progress: Progress = lambda _: None,
 ) -> StructureBenchmark:
     """Accuracy of helix, strand or neither (DSSP), residue by residue, of a linear probe on frozen vectors.
@@ -82,37 +85,53 @@ def benchmark_structure(
         seed: of the order in which chains are learned from and tested.
         records: at most so many chains, spread evenly over the file; 0: all.
         ema: with the running mean of the weights.
+        devices: processes that share the chains; results are the same to the last bit.
         progress: called with each model's name.
 
     Raises:
         LongseqError: in one sentence, for a model or a file that cannot be used, and too few chains.
     """
+    refuse_devices(devices)
     sources = proteins(targets, overrides, ema)
     for source in sources:
         if layer is not None and not 0 <= layer <= source.spec.depth:
             raise LongseqError(
                 f"layer={layer}: {source.name} has {source.spec.depth} blocks; take 0 to {source.spec.depth}."
             )
-    chains = spread(read_chains(Path(file), "secondary_structure"), records)
+    options = {"layer": layer, "records": records}
+    work = Residues(job_of("structure", sources, file, overrides, ema, **options), sources=sources)
+    chains = work.chains
     ways = folds(len(chains), train, seed)
     states = [np.array([STATES.index(state) for state in chain.states or ""]) for chain in chains]
+    rows = done(work, devices)
     models = []
     for source in sources:
         progress(source.name)
-        probe = _probe(_vectors(source, chains, layer), states, ways)
+        probe = _probe(list(islice(rows, len(chains))), states, ways)
         models.append(StructureResult(label(source, sources), source.step, source.config.model.objective, probe))
+    next(rows, None)  # it ends: nothing is kept of it
     counts = np.bincount(np.concatenate(states), minlength=len(STATES))
     letters = _probe([_one_hot(chain.sequence) for chain in chains], states, ways)
     return StructureBenchmark(models, letters, float(counts.max() / counts.sum()), len(chains), int(counts.sum()))
 
 
-def _vectors(source: Source, chains: Sequence[Chain], layer: int | None) -> Vectors:
-    from longseq.evaluation.hidden_vectors import vectors
-    from longseq.evaluation.records import record_of
+class Residues(OfChains):
+    """Vectors of residues, (L, E), of each model and chain. Option: layer."""
 
-    records = [record_of(source, chain.id, chain.sequence, f"chain {chain.id}") for chain in chains]
-    found = vectors(source.load(), source.vocabulary, records, layer)
-    return [each.residues for each in found if each.residues is not None]
+    needed = "secondary_structure"
+
+    def groups(self) -> Iterator[tuple[int, list[Record]]]:
+        for number in range(len(self.sources)):
+            records = (self.record(number, chain) for chain in self.chains)
+            yield from ((number, group) for group in batches(records, lambda record: len(record.row)))
+
+    def rows(self, group: tuple[int, list[Record]]) -> list[Array]:
+        from longseq.evaluation.hidden_vectors import of_batch
+
+        number, records = group
+        vocabulary, layer = self.sources[number].vocabulary, self.job.options["layer"]
+        found = of_batch(self.model_of(number), vocabulary, records, layer, per_residue=True)
+        return [each.residues for each in found if each.residues is not None]
 
 
 def _one_hot(sequence: str) -> npt.NDArray[np.floating]:

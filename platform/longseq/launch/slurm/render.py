@@ -45,6 +45,7 @@ class Request:
     dependency: str | None = None
     comes_back: bool = True  # by itself; a chain has its next job instead
     at_once: int | None = None  # of an array
+    by_node: bool = False  # a node is one task, which starts its processes itself
     code: str = ""  # the snapshot in the run's folder that it runs, see runs.code; without one what is installed
 
     @property
@@ -60,7 +61,7 @@ class Request:
     def wide(self) -> bool:
         """SLURM gives no more nodes than tasks, which it counts for the fewest nodes: where those would be too few, a
         node is one task to it, with the cores of all of its processes."""
-        return self.least * self.devices < self.most
+        return self.by_node or self.least * self.devices < self.most
 
 
 @dataclass(frozen=True)
@@ -110,13 +111,23 @@ def prepare_script(config: Path, arguments: Sequence[str], place: Path, site: Si
     return fill("prepare.sbatch.j2", values | _environment(site) | _command(site, request, ()))
 
 
-def _fence(place: Path, codes: Path, site: Site, request: Request) -> dict[str, object]:
-    """For _verb.j2, in the script of any job that is no training: its starts are numbered, and only the newest writes.
+def shared_script(run: Path, verb: str, arguments: Sequence[str], shards: Path, site: Site, request: Request) -> str:
+    """The script of a verb whose ``shards``, a folder, the processes of several nodes share."""
+    head = _directives(site, request, f"{run.name}-{verb}", run / "slurm" / f"{verb}-%j.log")
+    values = {"verb": Shell(verb), "shards": shards, "directives": head, "arguments": _words(arguments)}
+    values |= {"nodes": request.nodes, "devices": request.devices, "requeue": site.requeue}
+    values |= {"max_restarts": site.max_restarts, "pause_seconds": site.pause_seconds, "gpus": request.gpus}
+    values |= _fence(run / "slurm" / verb, run / "code", site, request)
+    return fill("shared.sbatch.j2", values | _environment(site) | _command(site, request, (run, shards)))
 
-    place: of log and starts, without the job's number, next to each other. codes: the folder of its snapshot.
+
+def _fence(beside: Path, codes: Path, site: Site, request: Request) -> dict[str, object]:
+    """For _verb.j2, in the script of any job that is no training: its starts are numbered, and only the newest lives.
+
+    beside: log and starts, without the job's number, lie next to each other. codes: the folder of its snapshot.
     """
     code = _code(request, site, codes)
-    return {"place": place, "name": place.name, "codes": codes, "code": code}
+    return {"beside": beside, "name": beside.name, "codes": codes, "code": code}
 
 
 def _code(request: Request, site: Site, codes: Path) -> str:
@@ -247,6 +258,8 @@ def _command(site: Site, request: Request, runs: Sequence[Path]) -> dict[str, ob
     """Arguments of srun, and what stands before ``-m module``: an interpreter, here or in a container."""
     # srun does not take over --cpus-per-task of the job.
     cpus = site.cpus_per_task or (1 if request.wide else None)
+    if request.by_node and cpus:
+        cpus *= request.devices
     srun = ["--input=none", *([f"--cpus-per-task={cpus}"] if cpus else []), *site.srun]
     mounts = list(dict.fromkeys([*site.container_mounts, *(str(run.parent) for run in runs)]))
     command = [sys.executable]

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from longseq.errors import RunError
@@ -16,7 +16,7 @@ from longseq.runs.owner import newest_process
 from longseq.runs.run import Run, as_typed
 from longseq.runs.starts import Progress
 
-_JOBS = "jobs.jsonl"
+_JOBS, _SHARED = "jobs.jsonl", "shared.jsonl"
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,12 @@ class State:
 
 def record_job(run: Run, job: str, command: str, script: Path | str = "") -> None:
     """Note in the run's folder that a job was submitted for it; ``script`` is what sbatch was given."""
+    _note(run, _JOBS, {"job": job, "time": round(time.time()), "command": command, "script": str(script)})
+
+
+def _note(run: Run, name: str, entry: dict[str, object]) -> None:
     run.slurm_dir.mkdir(exist_ok=True)
-    entry = {"job": job, "time": round(time.time()), "command": command, "script": str(script)}
-    with (run.slurm_dir / _JOBS).open("a+") as file:
+    with (run.slurm_dir / name).open("a+") as file:
         file.seek(max(0, file.tell() - 1))
         torn = file.read() not in ("", "\n")  # a full disk's half line
         file.write("\n" * torn + json.dumps(entry) + "\n")
@@ -48,13 +51,72 @@ def jobs_of(run: Run) -> dict[str, str]:
 
     Half a line, as a full disk leaves it, is passed over: `longseq submit` cancels a job that it cannot note.
     """
-    path = run.slurm_dir / _JOBS
-    jobs = {}
+    return {str(entry["job"]): entry.get("script", "") for entry in _noted(run, _JOBS)}
+
+
+def _noted(run: Run, name: str) -> Iterator[dict[str, str]]:
+    path = run.slurm_dir / name
     for line in path.read_bytes().splitlines() if path.exists() else ():
         with suppress(ValueError, TypeError, LookupError):
             entry = json.loads(line)
-            jobs[str(entry["job"])] = entry.get("script", "")
-    return jobs
+            _ = entry["job"]
+            yield entry
+
+
+@dataclass(frozen=True)
+class SharedJob:
+    """A job that embeds, scores or benchmarks with a run, and trains nothing."""
+
+    job: str
+    verb: str
+    place: str  # the folder of its shards
+    command: str
+    script: str
+    time: int = 0
+
+    @property
+    def shards(self) -> int:
+        """That are finished and wait for the others; none once all is done."""
+        return sum(1 for _ in Path(self.place).glob("*.shard"))
+
+    def live(self, queued: Mapping[str, Queued]) -> Queued | None:
+        """What SLURM says of it, while it waits or runs."""
+        job = self.known(queued)
+        return job if job and job.alive else None
+
+    def known(self, queued: Mapping[str, Queued]) -> Queued | None:
+        job = queued.get(self.job)
+        return job if job and _is_same(job.script, self.script) else None
+
+
+def record_shared(run: Run, job: SharedJob) -> None:
+    """Note a job in the folder of the run that it reads."""
+    _note(run, _SHARED, asdict(job))
+
+
+def shared_jobs(run: Run) -> list[SharedJob]:
+    """Those that were submitted, oldest first."""
+    names = {field.name for field in fields(SharedJob)}
+    noted = ({key: value for key, value in entry.items() if key in names} for entry in _noted(run, _SHARED))
+    return [SharedJob(**entry) for entry in noted]  # type: ignore[arg-type]
+
+
+def check_unshared(run: Run, place: Path) -> None:
+    """Refuse a second job for one output.
+
+    Raises:
+        RunError: naming the first, and what to do.
+    """
+    same = [job for job in shared_jobs(run) if job.place == str(place)]
+    queued = queue(job.job for job in same) if same else {}
+    for job in same:
+        live = job.live(queued)
+        if live:
+            here = as_typed(run.path)
+            raise RunError(
+                f"{place}: {live} writes there. Follow it (`longseq logs -f {here} --job {job.verb}`), wait for its "
+                f"end, or cancel it first (`scancel {job.job}`: what is finished stays)."
+            )
 
 
 def runs_with_jobs(folder: Path) -> Iterator[Run]:

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import lightning.pytorch as pl
 from lightning.pytorch.profilers import Profiler
@@ -122,11 +122,12 @@ class Checkpointing(StepBoundary):
             if self.control.any(writer.failed)[0]:
                 writer.give_up()
             writer.finish()
-        for reason in self.control.gather(writer.reason):
-            if reason is not None:
+        reasons = [reason for reason in self.control.gather(writer.reason) if reason is not None]
+        if reasons:
+            lasting = self.control.any(writer.failed and not may_pass(writer.error))[0]
+            with suppress(OSError):  # of what fails here it may be able to list nothing, on one rank alone
                 self.run.check_start()  # the reason, perhaps
-                lasting = self.control.any(writer.failed and not may_pass(writer.error))[0]
-                raise (LongseqError if lasting else PassingError)(self._unwritten(step, reason))
+            raise (LongseqError if lasting else PassingError)(self._unwritten(step, reasons[0]))
 
     @contextmanager
     def _said_if_long(self, step: int | None) -> Iterator[None]:
