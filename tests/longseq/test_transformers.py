@@ -290,10 +290,17 @@ def test_every_pipeline_gives_what_the_model_gives(exported, objective):
 def test_what_is_pushed_to_the_hub_has_the_model_code(trained, folder, monkeypatch):
     from huggingface_hub import HfApi
     from transformers import modeling_utils
+    from transformers.utils import hub
 
     sent = []
-    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: SimpleNamespace(repo_id="me/out"))
-    monkeypatch.setattr(HfApi, "create_commit", lambda _, **given: sent.append(given["operations"]))
+    hubs = {
+        "create_repo": lambda *_, **__: SimpleNamespace(repo_id="me/out"),
+        "create_commit": lambda *_, **given: sent.append(given["operations"]),
+    }
+    for name, instead in hubs.items():
+        monkeypatch.setattr(HfApi, name, instead)
+        for module in (hub, modeling_utils):  # transformers 5.0 has them as functions
+            monkeypatch.setattr(module, name, instead, raising=False)
     card = SimpleNamespace(save=lambda _: None)
     monkeypatch.setattr(modeling_utils, "create_and_tag_model_card", lambda *_, **__: card)
     run = trained()

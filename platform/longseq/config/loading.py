@@ -60,7 +60,8 @@ def read_config(path: Path | str, overrides: Sequence[str] = (), *, resolved: bo
     if resolved:
         _as_of_before(files)
     layers = [*files, *map(_override_layer, overrides)]
-    for layer in layers[len(files) if resolved else 0 :]:  # a run is read where its files are not, too
+    given = layers[len(files) if resolved else 0 :]  # a run is read where its files are not, too
+    for layer in [layer for layer in given if "trainer.benchmarks" in layer.places()][-1:]:
         layer.refuse_missing()
     origin = next((name for layer in reversed(layers) if (name := layer.init_from())), None)
     if origin and not resolved:
@@ -132,8 +133,24 @@ def _refuse_unread(layers: Sequence[_Layer], plan: Sequence[Any]) -> None:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write every key with its value, atomically."""
-    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
+    """Write every key with its value, atomically. A file that is there gets no key that it lacks and that says nothing
+    new: a run of jobs may go on with the code of its submission, which refuses keys that came later."""
+    values = _plain(config)
+    if path.is_file():
+        there: Any = OmegaConf.load(path)
+        before = _plain(read_config(path, resolved=True))
+        for section, keys in values.items():
+            lacking = [name for name in keys if name not in (there.get(section) or {})]
+            for name in lacking:
+                if keys[name] == before[section].get(name):
+                    del keys[name]
+    write_text(path, OmegaConf.to_yaml(OmegaConf.create(values)))
+
+
+def _plain(config: Config) -> dict[str, dict[str, Any]]:
+    plain = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(plain, dict)
+    return plain  # type: ignore[return-value]
 
 
 @cache

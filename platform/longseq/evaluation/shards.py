@@ -58,6 +58,12 @@ class Job:
     ema: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def files(self) -> list[Path]:
+        """What is read: the sequences, a table of variants, their relatives."""
+        others = self.options.get("table"), next(iter(self.options.get("context", ())), None)
+        return [Path(self.file), *(Path(other) for other in others if other)]
+
     @staticmethod
     def read(place: Path) -> Job:
         values = json.loads((place / JOB).read_text(encoding="utf-8"))["job"]
@@ -128,7 +134,7 @@ def kept(place: Path, work: Work[Group, Row]) -> Iterator[None]:
     nodes = Nodes.here()
     with (place / _LOCK).open("a") as file:
         _take(file, place, time.monotonic() + (_PATIENCE if nodes else 0))
-        facts = [_FORMAT, _facts(work.source.weights), _facts(Path(work.job.file))]
+        facts = [_FORMAT, _facts(work.source.weights), *map(_facts, work.job.files)]
         told, text = place / JOB, json.dumps({"job": asdict(work.job), "of": facts}, indent=1) + "\n"
         starts.check_own()
         same = told.is_file() and told.read_text(encoding="utf-8") == text

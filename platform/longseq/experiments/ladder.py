@@ -17,7 +17,7 @@ from typing import Any
 from longseq.config.loading import load_config
 from longseq.config.schema import Config
 from longseq.data import resolve_sources, sources_of, vocabulary
-from longseq.errors import LongseqError
+from longseq.errors import DivergedError, LongseqError
 from longseq.experiments.plan import Plan, Variant
 from longseq.experiments.running import Settings, Verbs, perform
 from longseq.experiments.scaling import Law, Point, Prediction, check, fit, predict
@@ -135,7 +135,13 @@ def ladder(
     def trained(rungs: Sequence[Rung], named: bool, may_diverge: bool = False) -> list[Rung]:
         variants = {_name(rung, named): Variant(_name(rung, named), _overrides(rung, base_dim)) for rung in rungs}
         plan = Plan(Path("ladder.yaml"), "a ladder", groups={_GROUP: ()}, variants=variants, splits=(_SPLIT,))
-        found = perform(plan, settings, tell, verbs, may_diverge=may_diverge)
+        try:
+            found = perform(plan, settings, tell, verbs, may_diverge=may_diverge)
+        except DivergedError as error:  # whose advice is another rate for this run alone
+            raise LongseqError(
+                f"a rung diverged, so its loss tells no law: lower optim.lr={rungs[0].lr:g}, or --rates, and choose "
+                f"another --out. What the run said: {error}"
+            ) from error
         return [_with_losses(rung, name, found, settings) for rung, name in zip(rungs, variants, strict=True)]
 
     budgets = sorted(set(tokens_per_parameter))
@@ -160,9 +166,12 @@ def ladder(
     points = [Point(rung.member.parameters, rung.tokens, rung.loss) for rung in rungs]
     asked = _rung(whole, target, most, lr)
     prediction = predict(points, target.parameters, asked.tokens)
-    measured = trained([asked], bool(rates))[0] if verify else None
-    result = Ladder(folder, base_dim, lr, tried, tuple(rungs), fit(points), prediction, measured)
+    result = Ladder(folder, base_dim, lr, tried, tuple(rungs), fit(points), prediction, None)
     write_text(folder / "ladder.json", as_json(result.as_dict(), indent=1) + "\n")
+    if verify:
+        tell(f"predicted a loss of {prediction.loss:.4f}; it is trained now (kept in {folder / 'ladder.json'})")
+        result = replace(result, measured=trained([asked], bool(rates))[0])
+        write_text(folder / "ladder.json", as_json(result.as_dict(), indent=1) + "\n")
     return result
 
 

@@ -129,6 +129,8 @@ def _measured(part: Callable[[], Any]) -> dict[str, Any]:
         return {"found": part()}
     except LongseqError as error:
         return {"error": str(error)}
+    except torch.OutOfMemoryError as error:  # no collective waits in here, and the training has what it had
+        return {"error": f"the device's memory is too small for it ({str(error).partition('.')[0]})."}
 
 
 @contextmanager

@@ -140,7 +140,7 @@ class Checkpointing(StepBoundary):
         # The log may lie on the same one: only this thread waits for it.
         timer = threading.Timer(_LONG_SECONDS, print, (text,), {"file": sys.stderr, "flush": True})
         timer.daemon = True
-        if self.writer is not None and self.writer.rank == 0:
+        if self.writer is not None and self.writer.rank == 0 and step is not None:  # None: nothing was being written
             timer.start()
         try:
             yield
