@@ -421,3 +421,23 @@ def test_a_saved_configuration_is_read_back_as_it_was(load, folder):
     save_config(config, folder / "saved.yaml")
     assert load_config("saved.yaml") == config
     assert [path.name for path in folder.glob("*saved*")] == ["saved.yaml"]
+
+
+# saving
+
+
+def test_the_file_of_a_run_gets_no_keys_of_later_versions_but_those_that_say_something(load):
+    """Jobs go on with the code of their submission, which refuses what it does not know."""
+    save_config(load(), Path("run.yaml"))
+    whole = Path("run.yaml").read_text()
+    later = ("  fim_rate: null\n", "  reverse: 0.0\n", "  base_dim: null\n", "  benchmarks: []\n")
+    before = whole
+    for line in later:
+        assert before.count(line) == 1
+        before = before.replace(line, "")
+    Path("run.yaml").write_text(before)
+    save_config(load_config("run.yaml", ["trainer.max_steps=77"], resolved=True), Path("run.yaml"))
+    assert Path("run.yaml").read_text() == before.replace("max_steps: 1000", "max_steps: 77")
+    save_config(load_config("run.yaml", ["data.reverse=0.5"], resolved=True), Path("run.yaml"))
+    assert load_config("run.yaml", resolved=True).data.reverse == 0.5
+    assert "fim_rate" not in Path("run.yaml").read_text()

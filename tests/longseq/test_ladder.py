@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -242,6 +243,22 @@ def test_a_ladder_finds_the_rate_and_the_law_and_goes_on_where_it_was(wide):
     assert draw(found).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_prediction_is_kept_whatever_becomes_of_the_largest_size(wide):
+    class Largest(Scaled):
+        def _trained(self, verb, folder):
+            training = super()._trained(verb, folder)
+            if Run.open(folder).config().model.dim == 32:
+                raise DivergedError("the loss is not finite")
+            return training
+
+    said: list[str] = []
+    with pytest.raises(LongseqError, match="not finite"):
+        climbed(Largest(), out="kept", verify=True, tell=said.append)
+    kept = json.loads(Path("kept/ladder.json").read_text())
+    assert kept["measured"] is None
+    assert any(line.startswith(f"predicted a loss of {kept['prediction']['loss']:.4f}") for line in said)
+
+
 def test_a_best_rate_at_the_end_of_those_tried_is_said(wide):
     said: list[str] = []
     assert climbed(Scaled(), rates=(0.04, 0.08), tokens_per_parameter=(1,), tell=said.append).lr == 0.04
@@ -265,8 +282,8 @@ def test_a_rate_that_diverges_is_the_worst_and_is_not_tried_again(wide):
     with pytest.raises(LongseqError, match=r"rates=0\.04,0\.08: all diverged; take lower ones"):
         climbed(Wild(), rates=(0.04, 0.08))
     Wild.diverges = 0.01
-    with pytest.raises(DivergedError):  # of what is fitted, none may
-        climbed(Wild(), out="other")
+    with pytest.raises(LongseqError, match=r"a rung diverged.*lower optim\.lr=.*another --out.*loss is not finite"):
+        climbed(Wild(), out="other")  # of what is fitted, none may
 
 
 def test_budgets_below_one_and_close_to_each_other_are_lines_of_their_own(wide, monkeypatch):

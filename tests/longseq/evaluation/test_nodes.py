@@ -187,6 +187,28 @@ def test_an_old_start_leaves_the_shards_of_the_new_one_alone(trained, files, fol
     assert (place / "other-000000.shard").exists()
 
 
+@pytest.mark.parametrize("changed", ["many.fasta", "variants.csv", "relatives.a3m"])
+def test_shards_are_of_the_tables_and_relatives_that_were_read(trained, files, folder, job, own, changed):
+    for name in ("variants.csv", "relatives.a3m"):
+        (folder / name).write_text("as it was\n")
+    options = {"passes": 0, "variants": [], "table": "variants.csv", "context": ["relatives.a3m", 100, 1]}
+    work, place = work_of(Job("score", str(trained()), "many.fasta", options=options)), folder / "job.shards"
+    left = []
+    for _ in range(3):
+        with pytest.raises(PassingError), shards.kept(place, work):
+            lose_a_node(place, left)
+        if len(left) == 2:
+            (folder / changed).write_text((folder / changed).read_text() + ">another\nMK\n")
+    assert left == [0, 1, 0]
+
+
+def lose_a_node(place, left):
+    """Behind one more shard; ``left``: gets how many there were."""
+    left.append(len(list(place.glob("*.shard"))))
+    (place / "0-000000.shard").touch()
+    raise PassingError("the node is lost")
+
+
 def follow_and_fail(own):
     starts.take(own, "slurm job 7, restart 1")
     raise LongseqError("fails, but the next start is at work")

@@ -135,18 +135,28 @@ def test_curves_are_those_of_the_checkpoints_and_change_no_weight(here, objectiv
     assert sorted(curve(run.path, "time/benchmark_seconds")) == [2, 3, 5, 6]  # step 4's follow a validation
 
 
-def test_a_model_that_predicts_no_numbers_has_no_point_and_trains_on(here, capfd, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (LongseqError("no number."), "no number."),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "the device's memory is too small for it (CUDA out of"),
+    ],
+)
+def test_a_benchmark_that_cannot_be_measured_has_no_point_and_the_training_goes_on(
+    here, capfd, monkeypatch, error, reason
+):
     from longseq.evaluation import work
 
     def refused(*_):
-        raise LongseqError("no number.")
+        raise error
 
     monkeypatch.setattr(work.Effects, "rows", refused)
     run = trained(here, "one", listed=LISTED.replace("every: 3", "every: 2"))
     assert list(curve(run.path, "benchmark/states/accuracy")) == [2, 4, 6]
     with pytest.raises(KeyError):
         curve(run.path, "benchmark/scan/spearman")
-    assert "benchmark scan has no point at step 2: no number. The training goes on." in capfd.readouterr().err
+    assert f"benchmark scan has no point at step 2: {reason}" in (warned := capfd.readouterr().err)
+    assert " The training goes on." in warned
 
 
 @pytest.mark.parametrize(
@@ -315,6 +325,7 @@ def test_a_run_opens_where_its_benchmarks_are_not(here):
     assert config.trainer.benchmarks[0]["path"] == str(here / "scan.csv")
     with pytest.raises(ConfigError, match=r"config\.yaml:\d+: trainer\.benchmarks\[0\]\.path"):
         load_config("config.yaml")
+    assert load_config("config.yaml", ["trainer.benchmarks=[]"]).trainer.benchmarks == []  # on a machine without them
 
 
 def test_every_part_has_one_rank_and_records_are_spread():
