@@ -65,6 +65,11 @@ class ShortConvolution(nn.Module):
             x, runs, first = near.k, near.runs, self.left
         return self._of(x, runs, first, length)
 
+    def inside(self, x: Tensor, beside: tuple[int, int]) -> Tensor:
+        """The convolution of x (B, L, C) without so many positions at its beginning and end, which are read alone."""
+        before, behind = beside
+        return self._of(x, None, before, x.shape[1] - before - behind)
+
     def following(self, x: Tensor, before: Tensor | None, padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The causal convolution of the next positions x (B, n, C), and what the ones after them need.
 

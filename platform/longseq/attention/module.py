@@ -175,20 +175,30 @@ class FavorAttention(nn.Module):
     def _results(self, out: Tensor, state: Any, first: Tensor) -> tuple[Any, ...]:
         return (out, state, first) if self.value_residual else (out, state)
 
-    def sum_up(self, x: Tensor, rotary: Tensor | None, first: Tensor | None) -> AttentionState:
-        """The sums of x's keys: see :mod:`longseq.attention.summed`."""
-        q, k, v = self.project(x, rotary)
+    @property
+    def reach(self) -> tuple[int, int]:
+        """How many positions before and behind its own each query, key and value is made of."""
+        return (0, 0) if self.conv is None else (self.conv.left, self.conv.right)
+
+    def sum_up(self, x: Tensor, beside: tuple[int, int], rotary: Tensor | None, first: Tensor | None) -> AttentionState:
+        """The sums of x's keys, but for so many positions at its beginning and end, which the convolution reads: see
+        :mod:`longseq.attention.summed`."""
+        q, k, v = self._project_inside(x, beside, rotary)
         return sum_of_keys(q, k, self.with_first(v, first)[0], self.call())
 
     def read_sums(
-        self, x: Tensor, sums: AttentionState, rotary: Tensor | None, first: Tensor | None
+        self, x: Tensor, beside: tuple[int, int], sums: AttentionState, rotary: Tensor | None, first: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """Self-attention of x over all keys that ``sums`` are made of; with ``value_residual`` also the values that the
-        next layer gets as ``first``."""
-        q, k, v = self.project(x, rotary)
+        """Self-attention of these positions over all keys that ``sums`` are made of; with ``value_residual`` also the
+        values that the next layer gets as ``first``."""
+        q, k, v = self._project_inside(x, beside, rotary)
         v, first = self.with_first(v, first)
         out = self.merge(attention_to_sums(q, k, v, sums, self.call()))
         return (out, first) if self.value_residual else (out,)
+
+    def _project_inside(self, x: Tensor, beside: tuple[int, int], rotary: Tensor | None) -> tuple[Tensor, ...]:
+        qkv = self.qkv(x)
+        return self._heads(qkv if self.conv is None else self.conv.inside(qkv, beside), rotary)
 
     def _project_tiles(
         self,

@@ -1,7 +1,7 @@
 """Sequences of any length, read by a trained model in tiles where it can, in one piece where that fits into memory.
 
-What has no sums to carry (exact attention, features of both signs, and bidirectional layers with a window, a decay, a
-convolution or scaled masks) goes in one piece, layer by layer, which takes memory that grows with the length.
+What has no sums to carry (exact attention, features of both signs, and bidirectional layers with a window, a decay or
+scaled masks) goes in one piece, layer by layer, which takes memory that grows with the length.
 """
 
 from __future__ import annotations

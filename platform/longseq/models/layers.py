@@ -77,19 +77,30 @@ class Block(nn.Module):
             mixed, *rest = self.attention(normed, rotary=rotary, carried=state, wide=wide, first=first)
             return self._add(x_BTE, mixed), *rest
 
-    def sum_up(self, x_BTE: Tensor, rotary: Tensor | None, first: Tensor | None = None) -> AttentionState:
-        """The sums of a tile's keys, of a bidirectional block: see :mod:`longseq.attention.summed`."""
+    def sum_up(
+        self, x_BTE: Tensor, beside: tuple[int, int], rotary: Tensor | None, first: Tensor | None = None
+    ) -> AttentionState:
+        """The sums of a tile's keys, of a bidirectional block: see :mod:`longseq.attention.summed`.
+
+        beside: how many positions of x lie before and behind the tile, and are read by its convolution alone.
+        """
         with self._narrowed():
-            return self.attention.sum_up(self._begin(x_BTE)[1], rotary, first)
+            return self.attention.sum_up(self._begin(x_BTE)[1], beside, rotary, first)
 
     def read_sums(
-        self, x_BTE: Tensor, sums: AttentionState, rotary: Tensor | None, first: Tensor | None = None
+        self,
+        x_BTE: Tensor,
+        beside: tuple[int, int],
+        sums: AttentionState,
+        rotary: Tensor | None,
+        first: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """The forward pass over a tile, given the sums of all tiles' keys."""
         with self._narrowed():
             x_BTE, normed = self._begin(x_BTE)
-            mixed, *rest = self.attention.read_sums(normed, sums, rotary, first)
-            return self._add(x_BTE, mixed), *rest
+            mixed, *rest = self.attention.read_sums(normed, beside, sums, rotary, first)
+            before, behind = beside
+            return self._add(x_BTE[:, before : x_BTE.shape[1] - behind], mixed), *rest
 
     def prefill(
         self, x_BLE: Tensor, padding: Tensor | None, rotary: Tensor | None, first: Tensor | None = None

@@ -150,13 +150,13 @@ class PerformerSpec(AttentionOptions):
 
     @property
     def sums_up(self) -> bool:
-        """Whether a bidirectional layer needs nothing of other tiles but the sums of their keys."""
+        """Whether a bidirectional layer needs nothing of other tiles but the sums of their keys, and neighbours of a
+        convolution."""
         placeless = all(
             options.kind == "favor" and not (options.window or options.learned_decay or options.forget_gate)
             for options in self.plan
         )
-        bare = placeless and not self.conv and not self.mask_scaling
-        return bool(self.sequence_tile) and not self.causal and bare
+        return bool(self.sequence_tile) and not self.causal and placeless and not self.mask_scaling
 
     def recomputes(self, positions: int) -> bool:
         """Whether the backward pass computes layers again, of so many positions of a row in one process."""

@@ -1,8 +1,8 @@
 """One sequence of any length through a trained model, a tile at a time.
 
 Causal models carry every layer's attention state from tile to tile: nothing grows with the length. Bidirectional ones
-go layer by layer: each layer's sums over all keys are complete before a query reads them, and between two layers the
-(L, E) activations of one are in a file in $TMPDIR. No gradients.
+go layer by layer: each layer's sums over all keys are complete before a query reads them, and the (L, E) activations
+before a layer and behind it are in files in $TMPDIR. No gradients.
 """
 
 from __future__ import annotations
@@ -49,39 +49,41 @@ def carried(
 def layer_by_layer(model: PerformerLM, row: npt.NDArray[np.integer], layer: int | None) -> Iterator[tuple[int, Tensor]]:
     """The same without the state, of a model that ``spec.sums_up``.
 
-    While one layer gives a tile, the next one's keys there are summed up.
+    A convolution reads neighbours of a tile, so what goes into a layer stays until all of it has been read.
     """
     cuts = tiles(len(row), model.spec.tile)
-    blocks = list(islice(model.blocks, layer))
-    with _Stored(model) as x, _Stored(model) as values:
-        rotary, total = None, None
+    blocks = [block for block in islice(model.blocks, layer) if isinstance(block, Block)]
+    with _Stored(model) as entering, _Stored(model) as leaving, _Stored(model) as values:
         for start, stop in cuts:
-            tile, rotary = model.entering(ids(model, row[start:stop]), start)
-            total = _added(total, blocks[0], tile, rotary, [])
-            x.write(start, tile)
+            entering.write(start, model.entering(ids(model, row[start:stop]), start)[0])
         for number, block in enumerate(blocks):
-            assert isinstance(block, Block)
+            mixed = values if number and model.spec.value_residual else None
+            total: AttentionState | None = None
+            for _, x, beside, rotary, first in _tiles(model, block, cuts, entering, mixed):
+                own = block.sum_up(x, beside, rotary, *first)
+                total = own if total is None else total.merge(own)
             assert total is not None
-            sums, total = total, None
-            for start, stop in cuts:
-                rotary = model.rotary(start, stop)
-                first = [values.read(start, stop, model.spec.heads)] if number and model.spec.value_residual else []
-                tile, *handed = block.read_sums(x.read(start, stop), sums, rotary, *first)
+            for start, x, beside, rotary, first in _tiles(model, block, cuts, entering, mixed):
+                tile, *handed = block.read_sums(x, beside, total, rotary, *first)
                 if number == 0 and handed:
                     values.write(start, handed[0].transpose(1, 2).flatten(2))
                 if number + 1 < len(blocks):
-                    total = _added(total, blocks[number + 1], tile, rotary, handed)
-                    x.write(start, tile)
+                    leaving.write(start, tile)
                 else:
                     yield start, tile if layer is not None else model.norm(tile)
+            entering, leaving = leaving, entering
 
 
-def _added(
-    total: AttentionState | None, block: torch.nn.Module, tile: Tensor, rotary: Tensor | None, first: list[Tensor]
-) -> AttentionState:
-    assert isinstance(block, Block)
-    own = block.sum_up(tile, rotary, *first)
-    return own if total is None else total.merge(own)
+def _tiles(
+    model: PerformerLM, block: Block, cuts: list[tuple[int, int]], entering: _Stored, values: _Stored | None
+) -> Iterator[tuple[int, Tensor, tuple[int, int], Tensor | None, list[Tensor]]]:
+    """Of each tile where it begins, what a block reads of it and beside it, how much of that lies before and behind it,
+    its rotary table, and the first layer's values there, if ``values`` has them."""
+    before, behind = block.attention.reach
+    for start, stop in cuts:
+        first, last = max(0, start - before), min(cuts[-1][1], stop + behind)
+        given = [] if values is None else [values.read(start, stop, model.spec.heads)]
+        yield start, entering.read(first, last), (start - first, last - stop), model.rotary(start, stop), given
 
 
 class _Stored:

@@ -40,6 +40,7 @@ carried = [
     {"window": 9, "learned_share": True, "learned_decay": True, **MODERN},
 ]
 summed = [{"causal": False}, {"causal": False, "kernel": "relu", "value_residual": True, "qk_norm": True}]
+summed += [{"causal": False, **MODERN}]
 in_one_piece = [{"kind": "exact"}, {"causal": False, "window": 9}, {"causal": False, "forget_gate": True}]
 
 
