@@ -97,8 +97,6 @@ def check(config: Config) -> None:
             f"model.mask_scaling=true and trainer.context_parallel={trainer.context_parallel}: a slice does not know "
             "how much of its sequence is masked; set trainer.context_parallel=1."
         )
-    if data.fim_rate is not None and data.fim_rate > 1:
-        raise ConfigError(f"data.fim_rate={data.fim_rate:g}: a probability, at most 1, e.g. 0.5.")
     if data.fim_rate is not None and config.model.objective != "fim":
         raise ConfigError(
             f"data.fim_rate={data.fim_rate:g} is about model.objective=fim, and model.objective="

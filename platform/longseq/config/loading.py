@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +99,14 @@ def _merged(layers: Sequence[_Layer], path: str) -> Config:
     merged = OmegaConf.structured(Config)
     OmegaConf.set_readonly(merged.attention, False)  # OmegaConf 2.3 takes a frozen dataclass for a constant
     places = {name: place for layer in layers for name, place in layer.places().items()}
-    try:  # all at once: a merge copies everything
-        merged = OmegaConf.merge(merged, *(layer.values for layer in layers))
-    except (OmegaConfBaseException, TypeError):
-        for layer in layers:  # which of them it is
+    # All at once, but for those that read what is below them: a merge copies everything.
+    for reads, group in groupby(layers, key=lambda layer: isinstance(layer, _SourceLayer)):
+        these = list(group)
+        try:
+            merged = merged if reads else OmegaConf.merge(merged, *(layer.values for layer in these))
+        except (OmegaConfBaseException, TypeError):
+            reads = True
+        for layer in these if reads else ():  # and where one does not fit: which it is
             merged = layer.onto(merged)
     try:
         config = OmegaConf.to_object(merged)

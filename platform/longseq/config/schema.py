@@ -226,6 +226,7 @@ class DataConfig:
         "with model.objective fim: probability that a training document is cut at two places and laid out as prefix, "
         "suffix, middle, 0.5 if it is not given; evaluations are read from left to right",
         at_least=0,
+        below=1,
     )
     reverse_complement: bool = key(
         False, "of DNA: half of the training sequences, drawn by run.seed, come as the other strand"
