@@ -101,11 +101,14 @@ def pseudo(model: PerformerLM, vocabulary: Vocabulary, row: Tokens, passes: int)
 
 def _pass_in_tiles(model: PerformerLM, vocabulary: Vocabulary, row: Tokens, turn: int, passes: int) -> float:
     """One of the passes over a row of any length."""
-    places, masked, total = np.arange(1 + turn, len(row) - 1, passes), row.copy(), 0.0
-    masked[places] = vocabulary.mask
-    for which, hidden in _of_places(model, masked, places):
-        targets = torch.from_numpy(row[places[which]].astype(np.int64))
-        total += float(of_tokens(model, hidden, targets).double().numpy().sum())
+    masked, total = row.copy(), 0.0
+    masked[1 + turn : -1 : passes] = vocabulary.mask
+    for start, hidden in hidden_in_tiles(model, masked):
+        first = (1 + turn - start) % passes if start > turn else 1 + turn - start
+        last = min(hidden.shape[1], len(row) - 1 - start)
+        targets = torch.from_numpy(row[start + first : start + last : passes].astype(np.int64))
+        if len(targets):
+            total += float(of_tokens(model, hidden[0, first:last:passes], targets).double().numpy().sum())
     return total
 
 
