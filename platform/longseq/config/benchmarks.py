@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from longseq.attention.options import option as key
+from longseq.config.hints import unknown_key
 from longseq.config.sources import name_of, refuse_repeated_names, refuse_unusable_name
 from longseq.errors import ConfigError
 from longseq_data.files import user_path
@@ -86,9 +86,7 @@ def _entry(entry: Any, key: str, place: Callable[[str], str], check: Check) -> d
     for name, given in entry.items():
         full = f"{key}.{name}"
         if name not in OF_ONE:
-            near = difflib.get_close_matches(str(name), OF_ONE, n=1)
-            hint = f"Did you mean {near[0]}?" if near else f"A benchmark has {', '.join(OF_ONE)}."
-            raise ConfigError(f"{place(full)}: unknown key {full!r}. {hint}")
+            raise ConfigError(f"{place(full)}: {unknown_key(full, OF_ONE, 'A benchmark has')}")
         check(full, given, OF_ONE[name], place(full))
     for name in ("kind", "path"):
         if not entry.get(name):

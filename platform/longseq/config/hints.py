@@ -173,6 +173,12 @@ def keys_of_options(words: Sequence[str], known: Mapping[str, str] | None = None
     return f": keys are written without dashes, as {' '.join(found)}" if found else ""
 
 
+def unknown_key(full: str, known: Iterable[str], has: str) -> str:
+    """The sentence about a key of one of a list's entries that does not exist; ``has``: "A source has"."""
+    near = difflib.get_close_matches(full.rpartition(".")[2], known, n=1)
+    return f"unknown key {full!r}. " + (f"Did you mean {near[0]}?" if near else f"{has} {', '.join(known)}.")
+
+
 def near_choice(key: str, value: str, choices: Sequence[str]) -> str | None:
     """The choice that was meant by ``value``."""
     word = value.lower()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
 from longseq.attention.options import AttentionOptions
+from longseq.config.hints import unknown_key
 from longseq.errors import ConfigError
 
 Entry = str | dict[str, Any]  # the name of a kind, or options by name
@@ -45,9 +45,7 @@ def planned(value: Any, key: str, place: Callable[[str], str], check: Check) -> 
         for option, given in entry.items():
             full = f"{name}.{option}"
             if option not in OF_A_LAYER:
-                near = difflib.get_close_matches(str(option), OF_A_LAYER, n=1)
-                hint = f"Did you mean {near[0]}?" if near else f"A layer has {', '.join(OF_A_LAYER)}."
-                raise ConfigError(f"{place(full)}: unknown key {full!r}. {hint}")
+                raise ConfigError(f"{place(full)}: {unknown_key(full, OF_A_LAYER, 'A layer has')}")
             check(full, given, OF_A_LAYER[option], place(full))
     return value
 

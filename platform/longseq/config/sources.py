@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from longseq.config.hints import unknown_key
 from longseq.errors import ConfigError
 
 Source = dict[str, Any]  # "name": text, "path": list of text, "weight": number above 0
@@ -56,9 +56,7 @@ def _source(entry: Any, key: str, place: Callable[[str], str]) -> Source:
         raise ConfigError(f"{place(key)}: {key}={entry}: other sources here have weights: write {{path: {entry}}}.")
     for name in entry:
         if name not in _KEYS:
-            near = difflib.get_close_matches(str(name), _KEYS, n=1)
-            hint = f"Did you mean {near[0]}?" if near else f"A source has {', '.join(_KEYS)}."
-            raise ConfigError(f"{place(f'{key}.{name}')}: unknown key {f'{key}.{name}'!r}. {hint}")
+            raise ConfigError(f"{place(f'{key}.{name}')}: {unknown_key(f'{key}.{name}', _KEYS, 'A source has')}")
     path = entry.get("path")
     paths = [path] if isinstance(path, str) else path
     if not isinstance(paths, list) or not paths or not all(isinstance(each, str) for each in paths):
