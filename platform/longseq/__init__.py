@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from longseq.evaluation.compare import Compared, compare
     from longseq.evaluation.embed import embed
     from longseq.evaluation.evaluate import Evaluation, evaluate
-    from longseq.evaluation.evaluate import Settings as EvaluationSettings
     from longseq.evaluation.field.contacts import benchmark_contacts
     from longseq.evaluation.field.proteingym import benchmark_proteingym
     from longseq.evaluation.field.structure import benchmark_structure
     from longseq.evaluation.finetune import Finetuning, finetune
     from longseq.evaluation.predict import Prediction, predict
+    from longseq.evaluation.request import Settings as EvaluationSettings
     from longseq.evaluation.sample import infill, sample
     from longseq.evaluation.score import score, variant_effects
     from longseq.experiments.ladder import Ladder, ladder
@@ -41,7 +41,7 @@ _PUBLIC = {
     "Submission": "longseq.launch.submission",
     "evaluate": "longseq.evaluation.evaluate",
     "Evaluation": "longseq.evaluation.evaluate",
-    "EvaluationSettings": "longseq.evaluation.evaluate:Settings",
+    "EvaluationSettings": "longseq.evaluation.request:Settings",
     "score": "longseq.evaluation.score",
     "variant_effects": "longseq.evaluation.score",
     "sample": "longseq.evaluation.sample",

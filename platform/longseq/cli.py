@@ -150,8 +150,9 @@ def _place(args: argparse.Namespace, rest: list[str], parser: argparse.ArgumentP
         hint = ""
         if hasattr(args, "overrides") or hasattr(args, "config"):
             from longseq.config.hints import keys_of_options
+            from longseq.config.merging import meanings
 
-            hint = keys_of_options(rest, getattr(args, "flat_keys", None))
+            hint = keys_of_options(rest, getattr(args, "flat_keys", None) or meanings())
         parser.error(f"unrecognized arguments: {' '.join(misplaced)}{hint}")
     if words:
         args.words = [*args.words, *words]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from longseq.config.schema import Config, DataConfig
+from longseq.config.schema import Config
+from longseq.config.sections import DataConfig
 from longseq.errors import ConfigError
 from longseq_data.files import user_path
 from longseq_data.os_errors import explained

@@ -11,7 +11,8 @@ import numpy as np
 
 from longseq.clusters import members_of_split, resolve_clusters
 from longseq.config.checks import check_pixels
-from longseq.config.schema import Config, DataConfig
+from longseq.config.schema import Config
+from longseq.config.sections import DataConfig
 from longseq.config.sources import parsed
 from longseq.errors import USER_ERRORS, ConfigError
 from longseq_data.corpus.corpus import is_corpus

@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from longseq.config.loading import config_of
+from longseq.config.merging import config_of
 from longseq.errors import LongseqError
 from longseq.interop.exported import SECTIONS
 from longseq.interop.travelling import copy_code

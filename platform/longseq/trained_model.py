@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longseq.config.schema import TILE, TILE_ON_GPU, Config
+from longseq.config.schema import Config
+from longseq.config.sections import TILE, TILE_ON_GPU
 from longseq.data import begins, vocabulary
 from longseq.devices import reading_device
 from longseq.errors import LongseqError, RunError

@@ -10,7 +10,7 @@ from longseq.cli import main
 from longseq.config.loading import load_config, save_config
 from longseq.errors import ConfigError, LongseqError
 from longseq.evaluation.evaluate import Evaluation
-from longseq.evaluation.evaluate import Settings as EvaluationSettings
+from longseq.evaluation.request import Settings as EvaluationSettings
 from longseq.experiments.plan import read_plan
 from longseq.experiments.running import Interrupted, Settings, arguments, perform, trials
 from longseq.experiments.tables import report

@@ -17,7 +17,7 @@ from longseq.cli import main
 from longseq.commands.data.inspect import add_arguments
 from longseq.commands.data.inspect import run as inspect
 from longseq.config.loading import load_config
-from longseq.config.schema import DataConfig
+from longseq.config.sections import DataConfig
 from longseq.data import identities, resolve_sources, split_spec
 from longseq.data_report import check_data
 from longseq.errors import RunError

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-from longseq.config.loading import described_keys
+from longseq.config.merging import described_keys
 from longseq.config.shipped import shipped
 
 # Keys and names are written into the script: a shell completes in milliseconds, and asks no Python.

@@ -16,7 +16,8 @@ from longseq.commands.numbers import natural, positive
 from longseq.commands.options import given, models_and_keys
 from longseq.data import SPLITS
 from longseq.errors import ConfigError
-from longseq.evaluation.evaluate import Evaluation, Settings, evaluations, refuse_unkept
+from longseq.evaluation.evaluate import Evaluation, evaluations, refuse_unkept
+from longseq.evaluation.request import Settings
 from longseq.printed import as_json
 from longseq.trained_model import TARGET_HELP
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from longseq.config.loading import described_keys
+from longseq.config.merging import described_keys
 from longseq.config.written_values import BENCHMARKS, LAYERS, SOURCES
 
 

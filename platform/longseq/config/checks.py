@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from longseq.config.sections import Sections
 from longseq.errors import ConfigError
 from longseq_data.readers.images import values_of
 from longseq_data.readers.reading import TABLES, TOKENS, disagreement
-
-if TYPE_CHECKING:
-    from longseq.config.schema import Config
 
 _WHENCE = ("trainer.devices", "trainer.nodes × trainer.devices")  # on one machine, on several
 
@@ -33,7 +31,7 @@ _OURS = {
 }
 
 
-def check(config: Config) -> None:
+def check(config: Sections) -> None:
     """The arithmetic across keys, and DeepSpeed settings that would contradict them.
 
     Raises:
@@ -109,7 +107,7 @@ def check(config: Config) -> None:
     _check_deepspeed(config)
 
 
-def _check_finetune(config: Config) -> None:
+def _check_finetune(config: Sections) -> None:
     trainer, learn = config.trainer, config.finetune.learn
     if config.data.train:
         raise ConfigError(
@@ -131,7 +129,7 @@ def _check_finetune(config: Config) -> None:
         raise ConfigError("trainer.benchmarks are those of a model of tokens, not of labels; set them to [].")
 
 
-def _check_documents(config: Config) -> None:
+def _check_documents(config: Sections) -> None:
     data = config.data
     if data.reset and data.packing != "concat":
         raise ConfigError(
@@ -157,7 +155,7 @@ def _check_documents(config: Config) -> None:
         raise ConfigError(f"{error}.") from None
 
 
-def _check_tokens(config: Config) -> None:
+def _check_tokens(config: Sections) -> None:
     """What format and tokens say of themselves; longseq.data asks again when it knows the files."""
     data = config.data
     if data.tokenizer not in ("auto", *TOKENS) and not data.tokenizer.endswith(".json"):
@@ -181,7 +179,7 @@ def _check_tokens(config: Config) -> None:
         check_pixels(config)
 
 
-def check_pixels(config: Config) -> None:
+def check_pixels(config: Sections) -> None:
     """What a model of images asks of the data section.
 
     Raises:
@@ -205,7 +203,7 @@ def check_pixels(config: Config) -> None:
         )
 
 
-def _check_trainer(config: Config) -> None:
+def _check_trainer(config: Sections) -> None:
     trainer = config.trainer
     _ = config.time_limit_seconds
     if 0 < trainer.spike_factor <= 1:
@@ -245,7 +243,7 @@ def _check_trainer(config: Config) -> None:
         )
 
 
-def _check_watching(config: Config) -> None:
+def _check_watching(config: Sections) -> None:
     trainer, data = config.trainer, config.data
     for name in trainer.loggers:
         if name not in LOGGERS:
@@ -285,7 +283,7 @@ def _check_watching(config: Config) -> None:
         )
 
 
-def _check_deepspeed(config: Config) -> None:
+def _check_deepspeed(config: Sections) -> None:
     given = config.deepspeed
     for section in ("zero_optimization", "fp16"):
         if not isinstance(given.get(section, {}), dict):
@@ -308,7 +306,7 @@ def _check_deepspeed(config: Config) -> None:
     _check_offload(config)
 
 
-def _check_offload(config: Config) -> None:
+def _check_offload(config: Sections) -> None:
     trainer = config.trainer
     places = {"offload_optimizer": trainer.offload_optimizer, "offload_params": trainer.offload_params}
     for name, device in places.items():

@@ -1,6 +1,6 @@
 """From a YAML file and ``key=value`` arguments to a dataclass without sections, whose fields say what they mean.
 
-The rules are those of a run's configuration (see config.loading): typed values, unknown keys refused, each refusal with
+The rules are those of a run's configuration (see config.merging): typed values, unknown keys refused, each refusal with
 its place.
 """
 
@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from longseq.config.hints import near_key
 from longseq.config.limits import check_limits, check_text
-from longseq.config.loading import bad_value, shown, type_name
+from longseq.config.merging import bad_value, shown, type_name
 from longseq.config.shipped import located
 from longseq.config.written_values import argument_value
 from longseq.config.yaml_files import YAML_ERRORS, first_line, read_yaml
@@ -27,7 +27,7 @@ Schema = TypeVar("Schema")
 
 def load_flat(schema: type[Schema], path: Path, overrides: Sequence[str], help_command: str) -> Schema:
     """Read a YAML file, then ``key=value`` overrides, into ``schema``: a dataclass made of fields with the metadata of
-    ``longseq.config.schema.key``. ``help_command`` is named where a key is unknown and none is near.
+    ``longseq.config.sections.key``. ``help_command`` is named where a key is unknown and none is near.
 
     Raises:
         ConfigError: one sentence that names the file and line or the argument, the key, and what it means.

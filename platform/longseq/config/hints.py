@@ -155,14 +155,11 @@ def near_key(name: str, known: Mapping[str, str]) -> str | None:
     return near[0] if near else None
 
 
-def keys_of_options(words: Sequence[str], known: Mapping[str, str] | None = None) -> str:
+def keys_of_options(words: Sequence[str], known: Mapping[str, str]) -> str:
     """What options that do not exist are as key=value, the end of a sentence: --devices 2 is trainer.devices=2.
 
-    known: the keys of the verb, each with its meaning, where they are not those of a training.
+    known: the keys of the verb, each with its meaning.
     """
-    from longseq.config.loading import described_keys
-
-    known = known or {f"{section}.{name}": about["meaning"] for section, name, about in described_keys()}
     found = []
     for word, after in zip(words, [*words[1:], ""], strict=True):
         name, equals, value = word.partition("=")

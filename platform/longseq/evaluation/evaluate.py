@@ -17,7 +17,7 @@ from longseq.data_report import check_data, say
 from longseq.errors import ConfigError, LongseqError
 from longseq.evaluation.label_measures import MEASURES
 from longseq.evaluation.predict import label_parts, label_results
-from longseq.evaluation.request import Request, is_split, parts_of, samples_of
+from longseq.evaluation.request import Request, Settings, is_split, parts_of, samples_of
 from longseq.runs.changes import FIXED, refuse_changes
 from longseq.trained_model import Source, checkpoints_of, find, of_checkpoint, run_of
 from longseq_data.errors import DataError
@@ -44,44 +44,6 @@ _FIXED = tuple(
 _BASELINE_TARGETS = 20_000_000
 _BASELINE_TARGETS_TOKENIZED = 2_000_000
 _CURVES = ("loss", "perplexity", "bits", "accuracy", "ece", "bits_per_byte", "word_perplexity", "bits_per_dimension")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is scored, and how.
-
-    Attributes:
-        splits: of train, valid, test, ood; None: test, and ood where there is one, or none where ``files`` are given.
-        files: FASTA or text files to score.
-        overrides: ``section.key=value`` on top of each run's configuration.
-        all_checkpoints: every whole checkpoint of each run instead of the newest.
-        ema: the running mean of the weights (trainer.ema_decay).
-        sequences: at most so many of each split; None: all.
-        top_k: of top-k accuracy.
-        bootstrap: resamplings of the 95 % intervals; 0: no intervals.
-        seed: of the bootstrap.
-        devices: processes that share the work; results are the same to the last bit.
-        keep: whether results go into the run's folder (JSON and TensorBoard).
-    """
-
-    splits: tuple[str, ...] | None = None
-    files: tuple[str | Path, ...] = ()
-    overrides: tuple[str, ...] = ()
-    all_checkpoints: bool = False
-    ema: bool = False
-    sequences: int | None = None
-    top_k: int = 5
-    bootstrap: int = 1000
-    seed: int = 0
-    devices: int = 1
-    keep: bool = True
-
-    def __post_init__(self) -> None:
-        """Raise LongseqError for a number out of bounds."""
-        for name, least in (("sequences", 1), ("top_k", 1), ("bootstrap", 0), ("devices", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise LongseqError(f"{name}={value}: take {least} or more.")
 
 
 @dataclass(frozen=True)

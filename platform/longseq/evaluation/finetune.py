@@ -13,13 +13,14 @@ from typing import Any, Literal
 import numpy as np
 
 from longseq.config.limits import check_text
-from longseq.config.loading import config_of
+from longseq.config.loading import inherited
+from longseq.config.merging import config_of
 from longseq.config.schema import Config
 from longseq.data import resolve_sources
 from longseq.errors import LongseqError
-from longseq.evaluation.evaluate import Evaluation, Settings, evaluate
+from longseq.evaluation.evaluate import Evaluation, evaluate
 from longseq.evaluation.label_measures import MEASURES
-from longseq.interop.exported import inherited
+from longseq.evaluation.request import Settings
 from longseq.label_data import labelled
 from longseq.launch.slurm.place import refuse_several_tasks
 from longseq.launch.start import Training, begin

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from longseq.errors import EXIT_CRASHED, EXIT_ERROR, USER_ERRORS, SupersededError
+from longseq.evaluation.losses import Losses, replace_lost
 from longseq.launch.slurm.place import Place
 from longseq.launch.workers import Workers
 from longseq.runs import starts
@@ -65,8 +66,6 @@ def help_out(nodes: Nodes, node: int, devices: int) -> None:
     Raises:
         LongseqError, DataError: what went wrong, in one sentence.
     """
-    from longseq.evaluation.shards import Losses, replace_lost
-
     while not nodes.begun():  # srun ends this one where the first has failed
         time.sleep(_LOOK)
     with Workers("longseq.evaluation.worker", nodes.place, devices, node, nodes.nodes) as workers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,15 +12,13 @@ import numpy.typing as npt
 from longseq.data import identities, resolve_sources
 from longseq.errors import LongseqError
 from longseq.evaluation.records import BATCH_TOKENS, Record, records
+from longseq.evaluation.request import Settings
 from longseq.label_data import labelled
 from longseq.runs.changes import FIXED, refuse_changes
 from longseq.trained_model import Source, find
 from longseq_data.readers.label_table import OF_CLASSES, PER_RESIDUE, is_table, read_table, tokens_of
 from longseq_data.readers.sources import expand_sources
 from longseq_data.samples.label_samples import LabelledSamples
-
-if TYPE_CHECKING:
-    from longseq.evaluation.evaluate import Settings
 
 _OF_ROWS = (*(key for key in FIXED if key.startswith("finetune.")), "data.valid_fraction", "data.test_fraction")
 

@@ -1,4 +1,4 @@
-"""What is to be scored, as it is handed to the processes that share the work. No torch here."""
+"""What is to be scored: as it is asked for, and as it is handed to the processes that share the work. No torch here."""
 
 from __future__ import annotations
 
@@ -9,10 +9,49 @@ from pathlib import Path
 
 from longseq.config.schema import Config
 from longseq.data import SPLITS, resolve_sources, split_spec
+from longseq.errors import LongseqError
 from longseq.trained_model import Source, find
 from longseq_data.readers.sources import expand_sources
 from longseq_data.samples.mixture import MixtureSpec
 from longseq_data.samples.rank_share import Samples
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is scored, and how.
+
+    Attributes:
+        splits: of train, valid, test, ood; None: test, and ood where there is one, or none where ``files`` are given.
+        files: FASTA or text files to score.
+        overrides: ``section.key=value`` on top of each run's configuration.
+        all_checkpoints: every whole checkpoint of each run instead of the newest.
+        ema: the running mean of the weights (trainer.ema_decay).
+        sequences: at most so many of each split; None: all.
+        top_k: of top-k accuracy.
+        bootstrap: resamplings of the 95 % intervals; 0: no intervals.
+        seed: of the bootstrap.
+        devices: processes that share the work; results are the same to the last bit.
+        keep: whether results go into the run's folder (JSON and TensorBoard).
+    """
+
+    splits: tuple[str, ...] | None = None
+    files: tuple[str | Path, ...] = ()
+    overrides: tuple[str, ...] = ()
+    all_checkpoints: bool = False
+    ema: bool = False
+    sequences: int | None = None
+    top_k: int = 5
+    bootstrap: int = 1000
+    seed: int = 0
+    devices: int = 1
+    keep: bool = True
+
+    def __post_init__(self) -> None:
+        """Raise LongseqError for a number out of bounds."""
+        for name, least in (("sequences", 1), ("top_k", 1), ("bootstrap", 0), ("devices", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise LongseqError(f"{name}={value}: take {least} or more.")
 
 
 @dataclass(frozen=True)

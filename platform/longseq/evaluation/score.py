@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from longseq.errors import LongseqError
 from longseq.evaluation.context import Asked, contexts, path_of, say_known
-from longseq.evaluation.records import Record, both_directions, look, records
+from longseq.evaluation.records import both_directions, look
 from longseq.evaluation.shards import Job, done, refuse_devices
+from longseq.evaluation.variant_request import Variants, asked_for
 from longseq.trained_model import Source, find
 
 if TYPE_CHECKING:
-    from longseq.evaluation.variants import Variant
     from longseq_data.vocabulary import Tokens
 
 
@@ -147,40 +146,6 @@ def variant_effects(
     asked = asked_for(source, str(file), variants, table)
     job = Job("effects", str(source.folder), str(file), tuple(overrides), ema, options)
     return _effects(source, job, asked, devices, contexts(source, behind, say=True))
-
-
-class Variants(NamedTuple):
-    """Variants of a wild type, each with its DMS_score if it came with one."""
-
-    wild: Record
-    variants: list[Variant]
-    measured: list[float | None]
-
-
-def asked_for(source: Source, file: str, variants: Sequence[str], table: str | Path | None) -> Variants:
-    """What :func:`variant_effects` was asked for. Raises LongseqError for what does not fit together."""
-    from longseq.evaluation.field.assays import SUBSTITUTIONS, is_scan, scan
-    from longseq.evaluation.variants import read_variants
-
-    if source.vocabulary.name != "protein":
-        raise LongseqError(f"{source.folder}: a model of text; variants are those of proteins.")
-    found = list(islice(records(source, file), 2))
-    if len(found) != 1:
-        raise LongseqError(
-            f"{file}: more than one record, and variants are held against one wild type: give a FASTA of it alone."
-        )
-    (wild,) = found
-    if table is None or not is_scan(Path(table)):
-        given = read_variants(variants, Path(table) if table else None, wild)
-        return Variants(wild, given, [None] * len(given))
-    assay = scan(Path(table))
-    if assay.kind != SUBSTITUTIONS:
-        raise LongseqError(
-            f"{table}: its mutants are whole sequences, and variants are changes, as A24G; `longseq benchmark "
-            "proteingym` takes such a file."
-        )
-    given = read_variants(variants, None, wild)
-    return Variants(wild, [*given, *assay.variants(wild)], [*[None] * len(given), *assay.measured.tolist()])
 
 
 def _scores(source: Source, job: Job, devices: int, before: list[Tokens]) -> Iterator[SequenceScore]:

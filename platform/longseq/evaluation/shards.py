@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Generic, TypeVar
 
 from longseq.errors import LongseqError, PassingError
+from longseq.evaluation.losses import SHARD, Losses, replace_lost
 from longseq.evaluation.nodes import Nodes, let_go
 from longseq.launch.workers import Workers
 from longseq.runs import starts
@@ -33,16 +34,14 @@ if TYPE_CHECKING:
     from longseq.models.performer import PerformerLM
 
 JOB = "job.json"
-_LOCK, _SHARD = ".lock", ".shard"
+_LOCK = ".lock"
 _END = "{mark}-end-{rank}.txt"
 _FORMAT = 1  # of what is kept
 _LOOK = 0.02  # seconds
 _GROWS_EVERY = 32  # shards are of one batch at first, so that there are some for everyone, and then
 _LARGEST = 256  # twice as large after every so many, up to this: a file for each batch of a proteome would be too many
-_MOST_LOSSES = 3  # of one process
 _PATIENCE = 120.0  # seconds for a lost node's lock on a job's shards
 
-Losses = dict[int, tuple[int, int]]  # of a process: how often since its last shard, and its shards then
 Group = TypeVar("Group")
 Row = TypeVar("Row")
 
@@ -138,9 +137,9 @@ def kept(place: Path, work: Work[Group, Row]) -> Iterator[None]:
         told, text = place / JOB, json.dumps({"job": asdict(work.job), "of": facts}, indent=1) + "\n"
         starts.check_own()
         same = told.is_file() and told.read_text(encoding="utf-8") == text
-        _empty(place, but=_SHARD if same else "")
+        _empty(place, but=SHARD if same else "")
         write_text(told, text)
-        found = len(list(place.glob(f"*{_SHARD}")))
+        found = len(list(place.glob(f"*{SHARD}")))
         if found:
             print(f"longseq: going on behind {found} shards in {place}", file=sys.stderr)
         if nodes:
@@ -153,7 +152,7 @@ def kept(place: Path, work: Work[Group, Row]) -> Iterator[None]:
             useful = False
             raise
         finally:
-            if not useful or not any(place.glob(f"*{_SHARD}")):
+            if not useful or not any(place.glob(f"*{SHARD}")):
                 let_go(place)
 
 
@@ -166,12 +165,12 @@ def results(place: Path, work: Work[Group, Row], devices: int) -> Iterator[Row]:
     mark, nodes = _mark(place), Nodes.here()
     if devices == 1 and nodes is None:
         for number, groups in enumerate(_shards(work)):
-            yield from _read(_finish(place / f"{mark}-{number:06}{_SHARD}", work, groups), work)
+            yield from _read(_finish(place / f"{mark}-{number:06}{SHARD}", work, groups), work)
         return
     with Workers("longseq.evaluation.worker", place, devices, 0, nodes.nodes if nodes else 1) as workers:
         losses, number = Losses(), 0
         while (total := _total(place, mark)) is None or number < total:
-            path = place / f"{mark}-{number:06}{_SHARD}"
+            path = place / f"{mark}-{number:06}{SHARD}"
             if path.exists():
                 yield from _read(path, work)
                 number += 1
@@ -189,7 +188,7 @@ def take_part(place: Path, rank: int, world: int, work: Work[Group, Row]) -> Non
     for number, groups in enumerate(_shards(work)):
         total += 1
         if number % world == rank:
-            _finish(place / f"{mark}-{number:06}{_SHARD}", work, groups)
+            _finish(place / f"{mark}-{number:06}{SHARD}", work, groups)
     write_text(place / _END.format(mark=mark, rank=rank), str(total))
 
 
@@ -237,30 +236,6 @@ def _mark(place: Path) -> str:
 def _total(place: Path, mark: str) -> int | None:
     """How many shards there are, once a process has seen all."""
     return next((int(path.read_text()) for path in place.glob(_END.format(mark=mark, rank="*"))), None)
-
-
-def replace_lost(workers: Workers, losses: Losses) -> None:
-    """Start anew whichever was lost.
-
-    Raises:
-        LongseqError: for one that was lost for the third time without a shard in between; in a job, where the next
-            start may do better, PassingError. And, as DataError too, what one has said itself.
-    """
-    for rank, how in workers.lost().items():
-        finished = sum(_number(path) % workers.world == rank for path in workers.place.glob(f"*{_SHARD}"))
-        times, before = losses.get(rank, (0, finished))
-        losses[rank] = (times + 1 if finished == before else 1, finished)
-        if losses[rank][0] == _MOST_LOSSES:
-            raise (PassingError if starts.own() else LongseqError)(
-                f"process {rank} of {workers.world} {how}, for the third time; is there enough memory for that many? "
-                "Take fewer devices."
-            )
-        print(f"longseq: warning: process {rank} of {workers.world} {how}: its shard is done again", file=sys.stderr)
-        workers.start_again(rank)
-
-
-def _number(shard: Path) -> int:
-    return int(shard.stem.rpartition("-")[2])
 
 
 def _facts(path: Path) -> list[str | int]:

@@ -18,8 +18,8 @@ from longseq.evaluation.field.structure import Residues
 from longseq.evaluation.hidden_vectors import Embedded, of_batch
 from longseq.evaluation.likelihood import Share, causal, pseudo, share_effects, shares
 from longseq.evaluation.records import Record, batches, records
-from longseq.evaluation.score import Variants, asked_for
 from longseq.evaluation.shards import Group, Job, Row, Work
+from longseq.evaluation.variant_request import Variants, asked_for
 from longseq_data.vocabulary import Tokens
 
 if TYPE_CHECKING:

@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from longseq.config.loading import read_config, shown
+from longseq.config.loading import read_config
+from longseq.config.merging import shown
 from longseq.config.plan import named
 from longseq.errors import EXIT_GO_ON, DivergedError, LongseqError
 from longseq.evaluation.evaluate import Evaluation, evaluate
-from longseq.evaluation.evaluate import Settings as EvaluationSettings
+from longseq.evaluation.request import Settings as EvaluationSettings
 from longseq.experiments.plan import Plan, Variant, slug
 from longseq.launch.start import Training, fit, resume
 from longseq.runs.curves import read_curves

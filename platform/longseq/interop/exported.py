@@ -21,10 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from longseq.config.loading import config_of
+from longseq.config.merging import config_of
 from longseq.config.schema import Config
 from longseq.errors import LongseqError, RunError, place_of_errors
-from longseq_data.files import user_path
 from longseq_data.vocabulary import Vocabulary
 
 MODEL_TYPE = "longseq"
@@ -99,24 +98,6 @@ def read(folder: Path) -> Exported:
     if not exported.weights.is_file():
         raise RunError(f"{exported.weights}: missing, so this exported folder cannot be used: export the model again.")
     return exported
-
-
-def inherited(origin: str) -> dict[str, dict[str, Any]]:
-    """The sections that a training takes over from the model that it begins with.
-
-    Raises:
-        LongseqError: if there is no such model.
-    """
-    folder = user_path(origin)
-    if is_exported(folder):
-        config = read(folder).config()
-    else:
-        from longseq.trained_model import find
-
-        config = find(folder, sums=False).config  # its weights are looked at when they are wanted
-    sections = sections_of(config)
-    tokenizer = {"tokenizer": config.data.tokenizer} if config.data.tokenizer != "auto" else {}
-    return {"model": sections["model"], "attention": sections["attention"], "data": tokenizer}
 
 
 def sections_of(config: Config) -> dict[str, dict[str, Any]]:

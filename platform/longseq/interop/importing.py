@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longseq.config.loading import config_of
+from longseq.config.merging import config_of
 from longseq.config.schema import Config
 from longseq.errors import LongseqError, RunError
 from longseq.interop.foreign_vocabulary import ForeignVocabulary

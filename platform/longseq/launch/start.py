@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from longseq.config.loading import load_config, save_config
+from longseq.config.loading import load_config
+from longseq.config.merging import save_config
 from longseq.config.schema import Config
 from longseq.data import begin_reading, fix_order, identities, resolve_sources
 from longseq.data_report import check_data

@@ -11,7 +11,8 @@ from pathlib import Path
 from time import time as now
 from typing import Literal
 
-from longseq.config.loading import load_config, save_config
+from longseq.config.loading import load_config
+from longseq.config.merging import save_config
 from longseq.config.schema import Config
 from longseq.config.shipped import located
 from longseq.data import fix_order, identities, resolve_sources, vocabulary

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from longseq.config.finetune import FinetuneConfig
-from longseq.config.loading import shown
+from longseq.config.merging import shown
 from longseq.config.schema import Config
 from longseq.config.sources import reweighted, unweighted
 from longseq.data import SPLITS

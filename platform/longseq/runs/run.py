@@ -16,7 +16,7 @@ from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 
-from longseq.config.loading import load_config, save_config
+from longseq.config.merging import run_config, save_config
 from longseq.config.schema import Config
 from longseq.errors import RunError
 from longseq.runs import starts
@@ -32,7 +32,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 @lru_cache(maxsize=8)
 def _as_started(path: Path, content: bytes) -> Config:
-    return load_config(path, resolved=True)
+    return run_config(path)
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class Run:
     def config(self, overrides: tuple[str, ...] = ()) -> Config:
         """The resolved configuration the run was started with, and overrides on top of it."""
         if overrides or not self.config_path.is_file():
-            config = load_config(self.config_path, overrides, resolved=True)
+            config = run_config(self.config_path, overrides)
         else:  # a verb asks several times, and it takes a tenth of a second
             config = deepcopy(_as_started(self.config_path, self.config_path.read_bytes()))
         own = self.path / TOKENIZER

@@ -23,8 +23,8 @@ from longseq.evaluation.field.averages import averages
 from longseq.evaluation.field.chains import Chain, folds, read_chains, spread
 from longseq.evaluation.field.measures import spearman
 from longseq.evaluation.records import both_directions, record_of
-from longseq.evaluation.score import Variants, asked_for
 from longseq.evaluation.shards import Job
+from longseq.evaluation.variant_request import Variants, asked_for
 from longseq.trained_model import Source
 
 if TYPE_CHECKING:

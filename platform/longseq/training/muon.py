@@ -16,18 +16,28 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-if TYPE_CHECKING:
-    from longseq.training.optimizer_state import Place
-
 MOMENTUM = "momentum_buffer"
 _COEFFICIENTS, _ITERATIONS, _EPS = (3.4445, -4.7750, 2.0315), 5, 1e-7  # the authors'
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where elements [start, start + numel) of a flattened parameter live on this rank; numel may be 0."""
+
+    parameter: nn.Parameter
+    shape: torch.Size  # of all of it
+    start: int
+    numel: int
+    master: Tensor  # fp32 weights that the optimiser steps, of several parameters in a row perhaps
+    offset: int  # in it
+    group: Any = None  # the ranks that the parameter is cut among; None: it is not
 
 
 def orthogonal(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from longseq.training.muon import MOMENTUM, MuonAdamW
+from longseq.training.muon import MOMENTUM, MuonAdamW, Place
 
 MASTER, MOMENTS = "fp32", ("exp_avg", "exp_avg_sq")
 
@@ -32,19 +32,6 @@ class Piece:
     @property
     def numel(self) -> int:
         return self.tensors[MASTER].numel()
-
-
-@dataclass(frozen=True, eq=False)
-class Place:
-    """Where elements [start, start + numel) of a flattened parameter live on this rank; numel may be 0."""
-
-    parameter: nn.Parameter
-    shape: torch.Size  # of all of it
-    start: int
-    numel: int
-    master: Tensor  # fp32 weights that the optimiser steps, of several parameters in a row perhaps
-    offset: int  # in it
-    group: Any = None  # the ranks that the parameter is cut among; None: it is not
 
 
 class Holder(Protocol):

@@ -12,8 +12,8 @@ from laid_out import plainly
 from longseq.config.loading import load_config
 from longseq.data import identities, resolve_sources
 from longseq.errors import LongseqError
-from longseq.evaluation.evaluate import Settings, evaluate
-from longseq.evaluation.request import samples_of
+from longseq.evaluation.evaluate import evaluate
+from longseq.evaluation.request import Settings, samples_of
 from longseq.evaluation.sample import sample
 from longseq.evaluation.score import score
 from longseq.evaluation.tokens import token_names

@@ -48,7 +48,8 @@ def test_what_learns_changes_and_the_rest_stays_to_the_last_bit(tuned, base, lea
 
 @pytest.mark.parametrize(("label", "least"), [("share", 0.8), ("kind", 0.5), ("states", 0.9)])
 def test_what_follows_from_the_letters_is_learned_by_the_head(tuned, label, least):
-    from longseq.evaluation.evaluate import Settings, evaluate
+    from longseq.evaluation.evaluate import evaluate
+    from longseq.evaluation.request import Settings
 
     run = tuned(label, "head", "optim.lr=0.03", "data.valid_fraction=0.3", "finetune.patience=0", steps=60)
     (found,) = evaluate(run.path, Settings(splits=("valid",), bootstrap=30))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from longseq.config.durations import duration_seconds
 from longseq.config.flat import load_flat
-from longseq.config.schema import key
+from longseq.config.sections import key
 from longseq.errors import ConfigError
 from longseq.launch.slurm.templates import folder
 from longseq_data.files import user_path
