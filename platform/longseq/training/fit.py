@@ -30,13 +30,12 @@ from longseq.training.callbacks.checkpointing import Checkpointing
 from longseq.training.callbacks.curves import Curves
 from longseq.training.callbacks.ema import WeightAverage
 from longseq.training.callbacks.first_failure import FirstFailure
+from longseq.training.callbacks.gauges import Gauges
 from longseq.training.callbacks.gradient_noise import GradientNoise
 from longseq.training.callbacks.gradients import GradientNorm
 from longseq.training.callbacks.histograms import Histograms
 from longseq.training.callbacks.hyperparameters import Hyperparameters
 from longseq.training.callbacks.length_warmup import LengthWarmup
-from longseq.training.callbacks.loss_scale import LossScale
-from longseq.training.callbacks.memory import Memory
 from longseq.training.callbacks.patience import Patience
 from longseq.training.callbacks.profile import Profile
 from longseq.training.callbacks.progress import Progress
@@ -201,8 +200,7 @@ def build_trainer(
 def watching(config: Config, curves: Curves) -> list[pl.Callback]:
     """What only looks on and writes to TensorBoard; what is switched off is left out."""
     settings = config.trainer
-    callbacks: list[pl.Callback] = [Hyperparameters(config), LossScale(curves), Memory(curves)]
-    callbacks += [Utilisation(config, curves)]
+    callbacks: list[pl.Callback] = [Hyperparameters(config), Gauges(curves), Utilisation(config, curves)]
     callbacks += [AttentionProbe(config, curves), Samples(config, curves)] if settings.probe_every else []
     callbacks += [Histograms(config, curves)] if settings.histogram_every else []
     callbacks += [GradientNoise(config, curves)] if settings.noise_every else []

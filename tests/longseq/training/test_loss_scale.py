@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
-from longseq.training.callbacks.loss_scale import loss_scale
+from longseq.training.callbacks.gauges import loss_scale
 
 
 def trainer(scaler=None, engine=None):

@@ -17,6 +17,7 @@ from longseq.errors import DivergedError
 from longseq.runs.run import Run
 from longseq.training.callbacks.gradients import GradientNorm, not_finite
 from longseq.training.callbacks.layer_watch import LayerWatch
+from longseq.training.callbacks.steps import AfterSteps
 from longseq.training.collectives import ControlGroup, all_sum
 from longseq.training.task import LanguageModelling
 
@@ -25,7 +26,7 @@ _MEMORY, _LEAST = 0.98, 20
 _MOST_IN_A_ROW = 20
 
 
-class BadSteps(pl.Callback):
+class BadSteps(AfterSteps):
     """Looks at every step before the next begins, and stops the run or leaves the step out.
 
     A bad loss is made NaN before the backward pass: so are all gradients then, and no optimiser takes such a step.
@@ -63,14 +64,10 @@ class BadSteps(pl.Callback):
                 parameter.grad = None
             self._clip(trainer, 0.0)  # DeepSpeed's own clipping does not bear that there are none
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
+    def on_step(self, trainer: pl.Trainer, task: pl.LightningModule, step: int) -> None:
         if self.plain and self.skip:
             self._clip(trainer, self.clip)
-        step, spike, bad = trainer.global_step, self.spike, not self.gradient_norm.usable(trainer)
+        spike, bad = self.spike, not self.gradient_norm.usable(trainer)
         self.spike = None
         self.in_a_row = self.in_a_row + 1 if bad or spike is not None else 0
         if self.in_a_row and not (self.skip and self.in_a_row < _MOST_IN_A_ROW):

@@ -6,6 +6,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from longseq.training.callbacks.steps import ends_step
+
 
 class StepBoundary(pl.Callback):
     """Calls :meth:`on_step_boundary` once after every optimiser step, and after its validation where one is due.
@@ -19,8 +21,7 @@ class StepBoundary(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        accumulated = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if accumulated and not _validation_follows(trainer, batch_idx):
+        if ends_step(trainer, batch_idx) and not _validation_follows(trainer, batch_idx):
             self.on_step_boundary(trainer, task, trainer.global_step)
 
     def on_validation_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
 import lightning.pytorch as pl
 from tqdm import tqdm
@@ -16,13 +15,13 @@ from longseq.config.schema import Config
 from longseq.label_data import batches_of
 from longseq.runs.run import Run
 from longseq.training.callbacks.gradients import GradientNorm, not_finite
-from longseq.training.callbacks.steps import due, ends_step
+from longseq.training.callbacks.steps import AfterSteps, due
 from longseq.training.schedule import learning_rate_share
 from longseq.training.task import LanguageModelling
 from longseq.training.tensorboard import log_scalars
 
 
-class Curves(pl.Callback):
+class Curves(AfterSteps):
     """Every ``log_every`` steps: loss, perplexity, bits, accuracy, learning rate, gradient norm and tokens per second.
 
     All are means over the steps since the last point and over all ranks, weighted by target. Next to them is the
@@ -42,12 +41,7 @@ class Curves(pl.Callback):
         if trainer.is_global_zero:
             self.bar = _Bar(trainer.global_step, self.config)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        step = trainer.global_step
-        if not ends_step(trainer, batch_idx):
-            return
+    def on_step(self, trainer: pl.Trainer, task: pl.LightningModule, step: int) -> None:
         if self.due(step):
             assert isinstance(task, LanguageModelling)
             self._log_train(trainer, task, step)
@@ -114,6 +108,21 @@ class Curves(pl.Callback):
     def _close(self) -> None:
         if self.bar:
             self.bar.close()
+
+
+class WithCurves(AfterSteps):
+    """Calls :meth:`on_point` with every point of the curves."""
+
+    def __init__(self, curves: Curves):
+        self.curves = curves
+
+    def on_point(self, trainer: pl.Trainer, task: pl.LightningModule, step: int) -> None:
+        """The curves get a point after ``step``. All ranks call it."""
+        raise NotImplementedError
+
+    def on_step(self, trainer: pl.Trainer, task: pl.LightningModule, step: int) -> None:
+        if self.curves.due(step):
+            self.on_point(trainer, task, step)
 
 
 def _line(curves: dict[str, float]) -> str:

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from longseq.config.schema import Config
 from longseq.runs.checkpoint import Checkpoint
-from longseq.training.callbacks.steps import ends_step
+from longseq.training.callbacks.steps import AfterSteps
 from longseq.training.snapshots import FILES
 from longseq.training.task import LanguageModelling
 
 FILE = "ema.safetensors"
 
 
-class WeightAverage(pl.Callback):
+class WeightAverage(AfterSteps):
     """Keeps the mean and hands it to every checkpoint. It belongs before the checkpoints among the callbacks."""
 
     def __init__(self, config: Config, start: Checkpoint | None):
@@ -45,14 +45,12 @@ class WeightAverage(pl.Callback):
                 self.means[name].copy_(_part(saved[name], parameter))
 
     @torch.no_grad()
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if not (self.means and ends_step(trainer, batch_idx)):
+    def on_step(self, trainer: pl.Trainer, task: pl.LightningModule, step: int) -> None:
+        if not self.means:
             return
         assert isinstance(task, LanguageModelling)
         weights = [_own(parameter).to(self.means[name]) for name, parameter in task.model.named_parameters()]
-        torch._foreach_lerp_(list(self.means.values()), weights, 1 - decay_at(self.decay, trainer.global_step))
+        torch._foreach_lerp_(list(self.means.values()), weights, 1 - decay_at(self.decay, step))
 
     def on_save_checkpoint(self, trainer: pl.Trainer, task: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(task, LanguageModelling)

@@ -14,13 +14,13 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from longseq.config.schema import Config
 from longseq.runs.run import Run
 from longseq.training.callbacks.curves import Curves
-from longseq.training.callbacks.steps import ends_step
+from longseq.training.callbacks.steps import AfterSteps
 from longseq_data.os_errors import said
 
 _ALLOCATIONS = 1_000_000  # that a snapshot of the memory holds, the newest
 
 
-class Profile(pl.Callback):
+class Profile(AfterSteps):
     """From the first to the last step of ``trainer.profile_steps``, on each of ``trainer.profile_ranks``.
 
     Leaves ``steps-FIRST-LAST.rank-R.pt.trace.json.gz``, for Perfetto, Chrome's tracing and TensorBoard's profiler, and
@@ -45,12 +45,10 @@ class Profile(pl.Callback):
                 self._begin(task.device, step)
             self.step.enter_context(record_function(f"ProfilerStep#{step}"))
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self.profiler is not None and ends_step(trainer, batch_idx):
+    def on_step(self, trainer: pl.Trainer, task: pl.LightningModule, step: int) -> None:
+        if self.profiler is not None:
             self.step.close()
-            if trainer.global_step >= self.last:
+            if step >= self.last:
                 self._end(trainer, task.device)
 
     def on_train_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:

@@ -7,7 +7,6 @@ import queue
 import threading
 import time
 from contextlib import suppress
-from typing import Any
 
 import lightning.pytorch as pl
 
@@ -15,12 +14,12 @@ from longseq.config.schema import Config
 from longseq.runs import starts
 from longseq.runs.run import Run
 from longseq.training.callbacks.curves import Curves
-from longseq.training.callbacks.steps import ends_step
+from longseq.training.callbacks.steps import AfterSteps
 
 _LAST_WORDS_SECONDS = 5.0  # for the last step, when the training ends
 
 
-class Progress(pl.Callback):
+class Progress(AfterSteps):
     """A job script also goes by it: two crashes after the same step are one too many.
 
     A thread writes: where the file system stands still the training goes on, and later steps take the place of those
@@ -38,11 +37,8 @@ class Progress(pl.Callback):
             self.writing.start()
             self._note(trainer)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if ends_step(trainer, batch_idx):
-            self._note(trainer)
+    def on_step(self, trainer: pl.Trainer, task: pl.LightningModule, step: int) -> None:
+        self._note(trainer)
 
     def on_exception(self, trainer: pl.Trainer, task: pl.LightningModule, exception: BaseException) -> None:
         self._end()

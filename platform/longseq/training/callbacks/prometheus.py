@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
 
 import lightning.pytorch as pl
 
@@ -18,8 +17,8 @@ from longseq.config.schema import Config
 from longseq.runs.owner import node_name
 from longseq.runs.run import Run
 from longseq.training.callbacks.curves import Curves
-from longseq.training.callbacks.memory import memory_so_far
-from longseq.training.callbacks.steps import ends_step
+from longseq.training.callbacks.gauges import memory_so_far
+from longseq.training.callbacks.steps import AfterSteps
 from longseq_data.files import aside, resolved, user_path
 from longseq_data.os_errors import explained
 
@@ -50,7 +49,7 @@ def _escaped(value: str) -> str:
     return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
-class Prometheus(pl.Callback):
+class Prometheus(AfterSteps):
     """The first process of each node keeps ``longseq-RUN-NODE-HASH.prom`` in ``trainer.prometheus`` to the end.
 
     A thread writes every ten seconds, whether the training moves or not: what hangs is seen by the seconds since its
@@ -74,11 +73,8 @@ class Prometheus(pl.Callback):
             self.writing = threading.Thread(target=self._keep, name="prometheus", daemon=True)
             self.writing.start()
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if ends_step(trainer, batch_idx):
-            self.step, self.stepped = trainer.global_step, time.monotonic()
+    def on_step(self, trainer: pl.Trainer, task: pl.LightningModule, step: int) -> None:
+        self.step, self.stepped = step, time.monotonic()
 
     def teardown(self, trainer: pl.Trainer, task: pl.LightningModule, stage: str) -> None:
         self._end()

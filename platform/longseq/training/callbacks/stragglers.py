@@ -6,14 +6,12 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import lightning.pytorch as pl
 
 from longseq.config.schema import Config
 from longseq.runs.owner import node_name
-from longseq.training.callbacks.curves import Curves
-from longseq.training.callbacks.steps import ends_step
+from longseq.training.callbacks.curves import Curves, WithCurves
 from longseq.training.callbacks.times import Clock
 from longseq.training.collectives import ControlGroup
 from longseq.training.tensorboard import log_scalars
@@ -48,7 +46,7 @@ def slowest(rows: Sequence[Sequence[float]]) -> Slowest:
     return Slowest(rank, own[rank] / median if median else 1.0, own[rank] - median, words)
 
 
-class Stragglers(pl.Callback):
+class Stragglers(WithCurves):
     """With every point of the curves: all ranks exchange three times, and the slowest is in TensorBoard.
 
     It is named in the log when it is ``trainer.slow_factor`` times as slow as the median for three points in a row. Its
@@ -57,7 +55,8 @@ class Stragglers(pl.Callback):
     """
 
     def __init__(self, config: Config, curves: Curves, clock: Clock, vitals: Vitals):
-        self.factor, self.curves, self.clock, self.vitals = config.trainer.slow_factor, curves, clock, vitals
+        super().__init__(curves)
+        self.factor, self.clock, self.vitals = config.trainer.slow_factor, clock, vitals
         self.names: list[str | None] = []
         self.found: list[tuple[int, str]] = []  # at the last points, in a row
         self.said: tuple[int, str] | None = None
@@ -66,15 +65,13 @@ class Stragglers(pl.Callback):
         self.control = ControlGroup()
         self.names = self.control.gather(f"{node_name()}: rank {trainer.global_rank} ({task.device})")
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.world_size == 1 or not (ends_step(trainer, batch_idx) and self.curves.due(trainer.global_step)):
+    def on_point(self, trainer: pl.Trainer, task: pl.LightningModule, step: int) -> None:
+        if trainer.world_size == 1:
             return
         mine = [self.clock.own(name) for name in OWN]
         found = slowest(self.control.table([*mine, self.vitals.take_storage_share()]))
         points = {"slowest_rank": float(found.rank), "slowest_ratio": found.ratio}
-        log_scalars(trainer, "time", points, trainer.global_step)
+        log_scalars(trainer, "time", points, step)
         passed = sum(self.clock.seconds[name] for name in ("data", "step", "checkpoint"))
         if trainer.is_global_zero:
             self._judge(found, self._matters(found, passed))

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.profilers import Profiler
 
 from longseq.errors import SupersededError
-from longseq.training.callbacks.curves import Curves
-from longseq.training.callbacks.steps import ends_step
+from longseq.training.callbacks.curves import Curves, WithCurves
 from longseq.training.tensorboard import log_scalars
 from longseq.training.vitals import Vitals
 
@@ -91,7 +89,7 @@ def _now() -> torch.cuda.Event:
     return event
 
 
-class Times(pl.Callback):
+class Times(WithCurves):
     """Milliseconds per step that rank 0 waited for data and that it trained, and the seconds that checkpoints and
     benchmarks took.
 
@@ -100,19 +98,15 @@ class Times(pl.Callback):
     """
 
     def __init__(self, curves: Curves, clock: Clock):
-        self.curves, self.clock = curves, clock
+        super().__init__(curves)
+        self.clock = clock
         self.since: int | None = None
 
     def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         self.clock.take()
         self.since = trainer.global_step
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        step = trainer.global_step
-        if not (ends_step(trainer, batch_idx) and self.curves.due(step)):
-            return
+    def on_point(self, trainer: pl.Trainer, task: pl.LightningModule, step: int) -> None:
         self._log(trainer, step)
 
     def on_train_end(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:

@@ -11,8 +11,7 @@ import torch.distributed as dist
 from longseq.config.schema import Config
 from longseq.measure.model_flops import training_flops
 from longseq.measure.timing import Gemm
-from longseq.training.callbacks.curves import Curves
-from longseq.training.callbacks.steps import ends_step
+from longseq.training.callbacks.curves import Curves, WithCurves
 from longseq.training.collectives import all_sum
 from longseq.training.task import LanguageModelling
 from longseq.training.tensorboard import log_scalars
@@ -22,7 +21,7 @@ _DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
 
 
-class Utilisation(pl.Callback):
+class Utilisation(WithCurves):
     """Model FLOPs of a step and a second, and their share of the devices' peak (MFU).
 
     The peak is ``trainer.peak_tflops``, or the rate of a matrix product that all ranks measure together at the start,
@@ -30,7 +29,8 @@ class Utilisation(pl.Callback):
     """
 
     def __init__(self, config: Config, curves: Curves):
-        self.config, self.curves = config, curves
+        super().__init__(curves)
+        self.config = config
         self.peak = 0.0  # FLOP/s of all ranks together
         self.length = self.tokens = 0  # of the last batch, padding included
 
@@ -47,12 +47,7 @@ class Utilisation(pl.Callback):
         parts = self.config.trainer.context_parallel
         self.length, self.tokens = batch["tokens"].shape[1] * parts, batch["tokens"].numel()
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, task: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        step = trainer.global_step
-        if not (ends_step(trainer, batch_idx) and self.curves.due(step)):
-            return
+    def on_point(self, trainer: pl.Trainer, task: pl.LightningModule, step: int) -> None:
         assert isinstance(task, LanguageModelling)
         if "padded_tokens_per_second" not in self.curves.shown:
             return  # every step so far was left out
