@@ -53,11 +53,20 @@ def stacks_on_request() -> None:
 def end_with_parent(tidy: Callable[[], object] = bool) -> threading.Thread:
     """Have this process end when its standard input does, as its parent's death closes it; ``tidy`` is done before."""
 
-    def wait() -> None:
-        while sys.stdin.buffer.read(1 << 16):
-            pass
+    def end() -> None:
         tidy()
         os._exit(0)
+
+    return end_when_closed(sys.stdin.fileno(), end)
+
+
+def end_when_closed(pipe: int, end: Callable[[], object]) -> threading.Thread:
+    """Call ``end``, which ends this process, when the other end of a pipe closes: who held it was killed perhaps."""
+
+    def wait() -> None:
+        while os.read(pipe, 1 << 16):
+            pass
+        end()
 
     watcher = threading.Thread(target=wait, daemon=True)
     watcher.start()

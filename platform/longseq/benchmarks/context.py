@@ -38,17 +38,13 @@ class ContextRequest(ContextSizes):
 
     @property
     def spec(self) -> PerformerSpec:
-        size = PRESETS[self.preset]
         return PerformerSpec(
             vocabulary=self.vocabulary,
-            dim=size.dim,
-            depth=size.depth,
-            heads=size.heads,
-            ffn_dim=size.ffn_dim,
             causal=True,
             features=self.features,
             window=self.window,
             sequence_tile=self.tile,
+            **PRESETS[self.preset].sizes,
         )
 
 

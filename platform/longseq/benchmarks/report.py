@@ -6,7 +6,6 @@ import os
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from statistics import median
 
@@ -15,6 +14,7 @@ import torch
 from longseq import __version__
 from longseq.benchmarks.request import OURS, Request
 from longseq.benchmarks.results import Measurement, Results, crossover, memory_slope, ratios, time_a_token
+from longseq.training.environment import version_of
 
 _PACKAGES = ("torch", "triton", "performer-pytorch", "pytorch-fast-transformers", "flash-linear-attention")
 
@@ -30,7 +30,7 @@ def machine(device: str) -> dict[str, str | int | None]:
         "python": platform.python_version(),
         "longseq": __version__,
     }
-    return found | {package: _version(package) for package in _PACKAGES}
+    return found | {package: version_of(package) for package in _PACKAGES}
 
 
 def table(request: Request, results: Results, about: Mapping[str, str | int | None]) -> str:
@@ -198,13 +198,6 @@ def _sizes(request: Request) -> str:
 def _digits(x: float) -> str:
     """Three digits, whole numbers above."""
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _processor() -> str:

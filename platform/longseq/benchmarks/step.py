@@ -83,18 +83,14 @@ def empty_results(request: StepRequest) -> Results:
 
 def make_trainer(request: StepRequest, causal: bool) -> Trainer:
     """The preset's model with its first weights."""
-    size = PRESETS[request.preset]
     spec = PerformerSpec(
         vocabulary=request.vocabulary,
-        dim=size.dim,
-        depth=size.depth,
-        heads=size.heads,
-        ffn_dim=size.ffn_dim,
         causal=causal,
         kernel=request.kernel,
         features=request.features,
         backend=request.backend,
         activation_checkpointing=request.activation_checkpointing,
+        **PRESETS[request.preset].sizes,
     )
     torch.manual_seed(0)
     model = PerformerLM(spec).to(request.device)

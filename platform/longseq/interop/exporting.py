@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from longseq.config.schema import Config
 from longseq.errors import LongseqError
 from longseq.interop import exported, travelling
 from longseq.interop.model_card import model_card
-from longseq.interop.tokenizer_files import write_tokenizer
+from longseq.interop.tokenizer_files import write_json, write_tokenizer
 from longseq.models.spec import EXPORTED
 from longseq.models.weights import save_weights
 from longseq.trained_model import Source, find
@@ -91,9 +90,9 @@ def write_folder(
             performer = travelling.performer(config.performer_spec(vocabulary.size), step)
             description |= {"auto_map": travelling.auto_map(config.model.objective), "performer": performer}
             travelling.copy_code(folder)
-        _json(folder / "config.json", {**description, "longseq_version": __version__})
+        write_json(folder / "config.json", {**description, "longseq_version": __version__})
         if causal:
-            _json(
+            write_json(
                 folder / "generation_config.json",
                 {
                     "bos_token_id": first,
@@ -104,7 +103,3 @@ def write_folder(
         write_tokenizer(folder, vocabulary, first=first, causal=causal)
         (folder / "README.md").write_text(card, encoding="utf-8")
         save_weights(weights, folder / "model.safetensors")
-
-
-def _json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -43,8 +43,8 @@ def write_tokenizer(folder: Path, vocabulary: Vocabulary, *, first: int, causal:
         "model_input_names": ["input_ids", "attention_mask"],
         **special,
     }
-    _json(folder / "tokenizer_config.json", settings)
-    _json(folder / "special_tokens_map.json", special)
+    write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "special_tokens_map.json", special)
     return True
 
 
@@ -122,5 +122,5 @@ def _frame(tokenizer: Tokenizer, names: dict[str, str], vocabulary: Vocabulary, 
     )
 
 
-def _json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class Size:
     heads: int
     ffn_dim: int
     about: str
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The numbers by name."""
+        return {"dim": self.dim, "depth": self.depth, "heads": self.heads, "ffn_dim": self.ffn_dim}
 
 
 PRESETS: dict[str, Size] = {

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 from longseq.config.schema import Config
+from longseq.config.yaml_files import first_line
 from longseq.data import vocabulary
 from longseq.errors import ConfigError
 from longseq.measure.memory import reduce_bucket
@@ -69,7 +70,7 @@ def check_deepspeed(config: Config) -> None:
         except ValidationError as error:
             raise _refused(config, error) from None
         except Exception as error:  # whatever DeepSpeed's own checks raise is about its configuration
-            raise ConfigError(f"deepspeed: {_first_line(error)}") from None
+            raise ConfigError(f"deepspeed: {first_line(error)}.") from None
     finally:
         logging.disable(logging.NOTSET)
     for path, name, known in asked.unasked():
@@ -77,7 +78,7 @@ def check_deepspeed(config: Config) -> None:
             raise _unknown(".".join(("deepspeed", *path, name)), name, known)
 
 
-class _Asked(dict):
+class _Asked(dict[str, Any]):
     """A dictionary that knows which keys it was asked for: DeepSpeed ignores those that it does not know."""
 
     def __init__(self, content: Mapping[str, Any], path: tuple[str, ...] = ()):
@@ -171,7 +172,3 @@ def _unknown(full: str, name: str, known: set[str]) -> ConfigError:
     near = difflib.get_close_matches(name, sorted(map(str, known)), n=1)
     hint = f"Did you mean {full.removesuffix(name)}{near[0]}?" if near else "Its documentation lists them."
     return ConfigError(f"{full}: DeepSpeed knows no such key. {hint}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".") + "."

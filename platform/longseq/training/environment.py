@@ -27,13 +27,13 @@ def start_facts(config: Config, step: int) -> dict[str, object]:
         "devices": devices,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: version_of(name) for name in _PACKAGES},
         "git_commit": code.git_commit(),
         "code": code.current(),
     }
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:

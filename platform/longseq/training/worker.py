@@ -9,7 +9,6 @@ import os
 import resource
 import socket
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -31,6 +30,7 @@ from longseq.runs.run import Run
 from longseq.training.kept_output import keep_output
 from longseq.training.signs import PEER_LOST, diverged_path, report_path
 from longseq.training.vitals import Vitals, stacks_on_request
+from longseq_data.children import end_when_closed
 from longseq_data.os_errors import explained, may_pass
 
 
@@ -46,7 +46,7 @@ def main() -> int:
     parser.add_argument("--watched", type=int, nargs=2, metavar=("SOCKET", "STACKS"), required=True)
     args = parser.parse_args()
     stacks_on_request(args.watched[1])
-    _end_with_parent(args.parent_pipe)
+    end_when_closed(args.parent_pipe, lambda: os._exit(EXIT_ERROR))  # nobody else would end us
 
     run = Run(Run.open(args.run).path, args.start)
     vitals = Vitals(socket.socket(fileno=args.watched[0]), run.trace_of(os.environ["RANK"]))
@@ -154,16 +154,6 @@ def _peer_lost(error: RuntimeError) -> bool:
 def _first_sentence(error: RuntimeError) -> str:
     """Without the advice that gloo gives behind it."""
     return str(error).strip().partition("\n")[0].partition(". ")[0]
-
-
-def _end_with_parent(pipe: int) -> None:
-    """Die at once when the parent's end of the pipe closes: it was killed, and nobody else would end us."""
-
-    def watch() -> None:
-        os.read(pipe, 1)
-        os._exit(EXIT_ERROR)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def quiet() -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from longseq.runs.checkpoint import TrainingPosition, partial_path, publish
 from longseq.runs.run import Run
@@ -100,7 +101,7 @@ class Writer:
                 if self._given_up.is_set() or self.failed:
                     return
                 time.sleep(_POLL_SECONDS)
-            files: dict[str, dict] = {}
+            files: dict[str, dict[str, Any]] = {}
             for note in notes:
                 files |= json.loads(note.read_text())
                 note.unlink()

@@ -17,6 +17,7 @@ import longseq
 import longseq_data
 from longseq.benchmarks.gpu.parts import Part
 from longseq.benchmarks.gpu.rows import Row, read_rows
+from longseq_data.files import write_text
 
 WAITING, RUNNING, PASSED, MEASURED, FAILED = "waiting", "running", "passed", "measured", "failed"
 SKIPPED, CRASHED, CUT, NO_TIME = "skipped", "crashed", "cut", "no time"
@@ -215,6 +216,4 @@ def _environment(device: str) -> Mapping[str, str]:
 def write_json(path: Path, numbers: Mapping[str, object]) -> None:
     """Replace a file as a whole: whoever is killed on the way leaves the one before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(numbers, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")

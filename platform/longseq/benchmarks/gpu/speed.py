@@ -207,9 +207,8 @@ def _step_seconds(length: int, batch: int, device: str) -> float:
 
 
 def _model(preset: str, device: str, **options: Any) -> PerformerLM:
-    size = PRESETS[preset]
     torch.manual_seed(0)
-    spec = PerformerSpec(256, size.dim, size.depth, size.heads, size.ffn_dim, causal=True, **options)
+    spec = PerformerSpec(256, causal=True, **PRESETS[preset].sizes, **options)
     return PerformerLM(spec).to(device)
 
 

@@ -7,10 +7,10 @@ import importlib
 import os
 import signal
 import sys
-import threading
 from pathlib import Path
 
 from longseq.benchmarks.gpu.rows import Rows
+from longseq_data.children import end_when_closed
 
 # Each part's module and function; the function is given the rows, the device ("cpu" or "cuda") and a folder of its own.
 WORK = {
@@ -48,12 +48,7 @@ def main() -> int:
 
 def end_with_parent(pipe: int) -> None:
     """Die when the parent's end of the pipe closes, with all that this process has started: its own group."""
-
-    def watch() -> None:
-        os.read(pipe, 1)
-        os.killpg(0, signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
+    end_when_closed(pipe, lambda: os.killpg(0, signal.SIGKILL))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from longseq.launch.slurm.place import Limits, Place
 from longseq.measure.memory import gib
 from longseq.training.collectives import PATIENCE, ControlGroup
 from longseq.training.rehearsal import all_reduce_rate
+from longseq_data.files import write_text
 
 _POLL_SECONDS, _LISTING_SECONDS = 0.1, 0.5
 _HEARING_SECONDS = 30.0
@@ -150,9 +151,7 @@ def _listen(place: Place, limits: Limits, port_file: Path | None) -> TCPStore:
             reason = error
             continue
         if port_file:
-            aside = port_file.with_name(f".{port_file.name}.partial")
-            aside.write_text(f"{port}\n")
-            aside.rename(port_file)
+            write_text(port_file, f"{port}\n")
         return store
     raise reason
 
