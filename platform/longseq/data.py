@@ -291,7 +291,7 @@ def begin_reading(config: Config) -> None:
             "data.cache out or name a folder; a new run may set data.later_epochs=buffer."
         )
     for split in () if config.finetune.table else read_while_training(config):
-        with suppress(*USER_ERRORS):
+        with suppress(*USER_ERRORS):  # said where they are looked at
             split_spec(config, split).begin()
 
 

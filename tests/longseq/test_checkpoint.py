@@ -63,6 +63,21 @@ def test_pruning_keeps_the_newest_and_removes_what_was_interrupted(run, publish)
     assert names(run.checkpoints_dir) == ["last", "step-00000100.ckpt", "step-00000101.ckpt"]
 
 
+def test_a_checkpoint_that_cannot_be_removed_is_said_and_removed_next_time(run, publish, capsys):
+    for step in (9, 10):
+        publish(step)
+    left = run.checkpoints_dir / ".step-00000009.ckpt.removed.partial"  # of this name it cannot be renamed to
+    (left / "training").mkdir(parents=True)
+    checkpoint.prune(run.checkpoints_dir, keep=1)
+    assert names(run.checkpoints_dir) == ["last", "step-00000009.ckpt", "step-00000010.ckpt"]
+    said = capsys.readouterr().err
+    assert said.startswith(f"longseq: warning: {run.checkpoints_dir / 'step-00000009.ckpt'}: is no longer needed, but ")
+    assert "(Directory not empty)" in said
+    checkpoint.prune(run.checkpoints_dir, keep=1)
+    assert names(run.checkpoints_dir) == ["last", "step-00000010.ckpt"]
+    assert capsys.readouterr().err == ""
+
+
 def test_pruning_prefers_the_checkpoint_just_written_to_damaged_ones_after_it(run, publish):
     """A resume goes back behind a damaged checkpoint, and writes its own before it reaches that step again."""
     publish(100)

@@ -88,6 +88,12 @@ def test_a_snapshot_knows_its_commit_and_what_was_installed(checkout, submitted)
     assert said == f"{folder.name} cafe ['numpy 1.0.0 → {version('numpy')}']"
 
 
+def test_a_copy_whose_name_cannot_be_read_is_not_taken_for_none(submitted):
+    (submitted.path / "code" / "used").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        code.kept(submitted)
+
+
 def test_a_run_without_a_copy_has_none(submitted, tmp_path):
     assert code.kept(submitted) == ""
     (submitted.path / "code").mkdir()

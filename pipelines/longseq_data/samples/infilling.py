@@ -28,7 +28,10 @@ MARKS = 3  # of a document that is laid out
 
 @dataclass(frozen=True)
 class Pieces:
-    """What samples have of each document, N pieces, one sample after another."""
+    """What B samples have of each document: N pieces, one sample after another.
+
+    Of BOS a b EOS c d and e f EOS: counts 2 1, heads 1 0 0, plain 2 2 2, tails 1 0 1.
+    """
 
     counts: Integers  # (B,) pieces of each sample
     heads: Integers  # (N,) marks before the ordinary tokens, BOS: 0 or 1
@@ -84,13 +87,13 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Laid:
-    """Where each of N pieces comes in its row."""
+    """Where each of N pieces comes in its sample's row of tokens, which ends after ``Infilling.size`` of them."""
 
-    chosen: npt.NDArray[np.bool_]  # laid out
-    begins: Integers
-    sizes: Integers  # with marks; 0 where nothing is left
-    cuts: Integers  # (N, 2), of those that are laid out: a and b
-    plain: Integers  # ordinary tokens of these
+    chosen: npt.NDArray[np.bool_]  # (N,) whether it is laid out; others stay as they are
+    begins: Integers  # (N,) its first position in the row
+    sizes: Integers  # (N,) positions that it takes, marks included; 0 behind the row's end
+    cuts: Integers  # (N, 2) a and b of those that are laid out: the middle is the ordinary tokens [a, b)
+    plain: Integers  # (N,) ordinary tokens of those that are laid out, as far as the row has room; 0 of others
 
 
 def check_infilling(objective: str, rate: float | None) -> None:
@@ -122,6 +125,9 @@ class Infilling:
         return Infilling(1.0, 0, vocabulary, length + 1, middles=True)  # whatever the seed, as evaluations are
 
     def laid(self, pieces: Pieces, numbers: Integers) -> Laid:
+        """The layout of samples with these ``numbers``, (B,). Each piece has three random numbers: whether it is laid
+        out, and its two places.
+        """
         sizes, heads = pieces.sizes, pieces.heads
         states = np.repeat(words(self.seed, "infill", numbers), pieces.counts)
         draws = 3 * pieces.before(np.ones_like(sizes))

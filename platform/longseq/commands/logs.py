@@ -88,7 +88,7 @@ def _show(path: Path | None, begin: int, *, final: bool) -> int:
         return 0
     # A character may lie on both sides of a block's end, or be half written: it is left for the next look.
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    with suppress(FileNotFoundError), path.open("rb") as file:
+    with suppress(FileNotFoundError), path.open("rb") as file:  # nothing was said yet
         file.seek(begin)
         while block := file.read(_BLOCK):
             sys.stdout.write(decoder.decode(block))

@@ -55,7 +55,7 @@ class Nodes:
         write_text(self.place / _BEGUN, self.start)
 
     def begun(self) -> bool:
-        with suppress(OSError):
+        with suppress(OSError):  # it is looked for again
             return (self.place / _BEGUN).read_text(encoding="utf-8") == self.start
         return False
 
@@ -76,7 +76,10 @@ def help_out(nodes: Nodes, node: int, devices: int) -> None:
 
 
 def let_go(place: Path) -> None:
-    """Remove a folder of shards that nobody needs any more, unless a newer start of the job has it."""
+    """Remove a folder of shards that nobody needs any more, unless a newer start of the job has it.
+
+    Of a job's nodes ``main`` does it when the verb has ended well; of a verb in one process, ``shards.kept``.
+    """
     with suppress(SupersededError, OSError):
         starts.check_own()
         shutil.rmtree(place, ignore_errors=True)

@@ -41,7 +41,7 @@ def bytes_moved(pid: int) -> int:
     """Bytes that it and its descendants have read and written; 0 where the kernel does not count them."""
     total = 0
     for each in (pid, *descendants(pid)):
-        with suppress(OSError, ValueError, IndexError):
+        with suppress(OSError, ValueError, IndexError):  # it has ended, or is another user's
             total += sum(int(line.split()[1]) for line in Path(f"/proc/{each}/io").read_text().splitlines()[:2])
     return total
 

@@ -166,7 +166,7 @@ class Ward:
 
     def hear(self) -> None:
         """Take what it has said."""
-        with suppress(BlockingIOError):
+        with suppress(BlockingIOError):  # all was heard
             while True:
                 self.sign = json.loads(self.ours.recv(1 << 12))
 
@@ -184,7 +184,7 @@ class Ward:
 
     def keep(self, run: Run, finding: Finding) -> None:
         """Keep its stacks and its last collectives in the run's folder."""
-        with suppress(OSError):
+        with suppress(OSError):  # it has ended
             self.ours.send(TRACE)
         text = processes.stacks(self.pid, self.stacks, native=self.rank in finding.ranks)
         self._read = os.fstat(self.stacks.fileno()).st_size

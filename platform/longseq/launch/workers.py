@@ -107,7 +107,7 @@ class Workers:
 
     def _said(self, rank: int) -> str:
         """The last words of one that has ended: kind and sentence, or nothing."""
-        with suppress(KeyError, BlockingIOError):
+        with suppress(KeyError, BlockingIOError):  # it said nothing
             return os.read(self.pipes[rank], _MOST).decode(errors="replace")
         return ""
 

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -345,7 +346,12 @@ def prune(directory: Path, keep: int, best: int = 0, every: int = 0) -> None:
                 newest += [checkpoint] if len(newest) < keep else []
         for stale in losses.keys() - {*newest, *_best(losses, best)}:
             if not _is_multiple(stale, every):
-                _remove(stale.path)
+                try:
+                    _remove(stale.path)
+                except OSError as error:
+                    what = f"{explained(error, stale.path, 'is no longer needed, but cannot be removed')}."
+                    print(f"longseq: warning: {what}", file=sys.stderr, flush=True)
+                    break  # of the others one would say the same
     remove_partials(directory)
 
 
@@ -362,7 +368,7 @@ def _best(losses: Mapping[Checkpoint, float | None], count: int) -> list[Checkpo
 def _remove(path: Path) -> None:
     """Under a partial's name first: half of it, after a kill, must not look like a damaged checkpoint."""
     partial = path.with_name(f".{path.name}.removed.partial")
-    with suppress(OSError):
+    with suppress(FileNotFoundError):  # another process has removed it
         path.rename(partial)
     shutil.rmtree(partial, ignore_errors=True)
 

@@ -49,7 +49,7 @@ def current() -> str:
 
 def kept(run: Run) -> str:
     """The hash of the code that a run goes on with; empty where none was kept."""
-    with suppress(OSError):
+    with suppress(FileNotFoundError):  # with any other error a run would go on with other code, unsaid
         name = (_folder(run) / "used").read_text(errors="replace").strip()
         if name and folder_of(run, name).is_dir():
             return name

@@ -72,12 +72,12 @@ def newest_process(run: Run) -> Process | None:
 
 
 def _boot() -> str:
-    with suppress(OSError):
+    with suppress(OSError):  # no Linux
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""
 
 
 def _ticks(pid: int) -> int:
-    with suppress(OSError, ValueError, IndexError):
+    with suppress(OSError, ValueError, IndexError):  # no such process
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     return 0

@@ -94,7 +94,7 @@ class Run:
         return (self.path / "FINISHED").exists()
 
     def _of_jobs(self) -> bool:
-        with suppress(OSError):
+        with suppress(OSError):  # it decides a word of a sentence
             number = self.start or max(starts.numbers(self.starts_dir), default=0)
             if number:
                 return starts.text_of(self.starts_dir, number, "start").startswith("slurm job ")

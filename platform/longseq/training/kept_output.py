@@ -8,14 +8,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from longseq_data.os_errors import explained
+
 _BAR_SECONDS = 10.0  # between two states of a progress bar that are kept
 
 
 def keep_output(log: Path) -> None:
-    """Write stdout and stderr of this process also to the end of ``log``; not where that cannot be written."""
-    with suppress(OSError):
+    """Write stdout and stderr of this process also to the end of ``log``; where that cannot be written, say so."""
+    try:
         log.parent.mkdir(exist_ok=True)
         kept = log.open("a", encoding="utf-8", errors="replace", buffering=1)
+    except OSError as error:
+        what = explained(error, log, "cannot be written, so `longseq logs` will not show what is said here")
+        print(f"longseq: warning: {what}.", file=sys.stderr, flush=True)
+    else:
         sys.stdout, sys.stderr = _Kept(sys.stdout, kept), _Kept(sys.stderr, kept)
 
 

@@ -39,7 +39,7 @@ class Sign:
 
     beat: int = 0  # how often it has said something
     batch: int = 0  # batches begun
-    mark: int = 0  # what it has begun or ended since then
+    mark: int = 0  # how many things it has begun or ended since the batch began: where in it this process is
     doing: str = "starting"  # in the words of Lightning's profiler
     waits_for_data: bool = False
     limit: float = 60.0 * START  # seconds that this may take
@@ -154,7 +154,7 @@ class Vitals:
 def _in_storage() -> bool:
     """Whether the main thread, or that of a process that it has started, is in an uninterruptible sleep."""
     pid = os.getpid()
-    with suppress(OSError, IndexError):
+    with suppress(OSError, IndexError):  # one of them has ended
         pids = [pid, *Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
         return "D" in [Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()[0] for each in pids]
     return False

@@ -25,6 +25,7 @@ from longseq.training.callbacks import checkpointing
 from longseq.training.callbacks.gradients import GradientNorm
 from longseq.training.callbacks.stopping import StopFlag
 from longseq.training.collectives import ControlGroup
+from longseq.training.kept_output import keep_output
 from longseq.training.worker import outcome
 from longseq.training.writer import Writer
 from positions import position
@@ -211,3 +212,14 @@ def test_any_failure_is_told_and_not_waited_for(run):
     assert writer.failed
     assert writer.reason.startswith("KeyError")
     assert run.checkpoints() == []
+
+
+def test_output_that_cannot_be_kept_is_said(tmp_path, capsys):
+    (tmp_path / "logs").write_text("a file where the folder should be")
+    stdout = sys.stdout
+    log = tmp_path / "logs" / "rank-0.log"
+    keep_output(log)
+    assert sys.stdout is stdout
+    said = capsys.readouterr().err
+    assert said.startswith(f"longseq: warning: {log}: cannot be written, so `longseq logs` will not show ")
+    assert "(File exists)" in said

@@ -177,11 +177,11 @@ class Runner:
     def _take(self, running: Running, state: str, why: str) -> None:
         found = running.found
         found.state, found.why, found.rows = state, why, read_rows(running.rows)
-        with suppress(OSError):
+        with suppress(OSError):  # output is for people
             found.output = running.log.read_text(encoding="utf-8", errors="replace")[-_TAIL:]
 
     def _kill(self, running: Running) -> None:
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError):  # all of its group have ended
             os.killpg(running.process.pid, signal.SIGKILL)
         running.process.wait()
 

@@ -57,7 +57,7 @@ def jobs_of(run: Run) -> dict[str, str]:
 def _noted(run: Run, name: str) -> Iterator[dict[str, str]]:
     path = run.slurm_dir / name
     for line in path.read_bytes().splitlines() if path.exists() else ():
-        with suppress(ValueError, TypeError, LookupError):
+        with suppress(ValueError, TypeError, LookupError):  # a line that is half written, or edited
             entry = json.loads(line)
             _ = entry["job"]
             yield entry

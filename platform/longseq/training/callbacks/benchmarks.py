@@ -74,7 +74,9 @@ class Benchmarks(StepBoundary):
             found: dict[str, Any] = {}
             for text in self.control.gather(json.dumps(own)):
                 found |= json.loads(text or "{}")
-            vitals.mark = mark + 1  # which are those of one place again, however many parts a rank had
+            # The watchdog compares how far ranks are by their marks, and ranks with more parts have made more of them:
+            # from here on all have the same again.
+            vitals.mark = mark + 1
         for which, (each, count) in enumerate(zip(these, counts, strict=True)):
             self._log(trainer, each, step, [found.get(f"{which} {part}") for part in range(count)])
 

@@ -109,5 +109,5 @@ class Prometheus(AfterSteps):
                     print(f"longseq: warning: {what}", file=sys.stderr, flush=True)
                 said = True
             self.over.wait(_SECONDS)
-        with suppress(OSError):
+        with suppress(OSError):  # a file that stays is of a run that has ended, as its time says
             self.path.unlink(missing_ok=True)

@@ -153,7 +153,7 @@ def _refuse_if_others_write(of: os.stat_result, is_right_kind: Callable[[int], b
 def _only_one(folder: Path) -> Iterator[None]:
     """One process at a time, where the file system has locks; elsewhere each compiles, and the last rename wins."""
     with os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "rb") as lock:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # no locks there
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
