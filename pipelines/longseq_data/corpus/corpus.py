@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -73,7 +73,7 @@ class Corpus:
         self.offsets: Integers = _mapped_offsets(path / split / OFFSETS, info.records, info.tokens)
         self._batches = [batch for file in arrow for batch in _batches(path / file.name, file)]
         rows = [batch.num_rows for batch in self._batches]
-        self._values: list[npt.NDArray] = [batch.column("tokens").values.to_numpy() for batch in self._batches]
+        self._values: list[npt.NDArray[Any]] = [batch.column("tokens").values.to_numpy() for batch in self._batches]
         self._first_rows = np.concatenate([[0], np.cumsum(rows)]).astype(np.int64)  # of each batch, and the end
         self._first_tokens = self.offsets[self._first_rows]  # the same in the flat view
         if not np.array_equal(np.diff(self._first_tokens), [values.size for values in self._values]):
@@ -146,7 +146,7 @@ class Corpus:
             tokens = [values[low:high] for low, high in pairwise(borders.tolist())]
             yield from map(CorpusRecord, batch["id"].to_pylist(), tokens, batch["taxid"].to_pylist())
 
-    def batches(self) -> Iterator[tuple[int, Integers, npt.NDArray]]:
+    def batches(self) -> Iterator[tuple[int, Integers, npt.NDArray[Any]]]:
         """Of each record batch on disk: its first record, the offsets that it has itself, and its tokens."""
         for first, batch, values in zip(self._first_rows.tolist(), self._batches, self._values, strict=False):
             yield first, batch.column("tokens").offsets.to_numpy(), values
@@ -158,8 +158,12 @@ class Corpus:
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, stored_dtype(self.vocabulary)), *parts])
 
     def gather(
-        self, starts: npt.ArrayLike, lengths: npt.ArrayLike, out: npt.NDArray | None = None, fill: int | None = None
-    ) -> npt.NDArray:
+        self,
+        starts: npt.ArrayLike,
+        lengths: npt.ArrayLike,
+        out: npt.NDArray[Any] | None = None,
+        fill: int | None = None,
+    ) -> npt.NDArray[Any]:
         """Row i: tokens [starts[i], starts[i] + lengths[i]) of the flat view, then ``fill``.
 
         starts, lengths: (B,) integers. out: (B, at least the longest) array of any integer dtype that holds the ids;
@@ -193,9 +197,9 @@ class Corpus:
         self,
         starts: npt.ArrayLike,
         length: int,
-        out: npt.NDArray | None = None,
+        out: npt.NDArray[Any] | None = None,
         records: npt.NDArray[np.int64] | None = None,
-    ) -> npt.NDArray:
+    ) -> npt.NDArray[Any]:
         """Row i: tokens [starts[i], starts[i] + length) of the stream, in which each record is followed by EOS.
 
         starts: (B,) integers. out: as in ``gather``, (B, length). records: (B, length) int64, filled with the number of
@@ -220,7 +224,7 @@ class Corpus:
         """The place in the stream of a record's EOS."""
         return self._ends[record] + record
 
-    def _fill(self, number: int, begin: int, end: int, row: npt.NDArray, records: Integers | None) -> None:
+    def _fill(self, number: int, begin: int, end: int, row: npt.NDArray[Any], records: Integers | None) -> None:
         """Stream places [begin, end), counted within batch ``number``, into ``row``."""
         first_row, last_row = int(self._first_rows[number]), int(self._first_rows[number + 1])
         base = self._place_borders[number] + begin

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -120,7 +121,7 @@ def read_manifest(folder: Path, partial: bool = False) -> Manifest:
         ) from None
 
 
-def _split_info(values: dict) -> SplitInfo:
+def _split_info(values: dict[str, Any]) -> SplitInfo:
     files = [DataFile(**file) for file in values.pop("files")]
     return SplitInfo(lengths=Lengths(**values.pop("lengths")), files=files, **values)
 

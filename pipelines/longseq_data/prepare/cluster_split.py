@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -121,7 +121,7 @@ def _sequences(task: ReduceTask) -> Iterator[tuple[int, bytes]]:
                 last = key
 
 
-def _held_out(pairs: Iterable[tuple[str, str]], rule: SplitRule) -> tuple[npt.NDArray, int]:
+def _held_out(pairs: Iterable[tuple[str, str]], rule: SplitRule) -> tuple[npt.NDArray[Any], int]:
     """(the members of held-out clusters, of HELD, sorted; how many clusters there are)."""
     parts, clusters = [np.empty(0, HELD)], 0
     pairs = iter(pairs)

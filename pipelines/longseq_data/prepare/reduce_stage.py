@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, TypedDict
+from typing import IO, TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -99,7 +99,7 @@ def read_parts(task: ReduceTask, shard: int) -> dict[str, Part]:
     return json.loads(task.notes(shard).read_text())
 
 
-def records_of(path: Path) -> Iterator[tuple[str, npt.NDArray]]:
+def records_of(path: Path) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     """(identifier, tokens) of each record of a finished file."""
     import pyarrow as pa
 
@@ -198,7 +198,11 @@ class RowDigest:
         self._columns = [hashlib.blake2b(digest_size=16) for _ in range(4)]
 
     def update(
-        self, digests: npt.NDArray[np.uint64], lengths: npt.NDArray[np.int64], identifiers: bytes, taxids: npt.NDArray
+        self,
+        digests: npt.NDArray[np.uint64],
+        lengths: npt.NDArray[np.int64],
+        identifiers: bytes,
+        taxids: npt.NDArray[Any],
     ) -> None:
         """digests: (n, 2). lengths: of the identifiers, in bytes. identifiers: one after another."""
         columns = digests.astype("<u8").tobytes(), lengths.astype("<i8").tobytes(), identifiers
@@ -325,7 +329,7 @@ class ShardWriter:
             )
 
 
-def _buffers(array: pa.LargeBinaryArray, dtype: np.dtype) -> tuple[npt.NDArray[np.int64], npt.NDArray]:
+def _buffers(array: pa.LargeBinaryArray, dtype: np.dtype) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
     """(offsets, values) of a fresh binary array, its bytes read as ``dtype``; no copy of the values."""
     _, offsets, values = array.buffers()
     borders = np.frombuffer(offsets, dtype=np.int64, count=len(array) + 1)

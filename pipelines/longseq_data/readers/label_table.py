@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -210,7 +210,7 @@ class Labelled:
     table: Table
     classes: tuple[str, ...]
     sequences: list[npt.NDArray[np.unsignedinteger]]
-    labels: list[npt.NDArray]
+    labels: list[npt.NDArray[Any]]
     splits: list[str]
     rows: list[int]
     left_out: tuple[int, int]
@@ -343,7 +343,7 @@ def _residue_numbers(cell: str, place: str, column: str) -> list[float]:
     return [_number(part, place, column) for part in _LIST.split(cell) if part]
 
 
-_PARSERS: dict[str, Callable[[str, str, str], list]] = {
+_PARSERS: dict[str, Callable[[str, str, str], list[Any]]] = {
     "classification": lambda cell, place, column: [cell],
     "regression": lambda cell, place, column: [_number(cell, place, column)],
     "residue-classes": _residue_classes,

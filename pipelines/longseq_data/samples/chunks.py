@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +30,8 @@ class Chunk:
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def __getitem__(self, which: slice | npt.NDArray) -> Chunk:
+    def __getitem__(self, which: slice | npt.NDArray[Any]) -> Chunk:
         return Chunk(self.items[which], self.sizes[which])
 
-    def put(self, where: slice | npt.NDArray, chunk: Chunk) -> None:
+    def put(self, where: slice | npt.NDArray[Any], chunk: Chunk) -> None:
         self.items[where], self.sizes[where] = chunk.items, chunk.sizes

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -173,7 +173,7 @@ class Joined:
         self.epoch = -(-self.stream.total // length)
         self._offset = lru_cache(maxsize=16)(self._drawn_offset)
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         objective = "causal" if self.causal else "masked"
         return Joined, (self.corpus, self.length, objective, self.seed, self.reset)
 

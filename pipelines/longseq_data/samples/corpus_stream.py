@@ -7,6 +7,7 @@ documents that do not see each other need it. Everything is computed from the co
 from __future__ import annotations
 
 from bisect import bisect_right
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -69,7 +70,7 @@ class CorpusStream:
         heads, plain, tails = np.concatenate(found, 1)
         return heads, plain, tails
 
-    def fill(self, starts: Integers, out: npt.NDArray, segments: npt.NDArray | None = None) -> None:
+    def fill(self, starts: Integers, out: npt.NDArray[Any], segments: npt.NDArray[Any] | None = None) -> None:
         """Row i of ``out``, (B, size): the places from starts[i] on. ``segments``: numbers of documents, from 0."""
         size = out.shape[1]
         if not self.bos and segments is None:
@@ -88,7 +89,7 @@ class CorpusStream:
                     document = int(segments[i, until - 1]) + 1
                 done = until
 
-    def _piece(self, start: int, row: npt.NDArray) -> Integers:
+    def _piece(self, start: int, row: npt.NDArray[Any]) -> Integers:
         """The places from ``start`` on into ``row``; the record of each."""
         size = row.size
         first = self._record(start, 0, len(self.corpus))

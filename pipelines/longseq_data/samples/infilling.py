@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -55,12 +56,12 @@ class Pieces:
         return total[ends] - total[ends - self.counts]
 
     @staticmethod
-    def one_each(heads: npt.NDArray, plain: Integers, tails: npt.NDArray) -> Pieces:
+    def one_each(heads: npt.NDArray[Any], plain: Integers, tails: npt.NDArray[Any]) -> Pieces:
         """Of samples that are one document each."""
         return Pieces(np.ones_like(plain), heads.astype(np.int64), plain, tails.astype(np.int64))
 
     @staticmethod
-    def listed(samples: Iterable[tuple[npt.NDArray, npt.NDArray, npt.NDArray]]) -> Pieces:
+    def listed(samples: Iterable[tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]]) -> Pieces:
         """Of (heads, plain, tails) of each sample."""
         none = np.zeros(0, np.int64)
         each = [(none, none, none), *samples]  # or none could not be joined

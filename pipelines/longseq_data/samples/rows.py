@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from .infilling import Infilling, Pieces
 from .masking import mask_rows, masked_counts
 
 Integers = npt.NDArray[np.int64]
-Arrays = dict[str, npt.NDArray]  # a batch in types as small as the tokens allow; torch wants int64
+Arrays = dict[str, npt.NDArray[Any]]  # a batch in types as small as the tokens allow; torch wants int64
 P = TypeVar("P", bound="Planned")
 Rows = tuple[npt.NDArray[np.integer], "npt.NDArray[np.int32] | None"]
 
@@ -183,7 +183,9 @@ def residues_of(starts: Integers, sizes: Integers, lengths: Integers) -> tuple[I
     return first, np.maximum(first, np.minimum(starts + sizes - 1, lengths))
 
 
-def mark_ends(rows: npt.NDArray, starts: Integers, sizes: Integers, lengths: Integers, vocabulary: Vocabulary) -> None:
+def mark_ends(
+    rows: npt.NDArray[Any], starts: Integers, sizes: Integers, lengths: Integers, vocabulary: Vocabulary
+) -> None:
     """Write the BOS and EOS of crops whose residues are in ``rows``."""
     rows[starts == 0, 0] = vocabulary.bos
     ended = np.flatnonzero(starts + sizes == lengths + 2)
@@ -196,7 +198,7 @@ class Turn(NamedTuple):
     seed: int
     what: str
     share: float
-    way: Callable[[npt.NDArray], npt.NDArray]  # of the tokens of a sample
+    way: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]  # of the tokens of a sample
     moves: bool = False  # whether its documents come in the other order
 
     def of(self, found: Rows, numbers: Integers) -> Rows:

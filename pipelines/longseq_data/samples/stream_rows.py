@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from itertools import compress
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -83,7 +84,7 @@ class _Cropped(Planned):
         turn = turn_of(self.spec)
         return turn.of((rows, None), self.numbers) if turn else (rows, None)
 
-    def _wide(self, first: Integers, last: Integers, begun: npt.NDArray[np.bool_], width: int) -> npt.NDArray:
+    def _wide(self, first: Integers, last: Integers, begun: npt.NDArray[np.bool_], width: int) -> npt.NDArray[Any]:
         vocabulary, stored = self.spec.vocabulary, stored_dtype(self.spec.vocabulary)
         room, size = b"\0" * stored.itemsize, width * stored.itemsize  # of BOS, and of a row
         places = zip(self.items.tolist(), first.tolist(), last.tolist(), begun.tolist(), strict=True)
@@ -186,7 +187,7 @@ class _Windows(Planned):
         return turn.of(found, self.numbers) if turn else found
 
 
-def _windows(ids: npt.NDArray, size: int, step: int) -> npt.NDArray:
+def _windows(ids: npt.NDArray[Any], size: int, step: int) -> npt.NDArray[Any]:
     """A view: every ``step`` places ``size`` ids. NumPy's own sliding_window_view takes as long as a whole batch."""
     shape, width = ((len(ids) - size) // step + 1, size), ids.itemsize
     return np.ndarray(shape, ids.dtype, ids, strides=(step * width, width))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,14 +28,14 @@ class View(NamedTuple):
 
 @dataclass(frozen=True)
 class Parcel:
-    bases: list[npt.NDArray]
+    bases: list[npt.NDArray[Any]]
     views: dict[str, View]
     numbers: dict[str, int]
 
 
 def pack(arrays: Arrays) -> Parcel:
     """The arrays of a batch, whatever their integer types. Inputs and targets are often two views of one array."""
-    bases: list[npt.NDArray] = []
+    bases: list[npt.NDArray[Any]] = []
     places: dict[int, int] = {}
     views: dict[str, View] = {}
     numbers: dict[str, int] = {}

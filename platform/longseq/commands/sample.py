@@ -12,7 +12,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import TextIO
+from typing import Any, TextIO
 
 from longseq.commands.numbers import natural, positive, real, share
 from longseq.commands.options import add_context, add_model, add_overrides, ready, told
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _infill(source: Source, args: argparse.Namespace, how: dict) -> int:
+def _infill(source: Source, args: argparse.Namespace, how: dict[str, Any]) -> int:
     filled = infill(source, args.infill, rounds=args.rounds or 0, **how)
     ready()
     with output(args.out, args.infill) as out:

@@ -61,7 +61,7 @@ def load_flat(schema: type[Schema], path: Path, overrides: Sequence[str], help_c
     return config  # type: ignore[return-value]
 
 
-def _layers(path: Path, overrides: Sequence[str], known: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple]:
+def _layers(path: Path, overrides: Sequence[str], known: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[Any, ...]]:
     """(values, the place of a key) of the file and of each argument."""
     path = located(path)
     values, lines = read_yaml(path, lambda names: known.get(names[0], {}).get("type", "anything") if names else "")

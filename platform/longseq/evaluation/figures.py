@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -101,7 +101,7 @@ def pair_correlation(a: Matrix, b: Matrix) -> float:
     return float(np.corrcoef(a[pairs], b[pairs])[0, 1])
 
 
-def _by_length(source: Source, model: PerformerLM) -> dict[str, list[dict]]:
+def _by_length(source: Source, model: PerformerLM) -> dict[str, list[dict[str, Any]]]:
     """Of the kept evaluation of this checkpoint, or of a sample of each split that is scored now; empty: of neither."""
     kept = _kept(source)
     if kept:
@@ -123,7 +123,7 @@ def _by_length(source: Source, model: PerformerLM) -> dict[str, list[dict]]:
     return rows
 
 
-def _kept(source: Source) -> dict[str, list[dict]]:
+def _kept(source: Source) -> dict[str, list[dict[str, Any]]]:
     assert source.run is not None
     for path in sorted(source.run.evaluations_dir.glob(f"{source.folder.stem}-*.json")):
         with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # damaged, or somebody's own file

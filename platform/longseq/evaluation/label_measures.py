@@ -24,7 +24,7 @@ MEASURES = (*OF_NUMBERS, *OF_CLASSES)
 
 
 def summary(
-    labels: Sequence[npt.NDArray], told: Sequence[npt.NDArray], classes: int, *, bootstrap: int, seed: int
+    labels: Sequence[npt.NDArray[Any]], told: Sequence[npt.NDArray[Any]], classes: int, *, bootstrap: int, seed: int
 ) -> dict[str, Any]:
     """What an evaluation reports of one split.
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from longseq.runs import starts
 from longseq.runs.curves import read_curves
@@ -64,7 +65,7 @@ def show_pictures(folder: Path, pictures: Mapping[str, Path], step: int) -> None
         _put_events(folder, {step: values}, sorted(folder.glob(f"*tfevents*{suffix}")), suffix)
 
 
-def _put_events(folder: Path, steps: Mapping[int, list], replaced: list[Path], suffix: str = "") -> None:
+def _put_events(folder: Path, steps: Mapping[int, list[Any]], replaced: list[Path], suffix: str = "") -> None:
     """One file of events for some that it replaces: aside, then renamed, then the others removed."""
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary

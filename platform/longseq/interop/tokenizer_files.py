@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import string
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from longseq_data.tokenization import INFILL_NAMES, SPECIAL_NAMES
 from longseq_data.vocabulary import ALPHABETS, UNKNOWN, Alphabet, InfillVocabulary, Vocabulary
@@ -122,5 +122,5 @@ def _frame(tokenizer: Tokenizer, names: dict[str, str], vocabulary: Vocabulary, 
     )
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

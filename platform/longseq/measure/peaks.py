@@ -48,7 +48,7 @@ class PeakMeter:
             return torch.cuda.max_memory_allocated(self.device) - self.before
         alive = highest = 0
         threads = _disable_profiler_legacy()
-        for event in (event for thread in threads for event in thread if event.kind() == "memory_alloc"):
+        for event in (event for thread in threads for event in thread if str(event.kind()) == "memory_alloc"):
             alive += event.cpu_memory_usage()
             highest = max(highest, alive)
         return highest

@@ -24,6 +24,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from longseq.errors import RunError
 from longseq_data.files import sha256_of, sync_folder
@@ -114,7 +115,7 @@ class Checkpoint:
         if sha256 and digest != sha256:
             raise self._damaged(path, "its content does not match its checksum, so it was damaged")
 
-    def _manifest(self) -> dict:
+    def _manifest(self) -> dict[str, Any]:
         path = self.manifest_path
         try:
             text = path.read_bytes()
