@@ -13,26 +13,19 @@ import sys
 import time
 
 from longseq.commands.numbers import natural, positive
-from longseq.commands.options import given, models_and_keys
+from longseq.commands.options import add_models, given, models_and_keys
 from longseq.data import SPLITS
 from longseq.errors import ConfigError
 from longseq.evaluation.evaluate import Evaluation, evaluations, refuse_unkept
 from longseq.evaluation.request import Settings
 from longseq.printed import as_json
-from longseq.trained_model import TARGET_HELP
 
 _SILENCE = 30.0  # seconds between two lines of a log
 _DEVICES = "trainer.devices="
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "words",
-        nargs="+",
-        metavar="RUN|CHECKPOINT|FOLDER [key=value ...]",
-        help=f"{TARGET_HELP}, or several of them; then keys, e.g. data.ood=viruses.fasta.gz or attention.kind=exact",
-    )
-    parser.set_defaults(overrides=[])
+    add_models(parser, "data.ood=viruses.fasta.gz or attention.kind=exact")
     parser.add_argument(
         "--split",
         action="append",
@@ -42,7 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", action="append", metavar="FILE", help="score any FASTA or text; may be repeated")
     parser.add_argument("--sequences", type=positive, metavar="N", help="score a sample of N sequences of each split")
     parser.add_argument("--all-checkpoints", action="store_true", help="every whole checkpoint of each run, over steps")
-    parser.add_argument("--ema", action="store_true", help="score the running mean of the weights (trainer.ema_decay)")
     parser.add_argument("--top-k", type=positive, default=5, metavar="K", help="of top-k accuracy; default 5")
     parser.add_argument(
         "--bootstrap", type=natural, default=1000, metavar="N", help="resamplings of intervals; default 1000, 0: none"

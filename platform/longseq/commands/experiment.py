@@ -15,6 +15,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from longseq.commands.numbers import naturals, positive
+from longseq.commands.options import add_overrides
 from longseq.errors import EXIT_GO_ON, LongseqError
 from longseq.experiments.plan import Plan, read_plan
 from longseq.experiments.running import Interrupted, Settings, facts, perform, results, trials
@@ -27,9 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "experiment", type=Path, metavar="FILE", help="a YAML file, or a name of `longseq configs`: experiments/table2"
     )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", default=[], help="for every run, as of `longseq fit`"
-    )
+    add_overrides(parser, "for every run, as of `longseq fit`")
     parser.add_argument("--seeds", type=naturals, default=(0,), metavar="N,…", help="run.seed of each; default: 0")
     parser.add_argument("--steps", type=positive, metavar="N", help="trainer.max_steps of every run")
     parser.add_argument(

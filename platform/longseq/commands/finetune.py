@@ -11,7 +11,7 @@ import argparse
 
 from longseq.commands.key_help import help_on_keys
 from longseq.commands.numbers import natural, positive
-from longseq.commands.options import given
+from longseq.commands.options import add_overrides, given
 from longseq.config.finetune import LEARN
 from longseq.printed import as_json
 from longseq.trained_model import TARGET_HELP
@@ -21,9 +21,7 @@ from longseq_data.readers.label_table import TASKS
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="RUN|CHECKPOINT|FOLDER", help=TARGET_HELP)
     parser.add_argument("table", metavar="TABLE", help="CSV or TSV")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", default=[], help="e.g. run.name=mine trainer.devices=2"
-    )
+    add_overrides(parser, "e.g. run.name=mine trainer.devices=2")
     parser.add_argument("--sequence", metavar="COLUMN", help="the sequences; default: by its name")
     parser.add_argument("--label", metavar="COLUMN", help="the labels; default: by its name")
     parser.add_argument("--task", choices=("auto", *TASKS), default="auto", help="default: auto, by the labels")

@@ -27,13 +27,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ema", action="store_true", help="take the running mean of the weights (trainer.ema_decay)")
 
 
-def add_models(parser: argparse.ArgumentParser) -> None:
-    """One model or several, then keys."""
+def add_models(parser: argparse.ArgumentParser, example: str = "trainer.accelerator=cpu") -> None:
+    """One model or several, then keys; ``example``: one of these."""
     parser.add_argument(
         "words",
         nargs="+",
         metavar="RUN|CHECKPOINT|FOLDER [key=value ...]",
-        help=f"{TARGET_HELP}, or several of them; then keys, e.g. trainer.accelerator=cpu",
+        help=f"{TARGET_HELP}, or several of them; then keys, e.g. {example}",
     )
     parser.set_defaults(overrides=[])
     parser.add_argument("--ema", action="store_true", help="take the running mean of the weights (trainer.ema_decay)")
@@ -92,9 +92,9 @@ def add_context(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """key=value on top of the model's configuration; the last of the positional arguments."""
-    parser.add_argument("overrides", nargs="*", metavar="key=value", default=[], help="e.g. trainer.accelerator=cpu")
+def add_overrides(parser: argparse.ArgumentParser, help: str = "e.g. trainer.accelerator=cpu") -> None:
+    """key=value on top of the configuration; the last of the positional arguments."""
+    parser.add_argument("overrides", nargs="*", metavar="key=value", default=[], help=help)
 
 
 def given(args: argparse.Namespace, names: str) -> dict[str, Any]:
