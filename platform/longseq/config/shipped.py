@@ -8,17 +8,18 @@ from pathlib import Path
 from longseq.errors import ConfigError
 
 
-def folder() -> Path:
-    """``configs/``: next to this file where longseq is installed from a wheel, else at the checkout's root.
+def folder(module: str = __file__, source: str = "configs", holds: str = "protein/base.yaml") -> Path:
+    """Files that come with longseq: next to the ``module`` that reads them where it is installed from a wheel, else
+    ``source`` at the checkout's root; the place that ``holds`` one of them.
 
     Raises:
-        ConfigError: if it is not there.
+        ConfigError: if they are not there.
     """
-    here = Path(__file__).resolve()
-    for place in (here.with_name("files"), here.parents[3] / "configs"):
-        if (place / "protein" / "base.yaml").is_file():
+    installed, root = Path(module).resolve().with_name("files"), Path(__file__).resolve().parents[3]
+    for place in (installed, root / source):
+        if (place / holds).is_file():
             return place
-    raise ConfigError(f"{here.with_name('files')}: the configurations are missing: install longseq again.")
+    raise ConfigError(f"{installed}: {holds} is missing: install longseq again.")
 
 
 def shipped() -> dict[str, Path]:

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from longseq.config import shipped
 from longseq.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,16 +25,8 @@ class Shell(str):
 
 
 def folder() -> Path:
-    """``slurm/``: next to this file where longseq is installed from a wheel, else at the checkout's root.
-
-    Raises:
-        ConfigError: if it is not there.
-    """
-    here = Path(__file__).resolve()
-    for place in (here.with_name("files"), here.parents[4] / "slurm"):
-        if (place / "train.sbatch.j2").is_file():
-            return place
-    raise ConfigError(f"{here.with_name('files')}: the job scripts' templates are missing: install longseq again.")
+    """Where they are. Raises ConfigError if they are not there."""
+    return shipped.folder(__file__, "slurm", "train.sbatch.j2")
 
 
 def fill(template: str, values: Mapping[str, object]) -> str:
