@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -314,11 +314,11 @@ def _with_its_file(error: OSError, path: Path) -> OSError:
 class _Bytes(Sequence[bytes]):
     """A column of Arrow's as Python's bytes, each made when it is asked for."""
 
-    def __init__(self, column: object) -> None:
+    def __init__(self, column: Any) -> None:
         self._column = column
 
     def __len__(self) -> int:
-        return len(self._column)  # type: ignore[arg-type]
+        return len(self._column)
 
     def __getitem__(self, row):  # type: ignore[no-untyped-def]
-        return self._column[row].as_py()  # type: ignore[index]
+        return self._column[row].as_py()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -143,7 +144,8 @@ def corpus_lines(folder: Path, show: int) -> Iterator[str]:
 
 def report_lines(name: str, manifest: Manifest) -> Iterator[str]:
     """What became of the sources, and what is in the splits."""
-    report, unit = manifest.report, {"bytes": "bytes of text", **UNITS}.get(manifest.vocabulary.name, "tokens")
+    report: Mapping[str, Any] = manifest.report
+    unit = {"bytes": "bytes of text", **UNITS}.get(manifest.vocabulary.name, "tokens")
     split_by = str(manifest.settings.get("split_by", "id"))
     files = len(manifest.sources)
     records = sum(split.records for split in manifest.splits.values())
@@ -152,22 +154,22 @@ def report_lines(name: str, manifest: Manifest) -> Iterator[str]:
     yield f"  read       {report['records']:,} records, {report['tokens']:,} {unit}, {files} file{'s' * (files > 1)}"
     if report.get("nucleotides"):
         yield f"  warning    {NUCLEOTIDES_SENTENCE}"
-    dropped = {"duplicates": report["duplicates"], **report["filtered"]}  # type: ignore[dict-item]
+    dropped = {"duplicates": report["duplicates"], **report["filtered"]}
     for reason, number in dropped.items():
         if number:
             yield f"  dropped    {number:,} {reason}"
     alphabet = ALPHABETS.get(manifest.vocabulary.name, PROTEINS)
-    yield from _unknown_lines(report["unknown_letters"], alphabet.other)  # type: ignore[arg-type]
+    yield from _unknown_lines(report["unknown_letters"], alphabet.other)
     if repeated := report.get("repeated_ids"):
         how = {"id": "equal ones are in one split", "cluster": "clusters decide the splits"}
         yield (
-            f"  note       {repeated['again']:,} of {repeated['records']:,} records have an id that others have "  # type: ignore[index]
-            f"({in_line(repeated['first'])[:40]}): {how.get(split_by, 'a hash of the sequences decides the splits')}"  # type: ignore[index]
+            f"  note       {repeated['again']:,} of {repeated['records']:,} records have an id that others have "
+            f"({in_line(repeated['first'])[:40]}): {how.get(split_by, 'a hash of the sequences decides the splits')}"
         )
     if clusters := report.get("clusters"):
-        yield f"  clusters   {', '.join(_cluster_words(clusters))}"  # type: ignore[arg-type]
+        yield f"  clusters   {', '.join(_cluster_words(clusters))}"
     if report["held_out_families"]:
-        yield f"  held out   families {', '.join(report['held_out_families'])}"  # type: ignore[arg-type]
+        yield f"  held out   families {', '.join(report['held_out_families'])}"
     if (report["held_out_names"] or manifest.settings.get("ood_taxids")) and "ood" not in manifest.splits:
         yield "  held out   nothing: no record is on the list, or of the TaxIDs; there is no ood split"
     for name in ("valid", "test"):

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from io import BufferedReader
 from itertools import count, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Generic, TypeVar
@@ -93,7 +94,7 @@ class Work(Generic[Group, Row]):
         """Those of one batch, behind others."""
         file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
 
-    def read(self, file: IO[bytes]) -> Iterator[Row]:
+    def read(self, file: BufferedReader) -> Iterator[Row]:
         """All that were written."""
         yield from map(json.loads, file)
 

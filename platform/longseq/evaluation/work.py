@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
+from io import BufferedReader
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
@@ -120,8 +121,8 @@ class Vectors(Work[list[Record], Embedded]):
             if row.residues is not None:
                 np.save(file, row.residues)
 
-    def read(self, file: IO[bytes]) -> Iterator[Embedded]:
-        while file.peek(1):  # type: ignore[attr-defined]
+    def read(self, file: BufferedReader) -> Iterator[Embedded]:
+        while file.peek(1):
             names, lengths, means = (np.load(file) for _ in range(3))
             for name, length, mean in zip(names.tolist(), lengths.tolist(), means, strict=True):
                 residues = np.load(file) if self.job.options["per_residue"] else None

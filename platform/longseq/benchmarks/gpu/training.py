@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import fields
@@ -256,7 +256,9 @@ def _wait(
 
 
 @contextmanager
-def _started(command: Sequence[str], place: Path, name: str, environment: Mapping[str, str] | None = None):  # type: ignore[no-untyped-def]
+def _started(
+    command: Sequence[str], place: Path, name: str, environment: Mapping[str, str] | None = None
+) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
     """The process and its log; killed at the end, if it has not ended. It shares the group of the part."""
     log = place / f"{name}.log"
     # One thread a process: sums are added in one order, and the processes of other parts have cores, too.

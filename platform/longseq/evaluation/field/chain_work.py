@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -55,8 +56,8 @@ class OfChains(Work[Any, Array]):
         for row in rows:
             np.save(file, row)
 
-    def read(self, file: IO[bytes]) -> Iterator[Array]:
-        while file.peek(1):  # type: ignore[attr-defined]
+    def read(self, file: BufferedReader) -> Iterator[Array]:
+        while file.peek(1):
             yield np.load(file)
 
 

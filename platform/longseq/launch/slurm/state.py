@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from longseq.errors import RunError
 from longseq.launch.slurm.queue import Queued, SlurmError, queue
@@ -54,7 +55,7 @@ def jobs_of(run: Run) -> dict[str, str]:
     return {str(entry["job"]): entry.get("script", "") for entry in _noted(run, _JOBS)}
 
 
-def _noted(run: Run, name: str) -> Iterator[dict[str, str]]:
+def _noted(run: Run, name: str) -> Iterator[dict[str, Any]]:
     path = run.slurm_dir / name
     for line in path.read_bytes().splitlines() if path.exists() else ():
         with suppress(ValueError, TypeError, LookupError):  # a line that is half written, or edited
@@ -98,7 +99,7 @@ def shared_jobs(run: Run) -> list[SharedJob]:
     """Those that were submitted, oldest first."""
     names = {field.name for field in fields(SharedJob)}
     noted = ({key: value for key, value in entry.items() if key in names} for entry in _noted(run, _SHARED))
-    return [SharedJob(**entry) for entry in noted]  # type: ignore[arg-type]
+    return [SharedJob(**entry) for entry in noted]
 
 
 def check_unshared(run: Run, place: Path) -> None:
