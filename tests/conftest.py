@@ -35,7 +35,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What is imported and collected lives to the end: Lightning's collections of garbage, several in each training, need
-    not go through it (they are most of what a tiny training takes)."""
+    """Collections of garbage, several in each training by Lightning, need not go through what lives to the end.
+
+    That was most of what a tiny training took.
+    """
     gc.collect()
     gc.freeze()
