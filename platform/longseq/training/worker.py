@@ -138,8 +138,11 @@ def _rehearse(run: Run, vitals: Vitals) -> int:
 
 @contextmanager
 def _nothing_collected() -> Iterator[None]:
-    """For imports: what modules make stays, and to look through it for garbage takes an eighth of their time, and a
-    quarter of a second at each of the collections later: DeepSpeed's and Lightning's, and those in the middle of steps."""
+    """For imports: what modules make stays.
+
+    To look through it for garbage takes an eighth of their time, and a quarter of a second at each collection later:
+    DeepSpeed's, Lightning's, and those in the middle of steps.
+    """
     gc.disable()
     try:
         yield
