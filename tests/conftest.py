@@ -1,5 +1,6 @@
 """Before anything is imported: how Triton runs here, and that Ctrl-C means what it does at a terminal."""
 
+import gc
 import os
 import signal
 import tempfile
@@ -31,3 +32,12 @@ os.environ["LONGSEQ_CACHE"] = _CACHE.name
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the job scripts that are compared with")
+
+
+def pytest_collection_finish() -> None:
+    """Collections of garbage, several in each training by Lightning, need not go through what lives to the end.
+
+    That was most of what a tiny training took.
+    """
+    gc.collect()
+    gc.freeze()

@@ -51,12 +51,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _process(argv: Sequence[str]) -> int:
     """One verb, and what belongs to a process: its output, and Ctrl-C from the first import to the last flush."""
     try:
+        import gc
         import os
         import signal
 
         from longseq.interruption import Interruption
 
         interruption = Interruption()
+        gc.disable()  # what modules make stays: none of it is garbage, now or later
+
+        def begin() -> None:
+            gc.freeze()
+            gc.enable()
+            interruption.work_begins()
+
         if "LONGSEQ_START" in os.environ:  # a job's
             from longseq.runs.fence import stand
 
@@ -66,7 +74,7 @@ def _process(argv: Sequence[str]) -> int:
             if stream is not None:
                 stream.reconfigure(errors="replace")  # type: ignore[union-attr]
         try:
-            return _flushed(_run(argv, interruption.work_begins))
+            return _flushed(_run(argv, begin))
         except SystemExit as leaving:  # argparse, after its help or usage
             raise SystemExit(_flushed(leaving.code)) from None
         except Exception:

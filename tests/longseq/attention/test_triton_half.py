@@ -98,7 +98,11 @@ def test_half_precision_scan_and_its_gradients_are_near_float64(
 
 @pytest.mark.parametrize(
     ("kernel", "length", "delay", "std"),
-    [("softmax", 321, 0, 1.0), ("softmax", 201, 64, 2.0), ("relu", 201, 0, 1.0)],
+    [
+        pytest.param("softmax", 321, 0, 1.0, marks=pytest.mark.long),
+        ("softmax", 201, 64, 2.0),
+        pytest.param("relu", 201, 0, 1.0, marks=pytest.mark.long),
+    ],
 )
 def test_half_precision_gradient_of_the_decay_is_near_float64(monkeypatch, kernel, length, delay, std):
     """Over eight heads: a head's is a sum whose terms may happen to cancel."""
