@@ -30,7 +30,7 @@ from longseq.runs.run import Run
 from longseq.training.callbacks.stopping import StopFlag
 from longseq.training.signs import PEER_LOST
 from longseq.training.vitals import Vitals, stacks_on_request
-from longseq.training.worker import leave, outcome, quiet, raise_open_files
+from longseq.training.worker import leave, nothing_collected, outcome, quiet, raise_open_files
 from longseq_data.cores import cores
 
 _FINISHED = "finished"
@@ -94,11 +94,12 @@ def main() -> int:
 def _train(
     run: Run, overrides: tuple[str, ...], place: Place, limits: Limits, stop: StopFlag, vitals: Vitals, port: int
 ) -> int:
-    from torch._C._distributed_c10d import TCPStore
+    with nothing_collected():
+        from torch._C._distributed_c10d import TCPStore
 
-    from longseq.launch.slurm import preflight
-    from longseq.training.collectives import PATIENCE
-    from longseq.training.fit import fit
+        from longseq.launch.slurm import preflight
+        from longseq.training.collectives import PATIENCE
+        from longseq.training.fit import fit
 
     quiet()
     raise_open_files()
