@@ -95,11 +95,14 @@ def _train(
     run: Run, overrides: tuple[str, ...], place: Place, limits: Limits, stop: StopFlag, vitals: Vitals, port: int
 ) -> int:
     with nothing_collected():
-        from torch._C._distributed_c10d import TCPStore
+        from torch._C._distributed_c10d import HashStore, TCPStore
 
         from longseq.launch.slurm import preflight
+        from longseq.launch.slurm.interfaces import own_address
+        from longseq.launch.slurm.recall import recall
         from longseq.training.collectives import PATIENCE
         from longseq.training.fit import fit
+        from longseq.training.memory_copies import PLACE, folder_of, remove_old
 
     quiet()
     raise_open_files()
@@ -131,6 +134,13 @@ def _train(
         if changed:
             _say(f"since the run was submitted, packages have changed: {', '.join(changed)}.", "warning")
     vitals.within = None
+    memory = folder_of(run)
+    if config.trainer.memory_checkpoint_every:
+        vitals.at("looking at copies in memory")
+        remove_old()
+        os.environ[PLACE] = f"{own_address(place.address)} {memory}"
+        if said := recall(run, place, HashStore() if store is None else store, memory):
+            _say(f"{said}.", "note")
     vitals.at("looking at data and checkpoints")
     # One looks at the checkpoints, whose sums take their time, and tells the others.
     chosen, origin = _begin(run, config) if place.rank == 0 else ("", "")
@@ -145,6 +155,8 @@ def _train(
         return 0
     checkpoint = Checkpoint(run.checkpoints_dir / chosen) if chosen else None
     finished = fit(run, config, checkpoint, stop, vitals, Path(origin) if origin else None)
+    if place.local_rank == 0:
+        shutil.rmtree(memory, ignore_errors=True)  # it is on the disk
     return 0 if finished else EXIT_GO_ON
 
 
