@@ -11,7 +11,6 @@ run's folder, as a checkpoint like any other (longseq.launch.slurm.recall), and 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import secrets
@@ -34,11 +33,6 @@ from longseq.training.shards import Content, write
 PLACE = "LONGSEQ_MEMORY"  # a variable: the address where this node's ranks hear the others, and the folder
 _CONNECT_SECONDS, _OLD_SECONDS = 10.0, 86400.0
 _BLOCK = 1 << 20
-
-
-def folder_of(run: Run, root: Path = Path("/dev/shm")) -> Path:
-    """Where a node keeps the copies of a run, of all its starts."""
-    return root / f"longseq-{hashlib.sha256(os.fsencode(run.path.resolve())).hexdigest()[:12]}"
 
 
 def parts_in(folder: Path, start: int) -> dict[int, dict[int, dict[str, Any]]]:
@@ -154,9 +148,9 @@ class MemoryCopies:
         print(f"longseq: warning: rank {self.rank}: {text}: {then}.", file=sys.stderr, flush=True)
 
 
-def remove_old(root: Path = Path("/dev/shm")) -> None:
-    """What runs have left here whose job was ended by force."""
-    for left in root.glob("longseq-????????????"):
+def remove_old(folder: Path) -> None:
+    """What other runs have left next to one's folder, whose jobs were ended by force."""
+    for left in folder.parent.glob("longseq-????????????"):
         with suppress(OSError):
             newest = max(path.stat().st_mtime for path in (left, *left.iterdir()))
             if left.stat().st_uid == os.getuid() and time.time() - newest > _OLD_SECONDS:

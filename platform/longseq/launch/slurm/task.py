@@ -102,7 +102,7 @@ def _train(
         from longseq.launch.slurm.recall import recall
         from longseq.training.collectives import PATIENCE
         from longseq.training.fit import fit
-        from longseq.training.memory_copies import PLACE, folder_of, remove_old
+        from longseq.training.memory_copies import PLACE, remove_old
 
     quiet()
     raise_open_files()
@@ -134,12 +134,11 @@ def _train(
         if changed:
             _say(f"since the run was submitted, packages have changed: {', '.join(changed)}.", "warning")
     vitals.within = None
-    memory = folder_of(run)
     if config.trainer.memory_checkpoint_every:
         vitals.at("looking at copies in memory")
-        remove_old()
-        os.environ[PLACE] = f"{own_address(place.address)} {memory}"
-        if said := recall(run, place, HashStore() if store is None else store, memory):
+        remove_old(run.memory_dir)
+        os.environ[PLACE] = f"{own_address(place.address)} {run.memory_dir}"
+        if said := recall(run, place, HashStore() if store is None else store, run.memory_dir):
             _say(f"{said}.", "note")
     vitals.at("looking at data and checkpoints")
     # One looks at the checkpoints, whose sums take their time, and tells the others.
@@ -156,7 +155,7 @@ def _train(
     checkpoint = Checkpoint(run.checkpoints_dir / chosen) if chosen else None
     finished = fit(run, config, checkpoint, stop, vitals, Path(origin) if origin else None)
     if place.local_rank == 0:
-        shutil.rmtree(memory, ignore_errors=True)  # it is on the disk
+        shutil.rmtree(run.memory_dir, ignore_errors=True)  # it is on the disk
     return 0 if finished else EXIT_GO_ON
 
 
