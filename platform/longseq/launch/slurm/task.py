@@ -134,6 +134,8 @@ def _train(
         if changed:
             _say(f"since the run was submitted, packages have changed: {', '.join(changed)}.", "warning")
     vitals.within = None
+    if store is not None:
+        store.set_timeout(PATIENCE)
     if config.trainer.memory_checkpoint_every:
         vitals.at("looking at copies in memory")
         remove_old(run.memory_dir)
@@ -148,7 +150,6 @@ def _train(
         if place.rank == 0:
             store.set("origin", origin)
             store.set("checkpoint", chosen)
-        store.set_timeout(PATIENCE)
         chosen, origin = (store.get(name).decode() for name in ("checkpoint", "origin"))
     if chosen == _FINISHED:
         return 0
