@@ -154,9 +154,14 @@ def test_of_two_submissions_at_once_both_have_the_code(tmp_path, monkeypatch):
     assert [path.name for path in folder.iterdir()] == [code.current()]
 
 
-def test_a_node_that_would_run_other_code_than_the_jobs_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv(code.TOLD, str(Path(code.longseq.__file__).parents[1]))
-    code.check_told()
+def test_a_node_that_would_run_other_code_than_the_jobs_is_refused(tmp_path, monkeypatch, checkout, submitted):
+    snapshot = code.folder_of(submitted, keep(submitted, checkout))
+    monkeypatch.setenv(code.TOLD, str(snapshot))
+    asks = ("-c", "from longseq.runs import code; print(code.other_than_told())")
+    assert python(*asks, first=snapshot) == "\n"
+    (snapshot / "longseq/errors.py").open("a").write("\n")
+    words = "is not as it was submitted: a file of it was changed, or does not come whole to this node."
+    assert python(*asks, first=snapshot) == f"{snapshot} {words}\n"
     monkeypatch.setenv(code.TOLD, str(tmp_path))
     with pytest.raises(RunError, match=rf"^{socket.gethostname()}: the job's code is {tmp_path}, and .* would run"):
         code.check_told()

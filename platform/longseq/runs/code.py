@@ -126,11 +126,20 @@ def check_told() -> None:
     Raises:
         RunError: naming the node and both.
     """
+    if problem := other_than_told():
+        raise RunError(f"{socket.gethostname()}: {problem}")
+
+
+def other_than_told() -> str:
+    """What is wrong where this process runs other code than the job's script has told; empty where it does not."""
     told, here = os.environ.get(TOLD), _packages()[0].parent
-    if told and here.resolve() != Path(told).resolve():
-        raise RunError(
-            f"{socket.gethostname()}: the job's code is {told}, and {here} would run: does the node see that folder?"
-        )
+    if not told:
+        return ""
+    if here.resolve() != Path(told).resolve():
+        return f"the job's code is {told}, and {here} would run: does the node see that folder?"
+    if current() != Path(told).name:  # which its content has given it
+        return f"{told} is not as it was submitted: a file of it was changed, or does not come whole to this node."
+    return ""
 
 
 def changed_packages() -> list[str]:

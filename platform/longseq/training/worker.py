@@ -108,7 +108,7 @@ def _train(run: Run, checkpoint_path: Path | None, origin: Path | None, vitals: 
     stop = StopFlag()
     stop.install()
 
-    with _nothing_collected():
+    with nothing_collected():
         import torch
 
         from longseq.runs.checkpoint import Checkpoint
@@ -126,7 +126,7 @@ def _train(run: Run, checkpoint_path: Path | None, origin: Path | None, vitals: 
 
 def _rehearse(run: Run, vitals: Vitals) -> int:
     raise_open_files()
-    with _nothing_collected():
+    with nothing_collected():
         from longseq.training.rehearsal import rehearse
 
     quiet()
@@ -137,7 +137,7 @@ def _rehearse(run: Run, vitals: Vitals) -> int:
 
 
 @contextmanager
-def _nothing_collected() -> Iterator[None]:
+def nothing_collected() -> Iterator[None]:
     """For imports: what modules make stays.
 
     To look through it for garbage takes an eighth of their time, and a quarter of a second at each collection later:

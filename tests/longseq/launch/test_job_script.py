@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +46,7 @@ class Job:
         request = Request(nodes, 1, gpus=False, min_nodes=min_nodes, spares=spares, comes_back=comes_back)
         self.script = train_script(self.run, config, Site(pause_seconds=0, **site), request)  # type: ignore[arg-type]
         self._tool("squeue", 'case "$*" in *%T*) echo ${STATE:-RUNNING} ;; esac')
-        self._tool("sleep", 'if [ "$1" -ge 10 ]; then echo "slept $1"; fi; exec /bin/sleep 0.05')
+        self._tool("sleep", 'if [ "${1%.*}" -ge 10 ]; then echo "slept $1"; fi; exec /bin/sleep 0.05')
         self.partition()
 
     def partition(self, *names: str) -> None:
@@ -396,6 +398,25 @@ def test_a_node_on_which_nothing_starts_any_more_is_left_out(tmp_path):
     assert "--nodelist=n1,n3 " in job.arguments[1]
     words = "lost n2: SLURM can start nothing there any more. rank 0 on n1 lost its peer.\n"
     assert (job.run / "starts/00001.end").read_text() == words
+
+
+def test_a_node_that_takes_no_connection_is_left_out_at_once(tmp_path):
+    """Its slurmd listens nowhere; srun waits for the tasks there, and a step on it would be waited for, too."""
+    job = Job(tmp_path, spares=1)
+    with socket.create_server(("127.0.0.1", 0)) as there, socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        ports = [each.getsockname()[1] for each in (there, nobody, there)]
+        answers = "; ".join(f"echo n{number} 127.0.0.1 {port}" for number, port in enumerate(ports, 1))
+        job._tool("sinfo", f'case "$*" in *Port*) {answers} ;; esac')
+        job._tool("sleep", "exec /bin/sleep $1")
+        began = time.monotonic()
+        ended = job.start('echo "crashed rank 0 on n1 lost its peer." >"$start.end"; exec /bin/sleep 60')
+    assert (ended.code, job.starts) == (75, [1, 2])
+    assert "--nodelist=n1,n3 " in job.arguments[1]
+    words = "n2: SLURM's daemon cannot be reached there: it is off, or cut from the others. rank 0 on n1 lost its peer."
+    assert (job.run / "starts/00001.end").read_text() == f"lost {words}\n"
+    assert not (job.run / "starts/00001.crash").exists()
+    assert time.monotonic() - began < 25  # of which six are waited; 60 and more where srun is waited for
 
 
 def test_without_spares_a_job_goes_on_with_fewer_nodes_or_through_the_queue(tmp_path):

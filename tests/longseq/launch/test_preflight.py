@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,15 @@ def test_all_ranks_hear_of_an_unfit_node(monkeypatch):
     said = said_by(places(4, "43"), [Limits(), Limits(), Limits(), Limits(disk_gib=1e9)])
     assert len(set(said)) == 1
     assert said[0].startswith("node2: only ")
+
+
+def test_a_node_that_would_run_other_code_is_named_as_unfit(monkeypatch):
+    """One process of each node looks; the job's script takes a spare for it."""
+    ranks = [replace(place, local_rank=place.rank % 2) for place in places(4, "53")]
+    monkeypatch.setattr(preflight, "other_than_told", iter(["", "the job's code is elsewhere."]).__next__)
+    said = said_by(ranks, [Limits()] * 4)
+    assert len(set(said)) == 1
+    assert said[0] in ("node1: the job's code is elsewhere.", "node2: the job's code is elsewhere.")
 
 
 def test_a_rank_that_reaches_nobody_says_so():

@@ -22,6 +22,7 @@ from longseq.errors import EXIT_UNFIT, LongseqError
 from longseq.launch.slurm.interfaces import choose_interface, own_address
 from longseq.launch.slurm.place import Limits, Place
 from longseq.measure.memory import gib
+from longseq.runs.code import other_than_told
 from longseq.training.collectives import PATIENCE, ControlGroup
 from longseq.training.rehearsal import all_reduce_rate
 from longseq_data.files import write_text
@@ -61,6 +62,8 @@ def meet(
     """
     room = shutil.disk_usage(tempfile.gettempdir()).free
     problem = _problem(device, room, limits)
+    if place.local_rank == 0 and not problem:
+        problem = other_than_told()
     if place.world == 1:
         if problem:
             raise UnfitError(f"{place.node_of(0)}: {problem}")
