@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 from dataclasses import asdict
 from pathlib import Path
@@ -63,19 +65,43 @@ def test_pruning_keeps_the_newest_and_removes_what_was_interrupted(run, publish)
     assert names(run.checkpoints_dir) == ["last", "step-00000100.ckpt", "step-00000101.ckpt"]
 
 
-def test_a_checkpoint_that_cannot_be_removed_is_said_and_removed_next_time(run, publish, capsys):
+def test_checkpoints_that_cannot_be_removed_are_said_and_spare_the_others_nothing(run, publish, capsys, monkeypatch):
+    for step in range(1, 7):
+        publish(step)
+    rename = Path.rename
+
+    def refused(path, target):
+        if path.name in ("step-00000002.ckpt", "step-00000004.ckpt"):
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    checkpoint.prune(run.checkpoints_dir, keep=1)
+    assert names(run.checkpoints_dir) == ["last", *(f"step-0000000{step}.ckpt" for step in (2, 4, 6))]
+    said = capsys.readouterr().err
+    assert said.startswith(f"longseq: warning: {run.checkpoints_dir / 'step-00000002.ckpt'}: is no longer needed, but ")
+    assert "(1 more like it)" in said
+    monkeypatch.undo()
+    (run.checkpoints_dir / ".step-00000004.ckpt.removed.partial" / "training").mkdir(parents=True)  # of a kill
+    checkpoint.prune(run.checkpoints_dir, keep=1)
+    assert names(run.checkpoints_dir) == ["last", "step-00000006.ckpt"]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_removal_that_fails_in_the_middle_is_said(run, publish, capsys, monkeypatch):
     for step in (9, 10):
         publish(step)
-    left = run.checkpoints_dir / ".step-00000009.ckpt.removed.partial"  # of this name it cannot be renamed to
-    (left / "training").mkdir(parents=True)
+    unlink = os.unlink
+
+    def refused(path, **options):
+        if str(path).endswith("manifest.json"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        unlink(path, **options)
+
+    monkeypatch.setattr(os, "unlink", refused)
     checkpoint.prune(run.checkpoints_dir, keep=1)
-    assert names(run.checkpoints_dir) == ["last", "step-00000009.ckpt", "step-00000010.ckpt"]
-    said = capsys.readouterr().err
-    assert said.startswith(f"longseq: warning: {run.checkpoints_dir / 'step-00000009.ckpt'}: is no longer needed, but ")
-    assert "(Directory not empty)" in said
-    checkpoint.prune(run.checkpoints_dir, keep=1)
-    assert names(run.checkpoints_dir) == ["last", "step-00000010.ckpt"]
-    assert capsys.readouterr().err == ""
+    assert "step-00000009.ckpt: is no longer needed, but cannot be removed" in capsys.readouterr().err
+    assert run.newest_checkpoint()[0].step == 10
 
 
 def test_pruning_prefers_the_checkpoint_just_written_to_damaged_ones_after_it(run, publish):

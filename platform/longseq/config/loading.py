@@ -26,12 +26,12 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, resolved: bo
         ConfigError: one sentence that names the file and line or the argument, the key, the nearest valid key and
             its meaning.
     """
-    return checked(path, overrides, merge_config(path, overrides, None if resolved else inherited))
+    return checked(path, overrides, merge_config(path, overrides, inherited=None if resolved else inherited))
 
 
 def read_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """As :func:`load_config`, but for what holds keys against each other: it may be no whole training yet."""
-    return merge_config(path, overrides, inherited)
+    return merge_config(path, overrides, inherited=inherited)
 
 
 def inherited(origin: str) -> dict[str, dict[str, Any]]:

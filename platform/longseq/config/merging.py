@@ -33,7 +33,7 @@ _FREE_FORM = ("deepspeed",)  # sections passed through unchecked
 
 
 def merge_config(
-    path: Path | str, overrides: Sequence[str] = (), inherited: Callable[[str], dict[str, Any]] | None = None
+    path: Path | str, overrides: Sequence[str] = (), *, inherited: Callable[[str], dict[str, Any]] | None
 ) -> Config:
     """A YAML file, the files it ``extends``, and ``section.key=value`` overrides, in rising priority.
 
@@ -75,7 +75,7 @@ def checked(path: Path | str, overrides: Sequence[str], config: Config) -> Confi
 
 def run_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """The configuration that a run's folder holds. Raises ConfigError, as :func:`merge_config` does."""
-    return checked(path, overrides, merge_config(path, overrides))
+    return checked(path, overrides, merge_config(path, overrides, inherited=None))
 
 
 def _as_of_before(files: Sequence[_Layer]) -> None:
@@ -146,7 +146,7 @@ def save_config(config: Config, path: Path) -> None:
     values = _plain(config)
     if path.is_file():
         there: Any = OmegaConf.load(path)
-        before = _plain(merge_config(path))
+        before = _plain(merge_config(path, inherited=None))
         for section, keys in values.items():
             lacking = [name for name in keys if name not in (there.get(section) or {})]
             for name in lacking:

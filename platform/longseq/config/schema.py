@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from longseq.config import checks
-from longseq.config.sections import Sections
+from longseq.config.sections import AttentionConfig, DataConfig, ModelConfig, RunConfig, Sections
+from longseq.config.training import OptimConfig, TrainerConfig
+
+__all__ = ["AttentionConfig", "Config", "DataConfig", "ModelConfig", "OptimConfig", "RunConfig", "TrainerConfig"]
 
 
 @dataclass

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from longseq.config.benchmarks import OF_ONE
 from longseq.config.plan import OF_A_LAYER
 
-# The types of lists that hold mappings: see config.schema and config.training.
+# The types of lists that hold mappings: see config.sections and config.training.
 SOURCES, LAYERS, BENCHMARKS = "Sources", "Layers", "Benchmarks"
 MAPPINGS = (SOURCES, LAYERS, BENCHMARKS)
 _MAPPING = re.compile(r"[\[\s]*\{\s*[\w.'\"-]+:\s")  # and not the name of a file: {a}

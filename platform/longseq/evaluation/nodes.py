@@ -78,7 +78,7 @@ def help_out(nodes: Nodes, node: int, devices: int) -> None:
 def let_go(place: Path) -> None:
     """Remove a folder of shards that nobody needs any more, unless a newer start of the job has it.
 
-    Of a job's nodes ``main`` does it when the verb has ended well; of a verb in one process, ``shards.kept``.
+    On the nodes of a job ``main`` does it when the verb has ended well; on one machine, ``shards.kept``.
     """
     with suppress(SupersededError, OSError):
         starts.check_own()

@@ -184,7 +184,7 @@ class Ward:
 
     def keep(self, run: Run, finding: Finding) -> None:
         """Keep its stacks and its last collectives in the run's folder."""
-        with suppress(OSError):  # it has ended
+        with suppress(OSError):  # it has ended, or reads nothing any more
             self.ours.send(TRACE)
         text = processes.stacks(self.pid, self.stacks, native=self.rank in finding.ranks)
         self._read = os.fstat(self.stacks.fileno()).st_size

@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -345,14 +345,8 @@ def prune(directory: Path, keep: int, best: int = 0, every: int = 0) -> None:
             with suppress(CheckpointError):
                 losses[checkpoint] = checkpoint.position.valid_loss
                 newest += [checkpoint] if len(newest) < keep else []
-        for stale in losses.keys() - {*newest, *_best(losses, best)}:
-            if not _is_multiple(stale, every):
-                try:
-                    _remove(stale.path)
-                except OSError as error:
-                    what = f"{explained(error, stale.path, 'is no longer needed, but cannot be removed')}."
-                    print(f"longseq: warning: {what}", file=sys.stderr, flush=True)
-                    break  # of the others one would say the same
+        stale = losses.keys() - {*newest, *_best(losses, best)}
+        _remove_all(checkpoint.path for checkpoint in stale if not _is_multiple(checkpoint, every))
     remove_partials(directory)
 
 
@@ -366,12 +360,26 @@ def _best(losses: Mapping[Checkpoint, float | None], count: int) -> list[Checkpo
     return [checkpoint for _, _, checkpoint in sorted(validated, key=lambda entry: entry[:2])[:count]]
 
 
+def _remove_all(checkpoints: Iterable[Path]) -> None:
+    """Of those that cannot be removed, the first is said."""
+    left: list[str] = []
+    for path in sorted(checkpoints):
+        try:
+            _remove(path)
+        except OSError as error:
+            left.append(explained(error, path, "is no longer needed, but cannot be removed"))
+    if left:
+        others = f" ({len(left) - 1} more like it)" if left[1:] else ""
+        print(f"longseq: warning: {left[0]}{others}.", file=sys.stderr, flush=True)
+
+
 def _remove(path: Path) -> None:
     """Under a partial's name first: half of it, after a kill, must not look like a damaged checkpoint."""
     partial = path.with_name(f".{path.name}.removed.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # what an interrupted removal has left
     with suppress(FileNotFoundError):  # another process has removed it
         path.rename(partial)
-    shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial)
 
 
 def remove_partials(directory: Path) -> None:

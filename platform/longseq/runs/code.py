@@ -48,8 +48,13 @@ def current() -> str:
 
 
 def kept(run: Run) -> str:
-    """The hash of the code that a run goes on with; empty where none was kept."""
-    with suppress(FileNotFoundError):  # with any other error a run would go on with other code, unsaid
+    """The hash of the code that a run goes on with; empty where none was kept.
+
+    Raises:
+        RunError: if it cannot be read.
+    """
+    # With any other error a run would go on with other code, unsaid.
+    with _as_sentence(_folder(run), "read"), suppress(FileNotFoundError, NotADirectoryError):
         name = (_folder(run) / "used").read_text(errors="replace").strip()
         if name and folder_of(run, name).is_dir():
             return name
@@ -68,7 +73,7 @@ def keep(run: Run) -> None:
         RunError: if it cannot be written.
     """
     keep_in(_folder(run))
-    with _as_sentence(_folder(run)):
+    with _as_sentence(_folder(run), "kept"):
         write_text(_folder(run) / "used", f"{current()}\n")
 
 
@@ -78,17 +83,17 @@ def keep_in(folder: Path) -> None:
     Raises:
         RunError: if it cannot be written.
     """
-    with _as_sentence(folder):
+    with _as_sentence(folder, "kept"):
         if not (folder / current()).is_dir():
             _copy(folder / current())
 
 
 @contextmanager
-def _as_sentence(folder: Path) -> Iterator[None]:
+def _as_sentence(folder: Path, done: str) -> Iterator[None]:
     try:
         yield
     except (OSError, shutil.Error) as error:
-        raise RunError(f"{folder}: the code of the run cannot be kept: {error}.") from None
+        raise RunError(f"{folder}: the code of the run cannot be {done}: {error}.") from None
 
 
 def _copy(target: Path) -> None:

@@ -117,7 +117,10 @@ class WithCurves(AfterSteps):
         self.curves = curves
 
     def on_point(self, trainer: pl.Trainer, task: pl.LightningModule, step: int) -> None:
-        """The curves get a point after ``step``. All ranks call it."""
+        """A point of the curves is due after ``step``. All ranks call it.
+
+        Where all steps since the point before were left out, it has no losses.
+        """
         raise NotImplementedError
 
     def on_step(self, trainer: pl.Trainer, task: pl.LightningModule, step: int) -> None:
