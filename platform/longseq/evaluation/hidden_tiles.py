@@ -1,7 +1,7 @@
 """Sequences of any length, read by a trained model in tiles where it can, in one piece where that fits into memory.
 
-What has no sums to carry (exact attention, features of both signs, and bidirectional layers with a window, a decay or
-scaled masks) goes in one piece, layer by layer, which takes memory that grows with the length.
+Exact attention has no sums to carry: a model with a layer of it goes in one piece, layer by layer, which takes memory
+that grows with the length.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def hidden_in_tiles(
     elif layer == 0:
         for start in range(0, len(row), spec.tile):
             yield start, model.hidden(ids(model, row[start : start + spec.tile]), layer=0)
-    elif spec.carries:
+    elif spec.reads_on:
         yield from ((start, x) for start, x, _ in carried(model, row, layer=layer))
     elif spec.sums_up:
         yield from layer_by_layer(model, row, layer)
@@ -53,11 +53,13 @@ def hidden_in_tiles(
 
 def _refuse_what_does_not_fit(model: PerformerLM, length: int) -> None:
     weight, spec = model.embedding.weight, model.spec
-    needed, free = _AT_ONCE * length * spec.dim * weight.element_size(), available(weight.device)
+    numbers = _AT_ONCE * length * spec.dim
+    if any(options.kind == "exact" and options.learned_decay for options in spec.plan):
+        numbers += spec.heads * length**2  # a decay is a table of all scores
+    needed, free = numbers * weight.element_size(), available(weight.device)
     if needed > free:
-        what = "exact attention" if any(options.kind == "exact" for options in spec.plan) else "this model's attention"
         raise LongseqError(
             f"a sequence of {length:,} tokens in one piece takes about {needed / 2**30:,.1f} GiB, and "
-            f"{free / 2**30:,.1f} GiB are free: {what} has no sums to carry from tile to tile; give shorter sequences, "
-            "or take a machine with more memory."
+            f"{free / 2**30:,.1f} GiB are free: exact attention has no sums to carry from tile to tile; give shorter "
+            "sequences, or take a machine with more memory."
         )

@@ -41,7 +41,11 @@ carried = [
 ]
 summed = [{"causal": False}, {"causal": False, "kernel": "relu", "value_residual": True, "qk_norm": True}]
 summed += [{"causal": False, **MODERN}]
-in_one_piece = [{"kind": "exact"}, {"causal": False, "window": 9}, {"causal": False, "forget_gate": True}]
+on_both_sides = [
+    {"causal": False, "window": 9, "learned_share": True, "learned_decay": True, **MODERN},
+    {"causal": False, "forget_gate": True, "mask_scaling": True},
+]
+in_one_piece = [{"kind": "exact"}, {"causal": False, "kind": "exact", "learned_decay": True}]
 
 
 def build(**options: object) -> PerformerLM:
@@ -65,7 +69,7 @@ def named(options):
     return "-".join(f"{key}={value}" for key, value in options.items()) or "softmax"
 
 
-@pytest.mark.parametrize("options", carried + summed + in_one_piece, ids=named)
+@pytest.mark.parametrize("options", carried + summed + on_both_sides + in_one_piece, ids=named)
 @pytest.mark.parametrize("layer", [0, 2, None])
 def test_tiles_give_what_one_pass_gives(options, layer):
     model, whole = build(**options), build(**options, sequence_tile=0).double()
@@ -84,7 +88,7 @@ def test_a_long_log_likelihood_is_that_of_one_pass(options):
     assert found == pytest.approx(float(wanted), rel=1e-6)
 
 
-@pytest.mark.parametrize("options", [*summed, {"causal": False, "window": 9}], ids=named)
+@pytest.mark.parametrize("options", summed + on_both_sides, ids=named)
 def test_long_masked_scores_are_those_of_one_pass(options):
     """The pseudo-log-likelihood in three passes, and the effects of variants, whose sites lie in several tiles."""
     model, total = build(**options), 0.0
@@ -157,7 +161,7 @@ def test_an_evaluation_of_long_windows_counts_what_one_pass_counts(trained, fold
     np.testing.assert_allclose(tiles.confidence, whole.confidence, rtol=1e-4)
 
 
-@pytest.mark.parametrize("options", [carried[2], summed[1]], ids=named)
+@pytest.mark.parametrize("options", [carried[2], summed[1], *on_both_sides], ids=named)
 def test_tensors_of_a_ten_times_longer_sequence_take_no_more_memory(options):
     model, peaks = build(**options), []
     for length in (3000, 30_000):
@@ -175,6 +179,7 @@ def test_what_cannot_be_carried_and_does_not_fit_is_refused(monkeypatch):
     monkeypatch.setattr(hidden_tiles, "available", lambda _: 2.0**20)
     with pytest.raises(LongseqError, match=r"4,502 tokens in one piece .* exact attention has no sums to carry"):
         list(hidden_in_tiles(build(kind="exact"), ROW))
-    with pytest.raises(LongseqError, match="this model's attention has no sums"):
-        list(hidden_in_tiles(build(causal=False, window=9), ROW))
+    decaying = build(causal=False, kind="exact", learned_decay=True)
+    with pytest.raises(LongseqError, match=r"takes about 0\.2 GiB, and 0\.0 GiB are free"):  # of 3 heads' scores
+        list(hidden_in_tiles(decaying, ROW))
     assert len(list(hidden_in_tiles(build(), ROW))) == 7
