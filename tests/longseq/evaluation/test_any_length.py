@@ -19,6 +19,7 @@ from longseq.evaluation.records import Record
 from longseq.evaluation.request import samples_of
 from longseq.evaluation.split_scores import score
 from longseq.evaluation.variants import Variant
+from longseq.evaluation.vector_options import Wanted
 from longseq.measure.peaks import PeakMeter
 from longseq.models.performer import PerformerLM
 from longseq.models.spec import PerformerSpec
@@ -123,8 +124,8 @@ def test_effects_in_a_long_protein_are_differences_of_its_log_likelihoods():
 @pytest.mark.parametrize("options", [carried[2], summed[1]], ids=named)
 def test_the_mean_vector_of_a_long_record_needs_none_of_its_residues(options):
     model, short = build(**options), Record("short", ROW[-30:])
-    found = list(vectors(model, PROTEIN, [Record("long", ROW), short], None))
-    means = list(vectors(model, PROTEIN, [Record("long", ROW), short], None, per_residue=False))
+    found = list(vectors(model, PROTEIN, [Record("long", ROW), short], Wanted()))
+    means = list(vectors(model, PROTEIN, [Record("long", ROW), short], Wanted(per_residue=False)))
     whole = build(**options, sequence_tile=0).double()
     with torch.inference_mode():
         wanted = whole.hidden(torch.from_numpy(ROW.astype(np.int64))[None])[0, 1:-1].numpy()

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from longseq.evaluation.likelihood import causal, pseudo
+from longseq.evaluation.records import record_of
 from longseq.trained_model import find
 from longseq_data.vocabulary import MASK, PROTEIN
 
@@ -51,9 +52,9 @@ def run(trained, request):
 
 @pytest.mark.parametrize("run", KINDS, indirect=True)
 def test_65536_tokens_in_tiles_equal_one_pass_in_float64(run, capsys, request):
-    row = np.array([PROTEIN.bos, *PROTEIN.encode(letters(LENGTH)), PROTEIN.eos], dtype=np.uint8)
-    assert len(row) == 65_536
     source = find(run)
+    row = record_of(source, "one", letters(LENGTH), "a record").row
+    assert len(row) == 65_536
     found = causal(source.load(), PROTEIN, [row])[0] if source.causal else pseudo(source.load(), PROTEIN, row, 2)
     whole, tokens = find(run, ["model.sequence_tile=0"]).load().double(), torch.from_numpy(row.astype(np.int64))
     wanted = 0.0
@@ -77,7 +78,7 @@ def test_the_peak_of_score_does_not_grow_with_the_record(run, folder, capsys, re
     for length in (LENGTH, TITIN, MILLION):
         (folder / "one.fasta").write_text(f">one\n{letters(length)}\n")
         passes = ["--passes", "1"] * (not find(run).causal)
-        command = [sys.executable, "-c", PEAK, "score", str(run.path), "one.fasta", *passes]
+        command = [sys.executable, "-c", PEAK, "score", str(run), "one.fasta", *passes]
         ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert ended.returncode == 0, ended.stderr
         assert re.search(rf"\bone\t{length}\t-\d", ended.stdout)
