@@ -15,7 +15,7 @@ from pathlib import Path
 from longseq.commands.numbers import natural
 from longseq.commands.options import add_devices, add_model, add_overrides, end_well, given, ready
 from longseq.evaluation.embed import embed_to_file
-from longseq.evaluation.vector_options import DTYPES, POOLS
+from longseq.evaluation.vector_options import DTYPES, IDS, POOLS
 from longseq.trained_model import find
 
 
@@ -41,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=POOLS[0],
         help="a sequence's vector: mean or max over its residues, or that of the token before them (default mean)",
     )
+    parser.add_argument(
+        "--ids", choices=IDS, default=IDS[0], help="as they are, or the second of an id x called x.2 (default given)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of the numbers (default float32)")
 
 
@@ -50,7 +53,7 @@ def _layers(text: str) -> tuple[int | None, ...]:
 
 def run(args: argparse.Namespace) -> int:
     source = find(args.target, args.overrides, ema=args.ema)
-    how = given(args, "ema layer layers pool dtype per_residue devices")
+    how = given(args, "ema layer layers pool dtype per_residue ids devices")
     begin = ready if args.devices == 1 else end_well  # who deals out the work needs no torch, and begins sooner
     written = embed_to_file(source, args.file, args.out, args.overrides, begin=begin, **how)
     print(f"longseq: {written:,} sequences × {source.spec.dim} written to {args.out}", file=sys.stderr)

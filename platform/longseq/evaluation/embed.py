@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from longseq.errors import LongseqError
 from longseq.evaluation.records import look
 from longseq.evaluation.shards import Job, done, kept, refuse_devices, results
-from longseq.evaluation.vector_options import DTYPES, POOLS, Wanted
+from longseq.evaluation.vector_options import DTYPES, IDS, POOLS, Wanted
 from longseq.output_files import check_output, output_file, shards_of
 from longseq.trained_model import Source, find
 
@@ -73,6 +73,7 @@ def embed_to_file(
     pool: str = "mean",
     dtype: str = "float32",
     per_residue: bool = False,
+    ids: str = "given",
     devices: int = 1,
     begin: Callable[[], None] = lambda: None,
 ) -> int:
@@ -81,12 +82,15 @@ def embed_to_file(
     What is finished is kept in .FILE.shards next to it until the file is whole: the same call goes on there.
 
     Args:
+        ids: "given", as they are, or "numbered": the second of an id x is called x.2, and so on, which takes memory for
+            all ids.
         begin: called when all has been checked, before the model is read.
 
     Raises:
         LongseqError, DataError: also for a file of another ending, and one that cannot be written.
     """
     source = find(target, overrides, ema=ema)
+    _refuse_others("ids", ids, IDS)
     if out.suffix not in (".parquet", ".npz"):
         raise LongseqError(f"--out {out}: embeddings are written to .parquet or .npz; give it one of these endings.")
     wanted = _wanted(source, layer, layers, pool, dtype, per_residue)
@@ -102,7 +106,8 @@ def embed_to_file(
     # The shards go after the file has its name: whenever it is killed, one of the two is there.
     with kept(place, work), output_file(out) as partial:
         begin()
-        return write(results(place, work, devices), partial, source.spec.dim, wanted)
+        rows = results(place, work, devices)
+        return write(_numbered(rows) if ids == "numbered" else rows, partial, source.spec.dim, wanted)
 
 
 def embedding(source: Source, file: str | Path, overrides: Sequence[str], wanted: Wanted, *, ema: bool) -> Job:
@@ -131,10 +136,26 @@ def _wanted(
             )
     if not asked or len(set(asked)) < len(asked):
         raise LongseqError(f"layers={_said(asked)}: give each layer once, e.g. 1,3.")
-    for name, value, known in (("pool", pool, POOLS), ("dtype", dtype, DTYPES)):
-        if value not in known:
-            raise LongseqError(f"{name}={value}: take {', '.join(known[:-1])} or {known[-1]}.")
+    _refuse_others("pool", pool, POOLS)
+    _refuse_others("dtype", dtype, DTYPES)
     return Wanted(asked, layers is not None, pool, per_residue, dtype)
+
+
+def _refuse_others(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise LongseqError(f"{name}={value}: take {', '.join(known[:-1])} or {known[-1]}.")
+
+
+def _numbered(rows: Iterator[Embedded]) -> Iterator[Embedded]:
+    """With ids that are each there once."""
+    count: dict[str, int] = {}
+    for row in rows:
+        name = row.identifier
+        while name in count:
+            count[row.identifier] += 1
+            name = f"{row.identifier}.{count[row.identifier]}"
+        count[name] = 1
+        yield row._replace(identifier=name)
 
 
 def _said(layers: Sequence[int | None]) -> str:

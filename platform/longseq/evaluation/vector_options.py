@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 POOLS = ("mean", "bos", "max")
 DTYPES = ("float32", "float16")
+IDS = ("given", "numbered")
 Layer = int | None
 Vectors = npt.NDArray[np.floating]
 

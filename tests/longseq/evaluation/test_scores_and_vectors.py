@@ -260,6 +260,15 @@ def test_pools_and_layers_are_those_of_the_models_vectors(trained, longseq, fold
         assert half[f"{pool}_1"].dtype == half["residues_0"].dtype == np.float16
 
 
+def test_ids_are_as_given_or_numbered_where_they_repeat(trained, longseq, folder):
+    run, given = trained(), ["a", "b", "a", "a.2", "a", "c"]
+    (folder / "twice.fasta").write_text("".join(f">{name}\nMKV{'A' * at}\n" for at, name in enumerate(given)))
+    longseq("embed", run, "twice.fasta", "--out", "v.npz")
+    assert np.load("v.npz")["ids"].tolist() == given
+    longseq("embed", run, "twice.fasta", "--out", "v.npz", "--ids", "numbered")
+    assert np.load("v.npz")["ids"].tolist() == ["a", "b", "a.2", "a.2.2", "a.3", "c"]
+
+
 def test_vectors_that_there_are_not_are_refused(trained, refused):
     run = trained()
     for words, said in (
