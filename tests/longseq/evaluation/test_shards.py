@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -342,3 +343,13 @@ def test_killed_processes_cost_their_shards_and_a_killed_start_nothing(trained, 
     assert typed("embed", run, "many.fasta", "--out", "one.parquet", folder=folder).code == 0
     assert (folder / "two.parquet").read_bytes() == (folder / "one.parquet").read_bytes()
     assert not place.exists()
+
+
+def test_who_deals_out_embeddings_begins_without_torch():
+    """It would be imported once more before the processes that need it are started."""
+    program = (
+        "import sys, longseq.evaluation.embed, longseq.evaluation.embedding_files, longseq.evaluation.vector_work\n"
+        "print('torch' in sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.stdout == "False\n", ended.stderr
