@@ -8,21 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from longseq.errors import LongseqError
 from longseq.measure.peaks import available
 from longseq.models.performer import PerformerLM
-from longseq.models.tile_by_tile import carried, ids, layer_by_layer
+from longseq.models.tile_by_tile import Row, carried, ids, layer_by_layer
 
 _AT_ONCE = 7  # of the size (L, E): what a layer in one piece holds at its most: x, q, k, v, results, and copies of two
 
 
-def hidden_in_tiles(
-    model: PerformerLM, row: npt.NDArray[np.integer], *, layer: int | None = None
-) -> Iterator[tuple[int, Tensor]]:
+def hidden_in_tiles(model: PerformerLM, row: Row, *, layer: int | None = None) -> Iterator[tuple[int, Tensor]]:
     """What the head reads of one sequence, its first positions first.
 
     Args:
@@ -38,7 +34,7 @@ def hidden_in_tiles(
     """
     spec = model.spec
     if not 0 < spec.tile < len(row):
-        yield 0, model.hidden(ids(model, row), layer=layer)
+        yield 0, model.hidden(ids(model, row[:]), layer=layer)
     elif layer == 0:
         for start in range(0, len(row), spec.tile):
             yield start, model.hidden(ids(model, row[start : start + spec.tile]), layer=0)
@@ -48,7 +44,7 @@ def hidden_in_tiles(
         yield from layer_by_layer(model, row, layer)
     else:
         _refuse_what_does_not_fit(model, len(row))
-        yield 0, model.hidden(ids(model, row), layer=layer)
+        yield 0, model.hidden(ids(model, row[:]), layer=layer)
 
 
 def _refuse_what_does_not_fit(model: PerformerLM, length: int) -> None:

@@ -14,7 +14,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -31,8 +31,16 @@ from longseq.models.layers import Block
 from longseq.models.performer import PerformerLM
 
 
+class Row(Protocol):
+    """(L,) token ids: an array, or what gives its parts."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, where: slice, /) -> npt.NDArray[Any]: ...
+
+
 def carried(
-    model: PerformerLM, row: npt.NDArray[np.integer], *, layer: int | None = None, more: bool = False
+    model: PerformerLM, row: Row, *, layer: int | None = None, more: bool = False
 ) -> Iterator[tuple[int, Tensor, State]]:
     """Where each tile begins, what the head reads of it, (1, T, E), and the state behind it.
 
@@ -52,7 +60,7 @@ def carried(
         yield start, x, state
 
 
-def layer_by_layer(model: PerformerLM, row: npt.NDArray[np.integer], layer: int | None) -> Iterator[tuple[int, Tensor]]:
+def layer_by_layer(model: PerformerLM, row: Row, layer: int | None) -> Iterator[tuple[int, Tensor]]:
     """The same without the state, of a model that ``spec.sums_up``.
 
     A tile is given its neighbours within the reach of windows and convolutions, so what goes into a layer stays until
@@ -199,7 +207,7 @@ class _States(_File):
         return AttentionState(one[:, :-1].reshape(self.shape), one[:, -1:, None])
 
 
-def masked_share(model: PerformerLM, row: npt.NDArray[np.integer]) -> Tensor | None:
+def masked_share(model: PerformerLM, row: Row) -> Tensor | None:
     """The share of MASK in a row, (1,), if the model scales what enters it by that."""
     if not model.spec.mask_scaling:
         return None

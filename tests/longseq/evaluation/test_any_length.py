@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from longseq.evaluation import hidden_tiles
 from longseq.evaluation.generation import Settings, draw
 from longseq.evaluation.hidden_tiles import hidden_in_tiles
 from longseq.evaluation.hidden_vectors import vectors
-from longseq.evaluation.likelihood import causal, effects, pseudo
+from longseq.evaluation.likelihood import _Masked, causal, effects, pseudo
 from longseq.evaluation.records import Record
 from longseq.evaluation.request import samples_of
 from longseq.evaluation.split_scores import score
@@ -111,6 +112,15 @@ def test_long_masked_scores_are_those_of_one_pass(options):
         log_p = reference(hidden, **options)
         wanted = sum(float(log_p[at, new] - log_p[at, old]) for at, old, new in variant.changes)
         assert effect == pytest.approx(wanted, abs=2e-4)
+
+
+def test_a_row_hidden_part_by_part_is_one_hidden_at_once():
+    for length, passes in ((3, 1), (9, 2), (9, 4), (20, 7), (20, 18)):
+        for turn in range(min(passes, length - 2)):
+            hidden, parts = ROW[:length].copy(), _Masked(ROW[:length], turn, passes, MASK)
+            hidden[1 + turn : -1 : passes] = MASK
+            for start, stop in itertools.combinations(range(length + 2), 2):
+                assert np.array_equal(parts[start:stop], hidden[start:stop])
 
 
 def test_effects_in_a_long_protein_are_differences_of_its_log_likelihoods():
