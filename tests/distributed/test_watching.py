@@ -21,12 +21,13 @@ from longseq.training.task import LanguageModelling
 
 pytestmark = pytest.mark.distributed
 
+BENCHMARK = "trainer.benchmarks=[{kind: variants, path: scan.csv, wild_type: wild.fasta, every: 8}]"
 # Everything on; decay and temperature are parameters that attention holds directly.
 WATCHED = (
     *("trainer.devices=2", "trainer.probe_every=8", "trainer.sample_tokens=20", "trainer.histogram_every=8"),
     *("trainer.ema_decay=0.7", "trainer.length_warmup_steps=6", "trainer.length_warmup_start=16"),
     *("attention.qk_norm=true", "attention.learned_decay=true", "trainer.checkpoint_every=4"),
-    "trainer.benchmarks=[{kind: variants, path: scan.csv, wild_type: wild.fasta, every: 8}]",
+    BENCHMARK,
 )
 WILD = "MKVLAACDEFGHIKLMNPQRSTVWY" * 9  # a model reads a few of its variants at once: ranks have some each
 NOISE = "trainer.noise_every=4"
@@ -44,12 +45,16 @@ def texts(run: Path) -> dict[int, str]:
 
 
 @pytest.fixture(scope="module")
-def whole(folder: Path, fit: Callable[..., Path]) -> Path:
-    """20 steps of two processes under ZeRO-2, never stopped."""
+def scan(folder: Path) -> None:
     mutants = [f"{letter}{at}{new}" for at, letter in enumerate(WILD[:25], 1) for new in "AW" if new != letter]
     rows = [f"{mutant},{at * 7 % 11}" for at, mutant in enumerate(mutants)]
     (folder / "scan.csv").write_text("\n".join(["mutant,DMS_score", *rows]))
     (folder / "wild.fasta").write_text(f">w\n{WILD}\n")
+
+
+@pytest.fixture(scope="module")
+def whole(scan: None, fit: Callable[..., Path]) -> Path:
+    """20 steps of two processes under ZeRO-2, never stopped."""
     return fit("watched", *WATCHED, NOISE, "trainer.keep_checkpoints=9")
 
 
@@ -58,6 +63,7 @@ RATES = {"train/learning_rate", "train/gradient_norm", "train/tokens_per_second"
 MACHINE = {"machine/mfu", "machine/model_tflops_per_step", "machine/model_tflops_per_second", "machine/memory_gib"}
 TIMES = {"time/data_ms", "time/step_ms", "time/checkpoint_seconds"}
 RANKS = {"time/slowest_rank", "time/slowest_ratio"}  # where there are several
+MEASURED = {"benchmark/scan/spearman", "time/benchmark_seconds"}
 
 
 @pytest.mark.interfaces
@@ -65,22 +71,23 @@ def test_every_curve_is_there(whole: Path) -> None:
     scalars = set(stream(whole).Tags()["scalars"])
     noise = {f"gradient_noise/{name}" for name in ("noise", "signal", "noise_scale_tokens")}
     errors = {"attention_error/layer00", "attention_error/layer01"}
-    measured = {"benchmark/scan/spearman", "time/benchmark_seconds"}
-    assert QUALITY | RATES | MACHINE | TIMES | RANKS | noise | errors | measured == scalars
+    assert QUALITY | RATES | MACHINE | TIMES | RANKS | noise | errors | MEASURED == scalars
     for tag in MACHINE | TIMES | errors:
         assert all(value > 0 for value in curve(whole, tag).values()), tag
     loss, bits = curve(whole, "valid/loss"), curve(whole, "valid/bits")
     assert bits == pytest.approx({step: value / math.log(2) for step, value in loss.items()}, rel=1e-5)
 
 
-# Runs of other tests too.
-@pytest.mark.parametrize(
-    "overrides", [("trainer.strategy=single",), ("trainer.strategy=ddp", "trainer.devices=2")], ids=" ".join
-)
-def test_every_strategy_has_the_same_curves(fit: Callable[..., Path], overrides: tuple[str, ...]) -> None:
-    run = fit(overrides[0].split("=")[1], *overrides, "trainer.checkpoint_every=10")
-    several = RANKS if len(overrides) > 1 else set()
-    assert set(stream(run).Tags()["scalars"]) == QUALITY | RATES | MACHINE | TIMES | several
+@pytest.fixture(scope="module")
+def ddp(scan: None, fit: Callable[..., Path]) -> Path:
+    saved = ("trainer.keep_checkpoints=9", "trainer.checkpoint_every=8")
+    return fit("ddp", "trainer.strategy=ddp", "trainer.devices=2", *saved, BENCHMARK)
+
+
+def test_every_strategy_has_the_same_curves(fit: Callable[..., Path], ddp: Path) -> None:
+    single = fit("single", "trainer.strategy=single", "trainer.checkpoint_every=10")  # of other tests, too
+    assert set(stream(single).Tags()["scalars"]) == QUALITY | RATES | MACHINE | TIMES
+    assert set(stream(ddp).Tags()["scalars"]) == QUALITY | RATES | MACHINE | TIMES | RANKS | MEASURED
 
 
 def test_checkpoints_have_their_time_at_their_step(whole: Path) -> None:
@@ -112,14 +119,18 @@ def test_gradient_histograms_add_up_to_the_gradient_norm(whole: Path) -> None:
         assert math.sqrt(squares) == pytest.approx(curve(whole, "train/gradient_norm")[step], rel=1e-4)
 
 
-def test_a_benchmark_shared_by_ranks_is_that_of_the_checkpoint(folder: Path, whole: Path) -> None:
-    config = load_config(whole / "config.yaml", resolved=True)
+@pytest.mark.parametrize("strategy", ["whole", "ddp"])
+def test_a_benchmark_shared_by_ranks_is_that_of_the_checkpoint(
+    folder: Path, strategy: str, request: pytest.FixtureRequest
+) -> None:
+    run = request.getfixturevalue(strategy)
+    config = load_config(run / "config.yaml", resolved=True)
     (scan,) = watched(config)
     assert len(scan.parts(live(config, 0))) > 2
-    points = curve(whole, "benchmark/scan/spearman")
+    points = curve(run, "benchmark/scan/spearman")
     assert list(points) == [8, 16]
     for step, value in points.items():
-        given = list(variant_effects(checkpoint(whole, step), folder / "wild.fasta", table=folder / "scan.csv"))
+        given = list(variant_effects(checkpoint(run, step), folder / "wild.fasta", table=folder / "scan.csv"))
         effects, measured = np.array([(row.effect, row.measured) for row in given]).T
         assert value == pytest.approx(spearman(measured, effects), abs=1e-6), step
 

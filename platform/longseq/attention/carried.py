@@ -46,22 +46,18 @@ def carried_attention(
     Args:
         q, k, v: (batch, heads, T, head_dim or value_dim), T at least the window but for the last tile.
         state: as the tile before returned it; () before the first.
-        call: of a kernel with features of one sign. The tile is causal in any case.
+        call: the tile is causal in any case.
         wide: keep the state's sums in float64. For sequences of any length; without gradients.
 
     Returns:
         (batch, heads, T, value_dim) in the dtype of v, and the state behind the tile.
 
     Raises:
-        ValueError: for a kernel with features of both signs, or a tile after one that was shorter than the window.
+        ValueError: for a tile after one that was shorter than the window.
     """
     call, options, (batch, heads) = replace(call, causal=True), call.options, q.shape[:2]
     call.checked(q, k, v)
     k = gates.marked(k, call.gate)
-    if options.signed and (options.features or not options.window):
-        raise ValueError(
-            f"kernel {options.kernel!r} has features of both signs and cannot share a denominator with a state"
-        )
     with torch.autocast(q.device.type, enabled=False):
         tile, halo, window, gate = call.rows(q, k, v), 0, options.window, None
         if call.gate is not None:
@@ -109,11 +105,16 @@ def carried_attention(
 
 def _wide_scan(rows: Rows, before: AttentionState | None, backend: str) -> tuple[Tensor, Tensor, AttentionState]:
     """As :func:`longseq.attention.operations.carried_scan`, with states in float64 and without gradients."""
+    out, lse = scan(rows, backend, None if before is None else before.to(widened(rows.v).dtype))
+    return out, lse, entered(rows, before, backend)
+
+
+def entered(rows: Rows, before: AttentionState | None, backend: str) -> AttentionState:
+    """The state behind a scan of ``rows``, in float64: that before, and all keys but those in the last ``delay``."""
     entering = max(0, rows.k.shape[1] - rows.delay)
     engine = choose(backend, rows.phi, rows.qkv, rows.gate is not None)
     behind = engine.state(rows.at(slice(0, entering))).double()
-    out, lse = scan(rows, backend, None if before is None else before.to(widened(rows.v).dtype))
     if before is not None:
         fade = rows.fade(0, entering) if rows.decay is None else -rows.decay.double() * entering
         behind = behind.merge(before.faded(fade))
-    return out, lse, behind
+    return behind

@@ -26,8 +26,6 @@ from longseq.attention.operators import is_traced
 from longseq.attention.oprf import oprf_a_from_moments, oprf_moments
 from longseq.attention.options import AttentionOptions, integer
 from longseq.attention.recurrent import RecurrentState, decode, following, read
-from longseq.attention.state import AttentionState
-from longseq.attention.summed import attention_to_sums, sum_of_keys
 from longseq.attention.tiles import pointwise
 
 # OPRF's constant is kept as an integer, in units of 1e-9: half-precision training casts every floating-point buffer.
@@ -180,25 +178,18 @@ class FavorAttention(nn.Module):
         """How many positions before and behind its own each query, key and value is made of."""
         return (0, 0) if self.conv is None else (self.conv.left, self.conv.right)
 
-    def sum_up(self, x: Tensor, beside: tuple[int, int], rotary: Tensor | None, first: Tensor | None) -> AttentionState:
-        """The sums of x's keys, but for so many positions at its beginning and end, which the convolution reads: see
-        :mod:`longseq.attention.summed`."""
-        q, k, v = self._project_inside(x, beside, rotary)
-        return sum_of_keys(q, k, self.with_first(v, first)[0], self.call())
+    def inside(
+        self, x: Tensor, beside: tuple[int, int], rotary: Tensor | None, first: Tensor | None
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Call], Tensor]:
+        """q, k, v (B, H, T, D) of a part of a sequence and what is asked for there; and the first layer's values.
 
-    def read_sums(
-        self, x: Tensor, beside: tuple[int, int], sums: AttentionState, rotary: Tensor | None, first: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        """Self-attention of these positions over all keys that ``sums`` are made of; with ``value_residual`` also the
-        values that the next layer gets as ``first``."""
-        q, k, v = self._project_inside(x, beside, rotary)
+        beside: so many positions at x's beginning and end are none of the T, and are read by the convolution alone.
+        """
+        qkv, (before, behind) = self.qkv(x), beside
+        q, k, v = self._heads(qkv if self.conv is None else self.conv.inside(qkv, beside), rotary)
         v, first = self.with_first(v, first)
-        out = self.merge(attention_to_sums(q, k, v, sums, self.call()))
-        return (out, first) if self.value_residual else (out,)
-
-    def _project_inside(self, x: Tensor, beside: tuple[int, int], rotary: Tensor | None) -> tuple[Tensor, ...]:
-        qkv = self.qkv(x)
-        return self._heads(qkv if self.conv is None else self.conv.inside(qkv, beside), rotary)
+        call = self.call(*(gate[..., before : x.shape[1] - behind] for gate in self._gates(x)))
+        return (q, k, v, call), first
 
     def _project_tiles(
         self,

@@ -1,8 +1,8 @@
 """Bidirectional attention a tile of the sequence at a time, in two passes: sums of all keys, then queries read them.
 
 Out of :mod:`longseq.attention.bidirectional`, whose sum S over all keys needs no order. The sums of the tiles are added
-up in float64: however many there are, S has no more than the rounding of a tile's fp32 sum. For kernels without window
-and decay, which see where a key is. No gradients.
+up in float64: however many there are, S has no more than the rounding of a tile's fp32 sum. What windows, decays and
+gates see of where a key is has :mod:`longseq.attention.both_ways`. No gradients.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ def sum_of_keys(q: Tensor, k: Tensor, v: Tensor, call: Call) -> AttentionState:
         call: bidirectional.
 
     Raises:
-        ValueError: for a window or a decay, and as :func:`longseq.attention.favor_attention` does.
+        ValueError: for a window, a decay or a gate, and as :func:`longseq.attention.favor_attention` does.
     """
     rows = _rows(q, k, v, call)
     return choose(call.options.backend, rows.phi, rows.qkv).state(rows).double()
 
 
-def attention_to_sums(q: Tensor, k: Tensor, v: Tensor, sums: AttentionState, call: Call) -> Tensor:
+def attention_to_sums(sums: AttentionState, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
     """Attention of a tile's queries over all keys that ``sums`` are made of: (batch, heads, T, value_dim)."""
     rows = _rows(q, k, v, call)
     narrow = sums.to(widened(rows.v).dtype)
@@ -41,8 +41,14 @@ def attention_to_sums(q: Tensor, k: Tensor, v: Tensor, sums: AttentionState, cal
 
 def _rows(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Rows:
     call.checked(q, k, v)
-    if call.causal or call.options.kind != "favor" or call.options.window or call.decay is not None:
+    if (
+        call.causal
+        or call.options.kind != "favor"
+        or call.options.window
+        or call.decay is not None
+        or call.gate is not None
+    ):
         raise ValueError(
-            "sums of all keys know no order: attention must be favor, bidirectional, without window and decay"
+            "sums of all keys know no order: attention must be favor, bidirectional, without window, decay and gate"
         )
     return call.rows(q, k, v)

@@ -108,12 +108,17 @@ def told(*what: str) -> None:
 
 
 def ready() -> None:
-    """Settings of a process that computes on its own. At SIGTERM it removes what it has half written, and ends."""
+    """Settings of a process that computes on its own."""
     import torch
 
     from longseq.allocator import keep_freed_memory
 
     if not torch.cuda.is_available():
         keep_freed_memory()
+    end_well()
+
+
+def end_well() -> None:
+    """At SIGTERM this process removes what it has half written, and ends."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -141,7 +141,7 @@ def _alignment(file: str) -> Iterator[Record]:
 
 def again(spec: PerformerSpec, length: int) -> bool:
     """Whether a context of so many tokens is read again with each sequence, as no state can stand for it."""
-    sums = all(options.kind == "favor" and not options.signed for options in spec.plan)
+    sums = all(options.kind == "favor" for options in spec.plan)
     return not sums or length < max(options.window for options in spec.plan)
 
 
@@ -154,7 +154,7 @@ class Read:
         self.model, self.row = model, row
         self.state: tuple[Tensor, ...] | None = None
         spec = model.spec
-        if spec.carries and not again(spec, len(row)):
+        if spec.reads_on and not again(spec, len(row)):
             for _, x, self.state in carried(model, row, more=True):
                 self.last = x[:, -1:]
 

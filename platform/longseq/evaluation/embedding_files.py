@@ -10,44 +10,46 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-import numpy.typing as npt
 
-from longseq.evaluation.hidden_vectors import Embedded
+from longseq.evaluation.vector_options import Embedded, Vectors, Wanted
 
 _ROWS = 256  # of a row group
 _VALUES = 1 << 22  # of a row group, about
 
 
-def write_parquet(items: Iterable[Embedded], path: Path, dim: int, per_residue: bool) -> int:
-    """Columns id, length, mean and, per residue, residues (length rows of ``dim`` numbers). Returns the sequences."""
+def write_parquet(items: Iterable[Embedded], path: Path, dim: int, wanted: Wanted) -> int:
+    """Columns id, length, of each layer one of the pool's name and, per residue, residues (length rows of ``dim``
+    numbers). Returns the sequences."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    vector = pa.list_(pa.float32(), dim)
-    columns = {"id": pa.string(), "length": pa.int32(), "mean": vector}
-    if per_residue:
-        columns["residues"] = pa.list_(vector)
+    vector = pa.list_(pa.from_numpy_dtype(wanted.dtype), dim)
+    columns = {"id": pa.string(), "length": pa.int32()}
+    columns |= {wanted.pool + suffix: vector for suffix in wanted.suffixes}
+    if wanted.per_residue:
+        columns |= {f"residues{suffix}": pa.list_(vector) for suffix in wanted.suffixes}
     schema = pa.schema(columns)
     held: list[Embedded] = []
     written, values = 0, 0
     with pq.ParquetWriter(path, schema) as writer:
 
         def flush() -> None:
+            layers = range(len(wanted.layers))
             arrays = [
                 pa.array([item.identifier for item in held], pa.string()),
                 pa.array([item.length for item in held], pa.int32()),
-                _vectors(np.stack([item.mean for item in held]), vector),
+                *(_vectors(np.stack([_of(item.pooled, wanted, layer) for item in held]), vector) for layer in layers),
             ]
-            if per_residue:
-                ends = np.cumsum([0, *(item.length for item in held)]).astype(np.int32)
-                flat = _vectors(np.concatenate([_residues(item) for item in held]), vector)
-                arrays.append(pa.ListArray.from_arrays(pa.array(ends), flat))
+            ends = pa.array(np.cumsum([0, *(item.length for item in held)]).astype(np.int32))
+            for layer in layers if wanted.per_residue else ():
+                flat = _vectors(np.concatenate([_of(item.residues, wanted, layer) for item in held]), vector)
+                arrays += [pa.ListArray.from_arrays(ends, flat)]
             writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
 
         for item in items:
             held.append(item)
             written += 1
-            values += dim * (item.length if per_residue else 1)
+            values += dim * len(wanted.layers) * (item.length if wanted.per_residue else 1)
             if len(held) >= _ROWS or values >= _VALUES:
                 flush()
                 held, values = [], 0
@@ -56,44 +58,50 @@ def write_parquet(items: Iterable[Embedded], path: Path, dim: int, per_residue: 
     return written
 
 
-def _residues(item: Embedded) -> npt.NDArray[np.float32]:
-    assert item.residues is not None
-    return item.residues
+def _of(vectors: Vectors | None, wanted: Wanted, layer: int) -> Vectors:
+    assert vectors is not None
+    found: Vectors = vectors[layer] if wanted.several else vectors
+    return found
 
 
-def _vectors(array: npt.NDArray[np.float32], vector: object) -> object:
+def _vectors(array: Vectors, vector: object) -> object:
     import pyarrow as pa
 
-    flat = pa.array(np.ascontiguousarray(array, dtype=np.float32).ravel())
+    flat = pa.array(np.ascontiguousarray(array).ravel())
     return pa.FixedSizeListArray.from_arrays(flat, type=vector)
 
 
-def write_npz(items: Iterable[Embedded], path: Path, dim: int, per_residue: bool) -> int:
-    """Arrays ids, length (N,), mean (N, dim) and, per residue, residues (all residues, dim), record after record.
+def write_npz(items: Iterable[Embedded], path: Path, dim: int, wanted: Wanted) -> int:
+    """Arrays ids, length (N,), of each layer one of the pool's name (N, dim) and, per residue, residues (all residues,
+    dim), record after record.
 
     An array's header says its size, which is known last: the numbers wait in files of their own until then.
     """
     with tempfile.TemporaryDirectory(prefix=".embed-", dir=path.parent) as folder:
         place = Path(folder)
         written, residues, widest = 0, 0, 1
-        names = ["ids", "length", "mean", *(["residues"] if per_residue else [])]
-        files: dict[str, IO[bytes]] = {name: (place / name).open("w+b") for name in names}
+        pooled = [wanted.pool + suffix for suffix in wanted.suffixes]
+        each = [f"residues{suffix}" for suffix in wanted.suffixes] if wanted.per_residue else []
+        files: dict[str, IO[bytes]] = {name: (place / name).open("w+b") for name in ["ids", "length", *pooled, *each]}
+        number = np.dtype(wanted.dtype).newbyteorder("<").str
         try:
             for item in items:
                 identifier = item.identifier.encode()
                 files["ids"].write(len(identifier).to_bytes(4, "little") + identifier)
                 files["length"].write(np.int64(item.length).tobytes())
-                files["mean"].write(item.mean.tobytes())
-                if per_residue:
-                    files["residues"].write(np.ascontiguousarray(_residues(item)).tobytes())
+                for layer, name in enumerate(pooled):
+                    files[name].write(_of(item.pooled, wanted, layer).tobytes())
+                for layer, name in enumerate(each):
+                    files[name].write(np.ascontiguousarray(_of(item.residues, wanted, layer)).tobytes())
                 written, residues = written + 1, residues + item.length
                 widest = max(widest, len(item.identifier))
             with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
                 _put(archive, "ids", f"<U{widest}", (written,), _padded_names(files["ids"], widest))
                 _put(archive, "length", "<i8", (written,), files["length"])
-                _put(archive, "mean", "<f4", (written, dim), files["mean"])
-                if per_residue:
-                    _put(archive, "residues", "<f4", (residues, dim), files["residues"])
+                for name in pooled:
+                    _put(archive, name, number, (written, dim), files[name])
+                for name in each:
+                    _put(archive, name, number, (residues, dim), files[name])
         finally:
             for file in files.values():
                 file.close()

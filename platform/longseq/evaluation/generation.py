@@ -92,7 +92,7 @@ def _read(model: PerformerLM, row: npt.NDArray[np.int64], first: int) -> tuple[T
     """A prompt of any length: what the head reads last (1, E), the log-likelihood of its tokens from ``first`` on, and
     the state behind it."""
     tokens = torch.from_numpy(row)
-    if not (model.spec.carries and len(row) > model.spec.tile):
+    if not (model.spec.reads_on and len(row) > model.spec.tile):
         hidden, state = model.read(tokens[None].to(model.embedding.weight.device))
         own = of_tokens(model, hidden[0, first - 1 : -1], tokens[first:])
         return hidden[:, -1], float(own.double().sum()), state

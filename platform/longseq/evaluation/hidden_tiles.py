@@ -1,28 +1,24 @@
 """Sequences of any length, read by a trained model in tiles where it can, in one piece where that fits into memory.
 
-What has no sums to carry (exact attention, features of both signs, and bidirectional layers with a window, a decay or
-scaled masks) goes in one piece, layer by layer, which takes memory that grows with the length.
+Exact attention has no sums to carry: a model with a layer of it goes in one piece, layer by layer, which takes memory
+that grows with the length.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from longseq.errors import LongseqError
 from longseq.measure.peaks import available
 from longseq.models.performer import PerformerLM
-from longseq.models.tile_by_tile import carried, ids, layer_by_layer
+from longseq.models.tile_by_tile import Row, carried, ids, layer_by_layer
 
 _AT_ONCE = 7  # of the size (L, E): what a layer in one piece holds at its most: x, q, k, v, results, and copies of two
 
 
-def hidden_in_tiles(
-    model: PerformerLM, row: npt.NDArray[np.integer], *, layer: int | None = None
-) -> Iterator[tuple[int, Tensor]]:
+def hidden_in_tiles(model: PerformerLM, row: Row, *, layer: int | None = None) -> Iterator[tuple[int, Tensor]]:
     """What the head reads of one sequence, its first positions first.
 
     Args:
@@ -38,26 +34,28 @@ def hidden_in_tiles(
     """
     spec = model.spec
     if not 0 < spec.tile < len(row):
-        yield 0, model.hidden(ids(model, row), layer=layer)
+        yield 0, model.hidden(ids(model, row[:]), layer=layer)
     elif layer == 0:
         for start in range(0, len(row), spec.tile):
             yield start, model.hidden(ids(model, row[start : start + spec.tile]), layer=0)
-    elif spec.carries:
+    elif spec.reads_on:
         yield from ((start, x) for start, x, _ in carried(model, row, layer=layer))
     elif spec.sums_up:
         yield from layer_by_layer(model, row, layer)
     else:
         _refuse_what_does_not_fit(model, len(row))
-        yield 0, model.hidden(ids(model, row), layer=layer)
+        yield 0, model.hidden(ids(model, row[:]), layer=layer)
 
 
 def _refuse_what_does_not_fit(model: PerformerLM, length: int) -> None:
     weight, spec = model.embedding.weight, model.spec
-    needed, free = _AT_ONCE * length * spec.dim * weight.element_size(), available(weight.device)
+    numbers = _AT_ONCE * length * spec.dim
+    if any(options.kind == "exact" and options.learned_decay for options in spec.plan):
+        numbers += spec.heads * length**2  # a decay is a table of all scores
+    needed, free = numbers * weight.element_size(), available(weight.device)
     if needed > free:
-        what = "exact attention" if any(options.kind == "exact" for options in spec.plan) else "this model's attention"
         raise LongseqError(
             f"a sequence of {length:,} tokens in one piece takes about {needed / 2**30:,.1f} GiB, and "
-            f"{free / 2**30:,.1f} GiB are free: {what} has no sums to carry from tile to tile; give shorter sequences, "
-            "or take a machine with more memory."
+            f"{free / 2**30:,.1f} GiB are free: exact attention has no sums to carry from tile to tile; give shorter "
+            "sequences, or take a machine with more memory."
         )

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from longseq.evaluation.hidden_vectors import Vectors
 from longseq.evaluation.log_probabilities import refuse_what_is_not_finite
 from longseq.evaluation.padded import on_device, padded
 from longseq.evaluation.records import BATCH_TOKENS, Record, batches
+from longseq.evaluation.vector_options import Vectors
 from longseq.models.tuned import TunedModel
 from longseq.trained_model import Source
 from longseq_data.readers.label_table import OF_CLASSES

@@ -101,15 +101,31 @@ def pseudo(model: PerformerLM, vocabulary: Vocabulary, row: Tokens, passes: int)
 
 def _pass_in_tiles(model: PerformerLM, vocabulary: Vocabulary, row: Tokens, turn: int, passes: int) -> float:
     """One of the passes over a row of any length."""
-    masked, total = row.copy(), 0.0
-    masked[1 + turn : -1 : passes] = vocabulary.mask
-    for start, hidden in hidden_in_tiles(model, masked):
+    total = 0.0
+    for start, hidden in hidden_in_tiles(model, _Masked(row, turn, passes, vocabulary.mask)):
         first = (1 + turn - start) % passes if start > turn else 1 + turn - start
         last = min(hidden.shape[1], len(row) - 1 - start)
         targets = torch.from_numpy(row[start + first : start + last : passes].astype(np.int64))
         if len(targets):
             total += float(of_tokens(model, hidden[0, first:last:passes], targets).double().numpy().sum())
     return total
+
+
+class _Masked:
+    """A row whose tokens at 1 + turn, 1 + turn + passes, ... are hidden, but for its ends; no copy of all of it."""
+
+    def __init__(self, row: Tokens, turn: int, passes: int, mask: int):
+        self.row, self.first, self.passes, self.mask = row, 1 + turn, passes, mask
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def __getitem__(self, where: slice) -> Tokens:
+        start, stop, _ = where.indices(len(self.row))
+        part = self.row[start:stop].copy()
+        first = self.first if start <= self.first else start + (self.first - start) % self.passes
+        part[first - start : max(0, min(stop, len(self.row) - 1) - start) : self.passes] = self.mask
+        return part
 
 
 def _of_places(model: PerformerLM, row: Tokens, places: Places) -> Iterator[tuple[slice, Tensor]]:

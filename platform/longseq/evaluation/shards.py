@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 JOB = "job.json"
 _LOCK = ".lock"
 _END = "{mark}-end-{rank}.txt"
-_FORMAT = 1  # of what is kept
-_LOOK = 0.02  # seconds
-_GROWS_EVERY = 32  # shards are of one batch at first, so that there are some for everyone, and then
+_FORMAT = 2  # of what is kept
+_LOOK = 0.05  # seconds
+_GROWS_EVERY = 128  # shards are of one batch at first, so that all processes end at about the same time, and then
 _LARGEST = 256  # twice as large after every so many, up to this: a file for each batch of a proteome would be too many
 _PATIENCE = 120.0  # seconds for a lost node's lock on a job's shards
 

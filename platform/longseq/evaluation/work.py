@@ -7,24 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from io import BufferedReader
-from typing import IO, TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from longseq.evaluation.context import Asked, Read, again, contexts, read
 from longseq.evaluation.field.contacts import Pairs
 from longseq.evaluation.field.proteingym import Assays
 from longseq.evaluation.field.structure import Residues
-from longseq.evaluation.hidden_vectors import Embedded, of_batch
 from longseq.evaluation.likelihood import Share, causal, pseudo, share_effects, shares
 from longseq.evaluation.records import Record, batches, records
 from longseq.evaluation.shards import Group, Job, Row, Work
 from longseq.evaluation.variant_request import Variants, asked_for
+from longseq.evaluation.vector_work import Vectors
 from longseq_data.vocabulary import Tokens
-
-if TYPE_CHECKING:
-    from longseq.models.performer import PerformerLM
 
 Fields = dict[str, Any]
 
@@ -97,36 +91,6 @@ class Effects(_InContext[Share, tuple[int, float]]):
 
     def rows(self, group: Share) -> list[tuple[int, float]]:
         return list(zip([number for alike in group for number in alike], self._of_share(group), strict=True))
-
-
-class Vectors(Work[list[Record], Embedded]):
-    """Embeddings. Options: layer, per_residue."""
-
-    @cached_property
-    def model(self) -> PerformerLM:
-        return self.source.load(tuned=True)
-
-    def groups(self) -> Iterator[list[Record]]:
-        return batches(records(self.source, self.job.file), lambda record: len(record.row))
-
-    def rows(self, group: list[Record]) -> list[Embedded]:
-        options = self.job.options
-        return of_batch(self.model, self.source.vocabulary, group, options["layer"], options["per_residue"])
-
-    def write(self, file: IO[bytes], rows: list[Embedded]) -> None:
-        np.save(file, np.array([row.identifier.encode().hex() for row in rows]))  # names may end in what NumPy cuts off
-        np.save(file, np.array([row.length for row in rows]))
-        np.save(file, np.stack([row.mean for row in rows]))
-        for row in rows:
-            if row.residues is not None:
-                np.save(file, row.residues)
-
-    def read(self, file: BufferedReader) -> Iterator[Embedded]:
-        while file.peek(1):
-            names, lengths, means = (np.load(file) for _ in range(3))
-            for name, length, mean in zip(names.tolist(), lengths.tolist(), means, strict=True):
-                residues = np.load(file) if self.job.options["per_residue"] else None
-                yield Embedded(bytes.fromhex(name).decode(), length, mean, residues)
 
 
 _KINDS: dict[str, type[Work[Any, Any]]] = {

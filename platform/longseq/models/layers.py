@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
 
 from longseq.attention import FavorAttention, RecurrentState, SlicedDocuments
+from longseq.attention.call import Call
 from longseq.attention.carried import State
 from longseq.attention.narrow import narrowed
-from longseq.attention.state import AttentionState
 from longseq.attention.tiles import pointwise
 from longseq.models.mlp import SwiGLU, mlp
 from longseq.models.norm import norm
@@ -77,30 +78,33 @@ class Block(nn.Module):
             mixed, *rest = self.attention(normed, rotary=rotary, carried=state, wide=wide, first=first)
             return self._add(x_BTE, mixed), *rest
 
-    def sum_up(
+    def inside(
         self, x_BTE: Tensor, beside: tuple[int, int], rotary: Tensor | None, first: Tensor | None = None
-    ) -> AttentionState:
-        """The sums of a tile's keys, of a bidirectional block: see :mod:`longseq.attention.summed`.
-
-        beside: how many positions of x lie before and behind the tile, and are read by its convolution alone.
-        """
+    ) -> tuple[Tensor, Tensor, Tensor, Call]:
+        """q, k, v of a part of a sequence and what is asked for there, as of the attention's."""
         with self._narrowed():
-            return self.attention.sum_up(self._begin(x_BTE)[1], beside, rotary, first)
+            return self.attention.inside(self._begin(x_BTE)[1], beside, rotary, first)[0]
 
-    def read_sums(
+    def read(
         self,
+        attend: Callable[[Tensor, Tensor, Tensor, Call], tuple[Tensor, Any]],
+        own: tuple[int, int],
         x_BTE: Tensor,
         beside: tuple[int, int],
-        sums: AttentionState,
         rotary: Tensor | None,
         first: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        """The forward pass over a tile, given the sums of all tiles' keys."""
+    ) -> tuple[Any, ...]:
+        """The forward pass over a tile, what ``attend`` leaves, and the first layer's values where q, k and v are.
+
+        attend: what :meth:`inside` gives to the tile's results (B, H, T, D), and what it leaves.
+        own: how many of x's positions are before and behind the tile.
+        """
         with self._narrowed():
             x_BTE, normed = self._begin(x_BTE)
-            mixed, *rest = self.attention.read_sums(normed, beside, sums, rotary, first)
-            before, behind = beside
-            return self._add(x_BTE[:, before : x_BTE.shape[1] - behind], mixed), *rest
+            inside, first = self.attention.inside(normed, beside, rotary, first)
+            mixed, left = attend(*inside)
+            made = self._add(x_BTE[:, own[0] : x_BTE.shape[1] - own[1]], self.attention.merge(mixed))
+            return (made, left, first) if self.attention.value_residual else (made, left)
 
     def prefill(
         self, x_BLE: Tensor, padding: Tensor | None, rotary: Tensor | None, first: Tensor | None = None

@@ -236,7 +236,14 @@ class PerformerLM(nn.Module):
         )
 
     def carry(
-        self, tokens: Tensor, start: int, before: State, *, wide: bool = False, layer: int | None = None
+        self,
+        tokens: Tensor,
+        start: int,
+        before: State,
+        *,
+        wide: bool = False,
+        layer: int | None = None,
+        share: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """What the head reads of the next tile of a causal sequence, and all layers' attention states behind it.
 
@@ -246,11 +253,12 @@ class PerformerLM(nn.Module):
             before: the states that the tile before has left, () before the first.
             wide: carry sums in float64, for sequences of any length; no gradients.
             layer: as of :meth:`hidden`, from 1 on.
+            share: as of :meth:`entering`.
 
         Returns:
             (B, T, E), and the states of the layers it went through.
         """
-        x, rotary = self.entering(tokens, start)
+        x, rotary = self.entering(tokens, start, share)
         behind: list[Tensor] = []
         first: list[Tensor] = []
         for block in islice(self.blocks, layer):
@@ -261,10 +269,14 @@ class PerformerLM(nn.Module):
             behind += state
         return self.norm(x) if layer is None else x, tuple(behind)
 
-    def entering(self, tokens: Tensor, start: int) -> tuple[Tensor, Tensor | None]:
-        """What enters the first block, (B, T, E), of a tile that begins at position ``start``; and its rotary table."""
+    def entering(self, tokens: Tensor, start: int, share: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """What enters the first block, (B, T, E), of a tile that begins at position ``start``; and its rotary table.
+
+        share: (B,) of MASK in the whole rows, for ``spec.mask_scaling``; None: these tokens are all.
+        """
         stop = start + tokens.shape[1]
-        return self._embed(tokens, torch.arange(start, stop, device=tokens.device), None), self.rotary(start, stop)
+        x = self._embed(tokens, torch.arange(start, stop, device=tokens.device), None, share)
+        return x, self.rotary(start, stop)
 
     def rotary(self, start: int, stop: int) -> Tensor | None:
         """The rotary table of positions start…stop; None where positions are learned."""
@@ -301,11 +313,11 @@ class PerformerLM(nn.Module):
         finally:
             self.set_context(context)
 
-    def _embed(self, tokens: Tensor, positions: Tensor, padding: Tensor | None) -> Tensor:
+    def _embed(self, tokens: Tensor, positions: Tensor, padding: Tensor | None, share: Tensor | None = None) -> Tensor:
         """What enters the first block, (B, L, E), of tokens (B, L) at positions (L,) or (B, L)."""
         x = self.embedding(tokens)
         if self.spec.mask_scaling:
-            x = _scaled(x, tokens == self.mask_token, padding)
+            x = _scaled(x, tokens == self.mask_token, padding, share)
         if self.positions is not None:
             if padding is not None:  # it may reach beyond the last position, where slices are padded to equal lengths
                 positions = positions.where(padding, 0)
@@ -362,11 +374,12 @@ def _positions(tokens: Tensor, padding: Tensor | None, segments: Tensor | None) 
     return positions
 
 
-def _scaled(x: Tensor, masked: Tensor, padding: Tensor | None) -> Tensor:
+def _scaled(x: Tensor, masked: Tensor, padding: Tensor | None, share: Tensor | None) -> Tensor:
     """ESM's "token dropout" (Rives et al. 2021; Lin et al. 2023, ESM-2): masked tokens embed as 0, and all others are
     scaled as dropout at 12 %, the share of MASK in ESM's training, would scale them, relative to the share here."""
-    real = torch.ones_like(masked) if padding is None else padding
-    share = (masked & real).sum(1) / real.sum(1).clamp(min=1)
+    if share is None:
+        real = torch.ones_like(masked) if padding is None else padding
+        share = (masked & real).sum(1) / real.sum(1).clamp(min=1)
     scale = (1 - 0.15 * 0.8) / (1 - share).clamp(min=1e-6)
     return (x.masked_fill(masked[..., None], 0.0) * scale[:, None, None]).to(x.dtype)
 

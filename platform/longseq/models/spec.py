@@ -149,14 +149,14 @@ class PerformerSpec(AttentionOptions):
         return bool(self.sequence_tile) and self.carry and self.causal and favor and not self.mask_scaling
 
     @property
+    def reads_on(self) -> bool:
+        """Whether a trained causal model goes through a sequence likewise, without gradients."""
+        return bool(self.sequence_tile) and self.causal and all(options.kind == "favor" for options in self.plan)
+
+    @property
     def sums_up(self) -> bool:
-        """Whether a bidirectional layer needs nothing of other tiles but the sums of their keys, and neighbours of a
-        convolution."""
-        placeless = all(
-            options.kind == "favor" and not (options.window or options.learned_decay or options.forget_gate)
-            for options in self.plan
-        )
-        return bool(self.sequence_tile) and not self.causal and placeless and not self.mask_scaling
+        """Whether bidirectional layers need nothing of other tiles but sums of their keys, and near neighbours."""
+        return bool(self.sequence_tile) and not self.causal and all(options.kind == "favor" for options in self.plan)
 
     def recomputes(self, positions: int) -> bool:
         """Whether the backward pass computes layers again, of so many positions of a row in one process."""

@@ -1,121 +1,218 @@
 """One sequence of any length through a trained model, a tile at a time.
 
 Causal models carry every layer's attention state from tile to tile: nothing grows with the length. Bidirectional ones
-go layer by layer: each layer's sums over all keys are complete before a query reads them, and the (L, E) activations
-before a layer and behind it are in files in $TMPDIR. No gradients.
+go layer by layer, in two passes each: sums over all keys are complete before a query reads them, or, where weights
+depend on where a key is, the states behind each tile. These and the (L, E) activations before a layer and behind it are
+in files in $TMPDIR. No gradients.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from longseq.attention.both_ways import attention_on_both_sides, beside, knows_places, state_behind
 from longseq.attention.carried import State
 from longseq.attention.state import AttentionState
+from longseq.attention.summed import attention_to_sums, sum_of_keys
 from longseq.attention.tiles import tiles
 from longseq.errors import place_of_errors
 from longseq.models.layers import Block
 from longseq.models.performer import PerformerLM
 
 
+class Row(Protocol):
+    """(L,) token ids: an array, or what gives its parts."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, where: slice, /) -> npt.NDArray[Any]: ...
+
+
 def carried(
-    model: PerformerLM, row: npt.NDArray[np.integer], *, layer: int | None = None, more: bool = False
+    model: PerformerLM, row: Row, *, layer: int | None = None, more: bool = False
 ) -> Iterator[tuple[int, Tensor, State]]:
     """Where each tile begins, what the head reads of it, (1, T, E), and the state behind it.
 
     Args:
-        model: in evaluation mode; it ``spec.carries``.
+        model: in evaluation mode; it ``spec.reads_on``.
         row: (L,) token ids, no padding among them.
         layer: k: what block k gives, from 1 on; None: what the head reads.
         more: whether other tokens follow; then the last tile is no shorter than a window, if the row is not.
     """
     state: State = ()
+    share = masked_share(model, row)
     cuts, window = tiles(len(row), model.spec.tile), max(options.window for options in model.spec.plan)
     if more and len(cuts) > 1 and cuts[-1][1] - cuts[-1][0] < window:
         cuts[-2:] = [(cuts[-2][0], cuts[-1][1])]
     for start, stop in cuts:
-        x, state = model.carry(ids(model, row[start:stop]), start, state, wide=True, layer=layer)
+        x, state = model.carry(ids(model, row[start:stop]), start, state, wide=True, layer=layer, share=share)
         yield start, x, state
 
 
-def layer_by_layer(model: PerformerLM, row: npt.NDArray[np.integer], layer: int | None) -> Iterator[tuple[int, Tensor]]:
+def layer_by_layer(model: PerformerLM, row: Row, layer: int | None) -> Iterator[tuple[int, Tensor]]:
     """The same without the state, of a model that ``spec.sums_up``.
 
-    A convolution reads neighbours of a tile, so what goes into a layer stays until all of it has been read.
+    A tile is given its neighbours within the reach of windows and convolutions, so what goes into a layer stays until
+    all of it has been read.
     """
-    cuts = tiles(len(row), model.spec.tile)
+    cuts, share = tiles(len(row), model.spec.tile), masked_share(model, row)
     blocks = [block for block in islice(model.blocks, layer) if isinstance(block, Block)]
     with _Stored(model) as entering, _Stored(model) as leaving, _Stored(model) as values:
         for start, stop in cuts:
-            entering.write(start, model.entering(ids(model, row[start:stop]), start)[0])
+            entering.write(start, model.entering(ids(model, row[start:stop]), start, share)[0])
         for number, block in enumerate(blocks):
             mixed = values if number and model.spec.value_residual else None
-            total: AttentionState | None = None
-            for _, x, beside, rotary, first in _tiles(model, block, cuts, entering, mixed):
-                own = block.sum_up(x, beside, rotary, *first)
-                total = own if total is None else total.merge(own)
-            assert total is not None
-            for start, x, beside, rotary, first in _tiles(model, block, cuts, entering, mixed):
-                tile, *handed = block.read_sums(x, beside, total, rotary, *first)
+            read = _on_both_sides if knows_places(block.attention.options) else _summed
+            for tile, x, *handed in read(block, [_Tile(model, block, cut, len(row), entering, mixed) for cut in cuts]):
                 if number == 0 and handed:
-                    values.write(start, handed[0].transpose(1, 2).flatten(2))
+                    own = handed[0][:, :, tile.near[0] : handed[0].shape[2] - tile.near[1]]
+                    values.write(tile.start, own.transpose(1, 2).flatten(2))
                 if number + 1 < len(blocks):
-                    leaving.write(start, tile)
+                    leaving.write(tile.start, x)
                 else:
-                    yield start, tile if layer is not None else model.norm(tile)
+                    yield tile.start, x if layer is not None else model.norm(x)
             entering, leaving = leaving, entering
 
 
-def _tiles(
-    model: PerformerLM, block: Block, cuts: list[tuple[int, int]], entering: _Stored, values: _Stored | None
-) -> Iterator[tuple[int, Tensor, tuple[int, int], Tensor | None, list[Tensor]]]:
-    """Of each tile where it begins, what a block reads of it and beside it, how much of that lies before and behind it,
-    its rotary table, and the first layer's values there, if ``values`` has them."""
-    before, behind = block.attention.reach
-    for start, stop in cuts:
-        first, last = max(0, start - before), min(cuts[-1][1], stop + behind)
-        given = [] if values is None else [values.read(start, stop, model.spec.heads)]
-        yield start, entering.read(first, last), (start - first, last - stop), model.rotary(start, stop), given
+class _Tile:
+    """A tile of a sequence, and what lies beside it in reach of a block's attention; read from files when asked for."""
+
+    def __init__(
+        self,
+        model: PerformerLM,
+        block: Block,
+        cut: tuple[int, int],
+        length: int,
+        entering: _Stored,
+        values: _Stored | None,
+    ):
+        self.model, self.entering, self.values, (self.start, self.stop) = model, entering, values, cut
+        before, behind = beside(block.attention.options)
+        self.made = max(0, self.start - before), min(length, self.stop + behind)  # where there are queries and keys
+        self.near = self.start - self.made[0], self.made[1] - self.stop
+        left, right = block.attention.reach
+        self.read = max(0, self.made[0] - left), min(length, self.made[1] + right)
+        self.own = self.start - self.read[0], self.read[1] - self.stop
+
+    def arguments(self) -> tuple[Any, ...]:
+        """As of :meth:`longseq.models.layers.Block.inside`."""
+        x = self.entering.read(*self.read)
+        first = () if self.values is None else (self.values.read(*self.made, self.model.spec.heads),)
+        around = self.made[0] - self.read[0], self.read[1] - self.made[1]
+        return x, around, self.model.rotary(*self.made), *first
 
 
-class _Stored:
-    """(L, E) activations in a file that has no name and is gone with this object."""
+def _summed(block: Block, row: list[_Tile]) -> Iterator[tuple[Any, ...]]:
+    """Each tile with what the block gives there, and values if it hands them on; weights know no places."""
+    total: AttentionState | None = None
+    for tile in row:
+        own = sum_of_keys(*block.inside(*tile.arguments()))
+        total = own if total is None else total.merge(own)
+    assert total is not None
+    attend = partial(attention_to_sums, total)
+    for tile in row:
+        x, _, *handed = block.read(lambda *inside: (attend(*inside), None), tile.own, *tile.arguments())
+        yield tile, x, *handed
 
-    def __init__(self, model: PerformerLM):
-        weight = model.embedding.weight
-        self.width, self.dtype, self.device = model.spec.dim, weight.dtype, weight.device
-        self.size = self.width * weight.element_size()
+
+def _on_both_sides(block: Block, row: list[_Tile]) -> Iterator[tuple[Any, ...]]:
+    """The same of weights that depend on where a key is."""
+    before: AttentionState | None = None
+    behind: AttentionState | None = None
+    with _States(row[0].entering.device) as states:
+        for number in range(len(row) - 1, 0, -1):
+            behind = state_behind(*block.inside(*row[number].arguments()), row[number].near, behind)
+            if behind is None:  # a window alone
+                break
+            states.write(number - 1, behind)
+        for number, tile in enumerate(row):
+            behind = states.read(number) if states.shape and number + 1 < len(row) else None
+            x, before, *handed = block.read(
+                partial(attention_on_both_sides, tile.near, before, behind), tile.own, *tile.arguments()
+            )
+            yield tile, x, *handed
+
+
+class _File:
+    """Tensors in a file that has no name and is gone with this object."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        self.dtype, self.device = dtype, device
         self.file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with this object
 
-    def __enter__(self) -> _Stored:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.file.close()
 
-    def write(self, start: int, x: Tensor) -> None:
-        """x (1, T, E)."""
+    def put(self, place: int, x: Tensor) -> None:
         content = x.detach().to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
         with place_of_errors(Path(tempfile.gettempdir())):
-            self.file.seek(start * self.size)
+            self.file.seek(place)
             self.file.write(content.data)
             self.file.flush()
 
+    def get(self, place: int, size: int) -> Tensor:
+        content = bytearray(size)
+        self.file.seek(place)
+        self.file.readinto(content)
+        return torch.frombuffer(content, dtype=self.dtype).to(self.device)
+
+
+class _Stored(_File):
+    """(L, E) activations."""
+
+    def __init__(self, model: PerformerLM):
+        weight = model.embedding.weight
+        super().__init__(weight.dtype, weight.device)
+        self.width, self.size = model.spec.dim, model.spec.dim * weight.element_size()
+
+    def write(self, start: int, x: Tensor) -> None:
+        """x (1, T, E)."""
+        self.put(start * self.size, x)
+
     def read(self, start: int, stop: int, heads: int = 0) -> Tensor:
         """(1, T, E), or by heads (1, H, T, E / H)."""
-        content = bytearray((stop - start) * self.size)
-        self.file.seek(start * self.size)
-        self.file.readinto(content)
-        x = torch.frombuffer(content, dtype=self.dtype).view(1, stop - start, self.width).to(self.device)
+        x = self.get(start * self.size, (stop - start) * self.size).view(1, stop - start, self.width)
         return x.unflatten(2, (heads, -1)).transpose(1, 2) if heads else x
+
+
+class _States(_File):
+    """States by number, all of one shape."""
+
+    def __init__(self, device: torch.device):
+        super().__init__(torch.float64, device)
+        self.shape = torch.Size()
+
+    def write(self, number: int, state: AttentionState) -> None:
+        self.shape = state.sums.shape
+        one = torch.cat((state.sums.flatten(1), state.log_scale.flatten(1)), dim=1)
+        self.put(number * 8 * one.numel(), one)
+
+    def read(self, number: int) -> AttentionState:
+        size = 8 * (self.shape.numel() + self.shape[0])
+        one = self.get(number * size, size).view(self.shape[0], -1)
+        return AttentionState(one[:, :-1].reshape(self.shape), one[:, -1:, None])
+
+
+def masked_share(model: PerformerLM, row: Row) -> Tensor | None:
+    """The share of MASK in a row, (1,), if the model scales what enters it by that."""
+    if not model.spec.mask_scaling:
+        return None
+    count = sum(int((row[start:stop] == model.mask_token).sum()) for start, stop in tiles(len(row), model.spec.tile))
+    return torch.tensor([count], device=model.embedding.weight.device) / len(row)
 
 
 def ids(model: PerformerLM, row: npt.NDArray[np.integer]) -> Tensor:

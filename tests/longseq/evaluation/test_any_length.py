@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import replace
 
@@ -14,11 +15,12 @@ from longseq.evaluation import hidden_tiles
 from longseq.evaluation.generation import Settings, draw
 from longseq.evaluation.hidden_tiles import hidden_in_tiles
 from longseq.evaluation.hidden_vectors import vectors
-from longseq.evaluation.likelihood import causal, effects, pseudo
+from longseq.evaluation.likelihood import _Masked, causal, effects, pseudo
 from longseq.evaluation.records import Record
 from longseq.evaluation.request import samples_of
 from longseq.evaluation.split_scores import score
 from longseq.evaluation.variants import Variant
+from longseq.evaluation.vector_options import Wanted
 from longseq.measure.peaks import PeakMeter
 from longseq.models.performer import PerformerLM
 from longseq.models.spec import PerformerSpec
@@ -41,7 +43,11 @@ carried = [
 ]
 summed = [{"causal": False}, {"causal": False, "kernel": "relu", "value_residual": True, "qk_norm": True}]
 summed += [{"causal": False, **MODERN}]
-in_one_piece = [{"kind": "exact"}, {"causal": False, "window": 9}, {"causal": False, "forget_gate": True}]
+on_both_sides = [
+    {"causal": False, "window": 9, "learned_share": True, "learned_decay": True, **MODERN},
+    {"causal": False, "forget_gate": True, "mask_scaling": True},
+]
+in_one_piece = [{"kind": "exact"}, {"causal": False, "kind": "exact", "learned_decay": True}]
 
 
 def build(**options: object) -> PerformerLM:
@@ -65,7 +71,7 @@ def named(options):
     return "-".join(f"{key}={value}" for key, value in options.items()) or "softmax"
 
 
-@pytest.mark.parametrize("options", carried + summed + in_one_piece, ids=named)
+@pytest.mark.parametrize("options", carried + summed + on_both_sides + in_one_piece, ids=named)
 @pytest.mark.parametrize("layer", [0, 2, None])
 def test_tiles_give_what_one_pass_gives(options, layer):
     model, whole = build(**options), build(**options, sequence_tile=0).double()
@@ -84,7 +90,7 @@ def test_a_long_log_likelihood_is_that_of_one_pass(options):
     assert found == pytest.approx(float(wanted), rel=1e-6)
 
 
-@pytest.mark.parametrize("options", [*summed, {"causal": False, "window": 9}], ids=named)
+@pytest.mark.parametrize("options", summed + on_both_sides, ids=named)
 def test_long_masked_scores_are_those_of_one_pass(options):
     """The pseudo-log-likelihood in three passes, and the effects of variants, whose sites lie in several tiles."""
     model, total = build(**options), 0.0
@@ -108,6 +114,15 @@ def test_long_masked_scores_are_those_of_one_pass(options):
         assert effect == pytest.approx(wanted, abs=2e-4)
 
 
+def test_a_row_hidden_part_by_part_is_one_hidden_at_once():
+    for length, passes in ((3, 1), (9, 2), (9, 4), (20, 7), (20, 18)):
+        for turn in range(min(passes, length - 2)):
+            hidden, parts = ROW[:length].copy(), _Masked(ROW[:length], turn, passes, MASK)
+            hidden[1 + turn : -1 : passes] = MASK
+            for start, stop in itertools.combinations(range(length + 2), 2):
+                assert np.array_equal(parts[start:stop], hidden[start:stop])
+
+
 def test_effects_in_a_long_protein_are_differences_of_its_log_likelihoods():
     model, variant = build(), Variant("one", ((4300, int(ROW[4300]), int(ROW[4300] + 1) % 20),))
     ((_, effect),) = effects(model, PROTEIN, Record("wild", ROW), [variant], is_causal=True)
@@ -119,8 +134,8 @@ def test_effects_in_a_long_protein_are_differences_of_its_log_likelihoods():
 @pytest.mark.parametrize("options", [carried[2], summed[1]], ids=named)
 def test_the_mean_vector_of_a_long_record_needs_none_of_its_residues(options):
     model, short = build(**options), Record("short", ROW[-30:])
-    found = list(vectors(model, PROTEIN, [Record("long", ROW), short], None))
-    means = list(vectors(model, PROTEIN, [Record("long", ROW), short], None, per_residue=False))
+    found = list(vectors(model, PROTEIN, [Record("long", ROW), short], Wanted()))
+    means = list(vectors(model, PROTEIN, [Record("long", ROW), short], Wanted(per_residue=False)))
     whole = build(**options, sequence_tile=0).double()
     with torch.inference_mode():
         wanted = whole.hidden(torch.from_numpy(ROW.astype(np.int64))[None])[0, 1:-1].numpy()
@@ -157,7 +172,7 @@ def test_an_evaluation_of_long_windows_counts_what_one_pass_counts(trained, fold
     np.testing.assert_allclose(tiles.confidence, whole.confidence, rtol=1e-4)
 
 
-@pytest.mark.parametrize("options", [carried[2], summed[1]], ids=named)
+@pytest.mark.parametrize("options", [carried[2], summed[1], *on_both_sides], ids=named)
 def test_tensors_of_a_ten_times_longer_sequence_take_no_more_memory(options):
     model, peaks = build(**options), []
     for length in (3000, 30_000):
@@ -175,6 +190,7 @@ def test_what_cannot_be_carried_and_does_not_fit_is_refused(monkeypatch):
     monkeypatch.setattr(hidden_tiles, "available", lambda _: 2.0**20)
     with pytest.raises(LongseqError, match=r"4,502 tokens in one piece .* exact attention has no sums to carry"):
         list(hidden_in_tiles(build(kind="exact"), ROW))
-    with pytest.raises(LongseqError, match="this model's attention has no sums"):
-        list(hidden_in_tiles(build(causal=False, window=9), ROW))
+    decaying = build(causal=False, kind="exact", learned_decay=True)
+    with pytest.raises(LongseqError, match=r"takes about 0\.2 GiB, and 0\.0 GiB are free"):  # of 3 heads' scores
+        list(hidden_in_tiles(decaying, ROW))
     assert len(list(hidden_in_tiles(build(), ROW))) == 7

@@ -54,6 +54,8 @@ def plain(context: list[int], sequence: str, **options) -> float:
         {"window": 40},
         {"sequence_tile": 6, "window": 5},
         {"sequence_tile": 8, "window": 2, "forget_gate": True},
+        {"sequence_tile": 5, "kernel": "elu", "mask_scaling": True},
+        {"sequence_tile": 7, "kernel": "gelu"},
     ],
     ids=named,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import stat
 
 import numpy as np
@@ -11,6 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from longseq.errors import LongseqError
+from longseq.evaluation.hidden_vectors import _Pooling
+from longseq.evaluation.vector_options import Wanted
 from longseq.trained_model import find
 from longseq_data.tokenization import load_tokenizer, save_tokenizer, train_tokenizer
 from longseq_data.vocabulary import BOS, EOS, LETTERS, MASK
@@ -220,10 +224,75 @@ def test_embeddings_are_the_models_vectors_of_the_residues(trained, longseq, fol
         np.testing.assert_allclose(rows[number]["mean"], x.mean(0), atol=1e-5 * scale)
 
 
+@pytest.mark.parametrize("suffix", ["npz", "parquet"])
+@pytest.mark.parametrize("pool", ["mean", "bos", "max"])
+def test_pools_and_layers_are_those_of_the_models_vectors(trained, longseq, folder, pool, suffix):
+    """One record is longer than a batch, and is read in tiles."""
+    run = trained("one", "model.sequence_tile=512")
+    rng = random.Random(2)
+    records = ["".join(rng.choices("ACDEFGHIKLMNPQRSTVWY", k=length)) for length in (7, 5000, 90)]
+    (folder / "some.fasta").write_text("".join(f">r{i}\n{record}\n" for i, record in enumerate(records)))
+    words = ("embed", run, "some.fasta", "--pool", pool, "--layers", "last,0,1", "--per-residue")
+    longseq(*words, "--out", f"v.{suffix}")
+    longseq(*words, "--out", f"half.{suffix}", "--dtype", "float16")
+    wide, half = (
+        dict(np.load(name)) if suffix == "npz" else pq.read_table(name).to_pydict()
+        for name in (f"v.{suffix}", f"half.{suffix}")
+    )
+    names = [f"{what}_{layer}" for what in (pool, "residues") for layer in ("last", 0, 1)]
+    assert list(wide) == list(half) == [*(("ids",) if suffix == "npz" else ("id",)), "length", *names]
+    model = find(run, ["model.sequence_tile=0"]).load()
+    for layer in (None, 0, 1):
+        name, before = "last" if layer is None else layer, 0
+        for number, record in enumerate(records):
+            with torch.no_grad():
+                x = model.hidden(torch.tensor([ids(record)]), layer=layer)[0].numpy()
+            own = x[1:-1]
+            wanted = {"mean": own.mean(0), "max": own.max(0), "bos": x[0]}[pool]
+            np.testing.assert_allclose(wide[f"{pool}_{name}"][number], wanted, atol=2e-5 * np.abs(x).max())
+            found = wide[f"residues_{name}"]
+            found = found[before : before + len(own)] if suffix == "npz" else found[number]
+            np.testing.assert_allclose(found, own, atol=2e-5 * np.abs(x).max())
+            before += len(own)
+        rounded = np.asarray(wide[f"{pool}_{name}"], np.float16)
+        assert np.array_equal(np.asarray(half[f"{pool}_{name}"], np.float16), rounded)
+    if suffix == "npz":
+        assert half[f"{pool}_1"].dtype == half["residues_0"].dtype == np.float16
+
+
+def test_ids_are_as_given_or_numbered_where_they_repeat(trained, longseq, folder):
+    run, given = trained(), ["a", "b", "a", "a.2", "a", "c"]
+    (folder / "twice.fasta").write_text("".join(f">{name}\nMKV{'A' * at}\n" for at, name in enumerate(given)))
+    longseq("embed", run, "twice.fasta", "--out", "v.npz")
+    assert np.load("v.npz")["ids"].tolist() == given
+    longseq("embed", run, "twice.fasta", "--out", "v.npz", "--ids", "numbered")
+    assert np.load("v.npz")["ids"].tolist() == ["a", "b", "a.2", "a.2.2", "a.3", "c"]
+
+
+def test_vectors_that_there_are_not_are_refused(trained, refused):
+    run = trained()
+    for words, said in (
+        (("--layers", "1,9"), "layer=9: one has 2 blocks; take 0 to 2"),
+        (("--layers", "1,1"), "layers=1,1: give each layer once"),
+        (("--layers", "1", "--layer", "1"), "layer=1 and layers=1: give one of them"),
+    ):
+        assert said in refused("embed", run, "test.fasta", "--out", "out.npz", *words)
+
+
+def test_numbers_too_large_for_half_precision_are_refused(trained):
+    rows = np.full((4, 3), 70_000.0, np.float32)
+    with pytest.raises(LongseqError, match=r"dtype=float16: .* above its largest, 65,504; take float32"):
+        _Pooling(2, Wanted(dtype="float16")).add(0, rows)
+    pooling = _Pooling(2, Wanted(dtype="float16", per_residue=False))
+    pooling.add(0, rows)
+    with pytest.raises(LongseqError, match="dtype=float16"):
+        pooling.pooled(3)
+
+
 def test_memory_of_an_embedding_does_not_grow_with_the_sequences(folder):
     """What is read and what is held stay within a row group of each other."""
     from longseq.evaluation import embedding_files
-    from longseq.evaluation.hidden_vectors import Embedded
+    from longseq.evaluation.vector_options import Embedded
 
     read, behind = 0, []
 
@@ -239,7 +308,7 @@ def test_memory_of_an_embedding_does_not_grow_with_the_sequences(folder):
             read += 1
             yield Counted(str(number), 3, np.full(4, number, np.float32))
 
-    assert embedding_files.write_parquet(items(), folder / "v.parquet", 4, per_residue=True) == 2000
+    assert embedding_files.write_parquet(items(), folder / "v.parquet", 4, Wanted()) == 2000
     assert max(behind) <= 257
     assert pq.read_table(folder / "v.parquet")["mean"][1999].as_py() == [1999.0] * 4
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -18,7 +19,9 @@ from longseq.errors import LongseqError, PassingError
 from longseq.evaluation import shards
 from longseq.evaluation.embed import embedding
 from longseq.evaluation.shards import Job, kept, results, take_part
-from longseq.evaluation.work import Scores, Vectors, work_of
+from longseq.evaluation.vector_options import Wanted
+from longseq.evaluation.vector_work import Vectors
+from longseq.evaluation.work import Scores, work_of
 from longseq.launch.workers import Workers
 from longseq.runs import starts
 from longseq.trained_model import find
@@ -92,7 +95,7 @@ def test_shards_of_another_job_or_of_a_file_that_has_changed_are_not_taken(train
 
 def test_bad_data_leave_no_shards_and_a_second_process_is_refused(trained, refused, many, folder):
     run = trained()
-    work = Vectors(embedding(find(run), many, (), ema=False, layer=None, per_residue=False))
+    work = Vectors(embedding(find(run), many, (), Wanted(per_residue=False), ema=False))
     with kept(folder / ".v.npz.shards", work):
         assert "another process writes there" in refused("embed", run, "many.fasta", "--out", "v.npz")
     many.write_text(many.read_text() + ">empty\n>bad\nMK1\n")
@@ -109,7 +112,7 @@ def test_processes_that_share_a_job_find_what_one_finds(trained, many, folder, k
     options = {
         "score": {"passes": 0},
         "effects": {"variants": [f"{'MKVLAACDEF'[i % 10]}{i + 1}{'AG'[i % 2]}" for i in range(3, 43)], "table": None},
-        "embed": {"layer": None, "per_residue": True},
+        "embed": {"layers": [None], "pool": "max", "dtype": "float16"},
     }
     file = folder / "wild.fasta" if kind == "effects" else many
     job = Job(kind, str(find(run).folder), str(file), options=options[kind])
@@ -243,7 +246,7 @@ def test_shards_outlive_a_full_disk_and_not_bad_data(trained, refused, many, fol
 def test_a_process_of_an_earlier_job_adds_nothing_to_a_later_one(trained, many, folder, monkeypatch):
     """It lives for a second after its command was killed, in which another may have begun there."""
     place, own = folder / "shards", Vectors.rows
-    work = Vectors(embedding(find(trained()), many, (), ema=False, layer=None, per_residue=False))
+    work = Vectors(embedding(find(trained()), many, (), Wanted(per_residue=False), ema=False))
 
     def rows(self, group):
         if len(list(place.glob("*.shard"))) == 3:
@@ -340,3 +343,13 @@ def test_killed_processes_cost_their_shards_and_a_killed_start_nothing(trained, 
     assert typed("embed", run, "many.fasta", "--out", "one.parquet", folder=folder).code == 0
     assert (folder / "two.parquet").read_bytes() == (folder / "one.parquet").read_bytes()
     assert not place.exists()
+
+
+def test_who_deals_out_embeddings_begins_without_torch():
+    """It would be imported once more before the processes that need it are started."""
+    program = (
+        "import sys, longseq.evaluation.embed, longseq.evaluation.embedding_files, longseq.evaluation.vector_work\n"
+        "print('torch' in sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.stdout == "False\n", ended.stderr

@@ -127,10 +127,11 @@ class Residues(OfChains):
 
     def rows(self, group: tuple[int, list[Record]]) -> list[Array]:
         from longseq.evaluation.hidden_vectors import of_batch
+        from longseq.evaluation.vector_options import Wanted
 
         number, records = group
         vocabulary, layer = self.sources[number].vocabulary, self.job.options["layer"]
-        found = of_batch(self.model_of(number), vocabulary, records, layer, per_residue=True)
+        found = of_batch(self.model_of(number), vocabulary, records, Wanted((layer,)))
         return [each.residues for each in found if each.residues is not None]
 
 
