@@ -41,7 +41,7 @@ def tiles(there: Chip, features: int, head_dim: int, value_dim: int, *, half: bo
 
     def keys(block: int, num_warps: int) -> dict[str, Any]:
         # Products from registers have no room for a state's second part: dk at std 2 is then 6e-3 off, not 5e-3.
-        return {**options(block, num_warps), "SPLIT": wgmma}
+        return {**options(block, num_warps), "WGMMA": wgmma}
 
     if not half:
         if there.capability[0] == 10:  # of 16 warps, products go without tensor memory, where their parts do not fit
