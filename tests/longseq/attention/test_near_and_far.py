@@ -10,7 +10,7 @@ import torch
 from tests.longseq.attention import cases
 from tests.longseq.attention.own_kernels import DEVICE
 
-from longseq.attention import favor_attention, fused, near_and_far
+from longseq.attention import FavorAttention, favor_attention, fused, near_and_far
 
 pytest.importorskip("triton")
 
@@ -76,3 +76,23 @@ def test_near_and_far_in_bf16_equal_the_separate_operators(one_function, monkeyp
     for one, other in zip(*found, strict=True):
         assert one.dtype == other.dtype
         assert (one.double() - other.double()).norm() < 5e-3 * other.double().norm()
+
+
+@pytest.mark.parametrize("learned", [("learned_share",), ("learned_decay", "learned_share")])
+def test_gradients_of_a_layers_log_decay_and_share_are_those_of_the_separate_operators(
+    one_function, monkeypatch, learned
+):
+    layer = FavorAttention(24, 3, causal=True, window=5, features=16, backend="triton", **dict.fromkeys(learned, True))
+    x = torch.randn(2, 41, 24, generator=torch.Generator().manual_seed(2))
+    found = []
+    for together in (True, False):
+        monkeypatch.setattr(fused, "ELSEWHERE", together)
+        out = layer(x)
+        direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
+        found.append([out, *torch.autograd.grad(out, list(layer.parameters()), direction)])
+    assert one_function == [1]
+    assert len(found[0]) == 3 + len(learned)
+    for one, other in zip(*found, strict=True):
+        assert one.shape == other.shape
+        assert other.norm() > 0
+        assert (one - other).norm() < 1e-5 * other.norm()
