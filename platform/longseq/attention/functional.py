@@ -131,7 +131,7 @@ def attention(
             return _nothing(q, k, v, call.far_share, call.decay, call.gate)
         if causal and context is None and near_and_far.takes(backend, rows):
             return near_and_far.near_and_far(rows, call, batch, v.dtype)
-        rows = replace(rows, decay=per_row(call.rates, batch, dtypes(q, k, v)[1]))
+        rows = replace(rows, decay=near_and_far.rates_of_rows(call, batch, q, dtypes(q, k, v)[1]))
         if context is not None and segments is not None and documents is None:
             documents = context.documents(segments)
         share = per_row(call.far_share, batch, dtypes(q, k, v)[1])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longseq.attention.backends.choice import choose, name_of
-from longseq.attention.call import Call
+from longseq.attention.call import Call, per_row
 from longseq.attention.feature_maps import FeatureMap
 from longseq.attention.first_order import Saved, first_order
 from longseq.attention.fused import fuses
@@ -41,6 +41,34 @@ def near_and_far(rows: Rows, call: Call, batch: int, dtype: torch.dtype) -> Tens
     tensors = *rows.qkv, call.decay, call.far_share, rows.hidden, rows.runs
     made: Tensor = _NearAndFar.apply(*tensors, rows.feature_map, rows.delay, batch, dtype, call.log_decay)
     return made
+
+
+def rates_of_rows(call: Call, batch: int, q: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """γ of each of N = batch · heads rows, (N, 1, 1): on a GPU one kernel, and one backward."""
+    if call.decay is None or dtype != torch.float32 or not fuses(q, call.options.backend):
+        return per_row(call.rates, batch, dtype)
+    made: Tensor = _Rates.apply(call.decay, batch, call.log_decay)
+    return made
+
+
+class _Rates(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, decay: Tensor, batch: int, log_decay: bool) -> Tensor:
+        from longseq.attention.backends.triton import parts
+
+        rates = parts.rates(decay, batch, log_decay)
+        ctx.log_decay = log_decay
+        ctx.save_for_backward(decay, rates)
+        return rates
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, saved: Saved, grad: Tensor) -> tuple[Tensor | None, ...]:
+        from longseq.attention.backends.triton import parts
+
+        decay, rates = saved
+        whole = grad.contiguous().flatten(1)
+        return parts.add_learned(decay, rates, (whole, whole[:, :0]), None, None, ctx.log_decay)[0], None, None
 
 
 class _NearAndFar(torch.autograd.Function):
