@@ -72,10 +72,12 @@ def test_every_launch_fits_its_chip(rows):
 def test_16_bit_operands_are_multiplied_by_wgmma_at_least_64_wide(rows):
     for row in _half(rows):
         narrow = " d128 " in row.case and row.kernel == "keys_vjp"  # dk and dv together need 8 warps
+        narrow = narrow or " d32 " in row.case  # no matrix of it has 64 columns on every side
         if row.arch == 90 and not narrow:
             for name in row.matrix:
-                shape = re.fullmatch(r"HGMMA\.64x(\d+)x16\.F32\.BF16", name)
+                shape = re.fullmatch(r"HGMMA\.64x(\d+)x16\.F32(\.BF16)?", name)  # without: of fp16
                 assert shape, f"{row.case}: {row.kernel} {name}"
+                assert shape[2] or " float16 " in row.case, f"{row.case}: {row.kernel} {name}"
                 assert int(shape[1]) >= 64, f"{row.case}: {row.kernel} {name}"
 
 
@@ -91,7 +93,8 @@ def test_nothing_is_spilled_at_head_dim_64_and_little_at_128(rows):
         if row.case.startswith("window") and row.arch in (80, 90):
             assert row.spilled <= (0 if narrow else 64 if plain else 128), row
         elif plain and " m256 " in row.case and (row.arch == 90 or (row.arch == 80 and narrow)):
-            assert row.spilled <= (0 if narrow else 72), row
+            fp16 = 8 * (" float16 " in row.case)  # its features are converted besides
+            assert row.spilled <= (fp16 if narrow else 72), row
 
 
 def test_the_scan_issues_no_more_instructions_than_a_quarter_of_the_peak_allows(rows):
@@ -104,7 +107,10 @@ def test_the_scan_issues_no_more_instructions_than_a_quarter_of_the_peak_allows(
 
 
 def test_another_length_compiles_nothing_again(rows):
-    assert [row for row in _half(rows) if row.compiled_again] == []
+    # Wide states of 512 features are not in memory for all sequences at once, and the last ones' rows of an odd length
+    # begin at no multiple of 16 bytes: one more program.
+    again = [row for row in _half(rows) if row.compiled_again > (" d128 bfloat16 m512 " in row.case)]
+    assert again == []
 
 
 def test_large_kernels_have_four_programs_a_multiprocessor(rows):
