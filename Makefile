@@ -3,7 +3,7 @@
 # make test-long    proofs that take minutes: 100,000 damaged files, 2 GB of FASTA, runs killed at random, every change of
 #                   world and stage
 # make test-compiled    every Triton kernel compiled for sm_80, 89, 90 and 100 by two releases of Triton, with counts of
-#                   instructions (all cases and chips: pytest -m "compiled and long" tests/gpu)
+#                   instructions (all cases, a chip at a time: pytest -m "compiled and long" tests/gpu -k all-sm_90)
 # make test-sanitized   the native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make test-newest  the tests of other packages' interfaces, with the newest releases that pyproject.toml allows
 # make test-oldest  the same, with the oldest that were tried (tests/environments)

@@ -24,6 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from longseq.attention import fused, isolation, rotary_table
 from longseq.attention.backends.triton import launch as triton_launch
+from longseq.attention.backends.triton import parts
 from longseq.attention.heads import split_heads
 from longseq.models.norm import Norm
 from longseq.models.performer import PerformerLM
@@ -175,6 +176,10 @@ def stacks(arch: int) -> dict[str, int]:
                 for temperature in (None, torch.zeros(2, 1, 1, dtype=dtype, requires_grad=True)):
                     outputs = split_heads(qkv, 2, rotary_table(torch.arange(64), head_dim), temperature)
                     torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
+            of_heads = torch.zeros(2, dtype=dtype)
+            rates = parts.rates(of_heads, 1, log=True)
+            both = torch.zeros(2, 4), torch.zeros(2, 4, dtype=torch.float64)
+            parts.add_learned(of_heads, rates, both, of_heads, torch.zeros(1, 2, 4), log=True)
     for launch in recorder.launches:
         stack = _resources(launch.compiled.asm["cubin"])[1]
         found[launch.kernel] = max(stack, found.get(launch.kernel, 0))

@@ -32,16 +32,20 @@ KNOWN = json.loads(offline.CEILINGS.read_text())
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(("decisive", None), id="installed"),
-        pytest.param(("every-kernel", NEWEST), id="newest"),
-        pytest.param(("all", None), id="all", marks=pytest.mark.long),
+        pytest.param(("decisive", None, ()), id="installed"),
+        pytest.param(("every-kernel", NEWEST, ()), id="newest"),
+        # A chip at a time, each with a result of its own: -k all-sm_90
+        *(
+            pytest.param(("all", None, (arch,)), id=f"all-sm_{arch}", marks=pytest.mark.long)
+            for arch in offline.ALL_ARCHITECTURES
+        ),
     ],
 )
 def rows(request) -> list[offline.Found]:
-    cases, release = request.param
+    cases, release, only = request.param
     if cases == "every-kernel" and release is None:
         pytest.skip("LONGSEQ_TRITON names no folder with the newest Triton: make test-compiled")
-    return offline.measure(cases, release)
+    return offline.measure(cases, release, only=only)
 
 
 def _half(rows: list[offline.Found]) -> list[offline.Found]:
@@ -68,10 +72,12 @@ def test_every_launch_fits_its_chip(rows):
 def test_16_bit_operands_are_multiplied_by_wgmma_at_least_64_wide(rows):
     for row in _half(rows):
         narrow = " d128 " in row.case and row.kernel == "keys_vjp"  # dk and dv together need 8 warps
+        narrow = narrow or " d32 " in row.case  # no matrix of it has 64 columns on every side
         if row.arch == 90 and not narrow:
             for name in row.matrix:
-                shape = re.fullmatch(r"HGMMA\.64x(\d+)x16\.F32\.BF16", name)
+                shape = re.fullmatch(r"HGMMA\.64x(\d+)x16\.F32(\.BF16)?", name)  # without: of fp16
                 assert shape, f"{row.case}: {row.kernel} {name}"
+                assert shape[2] or " float16 " in row.case, f"{row.case}: {row.kernel} {name}"
                 assert int(shape[1]) >= 64, f"{row.case}: {row.kernel} {name}"
 
 
@@ -86,19 +92,25 @@ def test_nothing_is_spilled_at_head_dim_64_and_little_at_128(rows):
         narrow, plain = " d64 " in row.case, "hidden" not in row.case
         if row.case.startswith("window") and row.arch in (80, 90):
             assert row.spilled <= (0 if narrow else 64 if plain else 128), row
-        elif row.arch == 90 and plain and " m256 " in row.case:
-            assert row.spilled <= (0 if narrow else 72), row
+        elif plain and " m256 " in row.case and (row.arch == 90 or (row.arch == 80 and narrow)):
+            fp16 = 8 * (" float16 " in row.case)  # its features are converted besides
+            assert row.spilled <= (fp16 if narrow else 72), row
 
 
 def test_the_scan_issues_no_more_instructions_than_a_quarter_of_the_peak_allows(rows):
     """On sm_90, of one scheduler for 64 tokens of one head: then issuing takes 25 % of 790 TFLOP/s at least."""
+    if 90 not in {row.arch for row in rows}:
+        pytest.skip("the bar is one of sm_90")
     for where, most in (("forward", 9_000), ("backward", 20_000)):
         chosen = [row for row in rows if (row.case, row.arch, row.where) == (offline.Case("scan").name, 90, where)]
         assert 0 < sum(row.instructions for row in chosen) <= most
 
 
 def test_another_length_compiles_nothing_again(rows):
-    assert [row for row in _half(rows) if row.compiled_again] == []
+    # Wide states of 512 features are not in memory for all sequences at once, and the last ones' rows of an odd length
+    # begin at no multiple of 16 bytes: one more program.
+    again = [row for row in _half(rows) if row.compiled_again > (" d128 bfloat16 m512 " in row.case)]
+    assert again == []
 
 
 def test_large_kernels_have_four_programs_a_multiprocessor(rows):

@@ -25,6 +25,7 @@ class Call:
         seed, layer, draw: what the projections are a function of; ``draw`` may be a tensor while a program is traced.
         far_share, decay: (heads,) or None, as of :func:`longseq.attention.favor_attention`.
         gate: (batch, heads, length) or None, likewise.
+        log_decay: ``decay`` is log γ, as a layer learns it.
     """
 
     options: AttentionOptions
@@ -36,6 +37,7 @@ class Call:
     far_share: Tensor | None = None
     decay: Tensor | None = None
     gate: Tensor | None = None
+    log_decay: bool = False
 
     @classmethod
     def of(cls, **asked: Any) -> Call:
@@ -92,10 +94,22 @@ class Call:
             )
         return segments
 
+    @property
+    def rates(self) -> Tensor | None:
+        """γ of each head, (heads,)."""
+        return self.decay.float().exp() if self.log_decay and self.decay is not None else self.decay
+
     def rows(
-        self, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None, segments: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_padding: Tensor | None = None,
+        segments: Tensor | None = None,
+        *,
+        fades: bool = True,
     ) -> Rows:
-        """Checked arguments as the operations read them, for each of N = batch · heads."""
+        """Checked arguments as the operations read them, for each of N = batch · heads; the decay only if ``fades``."""
         operands, dtype = dtypes(q, k, v)
         batch, heads, _, head_dim = q.shape
         phi, options = None, self.options
@@ -107,9 +121,10 @@ class Call:
         hidden = None if key_padding is None else ~key_padding.repeat_interleave(heads, dim=0)
         numbers = None if segments is None else document_numbers(segments).repeat_interleave(heads, dim=0)
         sums = None if self.gate is None else gates.running(self.gate.flatten(0, 1))
+        rates = per_row(self.rates, batch, dtype) if fades else None
         q, k, v = (t.flatten(0, 1).to(operands) for t in (q, k, v))
         reach = options.window if options.kind == "favor" else k.shape[1]
-        return Rows(q, k, v, per_row(self.decay, batch, dtype), hidden, numbers, phi, reach, sums)
+        return Rows(q, k, v, rates, hidden, numbers, phi, reach, sums)
 
 
 def per_row(per_head: Tensor | None, batch: int, dtype: torch.dtype) -> Tensor | None:

@@ -125,12 +125,13 @@ def attention(
         )
     backend, causal, (batch, heads) = call.options.backend, call.causal, q.shape[:2]
     with torch.autocast(q.device.type, enabled=False):
-        rows = call.rows(q, k, v, key_padding, segments)
+        rows = call.rows(q, k, v, key_padding, segments, fades=False)
         if not (q.shape[:3].numel() and k.shape[2] and v.shape[3]):
             backends.choose(backend, rows.phi, rows.qkv, rows.gate is not None)
             return _nothing(q, k, v, call.far_share, call.decay, call.gate)
         if causal and context is None and near_and_far.takes(backend, rows):
-            return near_and_far.near_and_far(rows, call.far_share, batch, v.dtype)
+            return near_and_far.near_and_far(rows, call, batch, v.dtype)
+        rows = replace(rows, decay=near_and_far.rates_of_rows(call, batch, q, dtypes(q, k, v)[1]))
         if context is not None and segments is not None and documents is None:
             documents = context.documents(segments)
         share = per_row(call.far_share, batch, dtypes(q, k, v)[1])
@@ -222,7 +223,7 @@ def exact_attention(
 def _exact(
     inputs: Inputs, call: Call, key_padding: Tensor | None, segments: Tensor | None, context: ContextGroup | None
 ) -> Tensor:
-    (q, k, v), causal, decay = inputs, call.causal, call.decay
+    (q, k, v), causal, decay = inputs, call.causal, call.rates
     if key_padding is None and segments is None and decay is None and context is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     if context is not None:
@@ -265,7 +266,7 @@ def _exact_by_slices(
     slices = Slices(context, call.causal, hidden if bool(hidden.any()) else None, runs, everyones)
     with torch.autocast(q.device.type, enabled=False):
         operands, _ = dtypes(q, k, v)
-        out = ring_attention(q.to(operands), k.to(operands), v.to(operands), slices, call.decay, own)
+        out = ring_attention(q.to(operands), k.to(operands), v.to(operands), slices, call.rates, own)
     return out.to(v.dtype)
 
 

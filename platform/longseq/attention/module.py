@@ -310,7 +310,18 @@ class FavorAttention(nn.Module):
     def call(self, gate: Tensor | None = None) -> Call:
         """What this layer asks of attention at this moment, with forget gates of these positions."""
         draw, a = self._draw if is_traced() else self.draw, self.oprf_a or 0.0
-        return Call(self.options, self.causal, self.seed, self.layer, draw, a, self.log_share, self.decay, gate)
+        return Call(
+            self.options,
+            self.causal,
+            self.seed,
+            self.layer,
+            draw,
+            a,
+            self.log_share,
+            self.log_decay,
+            gate,
+            log_decay=True,
+        )
 
     @property
     def draw(self) -> int:

@@ -49,17 +49,24 @@ class Block(nn.Module):
         segments: Tensor | SlicedDocuments | None,
         rotary: Tensor | None,
         first: Tensor | None = None,
+        *,
+        branch: Tensor | None = None,
+        apart: bool = False,
     ) -> Any:
         """x (B, L, E); padding (B, L) bool, True where a token is real; segments (B, L) integers; or None.
 
         first: with ``value_residual`` the values that the block before has returned, None for the first block. Then
         all methods return what the next block is given as ``first`` last.
+        branch: what is still to be added to x.
+        apart: return what the MLP adds by itself, behind x: the next block's norm adds it in one kernel.
         """
         options = {"padding": padding, "segments": segments, "rotary": rotary, "first": first}
         if not 0 < self.tile < x_BLE.shape[1]:
             with self._narrowed():
-                x_BLE, normed = self._begin(x_BLE)
+                x_BLE, normed = self._begin(x_BLE, branch)
                 mixed, *handed = self._attended(self.attention(normed, **options))
+                if apart:
+                    return *self._parts(x_BLE, mixed), *handed
                 return self._results(self._add(x_BLE, mixed), handed)
         tile, norm = self.tile, None if self.post_norm else self.attention_norm
         mixed, *handed = self._attended(self.attention(x_BLE, norm=norm, tile=tile, **options))
@@ -137,14 +144,18 @@ class Block(nn.Module):
     def _narrowed(self) -> AbstractContextManager[None]:
         return narrowed([self.attention.qkv, self.attention.out, self.mlp[0], self.mlp[2]])
 
-    def _begin(self, x_BLE: Tensor) -> tuple[Tensor, Tensor]:
+    def _begin(self, x_BLE: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x, and what attention reads of it."""
-        return (x_BLE, x_BLE) if self.post_norm else self.attention_norm(x_BLE, sums=True)
+        return (x_BLE, x_BLE) if self.post_norm else self.attention_norm(x_BLE, branch, sums=True)
 
     def _add(self, x_BLE: Tensor, mixed: Tensor) -> Tensor:
-        mixed = self.dropout(mixed)
         if self.post_norm:
-            x_BLE = self.attention_norm(x_BLE + mixed)
+            x_BLE = self.attention_norm(x_BLE + self.dropout(mixed))
             return self.mlp_norm(x_BLE + self.dropout(self.mlp(x_BLE)))
-        x_BLE, normed = self.mlp_norm(x_BLE, mixed)
-        return x_BLE + self.dropout(self.mlp(normed))
+        x_BLE, branch = self._parts(x_BLE, mixed)
+        return x_BLE + branch
+
+    def _parts(self, x_BLE: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
+        """x with attention, and what the MLP adds, of a block that norms first."""
+        x_BLE, normed = self.mlp_norm(x_BLE, self.dropout(mixed))
+        return x_BLE, self.dropout(self.mlp(normed))

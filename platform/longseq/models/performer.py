@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longseq.attention import ContextGroup, FavorAttention, RecurrentState, SlicedDocuments, rotary_table
 from longseq.attention.carried import State
+from longseq.attention.fused import fuses
 from longseq.attention.tiles import recurrence
 from longseq.errors import LongseqError
 from longseq.models.head import Head, TransformHead
@@ -121,8 +122,14 @@ class PerformerLM(nn.Module):
             x.requires_grad_()  # a frozen embedding: reentrant checkpoints give gradients only if their input wants one
         offload = Offload()
         first: list[Tensor] = []  # with spec.value_residual the first layer's values
+        # On a GPU the norm that comes next adds what an MLP has made, in its own kernel.
+        apart = not recompute and layer is None and states is None and self._norms_add(x)
+        branch: Tensor | None = None
         for block in islice(self.blocks, layer):
             _note(states, x)
+            if apart:
+                x, branch, *first = block(x, padding, documents, rotary, *first, branch=branch, apart=True)
+                continue
             if recompute and self.training:
                 # Reentrant: ZeRO-3 gathers weights in module hooks, and the other kind checks saved shapes against
                 # weights that are partitioned again by then.
@@ -131,7 +138,12 @@ class PerformerLM(nn.Module):
             else:
                 found = block(x, padding, documents, rotary, *first)
             x, *first = found if self.spec.value_residual else (found,)
+        x = x if branch is None else x + branch
         return _note(states, self.norm(x) if layer is None else x)
+
+    def _norms_add(self, x: Tensor) -> bool:
+        layered = self.spec.norm == "pre" and self.spec.norm_kind == "layernorm"
+        return layered and not 0 < self.spec.tile < x.shape[1] and fuses(x, self.spec.backend)
 
     @torch.no_grad()
     def prefill(

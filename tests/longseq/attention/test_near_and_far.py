@@ -10,7 +10,7 @@ import torch
 from tests.longseq.attention import cases
 from tests.longseq.attention.own_kernels import DEVICE
 
-from longseq.attention import favor_attention, fused, near_and_far
+from longseq.attention import FavorAttention, favor_attention, fused, near_and_far
 
 pytest.importorskip("triton")
 
@@ -76,3 +76,25 @@ def test_near_and_far_in_bf16_equal_the_separate_operators(one_function, monkeyp
     for one, other in zip(*found, strict=True):
         assert one.dtype == other.dtype
         assert (one.double() - other.double()).norm() < 5e-3 * other.double().norm()
+
+
+@pytest.mark.parametrize(
+    ("window", "learned"), [(5, ("learned_share",)), (5, ("learned_decay", "learned_share")), (0, ("learned_decay",))]
+)
+def test_log_decay_and_share_of_a_layer_learn_as_by_the_separate_operators(one_function, monkeypatch, window, learned):
+    layer = FavorAttention(
+        24, 3, causal=True, window=window, features=16, backend="triton", **dict.fromkeys(learned, True)
+    )
+    x = torch.randn(2, 41, 24, generator=torch.Generator().manual_seed(2))
+    found = []
+    for together in (True, False):
+        monkeypatch.setattr(fused, "ELSEWHERE", together)
+        out = layer(x)
+        direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
+        found.append([out, *torch.autograd.grad(out, list(layer.parameters()), direction)])
+    assert one_function == [1] * (window > 0)
+    assert len(found[0]) == 3 + len(learned)
+    for one, other in zip(*found, strict=True):
+        assert one.shape == other.shape
+        assert other.norm() > 0
+        assert (one - other).norm() < 1e-5 * other.norm()

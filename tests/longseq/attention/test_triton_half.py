@@ -114,6 +114,17 @@ def test_half_precision_gradient_of_the_decay_is_near_float64(monkeypatch, kerne
     assert_same(found, expected, HALF_PRECISION)
 
 
+def test_half_precision_with_the_tiles_of_an_a100_is_near_float64(monkeypatch):
+    """Products come from registers there, and the state of the keys' gradients goes on last."""
+    monkeypatch.setattr(triton_launch, "ELSEWHERE", triton_launch.Chip((8, 0), 166_912))
+    monkeypatch.setattr(triton_backend, "PROGRAMS", 16)
+    phi, exact = maps("softmax", 80, 32, torch.bfloat16)
+    given = rows(259, 32, 24, 1.0, torch.bfloat16, "hidden", "runs", "decay", number=8)
+    expected = results(lambda q, k, v, **x: scan(q, k, v, exact, delay=9, **x), double(given))
+    found = results(lambda q, k, v, **x: scan(q, k, v, phi, delay=9, **x, backend="triton"), poison_hidden(given))
+    assert_same(found, expected, HALF_PRECISION)
+
+
 def tiles_with_a_window(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, phi: FeatureMap, backend: str
 ) -> tuple[Tensor, Tensor]:

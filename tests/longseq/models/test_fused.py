@@ -187,6 +187,7 @@ WAYS = {
     "post": {"norm": "post"},
     "learned": {"position": "learned", "max_positions": 80},
     "qk_norm": {"qk_norm": True},
+    "values": {"value_residual": True},
 }
 
 

@@ -55,7 +55,8 @@ def run_gpu(args: argparse.Namespace) -> int:
         timed = [part.name for part in parts if not part.correct]
         if args.parts and timed:
             raise LongseqError(f"--parts {','.join(timed)}: they take times of a GPU, and there is none here.")
-        parts = [replace(part, seconds=CPU_PATIENCE * part.seconds) for part in parts if part.correct]
+        # No times are taken, for which a part would be alone and time would be held back.
+        parts = [replace(part, seconds=CPU_PATIENCE * part.seconds, alone=False) for part in parts if part.correct]
     check_folder(args.out)
     about = machine(device)
 

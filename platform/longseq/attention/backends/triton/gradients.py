@@ -261,7 +261,7 @@ def keys_vjp(
     weight, shift, sums, dk, dv, flows, length, delay, steps, others, norm,
     m: tl.constexpr, d: tl.constexpr, e: tl.constexpr,
     EXPONENTIAL: tl.constexpr, SHIFTED: tl.constexpr, LOCAL: tl.constexpr, DLSE: tl.constexpr, FLOW: tl.constexpr,
-    RUNS: tl.constexpr, SPLIT: tl.constexpr,
+    RUNS: tl.constexpr, ROOM: tl.constexpr,
     HALF: tl.constexpr, C: tl.constexpr, F: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one segment, with dA as in :func:`queries_vjp`:
@@ -269,8 +269,9 @@ def keys_vjp(
         dφ(k_j) = Σ_i dA_ij φ(q_i) + e^{b_j − c'} R ṽ_j,    dv_j = Σ_i A_ij g_i + e^{b_j − c'} Rᵀφ(k_j)
 
     R is that behind the segment, and is left as it is behind its first chunk. FLOW: the keys' share of the decay's
-    gradient, Σ_j (j + delay) Σ_i dA_ij A_ij, counted from the segment's start. SPLIT: R is read in two parts, as it
-    always is with FLOW and where one state is all keys.
+    gradient, Σ_j (j + delay) Σ_i dA_ij A_ij, counted from the segment's start. ROOM: R is read in two parts, as it
+    always is with FLOW and where one state is all keys, and goes on before the keys' features are made. 16-bit products
+    from registers leave room for neither: R goes on last.
     """
     n = tl.program_id(1).to(tl.int64)
     part = tl.program_id(0)
@@ -334,9 +335,14 @@ def keys_vjp(
                 one_more = tl.sum(queries.to(tl.float32) * read_one[:, None], 0)
             state, one = load_state(sums, f, m, e, F, E)
             read_state = operand(state, HALF)
-            if HALF and (SPLIT or FLOW or not LOCAL):
+            if HALF and (ROOM or FLOW or not LOCAL):
                 rest = operand(state - read_state.to(tl.float32), HALF)
-            if LOCAL:
+            if not ROOM:
+                d_phi = product(again(values, block, length, HALF), read_state)
+                if HALF and (FLOW or not LOCAL):
+                    d_phi = product(values, rest, d_phi)
+                d_phi = (d_phi + one[None, :]) * entering[:, None]
+            elif LOCAL:
                 turned = tl.trans(again(reading, block, length, HALF))
                 if back + 1 < stop - start:
                     tl.debug_barrier()  # before others have read the normaliser
@@ -348,12 +354,19 @@ def keys_vjp(
             d_value = product(key_features, tl.trans(read_state), d_value)
             if LOCAL:
                 attention = product(key_features, tl.trans(queries), attention)
-            d_phi = product(again(values, block, length, HALF), read_state)
-            if HALF and (SPLIT or FLOW or not LOCAL):
-                d_phi = product(values, rest, d_phi)
-            d_phi = (d_phi + one[None, :]) * entering[:, None]
+            if ROOM:
+                d_phi = product(again(values, block, length, HALF), read_state)
+                if HALF:
+                    d_phi = product(values, rest, d_phi)
+                d_phi = (d_phi + one[None, :]) * entering[:, None]
             if LOCAL:
                 d_phi = product(tl.trans(again(d_weights, block, length, HALF)), queries, d_phi)
+                if not ROOM:
+                    turned = tl.trans(again(reading, block, length, HALF))
+                    if back + 1 < stop - start:
+                        tl.debug_barrier()
+                        put_normaliser(sums, f, one * left + one_more, m, e, F)
+                        put_state(sums, f, product(turned, queries, state * left), m, e, F, E)
             d_log = d_phi * phi
             if FLOW:
                 # Of the features that the other side sees: the sum of a pair's terms is the same from either.

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longseq.attention.backends.triton.launch import on, padded, pointer
-from longseq.attention.backends.triton.rows import load_rows, put_rows
+from longseq.attention.backends.triton.rows import load_rows, put_rows, rounded
 from longseq.attention.parts import Part
 
 POSITIONS = 32  # of a program
@@ -76,6 +76,75 @@ def combine_rows_vjp(
         tl.store(d_share + n * tl.num_programs(0) + tl.program_id(0), -tl.sum(d_lse, 0))
 
 
+@triton.jit
+def put_rates(learned, rates, number, heads, LOG: tl.constexpr, B: tl.constexpr):
+    """γ of each of N rows, of one number a head: γ itself or its logarithm."""
+    n = tl.program_id(0) * B + tl.arange(0, B)
+    rate = tl.load(learned + n % heads, mask=n < number, other=0.0).to(tl.float32)
+    tl.store(rates + n, tl.exp(rate) if LOG else rate, mask=n < number)
+
+
+@triton.jit
+def _total(parts, head, heads, batch, size, B: tl.constexpr):
+    """The sum of all numbers of one head, of (batch · heads, size)."""
+    total = tl.zeros((B,), tl.float64)
+    for first in range(0, batch * size, B):
+        i = first + tl.arange(0, B)
+        at = (i // size * heads + head).to(tl.int64) * size + i % size
+        total += tl.load(parts + at, mask=i < batch * size, other=0.0).to(tl.float64)
+    return tl.sum(total, 0)
+
+
+@triton.jit(do_not_specialize=("batch", "near_size", "far_size", "share_size"))
+def add_parts_of_heads(
+    near, far, shares, rates, d_decay, d_share, heads, batch, near_size, far_size, share_size,
+    DECAY: tl.constexpr, SHARE: tl.constexpr, LOG: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """The gradients of one head's decay, or its logarithm, and of its share."""
+    head = tl.program_id(0)
+    if DECAY:
+        total = _total(near, head, heads, batch, near_size, B) + _total(far, head, heads, batch, far_size, B)
+        total = total.to(tl.float32)
+        if LOG:
+            total *= tl.load(rates + head)
+        tl.store(d_decay + head, rounded(total, d_decay.dtype.element_ty))
+    if SHARE:
+        total = _total(shares, head, heads, batch, share_size, B).to(tl.float32)
+        tl.store(d_share + head, rounded(total, d_share.dtype.element_ty))
+
+
+def rates(decay: Tensor, batch: int, log: bool) -> Tensor:
+    """γ of each of N = batch · heads rows, (N, 1, 1) fp32; ``log``: decay (H,) holds log γ."""
+    number = batch * len(decay)
+    made = decay.new_empty(number, 1, 1, dtype=torch.float32)
+    with on(decay.device):
+        put_rates[(triton.cdiv(number, 256),)](decay.contiguous(), made, number, len(decay), LOG=log, B=256)
+    return made
+
+
+def add_learned(
+    decay: Tensor | None, rates: Tensor | None, decays: tuple[Tensor, Tensor] | None, share: Tensor | None,
+    shares: Tensor | None, log: bool,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """The gradients of decay and share, (H,) each, of their parts: the near and far ones of γ, and of the share."""
+    one = share if decay is None or decays is None else decay
+    if one is None:
+        return None, None
+    near, far = decays or (one, one)
+    d_decay = None if decay is None or decays is None else torch.empty_like(decay)
+    d_share = None if share is None or shares is None else torch.empty_like(share)
+    heads, batch = len(one), 1 if rates is None else len(rates) // len(one)
+    if shares is not None:
+        batch = len(shares)
+    with on(one.device):
+        add_parts_of_heads[(heads,)](
+            near, far, pointer(shares, one), pointer(rates, one), pointer(d_decay, one), pointer(d_share, one), heads,
+            batch, near.shape[-1], far.shape[-1], 1 if shares is None else shares.shape[-1], DECAY=d_decay is not None,
+            SHARE=d_share is not None, LOG=log, B=256,
+        )  # fmt: skip
+    return d_decay, d_share
+
+
 def combine(near: Part, far: Part, share: Tensor | None, batch: int, dtype: torch.dtype) -> Tensor:
     """One result (B, H, L, e) of ``dtype``, the heads of a position side by side in memory.
 
@@ -95,7 +164,7 @@ def combine(near: Part, far: Part, share: Tensor | None, batch: int, dtype: torc
 
 
 def combine_vjp(near: Part, far: Part, share: Tensor | None, dout: Tensor) -> tuple[Part, Part, Tensor | None]:
-    """The gradients of near, far and share, from that of :func:`combine`'s result."""
+    """The gradients of near and far, and parts (B, H, ·) of the share's, from that of :func:`combine`'s result."""
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     batch, heads, length, width = dout.shape
     d_near, d_far = ((torch.empty_like(near[0]), torch.empty_like(near[1])) for _ in range(2))
@@ -106,6 +175,4 @@ def combine_vjp(near: Part, far: Part, share: Tensor | None, dout: Tensor) -> tu
             *near, *far, pointer(share, dout), dout, *d_near, *d_far, pointer(d_share, near[0]), length, heads, width,
             *dout.stride()[:3], SHARE=share is not None, T=POSITIONS, E=padded(width),
         )  # fmt: skip
-    if share is None or d_share is None:
-        return d_near, d_far, None
-    return d_near, d_far, d_share.sum((0, 2)).to(share.dtype)
+    return d_near, d_far, d_share

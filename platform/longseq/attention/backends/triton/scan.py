@@ -190,8 +190,10 @@ def scan_backward(
     dlse: Tensor | None,
     later: Tensor | None,
     wants_decay: bool,
+    *,
+    parts: bool = False,
 ) -> Gradients:
-    """See :func:`longseq.attention.scan.scan_backward`."""
+    """See :func:`longseq.attention.scan.scan_backward`. parts: of the decay's, (N, ·), and not their sums."""
     q, keys = rows.q.contiguous(), _keys(rows)
     q_gauge, k_gauge, key_scale, row_scale, before, begin, begin_scale = kept
     assert q_gauge is not None
@@ -245,7 +247,8 @@ def scan_backward(
                 part.delay, launch.steps, programs, head_dim**-0.5, FLOW=wants_decay, **kinds, **launch.tiles.keys,
             )  # fmt: skip
             del sums, d_sums, final
-    return Gradients(dq, dk, dv, flows.sum(1)[:, None, None] if wants_decay else None, d_initial)
+    d_decay = None if not wants_decay else flows if parts else flows.sum(1)[:, None, None]
+    return Gradients(dq, dk, dv, d_decay, d_initial)
 
 
 def sum_up(

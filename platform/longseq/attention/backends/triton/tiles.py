@@ -40,8 +40,8 @@ def tiles(there: Chip, features: int, head_dim: int, value_dim: int, *, half: bo
         return {"F": max(16, min(block, most)), "num_warps": num_warps, "num_stages": 1}
 
     def keys(block: int, num_warps: int) -> dict[str, Any]:
-        # Products from registers have no room for a state's second part: dk at std 2 is then 6e-3 off, not 5e-3.
-        return {**options(block, num_warps), "SPLIT": wgmma}
+        # 16-bit products from registers have no room for a state's second part: dk at std 2 is then 6e-3 off, not 5e-3.
+        return {**options(block, num_warps), "ROOM": wgmma or not half}
 
     if not half:
         if there.capability[0] == 10:  # of 16 warps, products go without tensor memory, where their parts do not fit

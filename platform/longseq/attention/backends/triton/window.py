@@ -287,8 +287,13 @@ def window_backward(
     dlse: Tensor | None,
     wants_decay: bool,
     onto: tuple[Tensor, Tensor, Tensor] | None = None,
+    *,
+    parts: bool = False,
 ) -> Gradients:
-    """See :func:`longseq.attention.window.window_backward`. The first three are added to those of ``onto``, there."""
+    """See :func:`longseq.attention.window.window_backward`. The first three are added to those of ``onto``, there.
+
+    parts: of the decay's, (N, ·), and not their sums.
+    """
     launch = _Launch(rows, window, causal)
     q, k, v = launch.rows
     dout = torch.zeros_like(out) if dout is None else dout.contiguous()
@@ -308,7 +313,9 @@ def window_backward(
         keys_vjp_near[triton.cdiv(q.shape[1], keys_tiles["B"]), len(q)](
             *given, lse, half_dout, shared, dk, dv, *launch.sizes, **launch.kinds, **keys_tiles
         )
-    return Gradients(dq, dk, dv, d_decay.sum(1, dtype=torch.float64)[:, None, None] if wants_decay else None)
+    if not parts and wants_decay:
+        d_decay = d_decay.sum(1, dtype=torch.float64)[:, None, None]
+    return Gradients(dq, dk, dv, d_decay if wants_decay else None)
 
 
 def _tiles(q: Tensor, v: Tensor, *, keys: bool = False) -> dict[str, int]:
