@@ -90,7 +90,7 @@ def test_a_snapshot_knows_its_commit_and_what_was_installed(checkout, submitted)
 
 def test_a_copy_whose_name_cannot_be_read_is_not_taken_for_none(submitted):
     (submitted.path / "code" / "used").mkdir(parents=True)
-    with pytest.raises(RunError, match="cannot be read: .*directory"):
+    with pytest.raises(RunError, match=r"cannot be read: .*directory"):
         code.kept(submitted)
 
 
