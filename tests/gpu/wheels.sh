@@ -11,7 +11,8 @@
 #
 # The table is printed, and RESULTS/gpu.json holds every number. Without the wheels the parts that train fail, the others
 # run. Nothing there reads Arrow files, so pyarrow (55 MB alone) and pandas are left out; datasets is collected, and
-# `pip install --no-index --find-links FOLDER datasets` installs it where these two are.
+# `pip install --no-index --find-links FOLDER datasets` installs it where these two are. `longseq data prepare` (Dask) and
+# `longseq completion` (shtab) do not work there.
 # DeepSpeed has no wheels of its own: one is built here, without compiled operators.
 set -euo pipefail
 

@@ -59,7 +59,10 @@ class Block(nn.Module):
         all methods return what the next block is given as ``first`` last.
         branch: what is still to be added to x.
         apart: return what the MLP adds by itself, behind x: the next block's norm adds it in one kernel.
+
+        The last two are for blocks that norm first, and for no tiles.
         """
+        assert not (apart or branch is not None) or not (self.post_norm or 0 < self.tile < x_BLE.shape[1])
         options = {"padding": padding, "segments": segments, "rotary": rotary, "first": first}
         if not 0 < self.tile < x_BLE.shape[1]:
             with self._narrowed():

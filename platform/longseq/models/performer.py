@@ -142,8 +142,14 @@ class PerformerLM(nn.Module):
         return _note(states, self.norm(x) if layer is None else x)
 
     def _norms_add(self, x: Tensor) -> bool:
-        layered = self.spec.norm == "pre" and self.spec.norm_kind == "layernorm"
-        return layered and not 0 < self.spec.tile < x.shape[1] and fuses(x, self.spec.backend)
+        """Whether each block leaves its MLP's part to the next one's norm: a kernel less, and a tensor (B, L, E) more
+        for the time of a block, which a backward pass keeps anyway. Forward hooks on blocks see both then."""
+        spec = self.spec
+        layered = spec.norm == "pre" and spec.norm_kind == "layernorm" and spec.bias
+        if not layered or not torch.is_grad_enabled() or 0 < spec.tile < x.shape[1]:
+            return False
+        compiled = any(block._compiled_call_impl for block in self.blocks)  # which are to be one program
+        return not compiled and fuses(x, spec.backend)
 
     @torch.no_grad()
     def prefill(

@@ -179,6 +179,7 @@ EXAMPLES: dict[str, list[Function]] = {
         with_triton(plain("triton")),
     ],
     "attention/near_and_far.py:_NearAndFar": [fused_(attention("triton", causal=True, window=5))],
+    "attention/near_and_far.py:_Rates": [fused_(attention("triton", causal=True))],
     "attention/context/whole.py:_Whole": [lambda context, *qkv: favor_attention(*qkv, features=12, context=context)],
     "attention/isolation.py:_Entry": [isolated],
     "attention/isolation.py:_Exit": [isolated],
