@@ -107,6 +107,22 @@ def test_a_copy_that_cannot_be_written_is_one_sentence(submitted):
         code.keep(submitted)
 
 
+def test_a_file_that_changes_while_it_is_copied_keeps_no_code(submitted, monkeypatch):
+    """No node would run a copy whose content is not what its name says."""
+    code.current()
+    name = code._hash
+
+    def edited(packages):
+        (first, *others) = packages
+        (first / "__init__.py").write_text("# edited\n")
+        return name([first, *others])
+
+    monkeypatch.setattr(code, "_hash", edited)
+    with pytest.raises(RunError, match="a file was changed while the code was copied from there: try again"):
+        code.keep(submitted)
+    assert list((submitted.path / "code").iterdir()) == []
+
+
 def test_resume_begins_anew_with_the_kept_code_or_takes_todays(checkout, submitted):
     """The kept code's own `resume` says that it is the one that runs."""
     resume = checkout / "longseq" / "commands" / "resume.py"

@@ -19,7 +19,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -39,8 +39,12 @@ _DAY = 86400.0
 @cache
 def current() -> str:
     """The hash of the code that this process runs: of the names and contents of all files of both packages."""
+    return _hash(_packages())
+
+
+def _hash(packages: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for package in _packages():
+    for package in packages:
         for path in _files(package):
             content = path.read_bytes()
             digest.update(f"{package.name}/{path.relative_to(package)}\0{len(content)}\0".encode() + content)
@@ -106,6 +110,10 @@ def _copy(target: Path) -> None:
         for package in _packages():
             # With their times: what Python has compiled stays valid, and no rank compiles it again.
             shutil.copytree(package, aside / package.name)
+        if _hash(aside / package.name for package in _packages()) != target.name:  # no node would run it
+            raise RunError(
+                f"{_packages()[0].parent}: a file was changed while the code was copied from there: try again."
+            )
         facts = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "git_commit": git_commit(), "packages": installed()}
         (aside / _FACTS).write_text(json.dumps(facts, indent=1) + "\n")
         aside.chmod(0o777 & ~_umask())
@@ -142,7 +150,11 @@ def other_than_told() -> str:
         return ""
     if here.resolve() != Path(told).resolve():
         return f"the job's code is {told}, and {here} would run: does the node see that folder?"
-    if current() != Path(told).name:  # which its content has given it
+    try:
+        found = current()
+    except OSError as error:
+        return f"{told} cannot be read there: {error}."
+    if found != Path(told).name:  # which its content has given it
         return f"{told} is not as it was submitted: a file of it was changed, or does not come whole to this node."
     return ""
 
@@ -192,7 +204,8 @@ def _packages() -> tuple[Path, Path]:
 
 def _files(package: Path) -> Iterator[Path]:
     for path in sorted(package.rglob("*")):
-        if path.is_file() and "__pycache__" not in path.parts:
+        # NFS calls a file so that was removed while it was open.
+        if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith(".nfs"):
             yield path
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -400,23 +401,50 @@ def test_a_node_on_which_nothing_starts_any_more_is_left_out(tmp_path):
     assert (job.run / "starts/00001.end").read_text() == words
 
 
-def test_a_node_that_takes_no_connection_is_left_out_at_once(tmp_path):
+LISTENS = """
+import socket, time
+server = socket.create_server(("127.0.0.1", 0))
+print(server.getsockname()[1], flush=True)
+time.sleep(99)
+"""
+PEER_LOST = 'echo "crashed rank 0 on n1 lost its peer." >"$start.end"; exec /bin/sleep {}'
+
+
+def daemons(job, *ports):
+    answers = "; ".join(f"echo n{number} 127.0.0.1 {port}" for number, port in enumerate(ports, 1))
+    job._tool("sinfo", f'case "$*" in *Port*) {answers} ;; esac')
+    job._tool("sleep", "exec /bin/sleep $1")
+
+
+def test_a_node_that_takes_no_connection_any_more_is_left_out_at_once(tmp_path):
     """Its slurmd listens nowhere; srun waits for the tasks there, and a step on it would be waited for, too."""
     job = Job(tmp_path, spares=1)
-    with socket.create_server(("127.0.0.1", 0)) as there, socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))
-        ports = [each.getsockname()[1] for each in (there, nobody, there)]
-        answers = "; ".join(f"echo n{number} 127.0.0.1 {port}" for number, port in enumerate(ports, 1))
-        job._tool("sinfo", f'case "$*" in *Port*) {answers} ;; esac')
-        job._tool("sleep", "exec /bin/sleep $1")
+    there, away = (subprocess.Popen([sys.executable, "-c", LISTENS], stdout=subprocess.PIPE) for _ in range(2))
+    with there, away:
+        ports = [int(each.stdout.readline()) for each in (there, away)]
+        daemons(job, ports[0], ports[1], ports[0])
         began = time.monotonic()
-        ended = job.start('echo "crashed rank 0 on n1 lost its peer." >"$start.end"; exec /bin/sleep 60')
+        ended = job.start(f"kill {away.pid}; {PEER_LOST.format(60)}")
+        there.kill()
     assert (ended.code, job.starts) == (75, [1, 2])
     assert "--nodelist=n1,n3 " in job.arguments[1]
     words = "n2: SLURM's daemon cannot be reached there: it is off, or cut from the others. rank 0 on n1 lost its peer."
     assert (job.run / "starts/00001.end").read_text() == f"lost {words}\n"
     assert not (job.run / "starts/00001.crash").exists()
     assert time.monotonic() - began < 25  # of which six are waited; 60 and more where srun is waited for
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_nodes_that_never_took_a_connection_are_not_taken_for_lost(tmp_path, own):
+    """Behind a firewall, say, where at most this script's own node answers itself."""
+    job = Job(tmp_path, spares=1)
+    with socket.create_server(("127.0.0.1", 0)) as there, socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        port, closed = there.getsockname()[1], nobody.getsockname()[1]
+        daemons(job, port if own else closed, closed, closed)
+        job.start(PEER_LOST.format(9))
+    assert (job.run / "starts/00001.end").read_text() == "crashed rank 0 on n1 lost its peer.\n"
+    assert (job.run / "starts/00001.crash").exists()
 
 
 def test_without_spares_a_job_goes_on_with_fewer_nodes_or_through_the_queue(tmp_path):
