@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ def score(
         padding = None if bool(real.all()) else real.to(device)
         segments = batch["segments"].to(device) if "segments" in batch else None
         first = number * batch_sequences
-        if len(real) == 1 and padding is None and segments is None:
+        if len(real) == 1 and padding is None and (segments is None or _reads_apart(model, batch["segments"][0])):
             parts.append(_count_in_tiles(model, batch, vocabulary, first, top_k))
         else:
             hidden = model.hidden(batch["tokens"].to(device), padding, segments)  # (B, L, E)
@@ -99,13 +100,26 @@ def _depths(tokens: Tensor, vocabulary: Vocabulary) -> Tensor:
 def _count_in_tiles(
     model: PerformerLM, batch: Mapping[str, Tensor], vocabulary: Vocabulary, first: int, top_k: int
 ) -> Tally:
-    """Of one sequence of any length."""
-    parts = []
-    for start, hidden in hidden_in_tiles(model, batch["tokens"][0].numpy()):
-        tile = slice(start, start + hidden.shape[1])
-        own = {name: value[:, tile] if value.dim() == 2 else value for name, value in batch.items()}
-        parts.append(_count(model, hidden, own, vocabulary, first, top_k))
+    """Of one sequence of any length, its documents one after the other where they do not see each other."""
+    parts, tokens = [], batch["tokens"][0].numpy()
+    lengths = _lengths(batch["segments"][0]) if "segments" in batch else [len(tokens)]
+    for begin, length in zip(accumulate([0, *lengths]), lengths, strict=False):
+        for start, hidden in hidden_in_tiles(model, tokens[begin : begin + length]):
+            tile = slice(begin + start, begin + start + hidden.shape[1])
+            own = {name: value[:, tile] if value.dim() == 2 else value for name, value in batch.items()}
+            parts.append(_count(model, hidden, own, vocabulary, first, top_k))
     return Tally.of_one(parts)
+
+
+def _reads_apart(model: PerformerLM, segments: Tensor) -> bool:
+    """Whether documents of a long row are read one by one: in one piece they may not fit. ESM's scaling is a row's."""
+    one = not model.spec.mask_scaling or len(_lengths(segments)) == 1
+    return one and 0 < model.spec.tile < len(segments)
+
+
+def _lengths(segments: Tensor) -> list[int]:
+    """How long each document of a row (L,) is."""
+    return torch.unique_consecutive(segments, return_counts=True)[1].tolist()
 
 
 def _count(

@@ -157,10 +157,11 @@ def test_draws_behind_a_long_prompt_are_those_behind_one_read_at_once(options):
     assert found.log_likelihood == pytest.approx(wanted.log_likelihood, rel=1e-6)
 
 
-def test_an_evaluation_of_long_windows_counts_what_one_pass_counts(trained, folder):
+@pytest.mark.parametrize("packed", [(), ("data.packing=concat", "data.reset=true")], ids=["through", "reset"])
+def test_an_evaluation_of_long_windows_counts_what_one_pass_counts(trained, folder, packed):
     letters = "".join(random.Random(3).choices("ACDEFGHIKLMNPQRSTVWY", k=3 * LENGTH))
     (folder / "long.fasta").write_text("".join(f">r{i}\n{letters[i::3]}\n" for i in range(3)))
-    run = trained("one", "data.test=long.fasta", "data.length=6000", "data.batch_tokens=6000")
+    run = trained("one", "data.test=long.fasta", "data.length=6000", "data.batch_tokens=6000", *packed)
     whole, tiles = (
         score(source.load(), samples_of(source, "test"), batch_sequences=1)
         for source in (find(run, [f"model.sequence_tile={tile}"]) for tile in (0, 512))

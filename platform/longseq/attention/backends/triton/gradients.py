@@ -269,8 +269,8 @@ def keys_vjp(
         dφ(k_j) = Σ_i dA_ij φ(q_i) + e^{b_j − c'} R ṽ_j,    dv_j = Σ_i A_ij g_i + e^{b_j − c'} Rᵀφ(k_j)
 
     R is that behind the segment, and is left as it is behind its first chunk. FLOW: the keys' share of the decay's
-    gradient, Σ_j (j + delay) Σ_i dA_ij A_ij, counted from the segment's start. ROOM: R goes on before the keys' features
-    are made. 16-bit products from registers (sm_80) leave no room for that: R goes on last.
+    gradient, Σ_j (j + delay) Σ_i dA_ij A_ij, counted from the segment's start. ROOM: R goes on before the keys'
+    features are made. 16-bit products from registers (sm_80) leave no room for that: R goes on last.
     """
     n = tl.program_id(1).to(tl.int64)
     part = tl.program_id(0)
