@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import time
 from collections.abc import Callable
@@ -77,19 +76,15 @@ def test_a_run_comes_back_from_signal_requeue_a_killed_rank_and_a_new_controller
 
 def test_a_spare_takes_the_place_of_a_node_whose_power_fails(login: Login, uninterrupted: Path) -> None:
     cluster = login.cluster
-    words = ("--nodes=2", "--spares=1", "trainer.memory_checkpoint_every=1", *LONG)
-    job, run = login.submit("spare", *words)
+    job, run = login.submit("spare", "--nodes=2", "--spares=1", *LONG)
     login.wait_for_step(run, 12)
     cluster.kill_node("node2")
     try:
-        back_inside_the_job(login, job, run, "lost node2: SLURM")
+        back_inside_the_job(login, job, run, "lost node2: SLURM ")
     finally:
         cluster.start_node("node2")
     assert "without node2 in this job from now on" in login.log(run)
     assert "2 processes on node1, node3" in login.log(run)
-    found = re.search(r"going on from step (\d+), which start 1 has left in the memory of node1\.", login.log(run))
-    assert found, login.log(run)
-    assert int(found[1]) >= 11  # no checkpoint's step: those are every tenth
     whole(run, uninterrupted)
     cluster.wait_until_idle()
 

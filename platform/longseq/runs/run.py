@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -58,11 +57,6 @@ class Run:
     @property
     def checkpoints_dir(self) -> Path:
         return self.path / "checkpoints"
-
-    @property
-    def memory_dir(self) -> Path:
-        """Where a node keeps copies of the last steps in its memory (trainer.memory_checkpoint_every)."""
-        return Path("/dev/shm") / f"longseq-{hashlib.sha256(os.fsencode(self.path.resolve())).hexdigest()[:12]}"
 
     @property
     def evaluations_dir(self) -> Path:

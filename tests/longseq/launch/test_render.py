@@ -24,7 +24,6 @@ from longseq.launch.slurm.render import (
     train_script,
 )
 from longseq.launch.slurm.site import Site, load_site
-from longseq.runs.run import Run
 
 GOLDEN = Path(__file__).with_name("golden")
 NAMES = ["train", "sweep", "chain", "evaluate", "embed", "benchmark", "prepare", "prepare-nodes"]
@@ -292,20 +291,3 @@ def test_times_are_written_as_they_are_meant(tmp_path):
         (tmp_path / "site.yaml").write_text(f"time: {written}\n")
         text = train_script(RUN, a_config(), load_site(str(tmp_path / "site.yaml")), Request(1, 1, False))
         assert "#SBATCH --time=1-00:00:00\n" in text
-
-
-def test_nodes_forget_what_a_run_has_in_their_memory_before_its_job_leaves_them(tmp_path):
-    """By the folder that its ranks have, which the script finds through links, too."""
-    (tmp_path / "runs" / "a run").mkdir(parents=True)
-    (tmp_path / "a link").symlink_to(tmp_path / "runs")
-    run = Run(tmp_path / "a link" / "a run")
-    request = Request(2, 1, gpus=False, spares=1)
-    assert "forget()" not in train_script(run.path, a_config(), Site(), request)
-    script = train_script(run.path, a_config(memory_checkpoint_every=1), Site(), request)
-    body = script[script.index("forget() {") : script.index("come_back() {")]
-    assert script.count("    forget\n") == 2  # on coming back by the queue, and on stopping for good
-    stubs = f"run={str(run.path)!r}; others() {{ printf 'n1\\nn3\\n'; }}; timeout() {{ echo \"${{@:2}}\"; }}"
-    said = subprocess.run(["bash", "-c", f"{stubs}\n{body}\nforget"], capture_output=True, text=True, check=True).stdout
-    assert said.split("--nodelist=")[1].strip() == f"n1,n3 rm -rf {run.memory_dir}"
-    if shutil.which("shellcheck"):
-        assert subprocess.run(["shellcheck", "-"], input=script, capture_output=True, text=True).stdout == ""

@@ -95,14 +95,11 @@ def _train(
     run: Run, overrides: tuple[str, ...], place: Place, limits: Limits, stop: StopFlag, vitals: Vitals, port: int
 ) -> int:
     with nothing_collected():
-        from torch._C._distributed_c10d import HashStore, TCPStore
+        from torch._C._distributed_c10d import TCPStore
 
         from longseq.launch.slurm import preflight
-        from longseq.launch.slurm.interfaces import own_address
-        from longseq.launch.slurm.recall import recall
         from longseq.training.collectives import PATIENCE
         from longseq.training.fit import fit
-        from longseq.training.memory_copies import PLACE, remove_old
 
     quiet()
     raise_open_files()
@@ -134,14 +131,6 @@ def _train(
         if changed:
             _say(f"since the run was submitted, packages have changed: {', '.join(changed)}.", "warning")
     vitals.within = None
-    if store is not None:
-        store.set_timeout(PATIENCE)
-    if config.trainer.memory_checkpoint_every:
-        vitals.at("looking at copies in memory")
-        remove_old(run.memory_dir)
-        os.environ[PLACE] = f"{own_address(place.address)} {run.memory_dir}"
-        if said := recall(run, place, HashStore() if store is None else store, run.memory_dir):
-            _say(f"{said}.", "note")
     vitals.at("looking at data and checkpoints")
     # One looks at the checkpoints, whose sums take their time, and tells the others.
     chosen, origin = _begin(run, config) if place.rank == 0 else ("", "")
@@ -155,8 +144,6 @@ def _train(
         return 0
     checkpoint = Checkpoint(run.checkpoints_dir / chosen) if chosen else None
     finished = fit(run, config, checkpoint, stop, vitals, Path(origin) if origin else None)
-    if place.local_rank == 0:
-        shutil.rmtree(run.memory_dir, ignore_errors=True)  # it is on the disk
     return 0 if finished else EXIT_GO_ON
 
 

@@ -5,7 +5,6 @@ Training stands still only while its state is copied; files are written, synced 
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import threading
@@ -26,7 +25,6 @@ from longseq.training.callbacks.boundary import StepBoundary
 from longseq.training.callbacks.gradients import GradientNorm, not_finite
 from longseq.training.callbacks.stopping import Settled, StopFlag, StopRequested
 from longseq.training.collectives import ControlGroup
-from longseq.training.memory_copies import PLACE, MemoryCopies
 from longseq.training.snapshots import Snapshots
 from longseq.training.task import LanguageModelling
 from longseq.training.writer import Writer
@@ -44,36 +42,24 @@ class Checkpointing(StepBoundary):
         self.profiler = profiler
         self.run, self.config, self.stop, self.gradient_norm = run, config, stop, gradient_norm
         self.writer: Writer | None = None
-        self.memory: MemoryCopies | None = None
 
     def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         self.control = ControlGroup()
         self.writer = Writer(self.run, trainer.global_rank, trainer.world_size, self._prune)
-        if self.config.trainer.memory_checkpoint_every and (place := os.environ.get(PLACE)):
-            rank, world = trainer.global_rank, trainer.world_size
-            self.memory = MemoryCopies(self.run, rank, world, world // trainer.num_nodes, self.control, place)
 
     def on_step_boundary(self, trainer: pl.Trainer, task: pl.LightningModule, step: int) -> None:
         assert isinstance(task, LanguageModelling)
         assert self.writer is not None
         every, last = self.config.trainer.checkpoint_every, self.config.trainer.max_steps
-        in_memory = self.memory is not None and step % self.config.trainer.memory_checkpoint_every == 0
-        asked, late, unwritten, not_now = self.control.any(
-            self.stop.requested,
-            self.stop.out_of_time,
-            self.writer.failed,
-            in_memory and not (self.memory and self.memory.ready and self._finite(trainer, task)),
-        )
+        asked, late, unwritten = self.control.any(self.stop.requested, self.stop.out_of_time, self.writer.failed)
         stopping = (asked or late or task.settled) and step < last
         if unwritten:
             self.finish_writing()
         if stopping or step >= last or (every and step % every == 0):
-            if self.control.any(not self._finite(trainer, task))[0]:
+            if self.control.any(not (task.train_sums.finite and self.gradient_norm.finite(trainer)))[0]:
                 self.finish_writing()
                 raise not_finite(self.run, step)
             self._save(trainer, task, step)
-        elif in_memory and not not_now:
-            self._copy(trainer, task, step)
         if stopping or step >= last:
             self.finish_writing()
         if task.settled and step < last:
@@ -93,13 +79,10 @@ class Checkpointing(StepBoundary):
         if self.writer is not None:
             self.writer.finish(_LAST_WORDS_SECONDS)
 
-    def _finite(self, trainer: pl.Trainer, task: LanguageModelling) -> bool:
-        return task.train_sums.finite and self.gradient_norm.finite(trainer)
-
-    def _position(self, trainer: pl.Trainer, task: LanguageModelling, step: int) -> TrainingPosition:
-        settings = self.config.trainer
+    def _save(self, trainer: pl.Trainer, task: LanguageModelling, step: int) -> None:
+        settings, directory = self.config.trainer, self.run.checkpoints_dir
         loss_sum, correct, targets = task.train_sums.over_ranks(task.device)[:3].tolist()
-        return TrainingPosition(
+        position = TrainingPosition(
             step=step,
             samples=task.samples,
             world_size=trainer.world_size,
@@ -110,21 +93,6 @@ class Checkpointing(StepBoundary):
             valid_loss=task.valid_loss_at(step),
             unlogged=(loss_sum, correct, targets),
         )
-
-    def _copy(self, trainer: pl.Trainer, task: LanguageModelling, step: int) -> None:
-        """As :meth:`_save`, into the nodes' memory; the snapshot that is being written to the disk stays as it is."""
-        strategy = trainer.strategy
-        assert isinstance(strategy, Snapshots)
-        assert self.memory is not None
-        position, written = self._position(trainer, task, step), strategy.snapshot
-        strategy.snapshot = self.memory.snapshot
-        trainer.save_checkpoint(self.memory.folder)
-        assert strategy.copies is not None
-        self.memory.start(strategy.snapshot, position, strategy.copies.wait)
-        strategy.snapshot = written
-
-    def _save(self, trainer: pl.Trainer, task: LanguageModelling, step: int) -> None:
-        position, directory = self._position(trainer, task, step), self.run.checkpoints_dir
         self.finish_writing()
         partial = checkpoint.partial_path(directory, step, self.run.start)
         if trainer.is_global_zero:
