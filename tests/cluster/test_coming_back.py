@@ -80,7 +80,7 @@ def test_a_spare_takes_the_place_of_a_node_whose_power_fails(login: Login, unint
     login.wait_for_step(run, 12)
     cluster.kill_node("node2")
     try:
-        back_inside_the_job(login, job, run, "lost node2: SLURM ")
+        back_inside_the_job(login, job, run, "lost node2: SLURM")
     finally:
         cluster.start_node("node2")
     assert "without node2 in this job from now on" in login.log(run)

@@ -428,7 +428,7 @@ def test_a_node_that_takes_no_connection_any_more_is_left_out_at_once(tmp_path):
         there.kill()
     assert (ended.code, job.starts) == (75, [1, 2])
     assert "--nodelist=n1,n3 " in job.arguments[1]
-    words = "n2: off, or cut from the others: SLURM's daemon there does not answer. rank 0 on n1 lost its peer."
+    words = "n2: SLURM's daemon cannot be reached there: it is off, or cut from the others. rank 0 on n1 lost its peer."
     assert (job.run / "starts/00001.end").read_text() == f"lost {words}\n"
     assert not (job.run / "starts/00001.crash").exists()
     assert time.monotonic() - began < 25  # of which six are waited; 60 and more where srun is waited for

@@ -139,6 +139,7 @@ def _train(
         if place.rank == 0:
             store.set("origin", origin)
             store.set("checkpoint", chosen)
+        store.set_timeout(PATIENCE)
         chosen, origin = (store.get(name).decode() for name in ("checkpoint", "origin"))
     if chosen == _FINISHED:
         return 0
