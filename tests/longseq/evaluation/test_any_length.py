@@ -83,6 +83,18 @@ def test_tiles_give_what_one_pass_gives(options, layer):
     torch.testing.assert_close(torch.cat([x for _, x in tiles], 1).double(), wanted, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.parametrize("window", [0, 9])
+def test_a_gate_that_is_no_number_stays_none_in_tiles(window):
+    """The weights of the gates say NaN; in tiles of 8 as in one piece nothing finite comes of it."""
+    for tile in (0, 8):
+        model = build(causal=False, forget_gate=True, window=window, sequence_tile=tile)
+        with torch.inference_mode():
+            for block in model.blocks:
+                block.attention.gate.bias[0] = torch.nan
+            found = torch.cat([x for _, x in hidden_in_tiles(model, ROW[:60])], 1)
+        assert found.isnan().any(-1).all(), tile
+
+
 @pytest.mark.parametrize("options", carried, ids=named)
 def test_a_long_log_likelihood_is_that_of_one_pass(options):
     (found,) = causal(build(**options), PROTEIN, [ROW])
