@@ -147,7 +147,9 @@ def _wanted(
                 f"pool=bos: {source.name} is causal, and the token before a record sees nothing of it; take mean or max."
             )
         if 0 in asked:
-            raise LongseqError("pool=bos: in layer 0 the token before a record is the same for all; take layers from 1 on.")
+            raise LongseqError(
+                "pool=bos: in layer 0 the token before a record is the same for all; take layers from 1 on."
+            )
     return Wanted(asked, layers is not None, pool, per_residue, dtype)
 
 
