@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from longseq.errors import LongseqError
 from longseq.evaluation.records import look, records
 from longseq.evaluation.shards import Job, done, kept, refuse_devices, results
-from longseq.evaluation.vector_options import DTYPES, IDS, POOLS, Wanted
+from longseq.evaluation.vector_options import DTYPES, IDS, POOLS, Layer, Wanted
 from longseq.output_files import check_output, output_file, shards_of
 from longseq.trained_model import Source, find
 
@@ -25,7 +25,7 @@ def embed(
     *,
     ema: bool = False,
     layer: int | None = None,
-    layers: Sequence[int | str | None] | None = None,
+    layers: Sequence[Layer | Literal["last"]] | None = None,
     pool: str = "mean",
     dtype: str = "float32",
     per_residue: bool = True,
@@ -48,7 +48,7 @@ def embed(
         devices: processes that share the work; results are the same to the last bit.
 
     Returns:
-        records with ``identifier``, ``length``, ``pooled`` (E,), which is also called ``mean``, and ``residues``
+        records with ``identifier``, ``length``, ``pooled`` (E,), also called ``mean`` where it is one, and ``residues``
         (length, E) or None; memory holds one batch.
 
     Raises:
@@ -70,7 +70,7 @@ def embed_to_file(
     *,
     ema: bool = False,
     layer: int | None = None,
-    layers: Sequence[int | str | None] | None = None,
+    layers: Sequence[Layer | Literal["last"]] | None = None,
     pool: str = "mean",
     dtype: str = "float32",
     per_residue: bool = False,
@@ -123,7 +123,7 @@ def embedding(source: Source, file: str | Path, overrides: Sequence[str], wanted
 def _wanted(
     source: Source,
     layer: int | None,
-    layers: Sequence[int | str | None] | None,
+    layers: Sequence[Layer | Literal["last"]] | None,
     pool: str,
     dtype: str,
     per_residue: bool,
@@ -144,7 +144,8 @@ def _wanted(
     if pool == "bos":
         if source.causal:
             raise LongseqError(
-                f"pool=bos: {source.name} is causal, and the token before a record sees nothing of it; take mean or max."
+                f"pool=bos: {source.name} is causal, and the token before a record sees nothing of it; take mean or "
+                "max."
             )
         if 0 in asked:
             raise LongseqError(
@@ -170,7 +171,7 @@ def _numbered(rows: Iterator[Embedded], ids: Iterable[str]) -> Iterator[Embedded
         yield row._replace(identifier=name)
 
 
-def _said(layers: Sequence[int | str | None]) -> str:
+def _said(layers: Sequence[Layer | Literal["last"]]) -> str:
     return ",".join("last" if layer is None else str(layer) for layer in layers)
 
 

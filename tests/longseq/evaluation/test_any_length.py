@@ -206,3 +206,10 @@ def test_what_cannot_be_carried_and_does_not_fit_is_refused(monkeypatch):
     with pytest.raises(LongseqError, match=r"takes about 0\.2 GiB, and 0\.0 GiB are free"):  # of 3 heads' scores
         list(hidden_in_tiles(decaying, ROW))
     assert len(list(hidden_in_tiles(build(), ROW))) == 7
+
+
+@pytest.mark.parametrize(("objective", "tile"), [("masked", 8000), ("causal", 4096)])
+def test_a_tile_of_a_masked_model_has_four_windows(trained, objective, tile):
+    source = find(trained("one", f"model.objective={objective}"))
+    wide = replace(source.config, attention=replace(source.config.attention, window=2000))
+    assert replace(source, config=wide).reading_spec("cpu").tile == tile
