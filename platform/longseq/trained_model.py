@@ -57,6 +57,8 @@ class Source:
         tile = self.config.model.sequence_tile
         if tile is None:
             tile = TILE_ON_GPU if device.startswith("cuda") else TILE
+            if not self.causal:  # each tile makes the queries and keys of a window on both sides
+                tile = max(tile, 4 * max(options.window for options in self.spec.plan))
         return replace(self.spec, sequence_tile=tile)
 
     @property

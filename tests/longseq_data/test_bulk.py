@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import random
+import tracemalloc
 from itertools import islice, product
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from blocks import by_line, in_blocks
 from longseq_data.errors import DataError
 from longseq_data.randomness import generator
+from longseq_data.readers.fasta_blocks import Piece, _one_plain, parse_piece, plain_ids
 from longseq_data.readers.reading import Reading
 from longseq_data.samples.rank_share import Share
 from longseq_data.samples.shuffling import shuffled_documents
@@ -191,3 +193,28 @@ def test_blocks_refuse_what_lines_refuse_in_the_same_words_after_the_same_record
     source = write("a.fasta", content)
 
     assert in_blocks(source) == by_line(source)
+
+
+@pytest.mark.parametrize("header", [b">a", b">a\tb", b">a\xc3\xa9 b", b"> a", b">", b">a\x1fb", b">a\x85"])
+@pytest.mark.parametrize(
+    "body", [b"", b"\n", b"\n\n", b"\nMKV", b"\nMK\nv\n\n", b"\nMK V\n", b"\nMK*\n", b"\nM\tK", b"\nM\x00\xff"]
+)
+def test_one_record_alone_is_read_as_among_others(header, body):
+    text = header + body
+    piece = Piece(text, 1, [])
+    found = _one_plain(piece)
+    assert found == plain_ids(text)
+    assert piece.text == (text if found is None else b"")
+
+
+def test_a_record_of_a_chromosomes_size_is_in_memory_twice_at_most():
+    size = 1 << 22
+    tracemalloc.start()
+    try:
+        piece = Piece(b">a\n" + b"MKVLAAGI\n" * (size // 9), 1, [])
+        tracemalloc.reset_peak()
+        ((bulk, rest),) = parse_piece(piece, "a.fasta")
+        assert tracemalloc.get_traced_memory()[1] < 2.1 * size
+    finally:
+        tracemalloc.stop()
+    assert (bulk.headers, len(bulk.ids[0]), rest) == ([b"a"], size // 9 * 8, [])

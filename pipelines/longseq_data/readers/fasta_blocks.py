@@ -114,8 +114,11 @@ def parse_piece(piece: Piece, source: str, *, proteins: bool = True) -> Iterator
 
     Raises what read_proteins raises, after the records before it.
     """
+    plain = proteins and not piece.records
+    found = _one_plain(piece) if plain and piece.text.find(MARK, 1) < 0 else None
     text, piece.text = piece.text, b""
-    found = plain_ids(text) if proteins and not piece.records else None
+    if found is None and plain:
+        found = plain_ids(text)
     if found is not None:
         del text
         yield found, []
@@ -197,6 +200,22 @@ def plain_ids(text: bytes) -> Bulk | None:
     items = ids.split(EOS_BYTE)
     del items[0]  # before the first mark
     return Bulk(headers, items) if len(items) == len(headers) and b"" not in items else None
+
+
+def _one_plain(piece: Piece) -> Bulk | None:
+    """The same of a piece of one record, whose text goes on the way: twice its size is in memory at most."""
+    found = HEADER.match(piece.text)
+    if found is None or found[1].translate(None, WHITE):
+        return None
+    head, header = found[0], found[1]
+    del found  # which holds the text
+    body = piece.text[len(head) :]
+    piece.text = b""
+    ids = body.translate(TABLE, b"\n")
+    if ids and UNKNOWN_BYTE not in ids:
+        return Bulk([header], [ids])
+    piece.text = head + body
+    return None
 
 
 def _parsed(text: bytes, source: str, line: int) -> Iterator[Chunk]:

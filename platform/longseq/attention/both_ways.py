@@ -18,6 +18,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from longseq.attention import gates
 from longseq.attention.arguments import dtypes
 from longseq.attention.call import Call, per_row
 from longseq.attention.carried import entered
@@ -100,4 +101,4 @@ def _rows(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Rows:
     call.checked(q, k, v)
     if call.causal or call.options.kind != "favor":
         raise ValueError("two passes over tiles are of bidirectional favor attention")
-    return call.rows(q, k, v)
+    return call.rows(q, gates.marked(k, call.gate), v)

@@ -39,10 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pool",
         choices=POOLS,
         default=POOLS[0],
-        help="a sequence's vector: mean or max over its residues, or that of the token before them (default mean)",
+        help="a sequence's vector: mean or max over its residues, or, of masked models, that of the token before them "
+        "(default mean)",
     )
     parser.add_argument(
-        "--ids", choices=IDS, default=IDS[0], help="as they are, or the second of an id x called x.2 (default given)"
+        "--ids",
+        choices=IDS,
+        default=IDS[0],
+        help="as they are, or the second of an id x called x.2, or x.3 where the file has an x.2 (default given)",
     )
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of the numbers (default float32)")
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from longseq.errors import LongseqError
-from longseq.evaluation.records import look
+from longseq.evaluation.records import look, records
 from longseq.evaluation.shards import Job, done, kept, refuse_devices, results
-from longseq.evaluation.vector_options import DTYPES, IDS, POOLS, Wanted
+from longseq.evaluation.vector_options import DTYPES, IDS, POOLS, Layer, Wanted
 from longseq.output_files import check_output, output_file, shards_of
 from longseq.trained_model import Source, find
 
@@ -25,7 +25,7 @@ def embed(
     *,
     ema: bool = False,
     layer: int | None = None,
-    layers: Sequence[int | None] | None = None,
+    layers: Sequence[Layer | Literal["last"]] | None = None,
     pool: str = "mean",
     dtype: str = "float32",
     per_residue: bool = True,
@@ -40,14 +40,15 @@ def embed(
         ema: with the running mean of the weights.
         layer: 0: the embedding, k: after block k; None: after the final norm, which is what the head reads.
         layers: several, at one reading of a record (one per layer of a record that is read in tiles); then arrays have
-            an axis of layers in front.
-        pool: the vector of a record: ``mean`` or ``max`` over its residues, or ``bos``, that of the token before them.
+            an axis of layers in front. None or "last": as above.
+        pool: the vector of a record: ``mean`` or ``max`` over its residues, or ``bos``, that of the token before them
+            (BOS, or EOS as trained with data.packing=concat), which says something in masked models, from block 1 on.
         dtype: float32 or float16.
         per_residue: False: pooled ones alone; then a record of any length takes no more memory than a tile of it.
         devices: processes that share the work; results are the same to the last bit.
 
     Returns:
-        records with ``identifier``, ``length``, ``pooled`` (E,), which is also called ``mean``, and ``residues``
+        records with ``identifier``, ``length``, ``pooled`` (E,), also called ``mean`` where it is one, and ``residues``
         (length, E) or None; memory holds one batch.
 
     Raises:
@@ -69,7 +70,7 @@ def embed_to_file(
     *,
     ema: bool = False,
     layer: int | None = None,
-    layers: Sequence[int | None] | None = None,
+    layers: Sequence[Layer | Literal["last"]] | None = None,
     pool: str = "mean",
     dtype: str = "float32",
     per_residue: bool = False,
@@ -82,8 +83,8 @@ def embed_to_file(
     What is finished is kept in .FILE.shards next to it until the file is whole: the same call goes on there.
 
     Args:
-        ids: "given", as they are, or "numbered": the second of an id x is called x.2, and so on, which takes memory for
-            all ids.
+        ids: "given", as they are, or "numbered": the second of an id x is called x.2, the third x.3, but for names that
+            are ids of the file; it is read once more for these, and memory holds them all.
         begin: called when all has been checked, before the model is read.
 
     Raises:
@@ -107,7 +108,9 @@ def embed_to_file(
     with kept(place, work), output_file(out) as partial:
         begin()
         rows = results(place, work, devices)
-        return write(_numbered(rows) if ids == "numbered" else rows, partial, source.spec.dim, wanted)
+        if ids == "numbered":
+            rows = _numbered(rows, (record.identifier for record in records(source, job.file)))
+        return write(rows, partial, source.spec.dim, wanted)
 
 
 def embedding(source: Source, file: str | Path, overrides: Sequence[str], wanted: Wanted, *, ema: bool) -> Job:
@@ -120,7 +123,7 @@ def embedding(source: Source, file: str | Path, overrides: Sequence[str], wanted
 def _wanted(
     source: Source,
     layer: int | None,
-    layers: Sequence[int | None] | None,
+    layers: Sequence[Layer | Literal["last"]] | None,
     pool: str,
     dtype: str,
     per_residue: bool,
@@ -128,7 +131,7 @@ def _wanted(
     """Raises LongseqError for what there is not."""
     if layer is not None and layers is not None:
         raise LongseqError(f"layer={layer} and layers={_said(layers)}: give one of them.")
-    asked = (layer,) if layers is None else tuple(layers)
+    asked = (layer,) if layers is None else tuple(None if each == "last" else each for each in layers)
     for each in asked:
         if each is not None and not 0 <= each <= source.spec.depth:
             raise LongseqError(
@@ -138,6 +141,16 @@ def _wanted(
         raise LongseqError(f"layers={_said(asked)}: give each layer once, e.g. 1,3.")
     _refuse_others("pool", pool, POOLS)
     _refuse_others("dtype", dtype, DTYPES)
+    if pool == "bos":
+        if source.causal:
+            raise LongseqError(
+                f"pool=bos: {source.name} is causal, and the token before a record sees nothing of it; take mean or "
+                "max."
+            )
+        if 0 in asked:
+            raise LongseqError(
+                "pool=bos: in layer 0 the token before a record is the same for all; take layers from 1 on."
+            )
     return Wanted(asked, layers is not None, pool, per_residue, dtype)
 
 
@@ -146,19 +159,19 @@ def _refuse_others(name: str, value: str, known: tuple[str, ...]) -> None:
         raise LongseqError(f"{name}={value}: take {', '.join(known[:-1])} or {known[-1]}.")
 
 
-def _numbered(rows: Iterator[Embedded]) -> Iterator[Embedded]:
-    """With ids that are each there once."""
-    count: dict[str, int] = {}
+def _numbered(rows: Iterator[Embedded], ids: Iterable[str]) -> Iterator[Embedded]:
+    """With ids that are each there once; ids: those of all rows, none of which is given to another row."""
+    count = dict.fromkeys(ids, 0)
     for row in rows:
-        name = row.identifier
-        while name in count:
-            count[row.identifier] += 1
-            name = f"{row.identifier}.{count[row.identifier]}"
-        count[name] = 1
+        given = name = row.identifier
+        count[given] = count.get(given, 0) + 1
+        while count[given] > 1 and name in count:
+            name = f"{given}.{count[given]}"
+            count[given] += name in count
         yield row._replace(identifier=name)
 
 
-def _said(layers: Sequence[int | None]) -> str:
+def _said(layers: Sequence[Layer | Literal["last"]]) -> str:
     return ",".join("last" if layer is None else str(layer) for layer in layers)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -36,19 +36,19 @@ def of_batch(model: PerformerLM, vocabulary: Vocabulary, group: Sequence[Record]
     """
     if len(group) == 1 and len(group[0].row) > BATCH_TOKENS:
         record = group[0]
-        read = [_Pooling(record.length, wanted) for _ in wanted.layers]
-        for layer, pooling in zip(wanted.layers, read, strict=True):
-            for start, tile in hidden_in_tiles(model, record.row, layer=layer):
+        read = _Pooling.of(record, wanted, model.spec.dim)
+        for pooling in read:
+            for start, tile in hidden_in_tiles(model, record.row, layer=pooling.layer):
                 pooling.add(start, tile[0].float().cpu().numpy())
-        return [_embedded(record, read, model.spec.dim)]
+        return [_embedded(record, read)]
     tokens = padded([record.row for record in group], vocabulary.pad)
     found = _layers(model, on_device(tokens, vocabulary.pad, model.embedding.weight.device), wanted.layers)
     made = []
     for number, record in enumerate(group):
-        read = [_Pooling(record.length, wanted) for _ in wanted.layers]
+        read = _Pooling.of(record, wanted, model.spec.dim)
         for hidden, pooling in zip(found, read, strict=True):
             pooling.add(0, hidden[number, : len(record.row)])
-        made.append(_embedded(record, read, model.spec.dim))
+        made.append(_embedded(record, read))
     return made
 
 
@@ -71,20 +71,30 @@ def _layers(model: PerformerLM, inputs: tuple[Any, ...], layers: Sequence[Layer]
 
 
 class _Pooling:
-    """A record's vectors of one layer, as its tiles come."""
+    """A record's vectors of one layer, as its tiles come.
 
-    def __init__(self, length: int, wanted: Wanted):
-        self.length, self.wanted = length, wanted
+    kept: (length, E), to be filled with those of residues; None: they are not wanted.
+    """
+
+    def __init__(self, record: Record, layer: Layer, wanted: Wanted, dim: int, kept: Vectors | None):
+        self.record, self.layer, self.wanted, self.dim, self.kept = record, layer, wanted, dim, kept
         self.total: Vectors | None = None
-        self.kept: list[Vectors] = []
+
+    @classmethod
+    def of(cls, record: Record, wanted: Wanted, dim: int) -> list[Self]:
+        """Of each layer; residues are parts of one array (layers, length, E), so memory holds them once."""
+        shape = len(wanted.layers), record.length, dim
+        kept = np.empty(shape, wanted.dtype) if wanted.per_residue else [None] * len(wanted.layers)
+        return [cls(record, layer, wanted, dim, part) for layer, part in zip(wanted.layers, kept, strict=True)]
 
     def add(self, start: int, rows: Vectors) -> None:
         """rows (T, E) of the tokens from ``start`` on."""
-        own = rows[max(0, 1 - start) : max(0, 1 + self.length - start)]
+        own = rows[max(0, 1 - start) : max(0, 1 + self.record.length - start)]
         part = own.sum(0, dtype=np.float64)
         refuse_what_is_not_finite(torch.from_numpy(part))
-        if self.wanted.per_residue:
-            self.kept.append(self._narrowed(own))
+        if self.kept is not None:
+            first = max(0, start - 1)
+            self.kept[first : first + len(own)] = self._narrowed(own)
         if self.wanted.pool == "bos":
             self.total = rows[0].copy() if start == 0 else self.total
         elif self.wanted.pool == "mean":
@@ -93,30 +103,29 @@ class _Pooling:
             top = own.max(0)
             self.total = top if self.total is None else np.maximum(self.total, top)
 
-    def pooled(self, dim: int) -> Vectors:
-        if self.total is None or (self.wanted.pool == "mean" and not self.length):
-            return np.full(dim, np.nan, self.wanted.dtype)
+    def pooled(self) -> Vectors:
+        length = self.record.length
+        if self.total is None or (self.wanted.pool == "mean" and not length):
+            return np.full(self.dim, np.nan, self.wanted.dtype)
         refuse_what_is_not_finite(torch.from_numpy(self.total))
-        return self._narrowed(self.total / self.length if self.wanted.pool == "mean" else self.total)
-
-    def residues(self) -> Vectors:
-        return self.kept[0] if len(self.kept) == 1 else np.concatenate(self.kept)
+        return self._narrowed(self.total / length if self.wanted.pool == "mean" else self.total)
 
     def _narrowed(self, x: Vectors) -> Vectors:
         limit = float(np.finfo(self.wanted.dtype).max)
         if self.wanted.dtype != "float32" and np.abs(x).max(initial=0.0) > limit:
             raise LongseqError(
-                f"dtype={self.wanted.dtype}: the model's vectors have numbers above its largest, {limit:,.0f}; take "
+                f"dtype={self.wanted.dtype}: the vectors of {self.record.identifier}, layer "
+                f"{'last' if self.layer is None else self.layer}, have numbers above its largest, {limit:,.0f}; take "
                 "float32."
             )
         return x.astype(self.wanted.dtype, copy=False)
 
 
-def _embedded(record: Record, read: list[_Pooling], dim: int) -> Embedded:
-    wanted = read[0].wanted
-    pooled = [layer.pooled(dim) for layer in read]
-    residues = [layer.residues() for layer in read] if wanted.per_residue else None
+def _embedded(record: Record, read: list[_Pooling]) -> Embedded:
+    """read: as of ``_Pooling.of``, filled."""
+    wanted, kept = read[0].wanted, read[0].kept
+    pooled, residues = read[0].pooled(), kept
     if wanted.several:
-        stacked = None if residues is None else np.stack(residues)
-        return Embedded(record.identifier, record.length, np.stack(pooled), stacked)
-    return Embedded(record.identifier, record.length, pooled[0], None if residues is None else residues[0])
+        pooled = np.stack([layer.pooled() for layer in read])
+        residues = None if kept is None else kept.base
+    return Embedded(record.identifier, record.length, pooled, residues, wanted.pool)

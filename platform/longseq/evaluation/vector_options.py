@@ -20,10 +20,13 @@ class Embedded(NamedTuple):
     length: int
     pooled: Vectors  # (E,), or (layers, E); NaN for the mean or maximum of a record without residues
     residues: Vectors | None = None  # (length, E) or (layers, length, E), of ordinary tokens; None: not asked for
+    pool: str = "mean"
 
     @property
     def mean(self) -> Vectors:
-        """``pooled``, which is a mean unless another pool was asked for."""
+        """``pooled``. Raises AttributeError where another pool was asked for."""
+        if self.pool != "mean":
+            raise AttributeError(f"pool={self.pool} was asked for, and no mean: take .pooled")
         return self.pooled
 
 

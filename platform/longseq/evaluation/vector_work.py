@@ -49,4 +49,4 @@ class Vectors(Work[list[Record], Embedded]):
             names, lengths, pooled = (np.load(file) for _ in range(3))
             for name, length, vector in zip(names.tolist(), lengths.tolist(), pooled, strict=True):
                 residues = np.load(file) if self.wanted.per_residue else None
-                yield Embedded(bytes.fromhex(name).decode(), length, vector, residues)
+                yield Embedded(bytes.fromhex(name).decode(), length, vector, residues, self.wanted.pool)

@@ -75,7 +75,7 @@ def layer_by_layer(model: PerformerLM, row: Row, layer: int | None) -> Iterator[
             mixed = values if number and model.spec.value_residual else None
             read = _on_both_sides if knows_places(block.attention.options) else _summed
             for tile, x, *handed in read(block, [_Tile(model, block, cut, len(row), entering, mixed) for cut in cuts]):
-                if number == 0 and handed:
+                if number == 0 and handed and len(blocks) > 1:
                     own = handed[0][:, :, tile.near[0] : handed[0].shape[2] - tile.near[1]]
                     values.write(tile.start, own.transpose(1, 2).flatten(2))
                 if number + 1 < len(blocks):
@@ -167,7 +167,8 @@ class _File:
     def get(self, place: int, size: int) -> Tensor:
         content = bytearray(size)
         self.file.seek(place)
-        self.file.readinto(content)
+        if self.file.readinto(content) < size:
+            raise OSError(f"{tempfile.gettempdir()}: a temporary file has lost what was written to it")
         return torch.frombuffer(content, dtype=self.dtype).to(self.device)
 
 

@@ -83,6 +83,18 @@ def test_tiles_give_what_one_pass_gives(options, layer):
     torch.testing.assert_close(torch.cat([x for _, x in tiles], 1).double(), wanted, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.parametrize("window", [0, 9])
+def test_a_gate_that_is_no_number_stays_none_in_tiles(window):
+    """The weights of the gates say NaN; in tiles of 8 as in one piece nothing finite comes of it."""
+    for tile in (0, 8):
+        model = build(causal=False, forget_gate=True, window=window, sequence_tile=tile)
+        with torch.inference_mode():
+            for block in model.blocks:
+                block.attention.gate.bias[0] = torch.nan
+            found = torch.cat([x for _, x in hidden_in_tiles(model, ROW[:60])], 1)
+        assert found.isnan().any(-1).all(), tile
+
+
 @pytest.mark.parametrize("options", carried, ids=named)
 def test_a_long_log_likelihood_is_that_of_one_pass(options):
     (found,) = causal(build(**options), PROTEIN, [ROW])
@@ -195,3 +207,10 @@ def test_what_cannot_be_carried_and_does_not_fit_is_refused(monkeypatch):
     with pytest.raises(LongseqError, match=r"takes about 0\.2 GiB, and 0\.0 GiB are free"):  # of 3 heads' scores
         list(hidden_in_tiles(decaying, ROW))
     assert len(list(hidden_in_tiles(build(), ROW))) == 7
+
+
+@pytest.mark.parametrize(("objective", "tile"), [("masked", 8000), ("causal", 4096)])
+def test_a_tile_of_a_masked_model_has_four_windows(trained, objective, tile):
+    source = find(trained("one", f"model.objective={objective}"))
+    wide = replace(source.config, attention=replace(source.config.attention, window=2000))
+    assert replace(source, config=wide).reading_spec("cpu").tile == tile

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from longseq.errors import LongseqError
-from longseq.evaluation.hidden_vectors import _Pooling
+from longseq.evaluation.embed import embed
+from longseq.evaluation.hidden_vectors import _embedded, _Pooling
+from longseq.evaluation.records import Record
 from longseq.evaluation.vector_options import Wanted
 from longseq.trained_model import find
 from longseq_data.tokenization import load_tokenizer, save_tokenizer, train_tokenizer
@@ -228,22 +230,24 @@ def test_embeddings_are_the_models_vectors_of_the_residues(trained, longseq, fol
 @pytest.mark.parametrize("pool", ["mean", "bos", "max"])
 def test_pools_and_layers_are_those_of_the_models_vectors(trained, longseq, folder, pool, suffix):
     """One record is longer than a batch, and is read in tiles."""
-    run = trained("one", "model.sequence_tile=512")
+    run = trained("one", "model.sequence_tile=512", *(("model.objective=masked",) if pool == "bos" else ()))
+    layers = (None, 2, 1) if pool == "bos" else (None, 0, 1)
+    said = ["last" if layer is None else str(layer) for layer in layers]
     rng = random.Random(2)
     records = ["".join(rng.choices("ACDEFGHIKLMNPQRSTVWY", k=length)) for length in (7, 5000, 90)]
     (folder / "some.fasta").write_text("".join(f">r{i}\n{record}\n" for i, record in enumerate(records)))
-    words = ("embed", run, "some.fasta", "--pool", pool, "--layers", "last,0,1", "--per-residue")
+    words = ("embed", run, "some.fasta", "--pool", pool, "--layers", ",".join(said), "--per-residue")
     longseq(*words, "--out", f"v.{suffix}")
     longseq(*words, "--out", f"half.{suffix}", "--dtype", "float16")
     wide, half = (
         dict(np.load(name)) if suffix == "npz" else pq.read_table(name).to_pydict()
         for name in (f"v.{suffix}", f"half.{suffix}")
     )
-    names = [f"{what}_{layer}" for what in (pool, "residues") for layer in ("last", 0, 1)]
+    names = [f"{what}_{layer}" for what in (pool, "residues") for layer in said]
     assert list(wide) == list(half) == [*(("ids",) if suffix == "npz" else ("id",)), "length", *names]
     model = find(run, ["model.sequence_tile=0"]).load()
-    for layer in (None, 0, 1):
-        name, before = "last" if layer is None else layer, 0
+    for name, layer in zip(said, layers, strict=True):
+        before = 0
         for number, record in enumerate(records):
             with torch.no_grad():
                 x = model.hidden(torch.tensor([ids(record)]), layer=layer)[0].numpy()
@@ -257,7 +261,7 @@ def test_pools_and_layers_are_those_of_the_models_vectors(trained, longseq, fold
         rounded = np.asarray(wide[f"{pool}_{name}"], np.float16)
         assert np.array_equal(np.asarray(half[f"{pool}_{name}"], np.float16), rounded)
     if suffix == "npz":
-        assert half[f"{pool}_1"].dtype == half["residues_0"].dtype == np.float16
+        assert half[f"{pool}_1"].dtype == half["residues_last"].dtype == np.float16
 
 
 def test_ids_are_as_given_or_numbered_where_they_repeat(trained, longseq, folder):
@@ -266,7 +270,7 @@ def test_ids_are_as_given_or_numbered_where_they_repeat(trained, longseq, folder
     longseq("embed", run, "twice.fasta", "--out", "v.npz")
     assert np.load("v.npz")["ids"].tolist() == given
     longseq("embed", run, "twice.fasta", "--out", "v.npz", "--ids", "numbered")
-    assert np.load("v.npz")["ids"].tolist() == ["a", "b", "a.2", "a.2.2", "a.3", "c"]
+    assert np.load("v.npz")["ids"].tolist() == ["a", "b", "a.3", "a.2", "a.4", "c"]
 
 
 def test_vectors_that_there_are_not_are_refused(trained, refused):
@@ -275,18 +279,44 @@ def test_vectors_that_there_are_not_are_refused(trained, refused):
         (("--layers", "1,9"), "layer=9: one has 2 blocks; take 0 to 2"),
         (("--layers", "1,1"), "layers=1,1: give each layer once"),
         (("--layers", "1", "--layer", "1"), "layer=1 and layers=1: give one of them"),
+        (("--pool", "bos"), "pool=bos: one is causal, and the token before a record sees nothing of it"),
     ):
         assert said in refused("embed", run, "test.fasta", "--out", "out.npz", *words)
+    masked = trained("both", "model.objective=masked")
+    words = "--pool", "bos", "--layers", "last,0"
+    assert "in layer 0 the token before a record is the same for all" in refused(
+        "embed", masked, "test.fasta", "--out", "out.npz", *words
+    )
+    (one, *_), (other, *_) = (embed(masked, "test.fasta", layers=(last,), pool="max") for last in ("last", None))
+    assert np.array_equal(one.residues, other.residues)
+    assert one.residues.shape == (1, one.length, one.pooled.shape[1])
+    assert np.array_equal(one.pooled, one.residues.max(1))
+    with pytest.raises(AttributeError, match=r"pool=max was asked for, and no mean: take \.pooled"):
+        one.mean  # noqa: B018
 
 
 def test_numbers_too_large_for_half_precision_are_refused(trained):
-    rows = np.full((4, 3), 70_000.0, np.float32)
-    with pytest.raises(LongseqError, match=r"dtype=float16: .* above its largest, 65,504; take float32"):
-        _Pooling(2, Wanted(dtype="float16")).add(0, rows)
-    pooling = _Pooling(2, Wanted(dtype="float16", per_residue=False))
+    rows, record = np.full((4, 3), 70_000.0, np.float32), Record("r7", np.zeros(4, np.uint8))
+    (pooling,) = _Pooling.of(record, Wanted(layers=(2,), dtype="float16"), 3)
+    said = r"dtype=float16: the vectors of r7, layer 2, have numbers above its largest, 65,504; take float32"
+    with pytest.raises(LongseqError, match=said):
+        pooling.add(0, rows)
+    (pooling,) = _Pooling.of(record, Wanted(dtype="float16", per_residue=False), 3)
     pooling.add(0, rows)
-    with pytest.raises(LongseqError, match="dtype=float16"):
-        pooling.pooled(3)
+    with pytest.raises(LongseqError, match="the vectors of r7, layer last, have"):
+        pooling.pooled()
+
+
+def test_vectors_of_a_record_are_held_once():
+    """Tiles of two layers fill the array that is handed out."""
+    x = np.random.default_rng(0).standard_normal((2, 12, 3)).astype(np.float32)
+    read = _Pooling.of(Record("r", np.zeros(12, np.uint8)), Wanted(layers=(1, 2), several=True), 3)
+    for rows, pooling in zip(x, read, strict=True):
+        for start, stop in ((0, 1), (1, 7), (7, 11), (11, 12)):
+            pooling.add(start, rows[start:stop])
+    found = _embedded(Record("r", np.zeros(12, np.uint8)), read)
+    assert np.array_equal(found.residues, x[:, 1:11])
+    assert all(pooling.kept.base is found.residues for pooling in read)
 
 
 def test_memory_of_an_embedding_does_not_grow_with_the_sequences(folder):
