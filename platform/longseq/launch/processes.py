@@ -15,7 +15,7 @@ from typing import BinaryIO
 STOPPED, STORAGE = "stopped", "storage"
 _STATES = {"T": STOPPED, "t": STOPPED, "D": STORAGE, "Z": "gone", "X": "gone"}
 _DUMP_SECONDS, _QUIET_SECONDS = 3.0, 0.2
-_TOOL_SECONDS = 8.0
+_TOOL_SECONDS = 8.0  # of gdb: the others wait so long for a rank that may never move again
 _MOST_BYTES = 4 << 20  # of the stacks of one process
 
 
