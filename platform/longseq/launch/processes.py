@@ -14,8 +14,10 @@ from typing import BinaryIO
 
 STOPPED, STORAGE = "stopped", "storage"
 _STATES = {"T": STOPPED, "t": STOPPED, "D": STORAGE, "Z": "gone", "X": "gone"}
-_DUMP_SECONDS, _QUIET_SECONDS = 3.0, 0.2
+_SILENT_SECONDS, _DUMP_SECONDS = 3.0, 10.0  # until a process writes its stacks; until it has written them
+_QUIET_SECONDS, _BUSY_SECONDS = 0.2, 2.0  # without a byte: behind the last frame; behind another one
 _TOOL_SECONDS = 8.0  # of gdb: the others wait so long for a rank that may never move again
+_LAST = (b" in <module>\n", b" in _run_module_as_main\n")  # how whole stacks end: with the main thread
 _MOST_BYTES = 4 << 20  # of the stacks of one process
 
 
@@ -69,14 +71,16 @@ def stacks(pid: int, file: BinaryIO, *, native: bool) -> str:
 
 
 def _settled(file: BinaryIO, before: int) -> int:
-    """The file's size once a process has written to it."""
-    deadline, size, since = time.monotonic() + _DUMP_SECONDS, before, time.monotonic()
-    while time.monotonic() < deadline:
-        now = os.fstat(file.fileno()).st_size
-        if now != size:
-            size, since = now, time.monotonic()
-        elif size > before and time.monotonic() - since > _QUIET_SECONDS:
-            break
+    """The file's size once a process has written its stacks to it; the main thread's come last."""
+    start = since = time.monotonic()
+    size = before
+    while (now := time.monotonic()) < start + (_DUMP_SECONDS if size > before else _SILENT_SECONDS):
+        if (grown := os.fstat(file.fileno()).st_size) != size:
+            size, since = grown, now
+        elif size > before:
+            whole = os.pread(file.fileno(), 64, max(size - 64, 0)).endswith(_LAST)
+            if now - since > (_QUIET_SECONDS if whole else _BUSY_SECONDS):
+                break
         time.sleep(0.02)
     return size
 

@@ -275,6 +275,28 @@ def test_a_process_that_would_end_by_the_signal_is_left_alone(tmp_path):
     assert re.match(f"--- process {process.pid}: sleep 1000\nthread {process.pid} sleep: state [SR]", text), text
 
 
+def test_stacks_are_read_to_their_end_however_slowly_they_are_written(tmp_path):
+    code = """
+import os, signal, sys, time
+def writes(*_):
+    for part in (b"  File 'a', li", b"ne 1 in inner\\n", b"  File 'a', line 2 in <module>\\n"):
+        os.write(1, part)
+        time.sleep(0.5)
+signal.signal(signal.SIGQUIT, writes)
+print("ready", file=sys.stderr, flush=True)
+signal.pause()
+time.sleep(1000)
+"""
+    with (
+        (tmp_path / "stacks").open("w+b") as file,
+        subprocess.Popen([sys.executable, "-c", code], stdout=file, stderr=subprocess.PIPE) as process,
+    ):
+        process.stderr.readline()
+        text = processes.stacks(process.pid, file, native=False)
+        process.kill()
+    assert text.endswith("  File 'a', line 1 in inner\n  File 'a', line 2 in <module>\n")
+
+
 def test_states_and_bytes_are_those_of_the_kernel(tmp_path):
     code = "import os, sys\nopen(sys.argv[1], 'wb').write(bytes(3 << 20))\nprint(os.getpid(), flush=True)\ninput()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
