@@ -33,7 +33,6 @@ from longseq_data.samples.streaming import StreamSpec
 from longseq_data.vocabulary import InfillVocabulary, Vocabulary
 
 SPLITS = ("train", "valid", "test", "ood")
-_FIM_RATE = 0.5  # of data.fim_rate that is not given
 
 
 def resolve_sources(config: Config) -> None:
@@ -226,9 +225,6 @@ def _spec(config: Config, split: str, where: Where, seed: int) -> Samples:
     """The samples of one source."""
     data = config.data
     objective = "causal" if config.causal else "masked"
-    fim_rate = None
-    if config.model.objective == "fim":
-        fim_rate = _FIM_RATE if data.fim_rate is None else data.fim_rate
     if where.corpus:
         return CorpusSpec(
             path=where.corpus,
@@ -243,7 +239,7 @@ def _spec(config: Config, split: str, where: Where, seed: int) -> Samples:
             members=members_of_split(config, split, where.corpus, cache_folder(data.cache)),
             reverse_complement=data.reverse_complement,
             reverse=data.reverse,
-            fim_rate=fim_rate,
+            fim_rate=config.fim_rate,
         )
     return StreamSpec(
         sources=tuple(where.paths),
@@ -254,7 +250,7 @@ def _spec(config: Config, split: str, where: Where, seed: int) -> Samples:
         split_by=data.split_by,
         reverse_complement=data.reverse_complement,
         reverse=data.reverse,
-        fim_rate=fim_rate,
+        fim_rate=config.fim_rate,
         length=data.length,
         packing="crop" if data.by_length else data.packing,  # files named next to a corpus are scored, not trained on
         objective=objective,

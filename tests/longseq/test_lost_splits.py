@@ -61,6 +61,13 @@ def place(number: int) -> float:
     return (int.from_bytes(hashlib.blake2b(tokens, digest_size=16).digest()[8:], "big") // 2**11) / 2**53
 
 
+def test_naming_the_share_that_null_means_is_no_change(folder: Path) -> None:
+    run = Run.create(checked("data.train=proteins.fasta", "model.objective=fim"), "one")
+    refuse_changes(run.config(), run.config(("data.fim_rate=0.5",)), run, FIXED)
+    with pytest.raises(RunError, match=r"data\.fim_rate=0\.4: .* was started with 0\.5, and keeps it"):
+        refuse_changes(run.config(), run.config(("data.fim_rate=0.4",)), run, FIXED)
+
+
 @pytest.mark.parametrize("header", [">seq {}", "> protein {}"])
 def test_records_of_one_identifier_are_split_by_their_sequences_and_it_is_said(
     folder: Path, capsys: pytest.CaptureFixture[str], header: str

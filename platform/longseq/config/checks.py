@@ -253,6 +253,10 @@ def _check_watching(config: Sections) -> None:
     steps, ranks = trainer.profile_steps, trainer.profile_ranks
     if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
         raise ConfigError(f"trainer.profile_steps={steps}: the first and the last step, e.g. [10, 13].")
+    if steps and steps[0] > trainer.max_steps:
+        raise ConfigError(
+            f"trainer.profile_steps={steps}: the training ends before, at trainer.max_steps={trainer.max_steps}."
+        )
     if steps and not (ranks and min(ranks) >= 0):  # those beyond may come back with more nodes
         raise ConfigError(f"trainer.profile_ranks={ranks}: numbers of processes, from 0 on.")
     if trainer.length_warmup_steps and trainer.length_warmup_start > data.length:

@@ -283,6 +283,13 @@ class Sections:
     deepspeed: dict[str, Any] = key({}, "passed through to DeepSpeed's own configuration")
 
     @property
+    def fim_rate(self) -> float | None:
+        """Of training documents that are laid out for infilling, of model.objective=fim alone."""
+        if self.model.objective != "fim":
+            return None
+        return 0.5 if self.data.fim_rate is None else self.data.fim_rate
+
+    @property
     def causal(self) -> bool:
         """Whether a token is predicted from those before it."""
         return self.model.objective != "masked"

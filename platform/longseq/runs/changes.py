@@ -82,13 +82,13 @@ def _only_moved(run: Run, split: str, before: Config, after: Config) -> bool:
 
 
 def _value(config: Config, section: str, name: str) -> object:
-    """The value of a key, and where it is null the preset's or block's: naming what a model has changes nothing."""
+    """The value of a key, and where it is null what that means: naming what a run has changes nothing."""
     value = getattr(getattr(config, section), name)
     if value is None and section == "model" and name in _SIZES:
         return getattr(PRESETS[config.model.preset], name)
     if (section, name) == ("attention", "qk_norm") or (section == "model" and name in BLOCK_KEYS):
         return getattr(config.block, name)
-    return value
+    return config.fim_rate if (section, name) == ("data", "fim_rate") else value
 
 
 def note_weights(before: Config, after: Config, samples: int, waits: bool = False) -> None:

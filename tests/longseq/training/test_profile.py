@@ -91,6 +91,15 @@ def test_other_ranks_and_steps_are_not_profiled(run, config):
     callback.profiler.stop()
 
 
+@pytest.mark.parametrize(("step", "said"), [(5, False), (6, True), (40, True)])
+def test_steps_that_were_before_a_resume_are_said(run, config, capsys, step, said):
+    config.trainer.profile_steps = [4, 6]
+    callback = profiles.Profile(run, config, SimpleNamespace(paused=nullcontext))
+    callback.on_train_start(SimpleNamespace(global_step=step, is_global_zero=True), None)
+    sentence = f"longseq: trainer.profile_steps=[4, 6] lie behind step {step}, where this start begins: nothing is "
+    assert capsys.readouterr().err.startswith(sentence) == said
+
+
 def test_a_training_that_ends_in_between_leaves_what_there_is_on_a_gpu_with_the_memory(train, monkeypatch):
     """Without a GPU: what PyTorch is asked for, and when."""
     asked: list[object] = []
@@ -125,6 +134,10 @@ def test_what_cannot_be_written_is_said_and_the_training_goes_on(train, monkeypa
         (
             ["trainer.profile_steps=[1, 3]", "trainer.profile_ranks=[0, -1]"],
             r"trainer\.profile_ranks=\[0, -1\]: numbers of processes, from 0 on",
+        ),
+        (
+            ["trainer.profile_steps=[8, 9]", "trainer.max_steps=7"],
+            r"trainer\.profile_steps=\[8, 9\]: the training ends before, at trainer\.max_steps=7",
         ),
         (["trainer.profile_steps=[1, 3]", "trainer.profile_ranks=[]"], r"trainer\.profile_ranks=\[\]: numbers of proc"),
     ],

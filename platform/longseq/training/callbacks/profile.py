@@ -36,6 +36,15 @@ class Profile(AfterSteps):
         self.began = 0
         self.step = ExitStack()
 
+    def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
+        if trainer.global_step >= self.last and trainer.is_global_zero:
+            print(
+                f"longseq: trainer.profile_steps=[{self.first}, {self.last}] lie behind step {trainer.global_step}, "
+                "where this start begins: nothing is profiled.",
+                file=sys.stderr,
+                flush=True,
+            )
+
     def on_train_batch_start(self, trainer: pl.Trainer, task: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step + 1
         if trainer.global_rank not in self.ranks or batch_idx % trainer.accumulate_grad_batches:
