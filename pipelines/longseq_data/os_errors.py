@@ -106,6 +106,9 @@ def may_pass(error: BaseException | None) -> bool:
 def lock(file: IO[str] | IO[bytes], path: Path, notice: Notice = _log.warning, *, wait: bool = False) -> None:
     """Take the lock of an open file; it ends with the process, however that ends.
 
+    The filelock package would put a file in its place where the file system has no locks, which outlives a process
+    that is killed.
+
     Where the file system has no locks there is none, and ``notice`` says so.
 
     wait: until the process that has it lets it go.

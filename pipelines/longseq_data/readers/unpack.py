@@ -1,4 +1,7 @@
-"""Zstandard, xz and bzip2, recognised by their first bytes; gzip has a module of its own."""
+"""Zstandard, xz and bzip2, recognised by their first bytes; gzip has a module of its own.
+
+Whatever is whole before a damage or a cut is given, however large the reads are; what xopen opens loses a part of it.
+"""
 
 from __future__ import annotations
 
