@@ -112,7 +112,7 @@ def _wide_scan(rows: Rows, before: AttentionState | None, backend: str) -> tuple
 def entered(rows: Rows, before: AttentionState | None, backend: str) -> AttentionState:
     """The state behind a scan of ``rows``, in float64: that before, and all keys but those in the last ``delay``."""
     entering = max(0, rows.k.shape[1] - rows.delay)
-    engine = choose(backend, rows.phi, rows.qkv, rows.gate is not None)
+    engine = choose(backend, rows.phi, rows.qkv)
     behind = engine.state(rows.at(slice(0, entering))).double()
     if before is not None:
         fade = rows.fade(0, entering) if rows.decay is None else -rows.decay.double() * entering

@@ -127,7 +127,7 @@ def attention(
     with torch.autocast(q.device.type, enabled=False):
         rows = call.rows(q, k, v, key_padding, segments, fades=False)
         if not (q.shape[:3].numel() and k.shape[2] and v.shape[3]):
-            backends.choose(backend, rows.phi, rows.qkv, rows.gate is not None)
+            backends.choose(backend, rows.phi, rows.qkv)
             return _nothing(q, k, v, call.far_share, call.decay, call.gate)
         if causal and context is None and near_and_far.takes(backend, rows):
             return near_and_far.near_and_far(rows, call, batch, v.dtype)
@@ -178,7 +178,7 @@ def _by_slices(
     documents: SlicedDocuments | None,
 ) -> Tensor:  # fmt: skip
     """The same for slices: near keys of the neighbours, too, and far ones as states of other ranks."""
-    engine = backends.choose(backend, rows.phi, rows.qkv, rows.gate is not None)
+    engine = backends.choose(backend, rows.phi, rows.qkv)
     length = rows.q.shape[1] * context.size
     window = min(rows.delay, length)
     right = 0 if causal else max(1, window)  # a query's own position is the first scan's

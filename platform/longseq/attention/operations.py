@@ -91,7 +91,7 @@ def _taken(args: Sequence[Any]) -> tuple[Backend, Rows, Sequence[Any]]:
     q, k, v, decay, hidden, runs, kind, weight, shift, log_constant, backend = args[:_COUNT]
     phi = from_parts(kind, weight, shift, log_constant) if kind else None
     rows = Rows(q, k, v, None, hidden, runs, phi).faded_by(decay)
-    return choose(backend, phi, rows.qkv, rows.gate is not None), rows, args[_COUNT:]
+    return choose(backend, phi, rows.qkv), rows, args[_COUNT:]
 
 
 def _learns(*tensors: Maybe) -> bool:
@@ -163,7 +163,8 @@ class _Operation:
         engine, rows, (*more, saved, grads, wants_decay) = _taken(args)
         found = self.backward(engine, rows, *more, _unpacked(saved), grads, wants_decay)
         nothing = saved[0].new_empty(0)
-        d_decay = nothing if found.decay is None or rows.fading is None else found.decay.to(rows.fading)
+        d_decay = found.decay if wants_decay and rows.fading is not None else None
+        d_decay = nothing if d_decay is None else d_decay.to(rows.fading)
         dq, dk, dv = (x.to(of.dtype) for x, of in zip((found.q, found.k, found.v), rows.qkv, strict=True))
         d_initial = saved[0].new_empty(0) if found.initial is None else found.initial  # no two results are one tensor
         return dq, dk, dv, d_decay, d_initial
@@ -171,7 +172,7 @@ class _Operation:
     def _back_shapes(self, *args: Any) -> tuple[Tensor, ...]:
         _, rows, (*_, wants_decay) = _taken(args)
         dq, dk, dv = (x.new_empty(x.shape) for x in rows.qkv)
-        fading = rows.fading if wants_decay or rows.gate is not None else None
+        fading = rows.fading if wants_decay else None
         d_decay = _summed(rows.v, 0) if fading is None else torch.empty_like(fading)
         d_state = (len(rows.v), rows.feature_map.features, rows.v.shape[2] + 1) if self.state else (0,)
         return dq, dk, dv, d_decay, _summed(rows.v, *d_state)

@@ -111,11 +111,6 @@ class AttentionOptions:
                 f"{at}forget_gate=true and {at}learned_decay=true: a gate begins as the decay does and learns more; "
                 "take one of them"
             )
-        if self.forget_gate and self.backend == "triton":
-            raise ValueError(
-                f"{at}forget_gate=true and {at}backend=triton: the Triton kernels have no forget gates yet; take auto, "
-                "which computes such layers by PyTorch"
-            )
         if not favor:
             return
         if kernel in PAIRED_KERNELS and self.features % 2:

@@ -113,8 +113,8 @@ class Triton(Backend):
         super().__init__(triton_scan, triton_window)
 
 
-def choose(backend: str, feature_map: FeatureMap | None, rows: Sequence[Tensor], gated: bool = False) -> Backend:
-    """The backend of that name, or for "auto" the fastest that can do this; ``gated``: with forget gates.
+def choose(backend: str, feature_map: FeatureMap | None, rows: Sequence[Tensor]) -> Backend:
+    """The backend of that name, or for "auto" the fastest that can do this.
 
     Raises:
         ValueError: for an unknown backend, or one of our own kernels' for what they cannot do.
@@ -126,8 +126,7 @@ def choose(backend: str, feature_map: FeatureMap | None, rows: Sequence[Tensor],
         backend = {"cuda": "triton", "cpu": "native"}.get(rows[0].device.type, "torch")
     if backend == "torch":
         return _made(Torch)
-    reason = "they have no forget gates yet" if gated and backend == "triton" else None
-    reason = reason or (_not_in_triton if backend == "triton" else _not_native)(feature_map, rows)
+    reason = (_not_in_triton if backend == "triton" else _not_native)(feature_map, rows)
     if reason is None:
         return _made(Triton if backend == "triton" else Native)
     if asked == "auto":

@@ -6,6 +6,8 @@ and log-scales are fp32.
 
 Names: C rows of a chunk, F features of a block, D and E the widths d and e padded to powers of two. Rows of queries
 are counted by position i, keys by the position t = j + delay at which they become visible: query i sees t ≤ i.
+``decay`` is a rate a row, (N,), or with GATE the sums of log-gates before each position and behind the last, float64
+(N, L + 1).
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -231,7 +233,19 @@ def put_normaliser(sums, f, one, m: tl.constexpr, e: tl.constexpr, F: tl.constex
 
 
 @triton.jit
-def segment_held(begin, runs, s, delay, length, steps, chunks, rate, RUNS: tl.constexpr, C: tl.constexpr):
+def forgotten(gate, first, at, delay, length):
+    """What a gate takes from a log-weight between the first key of the chunk at ``first`` and before position ``at``.
+
+    Differences are taken of float64, and counted from each chunk's start: fp32 has them exactly enough.
+    """
+    begin = tl.load(gate + tl.minimum(tl.maximum(first - delay, 0), length))
+    return (begin - tl.load(gate + tl.minimum(tl.maximum(at, 0), length))).to(tl.float32)
+
+
+@triton.jit
+def segment_held(
+    begin, runs, decay, s, delay, length, steps, chunks, rate, RUNS: tl.constexpr, GATE: tl.constexpr, C: tl.constexpr
+):
     """c of the state before a segment as seen from behind it, and whether that state's document goes on till there."""
     first = s * steps * C
     stop = tl.minimum((s + 1) * steps, chunks)
@@ -239,6 +253,8 @@ def segment_held(begin, runs, s, delay, length, steps, chunks, rate, RUNS: tl.co
     if RUNS:
         ending = run_at(runs, tl.minimum(stop * C, length) - 1, delay, length)
         goes_on = ending == run_at(runs, first - 1, delay, length)
+    if GATE:
+        return begin - forgotten(decay, first, stop * C - delay, delay, length), goes_on
     return begin - rate * (C * (stop - s * steps)).to(tl.float32), goes_on
 
 

@@ -18,6 +18,7 @@ from longseq.attention.backends.triton.chunk import (
     again,
     exponents,
     features,
+    forgotten,
     key_logs,
     late,
     load_inputs,
@@ -43,7 +44,8 @@ def add_up_queries(
     q, dout, out, dlse, inverse_den, q_gauge, row_scale, begins, runs, decay, weight, shift, u, sums,
     length, delay, steps, m: tl.constexpr, d: tl.constexpr, e: tl.constexpr,
     EXPONENTIAL: tl.constexpr, SHIFTED: tl.constexpr, LOCAL: tl.constexpr, DLSE: tl.constexpr, RUNS: tl.constexpr,
-    DECAY: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr, F: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    DECAY: tl.constexpr, GATE: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
+    E: tl.constexpr,
 ):  # fmt: skip
     """Σ_i e^{c − M_i} φ(q_i) g_iᵀ of every ``steps`` chunks, c that before them; and g's last component u, (N, L)."""
     n = tl.program_id(1).to(tl.int64)
@@ -53,6 +55,8 @@ def add_up_queries(
     rows = tl.arange(0, C)
     at = n * length
     rate = tl.load(decay + n) if DECAY else 0.0
+    if GATE:
+        decay += at + n
     if LOCAL:
         c = tl.load(begins + n * (tl.num_programs(0) + 1) + part)
     state = tl.zeros((E, F), tl.float32)
@@ -88,6 +92,8 @@ def add_up_queries(
         state = product(tl.trans(reading), phi, state)
         if DECAY:
             c = c - rate * C
+        if GATE:
+            c = c - forgotten(decay, first, first + C - delay, delay, length)
     put_state(sums + (n * tl.num_programs(0) + part) * m * (e + 1), f, state, m, e, F, E)
     put_normaliser(sums + (n * tl.num_programs(0) + part) * m * (e + 1), f, one, m, e, F)
 
@@ -97,7 +103,7 @@ def run_back(
     sums, begins, later, d_initial, states, final, flows, runs, decay,
     length, delay, steps, segments, chunks, m: tl.constexpr, e: tl.constexpr,
     LATER: tl.constexpr, FLOW: tl.constexpr, STATES: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr,
-    C: tl.constexpr, B: tl.constexpr,
+    GATE: tl.constexpr, C: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Replace R's shares by R behind each segment; what is left before the first is the initial state's gradient.
 
@@ -108,6 +114,8 @@ def run_back(
     inside = x < m * (e + 1)
     there = n * m * (e + 1) + (transposed(x, m, e) if STATES else x)
     rate = tl.load(decay + n) if DECAY else 0.0
+    if GATE:
+        decay += n * (length + 1)
     state = tl.zeros((B,), tl.float32)
     flow = tl.full((), 0.0, tl.float64)
     if LATER:
@@ -123,7 +131,9 @@ def run_back(
         tl.store(sums + at, state, mask=inside)
         begin = tl.load(begins + n * (segments + 1) + s)
         end = tl.load(begins + n * (segments + 1) + s + 1)
-        held, goes_on = segment_held(begin, runs + n * length, s, delay, length, steps, chunks, rate, RUNS, C)
+        held, goes_on = segment_held(
+            begin, runs + n * length, decay, s, delay, length, steps, chunks, rate, RUNS, GATE, C
+        )
         state = state * tl.where(goes_on, tl.exp(held - end), 0.0) + part
         if FLOW:
             both = tl.sum(tl.load(states + at, mask=inside, other=0.0) * state, 0)
@@ -138,7 +148,7 @@ def queries_vjp(
     q, k, v, dout, out, dlse, q_gauge, k_gauge, key_scale, row_scale, inverse_den, u, runs, decay, before, weight,
     shift, sums, dq, flows, length, delay, steps, others, norm, m: tl.constexpr, d: tl.constexpr, e: tl.constexpr,
     EXPONENTIAL: tl.constexpr, SHIFTED: tl.constexpr, LOCAL: tl.constexpr, DLSE: tl.constexpr, FLOW: tl.constexpr,
-    RUNS: tl.constexpr, DECAY: tl.constexpr,
+    RUNS: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr,
     HALF: tl.constexpr, C: tl.constexpr, F: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """dq of one segment:
@@ -149,6 +159,7 @@ def queries_vjp(
     gradient, −Σ_i i Σ_j dA_ij A_ij, counted from the segment's start. The inner sum is dlse_i, but what is taken is
     the sum of what :func:`keys_vjp` adds up by keys: a pair's rounding error must count by its distance, not its place.
     What the sum is off dlse_i is taken away again at about the mean distance of the keys that the query sees.
+    With GATE these sums themselves, (N, L).
     """
     n = tl.program_id(1).to(tl.int64)
     part = tl.program_id(0)
@@ -242,7 +253,9 @@ def queries_vjp(
         if EXPONENTIAL:
             gradient -= (norm * row_sum)[:, None] * load_tile(q + (at + first) * d, rows, real, d, D).to(tl.float32)
         put_rows(dq + (at + first) * d, rows, real, d, gradient, D)
-        if FLOW:
+        if FLOW and GATE:
+            tl.store(flows + here, row_sum, mask=real)
+        elif FLOW:
             place = (chunk - part * steps) * C + rows
             flow -= tl.sum(row_sum.to(tl.float64) * place.to(tl.float64), 0)
             if DLSE:
@@ -251,7 +264,7 @@ def queries_vjp(
             flow += tl.sum(tl.where(inverse > 0.0, row_sum * mean, 0.0).to(tl.float64), 0)
         if LOCAL:
             tl.debug_barrier()  # before others read what this thread has written of the state
-    if FLOW:
+    if FLOW and not GATE:
         tl.store(flows + n * (others + 2 * tl.num_programs(0)) + others + part, flow)
 
 
@@ -261,7 +274,7 @@ def keys_vjp(
     weight, shift, sums, dk, dv, flows, length, delay, steps, others, norm,
     m: tl.constexpr, d: tl.constexpr, e: tl.constexpr,
     EXPONENTIAL: tl.constexpr, SHIFTED: tl.constexpr, LOCAL: tl.constexpr, DLSE: tl.constexpr, FLOW: tl.constexpr,
-    RUNS: tl.constexpr, ROOM: tl.constexpr,
+    RUNS: tl.constexpr, GATE: tl.constexpr, ROOM: tl.constexpr,
     HALF: tl.constexpr, C: tl.constexpr, F: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one segment, with dA as in :func:`queries_vjp`:
@@ -269,7 +282,7 @@ def keys_vjp(
         dφ(k_j) = Σ_i dA_ij φ(q_i) + e^{b_j − c'} R ṽ_j,    dv_j = Σ_i A_ij g_i + e^{b_j − c'} Rᵀφ(k_j)
 
     R is that behind the segment, and is left as it is behind its first chunk. FLOW: the keys' share of the decay's
-    gradient, Σ_j (j + delay) Σ_i dA_ij A_ij, counted from the segment's start. ROOM: R goes on before the keys'
+    gradient, Σ_j (j + delay) Σ_i dA_ij A_ij, counted from the segment's start; with GATE the inner sums, (N, L). ROOM: R goes on before the keys'
     features are made. 16-bit products from registers (sm_80) leave no room for that: R goes on last.
     """
     n = tl.program_id(1).to(tl.int64)
@@ -401,11 +414,13 @@ def keys_vjp(
             unseen = (first + rows < length) & (first + rows >= length - delay)
             put_rows(dk + (at + first) * d, rows, unseen, d, tl.zeros((C, D), tl.float32), D)
             put_rows(dv + (at + first) * e, rows, unseen, e, tl.zeros((C, E), tl.float32), E)
-        if FLOW:
+        if FLOW and GATE:
+            tl.store(flows + from_ + rows, row_sum, mask=written)
+        elif FLOW:
             place = (chunk - start) * C + rows
             flow += tl.sum(row_sum.to(tl.float64) * (place - delay).to(tl.float64), 0)
         if LOCAL:
             tl.debug_barrier()  # before others read what this thread has written of the state
-    if FLOW:
+    if FLOW and not GATE:
         segments = tl.num_programs(0)
         tl.store(flows + n * (others + 2 * segments) + others + segments + part, flow)

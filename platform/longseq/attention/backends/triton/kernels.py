@@ -21,6 +21,7 @@ from longseq.attention.backends.triton.chunk import (
     again,
     exponents,
     features,
+    forgotten,
     key_logs,
     largest,
     late,
@@ -45,8 +46,8 @@ def add_up(
     x, values, hidden, log_weight, last, runs, decay, weight, shift, gauge, log_scale, sums, scales,
     length, delay, steps, norm, log_constant, m: tl.constexpr, d: tl.constexpr, e: tl.constexpr,
     EXPONENTIAL: tl.constexpr, SHIFTED: tl.constexpr, GAUGED: tl.constexpr, HIDDEN: tl.constexpr,
-    WEIGHTED: tl.constexpr, LAST: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr, HALF: tl.constexpr,
-    C: tl.constexpr, F: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    WEIGHTED: tl.constexpr, LAST: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr,
+    HALF: tl.constexpr, C: tl.constexpr, F: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """Σ_j e^{b_j − c} φ(x_j) [v_j, last_j]ᵀ of every ``steps`` chunks, with c counted from the chunk behind them.
 
@@ -63,6 +64,8 @@ def add_up(
     rate = 0.0
     if DECAY:
         rate = tl.load(decay + n)
+    if GATE:
+        decay += at + n
     state = tl.zeros((E, F), tl.float32)
     one = tl.zeros((F,), tl.float32)
     c = tl.full((), NOTHING, tl.float32)
@@ -97,6 +100,8 @@ def add_up(
                 b += more
             if DECAY:
                 b += rate * rows.to(tl.float32)
+            if GATE:
+                b += forgotten(decay, first, j + 1, delay, length)
             if WHOLE:
                 whole = tl.ceil(b * LOG2E)
                 g += tl.where(visible, whole - b * LOG2E, 0.0)
@@ -117,6 +122,8 @@ def add_up(
         state = product(tl.trans(value), operand(phi, HALF), state * left)
         if DECAY:
             c = c - rate * C
+        if GATE:
+            c = c - forgotten(decay, first, first + C - delay, delay, length)
     put_state(sums + (n * tl.num_programs(0) + part) * m * (e + 1), f, state, m, e, F, E)
     put_normaliser(sums + (n * tl.num_programs(0) + part) * m * (e + 1), f, one, m, e, F)
     if tl.program_id(2) == 0:
@@ -127,7 +134,7 @@ def add_up(
 def run_through(
     sums, scales, begins, initial, initial_scale, final, final_scale, runs, decay,
     length, delay, steps, segments, chunks, m: tl.constexpr, e: tl.constexpr,
-    INITIAL: tl.constexpr, STATES: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr,
+    INITIAL: tl.constexpr, STATES: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr,
     C: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Replace the sums of each segment by the state before it.
@@ -142,6 +149,8 @@ def run_through(
     rate = 0.0
     if DECAY:
         rate = tl.load(decay + n)
+    if GATE:
+        decay += n * (length + 1)
     state = tl.zeros((B,), tl.float32)
     c = tl.full((), NOTHING, tl.float32)
     if INITIAL:
@@ -154,13 +163,18 @@ def run_through(
         if tl.program_id(0) == 0:
             tl.store(begins + n * (segments + 1) + s, c)
         scale = tl.load(scales + n * segments + s)
-        held, goes_on = segment_held(c, runs + n * length, s, delay, length, steps, chunks, rate, RUNS, C)
+        held, goes_on = segment_held(
+            c, runs + n * length, decay, s, delay, length, steps, chunks, rate, RUNS, GATE, C
+        )
         new = tl.maximum(tl.where(goes_on, held, NOTHING), scale)
         state = state * tl.where(goes_on, tl.exp(held - new), 0.0) + part * tl.exp(scale - new)
         c = new
     if tl.program_id(0) == 0:
         tl.store(begins + n * (segments + 1) + segments, c)
-        tl.store(final_scale + n, c + rate * (chunks * C - length).to(tl.float32))
+        c = c + rate * (chunks * C - length).to(tl.float32)
+        if GATE:
+            c = c - forgotten(decay, chunks * C, length - delay, delay, length)
+        tl.store(final_scale + n, c)
     tl.store(final + there, state, mask=inside)
 
 
@@ -170,7 +184,7 @@ def attend(
     inverse_den, lse, out, length, delay, steps, norm, log_constant,
     m: tl.constexpr, d: tl.constexpr, e: tl.constexpr,
     EXPONENTIAL: tl.constexpr, SHIFTED: tl.constexpr, LOCAL: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr,
-    HALF: tl.constexpr, C: tl.constexpr, F: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    GATE: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr, F: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """out, log-denominator, and for the backward pass 1/denominator, gauges, M and c, of one segment's queries.
 
@@ -185,6 +199,8 @@ def attend(
     rate = 0.0
     if DECAY:
         rate = tl.load(decay + n)
+    if GATE:
+        decay += at + n
     if LOCAL:
         sums += (n * tl.num_programs(0) + part) * m * (e + 1)
         c = tl.load(begins + n * (tl.num_programs(0) + 1) + part)
@@ -264,10 +280,14 @@ def attend(
             log_den = tl.log(den) + scale + q_scale
             if DECAY:
                 log_den -= rate * (rows + delay).to(tl.float32)
+            if GATE:
+                log_den -= forgotten(decay, first, first + rows + 1, delay, length)
             tl.store(lse + at + first + rows, tl.where(den < LEAST, NOTHING, log_den), mask=real)
             c = new
             if DECAY:
                 c = c - rate * C
+            if GATE:
+                c = c - forgotten(decay, first, first + C - delay, delay, length)
             tl.debug_barrier()  # before others read what this thread has written of the state
         inverse = tl.where(den < LEAST, 0.0, 1.0 / den)
         tl.store(inverse_den + at + first + rows, inverse, mask=real)

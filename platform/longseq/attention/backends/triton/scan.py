@@ -22,6 +22,7 @@ from longseq.attention.backends.triton import kernels as kernels
 from longseq.attention.backends.triton.launch import chip, on, padded, pointer
 from longseq.attention.backends.triton.tiles import CHUNK, tiles
 from longseq.attention.bidirectional import Total
+from longseq.attention.chunks import flow
 from longseq.attention.feature_maps import FeatureMap, Generalised, PositiveExponential, as_operands
 from longseq.attention.scan import Gradients, Rows, Scanned
 from longseq.attention.state import AttentionState
@@ -52,7 +53,17 @@ class _Keys:
     last: Tensor | None = None  # (N, L) in the place of the values' last component, 1
     runs: Tensor | None = None  # (N, L) int32
     decay: Tensor | None = None  # (N,)
+    gate: Tensor | None = None  # (N, L + 1) float64
     delay: int = 0
+
+    def fading(self, unused: Tensor) -> Tensor:
+        """Decay or gate as kernels take them, by one pointer."""
+        return pointer(self.decay if self.gate is None else self.gate, unused)
+
+    @property
+    def kinds(self) -> dict[str, bool]:
+        """What the kernels are told of documents, decay and gate."""
+        return {"RUNS": self.runs is not None, "DECAY": self.decay is not None, "GATE": self.gate is not None}
 
     def __getitem__(self, n: slice) -> _Keys:
         parts: dict[str, Any] = {name: x[n] for name, x in vars(self).items() if isinstance(x, Tensor)}
@@ -101,11 +112,10 @@ class _Launch:
         sums, scales = self.empty_sums(of.x, len(of.x)), _floats(of.x, len(of.x), self.segments)
         kernels.add_up[self.segments, len(of.x), self.blocks](
             of.x, of.values, pointer(of.hidden, of.x), pointer(of.log_weight, gauge), pointer(of.last, gauge),
-            pointer(of.runs, of.x), pointer(of.decay, gauge), *self.map, gauge, log_scale, sums,
+            pointer(of.runs, of.x), of.fading(gauge), *self.map, gauge, log_scale, sums,
             scales, self.length, of.delay, self.steps, self.half_norm, self.log_constant,
             GAUGED=gauged, HIDDEN=of.hidden is not None, WEIGHTED=of.log_weight is not None,
-            LAST=of.last is not None, RUNS=of.runs is not None, DECAY=of.decay is not None, **self.kinds,
-            **self.tiles.sums,
+            LAST=of.last is not None, **of.kinds, **self.kinds, **self.tiles.sums,
         )  # fmt: skip
         return sums, scales
 
@@ -122,9 +132,9 @@ class _Launch:
         first = (scales, scales) if initial is None else (initial.sums, initial.log_scale)
         kernels.run_through[self.state_blocks, rows](
             sums, scales, begins, *first, *final, pointer(of.runs, scales),
-            pointer(of.decay, scales), self.length, of.delay, self.steps, self.segments, self.chunks,
-            self.features, self.value_dim, INITIAL=initial is not None, STATES=states, RUNS=of.runs is not None,
-            DECAY=of.decay is not None, C=CHUNK, **self.tiles.states,
+            of.fading(scales), self.length, of.delay, self.steps, self.segments, self.chunks,
+            self.features, self.value_dim, INITIAL=initial is not None, STATES=states, **of.kinds, C=CHUNK,
+            **self.tiles.states,
         )  # fmt: skip
         return begins, AttentionState(*final)
 
@@ -159,11 +169,10 @@ def scan_forward(rows: Rows, initial: AttentionState | None, learns: bool, *, ha
             begins, final = launch.run_through(sums, scales, part, _cut(initial, n))
             log_scales.append(final.log_scale)
             kernels.attend[launch.segments, len(scales)](
-                q[n], part.x, part.values, k_gauge[n], key_scale[n], pointer(part.runs, q), pointer(part.decay, q),
+                q[n], part.x, part.values, k_gauge[n], key_scale[n], pointer(part.runs, q), part.fading(q),
                 *launch.map, sums, begins, q_gauge[n], row_scale[n], before[n],
                 inverse_den[n], lse[n], out[n], length, part.delay, launch.steps, launch.half_norm,
-                launch.log_constant, LOCAL=True, RUNS=part.runs is not None, DECAY=part.decay is not None,
-                **launch.kinds, **launch.tiles.outputs,
+                launch.log_constant, LOCAL=True, **part.kinds, **launch.kinds, **launch.tiles.outputs,
             )  # fmt: skip
             del sums, final  # or those of two slices would be in memory
     log_scale = log_scales[0] if len(log_scales) == 1 else torch.cat(log_scales)
@@ -193,7 +202,11 @@ def scan_backward(
     *,
     parts: bool = False,
 ) -> Gradients:
-    """See :func:`longseq.attention.scan.scan_backward`. parts: of the decay's, (N, ·), and not their sums."""
+    """See :func:`longseq.attention.scan.scan_backward`. parts: of the decay's, (N, ·), and not their sums.
+
+    The gradient of a gate's sums at a position is what queries there lose, less what keys there give: each the sum of
+    a pair's terms as the other side has it, so that rounding errors of a pair end between its two.
+    """
     q, keys = rows.q.contiguous(), _keys(rows)
     q_gauge, k_gauge, key_scale, row_scale, before, begin, begin_scale = kept
     assert q_gauge is not None
@@ -211,42 +224,51 @@ def scan_backward(
     d_initial = _floats(q, number, launch.features, launch.value_dim + 1)
     programs = launch.state_blocks
     flows = torch.empty(number, programs + 2 * launch.segments, dtype=torch.float64, device=q.device)
-    wants_decay = wants_decay and rows.decay is not None
-    kinds = {"LOCAL": True, "DLSE": dlse is not None, "RUNS": keys.runs is not None, **launch.kinds}
-    decays = keys.decay is not None
+    wants_decay = wants_decay and rows.fading is not None
+    q_sums, k_sums = flows, flows
+    d_gate = None if rows.gate is None or not wants_decay else torch.zeros_like(rows.gate)
+    if d_gate is not None:
+        q_sums, k_sums = _floats(q, number, length), torch.zeros_like(row_scale)
+    kinds = {"LOCAL": True, "DLSE": dlse is not None, **launch.kinds}
     with on(q.device):
         for n in launch.slices(number, states=2):
             part = keys[n]
-            numbers, rates = pointer(part.runs, q), pointer(part.decay, q)
+            numbers, rates = pointer(part.runs, q), part.fading(q)
             d_lse = pointer(None if dlse is None else dlse[n], u)
             sums, scales = launch.add_up(part, k_gauge[n], key_scale[n], gauged=True)
             begins, final = launch.run_through(sums, scales, part, _cut(initial, n))
             d_sums = launch.empty_sums(q, len(scales))  # R
             gradients.add_up_queries[launch.segments, len(scales), launch.blocks](
                 q[n], dout[n], out[n], d_lse, inverse_den[n], q_gauge[n], row_scale[n], begins, numbers, rates,
-                *launch.map, u[n], d_sums, length, part.delay, launch.steps, DECAY=decays, **kinds,
+                *launch.map, u[n], d_sums, length, part.delay, launch.steps, **part.kinds, **kinds,
                 **launch.tiles.sums,
             )  # fmt: skip
             gradients.run_back[programs, len(scales)](
                 d_sums, begins, u if later is None else later[n], d_initial[n], sums, final.sums, flows[n], numbers,
                 rates, length, part.delay, launch.steps, launch.segments, launch.chunks, launch.features,
-                launch.value_dim, LATER=later is not None, FLOW=wants_decay, STATES=True,
-                RUNS=part.runs is not None, DECAY=part.decay is not None, C=CHUNK, **launch.tiles.states,
+                launch.value_dim, LATER=later is not None, FLOW=wants_decay and d_gate is None, STATES=True,
+                **part.kinds, C=CHUNK, **launch.tiles.states,
             )  # fmt: skip
+            if d_gate is not None and later is not None and length > part.delay:  # the state is seen from its last key
+                d_gate[n, length - part.delay, 0] += flow(final.sums, later[n]).flatten()
             shared = (
                 q[n], part.x, part.values, dout[n], out[n], d_lse, q_gauge[n], k_gauge[n], key_scale[n], row_scale[n],
                 inverse_den[n], u[n],
             )  # fmt: skip
             gradients.queries_vjp[launch.segments, len(scales)](
-                *shared, numbers, rates, before[n], *launch.map, sums, dq[n], flows[n], length, part.delay,
-                launch.steps, programs, head_dim**-0.5, FLOW=wants_decay, DECAY=decays, **kinds,
+                *shared, numbers, rates, before[n], *launch.map, sums, dq[n], q_sums[n], length, part.delay,
+                launch.steps, programs, head_dim**-0.5, FLOW=wants_decay, **part.kinds, **kinds,
                 **launch.tiles.queries,
             )  # fmt: skip
             gradients.keys_vjp[launch.segments, len(scales)](
-                *shared, begins, numbers, before[n], *launch.map, d_sums, dk[n], dv[n], flows[n], length,
-                part.delay, launch.steps, programs, head_dim**-0.5, FLOW=wants_decay, **kinds, **launch.tiles.keys,
+                *shared, begins, numbers, before[n], *launch.map, d_sums, dk[n], dv[n], k_sums[n], length,
+                part.delay, launch.steps, programs, head_dim**-0.5, FLOW=wants_decay, RUNS=part.runs is not None,
+                GATE=d_gate is not None, **kinds, **launch.tiles.keys,
             )  # fmt: skip
             del sums, d_sums, final
+    if d_gate is not None:
+        d_gate[:, 1:, 0] += q_sums.double() - k_sums
+        return Gradients(dq, dk, dv, d_gate, d_initial)
     d_decay = None if not wants_decay else flows if parts else flows.sum(1)[:, None, None]
     return Gradients(dq, dk, dv, d_decay, d_initial)
 
@@ -285,7 +307,7 @@ def bidirectional_forward(rows: Rows, total: Total | None) -> tuple[Tensor, tupl
         kernels.attend[launch.chunks, len(q)](
             q, q, q, q_gauge, q_gauge, q, q, *launch.map, sums, q_gauge, q_gauge, q_gauge, q_gauge,
             inverse_den, q_gauge, out, q.shape[1], 0, 1, launch.half_norm, launch.log_constant,
-            LOCAL=False, RUNS=False, DECAY=False, **launch.kinds, **launch.tiles.outputs,
+            LOCAL=False, **of.kinds, **launch.kinds, **launch.tiles.outputs,
         )  # fmt: skip
     return out, (q_gauge, k_gauge, key_scale, log_scale, inverse_den, sums)
 
@@ -307,20 +329,21 @@ def bidirectional_backward(
     dout = dout.float().contiguous()
     dq, dk, dv, u = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(q_gauge)
     launch = _Launch(rows.feature_map, q, q.shape[1], v.shape[-1])
-    kinds = {"LOCAL": False, "DLSE": False, "RUNS": False, **launch.kinds}
+    none = {"RUNS": False, "DECAY": False, "GATE": False}
+    kinds = {"LOCAL": False, "DLSE": False, **launch.kinds}
     states = total is not None
     d_total = _floats(q, len(q), *launch.shape(states))
     with on(q.device):
         d_sums = launch.empty_sums(q, len(q))
         gradients.add_up_queries[launch.segments, len(q), launch.blocks](
             q, dout, out, u, inverse_den, q_gauge, u, u, u, u, *launch.map, u, d_sums,
-            q.shape[1], 0, launch.steps, DECAY=False, **kinds, **launch.tiles.sums,
+            q.shape[1], 0, launch.steps, **none, **kinds, **launch.tiles.sums,
         )  # fmt: skip
         same = u.new_zeros(len(q), launch.segments + 1)  # all have the same log-scale
         gradients.run_back[launch.state_blocks, len(q)](
             d_sums, same, u, d_total, u, u, u, u, u, q.shape[1], 0, launch.steps,
             launch.segments, launch.chunks, launch.features, launch.value_dim, LATER=False, FLOW=False,
-            STATES=states, RUNS=False, DECAY=False, C=CHUNK, **launch.tiles.states,
+            STATES=states, **none, C=CHUNK, **launch.tiles.states,
         )  # fmt: skip
         if total is not None:
             d_total = total(AttentionState(d_total, u.new_zeros(len(u), 1, 1)))().sums
@@ -328,11 +351,11 @@ def bidirectional_backward(
         shared = (q, k, v, dout, out, u, q_gauge, k_gauge, key_scale, u, inverse_den, u)
         gradients.queries_vjp[launch.chunks, len(q)](
             *shared, u, u, u, *launch.map, sums, dq, u, q.shape[1], 0, 1, 0, launch.head_dim**-0.5, FLOW=False,
-            DECAY=False, **kinds, **launch.tiles.queries,
+            **none, **kinds, **launch.tiles.queries,
         )  # fmt: skip
         gradients.keys_vjp[triton.cdiv(k.shape[1], CHUNK), len(k)](
             *shared, log_scale, u, u, *launch.map, d_state, dk, dv, u, k.shape[1], 0, 1, 0, launch.head_dim**-0.5,
-            FLOW=False, **kinds, **launch.tiles.keys,
+            FLOW=False, RUNS=False, GATE=False, **kinds, **launch.tiles.keys,
         )  # fmt: skip
     return Gradients(dq, dk, dv)
 
@@ -349,8 +372,10 @@ def _keys(rows: Rows) -> _Keys:
     """The keys and values of a scan as the kernels take them."""
     runs = None if rows.runs is None else rows.runs.to(torch.int32).contiguous()
     decay = None if rows.decay is None else rows.decay.flatten().float().contiguous()
+    gate = None if rows.gate is None else rows.gate.detach().flatten(1).contiguous()
     delay = min(rows.delay, rows.q.shape[1])  # beyond, no key is visible all the same
-    return _Keys(rows.k.contiguous(), rows.v.contiguous(), _bytes(rows.hidden), runs=runs, decay=decay, delay=delay)
+    of = {"runs": runs, "decay": decay, "gate": gate}
+    return _Keys(rows.k.contiguous(), rows.v.contiguous(), _bytes(rows.hidden), **of, delay=delay)
 
 
 def _cut(state: AttentionState | None, n: slice) -> AttentionState | None:

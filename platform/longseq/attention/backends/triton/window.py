@@ -49,13 +49,15 @@ def _visible(hidden, rows, length, HIDDEN: tl.constexpr):
 
 @triton.jit
 def _reach(
-    scores, i, j, first, keep, runs, gamma, length, window, before, scale,
+    scores, i, j, first, keep, runs, decay, gamma, length, window, before, scale,
     KEYS: tl.constexpr, CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr,
+    GATE: tl.constexpr,
 ):  # fmt: skip
     """s · log2 e of products qᵀk, −inf out of reach, and the distances.
 
     Rows are queries i and columns keys j, or with KEYS the other way round; ``keep`` is of the keys. Distances are
-    taken from ``first``, near which fp32 has every integer.
+    taken from ``first``, near which fp32 has every integer. With GATE they are what its sums (``decay``, float64) lose
+    from one to the other: such numbers are small where a weight is not.
     """
     ahead = i[None, :] - j[:, None] if KEYS else i[:, None] - j[None, :]  # by how much the query is the later one
     # One comparison for both ends: 0 ≤ ahead + before < window + before; a negative number is a large unsigned one.
@@ -68,16 +70,22 @@ def _reach(
         seen = seen & (k_run[:, None] == q_run[None, :] if KEYS else q_run[:, None] == k_run[None, :])
     scores = scores * (scale * LOG2_E)
     x, y = (i - first).to(tl.float32), (j - first).to(tl.float32)
+    if GATE:
+        here = tl.load(decay + first)
+        x = (here - tl.load(decay + tl.minimum(i + 1, length))).to(tl.float32)
+        y = (here - tl.load(decay + tl.minimum(j + 1, length))).to(tl.float32)
     distance = tl.abs(x[None, :] - y[:, None]) if KEYS else tl.abs(x[:, None] - y[None, :])
     if DECAY:
         scores -= gamma * LOG2_E * distance
+    if GATE:
+        scores -= LOG2_E * distance
     return tl.where(seen, scores, -INFINITY), distance
 
 
 @triton.jit(do_not_specialize=_VARY)
 def attend_near(
     q, k, v, hidden, runs, decay, out, lse, length, window, before, d: tl.constexpr, e: tl.constexpr, zero, scale,
-    CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr,
+    CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr,
     B: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """out and the log-denominator of one block of queries."""
@@ -89,6 +97,8 @@ def attend_near(
     near = tl.arange(0, STEP)
     real = first + rows < length
     gamma = tl.load(decay + n) if DECAY else 0.0
+    if GATE:
+        decay += at + n
     queries = q + (at + first) * d
     if HALF:
         query = load_rows(queries, rows, real, d, 0, D)
@@ -104,8 +114,8 @@ def attend_near(
         else:
             scores = sliced_product(queries + start * zero, rows, real, keys, near, keep, d, D)
         scores, _ = _reach(
-            scores, first + rows, start + near, first, keep, runs + at, gamma, length, window, before, scale,
-            False, CAUSAL, HIDDEN, RUNS, DECAY,
+            scores, first + rows, start + near, first, keep, runs + at, decay, gamma, length, window, before,
+            scale, False, CAUSAL, HIDDEN, RUNS, DECAY, GATE,
         )  # fmt: skip
         new_top = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - new_top[:, None])
@@ -124,12 +134,13 @@ def attend_near(
 def queries_vjp_near(
     q, k, v, hidden, runs, decay, out, lse, dout, dlse, half_dout, shared, dq, d_decay,
     length, window, before, d: tl.constexpr, e: tl.constexpr, zero, scale,
-    CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr, DLSE: tl.constexpr,
-    ONTO: tl.constexpr, B: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr,
+    DLSE: tl.constexpr, ONTO: tl.constexpr, B: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """dq of one block, added to what is there if ONTO, and its part in the gradient of the decay (N, blocks).
 
     For the keys' pass: ``shared`` (N, L), dlse − doutᵀout, and ``half_dout`` (N, L, e), dout in the operands' type.
+    With GATE the queries' part in the gradient of its sums, (N, L): of weights of earlier keys more, of later ones less.
     """
     HALF: tl.constexpr = q.dtype.element_ty != tl.float32
     n = tl.program_id(1).to(tl.int64)
@@ -139,6 +150,8 @@ def queries_vjp_near(
     near = tl.arange(0, STEP)
     real = first + rows < length
     gamma = tl.load(decay + n) if DECAY else 0.0
+    if GATE:
+        decay += at + n
     log_den = tl.load(lse + at + first + rows, mask=real, other=0.0) * LOG2_E
     queries, grads = q + (at + first) * d, dout + (at + first) * e
     # Rounded first: the error in dout is then multiplied by v − out, not by either.
@@ -166,8 +179,8 @@ def queries_vjp_near(
             scores = sliced_product(queries + start * zero, rows, real, keys, near, keep, d, D)
             d_scores = sliced_product(grads + start * zero, rows, real, values, near, keep, e, E)
         scores, distance = _reach(
-            scores, first + rows, start + near, first, keep, runs + at, gamma, length, window, before, scale,
-            False, CAUSAL, HIDDEN, RUNS, DECAY,
+            scores, first + rows, start + near, first, keep, runs + at, decay, gamma, length, window, before,
+            scale, False, CAUSAL, HIDDEN, RUNS, DECAY, GATE,
         )  # fmt: skip
         weights = tl.exp2(scores - log_den[:, None])
         d_scores = (d_scores + shift[:, None]) * weights
@@ -175,6 +188,11 @@ def queries_vjp_near(
             moment += tl.sum(d_scores * distance, 1)
             row_sum += tl.sum(d_scores, 1)
             mean += tl.sum(weights * distance, 1)
+        if GATE:
+            row_sum += tl.sum(d_scores, 1)
+            earlier = (first + rows)[:, None] >= (start + near)[None, :]
+            moment += tl.sum(tl.where(earlier, d_scores, -d_scores), 1)
+            mean += tl.sum(tl.where(earlier, weights, -weights), 1)
         gradient = product(rounded(d_scores, key.dtype), key, gradient)
     gradient *= scale
     if ONTO:
@@ -186,16 +204,25 @@ def queries_vjp_near(
             row_sum -= tl.load(dlse + at + first + rows, mask=real, other=0.0)
         moment -= row_sum * mean
         tl.store(d_decay + n * tl.num_programs(0) + tl.program_id(0), -tl.sum(moment, 0))
+    if GATE:
+        # As above; the keys' pass takes the same off.
+        if DLSE:
+            row_sum -= tl.load(dlse + at + first + rows, mask=real, other=0.0)
+        tl.store(d_decay + at + first + rows, moment - row_sum * mean, mask=real)
+        tl.store(shared + at + first + rows, shift - row_sum, mask=real)
 
 
 @triton.jit(do_not_specialize=_VARY)
 def keys_vjp_near(
-    q, k, v, hidden, runs, decay, lse, dout, shared, dk, dv,
+    q, k, v, hidden, runs, decay, lse, dout, shared, dk, dv, d_decay,
     length, window, before, d: tl.constexpr, e: tl.constexpr, zero, scale,
-    CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr,
+    CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr,
     ONTO: tl.constexpr, B: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one block of keys, added to what is there if ONTO. Products are of keys (rows) and queries."""
+    """dk and dv of one block of keys, added to what is there if ONTO. Products are of keys (rows) and queries.
+
+    With GATE the keys' part in the gradient of its sums, (N, L): of weights of later queries less, of earlier ones more.
+    """
     HALF: tl.constexpr = q.dtype.element_ty != tl.float32
     n = tl.program_id(1).to(tl.int64)
     at = n * length
@@ -204,11 +231,14 @@ def keys_vjp_near(
     near = tl.arange(0, STEP)
     keep = _visible(hidden + at, first + rows, length, HIDDEN)
     gamma = tl.load(decay + n) if DECAY else 0.0
+    if GATE:
+        decay += at + n
     keys, values = k + (at + first) * d, v + (at + first) * e
     if HALF:
         key, value = load_rows(keys, rows, keep, d, 0, D), load_rows(values, rows, keep, e, 0, E)
     key_gradient = tl.zeros((B, D), tl.float32)
     value_gradient = tl.zeros((B, E), tl.float32)
+    moment = tl.zeros((B,), tl.float32)
     for start in range(tl.maximum(0, first - before) // STEP * STEP, tl.minimum(length, first + B + window - 1), STEP):
         real = start + near < length
         queries, grads = q + (at + start) * d, dout + (at + start) * e
@@ -219,8 +249,8 @@ def keys_vjp_near(
         else:
             scores = sliced_product(keys + start * zero, rows, keep, queries, near, real, d, D)
         scores, _ = _reach(
-            scores, start + near, first + rows, first, keep, runs + at, gamma, length, window, before, scale,
-            True, CAUSAL, HIDDEN, RUNS, DECAY,
+            scores, start + near, first + rows, first, keep, runs + at, decay, gamma, length, window, before,
+            scale, True, CAUSAL, HIDDEN, RUNS, DECAY, GATE,
         )  # fmt: skip
         # A query behind the end has no weight: e^−∞.
         log_den = tl.load(lse + at + start + near, mask=real, other=INFINITY) * LOG2_E
@@ -232,6 +262,9 @@ def keys_vjp_near(
             d_scores = sliced_product(values + start * zero, rows, keep, grads, near, real, e, E)
         d_scores = (d_scores + tl.load(shared + at + start + near, mask=real, other=0.0)[None, :]) * weights
         key_gradient = product(rounded(d_scores, query.dtype), query, key_gradient)
+        if GATE:
+            later = (start + near)[None, :] >= (first + rows)[:, None]
+            moment += tl.sum(tl.where(later, d_scores, -d_scores), 1)
     inside = first + rows < length
     key_gradient *= scale
     if ONTO:
@@ -239,6 +272,8 @@ def keys_vjp_near(
         value_gradient += load_rows(dv + (at + first) * e, rows, inside, e, 0, E).to(tl.float32)
     put_rows(dk + (at + first) * d, rows, inside, d, key_gradient, D)
     put_rows(dv + (at + first) * e, rows, inside, e, value_gradient, E)
+    if GATE:
+        tl.store(d_decay + at + first + rows, -moment, mask=inside)
 
 
 class _Launch:
@@ -248,8 +283,8 @@ class _Launch:
         q, _, v = self.rows = tuple(x.contiguous() for x in rows.qkv)
         mask = None if rows.hidden is None else rows.hidden.contiguous().view(torch.uint8)
         numbers = None if rows.runs is None else rows.runs.to(torch.int32).contiguous()
-        rates = None if rows.decay is None else rows.decay.contiguous()
-        self.optional = [pointer(x, q) for x in (mask, numbers, rates)]
+        fading = None if rows.fading is None else rows.fading.detach().contiguous()
+        self.optional = [pointer(x, q) for x in (mask, numbers, fading)]
         length, d, e = q.shape[1], q.shape[2], v.shape[2]
         window = min(window, length)
         self.sizes = (length, window, 0 if causal else window - 1, d, e, 0, d**-0.5)
@@ -257,7 +292,8 @@ class _Launch:
             "CAUSAL": causal,
             "HIDDEN": mask is not None,
             "RUNS": numbers is not None,
-            "DECAY": rates is not None,
+            "DECAY": rows.decay is not None,
+            "GATE": rows.gate is not None,
             "D": padded(d),
             "E": padded(e),
         }
@@ -303,7 +339,9 @@ def window_backward(
     half_dout = dout if q.dtype == dout.dtype else torch.empty_like(dout, dtype=q.dtype)
     tiles, keys_tiles = _tiles(q, v), _tiles(q, v, keys=True)
     blocks = triton.cdiv(q.shape[1], tiles["B"])
-    d_decay = lse.new_empty(len(q), blocks)
+    gated = rows.gate is not None
+    d_decay = lse.new_empty(len(q), q.shape[1] if gated else blocks)
+    d_keys = torch.empty_like(d_decay) if gated else d_decay
     given = (q, k, v, *launch.optional)
     with on(q.device):
         queries_vjp_near[blocks, len(q)](
@@ -311,8 +349,12 @@ def window_backward(
             *launch.sizes, DLSE=dlse is not None, **launch.kinds, **tiles,
         )  # fmt: skip
         keys_vjp_near[triton.cdiv(q.shape[1], keys_tiles["B"]), len(q)](
-            *given, lse, half_dout, shared, dk, dv, *launch.sizes, **launch.kinds, **keys_tiles
+            *given, lse, half_dout, shared, dk, dv, d_keys, *launch.sizes, **launch.kinds, **keys_tiles
         )
+    if rows.gate is not None and wants_decay:
+        d_gate = torch.zeros_like(rows.gate)
+        d_gate[:, 1:, 0] = d_decay.double() + d_keys
+        return Gradients(dq, dk, dv, d_gate)
     if not parts and wants_decay:
         d_decay = d_decay.sum(1, dtype=torch.float64)[:, None, None]
     return Gradients(dq, dk, dv, d_decay if wants_decay else None)
