@@ -71,6 +71,7 @@ class Way:
     causal: bool = True
     window: int = 0
     learned: bool = False  # a share and a decay a head
+    gate: bool = False
     padding: bool = False
 
     @property
@@ -90,6 +91,7 @@ def launches_of_a_layer(way: Way) -> Counter[str]:
         window=way.window,
         learned_share=way.learned and way.window > 0,
         learned_decay=way.learned,
+        forget_gate=way.gate,
         backend="triton",
         dropout=way.dropout,
         qk_norm=way.qk_norm,
@@ -150,6 +152,8 @@ WAYS = {
     "bf16, window, learned": Way(window=64, learned=True),
     "autocast, window, learned": Way(weights=FP32, window=64, learned=True),
     "bf16, learned": Way(learned=True),
+    "bf16, gate": Way(gate=True),
+    "bf16, window, gate": Way(window=64, gate=True),
     "bf16, masked": Way(causal=False, padding=True),
     "autocast, masked": Way(weights=FP32, causal=False, padding=True),
     "autocast, 1M": Way(length=2**20, weights=FP32, checkpoints=True),

@@ -43,7 +43,7 @@ class Case:
     features: int = 256
     dtype: str = "bfloat16"
     kernel: str = "softmax"
-    given: tuple[str, ...] = ()  # of "hidden", "runs", "decay"
+    given: tuple[str, ...] = ()  # of "hidden", "runs", "decay", "gate"
     causal: bool = True  # of a window
     reach: int = 0  # the window, or the scan's delay
     architectures: tuple[int, ...] = ARCHITECTURES
@@ -58,7 +58,7 @@ class Case:
         return " ".join([*parts, *([f"reach{self.reach}"] if self.reach else []), *self.given])
 
 
-ALL = ("hidden", "runs", "decay")
+ALL, GATED = ("hidden", "runs", "decay"), ("hidden", "runs", "gate")
 # Every kernel for every chip, which the newest release of Triton must manage too.
 EVERY_KERNEL = (Case("scan"), Case("window", reach=64))
 # What else decides whether kernels are as they should be, each for the chips that are the first to fail.
@@ -69,6 +69,8 @@ DECISIVE = (
     Case("scan", dtype="float32", architectures=(89,)),
     Case("bidirectional", kernel="relu", architectures=(90,)),
     Case("window", reach=256, causal=False, given=ALL, architectures=(90,)),
+    Case("scan", given=("gate",), architectures=(80, 90)),
+    Case("window", reach=64, given=("gate",), architectures=(80, 90)),
 )
 _PRODUCT = (
     *DECISIVE,
@@ -81,6 +83,9 @@ _PRODUCT = (
     Case("scan", head_dim=32, features=64, dtype="float32"),
     Case("bidirectional", head_dim=128, given=("hidden",)),
     Case("bidirectional", head_dim=128, dtype="float32"),
+    Case("scan", head_dim=128, reach=64, given=GATED),
+    Case("scan", dtype="float32", given=("gate",)),
+    Case("window", reach=256, causal=False, given=GATED),
     Case("window", head_dim=32, reach=64),
     Case("window", head_dim=128, reach=64),
     Case("window", head_dim=128, reach=256, causal=False, given=ALL),
@@ -165,6 +170,7 @@ def measure_here(arch: int, cases: Sequence[Case]) -> list[Found]:
             "hidden": torch.zeros(ROWS, length, dtype=torch.bool),
             "runs": torch.zeros(ROWS, length, dtype=torch.int64),
             "decay": torch.zeros(ROWS, 1, 1, requires_grad=True),
+            "gate": torch.zeros(ROWS, length + 1, 1, dtype=torch.float64, requires_grad=True),
         }
         return rows, {name: x for name, x in given.items() if name in case.given}
 

@@ -21,7 +21,7 @@ from longseq.attention.scan import Rows
 
 def takes(backend: str, rows: Rows) -> bool:
     """Whether :func:`near_and_far` computes this: both parts by Triton kernels, and no compiler reads along."""
-    if rows.phi is None or rows.gate is not None or not 0 < rows.delay < rows.q.shape[1] or not fuses(rows.q, backend):
+    if rows.phi is None or not 0 < rows.delay < rows.q.shape[1] or not fuses(rows.q, backend):
         return False
     return name_of(choose(backend, rows.phi, rows.qkv)) == "triton"
 
@@ -38,7 +38,7 @@ def near_and_far(rows: Rows, call: Call, batch: int, dtype: torch.dtype) -> Tens
     Returns:
         (B, H, L, e), laid out as (B, L, H, e).
     """
-    tensors = *rows.qkv, call.decay, call.far_share, rows.hidden, rows.runs
+    tensors = *rows.qkv, call.decay, rows.gate, call.far_share, rows.hidden, rows.runs
     made: Tensor = _NearAndFar.apply(*tensors, rows.feature_map, rows.delay, batch, dtype, call.log_decay)
     return made
 
@@ -74,18 +74,19 @@ class _Rates(torch.autograd.Function):
 class _NearAndFar(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, share: Tensor | None, hidden: Tensor | None,
-        runs: Tensor | None, phi: FeatureMap, window: int, batch: int, dtype: torch.dtype, log_decay: bool,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, gate: Tensor | None, share: Tensor | None,
+        hidden: Tensor | None, runs: Tensor | None, phi: FeatureMap, window: int, batch: int, dtype: torch.dtype,
+        log_decay: bool,
     ) -> Tensor:  # fmt: skip
         from longseq.attention.backends.triton import parts, scan
         from longseq.attention.backends.triton import window as triton_window
 
         rates = None if decay is None else parts.rates(decay, batch, log_decay)
-        rows = Rows(q, k, v, rates, hidden, runs, phi, window)
+        rows = Rows(q, k, v, rates, hidden, runs, phi, window, gate)
         near = triton_window.window_forward(rows, window, True)
         far = scan.scan_forward(rows, None, True, handed_on=False)
         ctx.phi, ctx.window, ctx.log_decay = phi, window, log_decay
-        learned = decay, rates, share
+        learned = decay, rates, gate, share
         ctx.save_for_backward(q, k, v, *learned, hidden, runs, *near, far.out, far.lse, far.inverse_den, *far.kept)
         return parts.combine(near, (far.out, far.lse), share, batch, dtype)
 
@@ -95,10 +96,10 @@ class _NearAndFar(torch.autograd.Function):
         from longseq.attention.backends.triton import parts, scan
         from longseq.attention.backends.triton import window as triton_window
 
-        q, k, v, decay, rates, share, hidden, runs, *made = saved
+        q, k, v, decay, rates, gate, share, hidden, runs, *made = saved
         near, far, inverse_den, kept = (made[0], made[1]), (made[2], made[3]), made[4], made[5:]
-        rows = Rows(q, k, v, rates, hidden, runs, ctx.phi, ctx.window)
-        wants_decay = ctx.needs_input_grad[3]
+        rows = Rows(q, k, v, rates, hidden, runs, ctx.phi, ctx.window, gate)
+        wants_decay = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
         d_near, d_far, d_share = parts.combine_vjp(near, far, share, grad)
         found = scan.scan_backward(rows, far[0], inverse_den, kept, *d_far, None, wants_decay, parts=True)
         onto = found.q, found.k, found.v
@@ -106,5 +107,6 @@ class _NearAndFar(torch.autograd.Function):
             rows, ctx.window, True, *near, *d_near, wants_decay, onto=onto, parts=True
         )
         both = None if whole.decay is None or found.decay is None else (whole.decay, found.decay)
+        d_gate = None if gate is None or both is None else both[0] + both[1]
         d_decay, d_share = parts.add_learned(decay, rates, both, share, d_share, ctx.log_decay)
-        return whole.q, whole.k, whole.v, d_decay, d_share, *[None] * 7
+        return whole.q, whole.k, whole.v, d_decay, d_gate, d_share, *[None] * 7

@@ -37,8 +37,8 @@ def reference(q: Tensor, k: Tensor, v: Tensor, *, kernel: str = "softmax", **opt
 
 
 def assert_equals_reference(q: Tensor, k: Tensor, v: Tensor, tolerance: float = 1e-5, **options) -> None:
-    """Output and every gradient, those of far_share and decay too, equal the oracle's relative to the largest entry."""
-    learned = {name: options.pop(name) for name in ("far_share", "decay") if options.get(name) is not None}
+    """Output and every gradient, of what is learned too, equal the oracle's relative to the largest entry."""
+    learned = {name: options.pop(name) for name in ("far_share", "decay", "gate") if options.get(name) is not None}
     ours = [t.detach().clone().requires_grad_() for t in (q, k, v, *learned.values())]
     exact = [t.detach().double().requires_grad_() for t in ours]
     out = favor_attention(*ours[:3], features=FEATURES, **options, **dict(zip(learned, ours[3:], strict=False)))

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from longseq.attention import operations
 from longseq.attention.feature_maps import FeatureMap, feature_map
+from longseq.attention.gates import running
 from longseq.attention.scan import Rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,6 +30,9 @@ SCANS = [
     ("relu_direct", 65, 1, ()),
     ("softmax", 65, 500, ("hidden", "runs", "decay")),
     ("softmax", 301, 37, ("hidden", "runs", "decay")),
+    ("softmax", 129, 0, ("gate",)),
+    ("relu", 301, 37, ("hidden", "runs", "gate")),
+    ("softmax", 65, 500, ("gate",)),
 ]
 BIDIRECTIONALS = [
     # kernel, queries, keys, what else is given
@@ -45,6 +50,8 @@ WINDOWS = [
     (129, 64, ("decay",)),
     (127, 500, ("runs",)),
     (301, 65, ("hidden", "runs", "decay")),
+    (129, 64, ("gate",)),
+    (301, 65, ("hidden", "runs", "gate")),
 ]
 
 
@@ -81,6 +88,7 @@ def rows(length: int, device: str = DEVICE, **kinds: bool) -> dict[str, Tensor]:
         "hidden": random(ROWS, length) < -0.5,
         "runs": (random(ROWS, length) > 1.8).cumsum(1),
         "decay": torch.tensor([0.03, 0.4], device=device).view(ROWS, 1, 1),
+        "gate": running(F.logsigmoid(random(ROWS, length) + 2)),
     }
     return {name: x for name, x in given.items() if kinds.get(name, name in "qkv")}
 

@@ -242,10 +242,6 @@ def test_what_does_not_fit_together_is_refused() -> None:
         favor_attention(q, k, v, causal=True, gate=gate[..., 1:])
     with pytest.raises(ValueError, match="give decay or gate, not both"):
         favor_attention(q, k, v, causal=True, gate=gate, decay=RATES)
-    with pytest.raises(ValueError, match="Triton kernels have no forget gates yet"):
-        FavorAttention(24, 3, causal=True, forget_gate=True, backend="triton")
-    with pytest.raises(ValueError, match="they have no forget gates yet"):
-        favor_attention(q, k, v, causal=True, gate=gate, backend="triton")
     with pytest.raises(ValueError, match="forget_gate=true and learned_decay=true"):
         FavorAttention(24, 3, causal=True, forget_gate=True, learned_decay=True)
     _, state = prefill(q, k, v, gate=gate, features=8)

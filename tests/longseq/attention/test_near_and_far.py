@@ -43,12 +43,13 @@ def one_function(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("options", [("far_share",), ("decay", "segments", "key_padding")])
+@pytest.mark.parametrize("options", [("far_share",), ("decay", "segments", "key_padding"), ("gate", "far_share")])
 def test_near_and_far_equal_the_quadratic_reference_with_all_gradients(one_function, monkeypatch, options):
     length = 150
     given = {
         "far_share": torch.tensor([-1.0, 0.0, 0.5]),
         "decay": torch.tensor([0.0, 0.01, 0.1]),
+        "gate": -torch.rand(cases.BATCH, cases.HEADS, length, generator=torch.Generator().manual_seed(4)),
         "segments": (torch.arange(length) // 70).expand(cases.BATCH, -1),
         "key_padding": torch.rand(cases.BATCH, length, generator=torch.Generator().manual_seed(0)) > 0.2,
     }

@@ -5,10 +5,12 @@ All memory that a kernel should write holds NaN before.
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ from tests.longseq.attention import cases
 from tests.longseq.attention.own_kernels import (
     BIDIRECTIONALS,
     DEVICE,
+    HEAD_DIM,
     SCANS,
+    VALUE_DIM,
     WINDOWS,
     assert_same,
     bidirectional_attention,
@@ -34,6 +38,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from longseq.attention import favor_attention
 from longseq.attention.backends import choice as backends
 from longseq.attention.feature_maps import feature_map
+from longseq.attention.gates import running
+from longseq.attention.operations import carried_scan
+from longseq.attention.scan import Rows
 
 pytest.importorskip("triton")
 
@@ -131,6 +138,35 @@ def test_the_door_with_every_option_equals_the_quadratic_reference(causal, windo
         *(t.to(DEVICE) for t in (q, k, v)), features=cases.FEATURES, backend="triton", **on_device
     )  # fmt: skip
     torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("way", [{"causal": True}, {"window": 7}], ids=["causal", "window on both sides"])
+def test_forget_gates_through_the_door_equal_the_quadratic_reference(monkeypatch, way):
+    gate = -torch.rand(cases.BATCH, cases.HEADS, 150, generator=torch.Generator().manual_seed(4))
+    monkeypatch.setattr(cases, "favor_attention", functools.partial(favor_attention, backend="triton"))
+    cases.assert_equals_reference(*cases.inputs(150, std=0.5), 2e-5, gate=gate, **way)
+
+
+@needs_kernels
+@pytest.mark.parametrize("reach", [0, 70])
+def test_a_gate_has_its_gradient_through_a_state_before_and_one_behind(reach):
+    """Tiles: what a scan leaves and what it begins with, and both gradients, as in float64."""
+    found = []
+    for dtype, backend in ((torch.float64, "torch"), (torch.float32, "triton")):
+        phi = feature_map("softmax", 16, HEAD_DIM, dtype=dtype, device=DEVICE)
+        q, k, v = (x.to(dtype).requires_grad_() for x in rows(150).values())
+        log_f = rows(150, gate=True)["gate"].diff(dim=1)[..., 0].to(dtype).requires_grad_()
+        outputs, state = [], None
+        for part in (slice(0, 80), slice(80, 150)):
+            tile = Rows(q[:, part], k[:, part], v[:, part], phi=phi, gate=running(log_f[:, part]))
+            out, _, state = carried_scan(replace(tile, delay=reach) if reach < 80 else tile, state, backend)
+            outputs.append(out)
+        whole = torch.cat([*outputs, state.sums.flatten(1)[..., None].expand(-1, -1, VALUE_DIM)], 1)
+        direction = torch.randn(whole.shape, generator=torch.Generator().manual_seed(2)).to(whole)
+        found.append([whole.detach(), *torch.autograd.grad(whole, [q, k, v, log_f], direction)])
+    for exact, ours in zip(*found, strict=True):
+        assert (ours.double() - exact).norm() < 1e-5 * exact.norm()
 
 
 @needs_kernels

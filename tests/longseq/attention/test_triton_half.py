@@ -19,7 +19,9 @@ from tests.longseq.attention.own_kernels import (
 )
 from torch import Tensor
 
+from longseq.attention import operations
 from longseq.attention.feature_maps import FeatureMap, feature_map
+from longseq.attention.gates import running
 from longseq.attention.operations import carried_scan
 from longseq.attention.parts import combine
 from longseq.attention.scan import Rows
@@ -112,6 +114,36 @@ def test_half_precision_gradient_of_the_decay_is_near_float64(monkeypatch, kerne
     expected = results(lambda q, k, v, decay: scan(q, k, v, exact, delay=delay, decay=decay), double(given))
     found = results(lambda q, k, v, decay: scan(q, k, v, phi, delay=delay, decay=decay, backend="triton"), given)
     assert_same(found, expected, HALF_PRECISION)
+
+
+@pytest.mark.parametrize("programs", [6, 24], ids=["segments of four chunks", "of one"])
+def test_half_precision_gradients_of_a_slow_decay_over_many_segments_are_near_float64(monkeypatch, programs):
+    """The state behind a segment is that of its last keys in few segments alone."""
+    monkeypatch.setattr(triton_backend, "PROGRAMS", programs)
+    phi, exact = maps("softmax", 32, 16, torch.bfloat16)
+    given = rows(760, 16, 16, 1.0, torch.bfloat16, "decay")
+    given["decay"] /= 20
+    expected = results(lambda q, k, v, decay: scan(q, k, v, exact, decay=decay), double(given))
+    found = results(lambda q, k, v, decay: scan(q, k, v, phi, decay=decay, backend="triton"), given)
+    assert_same(found, expected, HALF_PRECISION)
+
+
+@pytest.mark.parametrize("window", [0, 70])
+def test_half_precision_gradient_of_the_gate_is_near_float64(monkeypatch, window):
+    """Of the log-gates, each a sum over all later positions: a pair's rounding error ends between its two."""
+    monkeypatch.setattr(triton_backend, "PROGRAMS", 9)
+    phi, exact = maps("softmax", 64, 32, torch.bfloat16)
+    given = rows(400, 32, 32, 1.0, torch.bfloat16)
+    gates = F.logsigmoid(torch.randn(2, 400, generator=torch.Generator().manual_seed(3)) + 3).to(DEVICE)
+    found = []
+    for backend, of_map, inputs in (("torch", exact, double(given)), ("triton", phi, given)):
+        log_f = gates.to(of_map.weight.dtype).requires_grad_()
+        asked = Rows(*inputs.values(), phi=of_map, delay=window, gate=running(log_f))
+        near = [operations.window_attention(asked, window, causal=True, backend=backend)] if window else []
+        out = combine([*near, operations.scan(asked, backend)])[0]
+        direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+        found.append(torch.autograd.grad(out, log_f, direction)[0].double())
+    assert (found[1] - found[0]).norm() < HALF_PRECISION * found[0].norm()
 
 
 def test_half_precision_with_the_tiles_of_an_a100_is_near_float64(monkeypatch):

@@ -17,6 +17,7 @@ from random import Random
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from longseq.attention import favor_attention, prefill
@@ -51,6 +52,7 @@ class Case:
     hidden: bool = False
     documents: bool = False
     decay: bool = False
+    gate: bool = False
     share: bool = False
     std: float = 1.0
     tile: int = 0
@@ -78,9 +80,11 @@ def cases(large: bool, seed: int) -> Iterator[Case]:
     yield Case("scan", length(6000), **plain)
     yield Case("scan, all options", length(1500), **sizes(), hidden=True, documents=True, decay=True, std=0.5)
     yield Case("scan, decay", length(3000), **sizes(), decay=True, std=2)
+    yield Case("scan, gates", length(3000), **sizes(), gate=True)
     yield Case("scan, carried states", length(1500), **sizes(), tile=length(400))
     yield Case("scan and window", length(2500), **plain, window=length(128), decay=True, share=True)
     yield Case("scan and window, carried states", length(900), **sizes(), window=20, tile=length(300), decay=True)
+    yield Case("scan and window, carried states, gates", length(900), **sizes(), window=20, tile=length(300), gate=True)
     yield Case("window alone", length(2500), **{**plain, "features": 0}, window=length(200))
     options: dict[str, Any] = {"hidden": True, "documents": True, "decay": True}
     yield Case("window alone, all options", length(900), **{**sizes(), "features": 0}, window=length(150), **options)
@@ -88,6 +92,8 @@ def cases(large: bool, seed: int) -> Iterator[Case]:
     yield Case("both directions", length(6000), **plain, **both, std=0.5)
     yield Case("both directions, padding", length(1500), **sizes(), **both, hidden=True, std=2)
     yield Case("both directions, all options", length(900), **sizes(), **both, window=30, share=True, **options)
+    gated: dict[str, Any] = {"hidden": True, "documents": True, "gate": True}
+    yield Case("both directions, gates", length(900), **sizes(), **both, window=30, share=True, **gated)
     for kernel in ("hyperbolic", "oprf", "smreg", "relu"):
         way: dict[str, Any] = {"causal": draw.random() < 0.5, "hidden": draw.random() < 0.5}
         yield Case(f"{kernel}", length(700), **sizes(), kernel=kernel, **way, std=0.5)
@@ -101,7 +107,7 @@ def cases(large: bool, seed: int) -> Iterator[Case]:
 @dataclass(frozen=True)
 class Inputs:
     """q, k, v and the gradient of the output (B, H, L, ·) in the dtype that is tested; and the options, as the door
-    takes them. ``learned``: those of far_share and decay that are given, fp32."""
+    takes them. ``learned``: those of far_share, decay and gate that are given, fp32."""
 
     q: Tensor
     k: Tensor
@@ -131,6 +137,9 @@ class Inputs:
         learned = {}
         if case.decay:
             learned["decay"] = torch.tensor([0.003, 0.1], device=device)
+        if case.gate:
+            logits = torch.randn(batch, heads, case.length, generator=rng)
+            learned["gate"] = F.logsigmoid(3 + logits).to(device)
         if case.share:
             learned["far_share"] = torch.tensor([-0.7, 0.4], device=device)
         return cls(q, k, v, direction, padding, segments, learned)
@@ -246,8 +255,13 @@ def call(case: Case, inputs: Inputs, backend: str, **learned: Tensor) -> Tensor:
         )
     state: State = ()
     outs = []
-    for q, k, v in zip(*(x.split(case.tile, dim=2) for x in (inputs.q, inputs.k, inputs.v)), strict=True):
-        out, state = carried_attention(q, k, v, state, Call.of(**options))
+    gates = options.pop("gate", None)
+    for q, k, v, gate in zip(
+        *(x.split(case.tile, dim=2) for x in (inputs.q, inputs.k, inputs.v)),
+        itertools.repeat(None) if gates is None else gates.split(case.tile, dim=2),
+        strict=gates is not None,
+    ):
+        out, state = carried_attention(q, k, v, state, Call.of(**options, gate=gate))
         outs.append(out)
     return torch.cat(outs, dim=2)
 
@@ -310,6 +324,9 @@ def _log_weights(case: Case, phi: Any, leaves: dict[str, Tensor], at: tuple[int,
         if "far_share" in leaves:
             weights = weights + leaves["far_share"][head]
         weights = torch.where(distance < case.window, near, weights)
+    if "gate" in leaves:
+        sums = leaves["gate"][at].cumsum(0)
+        weights = weights - (sums[:, None] - sums).abs()
     return weights - leaves["decay"][head] * distance if "decay" in leaves else weights
 
 

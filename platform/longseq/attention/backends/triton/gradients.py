@@ -15,6 +15,7 @@ from longseq.attention.backends.triton.chunk import (
     EPSILON,
     INFINITY,
     LOG2E,
+    NOTHING,
     again,
     exponents,
     features,
@@ -100,13 +101,15 @@ def add_up_queries(
 
 @triton.jit(do_not_specialize=ANY_LENGTH)
 def run_back(
-    sums, begins, later, d_initial, states, final, flows, runs, decay,
+    sums, begins, later, d_initial, states, final, flows, key_scale, before, runs, decay,
     length, delay, steps, segments, chunks, m: tl.constexpr, e: tl.constexpr,
     LATER: tl.constexpr, FLOW: tl.constexpr, STATES: tl.constexpr, RUNS: tl.constexpr, DECAY: tl.constexpr,
-    GATE: tl.constexpr, C: tl.constexpr, B: tl.constexpr,
+    GATE: tl.constexpr, WHOLE: tl.constexpr, C: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Replace R's shares by R behind each segment; what is left before the first is the initial state's gradient.
 
+    WHOLE: R behind a segment is written for the log-scale that its chunks arrive at, see through, and not for that
+    which the state behind it has: a decay leaves it between whole multiples, and each chunk takes the next one.
     FLOW: sums Σ S ⊙ R of the states between segments, times the way from one to the next, (N, programs) float64.
     """
     n = tl.program_id(1).to(tl.int64)
@@ -128,9 +131,20 @@ def run_back(
         s = segments - 1 - back
         at = (n * segments + s) * m * (e + 1) + x
         part = tl.load(sums + at, mask=inside, other=0.0)
-        tl.store(sums + at, state, mask=inside)
         begin = tl.load(begins + n * (segments + 1) + s)
         end = tl.load(begins + n * (segments + 1) + s + 1)
+        if WHOLE and (DECAY or GATE):
+            last = tl.minimum((s + 1) * steps, chunks) - 1
+            rows = tl.arange(0, C)
+            b = key_logs(key_scale + n * length, last * C, rows, delay, length)
+            c = tl.load(before + n * chunks + last)
+            arrived, _, _ = through(b, c, runs + n * length, last * C, rows, delay, length, RUNS, WHOLE)
+            arrived = arrived - rate * C
+            if GATE:
+                arrived = arrived - forgotten(decay, last * C, last * C + C - delay, delay, length)
+            tl.store(sums + at, state * tl.where(end < 0.5 * NOTHING, 1.0, tl.exp(arrived - end)), mask=inside)
+        else:
+            tl.store(sums + at, state, mask=inside)
         held, goes_on = segment_held(
             begin, runs + n * length, decay, s, delay, length, steps, chunks, rate, RUNS, GATE, C
         )
@@ -282,8 +296,9 @@ def keys_vjp(
         dφ(k_j) = Σ_i dA_ij φ(q_i) + e^{b_j − c'} R ṽ_j,    dv_j = Σ_i A_ij g_i + e^{b_j − c'} Rᵀφ(k_j)
 
     R is that behind the segment, and is left as it is behind its first chunk. FLOW: the keys' share of the decay's
-    gradient, Σ_j (j + delay) Σ_i dA_ij A_ij, counted from the segment's start; with GATE the inner sums, (N, L). ROOM: R goes on before the keys'
-    features are made. 16-bit products from registers (sm_80) leave no room for that: R goes on last.
+    gradient, Σ_j (j + delay) Σ_i dA_ij A_ij, counted from the segment's start; with GATE the inner sums, (N, L).
+    ROOM: R goes on before the keys' features are made. 16-bit products from registers (sm_80) leave no room for that:
+    R goes on last.
     """
     n = tl.program_id(1).to(tl.int64)
     part = tl.program_id(0)

@@ -163,9 +163,7 @@ def run_through(
         if tl.program_id(0) == 0:
             tl.store(begins + n * (segments + 1) + s, c)
         scale = tl.load(scales + n * segments + s)
-        held, goes_on = segment_held(
-            c, runs + n * length, decay, s, delay, length, steps, chunks, rate, RUNS, GATE, C
-        )
+        held, goes_on = segment_held(c, runs + n * length, decay, s, delay, length, steps, chunks, rate, RUNS, GATE, C)
         new = tl.maximum(tl.where(goes_on, held, NOTHING), scale)
         state = state * tl.where(goes_on, tl.exp(held - new), 0.0) + part * tl.exp(scale - new)
         c = new

@@ -76,6 +76,7 @@ class _Launch:
     def __init__(self, feature_map: FeatureMap, q: Tensor, length: int, value_dim: int):
         assert isinstance(feature_map, (PositiveExponential, Generalised))
         exponential, half = isinstance(feature_map, PositiveExponential), q.dtype != torch.float32
+        self.whole = exponential and half  # log-scales, see chunk.through
         weight = as_operands(feature_map.weight, q.dtype)
         shift = feature_map.shift if isinstance(feature_map, PositiveExponential) else None
         self.map = weight, pointer(None if shift is None else shift.float().contiguous(), weight)
@@ -244,10 +245,11 @@ def scan_backward(
                 **launch.tiles.sums,
             )  # fmt: skip
             gradients.run_back[programs, len(scales)](
-                d_sums, begins, u if later is None else later[n], d_initial[n], sums, final.sums, flows[n], numbers,
-                rates, length, part.delay, launch.steps, launch.segments, launch.chunks, launch.features,
-                launch.value_dim, LATER=later is not None, FLOW=wants_decay and d_gate is None, STATES=True,
-                **part.kinds, C=CHUNK, **launch.tiles.states,
+                d_sums, begins, u if later is None else later[n], d_initial[n], sums, final.sums, flows[n],
+                key_scale[n], before[n], numbers, rates, length, part.delay, launch.steps, launch.segments,
+                launch.chunks, launch.features, launch.value_dim, LATER=later is not None,
+                FLOW=wants_decay and d_gate is None, STATES=True, WHOLE=launch.whole, **part.kinds, C=CHUNK,
+                **launch.tiles.states,
             )  # fmt: skip
             if d_gate is not None and later is not None and length > part.delay:  # the state is seen from its last key
                 d_gate[n, length - part.delay, 0] += flow(final.sums, later[n]).flatten()
@@ -341,9 +343,9 @@ def bidirectional_backward(
         )  # fmt: skip
         same = u.new_zeros(len(q), launch.segments + 1)  # all have the same log-scale
         gradients.run_back[launch.state_blocks, len(q)](
-            d_sums, same, u, d_total, u, u, u, u, u, q.shape[1], 0, launch.steps,
+            d_sums, same, u, d_total, u, u, u, u, u, u, u, q.shape[1], 0, launch.steps,
             launch.segments, launch.chunks, launch.features, launch.value_dim, LATER=False, FLOW=False,
-            STATES=states, **none, C=CHUNK, **launch.tiles.states,
+            STATES=states, WHOLE=False, **none, C=CHUNK, **launch.tiles.states,
         )  # fmt: skip
         if total is not None:
             d_total = total(AttentionState(d_total, u.new_zeros(len(u), 1, 1)))().sums

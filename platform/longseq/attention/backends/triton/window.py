@@ -140,7 +140,7 @@ def queries_vjp_near(
     """dq of one block, added to what is there if ONTO, and its part in the gradient of the decay (N, blocks).
 
     For the keys' pass: ``shared`` (N, L), dlse − doutᵀout, and ``half_dout`` (N, L, e), dout in the operands' type.
-    With GATE the queries' part in the gradient of its sums, (N, L): of weights of earlier keys more, of later ones less.
+    With GATE the queries' part in the gradient of its sums, (N, L): weights of later keys count negatively.
     """
     HALF: tl.constexpr = q.dtype.element_ty != tl.float32
     n = tl.program_id(1).to(tl.int64)
@@ -221,7 +221,7 @@ def keys_vjp_near(
 ):  # fmt: skip
     """dk and dv of one block of keys, added to what is there if ONTO. Products are of keys (rows) and queries.
 
-    With GATE the keys' part in the gradient of its sums, (N, L): of weights of later queries less, of earlier ones more.
+    With GATE the keys' part in the gradient of its sums, (N, L), with the signs turned.
     """
     HALF: tl.constexpr = q.dtype.element_ty != tl.float32
     n = tl.program_id(1).to(tl.int64)
