@@ -90,7 +90,7 @@ def test_a_block_saves_what_the_estimate_says(loaded, kind, rows, backend, dtype
     assert of_a_block(config, dtype) == pytest.approx(expected, rel=0.1)
 
 
-@pytest.mark.parametrize("kind", ["causal", "masked", "window", "qk_norm"])
+@pytest.mark.parametrize("kind", ["causal", "masked", "window", "qk_norm", "gate"])
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_block_with_triton_saves_what_the_estimate_says(monkeypatch, loaded, kind, rows, dtype):

@@ -151,7 +151,7 @@ def gib(size: float) -> str:
 
 def runs_triton(spec: PerformerSpec) -> bool:
     """Whether attention takes the Triton kernels on a GPU."""
-    known = spec.kernel in OWN_KERNELS and spec.head_dim <= TRITON_WIDEST and not spec.forget_gate
+    known = spec.kernel in OWN_KERNELS and spec.head_dim <= TRITON_WIDEST
     return spec.kind == "favor" and (spec.backend == "triton" or (spec.backend == "auto" and known))
 
 

@@ -259,7 +259,7 @@ def _backend(spec: PerformerSpec, device: torch.device) -> str:
     """Who will compute attention."""
     row = torch.empty(1, 1, spec.head_dim, device=device)
     phi = feature_map(spec.kernel, spec.features, spec.head_dim, device=device) if spec.features else None
-    return backends.name_of(backends.choose(spec.backend, phi, (row, row, row), spec.forget_gate))
+    return backends.name_of(backends.choose(spec.backend, phi, (row, row, row)))
 
 
 def _summary(task: LanguageModelling, config: Config, run: Run, start: int, device: torch.device) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from longseq.attention.backends.triton import gradients as gradients
 from longseq.attention.backends.triton import kernels as kernels
+from longseq.attention.backends.triton import later as later_sums
 from longseq.attention.backends.triton.launch import chip, on, padded, pointer
 from longseq.attention.backends.triton.tiles import CHUNK, tiles
 from longseq.attention.bidirectional import Total
@@ -239,12 +240,12 @@ def scan_backward(
             sums, scales = launch.add_up(part, k_gauge[n], key_scale[n], gauged=True)
             begins, final = launch.run_through(sums, scales, part, _cut(initial, n))
             d_sums = launch.empty_sums(q, len(scales))  # R
-            gradients.add_up_queries[launch.segments, len(scales), launch.blocks](
+            later_sums.add_up_queries[launch.segments, len(scales), launch.blocks](
                 q[n], dout[n], out[n], d_lse, inverse_den[n], q_gauge[n], row_scale[n], begins, numbers, rates,
                 *launch.map, u[n], d_sums, length, part.delay, launch.steps, **part.kinds, **kinds,
                 **launch.tiles.sums,
             )  # fmt: skip
-            gradients.run_back[programs, len(scales)](
+            later_sums.run_back[programs, len(scales)](
                 d_sums, begins, u if later is None else later[n], d_initial[n], sums, final.sums, flows[n],
                 key_scale[n], before[n], numbers, rates, length, part.delay, launch.steps, launch.segments,
                 launch.chunks, launch.features, launch.value_dim, LATER=later is not None,
@@ -337,12 +338,12 @@ def bidirectional_backward(
     d_total = _floats(q, len(q), *launch.shape(states))
     with on(q.device):
         d_sums = launch.empty_sums(q, len(q))
-        gradients.add_up_queries[launch.segments, len(q), launch.blocks](
+        later_sums.add_up_queries[launch.segments, len(q), launch.blocks](
             q, dout, out, u, inverse_den, q_gauge, u, u, u, u, *launch.map, u, d_sums,
             q.shape[1], 0, launch.steps, **none, **kinds, **launch.tiles.sums,
         )  # fmt: skip
         same = u.new_zeros(len(q), launch.segments + 1)  # all have the same log-scale
-        gradients.run_back[launch.state_blocks, len(q)](
+        later_sums.run_back[launch.state_blocks, len(q)](
             d_sums, same, u, d_total, u, u, u, u, u, u, u, q.shape[1], 0, launch.steps,
             launch.segments, launch.chunks, launch.features, launch.value_dim, LATER=False, FLOW=False,
             STATES=states, WHOLE=False, **none, C=CHUNK, **launch.tiles.states,
