@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,6 +26,7 @@ AHEAD = 2  # tasks for each worker, so that none waits for its next one
 PATIENCE = 300.0  # seconds that a node waits for the one that schedules
 KEYS = ("ca_file", "client_cert", "client_key", "scheduler_cert", "scheduler_key", "worker_cert", "worker_key")
 LOOK = 0.5  # seconds between looks at whether it is still there
+IMPORTED = ("distributed.nanny", "longseq_data.prepare.reduce_stage", "pyarrow")  # once, for all workers of a machine
 SETTINGS = {
     "DASK_LOGGING__DISTRIBUTED": "critical",  # what goes wrong is raised
     "DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "60s",  # of a node whose power has failed
@@ -106,6 +108,16 @@ class Workers:
     def _started(self) -> Client:
         if self._client is not None:
             return self._client
+        # Ctrl-C reaches every process, and one of them speaks: the others inherit what is blocked here. Their tracker
+        # of resources would unblock it when it is started.
+        resource_tracker.ensure_running()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return self._start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _start(self) -> Client:
         _settle()
         from distributed import Client, LocalCluster, Security
 
@@ -113,22 +125,15 @@ class Workers:
         host = "127.0.0.1" if self._nodes is None else self._nodes.address
         # Whoever can speak to a port of Dask can run programs: only who has the key of this run can.
         security = Security.temporary()
-        # Ctrl-C reaches every process, and one of them speaks: the others inherit what is blocked here. Their tracker
-        # of resources would unblock it when it is started.
-        resource_tracker.ensure_running()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            self._cluster = LocalCluster(
-                n_workers=self.count // (self._nodes.nodes if self._nodes else 1),
-                threads_per_worker=1,
-                memory_limit=0,
-                host=host,
-                security=security,
-                dashboard_address=f"{host}:0",
-            )
-            self._client = Client(self._cluster, security=security)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self._cluster = LocalCluster(
+            n_workers=self.count // (self._nodes.nodes if self._nodes else 1),
+            threads_per_worker=1,
+            memory_limit=0,
+            host=host,
+            security=security,
+            dashboard_address=f"{host}:0",
+        )
+        self._client = Client(self._cluster, security=security)
         if watched:
             self._tell(f"watch the work at {self._client.dashboard_link}")
         if self._nodes is not None:
@@ -142,6 +147,13 @@ def _settle() -> None:
     """What Dask's processes take over, unless somebody has set it otherwise."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    if os.environ["DASK_DISTRIBUTED__WORKER__MULTIPROCESSING_METHOD"] == "forkserver":
+        # It imports while this process imports Dask, which would have both import pandas too.
+        multiprocessing.set_forkserver_preload([*IMPORTED])
+        forkserver.ensure_running()
+        import distributed.utils
+
+        distributed.utils._forkserver_preload_set = True
     import dask
 
     dask.config.refresh()
