@@ -9,8 +9,10 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import chain
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,6 +34,8 @@ SETTINGS = {
     "DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "60s",  # of a node whose power has failed
     "DASK_DISTRIBUTED__WORKER__MULTIPROCESSING_METHOD": "forkserver",  # imports once what every worker needs
     "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "false",  # a hundred looks at the stack a second
+    "DASK_DISTRIBUTED__ADMIN__TICK__INTERVAL": "1s",  # every process looks at its clock fifty times a second else
+    "DASK_DISTRIBUTED__ADMIN__SYSTEM_MONITOR__INTERVAL": "5s",
 }
 
 Item = TypeVar("Item")
@@ -61,32 +65,47 @@ class Workers:
     def __init__(self, count: int, tell: Callable[[str], object], nodes: Nodes | None = None) -> None:
         self.count = count * (nodes.nodes if nodes else 1)
         self._tell, self._nodes = tell, nodes
-        self._client: Client | None = None
+        self._starter = ThreadPoolExecutor(1)
+        self._starting: Future[Client] | None = None
         self._cluster: LocalCluster | None = None
 
     def __enter__(self) -> Workers:
         if self._nodes is not None:
-            self._started()
+            self._start().result()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for each in (self._client, self._cluster):
-            if each is not None:
-                each.close()
+        self._starter.shutdown()
+        if self._starting is not None and self._starting.exception() is None:
+            self._starting.result().close()
+        if self._cluster is not None:
+            self._cluster.close()
 
-    def share(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+    def share(
+        self,
+        work: Callable[[Item], Result],
+        items: Iterable[Item],
+        brief: Callable[[Item], bool] = lambda item: False,
+    ) -> Iterator[tuple[Item, Result]]:
         """``work(item)`` for all items: (item, result), in the order in which they are done.
 
         ``work`` and the items are pickled, and ``work`` may be done twice. At most AHEAD items for each worker are
-        under way. The exception of an item is raised here. Raises DataError for one that has killed several workers.
+        under way. brief: an item that this process may do while the others start. The exception of an item is raised
+        here. Raises DataError for one that has killed several workers.
         """
-        if self.count == 1:
-            for item in items:
-                yield item, work(item)
-            return
+        starting = None if self.count == 1 else self._start()
+        for item in (rest := iter(items)):
+            if starting is not None and (starting.done() or not brief(item)):
+                yield from self._shared(starting.result(), work, chain([item], rest))
+                return
+            yield item, work(item)
+
+    def _shared(
+        self, client: Client, work: Callable[[Item], Result], items: Iterable[Item]
+    ) -> Iterator[tuple[Item, Result]]:
         from distributed import KilledWorker, as_completed
 
-        client, under_way = self._started(), as_completed()
+        under_way = as_completed()
         asked: dict[object, Item] = {}
         try:
             for item in items:
@@ -105,19 +124,16 @@ class Workers:
                 "and start the same command again: it goes on."
             ) from None
 
-    def _started(self) -> Client:
-        if self._client is not None:
-            return self._client
-        # Ctrl-C reaches every process, and one of them speaks: the others inherit what is blocked here. Their tracker
-        # of resources would unblock it when it is started.
-        resource_tracker.ensure_running()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            return self._start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    def _start(self) -> Future[Client]:
+        if self._starting is None:
+            # Ctrl-C reaches every process, and one of them speaks: the others inherit what is blocked in their
+            # starter. Their tracker of resources would unblock it when it is started.
+            resource_tracker.ensure_running()
+            self._starting = self._starter.submit(self._started)
+        return self._starting
 
-    def _start(self) -> Client:
+    def _started(self) -> Client:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         _settle()
         from distributed import Client, LocalCluster, Security
 
@@ -133,14 +149,14 @@ class Workers:
             security=security,
             dashboard_address=f"{host}:0",
         )
-        self._client = Client(self._cluster, security=security)
+        client = Client(self._cluster, security=security)
         if watched:
-            self._tell(f"watch the work at {self._client.dashboard_link}")
+            self._tell(f"watch the work at {client.dashboard_link}")
         if self._nodes is not None:
             keys = {name: getattr(security, f"tls_{name}") for name in KEYS}
             where = {"start": self._nodes.start, "address": self._cluster.scheduler_address, "keys": keys}
             _write_secret(self._nodes.file, json.dumps(where))
-        return self._client
+        return client
 
 
 def _settle() -> None:
