@@ -49,10 +49,8 @@ class Records(NamedTuple):
         if begin == 0 and end == len(self.tokens):
             return self
         here = slice(begin, end)
-        named, held, texts, headers = (
-            each and each[here] for each in (self.named, self.held, self.texts, self.headers)
-        )
-        return Records(named, self.tokens[here], held, texts, headers)
+        named, texts, headers = (each and each[here] for each in (self.named, self.texts, self.headers))
+        return Records(named, self.tokens[here], self.held and self.held[here], texts, headers)
 
 
 @dataclass(frozen=True)
