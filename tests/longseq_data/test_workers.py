@@ -30,9 +30,12 @@ def pid_of(item: int) -> int:
 
 def test_a_stranger_cannot_speak_to_the_scheduler_nor_to_a_worker() -> None:
     with Workers(2, lambda said: None) as workers:
-        assert len({pid for _, pid in workers.share(pid_of, range(20))}) == 2
-        client = workers._client
-        assert client is not None
+        done = dict(workers.share(pid_of, range(20), brief=lambda item: item in (0, 5)))
+        assert sorted(done) == list(range(20))
+        assert done.pop(0) == os.getpid()  # while the others start, what they need not do
+        assert len({*done.values()}) == 2
+        assert os.getpid() not in done.values()
+        client = workers._start().result()
         addresses = [client.scheduler.address, *client.scheduler_info()["workers"]]
         assert len(addresses) == 3
         for address in addresses:
@@ -65,8 +68,8 @@ def test_nodes_find_the_key_in_a_file_of_its_owner_alone(tmp_path: Path) -> None
         with Workers(1, lambda said: None, nodes) as workers:
             assert nodes.file.stat().st_mode & 0o777 == 0o600
             assert json.loads(nodes.file.read_text())["address"].startswith("tls://127.0.0.1:")
-            assert workers._client is not None
-            workers._client.wait_for_workers(2, timeout=60)
+            client = workers._start().result()
+            client.wait_for_workers(2, timeout=60)
             assert len({pid for _, pid in workers.share(pid_of, range(40))}) == 2
             send_home(nodes)
             assert helper.wait(60) == 0

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +35,7 @@ class Records(NamedTuple):
 
     named: list[bytes] | None  # None: the first words of the headers
     tokens: list[bytes]  # ids in the dtype of ``stored_dtype``
-    held: list[int]  # what they count for in a shuffle buffer
+    held: list[int] | None = None  # what they count for in a shuffle buffer; None: their tokens' bytes
     texts: list[bytes] | None = None  # what a tokenizer read
     headers: list[bytes] | None = None  # of FASTA and UniProt's formats; a block does not keep them
 
@@ -48,7 +50,7 @@ class Records(NamedTuple):
             return self
         here = slice(begin, end)
         named, texts, headers = (each and each[here] for each in (self.named, self.texts, self.headers))
-        return Records(named, self.tokens[here], self.held[here], texts, headers)
+        return Records(named, self.tokens[here], self.held and self.held[here], texts, headers)
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Block:
 
     @cached_property
     def _pieces(self) -> list[bytes]:
-        return [each for part in self.made for each in part.tokens]  # type: ignore[union-attr]
+        return list(chain.from_iterable(part.tokens for part in self.made))  # type: ignore[union-attr]
 
     @cached_property
     def identifiers(self) -> Sequence[bytes]:
@@ -103,7 +105,8 @@ class Block:
     def ids(self, rows: Sequence[int]) -> list[bytes]:
         """The tokens of some records, as bytes of their own."""
         if not isinstance(self.made, tuple):
-            return [self._pieces[row] for row in rows]
+            # faster than a loop, but it gives a single one as it is
+            return list(itemgetter(*rows)(self._pieces)) if len(rows) > 1 else [self._pieces[row] for row in rows]
         data, size = memoryview(self.tokens).cast("B"), self.tokens.itemsize  # type: ignore[arg-type]
         where = np.asarray(rows, dtype=np.int64)
         begins, ends = (self.offsets[where] * size).tolist(), (self.offsets[where + 1] * size).tolist()
@@ -185,21 +188,24 @@ class Builder:
         self._residues = vocabulary.name in ALPHABETS
         self._made = 0
         self._parts: list[Records] = []
+        self._sizes: list[Integers] = []  # bytes of each record
         self._bytes = self._records = 0
         self.notes: list[str] = []
         self.unknown: Counter[str] = Counter()
 
     def add(self, records: Records) -> Iterator[Block]:
         """The blocks that are full with these."""
-        sizes = np.cumsum([0, *map(len, records.tokens)])
         begin, count = 0, len(records.tokens)
+        sizes = np.fromiter(map(len, records.tokens), np.int64, count)
+        ends = np.cumsum(sizes)
         while begin < count:
             # up to the record with which the block is full
-            room = self._limit - self._bytes
-            end = min(int(np.searchsorted(sizes, sizes[begin] + room)), begin + MOST_RECORDS - self._records, count)
-            end = max(end, begin + 1)
+            before = int(ends[begin - 1]) if begin else 0
+            full = int(np.searchsorted(ends, before + self._limit - self._bytes)) + 1
+            end = max(min(full, begin + MOST_RECORDS - self._records, count), begin + 1)
             self._parts.append(records.some(begin, end))
-            self._bytes += int(sizes[end] - sizes[begin])
+            self._sizes.append(sizes[begin:end])
+            self._bytes += int(ends[end - 1]) - before
             self._records += end - begin
             begin = end
             if self._bytes >= self._limit or self._records >= MOST_RECORDS:
@@ -216,13 +222,13 @@ class Builder:
 
     def _block(self) -> Block:
         parts = self._parts
-        held = [size for part in parts for size in part.held]
+        sizes = np.concatenate([np.zeros(0, np.int64), *self._sizes])
+        held = [size if part.held is None else part.held for part, size in zip(parts, self._sizes, strict=True)]
         texts = [text for part in parts for text in part.texts or ()] if parts and parts[0].texts is not None else None
-        sizes = np.fromiter((len(each) for part in parts for each in part.tokens), np.int64, self._records)
         block = Block(
             parts,
             np.concatenate([[0], np.cumsum(sizes // self._dtype.itemsize)]),
-            np.array(held, dtype=np.int64),
+            np.concatenate([np.zeros(0, np.int64), *held]).astype(np.int64, copy=False),
             texts,
             self._dtype,
             notes=tuple(self.notes),
@@ -230,7 +236,7 @@ class Builder:
             residues=self._residues,
         )
         self._made += 1
-        self._parts, self._bytes, self._records, self.notes = [], 0, 0, []
+        self._parts, self._sizes, self._bytes, self._records, self.notes = [], [], 0, 0, []
         self.unknown.clear()
         return block
 

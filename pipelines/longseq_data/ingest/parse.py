@@ -83,13 +83,14 @@ def parse_lot(
     if isinstance(lot, Piece):
         for bulk, records in parse_piece(lot, leaf.source, proteins=reading.tokens == "protein"):
             if bulk is not None:
-                yield Records(None, bulk.ids, list(map(len, bulk.ids)), headers=bulk.headers)
+                yield Records(None, bulk.ids, headers=bulk.headers)
                 continue
             yield from _encoded(records, encoder)
         return
     dtype, written = stored_dtype(reading.vocabulary), reading.written
     names: list[bytes] = []
-    some = Records(names, [], [], [] if written else None)
+    held: list[int] = []
+    some = Records(names, [], held, [] if written else None)
     try:
         for raw in lot:
             tokens = reading.tokens_of(raw, leaf, encoder, strict)
@@ -97,7 +98,7 @@ def parse_lot(
                 continue
             names.append(raw.identifier.encode("utf-8", "surrogateescape"))
             some.tokens.append(tokens.astype(dtype, copy=False).tobytes())
-            some.held.append(raw.held if isinstance(raw, ImageDocument) else tokens.nbytes if written else len(tokens))
+            held.append(raw.held if isinstance(raw, ImageDocument) else tokens.nbytes if written else len(tokens))
             if isinstance(raw, Text) and some.texts is not None:
                 some.texts.append(raw.data)
     except Exception:
@@ -114,4 +115,4 @@ def _encoded(records: list[Protein | Record], encoder: DocumentEncoder) -> Itera
     finally:  # what comes before a letter that is refused is whole
         some = records[: len(tokens)]
         headers = [record.description.encode() for record in some]
-        yield Records([record.identifier.encode() for record in some], tokens, list(map(len, tokens)), headers=headers)
+        yield Records([record.identifier.encode() for record in some], tokens, headers=headers)

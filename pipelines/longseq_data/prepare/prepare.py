@@ -302,7 +302,7 @@ class _Preparation:
                     yield i, None
 
         work = partial(_map_any, self.task, advance if alone else None)
-        for (i, number), stored in self.workers.share(work, tasks()):
+        for (i, number), stored in self.workers.share(work, tasks(), brief=lambda item: item[1] is not None):
             if number is None:
                 assert stored is not None
                 write_text(notes[i], json.dumps(asdict(stored)))

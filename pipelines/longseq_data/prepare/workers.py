@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
-from multiprocessing import resource_tracker
+from itertools import chain
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,11 +28,14 @@ AHEAD = 2  # tasks for each worker, so that none waits for its next one
 PATIENCE = 300.0  # seconds that a node waits for the one that schedules
 KEYS = ("ca_file", "client_cert", "client_key", "scheduler_cert", "scheduler_key", "worker_cert", "worker_key")
 LOOK = 0.5  # seconds between looks at whether it is still there
+IMPORTED = ("distributed.nanny", "longseq_data.prepare.reduce_stage", "pyarrow")  # once, for all workers of a machine
 SETTINGS = {
     "DASK_LOGGING__DISTRIBUTED": "critical",  # what goes wrong is raised
     "DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": "60s",  # of a node whose power has failed
     "DASK_DISTRIBUTED__WORKER__MULTIPROCESSING_METHOD": "forkserver",  # imports once what every worker needs
     "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "false",  # a hundred looks at the stack a second
+    "DASK_DISTRIBUTED__ADMIN__TICK__INTERVAL": "1s",  # every process looks at its clock fifty times a second else
+    "DASK_DISTRIBUTED__ADMIN__SYSTEM_MONITOR__INTERVAL": "5s",
 }
 
 Item = TypeVar("Item")
@@ -59,32 +65,47 @@ class Workers:
     def __init__(self, count: int, tell: Callable[[str], object], nodes: Nodes | None = None) -> None:
         self.count = count * (nodes.nodes if nodes else 1)
         self._tell, self._nodes = tell, nodes
-        self._client: Client | None = None
+        self._starter = ThreadPoolExecutor(1)
+        self._starting: Future[Client] | None = None
         self._cluster: LocalCluster | None = None
 
     def __enter__(self) -> Workers:
         if self._nodes is not None:
-            self._started()
+            self._start().result()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for each in (self._client, self._cluster):
-            if each is not None:
-                each.close()
+        self._starter.shutdown()
+        if self._starting is not None and self._starting.exception() is None:
+            self._starting.result().close()
+        if self._cluster is not None:
+            self._cluster.close()
 
-    def share(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+    def share(
+        self,
+        work: Callable[[Item], Result],
+        items: Iterable[Item],
+        brief: Callable[[Item], bool] = lambda item: False,
+    ) -> Iterator[tuple[Item, Result]]:
         """``work(item)`` for all items: (item, result), in the order in which they are done.
 
         ``work`` and the items are pickled, and ``work`` may be done twice. At most AHEAD items for each worker are
-        under way. The exception of an item is raised here. Raises DataError for one that has killed several workers.
+        under way. brief: an item that this process may do while the others start. The exception of an item is raised
+        here. Raises DataError for one that has killed several workers.
         """
-        if self.count == 1:
-            for item in items:
-                yield item, work(item)
-            return
+        starting = None if self.count == 1 else self._start()
+        for item in (rest := iter(items)):
+            if starting is not None and (starting.done() or not brief(item)):
+                yield from self._shared(starting.result(), work, chain([item], rest))
+                return
+            yield item, work(item)
+
+    def _shared(
+        self, client: Client, work: Callable[[Item], Result], items: Iterable[Item]
+    ) -> Iterator[tuple[Item, Result]]:
         from distributed import KilledWorker, as_completed
 
-        client, under_way = self._started(), as_completed()
+        under_way = as_completed()
         asked: dict[object, Item] = {}
         try:
             for item in items:
@@ -103,9 +124,16 @@ class Workers:
                 "and start the same command again: it goes on."
             ) from None
 
+    def _start(self) -> Future[Client]:
+        if self._starting is None:
+            # Ctrl-C reaches every process, and one of them speaks: the others inherit what is blocked in their
+            # starter. Their tracker of resources would unblock it when it is started.
+            resource_tracker.ensure_running()
+            self._starting = self._starter.submit(self._started)
+        return self._starting
+
     def _started(self) -> Client:
-        if self._client is not None:
-            return self._client
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         _settle()
         from distributed import Client, LocalCluster, Security
 
@@ -113,35 +141,35 @@ class Workers:
         host = "127.0.0.1" if self._nodes is None else self._nodes.address
         # Whoever can speak to a port of Dask can run programs: only who has the key of this run can.
         security = Security.temporary()
-        # Ctrl-C reaches every process, and one of them speaks: the others inherit what is blocked here. Their tracker
-        # of resources would unblock it when it is started.
-        resource_tracker.ensure_running()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            self._cluster = LocalCluster(
-                n_workers=self.count // (self._nodes.nodes if self._nodes else 1),
-                threads_per_worker=1,
-                memory_limit=0,
-                host=host,
-                security=security,
-                dashboard_address=f"{host}:0",
-            )
-            self._client = Client(self._cluster, security=security)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self._cluster = LocalCluster(
+            n_workers=self.count // (self._nodes.nodes if self._nodes else 1),
+            threads_per_worker=1,
+            memory_limit=0,
+            host=host,
+            security=security,
+            dashboard_address=f"{host}:0",
+        )
+        client = Client(self._cluster, security=security)
         if watched:
-            self._tell(f"watch the work at {self._client.dashboard_link}")
+            self._tell(f"watch the work at {client.dashboard_link}")
         if self._nodes is not None:
             keys = {name: getattr(security, f"tls_{name}") for name in KEYS}
             where = {"start": self._nodes.start, "address": self._cluster.scheduler_address, "keys": keys}
             _write_secret(self._nodes.file, json.dumps(where))
-        return self._client
+        return client
 
 
 def _settle() -> None:
     """What Dask's processes take over, unless somebody has set it otherwise."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    if os.environ["DASK_DISTRIBUTED__WORKER__MULTIPROCESSING_METHOD"] == "forkserver":
+        # It imports while this process imports Dask, which would have both import pandas too.
+        multiprocessing.set_forkserver_preload([*IMPORTED])
+        forkserver.ensure_running()
+        import distributed.utils
+
+        distributed.utils._forkserver_preload_set = True
     import dask
 
     dask.config.refresh()

@@ -45,7 +45,7 @@ class Crops:
         joined = Chunk.joined(parts) if len(parts) > 1 else self._held
         items = joined.items[numbers - self._at]
         self._held, self._at = joined[count:], until
-        lengths = np.fromiter(map(len, items), np.int64, len(items))
+        lengths = np.fromiter(map(len, items.tolist()), np.int64, len(items))
         where = uniforms(spec.seed, "crop", numbers) if spec.crop == "random" else None
         starts = self._crop.starts(lengths, where)
         sizes = self._crop.sizes(starts, lengths)
@@ -194,4 +194,4 @@ def _windows(ids: npt.NDArray[Any], size: int, step: int) -> npt.NDArray[Any]:
 
 
 def _lengths(chunk: Chunk) -> Integers:
-    return np.fromiter(map(len, chunk.items), np.int64, len(chunk))
+    return np.fromiter(map(len, chunk.items.tolist()), np.int64, len(chunk))
