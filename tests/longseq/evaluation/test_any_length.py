@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from longseq.evaluation.split_scores import score
 from longseq.evaluation.variants import Variant
 from longseq.evaluation.vector_options import Wanted
 from longseq.measure.peaks import PeakMeter
+from longseq.models import tile_by_tile
 from longseq.models.performer import PerformerLM
 from longseq.models.spec import PerformerSpec
 from longseq.trained_model import find
@@ -207,6 +210,36 @@ def test_what_cannot_be_carried_and_does_not_fit_is_refused(monkeypatch):
     with pytest.raises(LongseqError, match=r"takes about 0\.2 GiB, and 0\.0 GiB are free"):  # of 3 heads' scores
         list(hidden_in_tiles(decaying, ROW))
     assert len(list(hidden_in_tiles(build(), ROW))) == 7
+
+
+@pytest.mark.parametrize("options", [*summed, *on_both_sides, {"causal": False, "depth": 1, "window": 9}], ids=named)
+def test_room_for_temporary_files_is_looked_at_to_the_byte(monkeypatch, options):
+    sizes, model = {tile_by_tile._Stored: [], tile_by_tile._States: []}, build(**options)
+    leave = tile_by_tile._File.__exit__
+
+    def leaving(self, *how):
+        sizes[type(self)].append(os.fstat(self.file.fileno()).st_size)
+        leave(self, *how)
+
+    monkeypatch.setattr(tile_by_tile._File, "__exit__", leaving)
+    with torch.inference_mode():
+        wanted = torch.cat([x for _, x in hidden_in_tiles(model, ROW)], 1)
+        stored, states = sizes.values()  # states of one layer at a time
+        room = SimpleNamespace(free=sum(stored) + max(states, default=0))
+        assert room.free >= 4502 * SPEC.dim * 4
+        monkeypatch.setattr(tile_by_tile.shutil, "disk_usage", lambda _: room)
+        assert torch.equal(torch.cat([x for _, x in hidden_in_tiles(model, ROW)], 1), wanted)
+        room.free -= 1
+        sentence = r"MiB free, and a sequence of 4,502 tokens needs \d+ MiB of temporary files there; .* set TMPDIR to"
+        with pytest.raises(LongseqError, match=sentence):
+            next(hidden_in_tiles(model, ROW))
+
+
+@pytest.mark.parametrize("options", [summed[0], on_both_sides[1]], ids=named)
+def test_a_disk_that_fills_meanwhile_is_said_with_its_remedy(monkeypatch, options):
+    monkeypatch.setattr(tile_by_tile.tempfile, "TemporaryFile", lambda: open("/dev/full", "w+b"))
+    with torch.inference_mode(), pytest.raises(LongseqError, match=r"No space left on device, after .* set TMPDIR to"):
+        list(hidden_in_tiles(build(**options), ROW))
 
 
 @pytest.mark.parametrize(("objective", "tile"), [("masked", 8000), ("causal", 4096)])
