@@ -1,4 +1,4 @@
-"""Ctrl-C in a process of the command line, and SIGTERM while it has something to tidy up."""
+"""Ctrl-C in a process of the command line."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 
 
@@ -45,21 +43,3 @@ class Interruption:
             _thread.interrupt_main()
         else:
             sys.__unraisablehook__(lost)  # type: ignore[arg-type]
-
-
-@contextmanager
-def unwound() -> Iterator[None]:
-    """Inside, SIGTERM ends the process as a Ctrl-C does, block by block: what is half done is removed."""
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # somebody else hears it
-        yield
-        return
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TextIO
 
 from longseq.errors import LongseqError, place_of_errors
-from longseq.interruption import unwound
 from longseq.runs import starts
 from longseq_data.files import aside, resolved
 
@@ -38,13 +37,13 @@ def output_file(path: Path) -> Iterator[Path]:
     Raises:
         LongseqError: where the folder is missing, or the name is that of a folder, a pipe or a device; before anything
             is computed for the file.
-        OSError: where the folder cannot be written to, or the disk is full; nothing is left then, nor after a SIGTERM.
+        OSError: where the folder cannot be written to, or the disk is full; nothing is left then.
         SupersededError: in a job that has started anew elsewhere meanwhile; nothing is left then.
     """
     check_output(path)
     if path.is_symlink():
         path = path.resolve()
-    with unwound(), place_of_errors(path), aside(path) as partial:
+    with place_of_errors(path), aside(path) as partial:
         try:
             partial.touch()
         except OSError as error:

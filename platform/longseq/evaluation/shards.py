@@ -24,7 +24,6 @@ from typing import IO, TYPE_CHECKING, Any, Generic, TypeVar
 from longseq.errors import LongseqError, PassingError
 from longseq.evaluation.losses import SHARD, Losses, replace_lost
 from longseq.evaluation.nodes import Nodes, let_go
-from longseq.interruption import unwound
 from longseq.launch.workers import Workers
 from longseq.runs import starts
 from longseq.trained_model import Source, find
@@ -118,9 +117,8 @@ def done(work: Work[Group, Row], devices: int) -> Iterator[Row]:
         for group in work.groups():
             yield from work.rows(group)
         return
-    with unwound(), tempfile.TemporaryDirectory(prefix="longseq-shards-") as folder:
-        with kept(Path(folder) / "shards", work):
-            yield from results(Path(folder) / "shards", work, devices)
+    with tempfile.TemporaryDirectory(prefix="longseq-shards-") as folder, kept(Path(folder) / "shards", work):
+        yield from results(Path(folder) / "shards", work, devices)
 
 
 @contextmanager
