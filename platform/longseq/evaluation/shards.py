@@ -12,7 +12,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -170,15 +170,18 @@ def results(place: Path, work: Work[Group, Row], devices: int) -> Iterator[Row]:
         return
     with Workers("longseq.evaluation.worker", place, devices, 0, nodes.nodes if nodes else 1) as workers:
         losses, number = Losses(), 0
-        while (total := _total(place, mark)) is None or number < total:
+        ends = [place / _END.format(mark=mark, rank=rank) for rank in range(workers.world)]
+        while True:
             path = place / f"{mark}-{number:06}{SHARD}"
             if path.exists():
                 yield from _read(path, work)
                 number += 1
-                continue
-            replace_lost(workers, losses)
-            time.sleep(_LOOK)
-        while nodes and len(list(place.glob(_END.format(mark=mark, rank="*")))) < workers.world:
+            elif number == _total(ends):  # asked where a shard is missing, and not once for each
+                break
+            else:
+                replace_lost(workers, losses)
+                time.sleep(_LOOK)
+        while nodes and not all(end.exists() for end in ends):
             replace_lost(workers, losses)  # none may find its folder gone
             time.sleep(_LOOK)
 
@@ -234,9 +237,9 @@ def _mark(place: Path) -> str:
     return hashlib.sha256((place / JOB).read_bytes()).hexdigest()[:12]
 
 
-def _total(place: Path, mark: str) -> int | None:
+def _total(ends: Sequence[Path]) -> int | None:
     """How many shards there are, once a process has seen all."""
-    return next((int(path.read_text()) for path in place.glob(_END.format(mark=mark, rank="*"))), None)
+    return next((int(path.read_text()) for path in ends if path.exists()), None)
 
 
 def _facts(path: Path) -> list[str | int]:

@@ -59,17 +59,19 @@ def score(
     for number, make in enumerate(plans):
         if number % world != rank:
             continue
-        batch = unpack(pack(make()))
+        batch = unpack(pack(make()), wide=False)  # a long row grows to int64 a tile at a time
         if families:
             batch["depths"] = _depths(batch["tokens"], vocabulary)
         real = batch["tokens"] != vocabulary.pad
         # Exact attention needs no L × L mask without any padding.
         padding = None if bool(real.all()) else real.to(device)
-        segments = batch["segments"].to(device) if "segments" in batch else None
         first = number * batch_sequences
-        if len(real) == 1 and padding is None and (segments is None or _reads_apart(model, batch["segments"][0])):
+        apart = len(real) == 1 and padding is None
+        if apart and ("segments" not in batch or _reads_apart(model, batch["segments"][0])):
             parts.append(_count_in_tiles(model, batch, vocabulary, first, top_k))
         else:
+            batch = _wide(batch)
+            segments = batch["segments"].to(device) if "segments" in batch else None
             hidden = model.hidden(batch["tokens"].to(device), padding, segments)  # (B, L, E)
             parts.append(_count(model, hidden, batch, vocabulary, first, top_k))
         if len(parts) > _HELD:
@@ -107,8 +109,12 @@ def _count_in_tiles(
         for start, hidden in hidden_in_tiles(model, tokens[begin : begin + length]):
             tile = slice(begin + start, begin + start + hidden.shape[1])
             own = {name: value[:, tile] if value.dim() == 2 else value for name, value in batch.items()}
-            parts.append(_count(model, hidden, own, vocabulary, first, top_k))
+            parts.append(_count(model, hidden, _wide(own), vocabulary, first, top_k))
     return Tally.of_one(parts)
+
+
+def _wide(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.long() for name, value in batch.items()}
 
 
 def _reads_apart(model: PerformerLM, segments: Tensor) -> bool:
