@@ -17,7 +17,9 @@ from longseq.data_report import check_data, say
 from longseq.errors import ConfigError, LongseqError
 from longseq.evaluation.label_measures import MEASURES
 from longseq.evaluation.predict import label_parts, label_results
-from longseq.evaluation.request import Request, Settings, is_split, parts_of, samples_of
+from longseq.evaluation.request import Settings, is_split, parts_of, samples_of
+from longseq.evaluation.shards import Job
+from longseq.evaluation.tallies import Tallies, scored
 from longseq.runs.changes import FIXED, refuse_changes
 from longseq.trained_model import Source, checkpoints_of, find, of_checkpoint, run_of
 from longseq_data.errors import DataError
@@ -185,16 +187,21 @@ def _scored(
             }
             yield _evaluation(source, found, parts, settings)
         return
-    # Heavy imports only now: what can be refused has been refused.
-    from longseq.evaluation.parallel import scored
-
-    request = Request(
-        folders=tuple(str(source.folder) for source in group),
-        overrides=settings.overrides,
-        parts=parts,
-        ema=settings.ema,
-        sequences=settings.sequences,
-        top_k=settings.top_k,
+    work = Tallies(
+        Job(
+            "evaluate",
+            str(group[0].folder),
+            parts[0],
+            settings.overrides,
+            settings.ema,
+            {
+                "folders": [str(source.folder) for source in group],
+                "parts": parts,
+                "sequences": settings.sequences,
+                "top_k": settings.top_k,
+            },
+        ),
+        sources=group,
     )
     train = _training_counts(group[0])
 
@@ -202,7 +209,7 @@ def _scored(
         progress(f"scoring {_label(parts[part], parts)}, step {group[number].step}", sequences)
 
     results: dict[str, dict[str, Any]] = {}
-    for number, part, tally in scored(request, settings.devices, show):
+    for number, part, tally in scored(work, settings.devices, show):
         source = group[number]
         results[_label(parts[part], parts)] = _results(source, parts[part], tally, train, settings)
         if len(results) == len(parts):

@@ -6,6 +6,8 @@ import itertools
 import os
 import random
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -237,7 +239,7 @@ def test_room_for_temporary_files_is_looked_at_to_the_byte(monkeypatch, options)
 
 @pytest.mark.parametrize("options", [summed[0], on_both_sides[1]], ids=named)
 def test_a_disk_that_fills_meanwhile_is_said_with_its_remedy(monkeypatch, options):
-    monkeypatch.setattr(tile_by_tile.tempfile, "TemporaryFile", lambda: open("/dev/full", "w+b"))
+    monkeypatch.setattr(tile_by_tile.tempfile, "TemporaryFile", partial(Path("/dev/full").open, "w+b"))
     with torch.inference_mode(), pytest.raises(LongseqError, match=r"No space left on device, after .* set TMPDIR to"):
         list(hidden_in_tiles(build(**options), ROW))
 
