@@ -138,11 +138,12 @@ def kept(place: Path, work: Work[Group, Row]) -> Iterator[None]:
         told, text = place / JOB, json.dumps({"job": asdict(work.job), "of": facts}, indent=1) + "\n"
         starts.check_own()
         same = told.is_file() and told.read_text(encoding="utf-8") == text
-        _empty(place, but=SHARD if same else "")
-        write_text(told, text)
         found = len(list(place.glob(f"*{SHARD}")))
         if found:
-            print(f"longseq: going on behind {found} shards in {place}", file=sys.stderr)
+            what = f"going on behind {found} shards" if same else f"note: removing {found} shards of another job"
+            print(f"longseq: {what} in {place}", file=sys.stderr)
+        _empty(place, but=SHARD if same else "")
+        write_text(told, text)
         if nodes:
             nodes.begin()
         useful = True
