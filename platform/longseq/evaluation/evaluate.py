@@ -117,14 +117,25 @@ def _groups(targets: Sequence[Path], settings: Settings) -> list[list[Source]]:
     for target in targets:
         if settings.all_checkpoints:
             checkpoints = checkpoints_of(run_of(target))
-            sources = [of_checkpoint(each, settings.overrides, ema=settings.ema) for each in checkpoints]
+            sources = [of_checkpoint(each, _read_by(target, settings), ema=settings.ema) for each in checkpoints]
         else:
-            sources = [find(target, settings.overrides, ema=settings.ema)]
+            sources = [find(target, _read_by(target, settings), ema=settings.ema)]
         for source in sources:
             group = groups.setdefault(source.run.path if source.run else source.folder, [])
             if source.folder not in [other.folder for other in group]:
                 group.append(source)
     return list(groups.values())
+
+
+def _read_by(target: Path, settings: Settings) -> tuple[str, ...]:
+    """The overrides, and where windows have another length as many tokens a step as fit the run: none is trained."""
+    given = dict(word.partition("=")[::2] for word in settings.overrides)
+    if not given.get("data.length", "").isdecimal() or "data.batch_tokens" in given:
+        return settings.overrides
+    others = [word for word in settings.overrides if not word.startswith("data.length=")]
+    config = find(target, others, ema=settings.ema, sums=False).config
+    rows = config.replicas * config.trainer.accumulate
+    return *settings.overrides, f"data.batch_tokens={rows * int(given['data.length'])}"
 
 
 def _parts(source: Source, settings: Settings, looked: list[object]) -> tuple[str, ...]:
@@ -192,7 +203,7 @@ def _scored(
             "evaluate",
             str(group[0].folder),
             parts[0],
-            settings.overrides,
+            _read_by(group[0].folder, settings),
             settings.ema,
             {
                 "folders": [str(source.folder) for source in group],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import random
 from dataclasses import replace
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import longseq as api
 from longseq.errors import LongseqError
 from longseq.evaluation import hidden_tiles
 from longseq.evaluation.generation import Settings, draw
@@ -188,6 +190,17 @@ def test_an_evaluation_of_long_windows_counts_what_one_pass_counts(trained, fold
         assert np.array_equal(getattr(tiles, name), getattr(whole, name)), name
     np.testing.assert_allclose(tiles.loss, whole.loss, rtol=1e-6)
     np.testing.assert_allclose(tiles.confidence, whole.confidence, rtol=1e-4)
+
+
+def test_an_evaluation_of_whole_records_needs_no_other_key_than_their_length(trained, longseq, folder):
+    """Whatever a step of the training was; loss and score are of the same targets."""
+    (folder / "long.fasta").write_text(f">r\n{''.join(random.Random(3).choices('ACDEFGHIKL', k=LENGTH))}\n")
+    run = trained("one", "trainer.devices=2", "trainer.accumulate=3", "data.batch_tokens=768")
+    words = ("--data", "long.fasta", f"data.length={LENGTH + 2}", "--bootstrap", 0, "--json")
+    found = json.loads(longseq("evaluate", run, *words))["splits"]["long.fasta"]
+    (wanted,) = api.score(run, "long.fasta")
+    assert (found["sequences"], found["targets"]) == (1, LENGTH + 1)
+    assert found["loss"] == pytest.approx(-wanted.mean, rel=1e-5)
 
 
 @pytest.mark.parametrize("options", [carried[2], summed[1], *on_both_sides], ids=named)
