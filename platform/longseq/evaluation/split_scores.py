@@ -93,14 +93,18 @@ def _count_in_tiles(
     model: PerformerLM, batch: Mapping[str, Tensor], vocabulary: Vocabulary, first: int, top_k: int
 ) -> Tally:
     """Of one sequence of any length, its documents one after the other where they do not see each other."""
-    parts, tokens = [], batch["tokens"][0].numpy()
+    total: Tally | None = None
+    tokens = batch["tokens"][0].numpy()
     lengths = _lengths(batch["segments"][0]) if "segments" in batch else [len(tokens)]
     for begin, length in zip(accumulate([0, *lengths]), lengths, strict=False):
         for start, hidden in hidden_in_tiles(model, tokens[begin : begin + length]):
             tile = slice(begin + start, begin + start + hidden.shape[1])
             own = {name: value[:, tile] if value.dim() == 2 else value for name, value in batch.items()}
-            parts.append(_count(model, hidden, _wide(own), vocabulary, first, top_k))
-    return Tally.of_one(parts)
+            part = _count(model, hidden, _wide(own), vocabulary, first, top_k)
+            # At once: small arrays that stay between a tile's large ones would keep the heap from being used again.
+            total = part if total is None else Tally.of_one([total, part])
+    assert total is not None
+    return total
 
 
 def _wide(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
