@@ -258,7 +258,7 @@ def _read(spec: LabelSpec, stamp: int) -> Labelled:
         texts.append(label)
         kept.append(row)
     if not kept:
-        raise DataError(f"{spec.source}: no row has a label in {spec.label}.")
+        raise DataError(f"{spec.source}: no row has a label in {spec.label}; name the column of labels (--label).")
     classes = spec.classes or _classes(spec, texts)
 
     def drawn(test: float) -> list[str]:
@@ -299,7 +299,7 @@ def task_of(table: Table, sequence: str, label: str) -> Task:
     labelled = [(letters, cell) for letters, cell in pairs if cell.strip().lower() not in _MISSING]
     cells = [cell.strip() for _, cell in labelled]
     if not cells:
-        raise DataError(f"{table.source}: no row has a label in {label}.")
+        raise DataError(f"{table.source}: no row has a label in {label}; name the column of labels (--label).")
     if all(map(_is_number, cells)):
         if not all(re.fullmatch(r"[+-]?\d+", cell) for cell in cells):
             return "regression"

@@ -117,14 +117,15 @@ class Loader:
                 background.close()
 
 
-def unpack(parcel: Parcel, pin_memory: bool = False) -> dict[str, Tensor]:
-    """The batch as int64 tensors; ``pin_memory``: each contiguous, in memory that a GPU can fetch by itself."""
+def unpack(parcel: Parcel, pin_memory: bool = False, *, wide: bool = True) -> dict[str, Tensor]:
+    """The batch as int64 tensors, or as they came, not ``wide``; ``pin_memory``: each contiguous, in memory that a GPU
+    can fetch by itself."""
     batch = {name: torch.tensor(number) for name, number in parcel.numbers.items()}
     bases = [torch.from_numpy(base) for base in parcel.bases]
     if pin_memory:
         for name, view in parcel.views.items():
             batch[name] = torch.empty(view.shape, dtype=torch.int64, pin_memory=True).copy_(view.of(bases))
     else:
-        wide = [base.long() for base in bases]
-        batch.update({name: view.of(wide) for name, view in parcel.views.items()})
+        bases = [base.long() for base in bases] if wide else bases
+        batch.update({name: view.of(bases) for name, view in parcel.views.items()})
     return batch

@@ -13,7 +13,7 @@ import sys
 import time
 
 from longseq.commands.numbers import natural, positive
-from longseq.commands.options import add_models, given, models_and_keys
+from longseq.commands.options import add_models, end_well, given, models_and_keys
 from longseq.data import SPLITS
 from longseq.errors import ConfigError
 from longseq.evaluation.evaluate import Evaluation, evaluations, refuse_unkept
@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
         **given(args, "all_checkpoints ema sequences top_k bootstrap seed"),
     )
     progress, found = _Progress(), []
+    end_well()
     try:
         for evaluation in evaluations(targets, settings, progress):
             progress.clear()

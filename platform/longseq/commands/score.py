@@ -86,8 +86,10 @@ def run(args: argparse.Namespace) -> int:
 
         effects, measured = np.array(pairs).T
         rho = spearman(effects, measured)
-        said = "no Spearman, as one of the two is constant" if math.isnan(rho) else f"Spearman {rho:.4f}"
-        print(f"longseq: {args.variants}: {len(pairs):,} variants, {said} with DMS_score", file=sys.stderr)
+        said = f"Spearman {rho:.4f} with DMS_score"
+        if math.isnan(rho):
+            said = "no Spearman with DMS_score, as one of the two is constant"
+        print(f"longseq: {args.variants}: {len(pairs):,} variants, {said}", file=sys.stderr)
     return 0
 
 

@@ -17,7 +17,9 @@ from longseq.data_report import check_data, say
 from longseq.errors import ConfigError, LongseqError
 from longseq.evaluation.label_measures import MEASURES
 from longseq.evaluation.predict import label_parts, label_results
-from longseq.evaluation.request import Request, Settings, is_split, parts_of, samples_of
+from longseq.evaluation.request import Settings, is_split, parts_of, samples_of
+from longseq.evaluation.shards import Job
+from longseq.evaluation.tallies import Tallies, scored
 from longseq.runs.changes import FIXED, refuse_changes
 from longseq.trained_model import Source, checkpoints_of, find, of_checkpoint, run_of
 from longseq_data.errors import DataError
@@ -115,14 +117,25 @@ def _groups(targets: Sequence[Path], settings: Settings) -> list[list[Source]]:
     for target in targets:
         if settings.all_checkpoints:
             checkpoints = checkpoints_of(run_of(target))
-            sources = [of_checkpoint(each, settings.overrides, ema=settings.ema) for each in checkpoints]
+            sources = [of_checkpoint(each, _read_by(target, settings), ema=settings.ema) for each in checkpoints]
         else:
-            sources = [find(target, settings.overrides, ema=settings.ema)]
+            sources = [find(target, _read_by(target, settings), ema=settings.ema)]
         for source in sources:
             group = groups.setdefault(source.run.path if source.run else source.folder, [])
             if source.folder not in [other.folder for other in group]:
                 group.append(source)
     return list(groups.values())
+
+
+def _read_by(target: Path, settings: Settings) -> tuple[str, ...]:
+    """The overrides, and where windows have another length as many tokens a step as fit the run: none is trained."""
+    given = dict(word.partition("=")[::2] for word in settings.overrides)
+    if not given.get("data.length", "").isdecimal() or "data.batch_tokens" in given:
+        return settings.overrides
+    others = [word for word in settings.overrides if not word.startswith("data.length=")]
+    config = find(target, others, ema=settings.ema, sums=False).config
+    rows = config.replicas * config.trainer.accumulate
+    return *settings.overrides, f"data.batch_tokens={rows * int(given['data.length'])}"
 
 
 def _parts(source: Source, settings: Settings, looked: list[object]) -> tuple[str, ...]:
@@ -185,16 +198,21 @@ def _scored(
             }
             yield _evaluation(source, found, parts, settings)
         return
-    # Heavy imports only now: what can be refused has been refused.
-    from longseq.evaluation.parallel import scored
-
-    request = Request(
-        folders=tuple(str(source.folder) for source in group),
-        overrides=settings.overrides,
-        parts=parts,
-        ema=settings.ema,
-        sequences=settings.sequences,
-        top_k=settings.top_k,
+    work = Tallies(
+        Job(
+            "evaluate",
+            str(group[0].folder),
+            parts[0],
+            _read_by(group[0].folder, settings),
+            settings.ema,
+            {
+                "folders": [str(source.folder) for source in group],
+                "parts": parts,
+                "sequences": settings.sequences,
+                "top_k": settings.top_k,
+            },
+        ),
+        sources=group,
     )
     train = _training_counts(group[0])
 
@@ -202,7 +220,7 @@ def _scored(
         progress(f"scoring {_label(parts[part], parts)}, step {group[number].step}", sequences)
 
     results: dict[str, dict[str, Any]] = {}
-    for number, part, tally in scored(request, settings.devices, show):
+    for number, part, tally in scored(work, settings.devices, show):
         source = group[number]
         results[_label(parts[part], parts)] = _results(source, parts[part], tally, train, settings)
         if len(results) == len(parts):

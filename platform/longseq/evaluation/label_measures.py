@@ -21,6 +21,7 @@ Integers = npt.NDArray[np.int64]
 OF_NUMBERS = ("spearman", "pearson", "r2", "mse")
 OF_CLASSES = ("accuracy", "mcc", "macro_f1", "auc")
 MEASURES = (*OF_NUMBERS, *OF_CLASSES)
+LETTERS = "ridge on one-hot letters"
 
 
 def summary(
@@ -100,22 +101,28 @@ def of_classes(truth: Integers, told: Floats) -> dict[str, float]:
 
 
 def table(reports: Sequence[Mapping[str, Any]]) -> str:
-    """A line for each model, split and measure."""
+    """A line for each model, split and measure; below a model's those of the regression on letters."""
     models = {id(report): f"{report['name']} step {report['step']}" for report in reports}
-    width = max(5, *map(len, models.values()))
+    width = max(len(LETTERS), *map(len, models.values()))
     lines = [
         f"{'model':<{width}}  {'split':<8}{'sequences':>11}{'labels':>9}  {'measure':<10}{'value':>9}  95 % interval"
     ]
     for report in reports:
         for split, values in report["splits"].items():
-            for name in (measure for measure in MEASURES if measure in values):
-                low, high = values.get("intervals", {}).get(name, (None, None))
-                between = "" if low is None else f"  {_shown(low)} to {_shown(high)}"
-                lines.append(
-                    f"{models[id(report)]:<{width}}  {split:<8}{values['sequences']:>11,}{values['labels']:>9,}  "
-                    f"{name:<10}{_shown(values[name]):>9}{between}"
-                )
+            lines += _lines(f"{models[id(report)]:<{width}}  {split:<8}", values)
+            if "ridge_on_letters" in values:
+                lines += _lines(f"{LETTERS:<{width}}  {split:<8}", values["ridge_on_letters"])
     return "\n".join(lines)
+
+
+def _lines(begin: str, values: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for name in (measure for measure in MEASURES if measure in values):
+        low, high = values.get("intervals", {}).get(name, (None, None))
+        between = "" if low is None else f"  {_shown(low)} to {_shown(high)}"
+        counts = f"{values['sequences']:>11,}{values['labels']:>9,}"
+        lines.append(f"{begin}{counts}  {name:<10}{_shown(values[name]):>9}{between}")
+    return lines
 
 
 def _shown(value: float | None) -> str:

@@ -11,11 +11,13 @@ import numpy.typing as npt
 
 from longseq.data import identities, resolve_sources
 from longseq.errors import LongseqError
+from longseq.evaluation.letters import ridge_on_letters
 from longseq.evaluation.records import BATCH_TOKENS, Record, records
 from longseq.evaluation.request import Settings
 from longseq.label_data import labelled
 from longseq.runs.changes import FIXED, refuse_changes
 from longseq.trained_model import Source, find
+from longseq_data.errors import DataError
 from longseq_data.readers.label_table import OF_CLASSES, PER_RESIDUE, is_table, read_table, tokens_of
 from longseq_data.readers.sources import expand_sources
 from longseq_data.samples.label_samples import LabelledSamples
@@ -139,11 +141,30 @@ def label_results(source: Source, part: str, bootstrap: int, seed: int) -> dict[
     rows, numbers = samples.rows, samples.rows.of(samples.split)
     found = (_record(source, str(number), rows.sequences[number]) for number in numbers)
     made = [each for _, each in told(source, found)]
-    labels = [rows.labels[number] for number in numbers]
+    labels, classes = [rows.labels[number] for number in numbers], len(source.config.finetune.classes)
+    by_letters = _of_letters(source, [rows.sequences[number] for number in numbers])
+    baseline = None if by_letters is None else summary(labels, by_letters, classes, bootstrap=bootstrap, seed=seed)
     return {
         "sources": list(samples.sources),
-        **summary(labels, made, len(source.config.finetune.classes), bootstrap=bootstrap, seed=seed),
+        **summary(labels, made, classes, bootstrap=bootstrap, seed=seed),
+        **({} if baseline is None else {"ridge_on_letters": baseline}),
     }
+
+
+def _of_letters(
+    source: Source, sequences: list[npt.NDArray[np.unsignedinteger]]
+) -> list[npt.NDArray[np.float64]] | None:
+    """What a regression on the letters of the training rows says of others; None where there is none."""
+    if source.config.finetune.task != "regression":
+        return None
+    try:
+        samples = labelled(source.config, "train")
+        rows, numbers = samples.rows, samples.rows.of("train")
+    except DataError:  # the table has moved
+        return None
+    truth = np.array([rows.labels[number][0] for number in numbers])
+    told = ridge_on_letters([rows.sequences[number] for number in numbers], truth, sequences)
+    return None if told is None else list(told[:, None, None])
 
 
 def _samples(source: Source, part: str) -> LabelledSamples:

@@ -1,19 +1,19 @@
-"""What is to be scored: as it is asked for, and as it is handed to the processes that share the work. No torch here."""
+"""What is to be scored, as it is asked for. No torch here."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from longseq.config.schema import Config
 from longseq.data import SPLITS, resolve_sources, split_spec
 from longseq.errors import LongseqError
-from longseq.trained_model import Source, find
+from longseq.trained_model import Source
 from longseq_data.readers.sources import expand_sources
 from longseq_data.samples.mixture import MixtureSpec
-from longseq_data.samples.rank_share import Samples
+from longseq_data.samples.rank_share import MakeBatch, Samples, Share
 
 
 @dataclass(frozen=True)
@@ -52,32 +52,6 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise LongseqError(f"{name}={value}: take {least} or more.")
-
-
-@dataclass(frozen=True)
-class Request:
-    """Checkpoints or exported folders, each to be scored on each split or file."""
-
-    folders: tuple[str, ...]
-    overrides: tuple[str, ...]
-    parts: tuple[str, ...]  # names of splits, and files
-    ema: bool = False
-    sequences: int | None = None  # of each part; None: all
-    top_k: int = 5
-
-    def source(self, number: int) -> Source:
-        """The model of folder ``number``."""
-        return find(self.folders[number], self.overrides, ema=self.ema, sums=False)
-
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self)))
-
-    @staticmethod
-    def read(path: Path) -> Request:
-        values = json.loads(path.read_text())
-        for name in ("folders", "overrides", "parts"):
-            values[name] = tuple(values[name])
-        return Request(**values)
 
 
 INFILL = "#infill"  # behind a split or a file: what is filled in of its documents is scored
@@ -120,3 +94,8 @@ def samples_of(source: Source, part: str) -> Samples:
 def batch_sequences(config: Config) -> int:
     """Sequences at a time: results are the same to the last bit only for the same number of them."""
     return max(1, 4096 // config.data.length)
+
+
+def plans(samples: Samples, batch_sequences: int, max_samples: int | None) -> Iterator[MakeBatch]:
+    """The batches of one pass: each, and every bit of its results, is the same whoever counts it."""
+    return samples.measuring().evaluation(Share(batch_sequences, 1, 0, 1), max_samples)

@@ -12,7 +12,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -138,11 +138,12 @@ def kept(place: Path, work: Work[Group, Row]) -> Iterator[None]:
         told, text = place / JOB, json.dumps({"job": asdict(work.job), "of": facts}, indent=1) + "\n"
         starts.check_own()
         same = told.is_file() and told.read_text(encoding="utf-8") == text
-        _empty(place, but=SHARD if same else "")
-        write_text(told, text)
         found = len(list(place.glob(f"*{SHARD}")))
         if found:
-            print(f"longseq: going on behind {found} shards in {place}", file=sys.stderr)
+            what = f"going on behind {found} shards" if same else f"note: removing {found} shards of another job"
+            print(f"longseq: {what} in {place}", file=sys.stderr)
+        _empty(place, but=SHARD if same else "")
+        write_text(told, text)
         if nodes:
             nodes.begin()
         useful = True
@@ -170,15 +171,18 @@ def results(place: Path, work: Work[Group, Row], devices: int) -> Iterator[Row]:
         return
     with Workers("longseq.evaluation.worker", place, devices, 0, nodes.nodes if nodes else 1) as workers:
         losses, number = Losses(), 0
-        while (total := _total(place, mark)) is None or number < total:
+        ends = [place / _END.format(mark=mark, rank=rank) for rank in range(workers.world)]
+        while True:
             path = place / f"{mark}-{number:06}{SHARD}"
             if path.exists():
                 yield from _read(path, work)
                 number += 1
-                continue
-            replace_lost(workers, losses)
-            time.sleep(_LOOK)
-        while nodes and len(list(place.glob(_END.format(mark=mark, rank="*")))) < workers.world:
+            elif number == _total(ends):  # asked where a shard is missing, and not once for each
+                break
+            else:
+                replace_lost(workers, losses)
+                time.sleep(_LOOK)
+        while nodes and not all(end.exists() for end in ends):
             replace_lost(workers, losses)  # none may find its folder gone
             time.sleep(_LOOK)
 
@@ -234,9 +238,9 @@ def _mark(place: Path) -> str:
     return hashlib.sha256((place / JOB).read_bytes()).hexdigest()[:12]
 
 
-def _total(place: Path, mark: str) -> int | None:
+def _total(ends: Sequence[Path]) -> int | None:
     """How many shards there are, once a process has seen all."""
-    return next((int(path.read_text()) for path in place.glob(_END.format(mark=mark, rank="*"))), None)
+    return next((int(path.read_text()) for path in ends if path.exists()), None)
 
 
 def _facts(path: Path) -> list[str | int]:

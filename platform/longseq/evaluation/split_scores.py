@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from itertools import accumulate
+from collections.abc import Mapping
+from itertools import accumulate, chain
 
 import numpy as np
 import torch
@@ -11,33 +11,20 @@ from torch import Tensor
 
 from longseq.evaluation.hidden_tiles import hidden_in_tiles
 from longseq.evaluation.log_probabilities import in_pieces, refuse_what_is_not_finite
-from longseq.evaluation.tally import BINS, DEPTHS, Tally
+from longseq.evaluation.request import plans
+from longseq.evaluation.tally import BINS, DEPTHS, Tally, gathered
 from longseq.models.performer import PerformerLM
 from longseq_data.errors import DataError
 from longseq_data.samples.batches import unpack
-from longseq_data.samples.rank_share import Samples, Share
+from longseq_data.samples.rank_share import MakeBatch, Samples
 from longseq_data.samples.transport import pack
 from longseq_data.vocabulary import IGNORE, Vocabulary
 
-_HELD = 256  # batches whose counts are held before they are added up
 
-
-@torch.inference_mode()
 def score(
-    model: PerformerLM,
-    spec: Samples,
-    *,
-    batch_sequences: int,
-    max_samples: int | None = None,
-    top_k: int = 5,
-    rank: int = 0,
-    world: int = 1,
-    progress: Callable[[int], None] = lambda sequences: None,
+    model: PerformerLM, spec: Samples, *, batch_sequences: int, max_samples: int | None = None, top_k: int = 5
 ) -> Tally:
-    """One pass over the split, or this process's part of it, on the model's device.
-
-    Processes take turns with whole batches, so that each batch, and every bit of its results, is the same however many
-    share them.
+    """One pass over the split, on the model's device.
 
     Args:
         model: in evaluation mode, its projections set.
@@ -45,37 +32,42 @@ def score(
         batch_sequences: sequences at a time.
         max_samples: score only so many sequences; None: all.
         top_k: a target among this many most probable tokens is near.
-        progress: called with the number of sequences that all processes have done, about, after each batch.
 
     Raises:
         DataError: if the data are bad.
         LongseqError: if a prediction is no finite number.
     """
-    device = next(model.parameters()).device
-    vocabulary = spec.vocabulary
-    families = getattr(spec, "packing", None) == "family"
-    parts = [Tally.empty(vocabulary.size, DEPTHS * families)]
-    plans = spec.measuring().evaluation(Share(batch_sequences, 1, 0, 1), max_samples)
-    for number, make in enumerate(plans):
-        if number % world != rank:
-            continue
-        batch = unpack(pack(make()))
-        if families:
-            batch["depths"] = _depths(batch["tokens"], vocabulary)
-        real = batch["tokens"] != vocabulary.pad
-        # Exact attention needs no L × L mask without any padding.
-        padding = None if bool(real.all()) else real.to(device)
-        segments = batch["segments"].to(device) if "segments" in batch else None
-        first = number * batch_sequences
-        if len(real) == 1 and padding is None and (segments is None or _reads_apart(model, batch["segments"][0])):
-            parts.append(_count_in_tiles(model, batch, vocabulary, first, top_k))
-        else:
-            hidden = model.hidden(batch["tokens"].to(device), padding, segments)  # (B, L, E)
-            parts.append(_count(model, hidden, batch, vocabulary, first, top_k))
-        if len(parts) > _HELD:
-            parts = [Tally.merged(parts)]
-        progress((number + 1) * batch_sequences)
-    return Tally.merged(parts)
+    batches = enumerate(plans(spec, batch_sequences, max_samples))
+    counted = (of_batch(model, spec, make, number * batch_sequences, top_k) for number, make in batches)
+    return gathered(chain([empty(spec)], counted))
+
+
+def empty(spec: Samples) -> Tally:
+    """Of none of its sequences."""
+    return Tally.empty(spec.vocabulary.size, DEPTHS * _of_families(spec))
+
+
+def _of_families(spec: Samples) -> bool:
+    return getattr(spec, "packing", None) == "family"
+
+
+@torch.inference_mode()
+def of_batch(model: PerformerLM, spec: Samples, make: MakeBatch, first: int, top_k: int) -> Tally:
+    """One batch; first: the number of its first sequence. Raises as :func:`score` does."""
+    device, vocabulary = next(model.parameters()).device, spec.vocabulary
+    batch = unpack(pack(make()), wide=False)  # a long row grows to int64 a tile at a time
+    if _of_families(spec):
+        batch["depths"] = _depths(batch["tokens"], vocabulary)
+    real = batch["tokens"] != vocabulary.pad
+    # Exact attention needs no L × L mask without any padding.
+    padding = None if bool(real.all()) else real.to(device)
+    apart = len(real) == 1 and padding is None
+    if apart and ("segments" not in batch or _reads_apart(model, batch["segments"][0])):
+        return _count_in_tiles(model, batch, vocabulary, first, top_k)
+    batch = _wide(batch)
+    segments = batch["segments"].to(device) if "segments" in batch else None
+    hidden = model.hidden(batch["tokens"].to(device), padding, segments)  # (B, L, E)
+    return _count(model, hidden, batch, vocabulary, first, top_k)
 
 
 def refuse_nothing(spec: Samples, tally: Tally) -> None:
@@ -101,14 +93,22 @@ def _count_in_tiles(
     model: PerformerLM, batch: Mapping[str, Tensor], vocabulary: Vocabulary, first: int, top_k: int
 ) -> Tally:
     """Of one sequence of any length, its documents one after the other where they do not see each other."""
-    parts, tokens = [], batch["tokens"][0].numpy()
+    total: Tally | None = None
+    tokens = batch["tokens"][0].numpy()
     lengths = _lengths(batch["segments"][0]) if "segments" in batch else [len(tokens)]
     for begin, length in zip(accumulate([0, *lengths]), lengths, strict=False):
         for start, hidden in hidden_in_tiles(model, tokens[begin : begin + length]):
             tile = slice(begin + start, begin + start + hidden.shape[1])
             own = {name: value[:, tile] if value.dim() == 2 else value for name, value in batch.items()}
-            parts.append(_count(model, hidden, own, vocabulary, first, top_k))
-    return Tally.of_one(parts)
+            part = _count(model, hidden, _wide(own), vocabulary, first, top_k)
+            # At once: small arrays that stay between a tile's large ones would keep the heap from being used again.
+            total = part if total is None else Tally.of_one([total, part])
+    assert total is not None
+    return total
+
+
+def _wide(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.long() for name, value in batch.items()}
 
 
 def _reads_apart(model: PerformerLM, segments: Tensor) -> bool:

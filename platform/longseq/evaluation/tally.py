@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
-
-from longseq_data.files import aside
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 DEPTHS = 12  # numbers of members before: 0, 1, 2 to 3, 4 to 7, ..., 1,024 and more
+_HELD = 256  # tallies that are held before they are put together
 BINS = 15  # of the confidence, equally wide (Guo et al. 2017, arXiv 1706.04599)
 
 
@@ -81,15 +80,24 @@ class Tally:
         }
         return Tally(**added, number=parts[0].number, extent=parts[0].extent)
 
-    def save(self, path: Path) -> None:
-        """A file of this name is whole."""
-        with aside(path) as partial, partial.open("wb") as file:
-            np.savez(file, **{item.name: getattr(self, item.name) for item in fields(Tally)})
+    def save(self, file: IO[bytes]) -> None:
+        """Small: of a large vocabulary a batch has few tokens."""
+        np.savez_compressed(file, **{item.name: getattr(self, item.name) for item in fields(Tally)})
 
     @staticmethod
-    def load(path: Path) -> Tally:
-        with np.load(path, allow_pickle=False) as arrays:
+    def load(file: IO[bytes]) -> Tally:
+        with np.load(file, allow_pickle=False) as arrays:
             return Tally(**{item.name: arrays[item.name] for item in fields(Tally)})
 
 
 _PER_SEQUENCE = ("number", "tokens", "targets", "loss", "correct", "near", "confidence", "depth_loss", "depth_targets")
+
+
+def gathered(parts: Iterable[Tally]) -> Tally:
+    """All of one or more as one, few of them at a time."""
+    held: list[Tally] = []
+    for part in parts:
+        held.append(part)
+        if len(held) > _HELD:
+            held = [Tally.merged(held)]
+    return Tally.merged(held)

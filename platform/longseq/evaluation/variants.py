@@ -14,6 +14,8 @@ from longseq_data.vocabulary import LETTERS, Tokens
 
 _CHANGE = re.compile(rf"([{LETTERS}])([1-9]\d*)([{LETTERS}])")
 
+_HEADERS = ("mutant", "mutants", "mutated_sequence", "mutation", "variant", "variants")
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -40,6 +42,11 @@ def read_variants(words: Iterable[str], file: Path | None, wild: Record) -> list
     listed = list(_lines(file))
     if file is not None and not listed:
         raise LongseqError(f"{file}: names no variant; write one per line, as A24G.")
+    if listed and listed[0][0].lower() in _HEADERS:
+        raise LongseqError(
+            f"{listed[0][1]}: {listed[0][0]!r} is a table's header: a deep mutational scan is a .csv with the columns "
+            "mutant and DMS_score, and a list has a variant per line and no header."
+        )
     return [parse(word, wild, place) for word, place in (*((word, "variant") for word in words), *listed)]
 
 

@@ -1,4 +1,4 @@
-"""What is done to a file's records, batch by batch, in one process or in shards: scores, effects, vectors.
+"""What is done to a file's records, batch by batch, in one process or in shards: scores, effects, vectors, counts.
 
 ``field/`` has more, of assays and of chains.
 """
@@ -16,6 +16,7 @@ from longseq.evaluation.field.structure import Residues
 from longseq.evaluation.likelihood import Share, causal, pseudo, share_effects, shares
 from longseq.evaluation.records import Record, batches, records
 from longseq.evaluation.shards import Group, Job, Row, Work
+from longseq.evaluation.tallies import Tallies
 from longseq.evaluation.variant_request import Variants, asked_for
 from longseq.evaluation.vector_work import Vectors
 from longseq_data.vocabulary import Tokens
@@ -97,6 +98,7 @@ _KINDS: dict[str, type[Work[Any, Any]]] = {
     "score": Scores,
     "effects": Effects,
     "embed": Vectors,
+    "evaluate": Tallies,
     "proteingym": Assays,
     "contacts": Pairs,
     "structure": Residues,

@@ -1,4 +1,4 @@
-"""One of the processes that share an evaluation: ``python -m longseq.evaluation.worker PLACE PARENT``."""
+"""One of the processes that share a file's work: ``python -m longseq.evaluation.worker PLACE PARENT``."""
 
 from __future__ import annotations
 
@@ -7,30 +7,23 @@ import socket
 import sys
 from pathlib import Path
 
+from longseq.allocator import keep_freed_memory
 from longseq.devices import claim, reading_device
 from longseq.errors import LongseqError
-from longseq.evaluation.parallel import Reports, of_this_process, tally_path
-from longseq.evaluation.request import Request
-from longseq.evaluation.shards import JOB, Job, take_part
+from longseq.evaluation.shards import Job, take_part
 from longseq.launch.workers import serve
 
 
 def work(place: Path, rank: int, world: int) -> None:
-    """This process's share of a job in shards, or else of an evaluation's request."""
-    if (place / JOB).is_file():
-        from longseq.evaluation.work import work_of
+    """This process's share of a job in shards."""
+    from longseq.evaluation.work import work_of
 
-        job = work_of(Job.read(place))
-        _claimed(job.source.config.trainer.accelerator)
-        take_part(place, rank, world, job)
-        return
-    request = Request.read(place / "request.json")
-    device = _claimed(request.source(0).config.trainer.accelerator)
-    for number, part, tally in of_this_process(request, rank, world, device, Reports(place, rank)):
-        tally.save(tally_path(place, number, part, rank))
+    job = work_of(Job.read(place))
+    _claim(job.source.config.trainer.accelerator)
+    take_part(place, rank, world, job)
 
 
-def _claimed(accelerator: str) -> str:
+def _claim(accelerator: str) -> None:
     import torch
 
     device = reading_device(accelerator)
@@ -40,7 +33,8 @@ def _claimed(accelerator: str) -> str:
             "and leave it out (exclude in the site's profile)."
         )
     claim(torch.device(device))
-    return device
+    if device == "cpu":
+        keep_freed_memory()
 
 
 if __name__ == "__main__":

@@ -60,8 +60,8 @@ class Workers:
         while self.pipes:
             os.close(self.pipes.popitem()[1])
 
-    def lost(self, done: Callable[[int], bool] = lambda rank: False) -> dict[int, str]:
-        """The ranks that have ended without having done their work, and how; not those that are ``done`` for now.
+    def lost(self) -> dict[int, str]:
+        """The ranks that have ended without having done their work, and how.
 
         Raises:
             DataError: with the sentence of one that has found bad data.
@@ -70,7 +70,7 @@ class Workers:
         found = {}
         for rank, process in enumerate(self.processes, self.first):
             code = process.poll()
-            if code in (None, 0) or done(rank):
+            if code in (None, 0):
                 continue
             kind, _, sentence = self._said(rank).partition(" ")
             if sentence:

@@ -8,11 +8,12 @@ in files in $TMPDIR. No gradients.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -26,9 +27,12 @@ from longseq.attention.carried import State
 from longseq.attention.state import AttentionState
 from longseq.attention.summed import attention_to_sums, sum_of_keys
 from longseq.attention.tiles import tiles
-from longseq.errors import place_of_errors
+from longseq.errors import LongseqError
 from longseq.models.layers import Block
 from longseq.models.performer import PerformerLM
+from longseq_data.os_errors import is_full, said
+
+_ELSEWHERE = "make room there, or set TMPDIR to a folder on a larger disk"
 
 
 class Row(Protocol):
@@ -65,9 +69,14 @@ def layer_by_layer(model: PerformerLM, row: Row, layer: int | None) -> Iterator[
 
     A tile is given its neighbours within the reach of windows and convolutions, so what goes into a layer stays until
     all of it has been read.
+
+    Raises:
+        LongseqError: before anything is read, where the files would not fit; and where the disk becomes full.
     """
-    cuts, share = tiles(len(row), model.spec.tile), masked_share(model, row)
+    cuts = tiles(len(row), model.spec.tile)
     blocks = [block for block in islice(model.blocks, layer) if isinstance(block, Block)]
+    _look_for_room(model, blocks, cuts)
+    share = masked_share(model, row)
     with _Stored(model) as entering, _Stored(model) as leaving, _Stored(model) as values:
         for start, stop in cuts:
             entering.write(start, model.entering(ids(model, row[start:stop]), start, share)[0])
@@ -144,6 +153,37 @@ def _on_both_sides(block: Block, row: list[_Tile]) -> Iterator[tuple[Any, ...]]:
             yield tile, x, *handed
 
 
+def _look_for_room(model: PerformerLM, blocks: list[Block], cuts: list[tuple[int, int]]) -> None:
+    """Refuse a sequence whose files do not fit into the folder of temporary files."""
+    several, spec, length = len(blocks) > 1, model.spec, cuts[-1][1]
+    activations = 1 + several * (1 + spec.value_residual)
+    needed = activations * length * spec.dim * model.embedding.weight.element_size()
+    needed += max((_state_size(block) for block in blocks), default=0) * (len(cuts) - 1)
+    folder = _folder()
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise LongseqError(
+            f"{folder}: {free / 2**20:,.0f} MiB free, and a sequence of {length:,} tokens needs {needed / 2**20:,.0f} "
+            f"MiB of temporary files there; {_ELSEWHERE}."
+        )
+
+
+def _state_size(block: Block) -> int:
+    """Bytes of the state behind a tile, of one sequence; 0 where none is kept."""
+    attention, options = block.attention, block.attention.options
+    if not knows_places(options) or not options.has_features:
+        return 0
+    features = attention.head_dim if options.kernel == "relu_direct" else options.features
+    return 8 * attention.heads * (features * (attention.head_dim + 1) + 1)
+
+
+def _folder() -> str:
+    try:
+        return tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise LongseqError(f"no place for temporary files: {said(error)}; {_ELSEWHERE}.") from None
+
+
 class _File:
     """Tensors in a file that has no name and is gone with this object."""
 
@@ -155,14 +195,22 @@ class _File:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.file.close()
+        with suppress(OSError):  # of a full disk, which has been said
+            self.file.close()
 
     def put(self, place: int, x: Tensor) -> None:
         content = x.detach().to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
-        with place_of_errors(Path(tempfile.gettempdir())):
+        try:
             self.file.seek(place)
             self.file.write(content.data)
             self.file.flush()
+        except OSError as error:
+            if not is_full(error):
+                raise OSError(error.errno, error.strerror or str(error), _folder()) from None
+            raise LongseqError(
+                f"{_folder()}: {said(error)}, after {place / 2**20:,.0f} MiB of a long sequence's temporary file; "
+                f"{_ELSEWHERE}."
+            ) from None
 
     def get(self, place: int, size: int) -> Tensor:
         content = bytearray(size)

@@ -64,8 +64,12 @@ class Readout(nn.Module):
         return (hidden * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
 
     def forward(self, hidden: Tensor, real: Tensor) -> Tensor:
+        return self.of_features(self.features(hidden, real))
+
+    def of_features(self, features: Tensor) -> Tensor:
+        """(..., E) in fp32 to (..., outputs)."""
         center, deviation = (bits.view(torch.float32) for bits in (self.center, self.deviation))
-        scaled = (self.features(hidden, real) - center) / deviation
+        scaled = (features - center) / deviation
         made: Tensor = self.linear(scaled.to(self.linear.weight.dtype))
         return made.float()
 

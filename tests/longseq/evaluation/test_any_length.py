@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import random
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import longseq as api
 from longseq.errors import LongseqError
 from longseq.evaluation import hidden_tiles
 from longseq.evaluation.generation import Settings, draw
@@ -22,6 +28,7 @@ from longseq.evaluation.split_scores import score
 from longseq.evaluation.variants import Variant
 from longseq.evaluation.vector_options import Wanted
 from longseq.measure.peaks import PeakMeter
+from longseq.models import tile_by_tile
 from longseq.models.performer import PerformerLM
 from longseq.models.spec import PerformerSpec
 from longseq.trained_model import find
@@ -185,6 +192,17 @@ def test_an_evaluation_of_long_windows_counts_what_one_pass_counts(trained, fold
     np.testing.assert_allclose(tiles.confidence, whole.confidence, rtol=1e-4)
 
 
+def test_an_evaluation_of_whole_records_needs_no_other_key_than_their_length(trained, longseq, folder):
+    """Whatever a step of the training was; loss and score are of the same targets."""
+    (folder / "long.fasta").write_text(f">r\n{''.join(random.Random(3).choices('ACDEFGHIKL', k=LENGTH))}\n")
+    run = trained("one", "trainer.devices=2", "trainer.accumulate=3", "data.batch_tokens=768")
+    words = ("--data", "long.fasta", f"data.length={LENGTH + 2}", "--bootstrap", 0, "--json")
+    found = json.loads(longseq("evaluate", run, *words))["splits"]["long.fasta"]
+    (wanted,) = api.score(run, "long.fasta")
+    assert (found["sequences"], found["targets"]) == (1, LENGTH + 1)
+    assert found["loss"] == pytest.approx(-wanted.mean, rel=1e-5)
+
+
 @pytest.mark.parametrize("options", [carried[2], summed[1], *on_both_sides], ids=named)
 def test_tensors_of_a_ten_times_longer_sequence_take_no_more_memory(options):
     model, peaks = build(**options), []
@@ -207,6 +225,36 @@ def test_what_cannot_be_carried_and_does_not_fit_is_refused(monkeypatch):
     with pytest.raises(LongseqError, match=r"takes about 0\.2 GiB, and 0\.0 GiB are free"):  # of 3 heads' scores
         list(hidden_in_tiles(decaying, ROW))
     assert len(list(hidden_in_tiles(build(), ROW))) == 7
+
+
+@pytest.mark.parametrize("options", [*summed, *on_both_sides, {"causal": False, "depth": 1, "window": 9}], ids=named)
+def test_room_for_temporary_files_is_looked_at_to_the_byte(monkeypatch, options):
+    sizes, model = {tile_by_tile._Stored: [], tile_by_tile._States: []}, build(**options)
+    leave = tile_by_tile._File.__exit__
+
+    def leaving(self, *how):
+        sizes[type(self)].append(os.fstat(self.file.fileno()).st_size)
+        leave(self, *how)
+
+    monkeypatch.setattr(tile_by_tile._File, "__exit__", leaving)
+    with torch.inference_mode():
+        wanted = torch.cat([x for _, x in hidden_in_tiles(model, ROW)], 1)
+        stored, states = sizes.values()  # states of one layer at a time
+        room = SimpleNamespace(free=sum(stored) + max(states, default=0))
+        assert room.free >= 4502 * SPEC.dim * 4
+        monkeypatch.setattr(tile_by_tile.shutil, "disk_usage", lambda _: room)
+        assert torch.equal(torch.cat([x for _, x in hidden_in_tiles(model, ROW)], 1), wanted)
+        room.free -= 1
+        sentence = r"MiB free, and a sequence of 4,502 tokens needs \d+ MiB of temporary files there; .* set TMPDIR to"
+        with pytest.raises(LongseqError, match=sentence):
+            next(hidden_in_tiles(model, ROW))
+
+
+@pytest.mark.parametrize("options", [summed[0], on_both_sides[1]], ids=named)
+def test_a_disk_that_fills_meanwhile_is_said_with_its_remedy(monkeypatch, options):
+    monkeypatch.setattr(tile_by_tile.tempfile, "TemporaryFile", partial(Path("/dev/full").open, "w+b"))
+    with torch.inference_mode(), pytest.raises(LongseqError, match=r"No space left on device, after .* set TMPDIR to"):
+        list(hidden_in_tiles(build(**options), ROW))
 
 
 @pytest.mark.parametrize(("objective", "tile"), [("masked", 8000), ("causal", 4096)])

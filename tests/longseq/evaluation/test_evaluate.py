@@ -6,7 +6,6 @@ import errno
 import json
 import math
 import shutil
-import subprocess
 from pathlib import Path
 from threading import Thread
 
@@ -19,13 +18,11 @@ from safetensors.torch import load_file, save_file
 from command_line import curve
 from longseq.cli import main
 from longseq.commands import evaluate
-from longseq.errors import LongseqError, RunError
-from longseq.evaluation import parallel, result_files
-from longseq.evaluation.request import Request, samples_of
-from longseq.evaluation.split_scores import score
-from longseq.evaluation.tally import Tally
+from longseq.errors import RunError
+from longseq.evaluation import result_files, tallies
+from longseq.evaluation.evaluate import evaluations
+from longseq.evaluation.request import Settings
 from longseq.interop import exported
-from longseq.launch.workers import Workers
 from longseq.models.performer import PerformerLM
 from longseq.models.weights import save_weights
 from longseq.output_files import output_file
@@ -39,32 +36,6 @@ def test_a_run_of_slices_is_evaluated_as_whole_sequences_in_tiles(trained):
         "sliced", "data.length=32768", "data.batch_tokens=32768", "trainer.devices=2", "trainer.context_parallel=2"
     )
     assert find(run).spec.tile == 4096
-
-
-@pytest.mark.parametrize("objective", ["causal", "masked"])
-def test_processes_that_share_the_batches_count_the_same_to_the_last_bit(trained, objective):
-    source = find(trained("one", f"model.objective={objective}"))
-    model, samples = source.load(), samples_of(source, "test")
-    whole = score(model, samples, batch_sequences=4)
-    for world in (2, 3):
-        parts = [score(model, samples, batch_sequences=4, rank=rank, world=world) for rank in range(world)]
-        merged = Tally.merged(parts)
-        assert all(np.array_equal(getattr(merged, name), getattr(whole, name)) for name in vars(whole))
-
-
-def test_a_process_that_is_killed_ends_the_others_and_the_evaluation(tmp_path, monkeypatch):
-    started = []
-
-    def start(self: Workers, rank: int) -> subprocess.Popen[bytes]:
-        started.append(subprocess.Popen(["sh", "-c", "kill -9 $$" if rank == 1 else "exec sleep 600"]))
-        return started[-1]
-
-    monkeypatch.setattr(Workers, "_started", start)
-    monkeypatch.setattr(parallel.tempfile, "tempdir", str(tmp_path))
-    with pytest.raises(LongseqError, match="process 1 of 3 was killed by signal 9"):
-        list(parallel.scored(Request(("a",), (), ("test",)), 3, lambda *_: None))
-    assert [process.returncode for process in started] == [-9, -9, -9]
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_scores_are_those_of_each_record_by_itself(trained, longseq, folder):
@@ -244,25 +215,22 @@ def test_a_damaged_checkpoint_among_all_is_named_once(trained, capsys):
 def test_a_log_has_a_line_now_and_then(trained, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "_SILENCE", -1.0)
     assert main(["evaluate", str(trained()), "--data", "proteins.fasta"]) == 0
-    assert "scoring proteins.fasta, step 20: 64 sequences" in capsys.readouterr().err.splitlines()
+    assert "scoring proteins.fasta, step 20: 40 sequences" in capsys.readouterr().err.splitlines()
     monkeypatch.setattr(evaluate, "_SILENCE", 30.0)
     assert main(["evaluate", str(trained("two")), "--sequences", "3"]) == 0
     assert "scoring" not in capsys.readouterr().err
 
 
-def test_processes_that_share_the_work_say_how_far_all_of_them_are(tmp_path, monkeypatch):
-    def start(self: Workers, rank: int) -> subprocess.Popen[bytes]:
-        parallel.Reports(self.place, rank)(0, 1, 100 - rank)
-        assert parallel.reported(self.place, rank + 1) == (0, 1, 100 - rank)
-        return subprocess.Popen(["sleep", "600"])
-
-    def shown(*done: int) -> None:
-        raise LongseqError(f"seen {done}")
-
-    monkeypatch.setattr(Workers, "_started", start)
-    monkeypatch.setattr(parallel, "_LOOK", 0.0)
-    with pytest.raises(LongseqError, match=r"seen \(0, 1, 98\)"):
-        list(parallel.scored(Request(("a",), (), ("valid", "test")), 3, shown))
+def test_progress_counts_the_sequences_of_each_checkpoint_and_part(trained, monkeypatch):
+    run, seen = trained("one", steps=(10, 20)), []
+    monkeypatch.setattr(tallies, "batch_sequences", lambda config: 8)
+    settings = Settings(splits=("test", "valid"), all_checkpoints=True, bootstrap=0)
+    list(evaluations([run], settings, lambda what, sequences: seen.append((what, sequences))))
+    of_test = [sequences for what, sequences in seen if what == "scoring test, step 10"]
+    assert of_test == [0, 8, 16, 24, 32, 39]  # 30 records, 9 of them in two windows
+    assert list(dict.fromkeys(what for what, _ in seen)) == [
+        f"scoring {part}, step {step}" for step in (10, 20) for part in ("test", "valid")
+    ]
 
 
 def test_data_that_several_models_share_are_said_once(trained, capsys):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save
 
 import longseq as api
@@ -18,7 +19,10 @@ from longseq.config.loading import load_config, save_config
 from longseq.errors import ConfigError, LongseqError, RunError
 from longseq.evaluation.finetune import Finetuning, configured
 from longseq.evaluation.label_measures import of_classes, of_numbers, summary
+from longseq.evaluation.label_outputs import told
+from longseq.evaluation.records import records
 from longseq.launch.before import check_origin
+from longseq.measure.peaks import PeakMeter
 from longseq.runs import checkpoint
 from longseq.trained_model import find
 from longseq.training.shards import write
@@ -59,6 +63,32 @@ def test_predictions_come_in_the_order_of_the_input_whatever_the_batch(tuned, ta
     assert len({str(each.value) for each in small}) > 1
     Path("table.txt").write_text(Path(table).read_text())  # read by what it is, as the table that was learned from
     assert list(api.predict(run, "table.txt")) == list(api.predict(run, table))
+
+
+@pytest.mark.parametrize("label", ["share", "kind", "states"])
+def test_a_long_record_is_labelled_in_tiles_as_in_one_pass(tuned, label, folder):
+    run, rng, peaks = tuned(label, "head", "model.sequence_tile=512"), np.random.default_rng(5), {}
+    for length in (5000, 20_000):
+        letters = "".join(rng.choice(list("ACDEFGHIKLMNPQRSTVWY"), size=length))
+        (folder / "long.fasta").write_text(f">long\n{letters}\n")
+        source = find(run.path)
+        row = next(records(source, "long.fasta")).row
+        meter = PeakMeter(torch.device("cpu"))
+        ((record, made),) = told(source, records(source, "long.fasta"))
+        peaks[length] = meter.stop() - made.nbytes
+        model = source.load(tuned=True).double()
+        with torch.inference_mode():
+            wanted = model(torch.from_numpy(row.astype(np.int64))[None])
+        if label == "share":
+            tune = source.config.finetune
+            wanted = (wanted * tune.scale + tune.center)[None]
+        else:
+            wanted = wanted.softmax(-1) if label == "states" else wanted.softmax(-1)[None]
+        wanted = wanted[0, 1:-1] if label == "states" else wanted[0]
+        assert record.length == length
+        np.testing.assert_allclose(made, wanted.numpy(), rtol=1e-4, atol=1e-5)
+    kept = {"states": 2 * 20_000 * 3 * 4}.get(label, 0)  # three classes of each residue, twice
+    assert peaks[20_000] < 1.1 * peaks[5000] + kept
 
 
 def test_what_evaluate_measures_is_what_predict_says(tuned, table, longseq):

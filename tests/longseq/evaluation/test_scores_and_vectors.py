@@ -155,6 +155,9 @@ def tokenizer_ids(text, folder):
 def test_a_file_without_any_variant_is_refused(trained, refused, wild, folder):
     (folder / "variants.txt").write_text("# none yet\n\n")
     assert "variants.txt: names no variant" in refused("score", trained(), wild, "--variants", "variants.txt")
+    (folder / "table.csv").write_text("mutant,score\nM1A,0.5\n")
+    sentence = refused("score", trained("two"), wild, "--variants", "table.csv")
+    assert "table.csv, line 1: 'mutant' is a table's header: a deep mutational scan is a .csv with" in sentence
 
 
 def test_passes_without_effect_are_refused(trained, refused, wild):

@@ -19,6 +19,7 @@ from longseq.errors import LongseqError, PassingError
 from longseq.evaluation import shards
 from longseq.evaluation.embed import embedding
 from longseq.evaluation.shards import Job, kept, results, take_part
+from longseq.evaluation.tally import Tally
 from longseq.evaluation.vector_options import Wanted
 from longseq.evaluation.vector_work import Vectors
 from longseq.evaluation.work import Scores, work_of
@@ -105,7 +106,7 @@ def test_bad_data_leave_no_shards_and_a_second_process_is_refused(trained, refus
 
 
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("kind", ["score", "effects", "embed"])
+@pytest.mark.parametrize("kind", ["score", "effects", "embed", "evaluate"])
 def test_processes_that_share_a_job_find_what_one_finds(trained, many, folder, kind, world):
     run = trained("one", "model.objective=masked" if kind == "effects" else "model.objective=causal")
     (folder / "wild.fasta").write_text(">wild\n" + "MKVLAACDEF" * 90 + "\n")
@@ -113,6 +114,12 @@ def test_processes_that_share_a_job_find_what_one_finds(trained, many, folder, k
         "score": {"passes": 0},
         "effects": {"variants": [f"{'MKVLAACDEF'[i % 10]}{i + 1}{'AG'[i % 2]}" for i in range(3, 43)], "table": None},
         "embed": {"layers": [None], "pool": "max", "dtype": "float16"},
+        "evaluate": {
+            "folders": [str(find(run).folder)] * 2,
+            "parts": [str(many), "test"],
+            "sequences": 900,
+            "top_k": 3,
+        },
     }
     file = folder / "wild.fasta" if kind == "effects" else many
     job = Job(kind, str(find(run).folder), str(file), options=options[kind])
@@ -129,6 +136,7 @@ def test_processes_that_share_a_job_find_what_one_finds(trained, many, folder, k
 
 
 def _plain(row):
+    row = [*row[:2], *vars(row[2]).values()] if isinstance(row, tuple) and isinstance(row[-1], Tally) else row
     return [x.tobytes() if isinstance(x, np.ndarray) else x for x in row] if isinstance(row, (list, tuple)) else row
 
 
@@ -163,7 +171,7 @@ def test_a_process_that_is_lost_over_and_over_is_an_error(trained, many, folder,
 class Dying(Workers):
     """The second process is lost whenever somebody looks."""
 
-    def lost(self, done=lambda rank: False):
+    def lost(self):
         return {1: "was killed by signal 9"}
 
     def start_again(self, rank):

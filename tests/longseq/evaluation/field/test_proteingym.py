@@ -417,7 +417,7 @@ def test_score_takes_a_scan_and_says_the_spearman(trained, gym, capsys, folder):
     effects = list(api.variant_effects(run, "wild.fasta", table=path))
     (folder / "one.csv").write_text(" mutant ,\tDMS_score\r\nm1a,0.5\r\n")
     assert main(["score", str(run), "wild.fasta", "--variants", "one.csv"]) == 0
-    assert "1 variants, no Spearman, as one of the two is constant" in capsys.readouterr().err
+    assert "1 variants, no Spearman with DMS_score, as one of the two is constant" in capsys.readouterr().err
     with path.open(newline="") as file:
         assert [each.measured for each in effects] == [float(row["DMS_score"]) for row in csv.DictReader(file)]
     assert (
