@@ -244,6 +244,9 @@ def _compare(checkpoint: Checkpoint, config: Config) -> None:
 
 def _train(run: Run, config: Config, checkpoint: Checkpoint | None, origin: Path | None, launch: Launch) -> Training:
     """origin: of a training that begins, what :func:`check_origin` has found."""
+    if config.trainer.memory_checkpoint_every:
+        words = "trainer.memory_checkpoint_every: without effect here: nodes keep copies for the starts of one job"
+        print(f"longseq: note: {words} (`longseq submit`).", file=sys.stderr)
     remove_partials(run.checkpoints_dir)  # of a start that was killed
     run = run.begin(words_of(Process.this()))
     began, end = time.monotonic(), "crashed"

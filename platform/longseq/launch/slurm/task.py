@@ -24,7 +24,7 @@ from longseq.launch.local import without_ranks
 from longseq.launch.slurm.guard import fork_guard
 from longseq.launch.slurm.place import Limits, Place
 from longseq.runs import starts
-from longseq.runs.checkpoint import Checkpoint, go_back_to, remove_partials
+from longseq.runs.checkpoint import Checkpoint, go_back_to, prune, remove_partials
 from longseq.runs.code import changed_packages
 from longseq.runs.owner import node_name
 from longseq.runs.run import Run
@@ -99,7 +99,11 @@ def _train(
     run: Run, overrides: tuple[str, ...], place: Place, limits: Limits, stop: StopFlag, vitals: Vitals, port: int
 ) -> int:
     with nothing_collected():
+        from torch._C._distributed_c10d import HashStore
+
         from longseq.launch.slurm import preflight  # noqa: F401 - brings torch
+        from longseq.launch.slurm.recall import recall
+        from longseq.training import memory_copies
         from longseq.training.collectives import PATIENCE
         from longseq.training.fit import fit
 
@@ -116,6 +120,18 @@ def _train(
     if place.rank == 0 and (changed := changed_packages()):
         _say(f"since the run was submitted, packages have changed: {', '.join(changed)}.", "warning")
     vitals.within = None
+    if store is not None:
+        store.set_timeout(PATIENCE)
+    if config.trainer.memory_checkpoint_every:
+        vitals.at("looking at copies in memory")
+        folder = memory_copies.folder_of(os.environ["SLURM_JOB_ID"])
+        os.environ[memory_copies.FOLDER] = str(folder)
+        if place.local_rank == 0:
+            memory_copies.remove_old(folder)
+        keep = config.trainer.keep_checkpoints, config.trainer.keep_best, config.trainer.keep_every
+        said = recall(run, place, store or HashStore(), folder, lambda: prune(run.checkpoints_dir, *keep), vitals.at)
+        if said:
+            _say(f"{said}.", "note")
     vitals.at("looking at data and checkpoints")
     # One looks at the checkpoints, whose sums take their time, and tells the others.
     chosen, origin = _begin(run, config) if place.rank == 0 else ("", "")
@@ -124,7 +140,6 @@ def _train(
         if place.rank == 0:
             store.set("origin", origin)
             store.set("checkpoint", chosen)
-        store.set_timeout(PATIENCE)
         chosen, origin = (store.get(name).decode() for name in ("checkpoint", "origin"))
     if chosen == _FINISHED:
         return 0
