@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -76,8 +77,9 @@ def test_a_run_comes_back_from_signal_requeue_a_killed_rank_and_a_new_controller
 
 def test_a_spare_takes_the_place_of_a_node_whose_power_fails(login: Login, uninterrupted: Path) -> None:
     cluster = login.cluster
-    job, run = login.submit("spare", "--nodes=2", "--spares=1", *LONG)
-    login.wait_for_step(run, 12)
+    copies = ["trainer.memory_checkpoint_every=1"] if cluster.netns else []  # which need a /dev/shm for each node
+    job, run = login.submit("spare", "--nodes=2", "--spares=1", *copies, *LONG)
+    login.wait_for_step(run, 14)
     cluster.kill_node("node2")
     try:
         back_inside_the_job(login, job, run, "lost node2: SLURM")
@@ -85,6 +87,15 @@ def test_a_spare_takes_the_place_of_a_node_whose_power_fails(login: Login, unint
         cluster.start_node("node2")
     assert "without node2 in this job from now on" in login.log(run)
     assert "2 processes on node1, node3" in login.log(run)
+    if copies:
+        found = re.search(r"going on from step (\d+), which start 1 has left in the memory of node1\.", login.log(run))
+        assert found, login.log(run)
+        assert int(found[1]) > 10  # no checkpoint's step: those are every tenth
+        assert int(found[1]) % 10
+        for node in ("node1", "node3"):
+            cluster.tell(node, f"ls /dev/shm > {cluster.folder}/left-{node} && touch {cluster.folder}/listed-{node}")
+            _until((cluster.folder / f"listed-{node}").exists, 20, "a listing", "")
+            assert "longseq-" not in (cluster.folder / f"left-{node}").read_text()
     whole(run, uninterrupted)
     cluster.wait_until_idle()
 

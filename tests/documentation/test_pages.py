@@ -28,6 +28,7 @@ from longseq_data.prepare.config import PrepareConfig
 TEXT = text_of_all()
 # Options of other programs that the pages show.
 OTHERS = {"--logdir", "--mail-type", "--ntasks"} | {"--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint"}
+OTHERS |= {"--max-restarts"}
 
 
 def help_of(*words: str, capsys: pytest.CaptureFixture[str]) -> str:

@@ -163,6 +163,15 @@ def test_copies_for_a_checkpoint_are_counted_in_the_hosts_memory(loaded):
     assert sharded("trainer.precision=bf16") == 3 * weights / 4 + weights / 2
 
 
+def test_copies_in_the_memory_of_two_nodes_are_counted_five_times(loaded):
+    """Two own, two of another node's rank, and what they are made from: on CPUs, too."""
+    config = loaded(*SMALL, "trainer.memory_checkpoint_every=7")
+    plain = loaded(*SMALL)
+    once = estimate(plain, 29).host
+    assert estimate(config, 29).host == 6 * once  # with the disk's snapshot
+    assert estimate(config, 29, on_cuda=False).host == 5 * once
+
+
 def test_sums_beside_the_backward_pass_need_a_second_buffer(loaded):
     for stage, buffers in ((1, 2), (2, 2), (3, 1)):
         config = (*SMALL, f"trainer.zero_stage={stage}")

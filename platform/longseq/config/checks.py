@@ -236,6 +236,12 @@ def _check_trainer(config: Sections) -> None:
             f"checkpoint_every={every} is not a multiple of trainer.valid_every={valid}: take "
             f"trainer.checkpoint_every={valid or 'n'}{'' if valid else ' and trainer.valid_every=n'}."
         )
+    in_memory = trainer.memory_checkpoint_every
+    if in_memory and every and in_memory % every == 0:
+        raise ConfigError(
+            f"trainer.memory_checkpoint_every={in_memory} is a multiple of trainer.checkpoint_every={every}, so each "
+            "copy would be one of a checkpoint: take fewer steps, or 0."
+        )
     if trainer.keep_every and every and trainer.keep_every % every:
         raise ConfigError(
             f"trainer.keep_every={trainer.keep_every} is not a multiple of trainer.checkpoint_every={every}, so "

@@ -95,6 +95,12 @@ class TrainerConfig:
     offload_path: str | None = key(None, "a folder on a fast local disk, for nvme")
     valid_every: int = key(250, "steps between validations; 0: never", at_least=0)
     checkpoint_every: int = key(250, "steps between checkpoints; 0: only at the end or when stopped", at_least=0)
+    memory_checkpoint_every: int = key(
+        0,
+        "steps between copies of the training's state in the memory of its node and of another one, which the next "
+        "start in a job goes on from; 0: none",
+        at_least=0,
+    )
     keep_checkpoints: int = key(3, "newest checkpoints kept", at_least=1)
     keep_best: int = key(0, "checkpoints of lowest validation loss kept besides", at_least=0)
     keep_every: int = key(0, "checkpoints at multiples of this many steps kept besides; 0: none", at_least=0)

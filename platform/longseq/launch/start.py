@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +61,15 @@ def fit(config: str | Path, overrides: Sequence[str] = ()) -> Training:
     return begin(load_config(path, list(overrides)), path.stem)
 
 
-def begin(settings: Config, name: str) -> Training:
+# Trains a run: its start, configuration, checkpoint or origin. Gives the exit code of local.train, or raises as that.
+Launch = Callable[[Run, Config, Path | None, Path | None], int]
+
+
+def _here(run: Run, config: Config, checkpoint: Path | None, origin: Path | None) -> int:
+    return local.train(run, config.trainer.devices, checkpoint, origin)
+
+
+def begin(settings: Config, name: str, launch: Launch = _here) -> Training:
     """Train a new run, called ``name`` and the time where its configuration has no name for it."""
     resolve_sources(settings)
     fit_parts(settings)
@@ -77,31 +85,35 @@ def begin(settings: Config, name: str) -> Training:
     with run.locked():
         try:
             run.record_data(identities(settings))
-            return _train(run, settings, checkpoint=None, origin=origin)
+            return _train(run, settings, None, origin, launch)
         finally:
             run.discard_if_untrained()
 
 
-def resume(folder: str | Path, overrides: Sequence[str] = (), *, take_over: bool = False) -> Training:
+def resume(
+    folder: str | Path, overrides: Sequence[str] = (), *, take_over: bool = False, launch: Launch = _here
+) -> Training:
     """Go on with a run from its newest whole checkpoint, or with ``run.branch=NAME`` begin a new run there.
 
     Args:
         folder: of the run; for a branch one of its checkpoints, too.
         overrides: ``section.key=value``: what may change, such as trainer.devices or trainer.max_steps.
         take_over: start although what had the run cannot be asked whether it still trains.
+        launch: another launcher's way to train.
 
     Raises:
         LongseqError, DataError: in one sentence, for what would make another experiment of the run, and a run that is
             finished or trains elsewhere.
     """
-    refuse_several_tasks(os.environ, "resume")
+    if launch is _here:
+        refuse_several_tasks(os.environ, "resume")
     given = resolved(user_path(folder))
     chosen = Checkpoint(given) if step_of(given) is not None else None
     run = Run.open(str(given.parent.parent if chosen else folder))
     before, config = run.config(), run.config(tuple(overrides))
     resolve_sources(config)
     if config.run.branch is not None:
-        return _branch(run, before, config, chosen)
+        return _branch(run, before, config, chosen, launch)
     if chosen:
         raise RunError(
             f"{folder}: a checkpoint, and a run goes on from its newest one: name the run, or give the new run that "
@@ -147,7 +159,7 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), *, take_over: bool
         try:
             for kept in go_back_to(checkpoint, damaged) if checkpoint else ():
                 print(f"longseq: warning: the damaged one is kept as {kept}", file=sys.stderr)
-            return _train(run, config, checkpoint, origin)
+            return _train(run, config, checkpoint, origin, launch)
         except LongseqError:
             if run.last_good() == checkpoint:  # nothing came of the new settings
                 save_config(before, run.config_path)
@@ -156,7 +168,7 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), *, take_over: bool
             raise
 
 
-def _branch(run: Run, before: Config, config: Config, chosen: Checkpoint | None) -> Training:
+def _branch(run: Run, before: Config, config: Config, chosen: Checkpoint | None, launch: Launch) -> Training:
     """A new run that begins with a copy of a checkpoint of ``run``, the newest unless one is ``chosen``."""
     name, config.run.branch = config.run.branch, None
     refuse_changes(before, config, run, FIXED)
@@ -191,7 +203,7 @@ def _branch(run: Run, before: Config, config: Config, chosen: Checkpoint | None)
         first = copied(checkpoint, branch.checkpoints_dir)
         with branch.locked():
             branch.record_data(data)
-            return _train(branch, config, first)
+            return _train(branch, config, first, None, launch)
     except BaseException:
         newest = branch.last_good()
         if (newest is None or newest.step == step) and not branch.has_output():  # nothing came of it
@@ -230,13 +242,16 @@ def _compare(checkpoint: Checkpoint, config: Config) -> None:
         )
 
 
-def _train(run: Run, config: Config, checkpoint: Checkpoint | None, origin: Path | None = None) -> Training:
+def _train(run: Run, config: Config, checkpoint: Checkpoint | None, origin: Path | None, launch: Launch) -> Training:
     """origin: of a training that begins, what :func:`check_origin` has found."""
+    if config.trainer.memory_checkpoint_every:
+        words = "trainer.memory_checkpoint_every: without effect here: nodes keep copies for the starts of one job"
+        print(f"longseq: note: {words} (`longseq submit`).", file=sys.stderr)
     remove_partials(run.checkpoints_dir)  # of a start that was killed
     run = run.begin(words_of(Process.this()))
     began, end = time.monotonic(), "crashed"
     try:
-        code = local.train(run, config.trainer.devices, checkpoint.path if checkpoint else None, origin)
+        code = launch(run, config, checkpoint.path if checkpoint else None, origin)
         end = {0: "finished", EXIT_GO_ON: "saved"}.get(code, "stopped at once")
     except LongseqError as error:
         end = f"error {error}"

@@ -16,7 +16,8 @@ P is the number of weights, n the number of ranks, w the bytes of a weight in tr
     behind it     4 P, with trainer.benchmarks: the copy of all weights that is measured
     in the CPU's  what is offloaded: the optimiser, weights, and what recomputations start from; and the
                   copies that a checkpoint is written from: 12 P of fp32 weights and moments (ZeRO 1-3 divide by n),
-                  and rank 0's w P. Pinned memory rounds each tensor up to a power of two: up to twice as much
+                  and rank 0's w P; with trainer.memory_checkpoint_every five times as much besides. Pinned memory
+                  rounds each tensor up to a power of two: up to twice as much
 
 The peak is that of three moments: the beginning of the backward pass, its end, and the optimiser's step or what is
 behind it.
@@ -117,6 +118,8 @@ def estimate(config: Config, vocabulary: int, *, on_cuda: bool = True) -> Memory
         offloaded, weights = offloaded + weights, 0
     if on_cuda:  # rank 0's: where all ranks hold the same, it alone writes
         offloaded += 12 * part + (width if deepspeed else 4) * count
+    if trainer.memory_checkpoint_every:  # two copies here, two of the rank of another node, and what they are made from
+        offloaded += 5 * (12 * part + (width if deepspeed else 4) * count + (4 * count if trainer.ema_decay else 0))
     always = weights + optimizer + mean
     # What ZeRO-3 has for good, the others have from the backward pass to the step.
     early, late, left = (gradients, gradients, gradients) if stage == 3 else (bucket, gradients, part_gradients)

@@ -255,13 +255,15 @@ def publish(
     files: Mapping[str, Mapping[str, object]],
     start: int = 0,
     last_check: Callable[[], None] = lambda: None,
+    recalled: bool = False,
 ) -> Checkpoint:
     """Give a partial checkpoint, whose files are on the disk, its manifest and its name, and point ``last`` at it.
 
-    files: path in the checkpoint: size and sha256. last_check: raises where it must not have its name any more.
+    files: path in the checkpoint: size, sha256. last_check: raises where it may not be named. recalled: from memory.
     """
     partial = partial_path(directory, position.step, start)
     manifest = {"format": FORMAT, "position": asdict(position), "files": dict(sorted(files.items()))}
+    manifest |= {"recalled": True} if recalled else {}
     with (partial / _MANIFEST).open("wb") as file:
         file.write(_rendered(manifest))
         file.flush()
@@ -332,8 +334,8 @@ def prune(directory: Path, keep: int, best: int = 0, every: int = 0) -> None:
     """Remove checkpoints up to ``last``, but for the ``keep`` newest, the ``best`` of lowest validation loss and
     those at multiples of ``every`` steps; and what interrupted writers left.
 
-    Those after ``last`` are damaged (a resume went behind them): they must not crowd out the good ones. Whatever has
-    no manifest that can be read counts for nothing and stays. Nothing goes while ``last`` itself is not whole.
+    Those after ``last`` are damaged (a resume went behind them): they must not crowd out the good ones, nor must those
+    from memory, which go with the next one. What has no readable manifest stays. Nothing goes unless ``last`` is whole.
     """
     last = Checkpoint((directory / "last").resolve())
     if step_of(last.path) is not None and last.problem(sums=False) is None:
@@ -343,8 +345,10 @@ def prune(directory: Path, keep: int, best: int = 0, every: int = 0) -> None:
             if checkpoint.step > last.step or (not best and len(newest) >= keep and _is_multiple(checkpoint, every)):
                 continue  # it stays, whatever its manifest says
             with suppress(CheckpointError):
-                losses[checkpoint] = checkpoint.position.valid_loss
-                newest += [checkpoint] if len(newest) < keep else []
+                recalled = "recalled" in checkpoint._manifest()
+                if not recalled or checkpoint.step < last.step:
+                    losses[checkpoint] = None if recalled else checkpoint.position.valid_loss
+                    newest += [checkpoint] if len(newest) < keep and not recalled else []
         stale = losses.keys() - {*newest, *_best(losses, best)}
         _remove_all(checkpoint.path for checkpoint in stale if not _is_multiple(checkpoint, every))
     remove_partials(directory)

@@ -84,6 +84,15 @@ class ControlGroup:
             dist.barrier(self._group)
 
 
+def group_of_its_own() -> dist.ProcessGroup | None:
+    """A gloo group of all ranks, for a thread of each; None for one process. All ranks call it."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
 def _gloo(world: dist.ProcessGroup) -> dist.ProcessGroup:
     """The processes of ``world`` over gloo: itself, where it is that."""
     return world if dist.get_backend(world) == "gloo" else _over_gloo(world)
@@ -92,6 +101,6 @@ def _gloo(world: dist.ProcessGroup) -> dist.ProcessGroup:
 @cache
 def _over_gloo(world: dist.ProcessGroup) -> dist.ProcessGroup:
     """One for each world."""
-    group = dist.new_group(backend="gloo", timeout=PATIENCE)
-    assert isinstance(group, dist.ProcessGroup)
+    group = group_of_its_own()
+    assert group is not None
     return group

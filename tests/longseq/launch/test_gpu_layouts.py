@@ -19,8 +19,8 @@ from longseq.config.schema import Config
 from longseq.devices import check_devices, environment_of_place, follow_scheduler, own_device, reading_device
 from longseq.errors import ConfigError
 from longseq.launch.local import environment_of, free_port
+from longseq.launch.slurm import task as slurm_task
 from longseq.launch.slurm.place import Place
-from longseq.launch.slurm.task import _environment
 from longseq.runs.run import Run
 from longseq.training.callbacks.stopping import StopFlag
 from longseq.training.fit import build_trainer
@@ -77,7 +77,7 @@ def become(task: int, node: int, layout: str, config: Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = shown
     nodes = tuple(f"node{number}" for number in range(config.trainer.nodes))
     world = len(nodes) * config.trainer.devices
-    _environment(Place(node * config.trainer.devices + task, task, world, nodes, "127.0.0.1", 29999))
+    slurm_task.become(Place(node * config.trainer.devices + task, task, world, nodes, "127.0.0.1", 29999))
     follow_scheduler(config)
 
 
@@ -112,14 +112,14 @@ from longseq.config.schema import Config
 from longseq.devices import follow_scheduler, own_device
 from longseq.launch.slurm.place import Limits, Place
 from longseq.launch.slurm.preflight import UnfitError, meet
-from longseq.launch.slurm.task import _environment
+from longseq.launch.slurm import task as slurm_task
 
 task, config = int(sys.argv[1]), Config()
 config.trainer.devices, config.trainer.accelerator = 2, "cuda"
 for port, shown in zip(map(int, sys.argv[3:]), json.loads(sys.argv[2])):
     os.environ["CUDA_VISIBLE_DEVICES"] = shown
     place = Place(task, task, 2, ("node1",), "127.0.0.1", port)
-    _environment(place)
+    slurm_task.become(place)
     with GpuMachine() as machine:
         follow_scheduler(config)
         try:

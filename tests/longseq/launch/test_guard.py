@@ -26,7 +26,8 @@ from longseq.runs.run import Run
 from longseq.training.vitals import Vitals, stacks_on_request
 
 rank = int(sys.argv[1])
-ward, port = fork_guard(Run(Path(sys.argv[2]), 1), Place(rank, 0, 2, ("node1", "node2"), "127.0.0.1", 1))
+of = Run(Path(sys.argv[2]), 1), Place(rank, 0, 2, ("node1", "node2"), "127.0.0.1", 1)
+ward, port = fork_guard(rank, lambda: of)
 stacks_on_request(ward.stacks.fileno())
 vitals = Vitals(ward.theirs)
 vitals.hang_seconds = 6.0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from longseq.launch.slurm.render import (
     train_script,
 )
 from longseq.launch.slurm.site import Site, load_site
+from longseq.training.memory_copies import folder_of
 
 GOLDEN = Path(__file__).with_name("golden")
 NAMES = ["train", "sweep", "chain", "evaluate", "embed", "benchmark", "prepare", "prepare-nodes"]
@@ -291,3 +294,28 @@ def test_times_are_written_as_they_are_meant(tmp_path):
         (tmp_path / "site.yaml").write_text(f"time: {written}\n")
         text = train_script(RUN, a_config(), load_site(str(tmp_path / "site.yaml")), Request(1, 1, False))
         assert "#SBATCH --time=1-00:00:00\n" in text
+
+
+def test_nodes_forget_what_a_run_has_in_their_memory_at_every_end_of_its_job(tmp_path):
+    """Each node by itself, those that were left out as well; and once, however the script ends."""
+    request = Request(2, 1, gpus=False, spares=1)
+    assert "forget" not in train_script(RUN, a_config(), Site(), request)
+    config = a_config(memory_checkpoint_every=1)
+    script = train_script(RUN, config, Site(), request)
+    assert script.count("EXIT") == 1 + script.count("trap 'forget; [ -z")  # no later trap leaves it out
+    body = script[script.index("forgotten=''") : script.index("trap forget EXIT") + len("trap forget EXIT")]
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "srun").write_text(f'#!/bin/bash\necho "${{@: -4}}" >>"{tmp_path}/said"; [[ $* != *n2* ]] || sleep 60\n')
+    (tools / "srun").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "4711"}
+    began = time.monotonic()
+    line = f"set -u; all=(n1 n2 n3)\n{body.replace('KILL 8', 'KILL 1')}\nforget; exit 69"
+    done = subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True)
+    assert (done.returncode, time.monotonic() - began < 5) == (69, True)  # a node that is away keeps nobody
+    said = sorted((tmp_path / "said").read_text().splitlines())
+    folder = f"/dev/shm/longseq-{os.getuid()}-4711"
+    assert said == [f"--nodelist={node} rm -rf {folder}" for node in ("n1", "n2", "n3")]
+    assert folder == str(folder_of("4711"))
+    if shutil.which("shellcheck"):
+        assert subprocess.run(["shellcheck", "-"], input=script, capture_output=True, text=True).stdout == ""

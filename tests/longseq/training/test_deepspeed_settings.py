@@ -101,6 +101,7 @@ def test_settings_of_ours_and_of_the_section_come_together(folder):
         (("deepspeed.zero_optimization.offload_param.device=cpu",), "trainer.offload_params"),
         (("trainer.keep_best=1", "trainer.checkpoint_every=100"), "trainer.valid_every=250"),
         (("trainer.keep_every=100",), "take 250"),
+        (("trainer.memory_checkpoint_every=500",), "each copy would be one of a checkpoint"),
         (("trainer.spike_factor=0.5",), "above 1"),
     ],
 )

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -33,15 +34,17 @@ _NOTE_SECONDS = 20.0
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def fork_guard(run: Run, place: Place) -> tuple[Ward, int]:
+def fork_guard(rank: int, of: Callable[[], tuple[Run, Place]]) -> tuple[Ward, int]:
     """Have this process watched from now on. Before its first thread.
+
+    of: says in the guard which run and place it is, as soon as that is known.
 
     Returns:
         what the two share, and on rank 0 the port where its guard hears the others.
     """
-    ward = Ward(place.rank)
+    ward = Ward(rank)
     ward.pid = os.getpid()
-    listener = socket.create_server(("", 0)) if place.rank == 0 else None
+    listener = socket.create_server(("", 0)) if rank == 0 else None
     port = listener.getsockname()[1] if listener else 0
     if os.fork() == 0:
         try:
@@ -50,9 +53,9 @@ def fork_guard(run: Run, place: Place) -> tuple[Ward, int]:
             for number in _IGNORED:  # of the job's end: what they mean is the rank's to decide
                 signal.signal(number, signal.SIG_IGN)
             raise_open_files()  # rank 0's has one for each rank
-            _Guard(run, place, ward, listener).watch()
+            _Guard(*of(), ward, listener).watch()
         except BaseException as error:
-            print(f"longseq: warning: rank {place.rank} is watched no more: {error!r}", file=sys.stderr, flush=True)
+            print(f"longseq: warning: rank {rank} is watched no more: {error!r}", file=sys.stderr, flush=True)
         finally:
             os._exit(0)
     if listener:

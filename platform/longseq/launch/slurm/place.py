@@ -77,11 +77,25 @@ class Place:
             yield self.port if not attempt else _FIRST_PORT + (self.port + attempt * 1_009) % _PORTS
 
 
+# How launchers (torchrun, Open MPI, MPICH and Intel's, srun) tell a process its place.
+_TOLD = {
+    "rank": ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"),
+    "world": ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"),
+    "local_rank": ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"),
+    "address": ("MASTER_ADDR", "SLURM_LAUNCH_NODE_IPADDR"),
+}
+
+
+def value_of(what: str, environment: Mapping[str, str]) -> str | None:
+    """A process's "rank", "local_rank", number of processes ("world") or rank 0's "address", if a launcher has told."""
+    return next((environment[name] for name in _TOLD[what] if environment.get(name)), None)
+
+
 def refuse_several_tasks(environment: Mapping[str, str], verb: str) -> None:
-    """`srun -n2 longseq fit` would start the same training twice.
+    """`srun -n2 longseq fit`, or torchrun's, would start the same training twice.
 
     Raises:
-        LongseqError: where this process is one of several tasks of a step.
+        LongseqError: where this process is one of several of a launcher.
     """
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")  # of srun; a job's own script has none
     if tasks != "1":
@@ -89,6 +103,16 @@ def refuse_several_tasks(environment: Mapping[str, str], verb: str) -> None:
             f"longseq {verb}: task {environment.get('SLURM_PROCID')} of {tasks} that srun has started, and each would "
             f"train for itself. `longseq submit` starts a training on several nodes; on one node, "
             f"`srun --ntasks=1 longseq {verb} ... trainer.devices=N` starts its own processes."
+        )
+    rank, world = value_of("rank", environment), value_of("world", environment)
+    if rank is not None and (world or "1") != "1":
+        advice = "Start it once, and it starts its own processes (trainer.devices=N)."
+        if verb != "finetune":
+            own = f"longseq.launch.rank {verb} {'CONFIG' if verb == 'fit' else 'RUN'}"
+            advice = f"Have it start `python -m {own}`, which trains in all of them (`torchrun ... -m {own}`)."
+        raise LongseqError(
+            f"longseq {verb}: process {rank} of {world} that a launcher has started, and each would train for itself. "
+            f"{advice}"
         )
 
 

@@ -234,6 +234,7 @@ def _training(config: Config, site: Site, request: Request, runs: Sequence[Path]
         "max_restarts": site.max_restarts,
         "pause_seconds": site.pause_seconds,
         "requeue": requeue,
+        "memory": config.trainer.memory_checkpoint_every > 0,
         "code": _code(request, site, runs[0] / "code"),
         "codes": Shell("$run/code"),
         "peer_lost": PEER_LOST,

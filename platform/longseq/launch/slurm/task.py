@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from longseq.config.schema import Config
 from longseq.devices import environment_of_place, follow_scheduler, own_device
@@ -23,7 +24,7 @@ from longseq.launch.local import without_ranks
 from longseq.launch.slurm.guard import fork_guard
 from longseq.launch.slurm.place import Limits, Place
 from longseq.runs import starts
-from longseq.runs.checkpoint import Checkpoint, go_back_to, remove_partials
+from longseq.runs.checkpoint import Checkpoint, go_back_to, prune, remove_partials
 from longseq.runs.code import changed_packages
 from longseq.runs.owner import node_name
 from longseq.runs.run import Run
@@ -32,6 +33,9 @@ from longseq.training.signs import PEER_LOST
 from longseq.training.vitals import Vitals, stacks_on_request
 from longseq.training.worker import leave, nothing_collected, outcome, quiet, raise_open_files
 from longseq_data.cores import cores
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import TCPStore
 
 _FINISHED = "finished"
 _MOST_LETTERS = 400  # of an error that is shown next to a job
@@ -53,8 +57,8 @@ def main() -> int:
     place = Place.of_slurm(os.environ, args.address, args.start)
     run = Run(args.run, args.start)
     _redirect(run, place.rank)
-    _environment(place)
-    ward, port = fork_guard(run, place)
+    become(place)
+    ward, port = fork_guard(place.rank, lambda: (run, place))
     stacks_on_request(ward.stacks.fileno())
     vitals = Vitals(ward.theirs, run.trace_of(place.rank))
     os.environ |= recorder_settings(os.environ, run)
@@ -95,9 +99,11 @@ def _train(
     run: Run, overrides: tuple[str, ...], place: Place, limits: Limits, stop: StopFlag, vitals: Vitals, port: int
 ) -> int:
     with nothing_collected():
-        from torch._C._distributed_c10d import TCPStore
+        from torch._C._distributed_c10d import HashStore
 
-        from longseq.launch.slurm import preflight
+        from longseq.launch.slurm import preflight  # noqa: F401 - brings torch
+        from longseq.launch.slurm.recall import recall
+        from longseq.training import memory_copies
         from longseq.training.collectives import PATIENCE
         from longseq.training.fit import fit
 
@@ -110,27 +116,22 @@ def _train(
     follow_scheduler(config)
     vitals.device = str(own_device(config))
 
-    def met(store: TCPStore) -> None:
-        if place.rank == 0:
-            store.set("guard", f"{place.address}:{port}")
-        vitals.hub = store.get("guard").decode()
-        vitals.at(f"the first collective. {preflight.LOOK_AT_INTERFACES}")
-        vitals.within = limits.seconds
-
-    vitals.at("preflight")
-    try:
-        store, line = preflight.meet(
-            place, own_device(config), limits, starts.path_of(run.starts_dir, run.start, "port"), met
-        )
-    except preflight.NotMetError as error:
-        starts.note_end(run.starts_dir, run.start, f"lost {error}")
-        raise
-    if place.rank == 0:
-        print(f"preflight {line}", file=sys.stderr, flush=True)
-        changed = changed_packages()
-        if changed:
-            _say(f"since the run was submitted, packages have changed: {', '.join(changed)}.", "warning")
+    store = gathered(run, config, place, limits, vitals, port)
+    if place.rank == 0 and (changed := changed_packages()):
+        _say(f"since the run was submitted, packages have changed: {', '.join(changed)}.", "warning")
     vitals.within = None
+    if store is not None:
+        store.set_timeout(PATIENCE)
+    if config.trainer.memory_checkpoint_every:
+        vitals.at("looking at copies in memory")
+        folder = memory_copies.folder_of(os.environ["SLURM_JOB_ID"])
+        os.environ[memory_copies.FOLDER] = str(folder)
+        if place.local_rank == 0:
+            memory_copies.remove_old(folder)
+        keep = config.trainer.keep_checkpoints, config.trainer.keep_best, config.trainer.keep_every
+        said = recall(run, place, store or HashStore(), folder, lambda: prune(run.checkpoints_dir, *keep), vitals.at)
+        if said:
+            _say(f"{said}.", "note")
     vitals.at("looking at data and checkpoints")
     # One looks at the checkpoints, whose sums take their time, and tells the others.
     chosen, origin = _begin(run, config) if place.rank == 0 else ("", "")
@@ -139,13 +140,41 @@ def _train(
         if place.rank == 0:
             store.set("origin", origin)
             store.set("checkpoint", chosen)
-        store.set_timeout(PATIENCE)
         chosen, origin = (store.get(name).decode() for name in ("checkpoint", "origin"))
     if chosen == _FINISHED:
         return 0
     checkpoint = Checkpoint(run.checkpoints_dir / chosen) if chosen else None
     finished = fit(run, config, checkpoint, stop, vitals, Path(origin) if origin else None)
     return 0 if finished else EXIT_GO_ON
+
+
+def gathered(run: Run, config: Config, place: Place, limits: Limits, vitals: Vitals, port: int) -> TCPStore | None:
+    """Preflight, by all processes: what they can leave each other messages in; None for one process.
+
+    port: where the guard of rank 0 hears the others.
+
+    Raises:
+        UnfitError: naming nodes.
+    """
+    from longseq.launch.slurm import preflight
+
+    def met(store: TCPStore) -> None:
+        if place.rank == 0:
+            store.set("guard", f"{place.address}:{port}")
+        vitals.hub = store.get("guard").decode()
+        vitals.at(f"the first collective. {preflight.LOOK_AT_INTERFACES}")
+        vitals.within = limits.seconds
+
+    vitals.at("preflight")
+    port_file = starts.path_of(run.starts_dir, run.start, "port")
+    try:
+        store, line = preflight.meet(place, own_device(config), limits, port_file, met)
+    except preflight.NotMetError as error:
+        starts.note_end(run.starts_dir, run.start, f"lost {error}")
+        raise
+    if place.rank == 0:
+        print(f"preflight {line}", file=sys.stderr, flush=True)
+    return store
 
 
 def _why(error: Exception) -> str:
@@ -199,7 +228,8 @@ def _redirect(run: Run, rank: int) -> None:
     print(f"longseq: start {run.start}, rank {rank} on {node_name()}", flush=True)
 
 
-def _environment(place: Place) -> None:
+def become(place: Place) -> None:
+    """Have libraries find this process's place in its environment, and no other one's."""
     each = place.world // len(place.nodes)
     threads = os.environ.get("SLURM_CPUS_PER_TASK") or max(1, cores() // each)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))

@@ -5,12 +5,14 @@ Training stands still only while its state is copied; files are written, synced 
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.profilers import Profiler
@@ -24,7 +26,8 @@ from longseq.runs.run import Run
 from longseq.training.callbacks.boundary import StepBoundary
 from longseq.training.callbacks.gradients import GradientNorm, not_finite
 from longseq.training.callbacks.stopping import Settled, StopFlag, StopRequested
-from longseq.training.collectives import ControlGroup
+from longseq.training.collectives import ControlGroup, group_of_its_own
+from longseq.training.memory_copies import FOLDER, MemoryCopies, is_own
 from longseq.training.snapshots import Snapshots
 from longseq.training.task import LanguageModelling
 from longseq.training.writer import Writer
@@ -42,26 +45,47 @@ class Checkpointing(StepBoundary):
         self.profiler = profiler
         self.run, self.config, self.stop, self.gradient_norm = run, config, stop, gradient_norm
         self.writer: Writer | None = None
+        self.memory: MemoryCopies | None = None
+        self._skipped = False
 
     def on_train_start(self, trainer: pl.Trainer, task: pl.LightningModule) -> None:
         self.control = ControlGroup()
         self.writer = Writer(self.run, trainer.global_rank, trainer.world_size, self._prune)
+        if self.config.trainer.memory_checkpoint_every and (folder := os.environ.get(FOLDER)):
+            rank, world = trainer.global_rank, trainer.world_size
+            group = group_of_its_own()
+            self.memory = MemoryCopies(self.run, rank, world, world // trainer.num_nodes, group, Path(folder))
 
     def on_step_boundary(self, trainer: pl.Trainer, task: pl.LightningModule, step: int) -> None:
         assert isinstance(task, LanguageModelling)
         assert self.writer is not None
         every, last = self.config.trainer.checkpoint_every, self.config.trainer.max_steps
-        asked, late, unwritten = self.control.any(self.stop.requested, self.stop.out_of_time, self.writer.failed)
+        memory = self.memory
+        in_memory = memory is not None and step % self.config.trainer.memory_checkpoint_every == 0
+        asked, late, unwritten, busy, failed = self.control.any(
+            self.stop.requested,
+            self.stop.out_of_time,
+            self.writer.failed,
+            in_memory and memory is not None and not memory.ready,
+            in_memory and memory is not None and (memory.failed or not self._finite(trainer, task)),
+        )
         stopping = (asked or late or task.settled) and step < last
         if unwritten:
             self.finish_writing()
         if stopping or step >= last or (every and step % every == 0):
-            if self.control.any(not (task.train_sums.finite and self.gradient_norm.finite(trainer)))[0]:
+            if self.control.any(not self._finite(trainer, task))[0]:
                 self.finish_writing()
                 raise not_finite(self.run, step)
             self._save(trainer, task, step)
+        elif in_memory and not busy and not failed:
+            self._copy(trainer, task, step)
+        elif busy and not failed and not self._skipped and trainer.is_global_zero:
+            self._skipped = True
+            text = "a copy in memory takes longer than trainer.memory_checkpoint_every steps: some are left out"
+            print(f"longseq: warning: {text}.", file=sys.stderr, flush=True)
         if stopping or step >= last:
             self.finish_writing()
+            self._forget(trainer)
         if task.settled and step < last:
             raise Settled
         if stopping and not asked and trainer.is_global_zero:
@@ -79,10 +103,32 @@ class Checkpointing(StepBoundary):
         if self.writer is not None:
             self.writer.finish(_LAST_WORDS_SECONDS)
 
-    def _save(self, trainer: pl.Trainer, task: LanguageModelling, step: int) -> None:
-        settings, directory = self.config.trainer, self.run.checkpoints_dir
+    def _finite(self, trainer: pl.Trainer, task: LanguageModelling) -> bool:
+        return task.train_sums.finite and self.gradient_norm.finite(trainer)
+
+    def _copy(self, trainer: pl.Trainer, task: LanguageModelling, step: int) -> None:
+        """As :meth:`_save`, into the nodes' memory; the snapshot that is being written to the disk stays as it is."""
+        strategy = trainer.strategy
+        assert isinstance(strategy, Snapshots)
+        assert self.memory is not None
+        position, written = self._position(trainer, task, step), strategy.snapshot
+        strategy.snapshot = self.memory.snapshot
+        trainer.save_checkpoint(self.memory.folder)
+        assert strategy.copies is not None
+        self.memory.start(strategy.snapshot, position, strategy.copies.wait)
+        strategy.snapshot = written
+
+    def _forget(self, trainer: pl.Trainer) -> None:
+        """Once all is on the disk, and nobody writes any more: the nodes' memory is free again."""
+        if self.memory is not None:
+            writes = self.control.any(not self.memory.close())[0]  # then the job's script removes it
+            if not writes and trainer.local_rank == 0 and is_own(self.memory.top):
+                shutil.rmtree(self.memory.top, ignore_errors=True)
+
+    def _position(self, trainer: pl.Trainer, task: LanguageModelling, step: int) -> TrainingPosition:
+        settings = self.config.trainer
         loss_sum, correct, targets = task.train_sums.over_ranks(task.device)[:3].tolist()
-        position = TrainingPosition(
+        return TrainingPosition(
             step=step,
             samples=task.samples,
             world_size=trainer.world_size,
@@ -93,6 +139,9 @@ class Checkpointing(StepBoundary):
             valid_loss=task.valid_loss_at(step),
             unlogged=(loss_sum, correct, targets),
         )
+
+    def _save(self, trainer: pl.Trainer, task: LanguageModelling, step: int) -> None:
+        position, directory = self._position(trainer, task, step), self.run.checkpoints_dir
         self.finish_writing()
         partial = checkpoint.partial_path(directory, step, self.run.start)
         if trainer.is_global_zero:

@@ -23,6 +23,7 @@ _ASIDE = (
         "trainer.keep_checkpoints",
         "trainer.keep_best",
         "trainer.keep_every",
+        "trainer.memory_checkpoint_every",
         "trainer.log_every",
         "trainer.probe_every",
     ),

@@ -1,0 +1,79 @@
+"""What a launcher of one's own has told a process, and where that makes its ranks lie."""
+
+from __future__ import annotations
+
+import pytest
+
+from longseq.errors import ConfigError, LongseqError
+from longseq.launch.rank import Meeting, nodes_of
+from longseq.launch.slurm.place import refuse_several_tasks
+
+TORCHRUN = {
+    "RANK": "3",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "4",
+    "MASTER_ADDR": "a",
+    "MASTER_PORT": "12345",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+    "TORCHELASTIC_RESTART_COUNT": "2",
+}
+
+
+def test_each_launcher_is_understood():
+    assert Meeting.of(TORCHRUN) == Meeting(3, 4, 1, "a", 12345, listens=False, attempt=2)
+    srun = {
+        "SLURM_PROCID": "5",
+        "SLURM_STEP_NUM_TASKS": "6",
+        "SLURM_LOCALID": "1",
+        "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1",
+    }
+    assert Meeting.of(srun) == Meeting(5, 6, 1, "10.0.0.1", 29500, listens=True, attempt=0)
+    # A step of a job: mpirun's word counts.
+    mpirun = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "MASTER_ADDR": "b", **srun}
+    assert Meeting.of(mpirun) == Meeting(0, 2, 1, "b", 29500, listens=True, attempt=0)
+
+
+def test_a_process_that_nobody_has_told_its_place_is_refused():
+    with pytest.raises(ConfigError, match=r"^WORLD_SIZE, MASTER_ADDR: not set, .* torchrun, mpirun or srun"):
+        Meeting.of({"RANK": "0"})
+
+
+@pytest.mark.parametrize(
+    ("told", "nodes"),
+    [
+        ([("a", 0), ("a", 1), ("b", 0), ("b", 1)], ("a", "b")),
+        ([("a", None), ("a", None), ("b", None), ("b", None)], ("a", "b")),
+        ([("a", 0), ("a", 0)], ("a", "a")),  # two agents of torchrun on one machine
+        ([("a", None)], ("a",)),
+    ],
+)
+def test_nodes_are_those_of_the_ranks_in_blocks(told, nodes):
+    assert nodes_of(told) == nodes
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        [("a", 0), ("b", 0), ("a", 1), ("b", 1)],  # in turn
+        [("a", None), ("b", None), ("a", None), ("b", None)],
+        [("a", 0), ("a", 1), ("b", 0)],  # unequal
+        [("a", 1), ("a", 0)],
+    ],
+)
+def test_ranks_that_are_not_in_equal_blocks_are_refused(told):
+    with pytest.raises(ConfigError, match=r"the ranks \(0 on a, .*in blocks"):
+        nodes_of(told)
+
+
+@pytest.mark.parametrize(
+    ("verb", "advice"),
+    [
+        ("fit", "python -m longseq.launch.rank fit CONFIG`"),
+        ("resume", "python -m longseq.launch.rank resume RUN`"),
+        ("finetune", "Start it once"),
+    ],
+)
+def test_a_launcher_that_starts_a_verb_several_times_is_told_what_to_start(verb, advice):
+    with pytest.raises(LongseqError, match=f"longseq {verb}: process 3 of 4 .*{advice}"):
+        refuse_several_tasks(TORCHRUN, verb)
+    refuse_several_tasks({**TORCHRUN, "WORLD_SIZE": "1"}, verb)
