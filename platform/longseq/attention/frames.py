@@ -102,6 +102,8 @@ class Frame(nn.Module):
         learned: with a learned covariance.
     """
 
+    constants: Tensor
+
     def __init__(self, heads: int, head_dim: int, kernel: str, *, learned: bool):
         super().__init__()
         self.kernel = kernel
@@ -124,13 +126,13 @@ class Frame(nn.Module):
 
     @property
     def _numbers(self) -> Tensor:
-        made: Tensor = self.constants.view(torch.float64)  # type: ignore[operator]
+        made: Tensor = self.constants.view(torch.float64)
         return made
 
     @property
     def open_constants(self) -> Tensor | None:
         """As they are before they are found."""
-        return torch.zeros_like(self.constants) if self.kernel else None  # type: ignore[arg-type]
+        return torch.zeros_like(self.constants) if self.kernel else None
 
     @property
     def calibrated(self) -> bool:
@@ -160,7 +162,7 @@ class Frame(nn.Module):
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         self._a = None
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
+        super()._load_from_state_dict(*args, **kwargs)
 
 
 def frame_of(options: AttentionOptions, heads: int, head_dim: int) -> Frame | None:

@@ -317,7 +317,7 @@ class FavorAttention(nn.Module):
     def call(self, gate: Tensor | None = None) -> Call:
         """What this layer asks of attention at this moment, with forget gates of these positions."""
         draw = self._draw if is_traced() else self.draw
-        a = (self.oprf_a if self.frame is None else self.frame.a) or 0.0
+        a = self.oprf_a or (self.frame and self.frame.a) or 0.0
         learned = self.log_share, self.log_decay, gate
         return Call(self.options, self.causal, self.seed, self.layer, draw, a, *learned, log_decay=True)
 
@@ -371,7 +371,7 @@ class FavorAttention(nn.Module):
         if self.frame is not None and not self.frame.calibrated:
             self.frame.find(q, k)
             return
-        moments = summed_over_ranks(oprf_moments(q, k))
+        moments = summed_over_ranks(oprf_moments(*self.framed(q, k)))
         if moments[..., -1].min() == 0:
             return  # padding alone, on all ranks: the next batch decides
         a = oprf_a_from_moments(moments)

@@ -12,6 +12,7 @@ from torch import Tensor
 from longseq.attention import FavorAttention, favor_attention
 from longseq.attention.feature_maps import feature_map
 from longseq.attention.frames import best_frame, frame_moments
+from longseq.attention.oprf import oprf_parameter
 
 D, HEADS = 4, 2
 KERNELS = pytest.mark.parametrize("kernel", ["sderf", "aderf"])
@@ -260,6 +261,13 @@ def test_gradients_of_a_learned_covariance_are_those_of_finite_differences(kerne
                 ends.append((weight * module(x)).sum().item())
                 module.frame.covariance[at] -= sign * step
             assert found[at].item() == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-5)
+
+
+def test_oprf_finds_its_constant_behind_a_learned_covariance():
+    module = calibrated(kernel="oprf", learned_covariance=True)
+    q, k, _ = module.project(sample())
+    assert module.call().oprf_a == pytest.approx(oprf_parameter(*module.framed(q, k)), abs=1e-9)
+    assert module.call().oprf_a < -1e-3
 
 
 def test_a_learned_covariance_begins_as_none():
