@@ -13,6 +13,8 @@ from longseq.attention import FavorAttention, favor_attention
 from longseq.attention.feature_maps import feature_map
 from longseq.attention.frames import best_frame, frame_moments
 from longseq.attention.oprf import oprf_parameter
+from longseq.models.performer import PerformerLM
+from longseq.models.spec import PerformerSpec
 
 D, HEADS = 4, 2
 KERNELS = pytest.mark.parametrize("kernel", ["sderf", "aderf"])
@@ -276,3 +278,19 @@ def test_a_learned_covariance_begins_as_none():
     torch.manual_seed(0)
     learned = FavorAttention(12, HEADS, causal=True, features=16, learned_covariance=True)
     torch.testing.assert_close(plain(sample()), learned(sample()))
+
+
+@pytest.mark.parametrize("how", [{"activation_checkpointing": True}, {"sequence_tile": 32}])
+def test_the_first_step_has_the_same_gradients_recomputed_and_in_tiles(how):
+    """Where a block is computed again its constants are there already."""
+    sizes = {"vocabulary": 11, "dim": 24, "depth": 2, "heads": 3, "ffn_dim": 20, "causal": True, "features": 16}
+    tokens, targets = torch.randint(11, (2, 2, 90), generator=torch.Generator().manual_seed(2))
+    found = []
+    for more in ({}, how):
+        torch.manual_seed(0)
+        model = PerformerLM(PerformerSpec(**sizes, kernel="aderf", learned_covariance=True, window=5, **more)).train()
+        assert model.spec.parameter_count == sum(weight.numel() for weight in model.parameters())
+        model(tokens, targets=targets)[0].backward()
+        found.append({name: weight.grad for name, weight in model.named_parameters()})
+        assert all(block.attention.calibrated for block in model.blocks)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
