@@ -37,6 +37,8 @@ KINDS = {
     "exact gate": ("attention.forget_gate=true", "attention.kind=exact"),
     "qk_norm": ("attention.qk_norm=true",),
     "relu": ("attention.kernel=relu",),
+    "aderf": ("attention.kernel=aderf", "attention.window=16"),
+    "learned covariance": ("attention.learned_covariance=true",),
     "rmsnorm": ("model.norm_kind=rmsnorm", "model.bias=false"),
     "swiglu": ("model.ffn=swiglu",),
     "relu2": ("model.ffn=relu2",),

@@ -13,7 +13,7 @@ from torch import Tensor
 from longseq.attention import gates
 from longseq.attention.arguments import dtypes, floating, whole
 from longseq.attention.feature_maps import feature_map
-from longseq.attention.options import AttentionOptions
+from longseq.attention.options import AttentionOptions, OprfA
 from longseq.attention.scan import Rows
 
 
@@ -33,7 +33,7 @@ class Call:
     seed: int = 0
     layer: int = 0
     draw: int | Tensor = 0
-    oprf_a: float = 0.0
+    oprf_a: OprfA = 0.0
     far_share: Tensor | None = None
     decay: Tensor | None = None
     gate: Tensor | None = None

@@ -24,7 +24,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from longseq.attention.arguments import HALF
 from longseq.attention.operators import is_traced
-from longseq.attention.options import OWN_KERNELS, PAIRED_KERNELS, AttentionOptions
+from longseq.attention.oprf import log_factor, shift, stretch
+from longseq.attention.options import FRAMED_KERNELS, OWN_KERNELS, PAIRED_KERNELS, AttentionOptions, OprfA
 from longseq.attention.projections import projection_matrix
 
 _LOG2E = math.log2(math.e)
@@ -271,7 +272,7 @@ def feature_map(
     layer: int = 0,
     draw: int | Tensor = 0,
     projection: str = "orthogonal",
-    oprf_a: float = 0.0,
+    oprf_a: OprfA = 0.0,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     operands: torch.dtype | None = None,
@@ -285,6 +286,9 @@ def feature_map(
     - ``oprf``: m^-1/2 · (1−4A)^{d/4} · exp(A‖ω‖² + √(1−4A)·u − ‖x‖²/2), A = ``oprf_a`` ≤ 0 (FAVOR++, Likhosherstov et
       al. 2022, arXiv 2205.15317). A = 0 is ``softmax``; :func:`longseq.attention.oprf.oprf_parameter`
       gives the A of least variance.
+    - ``sderf``, ``aderf``: the same with A diagonal, ``oprf_a`` a number a coordinate, for q and k that
+      :class:`longseq.attention.frames.Frame` has turned to the coordinates of least variance (FAVOR#, Likhosherstov et
+      al. 2023, arXiv 2302.00787).
     - ``trigonometric``: (m/2)^-1/2 · exp(+‖x‖²/2) · [cos u, sin u] from m/2 projections. Signed, so that denominators
       may vanish: for comparison.
 
@@ -302,7 +306,7 @@ def feature_map(
         head_dim: d.
         seed, layer, draw: the projection is a function of these three numbers.
         projection: "orthogonal" (blocks of d orthogonal rows) or "iid".
-        oprf_a: A, for ``oprf`` only.
+        oprf_a: A, for ``oprf``, or a tuple of head_dim of them for ``sderf`` and ``aderf``.
         device: of the inputs to come.
         dtype: what features are computed in; fp32 or float64.
         operands: what the inputs to come are. For bf16 and fp16 the rows ω·d^-1/4 are rounded to it, once, so that all
@@ -332,8 +336,7 @@ def feature_map(
         device=device,
         dtype=exact,
     )
-    log_constant, stretch = -0.5 * math.log(features), 1 - 4 * oprf_a
-    factors = (scale, stretch**0.5) if kernel == "oprf" else (scale,)
+    log_constant, factors = -0.5 * math.log(features), (scale, stretch(oprf_a)) if oprf_a else (scale,)
     if half and operands is not None:
         weight = (_rounded if is_traced() else _kept_rounded)(omega, factors, operands, dtype)
     else:
@@ -342,9 +345,8 @@ def feature_map(
         return PositiveExponential(weight, None, log_constant)
     if kernel == "hyperbolic":
         return PositiveExponential(torch.cat((weight, -weight)), None, log_constant)
-    if kernel == "oprf":
-        shift = (omega.square().sum(-1) * oprf_a).to(dtype) if oprf_a else None
-        return PositiveExponential(weight, shift, log_constant + head_dim / 4 * math.log(stretch))
+    if kernel in ("oprf", *FRAMED_KERNELS):
+        return PositiveExponential(weight, shift(omega, oprf_a, dtype), log_constant + log_factor(oprf_a, head_dim))
     if kernel == "trigonometric":
         phase = torch.zeros_like(weight[:, 0])
         return Trigonometric(torch.cat((weight, weight)), torch.cat((phase, phase + math.pi / 2)))
@@ -353,13 +355,14 @@ def feature_map(
     return Generalised(weight, _ACTIVATIONS[kernel], log_constant)
 
 
-def _scaled(omega: Tensor, factors: tuple[float, ...]) -> Tensor:
+def _scaled(omega: Tensor, factors: tuple[OprfA, ...]) -> Tensor:
     for factor in factors:
-        omega = omega * factor
+        by = torch.tensor(factor, dtype=omega.dtype, device=omega.device) if isinstance(factor, tuple) else factor
+        omega = omega * by
     return omega
 
 
-def _rounded(omega: Tensor, factors: tuple[float, ...], operands: torch.dtype, dtype: torch.dtype) -> Tensor:
+def _rounded(omega: Tensor, factors: tuple[OprfA, ...], operands: torch.dtype, dtype: torch.dtype) -> Tensor:
     """Rows of 16-bit operands, in ``dtype``."""
     with torch.inference_mode(False), torch.no_grad():
         return _scaled(omega, factors).to(operands).to(dtype)

@@ -20,7 +20,7 @@ from longseq.attention.context.whole import whole
 from longseq.attention.heads import lay_out
 from longseq.attention.isolation import Inputs, Sight, isolated
 from longseq.attention.operations import bidirectional_attention, scan, window_attention
-from longseq.attention.options import AttentionOptions
+from longseq.attention.options import AttentionOptions, OprfA
 from longseq.attention.parts import Part, combine
 from longseq.attention.scan import Rows
 
@@ -44,7 +44,7 @@ def favor_attention(
     layer: int = 0,
     draw: int = 0,
     projection: str = "orthogonal",
-    oprf_a: float = 0.0,
+    oprf_a: OprfA = 0.0,
     backend: str = "auto",
     context: ContextGroup | None = None,
 ) -> Tensor:
@@ -81,7 +81,8 @@ def favor_attention(
             2503.02130). Counted as −100 and more. May require a gradient.
         seed, layer, draw: the projection matrix is a function of these three numbers.
         projection: "orthogonal" (blocks of orthogonal rows) or "iid".
-        oprf_a: the constant A ≤ 0 of kernel "oprf" (see :func:`longseq.attention.oprf.oprf_parameter`).
+        oprf_a: the constant A ≤ 0 of kernel "oprf" (see :func:`longseq.attention.oprf.oprf_parameter`); of "sderf" and
+            "aderf" one a coordinate, for q and k as :class:`longseq.attention.frames.Frame` makes them.
         backend: "torch", "native" (CPU) or "triton" (CUDA), where what they cannot do is an error, or "auto": the
             latter where they can.
         context: the ranks that hold the sequences together: q, k, v, key_padding and segments are this rank's slices,

@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any, SupportsIndex
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from longseq.attention.arguments import floating
@@ -18,6 +17,7 @@ from longseq.attention.call import Call
 from longseq.attention.carried import State, carried_attention
 from longseq.attention.context.group import ContextGroup, SlicedDocuments
 from longseq.attention.convolution import ShortConvolution
+from longseq.attention.frames import exchanged, frame_of, summed_over_ranks
 from longseq.attention.functional import attention
 from longseq.attention.gates import ForgetGate, log_rates
 from longseq.attention.heads import split_heads
@@ -56,7 +56,8 @@ class FavorAttention(nn.Module):
             temperature τ a head: qᵀk/√d becomes τ · cosine), ``learned_share`` (a learned factor a head on every weight
             beyond the window), ``learned_decay`` (a learned decay a head, e^{−γ·distance} on every weight) and
             ``forget_gate`` (a factor f = sigmoid(w·x + b) of each token and head on all weights that pass it; at the
-            beginning w = 0, and f are the factors e^{−γ} of the learned decay's beginning).
+            beginning w = 0, and f are the factors e^{−γ} of the learned decay's beginning) and ``learned_covariance``
+            (of each head's projections: see :class:`longseq.attention.frames.Frame`).
 
     Raises:
         ValueError: for sizes that do not divide, and options that attention refuses.
@@ -100,6 +101,7 @@ class FavorAttention(nn.Module):
         if self._finds_a:
             self.register_buffer("oprf_constant", torch.tensor(_NOT_YET, dtype=torch.int64))
         self._oprf_a: float | None = None
+        self.frame = frame_of(options, heads, self.head_dim)
         self.context: ContextGroup | None = None  # set: forward takes this rank's slices of longer sequences
 
     def forward(
@@ -160,6 +162,7 @@ class FavorAttention(nn.Module):
             rest = carried[:-1]
         q, k, v = self._heads(qkv, rotary)
         v, first = self.with_first(v, first)
+        q, k = self.framed(q, k)
         mixed, state = carried_attention(q, k, v, rest, self.call(*gate), wide=wide)
         return self._results(self.merge(mixed), state if self.conv is None else (*state, before), first)
 
@@ -188,6 +191,7 @@ class FavorAttention(nn.Module):
         qkv, (before, behind) = self.qkv(x), beside
         q, k, v = self._heads(qkv if self.conv is None else self.conv.inside(qkv, beside), rotary)
         v, first = self.with_first(v, first)
+        q, k = self.framed(q, k)
         call = self.call(*(gate[..., before : x.shape[1] - behind] for gate in self._gates(x)))
         return (q, k, v, call), first
 
@@ -245,6 +249,7 @@ class FavorAttention(nn.Module):
         qkv, before = self._following(self.qkv(x), None, padding)
         q, k, v = self._heads(qkv, rotary)
         v, first = self.with_first(v, first)
+        q, k = self.framed(q, k)
         out, state = read(q, k, v, self.call(*self._gates(x)), padding)
         return self._results(self.merge(out), replace(state, before=before), first)
 
@@ -256,6 +261,7 @@ class FavorAttention(nn.Module):
         qkv, before = self._following(self.qkv(x), state.before, None)
         q, k, v = self._heads(qkv, rotary)
         v, first = self.with_first(v, first)
+        q, k = self.framed(q, k)
         out, state = decode(q, k, v, state, *self._gates(x))
         return self._results(self.merge(out), replace(state, before=before), first)
 
@@ -303,25 +309,17 @@ class FavorAttention(nn.Module):
         options, whole = self.options, k.shape[2] * (self.context.size if self.context else 1)
         if self.log_share is not None and self.training and (options.kind == "exact" or options.window >= whole):
             v = v + 0 * self.log_share.sum()  # nothing is far: a gradient of 0, as DDP waits for every parameter's
-        if self._finds_a and self.training and self.oprf_a is None:
+        if self.training and not self.calibrated:
             self._calibrate(q, k, padding)
+        q, k = self.framed(q, k)
         return attention(q, k, v, self.call(gate), padding, segments, context=self.context)
 
     def call(self, gate: Tensor | None = None) -> Call:
         """What this layer asks of attention at this moment, with forget gates of these positions."""
-        draw, a = self._draw if is_traced() else self.draw, self.oprf_a or 0.0
-        return Call(
-            self.options,
-            self.causal,
-            self.seed,
-            self.layer,
-            draw,
-            a,
-            self.log_share,
-            self.log_decay,
-            gate,
-            log_decay=True,
-        )
+        draw = self._draw if is_traced() else self.draw
+        a = self.oprf_a or (self.frame and self.frame.a) or 0.0
+        learned = self.log_share, self.log_decay, gate
+        return Call(self.options, self.causal, self.seed, self.layer, draw, a, *learned, log_decay=True)
 
     @property
     def draw(self) -> int:
@@ -350,8 +348,12 @@ class FavorAttention(nn.Module):
 
     @property
     def calibrated(self) -> bool:
-        """Whether its kernel has the constant that the first training step fixes, or has none."""
-        return not self._finds_a or self.oprf_a is not None
+        """Whether its kernel has the constants that the first training step fixes, or has none."""
+        return (not self._finds_a or self.oprf_a is not None) and (self.frame is None or self.frame.calibrated)
+
+    def framed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys as features and scores read them: see :class:`longseq.attention.frames.Frame`."""
+        return (q, k) if self.frame is None else self.frame(q, k)
 
     @property
     def oprf_a(self) -> float | None:
@@ -363,12 +365,13 @@ class FavorAttention(nn.Module):
 
     @torch.no_grad()
     def _calibrate(self, q: Tensor, k: Tensor, padding: Tensor | None) -> None:
-        """Fix A for good from this batch, the same on all ranks (arXiv 2205.15317 estimates it likewise)."""
+        """Fix constants for good from this batch, the same on all ranks (arXiv 2205.15317 estimates A likewise)."""
         if padding is not None:
             q, k = (t.transpose(1, 2)[padding].transpose(0, 1)[None] for t in (q, k))  # (1, H, real positions, D)
-        moments = oprf_moments(q, k)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(moments)
+        if self.frame is not None and not self.frame.calibrated:
+            self.frame.find(q, k)
+            return
+        moments = summed_over_ranks(oprf_moments(*self.framed(q, k)))
         if moments[..., -1].min() == 0:
             return  # padding alone, on all ranks: the next batch decides
         a = oprf_a_from_moments(moments)
@@ -376,10 +379,9 @@ class FavorAttention(nn.Module):
             self.oprf_constant.fill_(round(a / _UNIT))  # type: ignore[operator]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # A checkpoint of another kernel has no constant: it is fixed at the first training step here.
-        if self._finds_a:
-            state_dict.setdefault(prefix + "oprf_constant", torch.tensor(_NOT_YET, dtype=torch.int64))
-        else:
-            state_dict.pop(prefix + "oprf_constant", None)
+        # A checkpoint of another kernel has no constants: they are fixed at the first training step here.
+        open_a = torch.tensor(_NOT_YET, dtype=torch.int64) if self._finds_a else None
+        exchanged(state_dict, prefix + "oprf_constant", open_a)
+        exchanged(state_dict, prefix + "frame.constants", None if self.frame is None else self.frame.open_constants)
         self._oprf_a = None
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

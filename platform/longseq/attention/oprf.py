@@ -1,4 +1,4 @@
-"""The constant A of kernel "oprf" that makes its estimates vary least, from queries and keys."""
+"""The constant A of kernel "oprf" that makes its estimates vary least, from queries and keys; and what A does."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 
 import torch
 from torch import Tensor
+
+from longseq.attention.options import OprfA
 
 
 def oprf_parameter(q: Tensor, k: Tensor) -> float:
@@ -42,5 +44,30 @@ def oprf_a_from_moments(moments: Tensor) -> float:
     d = mean_q.shape[-1] - 1
     squared = mean_q[:, -1] + mean_k[:, -1] + 2 * (mean_q[:, :-1] * mean_k[:, :-1]).sum(-1)  # mean ‖x + y‖²
     ratio = max(squared.mean().item(), 0.0) / d
-    made: float = (1 - 2 * ratio - math.sqrt((2 * ratio + 1) ** 2 + 8 * ratio)) / 16
+    return best_a(ratio)
+
+
+def best_a(size: float) -> float:
+    """A ≤ 0 of least variance for a coordinate of x + y with this mean square."""
+    made: float = (1 - 2 * size - math.sqrt((2 * size + 1) ** 2 + 8 * size)) / 16
     return made
+
+
+def stretch(a: OprfA) -> OprfA:
+    """√(1 − 4A), by which ω is multiplied: of the coordinates of A's diagonal, or one number."""
+    return tuple((1 - 4 * one) ** 0.5 for one in a) if isinstance(a, tuple) else (1 - 4 * a) ** 0.5
+
+
+def shift(omega: Tensor, a: OprfA, dtype: torch.dtype) -> Tensor | None:
+    """ωᵀAω of each row of ω, (m,)."""
+    squares = omega.square()
+    if isinstance(a, tuple):
+        return (squares @ torch.tensor(a, dtype=omega.dtype, device=omega.device)).to(dtype)
+    return (squares.sum(-1) * a).to(dtype) if a else None
+
+
+def log_factor(a: OprfA, head_dim: int) -> float:
+    """log det(1 − 4A)^1/4."""
+    if isinstance(a, tuple):
+        return sum(math.log(1 - 4 * one) for one in a) / 4
+    return head_dim / 4 * math.log(1 - 4 * a)

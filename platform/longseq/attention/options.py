@@ -12,14 +12,19 @@ from typing import Any, SupportsIndex
 
 LARGEST = 2**63 - 1
 
+OprfA = float | tuple[float, ...]  # A of the kernels oprf, sderf and aderf
+
 KINDS = ("favor", "exact")
 KERNELS = (
-    "softmax", "hyperbolic", "oprf", "trigonometric", "smreg", "relu_direct", "exp",
+    "softmax", "hyperbolic", "oprf", "sderf", "aderf", "trigonometric", "smreg", "relu_direct", "exp",
     "relu", "sigmoid", "abs", "gelu", "cos", "tanh", "identity", "elu",
 )  # fmt: skip
 PAIRED_KERNELS = ("hyperbolic", "trigonometric")  # two features a projection
 SIGNED_KERNELS = ("trigonometric", "gelu", "cos", "tanh", "identity")  # their denominators may vanish
-OWN_KERNELS = ("softmax", "hyperbolic", "oprf", "smreg", "relu", "relu_direct")  # written in C++ and in Triton
+FRAMED_KERNELS = ("sderf", "aderf")  # a number A a coordinate, and constants of each head
+OWN_KERNELS = (  # written in C++ and in Triton
+    "softmax", "hyperbolic", "oprf", *FRAMED_KERNELS, "smreg", "relu", "relu_direct",
+)  # fmt: skip
 PROJECTIONS = ("orthogonal", "iid")
 BACKENDS = ("auto", "torch", "native", "triton")
 
@@ -78,6 +83,9 @@ class AttentionOptions:
     forget_gate: bool = option(
         False, "weights decay at a rate that each head learns to read off the token: forget gates (arXiv 2503.02130)"
     )
+    learned_covariance: bool = option(
+        False, "each head learns the covariance of its projections, which begins as 1: DARKFormer (arXiv 2603.04127)"
+    )
     projection: str = option("orthogonal", "rows of the random projections", choices=PROJECTIONS)
     backend: str = option(
         "auto",
@@ -87,13 +95,13 @@ class AttentionOptions:
     redraw_every: int = option(1000, "optimiser steps between draws of the projections; 0: never", at_least=0)
 
     def check(
-        self, *, causal: bool = True, documents: str = "", decays: str = "", oprf_a: float = 0.0, at: str = ""
+        self, *, causal: bool = True, documents: str = "", decays: str = "", oprf_a: OprfA = 0.0, at: str = ""
     ) -> None:
         """Refuse what no attention can do.
 
         Args:
             documents, decays: what asks for documents in a row, or for a decay; empty: there are none.
-            oprf_a: the constant of kernel ``oprf``.
+            oprf_a: the constant of kernel ``oprf``; of ``sderf`` and ``aderf`` a tuple, or 0.
             at: written before an option's name, as ``attention.`` in a configuration.
 
         Raises:
@@ -129,9 +137,12 @@ class AttentionOptions:
                 f"{asked} and {at}kernel={kernel} with a masked objective (keys on both sides): features of both signs "
                 "cannot share two denominators; take kernel softmax or relu"
             )
-        if not (math.isfinite(oprf_a) and oprf_a <= 0):
+        each = oprf_a if isinstance(oprf_a, tuple) else (oprf_a,)
+        if not all(math.isfinite(a) and a <= 0 for a in each):
             raise ValueError(f"oprf_a must be a finite number, 0 or below; got {oprf_a}")
-        if oprf_a and kernel != "oprf":
+        if isinstance(oprf_a, tuple) and kernel not in FRAMED_KERNELS:
+            raise ValueError(f"oprf_a is one number for kernel {kernel!r}; only sderf and aderf have one a coordinate")
+        if any(each) and kernel not in ("oprf", *FRAMED_KERNELS):
             raise ValueError(f"oprf_a belongs to kernel 'oprf'; kernel {kernel!r} got {oprf_a}, set it to 0")
 
     @property

@@ -36,7 +36,7 @@ def quadratic_attention(
     window: int = 0,
     key_padding: Tensor | None = None,
     segments: Tensor | None = None,
-    oprf_a: float = 0.0,
+    oprf_a: float | tuple[float, ...] = 0.0,
     far_share: Tensor | None = None,
     decay: Tensor | None = None,
     gate: Tensor | None = None,
@@ -54,7 +54,7 @@ def quadratic_attention(
         window: pairs with |i − j| < window are exact; 0 for none.
         key_padding: (batch, L) bool, True where a key is real. 1 = keep.
         segments: (batch, L) integers. Maximal runs of equal neighbours are documents; none sees another.
-        oprf_a: A ≤ 0 of "oprf".
+        oprf_a: A ≤ 0 of "oprf"; of "sderf" and "aderf" one a coordinate.
         far_share: (heads,), log of a factor on every feature pair.
         decay: (heads,), γ ≥ 0: every weight is multiplied by exp(−γ|i − j|).
         gate: (batch, heads, L), log f ≤ 0: every weight is multiplied by the f of positions j + 1 … i, or i + 1 … j.
@@ -97,12 +97,17 @@ def quadratic_attention(
 
 
 def _feature_products(
-    x: Tensor, y: Tensor, omega: Tensor | None, kernel: str, oprf_a: float, operands: torch.dtype | None
+    x: Tensor,
+    y: Tensor,
+    omega: Tensor | None,
+    kernel: str,
+    oprf_a: float | tuple[float, ...],
+    operands: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """Sign and log-magnitude of φ(x_i)ᵀφ(y_j), (batch, heads, Lq, Lk) each."""
     scale = x.shape[-1] ** -0.25
 
-    def rounded(omega: Tensor, factor: float = 1.0) -> Tensor:
+    def rounded(omega: Tensor, factor: float | Tensor = 1.0) -> Tensor:
         return omega if operands is None else (omega * scale * factor).to(operands).double() / (scale * factor)
 
     def half_norm(x: Tensor) -> Tensor:
@@ -126,15 +131,16 @@ def _feature_products(
         return product.sign(), product.abs().log()
 
     def log_phi(x: Tensor) -> Tensor:
-        u = x @ rounded(omega, math.sqrt(1 - 4 * oprf_a)).T
+        a = torch.tensor(oprf_a, dtype=x.dtype, device=x.device)
+        root = (1 - 4 * a).sqrt()
+        u = (x * root) @ rounded(omega, root).T
         if kernel in ("softmax", "smreg"):
             return u - half_norm(x) - math.log(rows) / 2
         if kernel == "hyperbolic":
             return torch.cat((u, -u), -1) - half_norm(x) - math.log(2 * rows) / 2
-        if kernel == "oprf":
-            stretch = 1 - 4 * oprf_a
-            exponent = oprf_a * omega.square().sum(-1) + math.sqrt(stretch) * u - half_norm(x)
-            return exponent + d / 4 * math.log(stretch) - math.log(rows) / 2
+        if kernel in ("oprf", "sderf", "aderf"):
+            exponent = (a * omega.square()).sum(-1) + u - half_norm(x)
+            return exponent + root.expand(d).log().sum() / 2 - math.log(rows) / 2
         if kernel == "exp":
             return torch.logaddexp(u, torch.full_like(u, math.log(_EPSILON))) - math.log(rows) / 2
         raise ValueError(f"no reference for kernel {kernel!r}")

@@ -29,7 +29,7 @@ SCORED = 512  # sequences of a split, where no evaluation is kept
 _DRAWS = 4
 _DRAWN = {"from", "to", "targets", "accuracy", "perplexity"}  # of each bucket of lengths
 # Kernels whose expectation is the softmax's.
-_ESTIMATES = ("softmax", "hyperbolic", "oprf", "trigonometric", "smreg")
+_ESTIMATES = ("softmax", "hyperbolic", "oprf", "sderf", "aderf", "trigonometric", "smreg")
 
 
 def figures(source: Source) -> Iterator[tuple[str, Figure]]:

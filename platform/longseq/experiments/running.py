@@ -24,7 +24,7 @@ from longseq.runs.curves import read_curves
 from longseq.runs.run import Run
 from longseq_data.files import write_text
 
-_LEARNED = ("qk_norm", "learned_share", "learned_decay", "forget_gate")
+_LEARNED = ("qk_norm", "learned_share", "learned_decay", "forget_gate", "learned_covariance")
 _RESULT = ("group", "variant", "seed", "splits", "curve")
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 CHUNK = 128  # queries whose weights exist at a time
 EPSILON = 1e-3  # of the kernels f(u) + ε
 NOTHING = -1e30  # the log-scale of no key at all: finite, so that differences are 0 and not NaN
+FRAMED = ("sderf", "aderf")
 SIGNED = ("trigonometric", "gelu", "cos", "tanh", "identity")  # kernels whose denominators may vanish
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu, "relu_direct": F.relu, "sigmoid": torch.sigmoid, "abs": torch.abs, "gelu": F.gelu, "cos": torch.cos,
@@ -46,33 +47,63 @@ class Gate(nn.Module):
         return F.logsigmoid(F.linear(x.to(self.weight.dtype), self.weight).float() + self.bias.float()).mT
 
 
+class Frame(nn.Module):
+    """Coordinates in which the features of sderf and aderf (arXiv 2302.00787) vary least, q → R q and k → R^-T (k − c),
+    found by longseq; and a learned covariance of the projections (arXiv 2603.04127). ``constants``: R, R^-T, c and A's
+    diagonal of each head, the bits of float64 numbers; 0 if they are not found yet."""
+
+    constants: Tensor
+
+    def __init__(self, heads: int, d: int, kernel: str, learned: bool):
+        super().__init__()
+        self.framed = kernel in FRAMED
+        self.covariance = nn.Parameter(torch.zeros(heads, d, d)) if learned else None
+        if self.framed:
+            self.register_buffer("constants", torch.zeros(heads, 2 * d + 2, d, dtype=torch.int64))
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        d, wide = q.shape[-1], torch.promote_types(q.dtype, torch.float32)
+        if self.covariance is not None:
+            metric = torch.eye(d, device=q.device) + self.covariance.to(wide)
+            q, k = ((t.to(wide) @ metric.mT).to(t.dtype) for t in (q, k))
+        if self.framed and self.constants.any():
+            to_q, to_k, centre, _ = self.constants.view(torch.float64).to(wide).split((d, d, 1, 1), dim=1)
+            q, k = ((t.to(wide) @ by.mT).to(t.dtype) for t, by in ((q, to_q), (k.to(wide) - centre, to_k)))
+        return q, k
+
+    @property
+    def a(self) -> Tensor:
+        """A's diagonal, 0 of other kernels."""
+        return self.constants[0, -1].cpu().view(torch.float64) if self.framed else torch.zeros((), dtype=torch.float64)
+
+
 class FeatureMap:
     """φ(x) = features · exp(log_scale) of rows x (..., D), whose product estimates exp(qᵀk/√D) for the first kernels.
 
     With u = ωᵀx·D^-1/4 it is exp(u − ‖x‖²/(2√D)) for softmax, smreg (rows of length √D), hyperbolic (of u and −u) and
-    oprf (arXiv 2205.15317); [cos u, sin u] · exp(+‖x‖²/(2√D)) for trigonometric; and f(u) + ε for the others.
+    oprf (arXiv 2205.15317), sderf, aderf; [cos u, sin u] · exp(+‖x‖²/(2√D)) for trigonometric; f(u) + ε for all others.
 
     Args:
         rows: ω of :func:`projections`; None for relu_direct.
         features: m.
         like: a query: its device, and the dtype whose precision the rows have.
-        a: oprf's constant A ≤ 0.
+        a: oprf's constant A ≤ 0, float64; of sderf and aderf one a coordinate.
     """
 
-    def __init__(self, kernel: str, rows: Tensor | None, features: int, like: Tensor, a: float = 0.0):
+    def __init__(self, kernel: str, rows: Tensor | None, features: int, like: Tensor, a: Tensor):
         self.kernel, d = kernel, like.shape[-1]
         wide = torch.promote_types(like.dtype, torch.float32)
         half = like.dtype in (torch.float16, torch.bfloat16)
         exact = torch.float64 if half else wide  # rounded once, not twice
         omega = torch.eye(d, dtype=exact, device="cpu") if rows is None else rows.to(exact)
         stretch = 1 - 4 * a
-        weight = omega * d**-0.25 * stretch**0.5
+        weight = omega * d**-0.25 * stretch.sqrt().to(exact)
         weight = (weight.to(like.dtype) if half else weight).to(like.device, wide)
         pair = {"hyperbolic": -weight, "trigonometric": weight}.get(kernel)
         self.weight = weight if pair is None else torch.cat((weight, pair))
-        self.shift = (omega.square().sum(-1) * a).to(like.device, wide) if a else 0.0
+        self.shift = (omega.square() * a).sum(-1).to(like.device, wide) if a.any() else 0.0
         count = 1 if rows is None else features / 2 if kernel == "trigonometric" else features
-        self.log_constant = d / 4 * math.log(stretch) - 0.5 * math.log(count)
+        self.log_constant = float(stretch.expand(d).log().sum()) / 4 - 0.5 * math.log(count)
 
     @property
     def positive(self) -> bool:

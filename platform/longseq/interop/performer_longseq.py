@@ -38,6 +38,7 @@ class Layer:
     learned_decay: bool
     projection: str  # orthogonal, or iid
     forget_gate: bool = False
+    learned_covariance: bool = False
 
 
 @dataclass(frozen=True)
@@ -257,6 +258,7 @@ class Attention(nn.Module):
         self.gate = Gate(s.dim, slopes.exp()) if o.forget_gate else None
         if o.kernel == "oprf" and o.kind == "favor":  # its constant A in units of 1e-9; 1: not found yet, counts as 0
             self.register_buffer("oprf_constant", torch.tensor(1, dtype=torch.int64))
+        self.frame = favor.Frame(heads, s.dim // heads, o.kernel if o.kind == "favor" else "", o.learned_covariance)
         self._maps: dict[tuple[Any, ...], FeatureMap] = {}
 
     def forward(
@@ -277,8 +279,9 @@ class Attention(nn.Module):
         if self.value_mix is not None:
             v = v + self.value_mix.to(v.dtype) * (first - v)
         with torch.autocast(x.device.type, enabled=False):
+            q, k = self.frame(q.to(v.dtype), k.to(v.dtype))
             attend = self._exact if self.options.kind == "exact" else self._favor
-            mixed, keys = attend(q.to(v.dtype), k.to(v.dtype), v, real, self._forgotten(x), past)
+            mixed, keys = attend(q, k, v, real, self._forgotten(x), past)
         return self.out(mixed.to(v.dtype).transpose(1, 2).flatten(2)), first, (*keys, *inputs)
 
     @property
@@ -364,7 +367,7 @@ class Attention(nn.Module):
                 how = s.seed, self.number, s.draw, o.projection == "orthogonal", o.kernel == "smreg"
                 rows = favor.projections(number, like.shape[-1], *how)
             stored = int(self.oprf_constant) if o.kernel == "oprf" else 1
-            a = 0.0 if stored == 1 else stored * 1e-9
+            a = self.frame.a + (0.0 if stored == 1 else stored * 1e-9)
             with torch.inference_mode(False):  # a training may follow
                 self._maps[like.device, like.dtype] = FeatureMap(o.kernel, rows, o.features, like, a)
         return self._maps[like.device, like.dtype]

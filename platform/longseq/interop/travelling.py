@@ -29,6 +29,7 @@ _LANGUAGE["fim"] = _LANGUAGE["causal"]
 # What the code computes: the fields of its Layer and of its Sizes, but for those that ``performer`` derives.
 _LAYER = (
     "kind", "kernel", "features", "window", "qk_norm", "learned_share", "learned_decay", "forget_gate", "projection",
+    "learned_covariance",
 )  # fmt: skip
 _SIZES = (
     "dim", "heads", "causal", "dropout", "position", "max_positions", "rotary_base", "norm", "norm_kind", "norm_eps",

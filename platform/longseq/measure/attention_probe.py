@@ -146,6 +146,7 @@ def _one_hot(q: Tensor, dtype: torch.dtype) -> Tensor:
 def _exact(
     attention: FavorAttention, q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, gate: Tensor | None
 ) -> Tensor:
+    q, k = attention.framed(q, k)
     softmax = partial(exact_attention, causal=attention.causal, decay=attention.decay, gate=gate)
     return softmax(q.float(), k.float(), v.float(), segments=segments)
 

@@ -9,6 +9,7 @@ FAVOR+ backward     features again*      4md      their gradient          4md   
                     causal: C/2 · (2m* [A again] + 2(e+1) [dA] + 4m [dA φ(k), dAᵀ φ(q)] + 2(e+1) [Aᵀ g])
 exact forward       2n(d+e), n the mean number of visible keys: L, or L/2 causal
 exact backward      2.5 times the forward*
+sderf, aderf, learned_covariance: queries and keys turned, 4d² each way; the learned matrix's gradient 4d² more
 window w            exact over its keys, and the causal scan over the rest, once each way
 
 * holds a recomputation that spares memory. The second count, "strict", leaves these out (exact: 2 times): only what
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from longseq.attention.options import AttentionOptions
+from longseq.attention.options import FRAMED_KERNELS, AttentionOptions
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,12 @@ def windowed(d: int, e: int, m: int, *, length: int, window: int, causal: bool, 
 
 def attention(options: AttentionOptions, d: int, length: int, *, causal: bool, chunk: int) -> Count:
     """What these options ask for, at equal widths d of queries and values."""
+    framed = options.kind == "favor" and options.kernel in FRAMED_KERNELS
+    turns = (framed + options.learned_covariance) * 4.0 * d * d  # of q and of k
+    first = Count(Flops(turns, turns), Flops(turns, turns) * (1 + options.learned_covariance))
     if options.kind == "exact":
-        return exact(d, d, length / 2 if causal else length)
+        return exact(d, d, length / 2 if causal else length) + first
     if options.window:
-        return windowed(d, d, options.features, length=length, window=options.window, causal=causal, chunk=chunk)
-    return favor(d, d, options.features, chunk if causal else 0)
+        found = windowed(d, d, options.features, length=length, window=options.window, causal=causal, chunk=chunk)
+        return found + first
+    return favor(d, d, options.features, chunk if causal else 0) + first

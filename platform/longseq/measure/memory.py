@@ -198,6 +198,8 @@ def block_bytes(spec: PerformerSpec, config: Config, width: int, *, triton: bool
         # Normalised q and k, what they were before (in fp32 the slices themselves), and the norms.
         total += width * 2 * dim + 4 * 2 * heads
         total += 0 if whole_qkv and width == 4 else width * 3 * dim if width == 4 else 4 * 2 * dim
+    if spec.learned_covariance:
+        total += 4 * 2 * dim  # what its matrices are multiplied with
     if spec.dropout:
         total += width * 2 * dim  # what was dropped
     return total

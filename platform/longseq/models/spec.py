@@ -190,4 +190,5 @@ class PerformerSpec(AttentionOptions):
         per_head = sum(o.qk_norm + (o.learned_share and o.window > 0) + o.learned_decay for o in self.plan)
         per_head += self.depth - 1 if self.value_residual else 0
         per_head += (self.dim + 1) * self.gates
+        per_head += self.head_dim**2 * sum(o.learned_covariance for o in self.plan)
         return self.depth * (attention + mlp + 2 * norm) + self.heads * per_head + ends

@@ -14,9 +14,10 @@ from longseq.pinned import Copies
 from longseq_data.files import aside
 from longseq_data.os_errors import explained, of_library
 
-# qk_norm, learned_share, learned_decay, forget_gate; and model.conv, which begins as the identity.
+# qk_norm, learned_share, learned_decay, forget_gate, learned_covariance; and model.conv, which begins as the identity.
 _GATE = ("attention.gate.weight", "attention.gate.bias")
-_LEARNED = ("log_temperature", "log_share", "log_decay", "attention.conv.weight", *_GATE)
+_LEARNED = ("log_temperature", "log_share", "log_decay", "frame.covariance", "attention.conv.weight", *_GATE)
+_CONSTANTS = ("oprf_constant", "frame.constants")
 
 
 def whole_tensors(model: nn.Module, sharded: bool) -> Iterator[tuple[str, Tensor]]:
@@ -116,8 +117,8 @@ def _refuse_others(path: Path, state: dict[str, Tensor], own: dict[str, Tensor])
     have = {name: tuple(tensor.shape) for name, tensor in state.items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in own.items()}
     for name in sorted(wanted.keys() | have.keys()):
-        # A kernel's constant is no weight: FavorAttention does without it, or drops it.
-        if not name.endswith("oprf_constant") and have.get(name) != wanted.get(name):
+        # A kernel's constants are no weights: FavorAttention does without them, or drops them.
+        if not name.endswith(_CONSTANTS) and have.get(name) != wanted.get(name):
             raise RunError(
                 f"{path}: {name} is {have.get(name, 'missing')}, the configured model wants "
                 f"{wanted.get(name, 'none')}: leave model.* and the learned parts of attention.* as the run has them."

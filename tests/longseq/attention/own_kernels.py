@@ -24,6 +24,7 @@ SCANS = [
     ("softmax", 127, 0, ()),
     ("hyperbolic", 128, 0, ("hidden",)),
     ("oprf", 129, 3, ("decay",)),
+    ("aderf", 129, 3, ("runs",)),
     ("smreg", 100, 64, ("runs",)),
     ("relu", 129, 0, ("runs", "hidden")),
     ("relu", 127, 70, ("decay",)),
@@ -115,7 +116,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
 
 def maps(kernel: str, head_dim: int = HEAD_DIM, device: str = DEVICE) -> tuple[FeatureMap, FeatureMap]:
     """In fp32 and in float64."""
-    a = -0.05 if kernel == "oprf" else 0.0
+    a = {"oprf": -0.05, "aderf": tuple(-0.004 * place for place in range(head_dim))}.get(kernel, 0.0)
     single, double = (
         feature_map(kernel, FEATURES, head_dim, oprf_a=a, dtype=dtype, device=device)
         for dtype in (torch.float32, torch.float64)

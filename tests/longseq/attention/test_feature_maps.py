@@ -14,6 +14,7 @@ from longseq.attention.feature_maps import (
     feature_map,
 )
 from longseq.attention.oprf import oprf_a_from_moments, oprf_moments, oprf_parameter
+from longseq.attention.options import FRAMED_KERNELS
 from longseq.attention.projections import projection_matrix
 
 HEAD_DIM, FEATURES = 6, 10
@@ -34,7 +35,9 @@ ACTIVATIONS = {
 }
 
 
-def a_of(kernel: str) -> float:
+def a_of(kernel: str, d: int = HEAD_DIM) -> float | tuple[float, ...]:
+    if kernel in FRAMED_KERNELS:  # a number a coordinate
+        return tuple(OPRF_A * place / d for place in range(d))
     return OPRF_A if kernel == "oprf" else 0.0
 
 
@@ -52,6 +55,11 @@ def phi(kernel: str, q: Tensor, projection: str = "orthogonal") -> Tensor:
     if kernel == "oprf":
         exponent = OPRF_A * omega.square().sum(1) + math.sqrt(1 - 4 * OPRF_A) * u - norm / 2
         return (1 - 4 * OPRF_A) ** (HEAD_DIM / 4) * torch.exp(exponent) / math.sqrt(rows)
+    if kernel in FRAMED_KERNELS:
+        a = torch.diag(torch.tensor(a_of(kernel), dtype=torch.float64))
+        stretch = torch.eye(HEAD_DIM) - 4 * a
+        exponent = ((omega @ a) * omega).sum(1) + x @ (omega @ stretch.sqrt()).T - norm / 2
+        return torch.det(stretch) ** 0.25 * torch.exp(exponent) / math.sqrt(rows)
     if kernel == "hyperbolic":
         return torch.exp(-norm / 2) * torch.cat((u.exp(), (-u).exp()), -1) / math.sqrt(2 * rows)
     if kernel == "trigonometric":
@@ -114,7 +122,7 @@ def test_inputs_up_to_1e4_give_finite_features_scales_and_gradients_in_fp32(kern
     q = magnitude * normal(3, 9, head_dim, dtype=torch.float32)
     q[0, 0] = 0
     q[0, 1] = magnitude
-    chosen = feature_map(kernel, 64, head_dim, oprf_a=a_of(kernel))
+    chosen = feature_map(kernel, 64, head_dim, oprf_a=a_of(kernel, head_dim))
     features, log_scale = chosen.queries(q)
     grad = chosen.queries_vjp(q, features, torch.ones_like(features))
     for tensor in (features, log_scale, grad):
@@ -263,6 +271,8 @@ def test_relu_without_projection_has_head_dim_features_whatever_is_asked_for():
         ({"kernel": "oprf", "oprf_a": 0.1}, "0 or below; got 0.1"),
         ({"kernel": "oprf", "oprf_a": math.nan}, "finite number"),
         ({"kernel": "relu", "oprf_a": -0.1}, "belongs to kernel 'oprf'"),
+        ({"kernel": "aderf", "oprf_a": (-0.1, math.inf)}, "finite number"),
+        ({"kernel": "oprf", "oprf_a": (-0.1,) * 8}, "only sderf and aderf"),
         ({"dtype": torch.bfloat16}, "float32 or torch.float64"),
         ({"features": 0}, "features must be an integer from 1"),
     ],

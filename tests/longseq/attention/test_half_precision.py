@@ -104,7 +104,7 @@ def test_triton_equals_float64_with_the_same_rounded_projection(std):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 def test_the_projection_is_rounded_in_every_kernel(kernel, backend):
-    a = -0.05 if kernel == "oprf" else 0.0
+    a = {"oprf": -0.05, "aderf": tuple(-0.005 * place for place in range(16))}.get(kernel, 0.0)
     common = 1.0 if kernel in cases.SIGNED else 0.0  # keeps signed sums from cancelling
     qkv = [x.detach().bfloat16() for x in cases.inputs(70, 0.3, common=common)]
     expected = cases.reference(*qkv, kernel=kernel, causal=True, oprf_a=a, operands=torch.bfloat16)

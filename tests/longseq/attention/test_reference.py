@@ -44,7 +44,7 @@ def runs(ids: list[int]) -> list[slice]:
 @directions
 def test_every_option_at_once_equals_explicit_loops_over_the_feature_map(kernel, causal, qkv):
     q, k, v = qkv
-    oprf_a = -0.1 if kernel == "oprf" else 0.0
+    oprf_a = {"oprf": -0.1, "aderf": tuple(-0.03 * place for place in range(HEAD_DIM))}.get(kernel, 0.0)
     window, segments = 3, torch.tensor([[4] * 5 + [1] * 4, [0] * 2 + [7] * 4 + [0] * 3])
     keep = torch.ones(BATCH, LENGTH, dtype=torch.bool)
     keep[0, 2], keep[1, :2] = False, False

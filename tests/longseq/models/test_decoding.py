@@ -34,6 +34,8 @@ attentions = pytest.mark.parametrize(
         {"learned_decay": True},
         {"kernel": "relu", "rotary_base": 1e9},
         {"kernel": "oprf", "window": 7},
+        {"kernel": "aderf", "window": 7},
+        {"kernel": "sderf", "learned_covariance": True},
         {"kind": "exact", "qk_norm": True},
         {"kind": "exact", "learned_decay": True},
         {"forget_gate": True},

@@ -40,6 +40,7 @@ def combinations() -> Iterator[dict[str, object]]:
     )
     yield from ({"causal": causal, "layers": plan, **MODERN} for causal in (False, True))
     yield {"window": 4, "features": 0}
+    yield from ({"causal": causal, "kernel": "aderf", "learned_covariance": True} for causal in (False, True))
 
 
 def built(**options: object) -> PerformerLM:

@@ -32,6 +32,7 @@ kinds = pytest.mark.parametrize(
         {"window": 5, "features": 0},
         {"kernel": "cos"},
         {"kernel": "oprf"},
+        {"kernel": "aderf", "learned_covariance": True, "window": 5},
         {"kind": "exact"},
         {"layers": (AttentionOptions(window=7, features=8), AttentionOptions(kind="exact"))},  # by layer in any case
         {"layers": (AttentionOptions(features=8), AttentionOptions(window=7, learned_decay=True))},

@@ -13,6 +13,7 @@ from longseq.errors import LongseqError
 from longseq.interop import performer_longseq, travelling
 from longseq.models.performer import PerformerLM
 from longseq.models.spec import PerformerSpec
+from mixing import settle
 
 SIZES = {"vocabulary": 29, "dim": 24, "depth": 2, "heads": 2, "ffn_dim": 40, "seed": 3, "redraw_every": 4}
 STEP = 9  # its last step's projections are the third draw
@@ -43,6 +44,8 @@ NETWORKS = {
     "gates, masked window": {"causal": False, "forget_gate": True, "window": 5, "features": 0},
     "gates, exact": {"causal": True, "kind": "exact", "forget_gate": True},
     "gates, masked exact": {"causal": False, "kind": "exact", "forget_gate": True},
+    "learned covariance": {"causal": True, "learned_covariance": True, "window": 5},
+    "masked aderf, learned covariance": {"causal": False, "kernel": "aderf", "learned_covariance": True},
     "plan": {
         "causal": True,
         "conv": 3,
@@ -61,6 +64,9 @@ def pair(options):
     for name, buffer in ours.named_buffers():
         if name.endswith("oprf_constant"):
             buffer.fill_(-120_000_000)  # A = −0.12
+    for block in ours.blocks:
+        if block.attention.frame is not None:
+            settle(block.attention.frame)
     ours.set_step(STEP - 1)
     config = SimpleNamespace(performer=travelling.performer(spec, STEP), vocab_size=29, mask_token_id=28)
     theirs = performer_longseq.Performer(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 
 from longseq.benchmarks.request import FeaturesRequest
 from longseq.commands.bench import arguments
@@ -17,7 +18,7 @@ def features_arguments(parser: argparse.ArgumentParser) -> None:
 def run_features(args: argparse.Namespace) -> int:
     arguments.set_threads(args.threads)
 
-    from longseq.benchmarks import features
+    from longseq.benchmarks import features, sharper
 
     check_folder(args.out)
     with Progress() as progress:
@@ -25,6 +26,9 @@ def run_features(args: argparse.Namespace) -> int:
         estimators = features.measure_estimators(draws=args.draws, seed=args.seed)
         progress.now("attention error against the number of features")
         errors = features.measure_attention_error(length=args.length, draws=args.repeats, seed=args.seed)
-    print(features.table(estimators, errors))
-    keep(args.out, "features", dict(features.as_dict(estimators, errors)), lambda: features.figure(errors))
+        progress.now("features that fit the queries and keys")
+        sharp = sharper.measure_sharpness(repeats=args.repeats, seed=args.seed)
+    print(features.table(estimators, errors), sharper.table(sharp), sep="\n\n")
+    rows = features.as_dict(estimators, errors) | {"sharper": [asdict(one) for one in sharp]}
+    keep(args.out, "features", dict(rows), lambda: features.figure(errors))
     return 0
