@@ -134,8 +134,15 @@ def test_the_door_with_every_option_equals_the_quadratic_reference(causal, windo
 
 
 @needs_kernels
-@pytest.mark.parametrize("kernel", ["softmax", "relu"])
-@pytest.mark.parametrize("position", [1, 64, 100])
+@pytest.mark.parametrize(
+    ("kernel", "position"),
+    [
+        ("relu", 1),
+        ("softmax", 64),
+        ("relu", 100),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in [("softmax", 1), ("relu", 64), ("softmax", 100)]),
+    ],
+)
 def test_causal_output_ignores_later_keys_to_the_last_bit(kernel, position):
     phi, _ = maps(kernel)
     given = rows(129)
