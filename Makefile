@@ -55,8 +55,8 @@ test: $(VENV)/.tests
 		--numprocesses $(PYTEST_PROCESSES) --dist loadfile --no-loadscope-reorder \
 		tests/ways tests/longseq/launch tests/longseq tests || status=1; \
 	wait $$job || status=1; cat "$$slurm"; \
-	$(BIN)/python -m pytest -m "distributed and not long" --ignore tests/cluster \
-		--numprocesses 3 --dist loadfile || status=1; \
+	$(BIN)/python -m pytest -m "distributed and not long" --numprocesses 3 --dist loadfile \
+		$$(grep -rl --include='test_*.py' --exclude-dir=cluster 'mark\.distributed' tests | sort) || status=1; \
 	exit $$status
 
 test-long: $(VENV)/.tests
@@ -76,10 +76,12 @@ test-sanitized: $(VENV)/.tests
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		$(BIN)/python -m pytest tests/longseq/attention/test_native.py
 
+# Of the packages a tenth is imported, and compiled to bytecode then; of the files of tests a tenth is collected.
 test-newest test-oldest: test-%: tests/environments/%.txt
 	$(PYTHON) -m venv --clear .venv-$*
-	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint $< --editable '.[test]'
-	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -m "interfaces and not long"
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint $< --editable '.[test]'
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -m "interfaces and not long" \
+		$$(grep -rl --include='test_*.py' 'mark\.interfaces' tests | sort)
 
 check: $(VENV)/.tests
 	$(BIN)/ruff check .

@@ -26,7 +26,7 @@ TIMEOUT = 600  # compiling takes a minute
 @pytest.mark.parametrize(
     "strategy",
     [
-        ("trainer.strategy=single",),
+        pytest.param(("trainer.strategy=single",), marks=pytest.mark.long),  # "compiled first", below, is one
         pytest.param(("trainer.strategy=ddp", "trainer.devices=2"), marks=pytest.mark.long),
         ("trainer.zero_stage=2", "trainer.devices=2"),
         pytest.param(("trainer.zero_stage=3", "trainer.devices=2"), marks=pytest.mark.long),

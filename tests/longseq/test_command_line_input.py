@@ -235,7 +235,19 @@ ODD += ["${oc.env:NOT_SET}", "\x07", "!!python/object:os.system x", "? x", "- 1"
 
 @pytest.mark.parametrize("key", NUMBERS)
 def test_what_is_no_number_within_the_limits_is_refused_in_one_sentence(key):
-    for text in [*ODD, "[" * 2000] if key == NUMBERS[0] else ODD:
+    """Each key is given a fifth of the texts, the next key another one, and ``make test-long`` gives it all."""
+    first = NUMBERS.index(key)
+    refuse(key, [*ODD, "[" * 2000] if first == 0 else ODD[first % 5 :: 5])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("key", NUMBERS)
+def test_every_text_that_is_no_number_is_refused_by_every_key(key):
+    refuse(key, ODD)
+
+
+def refuse(key, texts):
+    for text in texts:
         if text == str(10**40) and not key.startswith(("run", "data")):
             continue  # a number, if a large one, to keys that take fractions
         with pytest.raises(ConfigError) as refused:

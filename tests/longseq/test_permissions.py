@@ -12,7 +12,9 @@ from longseq.cli import main
 pytestmark = pytest.mark.interfaces
 
 
-@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077], ids=["022", "027", "077"])
+@pytest.mark.parametrize(
+    "umask", [pytest.param(0o022, marks=pytest.mark.long), 0o027, 0o077], ids=["022", "027", "077"]
+)
 def test_published_files_have_the_mode_of_the_umask(trained, folder, umask):
     before = os.umask(umask)
     try:

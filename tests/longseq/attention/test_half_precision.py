@@ -85,7 +85,7 @@ def test_every_gradient_equals_float64_with_the_same_rounded_projection(way, dty
         assert error < 5e-3, f"d{name}: {error:.1e}"
 
 
-@stds
+@pytest.mark.parametrize("std", [2.0, *(pytest.param(std, marks=pytest.mark.long) for std in STDS[:2])])
 def test_triton_equals_float64_with_the_same_rounded_projection(std):
     """Features, weights and values are operands, too: their rounding shows."""
     pytest.importorskip("triton")

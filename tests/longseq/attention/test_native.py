@@ -199,7 +199,13 @@ def test_what_the_kernels_cannot_do_is_refused_with_a_way_out(change, sentence):
 
 @needs_compiler
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86-64")
-@pytest.mark.parametrize("instructions", [["-march=x86-64"], ["-march=x86-64-v3"]], ids=["SSE2", "AVX2"])
+@pytest.mark.parametrize(
+    "instructions",
+    [
+        pytest.param(["-march=x86-64"], id="SSE2"),
+        pytest.param(["-march=x86-64-v3"], id="AVX2", marks=pytest.mark.long),  # about what this machine has
+    ],
+)
 def test_kernels_for_other_processors_give_the_same(instructions, tmp_path, monkeypatch):
     if "v3" in instructions[0] and "avx2" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("this processor has no AVX2")

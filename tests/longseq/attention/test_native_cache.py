@@ -61,11 +61,10 @@ def test_without_a_working_compiler_attention_goes_on_in_pytorch(lines, reason, 
 
 
 def counting_compiler(tmp_path: Path) -> str:
-    """The machine's compiler, which counts in ``compiled`` how often it compiles."""
+    """The machine's compiler, which counts in ``compiled`` how often it compiles, without optimizing."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
-    return script(
-        tmp_path / "logged-g++", f'case " $* " in *" -c "*) echo x >> {tmp_path}/compiled;; esac; exec {compiler} "$@"'
-    )
+    count = f'case " $* " in *" -c "*) echo x >> {tmp_path}/compiled;; esac'
+    return script(tmp_path / "logged-g++", f'{count}; exec {compiler} "$@" -O0')
 
 
 def times_compiled(tmp_path: Path) -> int:
@@ -169,6 +168,7 @@ def test_a_full_home_does_not_cost_the_kernels(tmp_path):
     script_ = 'mount -t tmpfs -o size=64k tmpfs "$1" || exit 77; shift; exec "$@"'
     command = ["unshare", "-rm", "sh", "-c", script_, "sh", str(full), sys.executable, "-c", PROGRAM]
     environment = {**os.environ, "XDG_CACHE_HOME": str(full), "TMPDIR": str(tmp_path / "tmp")}
+    environment["CXX"] = counting_compiler(tmp_path)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     if done.returncode in (1, 77) and "32.0" not in done.stdout:
         pytest.skip("no file system can be mounted here")

@@ -118,9 +118,8 @@ def test_window_and_its_gradients_equal_the_float64_window(causal, length, windo
 
 
 @needs_kernels
-@pytest.mark.interfaces
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both sides"])
-@pytest.mark.parametrize("window", [0, 20])
+@pytest.mark.parametrize("window", [0, pytest.param(20, marks=pytest.mark.interfaces)])
 def test_the_door_with_every_option_equals_the_quadratic_reference(causal, window):
     q, k, v = (t.detach() for t in cases.inputs(70))
     options: dict[str, object] = {
@@ -160,7 +159,7 @@ def test_a_gate_has_its_gradient_through_a_state_before_and_one_behind(reach):
         outputs, state = [], None
         for part in (slice(0, 80), slice(80, 150)):
             tile = Rows(q[:, part], k[:, part], v[:, part], phi=phi, gate=running(log_f[:, part]))
-            out, _, state = carried_scan(replace(tile, delay=reach) if reach < 80 else tile, state, backend)
+            out, _, state = carried_scan(replace(tile, delay=reach), state, backend)
             outputs.append(out)
         whole = torch.cat([*outputs, state.sums.flatten(1)[..., None].expand(-1, -1, VALUE_DIM)], 1)
         direction = torch.randn(whole.shape, generator=torch.Generator().manual_seed(2)).to(whole)
@@ -170,8 +169,15 @@ def test_a_gate_has_its_gradient_through_a_state_before_and_one_behind(reach):
 
 
 @needs_kernels
-@pytest.mark.parametrize("kernel", ["softmax", "relu"])
-@pytest.mark.parametrize("position", [1, 64, 100])
+@pytest.mark.parametrize(
+    ("kernel", "position"),
+    [
+        ("relu", 1),
+        ("softmax", 64),
+        ("relu", 100),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in [("softmax", 1), ("relu", 64), ("softmax", 100)]),
+    ],
+)
 def test_causal_output_ignores_later_keys_to_the_last_bit(kernel, position):
     phi, _ = maps(kernel)
     given = rows(129)

@@ -77,12 +77,12 @@ def rows(
     ("kernel", "features", "head_dim", "value_dim", "length", "delay", "std", "dtype", "kinds"),
     [
         ("softmax", 128, 32, 32, 201, 0, 0.5, torch.bfloat16, ()),
-        ("softmax", 64, 64, 64, 130, 0, 1.0, torch.bfloat16, ()),
+        pytest.param("softmax", 64, 64, 64, 130, 0, 1.0, torch.bfloat16, (), marks=pytest.mark.long),
         ("softmax", 256, 64, 64, 129, 0, 2.0, torch.bfloat16, ()),
         ("relu", 100, 24, 40, 150, 9, 1.0, torch.bfloat16, ("hidden",)),
         ("softmax", 100, 16, 24, 203, 37, 1.0, torch.bfloat16, ("hidden", "runs")),
         ("softmax", 64, 32, 16, 130, 0, 1.0, torch.float16, ()),
-        ("softmax", 64, 64, 64, 321, 64, 2.0, torch.bfloat16, ()),
+        pytest.param("softmax", 64, 64, 64, 321, 64, 2.0, torch.bfloat16, (), marks=pytest.mark.long),
     ],
 )
 def test_half_precision_scan_and_its_gradients_are_near_float64(
@@ -107,10 +107,10 @@ def test_half_precision_scan_and_its_gradients_are_near_float64(
     ],
 )
 def test_half_precision_gradient_of_the_decay_is_near_float64(monkeypatch, kernel, length, delay, std):
-    """Over eight heads: a head's is a sum whose terms may happen to cancel."""
-    monkeypatch.setattr(triton_backend, "PROGRAMS", 16)  # two segments
+    """Over several heads: a head's is a sum whose terms may happen to cancel."""
+    monkeypatch.setattr(triton_backend, "PROGRAMS", 8)  # two segments
     phi, exact = maps(kernel, 64, 32, torch.bfloat16)
-    given = rows(length, 32, 32, std, torch.bfloat16, "decay", number=8)
+    given = rows(length, 32, 32, std, torch.bfloat16, "decay", number=4)
     expected = results(lambda q, k, v, decay: scan(q, k, v, exact, delay=delay, decay=decay), double(given))
     found = results(lambda q, k, v, decay: scan(q, k, v, phi, delay=delay, decay=decay, backend="triton"), given)
     assert_same(found, expected, HALF_PRECISION)
@@ -151,7 +151,7 @@ def test_half_precision_with_the_tiles_of_an_a100_is_near_float64(monkeypatch):
     monkeypatch.setattr(triton_launch, "ELSEWHERE", triton_launch.Chip((8, 0), 166_912))
     monkeypatch.setattr(triton_backend, "PROGRAMS", 16)
     phi, exact = maps("softmax", 80, 32, torch.bfloat16)
-    given = rows(259, 32, 24, 1.0, torch.bfloat16, "hidden", "runs", "decay", number=8)
+    given = rows(195, 32, 24, 1.0, torch.bfloat16, "hidden", "runs", "decay", number=8)
     expected = results(lambda q, k, v, **x: scan(q, k, v, exact, delay=9, **x), double(given))
     found = results(lambda q, k, v, **x: scan(q, k, v, phi, delay=9, **x, backend="triton"), poison_hidden(given))
     assert_same(found, expected, HALF_PRECISION)
@@ -177,7 +177,7 @@ def tiles_with_a_window(
 
 def test_half_precision_gradient_of_the_decay_over_tiles_with_a_window_is_near_float64():
     phi, exact = maps("softmax", 64, 32, torch.bfloat16)
-    given = rows(200, 32, 32, 1.0, torch.bfloat16, "decay", number=8)
+    given = rows(200, 32, 32, 1.0, torch.bfloat16, "decay", number=4)
     expected = results(lambda **x: tiles_with_a_window(**x, phi=exact, backend="torch"), double(given))
     assert_same(
         results(lambda **x: tiles_with_a_window(**x, phi=phi, backend="triton"), given), expected, HALF_PRECISION

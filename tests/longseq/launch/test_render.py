@@ -145,7 +145,8 @@ def scripts_with(value: str, folder: Path) -> list[str]:
     return [text for attempt in attempts if (text := unless_refused(attempt)) is not None]
 
 
-def test_two_hundred_hostile_values_are_refused_or_harmless(tmp_path):
+@pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.long)])
+def test_hostile_values_are_refused_or_harmless(tmp_path, every):
     """Whatever is rendered parses, and when it is run with stand-ins for SLURM's commands nothing of the value is."""
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -156,8 +157,8 @@ def test_two_hundred_hostile_values_are_refused_or_harmless(tmp_path):
     for verb in ("evaluate", "embed"):
         (tmp_path / f"run/slurm/{verb}-1.fence").mkdir(parents=True)
     (tmp_path / "run/FINISHED").touch()  # what comes after it is the same in all
-    values = hostile_values(200)
-    assert len(values) == 200
+    values = hostile_values(200)[::every]
+    assert len(values) == 200 // every
     count = 0
     for number, value in enumerate(values):
         texts = scripts_with(value, tmp_path)
@@ -165,7 +166,7 @@ def test_two_hundred_hostile_values_are_refused_or_harmless(tmp_path):
         for index, text in enumerate(texts):
             assert all(line.isprintable() for line in text.splitlines() if line.startswith("#SBATCH"))
             (tmp_path / f"{number}-{index}.sbatch").write_text(text)
-    assert count > 400  # the others were refused
+    assert count > 2 * len(values)  # the others were refused
     # One shell looks at all files; each is parsed, and run, on its own.
     look = 'for f in *.sbatch; do bash -n "$f" || echo "BAD $f"; (. "./$f") >/dev/null 2>&1; done; true'
     done = subprocess.run(
