@@ -10,7 +10,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,6 +22,7 @@ from longseq.models.head import Head, TransformHead
 from longseq.models.layers import Block
 from longseq.models.norm import norm
 from longseq.models.offload import Offload
+from longseq.models.positions import leading, positions_of, positions_of_slice
 from longseq.models.spec import PerformerSpec
 
 
@@ -111,10 +111,10 @@ class PerformerLM(nn.Module):
             return self.embedding(tokens)
         documents: Tensor | SlicedDocuments | None = segments
         if self.context is None:
-            positions = _positions(tokens, padding, segments)
+            positions = positions_of(tokens, padding, segments)
         else:
             sliced = None if segments is None else self.context.documents(segments)
-            documents, positions = sliced, _positions_of_slice(tokens, sliced, self.context)
+            documents, positions = sliced, positions_of_slice(tokens, sliced, self.context)
         x = self._embed(tokens, positions, padding)  # (B, L, E)
         rotary = self._rotary(positions)
         recompute = self.spec.recomputes(tokens.shape[1]) and torch.is_grad_enabled()
@@ -185,7 +185,7 @@ class PerformerLM(nn.Module):
         Returns:
             What the head reads, (B, L, E); and the state. Only in layers of kind "exact" does its size depend on L.
         """
-        positions = _positions(tokens, padding, None)
+        positions = positions_of(tokens, padding, None)
         x = self._embed(tokens, positions, padding)  # (B, L, E)
         rotary = self._rotary(positions)
         layers = []
@@ -197,7 +197,7 @@ class PerformerLM(nn.Module):
             layers.append(state)
         following = tokens.new_full((len(tokens),), tokens.shape[1])
         if padding is not None:
-            following = following - _leading(padding)
+            following = following - leading(padding)
         return _note(states, self.norm(x)), DecodingState(tuple(layers), following)
 
     @torch.no_grad()
@@ -377,21 +377,6 @@ def _note(states: list[Tensor] | None, x: Tensor) -> Tensor:
     return x
 
 
-def _positions(tokens: Tensor, padding: Tensor | None, segments: Tensor | None) -> Tensor:
-    """Each token's position in its document, (L,) or (B, L): rows may be packed, or padded in front.
-
-    Random features of a rotated query and key depend on both positions, their expectation alone on the difference. So
-    a document gives the same wherever it stands only if its positions do not tell where that is.
-    """
-    positions = torch.arange(tokens.shape[1], device=tokens.device)
-    if segments is not None:
-        border = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
-        return positions - (positions * border).cummax(1).values
-    if padding is not None:
-        return (positions - _leading(padding)[:, None]).clamp_(min=0)
-    return positions
-
-
 def _scaled(x: Tensor, masked: Tensor, padding: Tensor | None, share: Tensor | None) -> Tensor:
     """ESM's "token dropout" (Rives et al. 2021; Lin et al. 2023, ESM-2): masked tokens embed as 0, and all others are
     scaled as dropout at 12 %, the share of MASK in ESM's training, would scale them, relative to the share here."""
@@ -400,19 +385,3 @@ def _scaled(x: Tensor, masked: Tensor, padding: Tensor | None, share: Tensor | N
         share = (masked & real).sum(1) / real.sum(1).clamp(min=1)
     scale = (1 - 0.15 * 0.8) / (1 - share).clamp(min=1e-6)
     return (x.masked_fill(masked[..., None], 0.0) * scale[:, None, None]).to(x.dtype)
-
-
-def _positions_of_slice(tokens: Tensor, documents: SlicedDocuments | None, context: ContextGroup) -> Tensor:
-    """The same for a slice of a sequence."""
-    if documents is None:
-        size = tokens.shape[1]
-        return torch.arange(context.rank * size, (context.rank + 1) * size, device=tokens.device)
-    positions = _positions(tokens, None, documents.segments)
-    segments = documents.segments
-    begun = (segments == segments[:, :1]).cumprod(1)  # still in the document that the slice begins in
-    return positions + begun * documents.before[context.rank][:, None]
-
-
-def _leading(padding: Tensor) -> Tensor:
-    """How many hidden tokens each row begins with: (B,)."""
-    return (padding.cumsum(1) == 0).sum(1)
