@@ -42,6 +42,7 @@ class Counting(SimpleHTTPRequestHandler):
 
     sent: list[int]
     pause = 0.0
+    ends: threading.Event | None = None  # waited for before a file's last piece
 
     def log_message(self, *arguments: object) -> None:
         pass
@@ -49,6 +50,8 @@ class Counting(SimpleHTTPRequestHandler):
     def copyfile(self, source, outputfile) -> None:
         with suppress(ConnectionError):  # of a client that was killed
             while piece := source.read(1 << 14):
+                if self.ends and len(piece) < 1 << 14:
+                    self.ends.wait(120)
                 self.sent.append(len(piece))
                 outputfile.write(piece)
                 time.sleep(self.pause)

@@ -37,7 +37,8 @@ ROWS = [{"text": "Es war einmal", "id": "one"}, {"text": "drei\nZeilen\n"}, {"te
 PLACE = re.compile(r", (?:after )?line (\d+): ")
 # what the file as a whole is
 FOREIGN = re.compile(
-    r" is (empty|a binary file|[^,:]+, not )|: (damaged XML|XML of another kind|the XML |the gzip data |nothing but)"
+    r" is (empty|a binary file|[^,:]+, not )"
+    r"|: (damaged XML|XML of another kind|the XML |the (gzip|compressed) data |nothing but)"
 )
 SPECIAL = [b">", b"\n", b"\r", b"\r\n", b"\n>", b"\0", b"\xff", b"\xef\xbb\xbf", b"*", b";", b" ", b"\t", b"{", b'"']
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -138,7 +139,7 @@ def test_a_killed_process_is_followed_by_another_that_keeps_its_blocks(write, ca
 
 def test_it_ends_with_its_parent(write, cache, counted) -> None:
     address, _, handler = counted
-    handler.pause = 0.05
+    handler.ends = threading.Event()
     write("a.fasta", fasta("a", 10_000))
     script = READER.replace("    make()", "    make(); print('ready', flush=True); import signal; signal.pause()")
     arguments = [f"{address}/a.fasta", str(cache), "0", "1"]
