@@ -30,7 +30,9 @@ def ridge_on_letters(train: Letters, numbers: Floats, others: Letters) -> Floats
     ids = np.stack(train)
     if ids.max(initial=0) > 255:  # tokens of text
         return None
-    places, letters = (each.ravel() for each in np.nonzero(np.stack([(ids == x).any(0) for x in range(256)], 1)))
+    # What does not vary has no weight, and rounding must not give it one: the same is said of all, not nearly the same.
+    varies = [(here := ids == letter).any(0) & ~here.all(0) for letter in range(int(ids.max(initial=0)) + 1)]
+    places, letters = np.nonzero(np.stack(varies, 1))
     if min(len(train), len(places)) > _MOST:
         return None
 

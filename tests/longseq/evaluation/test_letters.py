@@ -50,6 +50,19 @@ def test_letters_say_nothing_of_sequences_of_other_lengths_or_tokens_of_text():
     assert np.ptp(ridge_on_letters(train, numbers, unseen)) == 0
 
 
+def test_mutants_at_places_that_never_varied_are_told_alike_to_the_last_bit():
+    rng = np.random.default_rng(5)
+    train, others = np.tile(rng.integers(0, 20, 55).astype(np.uint8), (2, 700, 1))
+    for _ in range(2):
+        train[np.arange(700), rng.integers(0, 29, 700)] = rng.integers(0, 20, 700)
+        others[np.arange(700), rng.integers(29, 55, 700)] = rng.integers(0, 20, 700)
+    found = ridge_on_letters(list(train), rng.normal(size=700), list(others))
+    assert np.unique(others, axis=0).shape[0] > 100
+    assert np.ptp(found) == 0
+    same = [train[0]] * 4
+    assert ridge_on_letters(same, np.arange(4.0), same).tolist() == [1.5] * 4
+
+
 def test_an_evaluation_has_the_regression_next_to_the_model(tuned, longseq, folder):
     rng = np.random.default_rng(4)
     rows = ["".join(rng.choice(list("ACDE"), size=6)) for _ in range(80)]
