@@ -15,10 +15,12 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 _SECONDS = 300.0  # until all processes are there
 _POLL_SECONDS = 0.2
 _PORT = 29_500  # torchrun's own, where no variable names one
+_CALL, _RUN = "longseq/call", "longseq/run"
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,6 @@ class Meeting:
     address: str
     port: int
     listens: bool  # whether rank 0 does: torchrun does so itself
-    attempt: int  # of torchrun, which starts all processes again where one has failed (--max-restarts)
 
     @staticmethod
     def of(environment: Mapping[str, str]) -> Meeting:
@@ -80,7 +82,6 @@ class Meeting:
             address=str(found["address"]),
             port=int(environment.get("MASTER_PORT", _PORT)),
             listens=environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-            attempt=int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)),
         )
 
 
@@ -145,15 +146,21 @@ class _Ended(LongseqError):
 
 
 class _Process:
-    """One of the processes, from the meeting on."""
+    """One of the processes, from the meeting on.
+
+    torchrun starts all of them again where one has failed, with the same store, and counts that differ from node to
+    node. So rank 0 calls, by a name of its own each time; the others answer the newest call with names of theirs, and
+    take for their words what is said to that name: nothing that earlier processes have left is heard.
+    """
 
     def __init__(self, at: Meeting, stop: StopFlag):
-        self.at, self.stop = at, stop
+        self.at, self.stop, self.begun = at, stop, False
         read, self._write = os.pipe()
         # Before libraries, whose threads it would lack, and before the run's lock, which it would keep.
         self.ward, self.port = fork_guard(at.rank, lambda: _of_words(_line(read, self._write)))
         os.close(read)
         os.environ |= gpu_settings(os.environ)
+        self.name, self.call = uuid.uuid4().hex, ""
         self.store = self._meet()
 
     def _meet(self) -> TCPStore:
@@ -168,7 +175,7 @@ class _Process:
                 timeout=timedelta(seconds=_SECONDS),
                 wait_for_workers=False,
             )
-            twice = store.add(self._key(f"here/{at.rank}"), 1) > 1
+            twice = at.listens and store.add(f"longseq/here/{at.rank}", 1) > 1
         except RuntimeError as error:
             raise _Ended(
                 EXIT_UNFIT,
@@ -177,28 +184,42 @@ class _Process:
             ) from None
         if twice:
             raise ConfigError(f"rank {at.rank} was started twice: give each process a RANK of its own.")
-        store.set(self._key(f"node/{at.rank}"), json.dumps([node_name(), at.local_rank]))
+        if at.rank == 0:
+            self.call = self.name
+            store.set(_CALL, self.call)
         return store
 
-    def _key(self, name: str) -> str:
-        return f"longseq/{self.at.attempt}/{name}"
-
-    def _heard(self, name: str, seconds: float | None = None) -> Any:
-        """What another process says, sooner or later; a signal ends the wait."""
-        deadline = time.monotonic() + seconds if seconds else None
-        while not self.store.check([self._key(name)]):
+    def _heard(self, look: Callable[[], str | None], missing: str = "") -> Any:
+        """What another process says, sooner or later; a signal ends the wait, and ``missing`` names who is late."""
+        deadline = time.monotonic() + _SECONDS
+        while (words := look()) is None:
             if self.stop.requested:
                 raise _Ended(EXIT_GO_ON, "stopped before the training had begun.")
-            if deadline and time.monotonic() > deadline:
-                raise _Ended(EXIT_UNFIT, f"no sign of {name.replace('node/', 'rank ')} after {seconds:g} s.")
+            if missing and time.monotonic() > deadline:
+                raise _Ended(EXIT_UNFIT, f"no sign of {missing} after {_SECONDS:g} s.")
             time.sleep(_POLL_SECONDS)
-        return json.loads(self.store.get(self._key(name)))
+        return json.loads(words)
+
+    def _said(self, key: str) -> str | None:
+        return self.store.get(key).decode() if self.store.check([key]) else None
+
+    def _words(self) -> str | None:
+        """What rank 0 has said to this process; answers its newest call."""
+        call = self._said(_CALL)
+        if call and call != self.call:
+            self.call = call
+            answer = json.dumps([node_name(), self.at.local_rank, self.name])
+            self.store.set(f"longseq/{call}/{self.at.rank}", answer)
+        return self._said(f"longseq/{self.name}")
 
     def tell(self, words: Mapping[str, Any]) -> None:
         """Rank 0: what the others wait for; of two things they hear the first."""
         with suppress(RuntimeError):  # there is nobody any more
-            self.store.compare_set(self._key("run"), "", json.dumps(words))
-            if "code" in words and self.at.listens and not self.store.check([self._key("begun")]):
+            answers = (self._said(f"longseq/{self.call}/{rank}") for rank in range(1, self.at.world))
+            for answer in answers:
+                if answer:
+                    self.store.compare_set(f"longseq/{json.loads(answer)[2]}", "", json.dumps(words))
+            if "code" in words and self.at.listens and not self.begun:
                 time.sleep(5 * _POLL_SECONDS)  # the store ends with this process
 
     def lead(self, args: argparse.Namespace) -> int:
@@ -206,32 +227,37 @@ class _Process:
         from longseq.config.loading import load_config
         from longseq.launch import start
 
-        told = [self._heard(f"node/{rank}", _SECONDS) for rank in range(self.at.world)]
-        nodes = nodes_of([(name, local) for name, local in told])
-        words = [*args.overrides, f"trainer.nodes={len(nodes)}", f"trainer.devices={self.at.world // len(nodes)}"]
+        told: list[tuple[str, int | None]] = [(node_name(), self.at.local_rank)]
+        for rank in range(1, self.at.world):
+            name, local, _ = self._heard(partial(self._said, f"longseq/{self.call}/{rank}"), f"rank {rank}")
+            told.append((name, local))
+        nodes = nodes_of(told)
+        words = [f"trainer.nodes={len(nodes)}", f"trainer.devices={self.at.world // len(nodes)}"]
 
         def train(run: Run, config: Config, checkpoint: Path | None, origin: Path | None) -> int:
-            self.store.set("longseq/run", str(run.path))  # for torchrun's next attempt
+            self.store.set(_RUN, str(run.path))  # for torchrun's next attempt
             words = {"run": str(run.path), "start": run.start, "nodes": nodes}
             words |= {"checkpoint": str(checkpoint or ""), "origin": str(origin or "")}
             self.tell(words)
             return self._train(words)
 
-        again = self.at.attempt and self.store.check(["longseq/run"])
-        if again or args.verb == "resume":
-            run = Path(self.store.get("longseq/run").decode() if again else args.what)
-            if again and Run.open(run).finished:
+        # An attempt after another one goes on, where that has left a run; what was asked for is in its configuration.
+        before = self._said(_RUN)
+        if before and Run(Path(before)).config_path.exists():
+            if Run.open(before).finished:
                 self.tell({"code": 0})
                 return 0
-            training = start.resume(run, words, take_over=bool(again), launch=train)
+            training = start.resume(before, words, take_over=True, launch=train)
+        elif args.verb == "resume":
+            training = start.resume(args.what, [*args.overrides, *words], launch=train)
         else:
             path = Path(args.what)
-            training = start.begin(load_config(path, words), path.stem, launch=train)
+            training = start.begin(load_config(path, [*args.overrides, *words]), path.stem, launch=train)
         print("\n".join(training.report), flush=True)
         return 0  # torchrun takes any other code for a failure
 
     def follow(self) -> int:
-        words = self._heard("run")
+        words = self._heard(self._words)
         if "code" in words:
             return int(words["code"])
         code = self._train(words)
@@ -245,8 +271,7 @@ class _Process:
         """
         run, place = _of_words(json.dumps({**words, "at": asdict(self.at)}).encode())
         os.write(self._write, json.dumps({**words, "at": asdict(self.at)}).encode() + b"\n")
-        if self.at.rank == 0:
-            self.store.set(self._key("begun"), "")
+        self.begun = True
         keep_output(run.rank_log(place.rank))
         stacks_on_request(self.ward.stacks.fileno())
         vitals = Vitals(self.ward.theirs, run.trace_of(place.rank))

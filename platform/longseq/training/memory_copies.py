@@ -144,6 +144,9 @@ class MemoryCopies:
     def _copy(self, files: Mapping[str, Content], position: TrainingPosition, made: Callable[[], None]) -> None:
         step = self.folder / checkpoint_name(position.step)
         whole = False
+        for old in self._before[:-1]:  # first, so that there are never three
+            shutil.rmtree(old, ignore_errors=True)
+        del self._before[:-1]
         try:
             sizes = self._all(sum(map(_bytes, files.values())))
             needed = [rank for rank, size in enumerate(sizes) if size]
@@ -161,9 +164,6 @@ class MemoryCopies:
                     if left != self.folder:
                         shutil.rmtree(left, ignore_errors=True)
             self._before.append(step)
-            for old in self._before[:-2]:
-                shutil.rmtree(old, ignore_errors=True)
-            del self._before[:-2]
         else:
             self.failed, self.snapshot = True, {}
             if is_own(self.top):

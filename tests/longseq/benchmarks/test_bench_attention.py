@@ -187,7 +187,11 @@ def test_features_are_reported(tmp_path):
     done = longseq("bench", "features", *arguments, folder=tmp_path)
     assert done.code == 0, done.err
     assert "orthogonal" in done.out
-    assert json.loads((tmp_path / "bench/features/features.json").read_text()).keys() == {"estimators", "attention"}
+    assert json.loads((tmp_path / "bench/features/features.json").read_text()).keys() == {
+        "estimators",
+        "attention",
+        "sharper",
+    }
     assert (tmp_path / "bench/features/features.png").stat().st_size > 10_000
 
 

@@ -282,7 +282,7 @@ def test_a_node_that_shows_none_of_the_gpus_that_were_asked_for_is_refused(monke
     if gpus:
         monkeypatch.setenv("LONGSEQ_GPUS", gpus)
     with pytest.raises(LongseqError, match=f"^{socket.gethostname()}: .*leave it out") if refused else nullcontext():
-        assert worker._claimed("auto") == "cpu"
+        worker._claim("auto")
 
 
 @pytest.mark.parametrize("error", ["ValueError('a bug')", "OSError(116, 'Stale file handle')"])

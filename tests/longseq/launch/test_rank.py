@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
+from torch.distributed import HashStore
 
 from longseq.errors import ConfigError, LongseqError
-from longseq.launch.rank import Meeting, nodes_of
+from longseq.launch import start
+from longseq.launch.rank import Meeting, _Process, nodes_of
 from longseq.launch.slurm.place import refuse_several_tasks
+from longseq.training.callbacks.stopping import StopFlag
 
 TORCHRUN = {
     "RANK": "3",
@@ -20,17 +27,17 @@ TORCHRUN = {
 
 
 def test_each_launcher_is_understood():
-    assert Meeting.of(TORCHRUN) == Meeting(3, 4, 1, "a", 12345, listens=False, attempt=2)
+    assert Meeting.of(TORCHRUN) == Meeting(3, 4, 1, "a", 12345, listens=False)
     srun = {
         "SLURM_PROCID": "5",
         "SLURM_STEP_NUM_TASKS": "6",
         "SLURM_LOCALID": "1",
         "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1",
     }
-    assert Meeting.of(srun) == Meeting(5, 6, 1, "10.0.0.1", 29500, listens=True, attempt=0)
+    assert Meeting.of(srun) == Meeting(5, 6, 1, "10.0.0.1", 29500, listens=True)
     # A step of a job: mpirun's word counts.
     mpirun = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "MASTER_ADDR": "b", **srun}
-    assert Meeting.of(mpirun) == Meeting(0, 2, 1, "b", 29500, listens=True, attempt=0)
+    assert Meeting.of(mpirun) == Meeting(0, 2, 1, "b", 29500, listens=True)
 
 
 def test_a_process_that_nobody_has_told_its_place_is_refused():
@@ -77,3 +84,47 @@ def test_a_launcher_that_starts_a_verb_several_times_is_told_what_to_start(verb,
     with pytest.raises(LongseqError, match=f"longseq {verb}: process 3 of 4 .*{advice}"):
         refuse_several_tasks(TORCHRUN, verb)
     refuse_several_tasks({**TORCHRUN, "WORLD_SIZE": "1"}, verb)
+
+
+def process(store: HashStore, rank: int, name: str) -> _Process:
+    """As one that has met the others, without a guard."""
+    made = object.__new__(_Process)
+    made.at, made.stop, made.begun = Meeting(rank, 2, rank, "a", 1, listens=False), StopFlag(), False
+    made.name, made.call, made.store = name, "", store  # type: ignore[assignment]
+    if rank == 0:
+        made.call = name
+        store.set("longseq/call", name)
+    return made
+
+
+def test_processes_hear_nothing_that_an_earlier_attempt_has_said():
+    store = HashStore()
+    others = []
+    for attempt in ("first", "second"):
+        others.append(process(store, 1, f"other of the {attempt}"))
+        assert others[-1]._words() is None  # who calls is not there yet, or has ended
+        leader = process(store, 0, attempt)
+        assert others[-1]._words() is None
+        leader.tell({"run": attempt})
+        leader.tell({"code": 1})
+        assert others[-1]._words() == f'{{"run": "{attempt}"}}'
+    assert others[0]._words() == '{"run": "first"}'
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_an_attempt_after_another_goes_on_where_that_has_left_a_run(run, monkeypatch, kept):
+    store, asked = HashStore(), []
+    other, leader = process(store, 1, "other"), process(store, 0, "leader")
+    assert other._words() is None
+    store.set("longseq/run", str(run.path if kept else run.path / "gone"))
+    training = SimpleNamespace(report=[])
+    monkeypatch.setattr(start, "begin", lambda config, name, launch: asked.append(("fit", config, name)) or training)
+    monkeypatch.setattr(start, "resume", lambda path, words, **how: asked.append((path, words, how)) or training)
+    monkeypatch.setattr("longseq.config.loading.load_config", lambda path, words: [str(path), *words])
+    words, processes = ["optim.lr=1", "run.branch=one"], ["trainer.nodes=1", "trainer.devices=2"]
+    leader.lead(argparse.Namespace(verb="fit", what="a.yaml", overrides=words))
+    if kept:
+        ((path, given, how),) = asked
+        assert (Path(path), given, how["take_over"]) == (run.path, processes, True)
+    else:
+        assert asked == [("fit", ["a.yaml", *words, *processes], "a")]

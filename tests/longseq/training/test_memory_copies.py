@@ -84,6 +84,21 @@ def copy(ranks: list[MemoryCopies], *steps: int) -> None:
             rank.close()
 
 
+def test_two_steps_are_in_memory_and_no_third_while_it_is_made(ranks, memory, monkeypatch) -> None:
+    seen: list[int] = []
+    leave = memory_copies._leave
+
+    def noted(step: Path, *notes: object) -> None:
+        seen.append(len(list(step.parent.glob("step-*"))))
+        leave(step, *notes)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(memory_copies, "_leave", noted)
+    copy(ranks, 10, 20, 30, 40)
+    assert seen == [1, 1, *[2] * 6]
+    for folder in memory:
+        assert sorted(path.name for path in folder.glob("*/step-*")) == ["step-00000030.ckpt", "step-00000040.ckpt"]
+
+
 def recalled(run: Run, memory: list[Path], keep: int = 3) -> tuple[Run, str]:
     """The next start, and what its rank 0 says."""
     later, store = Run(run.path, starts.take(run.starts_dir, "slurm job 7")), HashStore()
