@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from longseq.config.merging import save_config
 from longseq.config.schema import Config
 from longseq.data import begin_reading, fix_order, identities, resolve_sources
 from longseq.data_report import check_data
-from longseq.errors import EXIT_GO_ON, LongseqError, RunError
+from longseq.errors import EXIT_GO_ON, LongseqError, RunError, SupersededError
 from longseq.launch import local
 from longseq.launch.before import check_benchmarks, check_disk, check_origin, say_schedule
 from longseq.launch.slurm.place import refuse_several_tasks
@@ -258,7 +259,9 @@ def _train(run: Run, config: Config, checkpoint: Checkpoint | None, origin: Path
         raise
     finally:
         starts.note_end(run.starts_dir, run.start, end)
-        remove_partials(run.checkpoints_dir)
+        with suppress(SupersededError):  # the newer start writes by now
+            run.check_start()
+            remove_partials(run.checkpoints_dir)
     newest = run.last_good()
     where = (
         f"step {newest.position.step} of {config.trainer.max_steps}, {newest.path}" if newest else "no checkpoint yet"

@@ -13,6 +13,8 @@ from longseq.errors import ConfigError, LongseqError
 from longseq.launch import start
 from longseq.launch.rank import Meeting, _Process, nodes_of
 from longseq.launch.slurm.place import refuse_several_tasks
+from longseq.runs import starts
+from longseq.runs.checkpoint import partial_path
 from longseq.training.callbacks.stopping import StopFlag
 
 TORCHRUN = {
@@ -128,3 +130,15 @@ def test_an_attempt_after_another_goes_on_where_that_has_left_a_run(run, monkeyp
         assert (Path(path), given, how["take_over"]) == (run.path, processes, True)
     else:
         assert asked == [("fit", ["a.yaml", *words, *processes], "a")]
+
+
+def test_a_start_that_is_over_leaves_what_a_newer_one_writes(run, config):
+    def lost(run, *_):
+        run.checkpoints_dir.mkdir(exist_ok=True)
+        for number in (run.start, starts.take(run.starts_dir, "somebody else")):
+            partial_path(run.checkpoints_dir, 7, number).mkdir()
+        raise LongseqError("cut off")
+
+    with pytest.raises(LongseqError, match="cut off"):
+        start._train(run, config, None, None, lost)
+    assert partial_path(run.checkpoints_dir, 7, 2).exists()
