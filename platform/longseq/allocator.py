@@ -29,5 +29,15 @@ def keep_freed_memory() -> bool:
     return all(_mallopt(parameter, value) for parameter, value in settings)
 
 
+def give_back_freed_memory() -> None:
+    """Let glibc return what was freed to the system, page by page: the counterpart, for work of unbounded length.
+
+    Small and large blocks taken in turn leave holes that the next large one does not fit into, so that a process's
+    peak creeps up with the number of tensors it has seen. Costs about a millisecond for 100 MB. No effect elsewhere.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _mallopt(parameter: int, value: int) -> bool:
     return bool(ctypes.CDLL(None).mallopt(parameter, value) == 1)
