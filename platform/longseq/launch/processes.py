@@ -7,17 +7,20 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from longseq_data import children
+
 STOPPED, STORAGE = "stopped", "storage"
 _STATES = {"T": STOPPED, "t": STOPPED, "D": STORAGE, "Z": "gone", "X": "gone"}
-_SILENT_SECONDS, _DUMP_SECONDS = 3.0, 10.0  # until a process writes its stacks; until it has written them
-_QUIET_SECONDS, _BUSY_SECONDS = 0.2, 2.0  # without a byte: behind the last frame; behind another one
+_SILENT_SECONDS, _DUMP_SECONDS = 5.0, 10.0  # without a byte of the stacks that were asked for; for all of them
+_HELD_SECONDS = 2.0  # until faulthandler begins, which waits for nothing but a processor
+_QUIET_SECONDS, _BUSY_SECONDS = 0.2, 2.0  # of faulthandler's without a byte: behind its last frame; behind another one
 _TOOL_SECONDS = 8.0  # of gdb: the others wait so long for a rank that may never move again
-_LAST = (b" in <module>\n", b" in _run_module_as_main\n")  # how whole stacks end: with the main thread
+_LAST = (b" in <module>\n", b" in _run_module_as_main\n")  # how faulthandler's end: with the main thread
 _MOST_BYTES = 4 << 20  # of the stacks of one process
 
 
@@ -48,33 +51,69 @@ def bytes_moved(pid: int) -> int:
     return total
 
 
-def stacks(pid: int, file: BinaryIO, *, native: bool) -> str:
-    """What a training process and its descendants are doing. One that was stopped goes on for it.
+def stacks(pid: int, file: BinaryIO, *, native: bool) -> Iterator[str]:
+    """What a training process and its descendants are doing, part by part. One that was stopped goes on for it.
 
     file: where they write their Python stacks, see ``training.vitals.stacks_on_request``. native: also its frames that
     are not Python's, where a tool is installed that shows them.
     """
-    parts = []
-    for each in (pid, *descendants(pid)):
-        parts.append(f"--- process {each}{' (a data worker, perhaps)' if each != pid else ''}: {_words(each)}\n")
-        parts += [_threads(each), _native(each) if native and each == pid else ""]
-        if not _listens(each):
-            continue
+    everyone = (pid, *descendants(pid))
+    for each in everyone:
+        yield f"--- process {each}{' (a data worker, perhaps)' if each != pid else ''}: {_words(each)}\n"
+        yield _threads(each)
+        if native and each == pid:
+            yield _native(each)
+    before = os.fstat(file.fileno()).st_size
+    asked = [each for each in everyone if _ask(each, signal.SIGQUIT)]
+    silent = _not_answered(asked, file, before)
+    held = [each for each in everyone if each in silent or each not in asked]
+    yield _written(file, before)
+    for each in held:
         before = os.fstat(file.fileno()).st_size
-        with suppress(OSError):
-            os.kill(each, signal.SIGQUIT)
-            os.kill(each, signal.SIGCONT)
-        end = _settled(file, before)
-        text = os.pread(file.fileno(), min(end - before, _MOST_BYTES), before).decode(errors="replace")
-        parts.append(text or "no Python stack: it does not answer to a signal\n")
-    return "".join(parts)
+        if children.HELD is not None and state(each) != STORAGE and _ask(each, children.HELD):
+            _settled(file, before)
+        if text := _written(file, before):
+            yield f"process {each}, which keeps the interpreter's lock:\n{text}"
+        elif each in silent:
+            yield f"process {each}: no Python stack: it does not answer to a signal\n"
 
 
-def _settled(file: BinaryIO, before: int) -> int:
-    """The file's size once a process has written its stacks to it; the main thread's come last."""
+def _ask(pid: int, number: int) -> bool:
+    """Send a process a signal if that would not just end it: a compiler that was started is no Python of ours."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        caught = next(line for line in lines if line.startswith("SigCgt:")).split()[1]
+        if not int(caught, 16) >> (number - 1) & 1:
+            return False
+        os.kill(pid, number)
+        os.kill(pid, signal.SIGCONT)
+    except (OSError, StopIteration, ValueError):  # it has ended
+        return False
+    return True
+
+
+def _not_answered(pids: Iterable[int], file: BinaryIO, before: int) -> set[int]:
+    """Those of the processes that have not written all their stacks to the file in time."""
+    start = since = time.monotonic()
+    size, silent = before, set(pids)
+    while silent and (now := time.monotonic()) < min(since + _SILENT_SECONDS, start + _DUMP_SECONDS):
+        if (grown := os.fstat(file.fileno()).st_size) != size:
+            size, since = grown, now
+            text = _written(file, before)
+            silent = {pid for pid in silent if children.END_OF_STACKS.format(pid) not in text}
+        time.sleep(0.02)
+    return silent
+
+
+def _written(file: BinaryIO, before: int) -> str:
+    return os.pread(file.fileno(), _MOST_BYTES, before).decode(errors="replace")
+
+
+def _settled(file: BinaryIO, before: int) -> None:
+    """Wait until faulthandler has written its stacks to the file, which end nowhere but with the main thread's."""
     start = since = time.monotonic()
     size = before
-    while (now := time.monotonic()) < start + (_DUMP_SECONDS if size > before else _SILENT_SECONDS):
+    while (now := time.monotonic()) < start + (_DUMP_SECONDS if size > before else _HELD_SECONDS):
         if (grown := os.fstat(file.fileno()).st_size) != size:
             size, since = grown, now
         elif size > before:
@@ -82,22 +121,12 @@ def _settled(file: BinaryIO, before: int) -> int:
             if now - since > (_QUIET_SECONDS if whole else _BUSY_SECONDS):
                 break
         time.sleep(0.02)
-    return size
 
 
 def _words(pid: int) -> str:
     with suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
     return ""
-
-
-def _listens(pid: int) -> bool:
-    """Whether the signal would not just end it: a compiler that was started is no Python of ours."""
-    with suppress(OSError, StopIteration, ValueError):
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        caught = next(line for line in lines if line.startswith("SigCgt:")).split()[1]
-        return bool(int(caught, 16) >> (signal.SIGQUIT - 1) & 1)
-    return False
 
 
 def _threads(pid: int) -> str:

@@ -280,6 +280,7 @@ class _Process:
         starts.watch(run.starts_dir, run.start, lambda text: print(f"longseq: error: {text}", file=sys.stderr))
         code, sentence = outcome(lambda: self._steps(run, place, vitals, words), run)
         if sentence:
+            self.ward.wait_to_be_ended()
             raise _Ended(code, f"rank {place.rank} {sentence}." if code == PEER_LOST else sentence)
         return code
 

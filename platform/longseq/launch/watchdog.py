@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import mmap
 import os
 import socket
 import sys
@@ -31,11 +32,13 @@ from longseq.launch.gpu_settings import where_traces_are
 from longseq.runs import starts
 from longseq.runs.run import Run
 from longseq.training.vitals import BETWEEN, TRACE, Sign
+from longseq_data import children
 
 LOOK_SECONDS = 1.0
 _WARN_SECONDS = 30.0
 _MUCH = 1 << 20  # bytes that are progress
 _TRACE_SECONDS = 15.0
+_ENDED_SECONDS = 150.0  # more than a guard may take for all of it
 _KEEP_SECONDS = 60.0  # for files that may be on a disk that hangs
 
 
@@ -148,6 +151,7 @@ class Ward:
 
     Attributes:
         theirs: the end of the channel that the rank has.
+        ends: a byte that a forked guard shares with its rank: not 0 once the guard has found why the start ends.
         stacks: an open file without a name, which the rank writes its stacks to.
     """
 
@@ -155,14 +159,25 @@ class Ward:
         self.rank, self.pid = rank, 0
         self.ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.ours.setblocking(False)
+        self.ends = mmap.mmap(-1, 1)
         self.stacks: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the rank lives
         fcntl.fcntl(self.stacks, fcntl.F_SETFL, os.O_APPEND)  # the rank and its loader's processes write to it
         self.sign: dict[str, Any] = Sign().__dict__
+        self.answers = False  # when its stacks were asked for, by a thread: so it can leave its collectives, too
         self._read = 0  # bytes of the stacks
 
     def close(self) -> None:
-        for each in (self.ours, self.theirs, self.stacks):
+        for each in (self.ours, self.theirs, self.stacks, self.ends):
             each.close()
+
+    def wait_to_be_ended(self) -> None:
+        """In the rank: wait where its guard is keeping stacks and will end it, as only that knows the cause.
+
+        A rank that was stopped goes on for its stacks, and finds its connections lost.
+        """
+        deadline = time.monotonic() + _ENDED_SECONDS
+        while self.ends[0] and time.monotonic() < deadline:
+            time.sleep(0.1)
 
     def hear(self) -> None:
         """Take what it has said."""
@@ -183,13 +198,16 @@ class Ward:
         }
 
     def keep(self, run: Run, finding: Finding) -> None:
-        """Keep its stacks and its last collectives in the run's folder."""
+        """Keep its stacks in the run's folder, as they come, and ask for its last collectives."""
+        with suppress(OSError), run.stacks_of(self.rank).open("w") as file:  # for people
+            file.write(f"{finding.text}\n\nrank {self.rank}, {self.sign}\n")
+            for part in processes.stacks(self.pid, self.stacks, native=self.rank in finding.ranks):
+                self.answers = self.answers or children.END_OF_STACKS.format(self.pid) in part
+                file.write(part)
+                file.flush()
+        self._read = os.fstat(self.stacks.fileno()).st_size
         with suppress(OSError):  # it has ended, or reads nothing any more
             self.ours.send(TRACE)
-        text = processes.stacks(self.pid, self.stacks, native=self.rank in finding.ranks)
-        self._read = os.fstat(self.stacks.fileno()).st_size
-        with suppress(OSError):  # for people
-            run.stacks_of(self.rank).write_text(f"{finding.text}\n\nrank {self.rank}, {self.sign}\n{text}")
 
     def keep_asked(self, run: Run) -> None:
         """Keep the stacks that somebody else has asked for, by a signal."""
@@ -245,7 +263,7 @@ def keep_all(run: Run, wards: Sequence[Ward], finding: Finding) -> None:
 
     within(_KEEP_SECONDS, keep)
     deadline = time.monotonic() + _TRACE_SECONDS
-    while not all(ward.sign["traced"] for ward in wards) and time.monotonic() < deadline:
+    while any(ward.answers and not ward.sign["traced"] for ward in wards) and time.monotonic() < deadline:
         time.sleep(0.05)
         for ward in wards:
             ward.hear()

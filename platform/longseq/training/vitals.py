@@ -144,8 +144,9 @@ class Vitals:
                 self.channel.send(json.dumps(asdict(self.sign())).encode())
             try:
                 asked, _, _ = select.select([self.channel], [], [], BEAT_SECONDS)
-                if asked and self.channel.recv(64) == TRACE and self.trace is not None:
-                    leave_trace(self.trace)
+                if asked and self.channel.recv(64) == TRACE:
+                    if self.trace is not None:
+                        leave_trace(self.trace)
                     self.traced = True
             except (OSError, ValueError):  # closed meanwhile
                 time.sleep(BEAT_SECONDS)

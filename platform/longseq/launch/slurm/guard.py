@@ -55,6 +55,7 @@ def fork_guard(rank: int, of: Callable[[], tuple[Run, Place]]) -> tuple[Ward, in
             raise_open_files()  # rank 0's has one for each rank
             _Guard(*of(), ward, listener).watch()
         except BaseException as error:
+            ward.ends[0] = 0
             print(f"longseq: warning: rank {rank} is watched no more: {error!r}", file=sys.stderr, flush=True)
         finally:
             os._exit(0)
@@ -67,7 +68,8 @@ class _Guard:
     def __init__(self, run: Run, place: Place, ward: Ward, listener: socket.socket | None):
         self.run, self.place, self.ward, self.listener = run, place, ward, listener
         self.look = Look(run, Judge({place.rank: place.node}))
-        self.met = self.told = False  # that the start ends, by rank 0's
+        self.met = False
+        self.ending = self.follows = False  # rank 0's guard, which says when all is kept
         self.links: list[_Link] = []  # rank 0: to all others; else to rank 0's
 
     def watch(self) -> None:
@@ -123,8 +125,12 @@ class _Guard:
         for link in list(self.links):
             for line in link.lines():
                 if "end" in line:
-                    self.told = True
-                    return Finding(**line["end"])
+                    # Two that find it at once wait for each other, and rank 0's leads.
+                    self.follows = not self.listener
+                    link.told = True
+                    if not self.ending:
+                        return Finding(**line["end"])
+                    link.send({"told": True})
                 link.told, link.kept = link.told or "told" in line, link.kept or "kept" in line
                 with suppress(LookupError, TypeError):  # no line of a guard
                     self.look.judge.hear(line["rank"], line["facts"])
@@ -134,32 +140,30 @@ class _Guard:
 
     def _end(self, found: Finding) -> None:
         """Keep what the ranks are doing, say so, and end them: the first that ends takes the others with it."""
+        self.ending = True
+        self.ward.ends[0] = 1
         for link in self.links:
-            link.send({"told": True} if self.told else {"end": asdict(found)})
+            link.send({"told": True} if self.follows else {"end": asdict(found)})
         keep_all(self.run, [self.ward], found)
+        for link in self.links:
+            link.send({"kept": True})
         deadline = time.monotonic() + _KEEP_SECONDS
-        if not self.told:
-            while self._waits(deadline):
-                self._wait()
-                self._hear()
+        while self._waits(deadline):
+            self._wait()
+            self._hear()
+        if not self.follows:
             text = sentence(self.run, found.text)
             print(f"longseq: error: {text}", file=sys.stderr, flush=True)
             note = f"lost {text}"
             within(_NOTE_SECONDS, lambda: starts.note_end(self.run.starts_dir, self.run.start, note))
-        else:
-            for link in self.links:
-                link.send({"kept": True})
-            while self.links and time.monotonic() < deadline:  # rank 0's says when
-                self._wait()
-                self._hear()
         if os.getppid() == self.ward.pid:
             os.kill(self.ward.pid, signal.SIGKILL)
 
     def _waits(self, deadline: float) -> bool:
-        """Whether a guard that lives has not kept its rank's stacks yet."""
+        """Whether a guard that lives has not kept its rank's stacks yet, or, where another one leads, has not ended."""
         left = deadline - time.monotonic()
         slow = _KEEP_SECONDS - left < _ANSWER_SECONDS
-        return left > 0 and any(not link.kept and (link.told or slow) for link in self.links)
+        return left > 0 and any(self.follows or (not link.kept and (link.told or slow)) for link in self.links)
 
 
 class _Link:

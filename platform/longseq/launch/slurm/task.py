@@ -86,6 +86,7 @@ def main() -> int:
         verdicts[code] = f"lost {place.node}: rank {place.rank}: {sentence}"
     if code == PEER_LOST:
         _wait_for_signal(stop, _CAUSE_SECONDS)
+    ward.wait_to_be_ended()
     if code in verdicts:
         starts.note_end(run.starts_dir, run.start, verdicts[code])
     if code in (PEER_LOST, EXIT_CRASHED) and place.world > 1:  # a library's error may be a lost peer, too
