@@ -200,7 +200,7 @@ def test_random_faults_are_named_and_the_weights_are_those_of_a_quiet_run(
         if not cluster.netns:
             pytest.skip("only where nodes have processes of their own")
         with Disk(cluster) as disk:
-            found, seconds = _disturbed(cluster, disk, plan, draw, capsys)
+            found, seconds, kept = _disturbed(cluster, disk, plan, draw, capsys)
             run = disk.folder / "runs/faults"
             last = checkpoints(run)[-1]
             ended = longseq(
@@ -222,8 +222,9 @@ def test_random_faults_are_named_and_the_weights_are_those_of_a_quiet_run(
     with capsys.disabled():
         print(
             f"{len(found)} faults, seed {SEED}: a step again within {LIMIT:.0f} s after {soon}; {last} steps in "
-            f"{seconds:.0f} s, {down:.0f} s of them down; goodput {last * own / (seconds - down):.1%} by the run's own "
-            f"median step ({own:.2f} s), {last * other / (seconds - down):.1%} by a quiet run's ({other:.2f} s); "
+            f"{seconds:.0f} s, {down:.0f} s of them down; goodput {kept * own / (seconds - down):.1%} by the run's own "
+            f"median step ({own:.2f} s), {kept * other / (seconds - down):.1%} by a quiet run's ({other:.2f} s): "
+            f"{kept} steps were kept in {seconds - down:.0f} s; "
             f"load {os.getloadavg()[0]:.1f}; weights equal: {weights[0] == weights[1]}"
         )
     assert weights[0] == weights[1]
@@ -234,7 +235,8 @@ def test_random_faults_are_named_and_the_weights_are_those_of_a_quiet_run(
 
 def _disturbed(
     cluster: Cluster, disk: Disk, plan: list[str], draw: random.Random, capsys: pytest.CaptureFixture[str]
-) -> tuple[list[Fault], float]:
+) -> tuple[list[Fault], float, int]:
+    """The faults, the seconds from the first step to the last, and the steps that were kept outside faults."""
     (disk.folder / "tiny.yaml").write_text(TINY)
     (disk.folder / "site.yaml").write_text(f"{SITE}hang_seconds: {HANG_SECONDS}\n")
     write_fasta(SyntheticSpec(families=4, records=200, seed=0, mean_length=60), disk.folder / "proteins.fasta")
@@ -244,15 +246,19 @@ def _disturbed(
     story, found = Story(login, disk, job, run, draw), []
     login.wait_for_step(run, 1)
     began = time.monotonic()
+    kept, reached = 0, story.now()[1]
     for kind in plan:
         step = story.now()[1]
         story._until(lambda step=step: story.now()[1] >= step + BETWEEN, "steps between two")
         found.append(story.fault(kind))
+        kept += found[-1].step - reached
+        reached = max(found[-1].step, story.now()[1])
         with capsys.disabled():
             print(f"{found[-1]}; load {os.getloadavg()[0]:.1f}", flush=True)
     step = story.now()[1]
     story._until(lambda: story.now()[1] >= step + 8, "eight steps")
     seconds = time.monotonic() - began
+    kept += story.now()[1] - reached
     cluster.run("scontrol", "hold", job, check=False)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     assert cluster.wait_for(job, "PENDING"), login.log(run)
@@ -260,4 +266,4 @@ def _disturbed(
     restarts = cluster.run("scontrol", "show", "job", job)
     assert "Restarts=1" in restarts, restarts  # by the signal above: none of the faults went through the queue
     assert json.loads(login.type("status", run, "--json"))["step"] == checkpoints(run)[-1]
-    return found, seconds
+    return found, seconds, kept
