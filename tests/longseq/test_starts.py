@@ -171,7 +171,7 @@ def test_a_step_is_noted_while_the_file_system_stands_still_and_the_last_one_sta
     config = Config()
     config.trainer.max_steps = 500
     callback = callbacks.Progress(run, config, SimpleNamespace(shown={"loss": 2.5}))
-    trainer = SimpleNamespace(is_global_zero=True, global_step=0, accumulate_grad_batches=1)
+    trainer = SimpleNamespace(is_global_zero=True, world_size=1, global_step=0, accumulate_grad_batches=1)
     callback.on_train_start(trainer, None)
     for step in range(1, 301):  # the training is not held up
         trainer.global_step = step
@@ -182,3 +182,20 @@ def test_a_step_is_noted_while_the_file_system_stands_still_and_the_last_one_sta
     found = starts.read_progress(run.starts_dir, 1)
     assert (found.step, found.last_step, found.loss) == (300, 500, 2.5)
     assert len(written) <= 3  # those between were passed over
+
+
+def test_a_large_job_notes_its_step_less_often_and_its_last_one_at_once(tmp_path, monkeypatch):
+    run = Run(tmp_path, 1)
+    run.starts_dir.mkdir()
+    written: list[int] = []
+    monkeypatch.setattr(starts, "note_progress", lambda folder, number, progress: written.append(progress.step))
+    callback = callbacks.Progress(run, Config(), SimpleNamespace(shown={}))
+    trainer = SimpleNamespace(is_global_zero=True, world_size=4096, global_step=0, accumulate_grad_batches=1)
+    callback.on_train_start(trainer, None)
+    assert callback.seconds == 10
+    for step in range(1, 301):
+        trainer.global_step = step
+        callback.on_train_batch_end(trainer, None, None, None, step - 1)
+    callback.teardown(trainer, None, "fit")  # waits for less than the ten seconds
+    assert written[-1] == 300
+    assert len(written) <= 3
