@@ -73,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
     if found.absent:
         named = ", ".join(found.absent[:3]) + (", ..." if len(found.absent) > 3 else "")
         print(f"longseq: note: {len(found.absent)} assays of the reference are not here: {named}", file=sys.stderr)
+    for path in found.passed_over:
+        print(f"longseq: note: {path} lists labels from the clinic, which are not scored here", file=sys.stderr)
     if args.official and not any(
         name.endswith(", published") for kind in found.kinds() for name in found.compared(kind)
     ):
@@ -93,10 +95,12 @@ def _tables(found: ProteinGym, details: bool) -> Iterator[str]:
         yield f"{'model':<{width}}" + "".join(f"{name.replace('_', ' '):>12}" for name in MEASURES) + f"{'assays':>8}"
         for name, by_measure in rows.items():
             values = (by_measure[measure].average if measure in by_measure else None for measure in MEASURES)
-            yield f"{name:<{width}}" + "".join(map(_cell, values)) + f"{by_measure['Spearman'].assays:>8}"
-        for group, title in _groups({name: row["Spearman"] for name, row in rows.items()}):
+            assays = max(each.assays for each in by_measure.values())
+            yield f"{name:<{width}}" + "".join(map(_cell, values)) + f"{assays:>8}"
+        spearman = {name: row["Spearman"] for name, row in rows.items() if "Spearman" in row}  # published: not each
+        for group, title in _groups(spearman):
             yield ""
-            yield from _group({name: row["Spearman"] for name, row in rows.items()}, group, title, width)
+            yield from _group(spearman, group, title, width)
         if details:
             yield ""
             yield from _assays(found, kind)

@@ -21,6 +21,7 @@ from longseq.trained_model import Source
 SUBSTITUTIONS, INDELS = "substitutions", "indels"
 KINDS = (SUBSTITUTIONS, INDELS)
 
+_CLINICAL = "clinical_"  # how the names of their reference files begin
 _NEEDED = {"DMS_id", "DMS_filename", "target_seq"}
 _CHANGES = re.compile(r"[A-Za-z]\d+[A-Za-z](:[A-Za-z]\d+[A-Za-z])*")
 
@@ -69,6 +70,7 @@ class Collection:
 
     entries: list[Entry]
     absent: list[str] = field(default_factory=list)  # assays that a reference names and that are not here
+    passed_over: list[Path] = field(default_factory=list)  # reference files of labels from the clinic
 
 
 def is_scan(path: Path) -> bool:
@@ -83,8 +85,9 @@ def collection(folder: Path, reference: Path | None = None, chosen: Iterable[str
     """The assays of a folder: those that its reference files name.
 
     Reference files are the CSVs with the columns DMS_id, DMS_filename and target_seq, in the folder itself and in
-    reference_files/; assays lie in the folder or one below. Where assays of substitutions and of indels have the same
-    name, the one is taken whose folder is called as the reference file is (indels or substitutions).
+    reference_files/, but for those of labels from the clinic (clinical_*.csv), which are no measurements. Assays lie in
+    the folder or one below. Where assays of substitutions and of indels have the same name, the one is taken whose
+    folder is called as the reference file is (indels or substitutions).
 
     Args:
         reference: the reference file, if it lies elsewhere.
@@ -96,6 +99,13 @@ def collection(folder: Path, reference: Path | None = None, chosen: Iterable[str
     if not folder.is_dir():
         raise LongseqError(f"{folder}: no folder; give the one with ProteinGym's reference file and assays.")
     found = [reference] if reference else _references(folder)
+    clinical = [path for path in found if path.name.lower().startswith(_CLINICAL)]
+    found = [path for path in found if path not in clinical]
+    if clinical and not found:
+        raise LongseqError(
+            f"{clinical[0]}: lists labels from the clinic, which are no measurements; give ProteinGym's "
+            "DMS_substitutions.csv or DMS_indels.csv with their assays."
+        )
     if not found:
         raise LongseqError(
             f"{folder}: no reference file, which is a CSV with the columns {', '.join(sorted(_NEEDED))}; put "
@@ -129,7 +139,7 @@ def collection(folder: Path, reference: Path | None = None, chosen: Iterable[str
         raise LongseqError(f"{found[0]}: has no assay {unknown[0]!r}; the column DMS_id names them.")
     if not entries:
         raise LongseqError(f"{folder}: none of the {len(absent)} assays of {found[0].name} is here; unpack them there.")
-    return Collection(entries, absent)
+    return Collection(entries, absent, clinical)
 
 
 def scan(path: Path, cutoff: float = math.nan) -> Scan:
@@ -164,8 +174,16 @@ def scan(path: Path, cutoff: float = math.nan) -> Scan:
 
 
 def _references(folder: Path) -> list[Path]:
-    files = sorted([*folder.glob("*.csv"), *folder.glob("reference_files/*.csv")])
-    return [path for path in files if set(columns(path)) >= _NEEDED]
+    found, unreadable = [], None
+    for path in sorted([*folder.glob("*.csv"), *folder.glob("reference_files/*.csv")]):
+        try:
+            if set(columns(path)) >= _NEEDED:
+                found.append(path)
+        except LongseqError as error:  # any table may lie there
+            unreadable = unreadable or error
+    if unreadable and not found:
+        raise unreadable
+    return found
 
 
 def _file(folder: Path, name: str, reference: str) -> Path | None:

@@ -46,6 +46,9 @@ class Official:
 def published(places: Iterable[Path]) -> list[Official]:
     """The tables among files, and in folders and those below.
 
+    A clone of ProteinGym's repository has tables of the same names for models that were trained on the assays
+    (benchmarks/DMS_supervised), whose first column is DMS_id: nothing that a score without training compares with.
+
     Raises:
         LongseqError: for a file named that is no such table.
     """
@@ -54,9 +57,9 @@ def published(places: Iterable[Path]) -> list[Official]:
         files = sorted(place.rglob("DMS_*_DMS_level.csv")) if place.is_dir() else [place]
         for path in files:
             match = _NAME.fullmatch(path.name)
-            if match:
+            if match and not (place.is_dir() and _ID not in columns(path)):
                 found.setdefault((match[1], match[2]), _read(path, match[1], match[2]))
-            elif not place.is_dir():
+            elif match is None and not place.is_dir():
                 raise LongseqError(
                     f"{path}: no results by assay of ProteinGym; a file of them is called as "
                     "DMS_substitutions_Spearman_DMS_level.csv."
@@ -65,12 +68,15 @@ def published(places: Iterable[Path]) -> list[Official]:
 
 
 def _read(path: Path, kind: str, measure: str) -> Official:
+    if _ID not in columns(path):
+        raise LongseqError(
+            f"{path}: no results of ProteinGym without training: it has no column {_ID!r}, as those of "
+            "benchmarks/DMS_zero_shot have."
+        )
     names = [name for name in columns(path) if name not in _NO_MODELS]
     assays: dict[str, Assay] = {}
     models: dict[str, dict[str, float]] = {name: {} for name in names}
     for place, row in rows(path):
-        if _ID not in row:
-            raise LongseqError(f"{path}: no results of ProteinGym: it has no column {_ID!r}.")
         id_ = row[_ID]
         protein, selection, taxon, depth = (row.get(name, "") for name in _FACTS)
         assays[id_] = Assay(id_, protein, selection, taxon, depth)

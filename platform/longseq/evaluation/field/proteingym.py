@@ -85,6 +85,7 @@ class ProteinGym:
     absent: list[str]  # DMS_id of assays that the reference names and the folder lacks
     official: list[Official] = field(default_factory=list)
     beside: list[str] = field(default_factory=list)  # published models to compare with
+    passed_over: list[Path] = field(default_factory=list)  # reference files that list no measurements
 
     def kinds(self) -> list[str]:
         """Of the assays that were scored."""
@@ -202,6 +203,7 @@ def benchmark_proteingym(
         found.absent,
         tables,
         [name for name in BESIDE if name in known] if beside is None else list(beside),
+        found.passed_over,
     )
 
 
