@@ -23,6 +23,8 @@ of their sizes, and A is of the layer, from the mean over its heads, as all head
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -160,9 +162,20 @@ class Frame(nn.Module):
             dist.broadcast(found, 0)
         self.constants.copy_(found)
 
-    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        name = prefix + "constants"
+        if self.kernel and _kernel_of(state_dict.get(name)) not in ("", self.kernel):
+            state_dict[name] = torch.zeros_like(state_dict[name])  # to be found anew; the caller's own dict is a copy
         self._a = None
-        super()._load_from_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _kernel_of(constants: Tensor | None) -> str:
+    """Which kernel found them; "" for open ones. A rotation takes queries and keys alike, to the bit."""
+    if constants is None or constants.ndim != 3 or not constants[:, -1].any():
+        return ""
+    d = constants.shape[-1]
+    return "sderf" if torch.equal(constants[:, :d], constants[:, d : 2 * d]) else "aderf"
 
 
 def frame_of(options: AttentionOptions, heads: int, head_dim: int) -> Frame | None:

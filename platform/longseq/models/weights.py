@@ -95,14 +95,14 @@ def load_body(model: nn.Module, path: Path) -> None:
     Raises:
         RunError: as :func:`load_weights` does.
     """
-    own = {name.replace(".base_layer.", "."): t for name, t in model.state_dict().items()}
+    names = {name.replace(".base_layer.", "."): name for name in model.state_dict()}
+    own = {name: model.state_dict()[there] for name, there in names.items()}
     body = {name: t for name, t in own.items() if not name.startswith("head.") and ".lora_" not in name}
     state = {name: t for name, t in _read(path).items() if not name.startswith("head.")}
     state |= {name: t for name, t in body.items() if name not in state and name.endswith(_LEARNED)}
     _refuse_others(path, state, body)
-    for name, tensor in state.items():
-        if name in body:
-            body[name].copy_(tensor)
+    # Not strictly, as the head and LoRA's factors stay; modules decide what becomes of another kernel's constants.
+    model.load_state_dict({names.get(name, name): tensor for name, tensor in state.items()}, strict=False)
 
 
 def _read(path: Path) -> dict[str, Tensor]:

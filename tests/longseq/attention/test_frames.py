@@ -15,6 +15,7 @@ from longseq.attention.frames import best_frame, frame_moments
 from longseq.attention.oprf import oprf_parameter
 from longseq.models.performer import PerformerLM
 from longseq.models.spec import PerformerSpec
+from longseq.models.weights import load_body, save_weights
 
 D, HEADS = 4, 2
 KERNELS = pytest.mark.parametrize("kernel", ["sderf", "aderf"])
@@ -211,6 +212,39 @@ def test_kernels_exchange_their_checkpoints():
     assert sharp.frame.a is None  # to be fixed at the first training step here
     sharp.train()(sample())
     assert sharp.frame.a == calibrated().frame.a
+
+
+@pytest.mark.parametrize(("kernel", "other"), [("sderf", "aderf"), ("aderf", "sderf")])
+def test_constants_of_the_other_sharper_kernel_are_found_anew(kernel, other):
+    """As in fine-tuning with another kernel; its own it takes as they are."""
+    theirs = calibrated(kernel=other).state_dict()
+    before = {name: tensor.clone() for name, tensor in theirs.items()}
+    module = build(kernel=kernel)
+    module.load_state_dict(theirs, strict=True)
+    assert module.frame.a is None
+    found = module.train()(sample())
+    assert module.frame.a == calibrated(kernel=kernel).frame.a
+    assert torch.equal(found, calibrated(kernel=kernel)(sample()))
+    assert all(torch.equal(before[name], tensor) for name, tensor in theirs.items())
+    module.load_state_dict(calibrated(kernel=kernel).state_dict(), strict=True)
+    assert torch.equal(module(sample()), found)
+
+
+def test_a_body_that_is_fine_tuned_with_another_sharper_kernel_finds_its_constants_anew(tmp_path):
+    def model(kernel: str) -> PerformerLM:
+        torch.manual_seed(0)
+        return PerformerLM(
+            PerformerSpec(vocabulary=9, causal=True, dim=12, depth=1, heads=3, ffn_dim=8, kernel=kernel, features=8)
+        )
+
+    tokens = torch.arange(18).view(2, 9) % 9
+    trained, other, same = (model(kernel).train() for kernel in ("sderf", "aderf", "sderf"))
+    trained(tokens)
+    save_weights(trained.state_dict(), tmp_path / "model.safetensors")
+    for each in (other, same):
+        load_body(each, tmp_path / "model.safetensors")
+    assert other.blocks[0].attention.frame.a is None
+    assert same.blocks[0].attention.frame.a == trained.blocks[0].attention.frame.a is not None
 
 
 @pytest.mark.parametrize("window", [0, 5])
