@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,6 +64,35 @@ def test_torchrun_starts_a_killed_rank_again_and_nothing_shows_of_it(
         assert curve(run, tag) == curve(undisturbed, tag), tag
     weights = [(checkpoint(each, 20) / "model.safetensors").read_bytes() for each in (run, undisturbed)]
     assert weights[0] == weights[1]
+
+
+def test_mpirun_needs_no_more_on_one_machine_and_two_of_it_do_not_meet(
+    folder: Path, two_processes: Callable[[int], Path]
+) -> None:
+    mpirun = shutil.which("mpirun")
+    if mpirun is None:
+        pytest.skip("Open MPI is not installed (Debian: openmpi-bin)")
+    options = ["--oversubscribe", "-n", "2", *(["--allow-run-as-root"] if os.getuid() == 0 else [])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    names = ("mpirun", "mpirun-beside")
+    with (folder / "mpirun.log").open("wb") as log:
+        both = [
+            subprocess.Popen(
+                [mpirun, *options, sys.executable, *RANK, "fit", *WORDS, f"run.name={name}"],
+                cwd=folder,
+                env=environment,
+                stdout=log,
+                stderr=log,
+            )
+            for name in names
+        ]
+    assert [each.wait(240) for each in both] == [0, 0], Path(log.name).read_text()
+    undisturbed = two_processes(1)
+    for name in names:
+        run = folder / "runs" / name
+        assert curve(run, "train/loss") == curve(undisturbed, "train/loss")
+        weights = [(checkpoint(each, 20) / "model.safetensors").read_bytes() for each in (run, undisturbed)]
+        assert weights[0] == weights[1]
 
 
 def test_two_processes_by_their_variables_end_together_and_are_not_started_twice(folder: Path) -> None:

@@ -29,7 +29,7 @@ from longseq.devices import follow_scheduler, own_device
 from longseq.errors import EXIT_CRASHED, EXIT_GO_ON, EXIT_UNFIT, ConfigError, LongseqError
 from longseq.launch.gpu_settings import gpu_settings, recorder_settings
 from longseq.launch.slurm.guard import fork_guard
-from longseq.launch.slurm.place import Limits, Place, value_of
+from longseq.launch.slurm.place import Limits, Place, address_of, port_of, value_of
 from longseq.launch.slurm.task import become, gathered
 from longseq.runs import starts
 from longseq.runs.checkpoint import Checkpoint
@@ -68,8 +68,14 @@ class Meeting:
         Raises:
             ConfigError: where they tell it nothing.
         """
-        found = {what: value_of(what, environment) for what in ("rank", "world", "local_rank", "address")}
+        found = {what: value_of(what, environment) for what in ("rank", "world", "local_rank")}
+        found["address"] = address_of(environment)
         missing = [name for what, name in _NEEDED.items() if found[what] is None]
+        if missing == ["MASTER_ADDR"]:
+            raise ConfigError(
+                "MASTER_ADDR: not set, and the launcher does not say where rank 0 is. Give every process the name of "
+                "the first node (mpirun -x MASTER_ADDR=NODE ...)."
+            )
         if missing:
             raise ConfigError(
                 f"{', '.join(missing)}: not set, and no launcher has said who this process is. Start it by torchrun, "
@@ -80,7 +86,7 @@ class Meeting:
             world=int(found["world"] or 0),
             local_rank=None if found["local_rank"] is None else int(found["local_rank"]),
             address=str(found["address"]),
-            port=int(environment.get("MASTER_PORT", _PORT)),
+            port=port_of(environment, _PORT),
             listens=environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
         )
 

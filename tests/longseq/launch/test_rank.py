@@ -37,9 +37,20 @@ def test_each_launcher_is_understood():
         "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1",
     }
     assert Meeting.of(srun) == Meeting(5, 6, 1, "10.0.0.1", 29500, listens=True)
-    # A step of a job: mpirun's word counts.
-    mpirun = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "MASTER_ADDR": "b", **srun}
-    assert Meeting.of(mpirun) == Meeting(0, 2, 1, "b", 29500, listens=True)
+    # Its nodes, where their names resolve: the launching one may be a login node. Each step has a port of its own.
+    step = {**srun, "SLURM_STEP_NODELIST": "localhost,b", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
+    first, second = Meeting.of(step), Meeting.of({**step, "SLURM_STEP_ID": "1"})
+    assert (first.address, second.address) == ("localhost", "localhost")
+    assert first.port != second.port
+    assert Meeting.of({**step, "SLURM_STEP_NODELIST": "a.invalid"}).address == "10.0.0.1"
+    # A step of a job: mpirun's word counts, and what srun has told its daemons does not.
+    mpirun = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", **srun}
+    assert Meeting.of({**mpirun, "MASTER_ADDR": "b"}) == Meeting(0, 2, 1, "b", 29500, listens=True)
+    with pytest.raises(ConfigError, match=r"^MASTER_ADDR: not set, .* where rank 0 is. .*mpirun -x MASTER_ADDR=NODE"):
+        Meeting.of(mpirun)
+    assert Meeting.of({**mpirun, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}).address == "127.0.0.1"
+    ports = {Meeting.of({**mpirun, "MASTER_ADDR": "b", "OMPI_MCA_ess_base_jobid": job}).port for job in ("1", "2")}
+    assert len(ports) == 2
 
 
 def test_a_process_that_nobody_has_told_its_place_is_refused():

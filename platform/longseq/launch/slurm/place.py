@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import re
+import socket
+import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 from longseq.errors import LongseqError
@@ -82,13 +85,44 @@ _TOLD = {
     "rank": ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"),
     "world": ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"),
     "local_rank": ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"),
-    "address": ("MASTER_ADDR", "SLURM_LAUNCH_NODE_IPADDR"),
+    "local_world": ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"),
 }
+_OF_MPIRUN = ("OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID")
+# What all processes of one start have in common, and no others of their machines: Open MPI, MPICH.
+_START = ("OMPI_MCA_ess_base_jobid", "PMIX_NAMESPACE", "PMI_PORT")
 
 
 def value_of(what: str, environment: Mapping[str, str]) -> str | None:
-    """A process's "rank", "local_rank", number of processes ("world") or rank 0's "address", if a launcher has told."""
+    """A process's "rank", "local_rank" or number of processes ("world"; "local_world": of its node), if it was told."""
     return next((environment[name] for name in _TOLD[what] if environment.get(name)), None)
+
+
+def address_of(environment: Mapping[str, str]) -> str | None:
+    """Where rank 0 is, if a launcher has told it.
+
+    mpirun does not, but for one machine. In a SLURM job its daemons are tasks of a step, and srun's variables theirs.
+    """
+    if environment.get("MASTER_ADDR"):
+        return environment["MASTER_ADDR"]
+    if any(name in environment for name in _OF_MPIRUN):
+        here = value_of("local_world", environment)
+        return "127.0.0.1" if here and here == value_of("world", environment) else None
+    first = next(host_names(environment.get("SLURM_STEP_NODELIST", "")), "")
+    with suppress(OSError):  # not the launching node first: where srun was typed on a login node, rank 0 is elsewhere
+        if first:
+            socket.getaddrinfo(first, None)
+            return first
+    return environment.get("SLURM_LAUNCH_NODE_IPADDR")
+
+
+def port_of(environment: Mapping[str, str], otherwise: int) -> int:
+    """Where rank 0 listens: another port for each start of mpirun or srun, as several may run on one machine."""
+    if environment.get("MASTER_PORT"):
+        return int(environment["MASTER_PORT"])
+    start = next((environment[name] for name in _START if environment.get(name)), "")
+    if not start and environment.get("SLURM_STEP_ID"):
+        start = f"{environment.get('SLURM_JOB_ID')}.{environment['SLURM_STEP_ID']}"
+    return _FIRST_PORT + zlib.crc32(start.encode()) % _PORTS if start else otherwise
 
 
 def refuse_several_tasks(environment: Mapping[str, str], verb: str) -> None:
