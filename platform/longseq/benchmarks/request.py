@@ -186,6 +186,18 @@ class OverheadRequest:
     overrides: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class WatchingRequest:
+    """A training on two processes; overrides: of configuration keys, e.g. ``trainer.log_every=50``."""
+
+    preset: str = option("small", "the model's size", choices=tuple(PRESETS))
+    length: int = option(512, "tokens per sequence", "L")
+    batch: int = option(8, "sequences per step and process")
+    steps: int = option(100, "that are counted")
+    copy_every: int = option(50, "steps from one copy in memory to the next")
+    overrides: tuple[str, ...] = ()
+
+
 def _some(names: tuple[str, ...], meaning: str, usual: tuple[str, ...] | None = None) -> Any:
     return option(usual or names, meaning, "NAME,…", names=dict.fromkeys(names, ""))
 

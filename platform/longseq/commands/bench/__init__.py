@@ -51,6 +51,7 @@ BENCHMARKS: dict[str, tuple[str, ModuleType]] = {
     "data": ("how fast data come: streamed and prepared, next to decompression alone", data),
     "memory": ("the memory estimate next to what two steps take", training),
     "overhead": ("a training step and a checkpoint next to a bare loop", training),
+    "watching": ("what heartbeats, straggler statistics and copies in memory cost a step", training),
     "features": ("error of the random features, next to their closed forms", features),
     "gpu": ("a GPU in minutes: every kernel, training and bar, each part in a process of its own", gpu),
 }

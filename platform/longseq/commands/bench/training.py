@@ -1,10 +1,10 @@
-"""``overhead`` and ``memory``: what a training costs next to a plain loop, and takes next to its estimate."""
+"""``overhead``, ``watching``, ``memory``: what a training costs next to a plain loop, or takes next to its estimate."""
 
 from __future__ import annotations
 
 import argparse
 
-from longseq.benchmarks.request import MemoryRequest, OverheadRequest
+from longseq.benchmarks.request import MemoryRequest, OverheadRequest, WatchingRequest
 from longseq.commands.bench import arguments
 from longseq.commands.bench.output import EXIT_INTERRUPTED, Progress, check_folder, keep
 
@@ -24,6 +24,23 @@ def run_overhead(args: argparse.Namespace) -> int:
         results = overhead.measure(request, progress.now)
     print(overhead.table(request, results))
     keep(args.out, "overhead", overhead.numbers(request, results))
+    return 0
+
+
+def watching_arguments(parser: argparse.ArgumentParser) -> None:
+    _arguments(parser, WatchingRequest, "e.g. trainer.log_every=50")
+
+
+def run_watching(args: argparse.Namespace) -> int:
+    arguments.set_threads(args.threads)
+    check_folder(args.out)
+
+    from longseq.benchmarks import watching
+
+    request = arguments.asked(WatchingRequest, args)
+    results = watching.measure(request)
+    print(watching.table(request, results))
+    keep(args.out, "watching", watching.numbers(request, results))
     return 0
 
 
