@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from itertools import islice
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from longseq.allocator import give_back_freed_memory
+from longseq.allocator import freed_at_once
 from longseq.attention.both_ways import attention_on_both_sides, beside, knows_places, state_behind
 from longseq.attention.carried import State
 from longseq.attention.state import AttentionState
@@ -33,8 +33,6 @@ from longseq.models.layers import Block
 from longseq.models.performer import PerformerLM
 from longseq_data.os_errors import is_full, said
 
-_Part = TypeVar("_Part")
-_TRIM_EVERY = 4  # tiles
 _ELSEWHERE = "make room there, or set TMPDIR to a folder on a larger disk"
 
 
@@ -62,9 +60,10 @@ def carried(
     cuts, window = tiles(len(row), model.spec.tile), max(options.window for options in model.spec.plan)
     if more and len(cuts) > 1 and cuts[-1][1] - cuts[-1][0] < window:
         cuts[-2:] = [(cuts[-2][0], cuts[-1][1])]
-    for start, stop in _in_turn(cuts):
-        x, state = model.carry(ids(model, row[start:stop]), start, state, wide=True, layer=layer, share=share)
-        yield start, x, state
+    with freed_at_once():
+        for start, stop in cuts:
+            x, state = model.carry(ids(model, row[start:stop]), start, state, wide=True, layer=layer, share=share)
+            yield start, x, state
 
 
 def layer_by_layer(model: PerformerLM, row: Row, layer: int | None) -> Iterator[tuple[int, Tensor]]:
@@ -80,8 +79,8 @@ def layer_by_layer(model: PerformerLM, row: Row, layer: int | None) -> Iterator[
     blocks = [block for block in islice(model.blocks, layer) if isinstance(block, Block)]
     _look_for_room(model, blocks, cuts)
     share = masked_share(model, row)
-    with _Stored(model) as entering, _Stored(model) as leaving, _Stored(model) as values:
-        for start, stop in _in_turn(cuts):
+    with freed_at_once(), _Stored(model) as entering, _Stored(model) as leaving, _Stored(model) as values:
+        for start, stop in cuts:
             entering.write(start, model.entering(ids(model, row[start:stop]), start, share)[0])
         for number, block in enumerate(blocks):
             mixed = values if number and model.spec.value_residual else None
@@ -128,12 +127,12 @@ class _Tile:
 def _summed(block: Block, row: list[_Tile]) -> Iterator[tuple[Any, ...]]:
     """Each tile with what the block gives there, and values if it hands them on; weights know no places."""
     total: AttentionState | None = None
-    for tile in _in_turn(row):
+    for tile in row:
         own = sum_of_keys(*block.inside(*tile.arguments()))
         total = own if total is None else total.merge(own)
     assert total is not None
     attend = partial(attention_to_sums, total)
-    for tile in _in_turn(row):
+    for tile in row:
         x, _, *handed = block.read(lambda *inside: (attend(*inside), None), tile.own, *tile.arguments())
         yield tile, x, *handed
 
@@ -143,25 +142,17 @@ def _on_both_sides(block: Block, row: list[_Tile]) -> Iterator[tuple[Any, ...]]:
     before: AttentionState | None = None
     behind: AttentionState | None = None
     with _States(row[0].entering.device) as states:
-        for number in _in_turn(range(len(row) - 1, 0, -1)):
+        for number in range(len(row) - 1, 0, -1):
             behind = state_behind(*block.inside(*row[number].arguments()), row[number].near, behind)
             if behind is None:  # a window alone
                 break
             states.write(number - 1, behind)
-        for number, tile in _in_turn(list(enumerate(row))):
+        for number, tile in enumerate(row):
             behind = states.read(number) if states.shape and number + 1 < len(row) else None
             x, before, *handed = block.read(
                 partial(attention_on_both_sides, tile.near, before, behind), tile.own, *tile.arguments()
             )
             yield tile, x, *handed
-
-
-def _in_turn(parts: Sequence[_Part]) -> Iterator[_Part]:
-    """Each part; what those before have left is given back now and then, as memory must not grow with their number."""
-    for number, part in enumerate(parts):
-        yield part
-        if number % _TRIM_EVERY == _TRIM_EVERY - 1:
-            give_back_freed_memory()
 
 
 def _look_for_room(model: PerformerLM, blocks: list[Block], cuts: list[tuple[int, int]]) -> None:
