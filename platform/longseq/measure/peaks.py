@@ -11,6 +11,8 @@ from torch import Tensor
 from torch._C._autograd import _disable_profiler_legacy, _enable_profiler_legacy
 from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
 
+from longseq.measure.control_group import left_to_the_group
+
 Call = Callable[[], tuple[Tensor, ...]]
 
 
@@ -78,18 +80,7 @@ def available(device: torch.device) -> float:
             return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) / 2
         except (ValueError, OSError):
             return float("inf")
-    return min(free, _left_to_the_group())
-
-
-def _left_to_the_group() -> float:
-    """Bytes that the control group of a container or a SLURM job still allows."""
-    try:
-        path = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
-        folder = Path("/sys/fs/cgroup") / path.lstrip("/")
-        limit, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
-    except OSError:  # no such group, or the older kind
-        return float("inf")
-    return float("inf") if limit == "max" else float(limit) - float(used)
+    return min(free, left_to_the_group())
 
 
 def _bytes(tensors: tuple[Tensor, ...]) -> int:

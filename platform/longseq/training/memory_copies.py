@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from longseq.measure.control_group import left_to_the_group
 from longseq.runs.checkpoint import TrainingPosition, checkpoint_name, step_of
 from longseq.runs.run import Run
 from longseq.training.shards import Content, write
@@ -269,15 +270,7 @@ class MemoryCopies:
 def room_in(folder: Path) -> int:
     """Bytes that may be written there: what the file system has, and this job's limit of memory."""
     facts = os.statvfs(folder)
-    rooms = [facts.f_bavail * facts.f_frsize]
-    with suppress(OSError, ValueError):
-        path = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
-        for part in (here := Path("/sys/fs/cgroup") / path.lstrip("/"), *here.parents):
-            with suppress(OSError, ValueError):  # no limit
-                limit, used = (int((part / f"memory.{name}").read_text()) for name in ("max", "current"))
-                kept = dict(line.split() for line in (part / "memory.stat").read_text().splitlines())
-                rooms.append(limit - used + int(kept["inactive_file"]))
-    return max(0, min(rooms))
+    return int(min(facts.f_bavail * facts.f_frsize, left_to_the_group()))
 
 
 def _bytes(content: Content) -> int:
