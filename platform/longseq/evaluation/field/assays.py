@@ -22,6 +22,8 @@ SUBSTITUTIONS, INDELS = "substitutions", "indels"
 KINDS = (SUBSTITUTIONS, INDELS)
 
 _CLINICAL = "clinical_"  # how the names of their reference files begin
+# In the names of ProteinGym's other downloads, whose files are called as the assays are.
+_NO_ASSAYS = ("cv_folds", "raw_dms", "scores", "clinical")
 _NEEDED = {"DMS_id", "DMS_filename", "target_seq"}
 _CHANGES = re.compile(r"[A-Za-z]\d+[A-Za-z](:[A-Za-z]\d+[A-Za-z])*")
 
@@ -192,7 +194,8 @@ def _file(folder: Path, name: str, reference: str) -> Path | None:
     own = [kind for kind in KINDS if kind in reference.lower()]
     others = [kind for kind in KINDS if own and kind not in own]
     found = [path / name for path in sorted(folder.iterdir()) if path.is_dir() and (path / name).is_file()]
-    return next((path for path in found if not any(kind in path.parent.name.lower() for kind in others)), None)
+    other = (*others, *_NO_ASSAYS)
+    return next((path for path in found if not any(word in path.parent.name.lower() for word in other)), None)
 
 
 def _entry(row: dict[str, str], place: str, file: Path) -> Entry:

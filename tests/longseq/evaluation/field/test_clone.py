@@ -138,3 +138,14 @@ def test_tables_that_merely_lie_there_do_not_matter(clone: Path) -> None:
         path.unlink()
     with pytest.raises(LongseqError, match=r"mine\.csv: two columns are called a"):
         collection(clone)
+
+
+def test_other_downloads_whose_files_are_called_as_the_assays_are_none(clone: Path) -> None:
+    assay = clone / "DMS_ProteinGym_substitutions/B_2021.csv"
+    for name in ("cv_folds_singles_substitutions", "substitutions_raw_DMS", "zero_shot_substitutions_scores"):
+        (clone / name).mkdir()
+        (clone / name / assay.name).write_bytes(assay.read_bytes())
+    assay.unlink()
+    found = collection(clone)
+    assert [entry.assay.id for entry in found.entries] == ["A_2020"]
+    assert found.absent == ["A_2020_indels", "B_2021"]
