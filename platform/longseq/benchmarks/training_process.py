@@ -29,8 +29,7 @@ def one_process() -> Iterator[Path]:
     quiet()
     try:
         with TemporaryDirectory(prefix="longseq-bench-") as folder:
-            write_fasta(_RECORDS, Path(folder) / "proteins.fasta")
-            (Path(folder) / "bench.yaml").write_text("trainer: {accelerator: cpu}\n")
+            lay_out(Path(folder))
             yield Path(folder)
     except StopRequested:  # Ctrl-C, which a training takes for "save and stop"
         raise KeyboardInterrupt from None
@@ -38,6 +37,12 @@ def one_process() -> Iterator[Path]:
         signal.signal(signal.SIGINT, handler)
         os.environ.clear()
         os.environ.update(before)
+
+
+def lay_out(folder: Path) -> None:
+    """What :func:`configuration` reads."""
+    write_fasta(_RECORDS, folder / "proteins.fasta")
+    (folder / "bench.yaml").write_text("trainer: {accelerator: cpu}\n")
 
 
 def configuration(folder: Path, overrides: Sequence[str]) -> Config:

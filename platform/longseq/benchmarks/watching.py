@@ -18,16 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from longseq.benchmarks.request import WatchingRequest
-from longseq.benchmarks.training_process import configuration
+from longseq.benchmarks.training_process import configuration, lay_out
 from longseq.benchmarks.watching_rank import COPIES, HEARTBEAT, STRAGGLERS
 from longseq.errors import LongseqError
 from longseq.launch.local import environment_of, free_port
 from longseq.runs.run import Run
-from longseq_data.synth.synthetic import SyntheticSpec, write_fasta
 
 GOAL = 0.01
 _WARMUPS = 5
-_RECORDS = SyntheticSpec(families=4, records=400, mean_length=120)
 
 
 @dataclass(frozen=True)
@@ -64,8 +62,7 @@ def measure(request: WatchingRequest) -> WatchingResults:
     """
     with tempfile.TemporaryDirectory(prefix="longseq-bench-") as name, ExitStack() as stack:
         folder = Path(name)
-        write_fasta(_RECORDS, folder / "proteins.fasta")
-        (folder / "bench.yaml").write_text("trainer: {accelerator: cpu}\n")
+        lay_out(folder)
         memory = stack.enter_context(tempfile.TemporaryDirectory(prefix="longseq-bench-", dir="/dev/shm"))
         keys = (
             *(f"model.preset={request.preset}", f"data.length={request.length}"),

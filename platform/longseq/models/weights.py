@@ -95,9 +95,9 @@ def load_body(model: nn.Module, path: Path) -> None:
     Raises:
         RunError: as :func:`load_weights` does.
     """
-    names = {name.replace(".base_layer.", "."): name for name in model.state_dict()}
-    own = {name: model.state_dict()[there] for name, there in names.items()}
-    body = {name: t for name, t in own.items() if not name.startswith("head.") and ".lora_" not in name}
+    own = model.state_dict()
+    names = {name.replace(".base_layer.", "."): name for name in own}
+    body = {name: own[there] for name, there in names.items() if not name.startswith("head.") and ".lora_" not in name}
     state = {name: t for name, t in _read(path).items() if not name.startswith("head.")}
     state |= {name: t for name, t in body.items() if name not in state and name.endswith(_LEARNED)}
     _refuse_others(path, state, body)

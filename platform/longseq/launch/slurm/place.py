@@ -88,8 +88,8 @@ _TOLD = {
     "local_world": ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"),
 }
 _OF_MPIRUN = ("OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID")
-# What all processes of one start have in common, and no others of their machines: Open MPI, MPICH.
-_START = ("OMPI_MCA_ess_base_jobid", "PMIX_NAMESPACE", "PMI_PORT")
+# What all processes of one start have in common on all nodes, and no others of their machines: Open MPI's 4 and 5.
+_START = ("OMPI_MCA_ess_base_jobid", "PMIX_NAMESPACE")
 
 
 def value_of(what: str, environment: Mapping[str, str]) -> str | None:
@@ -116,7 +116,7 @@ def address_of(environment: Mapping[str, str]) -> str | None:
 
 
 def port_of(environment: Mapping[str, str], otherwise: int) -> int:
-    """Where rank 0 listens: another port for each start of mpirun or srun, as several may run on one machine."""
+    """Where rank 0 listens: another port for each start of Open MPI or srun, as several may run on one machine."""
     if environment.get("MASTER_PORT"):
         return int(environment["MASTER_PORT"])
     start = next((environment[name] for name in _START if environment.get(name)), "")
